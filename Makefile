@@ -1,0 +1,33 @@
+# Every target sets up what it needs by itself: `make demo` and `make test` work on a fresh machine with Python and pip.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
+
+.PHONY: demo test lint bench bench-quality clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed lint
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/bench_quantize.py
+	$(RUN) benchmarks/bench_lora_step.py
+
+bench-quality: $(VENV)/.installed
+	$(RUN) benchmarks/bench_quality.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,155 @@
+"""The HQQ operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
+
+Nothing dense is kept between forward and backward: the weight is dequantized again, tile by tile. The input
+is saved only where ``scale`` or ``zero`` wants a gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from ..precision import product_dtype
+from . import tiles
+from .reference import _grouped
+
+
+@torch.library.custom_op("quantlayers::hqq_dequantize", mutates_args=())
+def hqq_dequantize(
+    W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight that packed HQQ codes stand for; float32 inside, differentiable in ``scale`` and ``zero``.
+
+    Args:
+        W_q: packed codes, (out_features, packed_row_bytes(in_features, nbits)), uint8.
+        scale: weight units per code step; (out_features, n_groups) for ``axis=1``, (n_groups, in_features) for
+            ``axis=0``; floating.
+        zero: the code that stands for 0.0, in code units, shaped like ``scale``.
+        nbits: bits per code.
+        axis: 1 for groups along the inputs of a row, 0 for groups along the outputs of a column.
+        in_features: codes per row.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (out_features, in_features), ``dtype``.
+    """
+    weight = torch.empty(W_q.shape[0], in_features, dtype=torch.float32, device=W_q.device)
+    tiles.dequantize_rows(
+        W_q, scale.float(), zero.float(), nbits=nbits, axis=axis, rows=slice(0, W_q.shape[0]), into=weight
+    )
+    return weight.to(dtype)
+
+
+@hqq_dequantize.register_fake
+def _(W_q, scale, zero, nbits, axis, in_features, dtype):
+    return W_q.new_empty(W_q.shape[0], in_features, dtype=dtype)
+
+
+@torch.library.custom_op("quantlayers::hqq_linear", mutates_args=())
+def hqq_linear(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, nbits: int, axis: int
+) -> Tensor:
+    """``x @ weight.T + bias`` straight from packed HQQ codes; differentiable in all floating arguments.
+
+    Args:
+        x: (..., in_features), floating. Its dtype is the result's; on CPUs the product runs in float32.
+        W_q, scale, zero, nbits, axis: as for :func:`hqq_dequantize`.
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features), dtype of ``x``.
+    """
+    dtype = product_dtype(x.dtype, x.device)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = tiles.linear(
+        flat,
+        tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype),
+        None if bias is None else bias.to(dtype),
+        W_q.shape[0],
+    )
+    return y.view(*x.shape[:-1], W_q.shape[0]).to(x.dtype)
+
+
+@hqq_linear.register_fake
+def _(x, W_q, scale, zero, bias, nbits, axis):
+    return x.new_empty(*x.shape[:-1], W_q.shape[0])
+
+
+@torch.library.custom_op("quantlayers::hqq_input_gradient", mutates_args=())
+def hqq_input_gradient(
+    grad: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int, in_features: int
+) -> Tensor:
+    """``grad @ weight``: (..., out_features) to (..., in_features), dtype of ``grad``. Not differentiable."""
+    dtype = product_dtype(grad.dtype, grad.device)
+    flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    grad_x = tiles.input_gradient(
+        flat,
+        tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype),
+        in_features,
+    )
+    return grad_x.view(*grad.shape[:-1], in_features).to(grad.dtype)
+
+
+@hqq_input_gradient.register_fake
+def _(grad, W_q, scale, zero, nbits, axis, in_features):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+@torch.library.custom_op("quantlayers::hqq_metadata_gradient", mutates_args=())
+def hqq_metadata_gradient(
+    grad_weight: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``scale`` and ``zero`` from the gradient of the dense weight (out_features, in_features)."""
+    codes_minus_zero = torch.empty(grad_weight.shape, dtype=torch.float32, device=W_q.device)
+    zero32, scale32 = zero.float(), scale.float()
+    rows = slice(0, W_q.shape[0])
+    tiles.dequantize_rows(
+        W_q, torch.ones_like(zero32), zero32, nbits=nbits, axis=axis, rows=rows, into=codes_minus_zero
+    )
+    group_dim = -1 if axis == 1 else 0
+    grad_groups, _, _ = _grouped(grad_weight.float().contiguous(), scale32, zero32, axis)
+    grad_scale = (grad_groups * codes_minus_zero.view(grad_groups.shape)).sum(group_dim)
+    grad_zero = -scale32 * grad_groups.sum(group_dim)
+    return grad_scale.to(scale.dtype), grad_zero.to(zero.dtype)
+
+
+@hqq_metadata_gradient.register_fake
+def _(grad_weight, W_q, scale, zero, nbits, axis):
+    return torch.empty_like(scale), torch.empty_like(zero)
+
+
+def _save_for_dequantize(ctx, inputs, output):
+    W_q, scale, zero, ctx.nbits, ctx.axis, _, _ = inputs
+    ctx.save_for_backward(W_q, scale, zero)
+
+
+def _dequantize_backward(ctx, grad):
+    grad_scale, grad_zero = hqq_metadata_gradient(grad, *ctx.saved_tensors, ctx.nbits, ctx.axis)
+    return None, grad_scale, grad_zero, None, None, None, None
+
+
+hqq_dequantize.register_autograd(_dequantize_backward, setup_context=_save_for_dequantize)
+
+
+def _save_for_linear(ctx, inputs, output):
+    x, W_q, scale, zero, bias, ctx.nbits, ctx.axis = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_x = scale.requires_grad or zero.requires_grad
+    ctx.save_for_backward(W_q, scale, zero, *([x] if ctx.has_x else []))
+
+
+def _linear_backward(ctx, grad):
+    W_q, scale, zero, *saved_x = ctx.saved_tensors
+    grad_x = grad_scale = grad_zero = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = hqq_input_gradient(grad, W_q, scale, zero, ctx.nbits, ctx.axis, ctx.in_features)
+    if ctx.has_x:
+        dtype = product_dtype(grad.dtype, grad.device)
+        grad_2d = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        grad_weight = grad_2d.t() @ saved_x[0].reshape(-1, ctx.in_features).to(dtype)
+        grad_scale, grad_zero = hqq_metadata_gradient(grad_weight, W_q, scale, zero, ctx.nbits, ctx.axis)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, grad_scale, grad_zero, grad_bias, None, None
+
+
+hqq_linear.register_autograd(_linear_backward, setup_context=_save_for_linear)

@@ -1,0 +1,56 @@
+"""Fine-tune language models on the hardware you have: quantize, train adapters, merge back, save.
+
+Importing this package registers it with PEFT and transformers; :func:`unregister` takes that back.
+"""
+
+import os
+
+from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_back
+from .formats import QuantizedWeight, QuantSpec, TensorLayout
+from .integrations import peft as _peft
+from .integrations import transformers as _transformers
+from .layers import HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
+from .model import quantize_model, save_model
+from .quantizers import HQQConfig, HQQSpec, QuantConfig, QuantMethod, register_method, registered_methods
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HQQConfig",
+    "HQQLinear",
+    "HQQSpec",
+    "LayerMergeReport",
+    "LoraQuantizedLinear",
+    "MergeReport",
+    "QuantConfig",
+    "QuantMethod",
+    "QuantSpec",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "TensorLayout",
+    "dequantize_model",
+    "merge_back",
+    "quantize_model",
+    "quantized_modules",
+    "register",
+    "register_method",
+    "registered_methods",
+    "save_model",
+    "unregister",
+]
+
+
+def register() -> None:
+    """Register with PEFT's LoRA dispatch and transformers' quantizers. Importing the package does it already."""
+    _peft.register()
+    _transformers.register()
+
+
+def unregister() -> None:
+    """Put PEFT's and transformers' own dispatch back. Models that exist keep working."""
+    _peft.unregister()
+    _transformers.unregister()
+
+
+if not os.environ.get("PEFT_QUANTLAYERS_NO_REGISTER"):
+    register()

@@ -1,0 +1,6 @@
+"""Adapters on quantized layers: the one LoRA layer, and merging back. Imports PEFT's public layers."""
+
+from .lora import LoraQuantizedLinear
+from .merge import LayerMergeReport, MergeReport, merge_back
+
+__all__ = ["LayerMergeReport", "LoraQuantizedLinear", "MergeReport", "merge_back"]

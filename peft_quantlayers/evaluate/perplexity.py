@@ -1,0 +1,44 @@
+"""Perplexity of a causal language model on a text, in windows that do not overlap."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    token_ids: Tensor,
+    *,
+    window: int = 512,
+    max_windows: int | None = None,
+    progress: bool = False,
+) -> float:
+    """``exp`` of the mean negative log-likelihood of the tokens, each given those before it in its window.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: the whole text, (n_tokens,), integer.
+        window: tokens per window; each window is scored on its own, its first token not at all.
+        max_windows: score only the first so many windows; None for all.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    n_windows = token_ids.numel() // window
+    if n_windows == 0:
+        raise ValueError(f"the text has {token_ids.numel()} tokens, fewer than one window of {window}.")
+    n_windows = min(n_windows, max_windows or n_windows)
+    windows = token_ids[: n_windows * window].view(n_windows, window).to(model.device)
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for ids in tqdm(windows, desc="Perplexity", unit="window", disable=not progress):
+        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    model.train(was_training)
+    return math.exp(total / (n_windows * (window - 1)))

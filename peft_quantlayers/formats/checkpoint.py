@@ -1,0 +1,69 @@
+"""The quantization part of ``config.json``: which module is stored how. Pure JSON, no tensors, no model.
+
+``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``.
+Readers accept every format version up to their own; writers write the newest.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .spec import QuantSpec
+
+FORMAT_VERSION = 1
+# The name under which transformers finds our quantizer and our checkpoints.
+QUANT_METHOD = "quantlayers"
+MAX_MODULES = 1_000_000
+
+
+def specs_to_json(specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
+    """The JSON form of module names and their specs, each distinct spec written once."""
+    distinct = list(dict.fromkeys(specs.values()))
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "specs": [spec.to_dict() for spec in distinct],
+        "modules": {name: distinct.index(spec) for name, spec in specs.items()},
+    }
+
+
+def specs_from_json(fields: Any, spec_from_dict: Callable[[Any], QuantSpec]) -> dict[str, QuantSpec]:
+    """Module names and specs from what :func:`specs_to_json` wrote, every value checked.
+
+    Args:
+        fields: the parsed ``quantization_config``.
+        spec_from_dict: makes one spec of one mapping, and refuses what it does not know.
+
+    Raises:
+        ValueError: another method, a newer format, or a value that makes no sense; says which.
+        TypeError: a value of the wrong type.
+    """
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"quantization_config must be a mapping, got {type(fields).__name__}.")
+    if fields.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"quantization_config: quant_method={fields.get('quant_method')!r} is not {QUANT_METHOD!r}.")
+    version = fields.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"quantization_config: format_version={version!r} must be a positive integer.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"quantization_config: format_version={version} is newer than {FORMAT_VERSION}, the newest that this "
+            "peft_quantlayers reads. Upgrade it: pip install -U peft_quantlayers."
+        )
+    unknown = set(fields) - {"quant_method", "format_version", "specs", "modules"}
+    if unknown:
+        raise ValueError(f"quantization_config: unknown field(s) {sorted(map(str, unknown))}.")
+    raw_specs, modules = fields.get("specs"), fields.get("modules")
+    if not isinstance(raw_specs, list) or not isinstance(modules, Mapping) or not modules:
+        raise TypeError("quantization_config: 'specs' must be a list and 'modules' a non-empty mapping.")
+    if len(modules) > MAX_MODULES:
+        raise ValueError(f"quantization_config: {len(modules)} modules are more than any model has.")
+    specs = []
+    for position, raw in enumerate(raw_specs):
+        try:
+            specs.append(spec_from_dict(raw))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"quantization_config: specs[{position}]: {error}") from None
+    for name, index in modules.items():
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
+            raise ValueError(f"quantization_config: modules[{name!r}]={index!r} is no index into 'specs'.")
+    return {name: specs[index] for name, index in modules.items()}

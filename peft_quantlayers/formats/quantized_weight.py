@@ -1,0 +1,43 @@
+"""One quantized weight as a value: a spec, a shape and the tensors. No layer, no arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """A weight (out_features, in_features) in quantized form.
+
+    Invariant: ``tensors`` has exactly the names, shapes and dtypes of
+    ``spec.tensor_layout(out_features, in_features)``.
+    """
+
+    spec: QuantSpec
+    out_features: int
+    in_features: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and all other metadata included."""
+        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return 8 * nbytes / (self.out_features * self.in_features)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the layer ``name``, unless the invariant holds and all metadata is finite."""
+        layout = self.spec.tensor_layout(self.out_features, self.in_features)
+        if set(layout) != set(self.tensors):
+            raise ValueError(f"{name}: expected the tensors {sorted(layout)}, got {sorted(self.tensors)}.")
+        for tensor_name, expected in layout.items():
+            tensor = self.tensors[tensor_name]
+            if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+                raise ValueError(
+                    f"{name}.{tensor_name}: expected {expected.dtype} of shape {expected.shape}, got "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)}. The file does not match its configuration."
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")

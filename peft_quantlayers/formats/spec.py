@@ -1,0 +1,95 @@
+"""What a quantized tensor means, as plain values that go into JSON and come back unchanged.
+
+Here: the base class of all specs and the checks they share. The specs themselves live beside their
+quantizers. May import torch only.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+METADATA_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLayout:
+    """Shape and dtype that a stored tensor must have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec(ABC):
+    """How one weight is stored, and how a write to it is quantized again: numbers and names, no tensors.
+
+    Subclasses are frozen dataclasses that check their fields in ``__post_init__``, so that a spec that
+    exists is a spec that makes sense. ``method`` names the registered quantization method.
+    """
+
+    method: ClassVar[str]
+    codes_name: ClassVar[str]
+    """Name of the tensor that holds the codes; every other tensor of the layout is floating metadata."""
+
+    @abstractmethod
+    def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        """Name, shape and dtype of every tensor of a weight of this shape.
+
+        Raises:
+            ValueError: a weight of this shape cannot be stored this way; says why and what would fit.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, with the method's name."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The spec that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown field, another method's name, or a value that the spec refuses.
+            TypeError: a value of the wrong type.
+        """
+        fields = dict(fields)
+        method = fields.pop("method", cls.method)
+        if method != cls.method:
+            raise ValueError(f"expected a spec of method {cls.method!r}, got {method!r}.")
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"unknown field(s) {unknown} in a {cls.method!r} spec; known are "
+                f"{sorted(field.name for field in dataclasses.fields(cls))}."
+            )
+        return cls(**fields)
+
+
+def check_integer(name: str, value: Any, *, at_least: int, at_most: int) -> None:
+    """Raise unless ``value`` is an integer (no bool) between the bounds, both included."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
+    if not at_least <= value <= at_most:
+        raise ValueError(f"{name}={value} must lie between {at_least} and {at_most}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise unless ``value`` is one of ``choices``, of the very type that the choice has."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ValueError(f"{name}={value!r} is not supported; choose one of {choices}.")
+
+
+def check_number(name: str, value: Any, *, above: float, at_most: float) -> None:
+    """Raise unless ``value`` is a real number in (above, at_most]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+    if not above < value <= at_most:
+        raise ValueError(f"{name}={value} must lie above {above} and not above {at_most}.")
+
+
+def suggest_divisor(size: int, near: int) -> int:
+    """The divisor of ``size`` closest to ``near``, the smaller one of two at the same distance."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return min(divisors, key=lambda d: (abs(d - near), d))

@@ -1,0 +1,267 @@
+"""Linear layers whose weight is quantized. What a weight means is the method's; here is what a layer does.
+
+May import formats, quantizers and the kernels; never PEFT or transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight, QuantSpec
+from ..quantizers import QuantMethod, get_method
+from .write_through import WriteThroughWeight
+
+
+class CodesParameter(nn.Parameter):
+    """The packed codes of a layer. ``numel()`` counts the weights that they stand for, as users count parameters.
+
+    transformers' ``num_parameters`` and PEFT's trainable percentage add up ``numel()``; packed bytes would halve
+    the model. ``nelement()``, ``shape`` and ``nbytes`` tell the truth about the memory.
+    """
+
+    n_weights: int
+
+    def __new__(cls, codes: Tensor, requires_grad: bool = False) -> CodesParameter:
+        return torch.Tensor._make_subclass(cls, codes.detach(), requires_grad)
+
+    def numel(self) -> int:
+        return getattr(self, "n_weights", self.nelement())
+
+
+class QuantizedLinear(nn.Linear):
+    """``x @ weight.T + bias`` with a quantized weight; an ``nn.Linear`` to everybody who asks.
+
+    Codes and metadata are frozen Parameters under the names of the method's layout. They follow the layer
+    between devices and keep their dtypes: ``.to(dtype)`` changes ``compute_dtype`` and the bias alone.
+
+    ``weight`` is not stored. Reading it gives the dequantized weight, and writing to it, by assignment or in
+    place, quantizes the written values; see :class:`WriteThroughWeight`.
+
+    Attributes:
+        spec: how the weight is stored.
+        compute_dtype: dtype of ``weight``. The product runs in the wider of it and the input's dtype (or in
+            autocast's), and in float32 on CPUs that have no units for half precision.
+        layer_name: the module's name in its model, for messages.
+    """
+
+    spec: QuantSpec
+
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype,
+        layer_name: str = "layer",
+    ) -> None:
+        nn.Module.__init__(self)
+        if type(self) is not layer_type(quantized.spec.method):
+            raise TypeError(
+                f"{layer_name}: a {quantized.spec.method!r} weight belongs in a "
+                f"{layer_type(quantized.spec.method).__name__}, not in a {type(self).__name__}."
+            )
+        self.spec = quantized.spec
+        self.in_features = quantized.in_features
+        self.out_features = quantized.out_features
+        self.compute_dtype = compute_dtype
+        self.layer_name = layer_name
+        for name, tensor in quantized.tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
+        self._wrap_codes()
+        # Codes always come from a quantizer or a checkpoint: transformers has nothing to initialise here.
+        self._is_hf_initialized = True
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: QuantSpec, *, layer_name: str = "layer") -> Self:
+        """Quantize ``linear``, which is left as it is; the bias Parameter is shared.
+
+        Raises:
+            ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
+        """
+        if isinstance(linear, QuantizedLinear):
+            raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
+        quantized = get_method(spec.method).quantize(linear.weight, spec, name=layer_name)
+        layer = layer_type(spec.method)(
+            quantized, linear.bias, compute_dtype=linear.weight.dtype, layer_name=layer_name
+        )
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def empty(
+        cls,
+        spec: QuantSpec,
+        *,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        compute_dtype: torch.dtype,
+        device: torch.device | str,
+        layer_name: str = "layer",
+    ) -> QuantizedLinear:
+        """A layer of ``spec``'s layout with uninitialised tensors, to load a checkpoint into."""
+        layout = spec.tensor_layout(out_features, in_features)
+        tensors = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for name, entry in layout.items()
+        }
+        quantized = QuantizedWeight(
+            spec=spec, out_features=out_features, in_features=in_features, tensors=tensors
+        )
+        bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
+        return layer_type(spec.method)(
+            quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name
+        )
+
+    @property
+    def method(self) -> QuantMethod:
+        """The quantization method of this layer."""
+        return get_method(self.spec.method)
+
+    @property
+    def codes(self) -> Tensor:
+        """The packed codes; their device is the layer's."""
+        return self._parameters[self.spec.codes_name]
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
+        tensors = {name: self._parameters[name].data for name in self._tensor_names()}
+        return QuantizedWeight(
+            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
+        )
+
+    @quantized_weight.setter
+    def quantized_weight(self, quantized: QuantizedWeight) -> None:
+        if (quantized.out_features, quantized.in_features) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"{self.layer_name}: a weight of shape {(quantized.out_features, quantized.in_features)} does not "
+                f"fit a layer of shape {(self.out_features, self.in_features)}."
+            )
+        self.spec = quantized.spec
+        for name, tensor in quantized.tensors.items():
+            old = self._parameters[name]
+            if old.dtype == tensor.dtype and old.device == tensor.device:
+                old.data = tensor  # the Parameter object stays: an optimizer may hold it
+            else:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        self._wrap_codes()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
+        return self.method.dequantize(
+            self._tensors(), self.spec, in_features=self.in_features, dtype=dtype or self.compute_dtype
+        )
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Quantize ``weight`` (out_features, in_features) into this layer, with the layer's own spec.
+
+        Raises:
+            ValueError: another shape, or NaN or Inf in ``weight``; the layer is left as it was.
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"{self.layer_name}: cannot write a weight of shape {tuple(weight.shape)} into a layer of shape "
+                f"{(self.out_features, self.in_features)}."
+            )
+        with torch.no_grad():
+            if isinstance(weight, WriteThroughWeight):
+                weight = weight.dense()
+            self.quantized_weight = self.method.quantize(
+                weight.detach().to(self.codes.device), self.spec, name=self.layer_name
+            )
+
+    @property
+    def weight(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        return WriteThroughWeight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output_dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            output_dtype = dtype = torch.get_autocast_dtype(x.device.type)
+        else:
+            dtype = torch.promote_types(x.dtype, self.compute_dtype)
+        return self.method.linear(x.to(dtype), self._tensors(), self.spec, self.bias).to(output_dtype)
+
+    def extra_repr(self) -> str:
+        fields = self.spec.to_dict()
+        shown = [f"{key}={fields[key]}" for key in fields if key in ("nbits", "group_size", "axis")]
+        return ", ".join(
+            [
+                f"in_features={self.in_features}",
+                f"out_features={self.out_features}",
+                f"bias={self.bias is not None}",
+                *shown,
+            ]
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes are never initialised at random."""
+
+    def _tensor_names(self) -> list[str]:
+        return list(self.spec.tensor_layout(self.out_features, self.in_features))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: self._parameters[name] for name in self._parameters if name != "bias"}
+
+    def _wrap_codes(self) -> None:
+        codes = self.codes
+        if not isinstance(codes, CodesParameter):
+            wrapped = CodesParameter(codes)
+            wrapped.__dict__.update(codes.__dict__)
+            self._parameters[self.spec.codes_name] = codes = wrapped
+        metadata = sum(
+            parameter.nelement()
+            for name, parameter in self._parameters.items()
+            if name not in ("bias", self.spec.codes_name)
+        )
+        codes.n_weights = self.in_features * self.out_features - metadata
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # before nn.Module registers a Parameter of that name
+            if not (isinstance(value, WriteThroughWeight) and value._layer is self):
+                self.write_weight(value)
+            return
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and name != "bias" and "_is_hf_initialized" in self.__dict__:
+            self._wrap_codes()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._wrap_codes()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
+        metadata = {id(self._parameters[name]) for name in self._tensor_names()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in metadata and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_dtype, recurse)
+        self.compute_dtype = probe.dtype
+        self._wrap_codes()
+        return self
+
+
+class HQQLinear(QuantizedLinear):
+    """A linear layer with an HQQ weight: ``W_q`` (packed codes, uint8), ``scale``, ``zero`` and ``bias``."""
+
+
+_layer_types: dict[str, type[QuantizedLinear]] = {"hqq": HQQLinear}
+
+
+def layer_type(method: str) -> type[QuantizedLinear]:
+    """The layer class of a registered method; one is made for a method that brings none."""
+    if method not in _layer_types:
+        get_method(method)
+        _layer_types[method] = type(f"{method.upper()}Linear", (QuantizedLinear,), {"__module__": __name__})
+    return _layer_types[method]

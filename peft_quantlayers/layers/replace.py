@@ -1,0 +1,186 @@
+"""Find the linear layers of a model that a config means, and put quantized ones in their place."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..formats import QuantSpec
+from ..quantizers import QuantConfig
+from ..quantizers.config import matches
+from .linear import QuantizedLinear
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """All quantized layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(out_features, in_features); transformers' Conv1D keeps its weight the other way round."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
+    """Name and spec of every module that ``config`` means, checked: nothing is changed yet.
+
+    Those are all ``nn.Linear`` (no subclass of it, whose forward may differ) and ``Conv1D`` modules but the
+    output head, what ``skip_modules`` names, and modules that share their weight with another one.
+
+    Raises:
+        ValueError: nothing to quantize; a layer is quantized already; a shape does not fit its spec; a pattern
+            in ``skip_modules`` or ``overrides`` matches no module. All layers at fault are named.
+    """
+    _check_patterns(model, config)
+    heads = set() if config.quantize_lm_head else set(_head_modules(model))
+    shared = _shared_parameters(model)
+    specs: dict[str, QuantSpec] = {}
+    problems: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and not config.is_skipped(name):
+            problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
+        if type(module) not in (nn.Linear, Conv1D) or name in heads or config.is_skipped(name):
+            continue
+        if id(module.weight) in shared:
+            continue
+        spec = config.spec_for(name)
+        try:
+            spec.tensor_layout(*linear_shape(module))
+        except ValueError as error:
+            problems.append(f"{name}: {error} Or skip it with skip_modules=[{name!r}].")
+        specs[name] = spec
+    if problems:
+        shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
+        raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
+    if not specs:
+        raise ValueError(
+            "there is nothing to quantize: the model has no plain nn.Linear or Conv1D layer outside its head that "
+            "skip_modules leaves over."
+        )
+    return specs
+
+
+def quantize_modules(
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize the linear layers of ``model`` in place, one at a time, and return it.
+
+    Every layer is checked before the first is touched, so that a refused call leaves the model as it was. The
+    float weight of a layer is released as soon as its codes are made.
+
+    Args:
+        model: any module.
+        config: the method, and exceptions by name; for example ``HQQConfig(nbits=4)``.
+        device: where to quantize, for example ``"cuda"`` for a model that lies in CPU memory; the quantized layer
+            goes back to where the weight was. None to quantize each weight where it is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: as :func:`quantizable_modules` says, or a weight holds NaN or Inf.
+    """
+    specs = quantizable_modules(model, config)
+    not_finite = [name for name in specs if not _is_finite(model.get_submodule(name).weight)]
+    if not_finite:
+        raise ValueError(
+            f"the weights of {not_finite[:5]} hold NaN or Inf ({len(not_finite)} layer(s)); the model was not "
+            f"changed. Repair the checkpoint, or skip the layers with skip_modules={not_finite[:5]}."
+        )
+    for name, spec in tqdm(specs.items(), desc="Quantizing", unit="layer", disable=not progress):
+        quantize_module(model, name, spec, compute_dtype=config.compute_dtype, device=device)
+    return model
+
+
+def quantize_module(
+    model: nn.Module,
+    name: str,
+    spec: QuantSpec,
+    *,
+    compute_dtype: str | None = None,
+    device: torch.device | str | None = None,
+) -> QuantizedLinear:
+    """Replace the module ``name`` of ``model`` by its quantized form, and return that."""
+    linear = model.get_submodule(name)
+    home = linear.weight.device
+    weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+    if device is not None:
+        weight = weight.to(device)
+    dense = _linear_over(weight, linear.bias, linear.training)
+    layer = QuantizedLinear.from_linear(dense, spec, layer_name=name)
+    if device is not None:
+        layer.to(home)
+    if compute_dtype is not None:
+        layer.compute_dtype = getattr(torch, compute_dtype)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every quantized layer of ``model`` by a plain ``nn.Linear`` with its dequantized weight, in place.
+
+    Args:
+        model: any module; a transformers model also loses its quantization config.
+        dtype: dtype of the weights; None for each layer's ``compute_dtype``.
+    """
+    for name, layer in quantized_modules(model).items():
+        weight = layer.dequantize(dtype).detach()
+        model.set_submodule(name, _linear_over(weight, layer.bias, layer.training))
+    hf_quantizer = getattr(model, "hf_quantizer", None)
+    if hf_quantizer is not None:
+        hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _linear_over(weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> nn.Linear:
+    """An ``nn.Linear`` around existing tensors, without initialising any."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.bias = bias
+    return linear.train(training)
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    low, high = torch.aminmax(weight.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _head_modules(model: nn.Module) -> Iterable[str]:
+    """Linear modules outside the base model of a transformers model: the heads of whatever task."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+        return
+    body = {id(module) for module in getattr(model, prefix).modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in body:
+            yield name
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds (tied embeddings)."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for field in dataclasses.fields(config):
+        if field.name not in ("skip_modules", "overrides"):
+            continue
+        for pattern in getattr(config, field.name) or ():
+            if not any(matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"{field.name}: the pattern {pattern!r} matches no module of the model, which was not changed. "
+                    f"Names look like {names[len(names) // 2]!r}; a pattern may be the last part of a name, and "
+                    "may hold * and ?."
+                )

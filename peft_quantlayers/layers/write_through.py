@@ -1,0 +1,141 @@
+"""The dense face of a quantized weight: a tensor that reads as the dequantized weight and writes back to its layer.
+
+Nothing is dequantized until an operator asks for numbers; shape, dtype and device cost nothing. Operators that
+change the tensor in place, by whatever name and through whatever view of it, are recognised by their schema and
+requantize the layer: a write is never lost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from .linear import QuantizedLinear
+
+
+class WriteThroughWeight(Tensor):
+    """``layer.weight`` of a quantized layer, (out_features, in_features) in the layer's compute dtype.
+
+    It holds what was written to it; the layer holds the quantization of that. Reading ``layer.weight`` again
+    gives the quantized values. It never requires a gradient: adapters train, codes do not.
+    """
+
+    # transformers initialises what no checkpoint filled; these weights always come from codes.
+    _is_hf_initialized = True
+
+    _layer: QuantizedLinear
+    _dense: Tensor | None
+    _root: WriteThroughWeight
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLinear) -> WriteThroughWeight:
+        weight = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (layer.out_features, layer.in_features),
+            dtype=layer.compute_dtype,
+            device=layer.codes.device,
+        )
+        weight._layer, weight._dense, weight._root = layer, None, weight
+        return weight
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        pass
+
+    def _view(self, dense: Tensor) -> WriteThroughWeight:
+        view = torch.Tensor._make_wrapper_subclass(
+            type(self),
+            dense.shape,
+            strides=dense.stride(),
+            storage_offset=dense.storage_offset(),
+            dtype=dense.dtype,
+            device=dense.device,
+        )
+        view._layer, view._dense, view._root = self._layer, dense, self._root
+        return view
+
+    def dense(self) -> Tensor:
+        """The plain tensor behind this one; writing to *that* does not reach the layer."""
+        if self._dense is None:
+            with torch.no_grad():
+                self._dense = self._layer.dequantize()
+        return self._dense
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        plain_args, plain_kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+
+        schema_arguments = func._schema.arguments
+        given = list(zip(schema_arguments, args, strict=False))
+        given += [(argument, kwargs[argument.name]) for argument in schema_arguments if argument.name in kwargs]
+        written = viewed = None
+        for argument, value in given:
+            if argument.alias_info is None:
+                continue
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(tensor, cls):
+                    continue
+                if argument.alias_info.is_write:
+                    written = tensor
+                    tensor._layer.write_weight(tensor._root.dense())
+                else:
+                    viewed = tensor
+        if written is not None:
+            return written if isinstance(result, Tensor) else result
+        if viewed is not None:
+            return tree_map_only(Tensor, viewed._view, result)
+        return result
+
+    @property
+    def data(self) -> Tensor:
+        """This tensor itself: it never carries a gradient, and a write to ``.data`` must reach the layer too."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is self:  # ``weight.data += delta`` has written already
+            return
+        if self._root is not self:
+            raise NotImplementedError("assign to the .data of layer.weight itself, not to that of a view of it.")
+        self._layer.write_weight(value)
+        self._dense = None
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> WriteThroughWeight:
+        """Raises NotImplementedError for True: train an adapter, or ``modules_to_save`` on a dense layer, instead."""
+        if requires_grad:
+            raise NotImplementedError(
+                f"{self._layer.layer_name}: a quantized weight takes no gradient. Train an adapter on it (LoRA and "
+                "others), or keep the layer dense with skip_modules."
+            )
+        return self
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A read-only array: numpy could not tell the layer of a write."""
+        array = self.dense().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def tolist(self) -> list:
+        return self.dense().tolist()
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().clone().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({self.dense()!r})"

@@ -1,0 +1,120 @@
+"""Whole models: quantize one that is in memory, and save it so that nothing is lost on the way."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .integrations.transformers import QuantlayersHfQuantizer
+from .layers import quantize_modules, quantized_modules
+from .quantizers import QuantConfig
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize the linear layers of ``model`` in place, one at a time, and return it.
+
+    Every layer is checked before the first is touched, so that a refused call leaves the model as it was. The
+    float weight of a layer is released as soon as its codes are made.
+
+    Args:
+        model: any module. A transformers model saves, loads and trains afterwards as a quantized model.
+        config: the method, and exceptions by name; for example ``HQQConfig(nbits=4)``.
+        device: where to quantize, for example ``"cuda"`` for a model that lies in CPU memory; the quantized layer
+            goes back to where the weight was. None to quantize each weight where it is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: nothing to quantize; a layer is quantized already; a shape does not fit the config; a pattern
+            matches no module; a weight holds NaN or Inf. The model is as it was.
+    """
+    quantize_modules(model, config, device=device, progress=progress)
+    if isinstance(model, PreTrainedModel):
+        QuantlayersHfQuantizer.attached_to(model)
+    return model
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
+) -> None:
+    """Save a quantized model whole or not at all, with a model card that says how to load it.
+
+    Everything is written beside ``folder`` first and then moved there.
+
+    Args:
+        model: a quantized transformers model.
+        folder: where to; must not exist or be empty, unless ``overwrite``.
+        tokenizer: saved along with it, if given.
+        overwrite: replace what is in ``folder``.
+        kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
+
+    Raises:
+        FileExistsError: ``folder`` holds files; nothing was written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(written, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        (written / "README.md").write_text(_model_card(model))
+        written.chmod(0o777 & ~_umask())
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.rename(folder)
+    except BaseException:
+        shutil.rmtree(written, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _model_card(model: PreTrainedModel) -> str:
+    layers = quantized_modules(model)
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    bits = sum(
+        layer.quantized_weight.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()
+    ) / max(1, weights)
+    specs = sorted({str(layer.spec) for layer in layers.values()})
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft_quantlayers",
+            "tags: [quantized, quantlayers]",
+            "---",
+            "",
+            "**Load this model with `peft_quantlayers`; without its import transformers would fill the quantized",
+            "layers with random numbers, and say so only in a warning.**",
+            "",
+            "```python",
+            "import peft_quantlayers",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+            "```",
+            "",
+            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
+            "",
+            *[f"- `{spec}`" for spec in specs],
+            "",
+        ]
+    )

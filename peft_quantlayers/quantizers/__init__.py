@@ -1,0 +1,17 @@
+"""Quantization methods: from float weights to specs and tensors, and back. Imports formats and kernels only."""
+
+from .config import HQQConfig, QuantConfig
+from .hqq import HQQMethod, HQQSpec
+from .method import QuantMethod, get_method, register_method, registered_methods, spec_from_dict
+
+__all__ = [
+    "HQQConfig",
+    "HQQMethod",
+    "HQQSpec",
+    "QuantConfig",
+    "QuantMethod",
+    "get_method",
+    "register_method",
+    "registered_methods",
+    "spec_from_dict",
+]

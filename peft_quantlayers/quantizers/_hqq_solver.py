@@ -1,0 +1,188 @@
+"""The half-quadratic solver on a matrix of groups: pure arithmetic in float32, no layers and no files.
+
+Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". Minimises
+``sum |w - (q - zero) * scale| ** p`` over the zero of each group by alternating
+
+* ``q = clamp(round(w / scale + zero))``,
+* ``e = shrink(w - (q - zero) * scale)``, ``shrink(x) = sign(x) * relu(|x| - |x|**(p - 1) / beta)``,
+* ``zero = mean(q - (w - e) / scale)``, ``beta = kappa * beta``.
+
+The same iteration is done here with a hundredth of the work, for three reasons that change no result:
+
+* ``shrink(x)`` is exactly zero for ``|x| <= beta ** (-1 / (2 - p))``. A residual is at most half a step, plus
+  what the zero has moved where codes are clamped, so two numbers a group tell whether any power is needed.
+* Without it ``zero = mean(q) - mean(w) / scale`` depends on the codes only through their sum. A sum that did
+  not change gives the same zero to the bit, for ever: such a group is finished, and leaves the working set.
+* Groups are shifted to start at 0 and the offset is added back at the end, so that a large common offset
+  costs no precision.
+
+Where this differs from the ``hqq`` package: it stops *all* groups of a matrix once the mean error of the whole
+matrix rises, and then returns zeros that were never evaluated. Here every group stands alone, so that a row
+gives the same codes whatever else is in the matrix: a group ends where it stops moving or after ``iters``
+steps, and where the shrink is at work, which may raise the error, the best zero seen is kept. (Where it is
+not, each step can only lower the squared error, and the last zero is the best.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfQuadraticOptions:
+    """Constants of the published algorithm: norm ``p``, first ``beta``, its growth ``kappa``, steps ``iters``."""
+
+    iters: int = 20
+    lp_norm: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+
+
+def solve_groups(
+    groups: Tensor,
+    *,
+    nbits: int,
+    options: HalfQuadraticOptions,
+    integer_zero: bool = False,
+    refine_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each group.
+
+    Args:
+        groups: (n_groups, group_size), float32, finite.
+        nbits: bits per code; codes run from 0 to ``2**nbits - 1``.
+        options: constants of the half-quadratic iteration.
+        integer_zero: keep the zero an integer code, as integer formats need it; the scale is then fitted to it.
+        refine_scale: after the iteration, fit scale and zero to the codes by least squares and code again,
+            until nothing moves. Never raises a group's squared error.
+
+    Returns:
+        scale, weight units per code step, and zero, in code units; both (n_groups, 1), float32. A group of one
+        value is exact: scale is its magnitude (1 for zeros) and the zero makes code 0 stand for it.
+    """
+    max_code = 2**nbits - 1
+    low, high = torch.aminmax(groups, dim=1, keepdim=True)
+    if integer_zero:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    extent = high - low
+    # Below the smallest normal float the division overflows: such a group counts as one value.
+    is_constant = extent <= max_code * torch.finfo(torch.float32).tiny
+    steps_per_unit = torch.where(is_constant, torch.ones_like(extent), max_code / extent)
+    shifted = (groups - low).mul_(steps_per_unit)
+
+    offset = _solve_offset(shifted, steps_per_unit, max_code=max_code, options=options)
+    slope = torch.ones_like(offset)
+    if refine_scale and not integer_zero:
+        slope, offset = _fit_slope_and_offset(shifted, offset, max_code=max_code)
+    scale = slope / steps_per_unit
+    zero = offset - low / scale
+    if integer_zero:
+        zero = zero.round().clamp_(0, max_code)
+        scale = _fit_scale(groups, scale, zero, max_code=max_code)
+
+    magnitude = low.abs()
+    constant_scale = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
+    scale = torch.where(is_constant, constant_scale, scale)
+    if integer_zero:  # zero is in the range of codes, and code max_code or 0 stands for the value
+        return scale, torch.where(is_constant, (low < 0).float(), zero)
+    return scale, torch.where(is_constant, -low.sign(), zero)
+
+
+def encode(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int, out: Tensor | None = None) -> Tensor:
+    """Nearest codes of ``groups`` (n_groups, group_size) on the given grid, as floats."""
+    return torch.div(groups, scale, out=out).add_(zero).round_().clamp_(0, max_code)
+
+
+def _solve_offset(
+    shifted: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions
+) -> Tensor:
+    """The half-quadratic zero of groups that start at 0 and whose step is 1; (n_groups, 1).
+
+    ``shifted``: (n_groups, group_size), in steps. ``steps_per_unit`` tells the size of a step in weight units, on
+    which the shrink depends.
+    """
+    solved = torch.zeros_like(steps_per_unit)
+    best = torch.zeros_like(solved)
+    best_error = torch.full_like(solved, torch.inf)
+    is_shrunk = torch.zeros_like(solved, dtype=torch.bool)
+
+    index = torch.arange(shifted.shape[0], device=shifted.device)
+    offset = torch.zeros_like(solved)
+    mean = shifted.mean(1, keepdim=True)
+    buffer = torch.empty_like(shifted)
+    beta = options.beta
+    for _ in range(options.iters):
+        codes = torch.add(shifted, offset, out=buffer[: shifted.shape[0]]).round_().clamp_(0, max_code)
+        moved_to = codes.mean(1, keepdim=True).sub_(mean)
+
+        threshold = beta ** (-1.0 / (2.0 - options.lp_norm))
+        largest_residual = offset.abs().clamp_(min=0.5).mul_(1 + 1e-5)
+        may_shrink = (largest_residual > threshold * steps_per_unit[index]).squeeze(1)
+        if may_shrink.any():
+            here = may_shrink.nonzero().squeeze(1)
+            steps = steps_per_unit[index[here]]
+            residual = (shifted[here] + offset[here] - codes[here]) / steps
+            size = residual.abs()
+            error = size.mean(1, keepdim=True)
+            shrunk = residual.sign() * torch.relu(size - size.pow(options.lp_norm - 1) / beta)
+            moved_to[here] += shrunk.mean(1, keepdim=True) * steps
+            is_better = error < best_error[index[here]]
+            best[index[here]] = torch.where(is_better, offset[here], best[index[here]])
+            best_error[index[here]] = torch.where(is_better, error, best_error[index[here]])
+            is_shrunk[index[here]] = True
+
+        # A group that shrinks moves on while beta grows, even where it stood still for one step.
+        is_moving = (moved_to != offset).squeeze(1) | may_shrink
+        offset = moved_to
+        solved[index] = offset
+        n_moving = int(is_moving.sum())
+        if n_moving == 0:
+            break
+        if n_moving < 0.6 * len(index):
+            index, shifted, offset, mean = (part[is_moving] for part in (index, shifted, offset, mean))
+        beta *= options.kappa
+    return torch.where(is_shrunk, best, solved)
+
+
+# Coding and fitting lower the same squared error in turn; most groups stand still after a handful of rounds.
+REFINE_ITERS = 20
+
+
+def _fit_slope_and_offset(shifted: Tensor, offset: Tensor, *, max_code: int) -> tuple[Tensor, Tensor]:
+    """Slope and offset that minimise ``sum (shifted - slope * (q - offset))**2``, coding and fitting in turn."""
+    slope = torch.ones_like(offset)
+    solved_slope, solved_offset = slope.clone(), offset.clone()
+    index = torch.arange(shifted.shape[0], device=shifted.device)
+    mean = shifted.mean(1, keepdim=True)
+    buffer, product = torch.empty_like(shifted), torch.empty_like(shifted)
+    for _ in range(REFINE_ITERS):
+        n_active = shifted.shape[0]
+        codes = encode(shifted, slope, offset, max_code=max_code, out=buffer[:n_active])
+        code_mean = codes.mean(1, keepdim=True)
+        covariance = torch.mul(codes, shifted, out=product[:n_active]).mean(1, keepdim=True) - code_mean * mean
+        variance = codes.square_().mean(1, keepdim=True) - code_mean.square()
+        is_fitted = (variance > 0) & (covariance > 0)
+        new_slope = torch.where(is_fitted, covariance / variance, slope)
+        new_offset = torch.where(is_fitted, code_mean - mean / new_slope, offset)
+        is_moving = ((new_slope != slope) | (new_offset != offset)).squeeze(1)
+        slope, offset = new_slope, new_offset
+        solved_slope[index], solved_offset[index] = slope, offset
+        n_moving = int(is_moving.sum())
+        if n_moving == 0:
+            break
+        if n_moving < 0.6 * n_active:
+            index, shifted, slope, offset, mean = (
+                part[is_moving] for part in (index, shifted, slope, offset, mean)
+            )
+    return solved_slope, solved_offset
+
+
+def _fit_scale(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int) -> Tensor:
+    """Scale that minimises ``sum (w - scale * (q - zero))**2`` for a fixed zero, coding and fitting in turn."""
+    for _ in range(3):
+        steps = encode(groups, scale, zero, max_code=max_code).sub_(zero)
+        energy = steps.square().sum(1, keepdim=True)
+        fitted = (steps * groups).sum(1, keepdim=True) / energy
+        scale = torch.where((energy > 0) & (fitted > 0), fitted, scale)
+    return scale

@@ -1,0 +1,105 @@
+"""What a user asks for: one method for a model, with exceptions by module name."""
+
+import dataclasses
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from ..formats.checkpoint import QUANT_METHOD
+from ..formats.spec import METADATA_DTYPES, QuantSpec, check_choice
+from .hqq import HQQSpec
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name is meant by a pattern: a shell pattern for the whole name, or for its last parts.
+
+    ``"down_proj"`` means every module whose last part is that, ``"layers.0.*"`` everything below any ``layers.0``.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Which modules of a model are quantized, and which of them differ. Mixed into each method's own config.
+
+    Fields:
+        compute_dtype: dtype of the layers' dense face; None for the model's.
+        skip_modules: name patterns of modules to leave as they are, beside the output head.
+        overrides: for each name pattern the fields that differ there; a later pattern wins over an earlier one.
+        quantize_lm_head: quantize the output head too, where it does not share its weight with the embeddings.
+    """
+
+    spec_type: ClassVar[type[QuantSpec]]
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    compute_dtype: str | None = None
+    skip_modules: tuple[str, ...] | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
+    quantize_lm_head: bool = False
+
+    def _check(self) -> None:
+        if self.compute_dtype is not None:
+            name = str(self.compute_dtype).removeprefix("torch.")
+            check_choice("compute_dtype", name, METADATA_DTYPES)
+            object.__setattr__(self, "compute_dtype", name)
+        check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
+        if self.skip_modules is not None:
+            if isinstance(self.skip_modules, str) or not all(isinstance(p, str) for p in self.skip_modules):
+                raise TypeError(f"skip_modules must be a list of name patterns, got {self.skip_modules!r}.")
+            object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
+        if self.overrides is not None:
+            if not isinstance(self.overrides, dict):
+                raise TypeError(f"overrides must map name patterns to fields, got {self.overrides!r}.")
+            for pattern, fields in self.overrides.items():
+                if not isinstance(pattern, str) or not isinstance(fields, dict):
+                    raise TypeError(f"overrides must map name patterns to fields, got {pattern!r}: {fields!r}.")
+                try:
+                    self._spec_with(fields)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"overrides[{pattern!r}]: {error}") from None
+
+    def spec_for(self, module_name: str) -> QuantSpec:
+        """The spec of one module, overrides applied."""
+        fields: dict[str, Any] = {}
+        for pattern, changed in (self.overrides or {}).items():
+            if matches(module_name, pattern):
+                fields |= changed
+        return self._spec_with(fields)
+
+    def is_skipped(self, module_name: str) -> bool:
+        """Whether ``skip_modules`` means this module, or one that it lies in."""
+        parts = module_name.split(".")
+        names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(matches(name, pattern) for pattern in self.skip_modules or () for name in names)
+
+    def _spec_with(self, changed: dict[str, Any]) -> QuantSpec:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self.spec_type)}
+        return self.spec_type.from_dict(own | changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields under transformers' key ``quant_method``."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"quant_method": self.quant_method, "method": self.spec_type.method, **fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`; transformers asks for it when it prints a config."""
+        return self.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HQQConfig(QuantConfig, HQQSpec):
+    """Quantize a model with HQQ. Fields: those of :class:`HQQSpec` and of :class:`QuantConfig`.
+
+    Accepted by :func:`peft_quantlayers.quantize_model` and by transformers'
+    ``from_pretrained(..., quantization_config=)``.
+
+    Raises:
+        ValueError: a value that is not supported.
+        TypeError: a value of the wrong type.
+    """
+
+    spec_type = HQQSpec
+
+    def __post_init__(self) -> None:
+        HQQSpec.__post_init__(self)
+        self._check()

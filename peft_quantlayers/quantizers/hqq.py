@@ -1,0 +1,180 @@
+"""HQQ: its spec, and the method that makes and reads HQQ weights."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes
+from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
+
+from ..formats import QuantizedWeight, QuantSpec, TensorLayout
+from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, check_number, suggest_divisor
+from ._hqq_solver import HalfQuadraticOptions, encode, solve_groups
+from .method import QuantMethod, register_method
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUP_SIZE = 1 << 24
+# A million float32 weights and two buffers of that size stay within the last-level cache; other devices want
+# large launches, and 2**26 weights make a workspace of less than 1 GiB.
+CPU_CHUNK_WEIGHTS = 1 << 20
+DEVICE_CHUNK_WEIGHTS = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class HQQSpec(QuantSpec):
+    """An HQQ weight: ``(code - zero) * scale`` with one scale and one zero for each group.
+
+    Fields:
+        nbits: bits per code: 1, 2, 3, 4, 5, 6 or 8, packed without waste.
+        group_size: weights that share a scale and a zero; None for a whole row (``axis=1``) or column (``axis=0``).
+        axis: 1 groups neighbouring inputs of one output, 0 groups outputs of one input.
+        scale_dtype: dtype in which scales and zeros are stored. A layer whose groups it cannot hold gets float32.
+        integer_zero: zeros are whole codes, as integer formats need them.
+        refine_scale: fit scale and zero to the codes by least squares after the published iteration.
+        iters, lp_norm, beta, kappa: constants of the published iteration.
+    """
+
+    method = "hqq"
+    codes_name = "W_q"
+
+    nbits: int = 4
+    group_size: int | None = 64
+    axis: int = 1
+    scale_dtype: str = "float16"
+    integer_zero: bool = False
+    refine_scale: bool = True
+    iters: int = 20
+    lp_norm: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+
+    def __post_init__(self) -> None:
+        check_choice("nbits", self.nbits, SUPPORTED_NBITS)
+        check_choice("axis", self.axis, (0, 1))
+        check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
+        check_choice("integer_zero", self.integer_zero, (False, True))
+        check_choice("refine_scale", self.refine_scale, (False, True))
+        check_integer("iters", self.iters, at_least=0, at_most=10_000)
+        check_number("lp_norm", self.lp_norm, above=0.0, at_most=1.0)
+        check_number("beta", self.beta, above=0.0, at_most=1e6)
+        check_number("kappa", self.kappa, above=0.0, at_most=10.0)
+        if self.group_size is not None:
+            check_integer("group_size", self.group_size, at_least=1, at_most=MAX_GROUP_SIZE)
+
+    def n_groups(self, out_features: int, in_features: int) -> int:
+        """Groups along ``axis``. Raises ValueError where ``group_size`` does not divide it."""
+        size, side = (in_features, "in_features") if self.axis == 1 else (out_features, "out_features")
+        if self.group_size is None:
+            return 1
+        if size % self.group_size:
+            raise ValueError(
+                f"{side}={size} is not a multiple of group_size={self.group_size}. Use a group_size that divides "
+                f"it (for example {suggest_divisor(size, self.group_size)}), or group_size=None for one group."
+            )
+        return size // self.group_size
+
+    def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        n_groups = self.n_groups(out_features, in_features)
+        shape = (out_features, n_groups) if self.axis == 1 else (n_groups, in_features)
+        metadata = TensorLayout(shape=shape, dtype=getattr(torch, self.scale_dtype))
+        row_bytes = packed_row_bytes(in_features, self.nbits)
+        return {
+            "W_q": TensorLayout(shape=(out_features, row_bytes), dtype=torch.uint8),
+            "scale": metadata,
+            "zero": metadata,
+        }
+
+
+class HQQMethod(QuantMethod):
+    """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is in ``_hqq_solver.py``."""
+
+    spec_type = HQQSpec
+
+    def quantize(self, weight: Tensor, spec: HQQSpec, *, name: str) -> QuantizedWeight:
+        out_features, in_features = weight.shape
+        try:
+            layout = spec.tensor_layout(out_features, in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} Or skip the layer with skip_modules=[{name!r}].") from None
+        weight = weight.detach()
+        n_per_group = weight.numel() // layout["scale"].shape[0] // layout["scale"].shape[1]
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty(layout["scale"].shape, dtype=torch.float32, device=weight.device)
+        zero = torch.empty_like(scale)
+        dtype = getattr(torch, spec.scale_dtype)
+        max_code = 2**spec.nbits - 1
+
+        weight_groups, code_groups = (_by_group(part, spec.axis, n_per_group) for part in (weight, codes))
+        flat_scale, flat_zero = scale.view(-1, 1), zero.view(-1, 1)
+        chunk = CPU_CHUNK_WEIGHTS if weight.device.type == "cpu" else DEVICE_CHUNK_WEIGHTS
+        step = max(1, chunk // n_per_group)
+        for start in range(0, weight_groups.shape[0], step):
+            part = slice(start, start + step)
+            groups = weight_groups[part].to(torch.float32).contiguous()
+            if not torch.isfinite(groups.sum()) and not torch.isfinite(groups).all():
+                raise ValueError(
+                    f"{name}: the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint, or "
+                    f"skip the layer with skip_modules=[{name!r}]."
+                )
+            group_scale, group_zero = solve_groups(
+                groups,
+                nbits=spec.nbits,
+                options=HalfQuadraticOptions(
+                    iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa
+                ),
+                integer_zero=spec.integer_zero,
+                refine_scale=spec.refine_scale,
+            )
+            if dtype != torch.float32:
+                stored_scale, stored_zero = group_scale.to(dtype), group_zero.to(dtype)
+                if not _can_store(group_scale, group_zero, stored_scale, stored_zero, max_code):
+                    logger.warning(
+                        "%s: %s cannot hold the scales and zeros of this layer (very small weights, or a large "
+                        "common offset), so they are kept in float32.",
+                        name,
+                        spec.scale_dtype,
+                    )
+                    return self.quantize(weight, dataclasses.replace(spec, scale_dtype="float32"), name=name)
+                group_scale, group_zero = stored_scale.float(), stored_zero.float()
+            flat_scale[part], flat_zero[part] = group_scale, group_zero
+            code_groups[part] = encode(groups, group_scale, group_zero, max_code=max_code).to(torch.uint8)
+        tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.to(dtype), "zero": zero.to(dtype)}
+        return QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], spec: HQQSpec, *, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        return hqq_dequantize(
+            tensors["W_q"], tensors["scale"], tensors["zero"], spec.nbits, spec.axis, in_features, dtype
+        )
+
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HQQSpec, bias: Tensor | None) -> Tensor:
+        return hqq_linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+
+
+def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:
+    """View of ``matrix`` (out_features, in_features) as (n_groups, n_per_group), in the order of ``scale``."""
+    if axis == 1:
+        return matrix.reshape(-1, n_per_group)
+    return matrix.reshape(n_per_group, -1).t()
+
+
+def _can_store(scale: Tensor, zero: Tensor, stored_scale: Tensor, stored_zero: Tensor, max_code: int) -> bool:
+    """Whether rounding the metadata moves no weight by more than half a step, or the eighth of the range.
+
+    The error of a weight, in steps, is that of the zero plus the relative one of the scale times the distance
+    from the zero. With 8 bits in bfloat16 half a step is what that format gives; eighths serve the narrow codes.
+    """
+    zero_error = (stored_zero.float() - zero).abs()
+    distance = torch.maximum(zero.abs(), (max_code - zero).abs())
+    scale_error = (stored_scale.float() / scale - 1).abs() * distance
+    allowed = 0.5 if max_code > 15 else 0.125
+    return bool(((zero_error + scale_error) <= allowed).all())
+
+
+register_method(HQQMethod())

@@ -1,0 +1,96 @@
+"""What a quantization method is, and the registry of methods.
+
+A method is one frozen spec, a ``quantize``, a ``dequantize`` and a ``linear``. Layer, LoRA, merging, saving and
+loading, command line and contract tests follow from its registration.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..formats import QuantizedWeight, QuantSpec
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "peft_quantlayers.methods"
+
+
+class QuantMethod(ABC):
+    """Quantizes weights of one kind. Stateless: every function takes what it needs and writes into nothing."""
+
+    spec_type: ClassVar[type[QuantSpec]]
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, spec: QuantSpec, *, name: str) -> QuantizedWeight:
+        """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
+
+        The spec of the result may differ from ``spec`` where the weight asks for it (wider metadata).
+
+        Raises:
+            ValueError: the shape does not fit the spec, or the weight holds NaN or Inf; names ``name``.
+        """
+
+    @abstractmethod
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, *, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The dense weight (out_features, in_features) in ``dtype``, differentiable in the floating tensors."""
+
+    @abstractmethod
+    def linear(
+        self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None
+    ) -> Tensor:
+        """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
+
+
+_methods: dict[str, QuantMethod] = {}
+_are_entry_points_loaded = False
+
+
+def register_method(method: QuantMethod) -> None:
+    """Make ``method`` known under its spec's name.
+
+    Raises:
+        ValueError: another method has that name already.
+    """
+    name = method.spec_type.method
+    if name in _methods and type(_methods[name]) is not type(method):
+        raise ValueError(f"a quantization method named {name!r} is registered already: {_methods[name]!r}.")
+    _methods[name] = method
+
+
+def registered_methods() -> dict[str, QuantMethod]:
+    """All methods by name, those of installed packages (entry points) included."""
+    global _are_entry_points_loaded
+    if not _are_entry_points_loaded:
+        _are_entry_points_loaded = True
+        for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                register_method(entry_point.load()())
+            except ImportError as error:
+                logger.warning("method %r was not loaded: %s", entry_point.name, error)
+    return dict(_methods)
+
+
+def get_method(name: str) -> QuantMethod:
+    """The method registered as ``name``.
+
+    Raises:
+        ValueError: nothing is registered under that name.
+    """
+    methods = registered_methods()
+    if name not in methods:
+        raise ValueError(f"unknown quantization method {name!r}; known are {sorted(methods)}.")
+    return methods[name]
+
+
+def spec_from_dict(fields: Any) -> QuantSpec:
+    """The spec of whichever method ``fields["method"]`` names. Raises ValueError or TypeError on anything else."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
+        raise TypeError(f"a spec must be a mapping with a 'method' name, got {fields!r}.")
+    return get_method(fields["method"]).spec_type.from_dict(fields)
