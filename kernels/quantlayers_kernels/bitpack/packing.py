@@ -69,8 +69,10 @@ def unpack(packed: Tensor, nbits: int, columns: int) -> Tensor:
         (rows, columns), uint8; for 8 bits a view of ``packed``.
 
     Raises:
-        ValueError: ``packed`` does not have the width that ``columns`` and ``nbits`` ask for.
+        ValueError: ``packed`` is not a uint8 matrix of the width that ``columns`` and ``nbits`` ask for.
     """
+    if packed.dtype != torch.uint8 or packed.dim() != 2:
+        raise ValueError(f"packed must be a uint8 matrix, got {packed.dtype} of shape {tuple(packed.shape)}.")
     if packed.shape[1] != packed_row_bytes(columns, nbits):
         raise ValueError(
             f"a packed row of {columns} codes of {nbits} bits takes {packed_row_bytes(columns, nbits)} bytes, "

@@ -108,12 +108,12 @@ def hqq_metadata_gradient(
     grad_groups, _, _ = _grouped(grad_weight.float().contiguous(), scale32, zero32, axis)
     grad_scale = (grad_groups * codes_minus_zero.view(grad_groups.shape)).sum(group_dim)
     grad_zero = -scale32 * grad_groups.sum(group_dim)
-    return grad_scale.to(scale.dtype), grad_zero.to(zero.dtype)
+    return grad_scale.to(scale.dtype).contiguous(), grad_zero.to(zero.dtype).contiguous()
 
 
 @hqq_metadata_gradient.register_fake
 def _(grad_weight, W_q, scale, zero, nbits, axis):
-    return torch.empty_like(scale), torch.empty_like(zero)
+    return scale.new_empty(scale.shape), zero.new_empty(zero.shape)
 
 
 def _save_for_dequantize(ctx, inputs, output):
