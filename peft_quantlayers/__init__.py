@@ -9,6 +9,7 @@ from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
+from .integrations.hqq_folder import load_hqq_folder
 from .layers import HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
 from .model import quantize_model, save_model
 from .quantizers import HQQConfig, HQQSpec, QuantConfig, QuantMethod, register_method, registered_methods
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
+    "load_hqq_folder",
     "merge_back",
     "quantize_model",
     "quantized_modules",

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.linear import layer_type
 from ..layers.replace import linear_shape
 from ..quantizers import HQQConfig, HQQSpec, QuantConfig, spec_from_dict
+from ..quantizers.config import matches
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +166,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         return _QuantizeWeight(self)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        module_name, _, tensor_name = param_name.rpartition(".")
+        module_name = param_name.rpartition(".")[0]
         if self.param_needs_quantization(model, param_name):
             layout = self.specs[module_name].tensor_layout(*linear_shape(model.get_submodule(module_name)))
             return sum(_nbytes(entry.shape, entry.dtype) for entry in layout.values()) / param.numel()
@@ -282,10 +285,9 @@ class UpstreamHqqHfQuantizer(QuantlayersHfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
+            self.quantization_config = _without_untagged(self.quantization_config, model)
             return super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
-        stored = [key.removesuffix(".W_q") for key in _header_keys(checkpoint_files or []) if key.endswith(".W_q")]
-        if not stored:
-            raise ValueError('the checkpoint says quant_method "hqq" but holds no W_q tensor: it is not quantized.')
+        stored = _upstream_names(set(_header_keys(checkpoint_files or [])))
         # The real spec of each layer is beside its tensors; this one only reserves the names.
         self.specs = _rename_to_model(dict.fromkeys(stored, HQQSpec(group_size=None)), model)
         self._place_empty_layers(model)
@@ -310,29 +312,53 @@ class UpstreamHqqHfQuantizer(QuantlayersHfQuantizer):
                 stored = self._settings[name] | {
                     tensor: layer._parameters[tensor].data for tensor in ("W_q", "scale", "zero")
                 }
-                model.set_submodule(name, _from_upstream(stored, layer, name))
+                model.set_submodule(name, linear_from_upstream(stored, layer, name=name, dtype=layer.compute_dtype))
         super()._process_model_after_weight_loading(model, **kwargs)
 
 
-def _from_upstream(stored: dict[str, Any], layer: QuantizedLinear, name: str) -> QuantizedLinear:
+def linear_from_upstream(
+    stored: Mapping[str, Any], linear: nn.Linear, *, name: str, dtype: torch.dtype
+) -> QuantizedLinear:
+    """The quantized layer that the ``hqq`` package stored as ``stored``, with the bias of ``linear``, its place.
+
+    Raises:
+        ValueError: as :func:`read_hqq_layer`, or the weight does not have the shape of ``linear``.
+    """
     fields, codes, scale, zero = read_hqq_layer(stored, name=name)
-    if tuple(codes.shape) != (layer.out_features, layer.in_features):
+    if tuple(codes.shape) != (linear.out_features, linear.in_features):
         raise ValueError(
             f"{name}: the checkpoint holds a weight of shape {tuple(codes.shape)}, the model wants "
-            f"{(layer.out_features, layer.in_features)}."
+            f"{(linear.out_features, linear.in_features)}."
         )
-    spec = HQQSpec(**fields)
+    try:
+        spec = HQQSpec(**fields)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     quantized = QuantizedWeight(
         spec=spec,
-        out_features=layer.out_features,
-        in_features=layer.in_features,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
         tensors={"W_q": pack(codes, spec.nbits), "scale": scale, "zero": zero},
     )
     quantized.check(name)
-    converted = type(layer)(quantized, layer.bias, compute_dtype=layer.compute_dtype, layer_name=name)
+    converted = layer_type(spec.method)(quantized, linear.bias, compute_dtype=dtype, layer_name=name)
     for parameter in converted.parameters():
         parameter._is_hf_initialized = True
-    return converted.train(layer.training)
+    return converted.train(linear.training)
+
+
+def _upstream_names(keys: set[str]) -> list[str]:
+    """Names of the quantized layers among the keys of a checkpoint, each with all the tensors it needs."""
+    names = sorted(key.removesuffix(".W_q") for key in keys if key.endswith(".W_q"))
+    if not names:
+        raise ValueError('the checkpoint says quant_method "hqq" but holds no W_q tensor: it is not quantized.')
+    missing = [f"{name}.{part}" for name in names for part in ("scale", "zero") if f"{name}.{part}" not in keys]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensor(s) of quantized layers, for example {missing[:3]}. Download "
+            "or save it again."
+        )
+    return names
 
 
 def _from_transformers_config(config: Any) -> QuantConfig:
@@ -343,6 +369,15 @@ def _from_transformers_config(config: Any) -> QuantConfig:
         return HQQConfig(skip_modules=skip, **_hqq_fields(settings))
     overrides = {tag: _hqq_fields(tagged) for tag, tagged in settings.items()}
     return HQQConfig(skip_modules=skip, overrides=overrides or None)
+
+
+def _without_untagged(config: QuantConfig, model: nn.Module) -> QuantConfig:
+    """``config`` with the layers that no tag of a ``dynamic_config`` means skipped: those stay float in ``hqq``."""
+    if not config.overrides:
+        return config
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    untagged = [name for name in linears if not any(matches(name, tag) for tag in config.overrides)]
+    return dataclasses.replace(config, skip_modules=(*(config.skip_modules or ()), *untagged))
 
 
 def _hqq_fields(settings: dict[str, Any]) -> dict[str, Any]:
@@ -368,9 +403,7 @@ def _open(file: str) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(
-            f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again."
-        ) from None
+        raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
 def _check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.Module) -> None:
