@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -94,7 +95,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.quantization_backend = _Backend(f"quantlayers-{base_layer.spec.method}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        layer_name = self.get_base_layer().layer_name
+        layer_name = self._quantized_base().layer_name
         if config.use_qalora:
             raise NotImplementedError(
                 f"{layer_name}: use_qalora is not implemented for quantlayers yet, and would be ignored. Use plain "
@@ -102,8 +103,8 @@ class LoraQuantizedLinear(LoraLinear):
             )
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
-                f'{layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, which is another '
-                'grid than this layer has. Use "pissa" or "olora", which requantize the residual on this layer\'s grid.'
+                f'{layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, on another grid '
+                'than this layer has. Use "pissa" or "olora", which requantize the residual on this layer\'s grid.'
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
@@ -123,13 +124,15 @@ class LoraQuantizedLinear(LoraLinear):
         Raises:
             ValueError: the merged weight is not finite; names the layer, which is left as it was.
         """
+        if not isinstance(self.get_base_layer(), QuantizedLinear):  # dequantized under its adapters
+            return super().merge(safe_merge, adapter_names)
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self.active_adapters if adapter_names is None else adapter_names
         new = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
         if not new:
             return
-        base = self.get_base_layer()
+        base = self._quantized_base()
         unmerged = self._unmerged_state()
         names = [*self.merged_adapters, *new]
         before, target, bias = self._merged_floats(unmerged, names)
@@ -153,7 +156,11 @@ class LoraQuantizedLinear(LoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        base, unmerged = self.get_base_layer(), self._unmerged
+        if not isinstance(self.get_base_layer(), QuantizedLinear):
+            return super().unmerge()
+        base, unmerged = self._quantized_base(), self._unmerged
+        if unmerged is None:
+            raise RuntimeError(f"{base.layer_name}: merged, but the unmerged weight is gone. Load the model again.")
         device = base.codes.device
         base.quantized_weight = QuantizedWeight(
             spec=unmerged.weight.spec,
@@ -173,7 +180,7 @@ class LoraQuantizedLinear(LoraLinear):
         Raises:
             ValueError: the merged weight is not finite; names the layer.
         """
-        base = self.get_base_layer()
+        base = self._quantized_base()
         unmerged = self._unmerged_state()
         names = [name for name in adapter_names if name in self.lora_A]
         before, target, bias = self._merged_floats(unmerged, names)
@@ -191,8 +198,11 @@ class LoraQuantizedLinear(LoraLinear):
         )
         return dense.train(self.training), report
 
+    def _quantized_base(self) -> QuantizedLinear:
+        return cast(QuantizedLinear, self.get_base_layer())
+
     def _unmerged_state(self) -> _Unmerged:
-        base = self.get_base_layer()
+        base = self._quantized_base()
         return self._unmerged or _Unmerged(
             weight=base.quantized_weight,
             bias=None if base.bias is None else base.bias.data.clone(),
@@ -206,7 +216,7 @@ class LoraQuantizedLinear(LoraLinear):
         PEFT merges one adapter after the other into ``base_layer``. A dense stand-in takes that place, so that
         every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules.
         """
-        base = self.get_base_layer()
+        base = self._quantized_base()
         device = base.codes.device
         before = base.method.dequantize(
             {name: tensor.to(device) for name, tensor in unmerged.weight.tensors.items()},

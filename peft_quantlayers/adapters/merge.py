@@ -56,9 +56,7 @@ class MergeReport:
             "relative_error": self.relative_error,
             "change_kept": self.change_kept,
             "error_to_change": self.error_to_change,
-            "layers": [
-                dataclasses.asdict(layer) | {"relative_error": layer.relative_error} for layer in self.layers
-            ],
+            "layers": [dataclasses.asdict(layer) | {"relative_error": layer.relative_error} for layer in self.layers],
         }
 
     def save(self, path: str | Path) -> None:

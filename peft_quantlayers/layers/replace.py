@@ -133,9 +133,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, layer in quantized_modules(model).items():
         weight = layer.dequantize(dtype).detach()
         model.set_submodule(name, _linear_over(weight, layer.bias, layer.training))
-    hf_quantizer = getattr(model, "hf_quantizer", None)
-    if hf_quantizer is not None:
-        hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
+            module.hf_quantizer.remove_quantization_config(module)
     return model
 
 

@@ -1,0 +1,110 @@
+"""Seconds for one LoRA training step on SmolLM2-135M: quantized base against the dense float32 base, interleaved.
+
+A step is forward, backward and AdamW, LoRA of rank 8 on all linear layers. Before anything is timed, loss and
+gradients of the quantized model are compared with those of its own dequantized copy, and a wrong one is refused.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from _device import describe_device
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import peft_quantlayers as pql
+from peft_quantlayers.evaluate import demo_model_folder
+
+RESULTS = Path(__file__).parent / "results" / "lora_step.json"
+
+
+def lora_model(dtype: torch.dtype, nbits: int | None) -> nn.Module:
+    config = None if nbits is None else pql.HQQConfig(nbits=nbits)
+    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=dtype, quantization_config=config)
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+def refuse_wrong_gradients(model: nn.Module, ids: torch.Tensor) -> None:
+    """Compare loss and adapter gradients with those over plain dense layers that hold the dequantized weights."""
+    dense = pql.dequantize_model(copy.deepcopy(model))
+    grads = []
+    for candidate in (model, dense):
+        loss = candidate(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads.append([loss.detach(), *[p.grad for p in candidate.parameters() if p.grad is not None]])
+        candidate.zero_grad()
+    for ours, reference in zip(*grads, strict=True):
+        error = (ours - reference).float().norm() / reference.float().norm()
+        if not error < 1e-3:
+            raise SystemExit(f"a gradient of the quantized model is off by {error:.2e}: nothing was timed.")
+
+
+def seconds_per_step(models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, list[float]]:
+    optimizers = {
+        name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+        for name, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 32])
+    args = parser.parse_args()
+
+    models = {
+        "dense float32": lora_model(torch.float32, None),
+        "HQQ 4-bit, float32": lora_model(torch.float32, 4),
+        "HQQ 2-bit, float32": lora_model(torch.float32, 2),
+        "dense bfloat16": lora_model(torch.bfloat16, None),
+        "HQQ 4-bit, bfloat16": lora_model(torch.bfloat16, 4),
+    }
+    torch.manual_seed(0)
+    vocabulary = next(iter(models.values())).config.vocab_size
+    refuse_wrong_gradients(models["HQQ 4-bit, float32"], torch.randint(0, vocabulary, (1, 32)))
+
+    rows = []
+    for tokens in args.tokens:
+        ids = torch.randint(0, vocabulary, (args.batch, tokens))
+        seconds = seconds_per_step(models, ids, args.repeats)
+        dense = statistics.median(seconds["dense float32"])
+        for name, times in seconds.items():
+            median = statistics.median(times)
+            rows.append(
+                {
+                    "model": name,
+                    "batch": args.batch,
+                    "tokens": tokens,
+                    "median_s": median,
+                    "min_s": min(times),
+                    "max_s": max(times),
+                    "rate_vs_dense_float32": dense / median,
+                }
+            )
+            print(
+                f"{args.batch} x {tokens:4} tokens  {name:20}  {median:6.3f} s  "
+                f"({min(times):.3f} to {max(times):.3f})  {dense / median:5.2f} x the dense float32 rate",
+                flush=True,
+            )
+    RESULTS.write_text(json.dumps({"device": describe_device(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
