@@ -12,7 +12,8 @@ The same iteration is done here with a hundredth of the work, for three reasons 
 * ``shrink(x)`` is exactly zero for ``|x| <= beta ** (-1 / (2 - p))``. A residual is at most half a step, plus
   what the zero has moved where codes are clamped, so two numbers a group tell whether any power is needed.
 * Without it ``zero = mean(q) - mean(w) / scale`` depends on the codes only through their sum. A sum that did
-  not change gives the same zero to the bit, for ever: such a group is finished, and leaves the working set.
+  not change gives the same zero to the bit, for as long as the shrink does not reach it: such a group is
+  finished, and leaves the working set.
 * Groups are shifted to start at 0 and the offset is added back at the end, so that a large common offset
   costs no precision.
 
@@ -23,6 +24,7 @@ steps, and where the shrink is at work, which may raise the error, the best zero
 not, each step can only lower the squared error, and the last zero is the best.)
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,9 +96,7 @@ def encode(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int, out: T
     return torch.div(groups, scale, out=out).add_(zero).round_().clamp_(0, max_code)
 
 
-def _solve_offset(
-    shifted: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions
-) -> Tensor:
+def _solve_offset(shifted: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions) -> Tensor:
     """The half-quadratic zero of groups that start at 0 and whose step is 1; (n_groups, 1).
 
     ``shifted``: (n_groups, group_size), in steps. ``steps_per_unit`` tells the size of a step in weight units, on
@@ -112,28 +112,31 @@ def _solve_offset(
     mean = shifted.mean(1, keepdim=True)
     buffer = torch.empty_like(shifted)
     beta = options.beta
+    growth = math.exp(min(max(0.0, options.iters * math.log(options.kappa)), math.log(MAX_BETA)))
+    smallest_threshold = _threshold(beta * growth, options)
     for _ in range(options.iters):
         codes = torch.add(shifted, offset, out=buffer[: shifted.shape[0]]).round_().clamp_(0, max_code)
         moved_to = codes.mean(1, keepdim=True).sub_(mean)
 
-        threshold = beta ** (-1.0 / (2.0 - options.lp_norm))
         largest_residual = offset.abs().clamp_(min=0.5).mul_(1 + 1e-5)
-        may_shrink = (largest_residual > threshold * steps_per_unit[index]).squeeze(1)
-        if may_shrink.any():
-            here = may_shrink.nonzero().squeeze(1)
+        may_shrink = largest_residual > _threshold(beta, options) * steps_per_unit[index]
+        is_looked_at = (may_shrink | is_shrunk[index]).squeeze(1)
+        if is_looked_at.any():
+            here = is_looked_at.nonzero().squeeze(1)
             steps = steps_per_unit[index[here]]
             residual = (shifted[here] + offset[here] - codes[here]) / steps
             size = residual.abs()
             error = size.mean(1, keepdim=True)
             shrunk = residual.sign() * torch.relu(size - size.pow(options.lp_norm - 1) / beta)
             moved_to[here] += shrunk.mean(1, keepdim=True) * steps
-            is_better = error < best_error[index[here]]
+            is_shrunk[index[here]] |= shrunk.any(1, keepdim=True)
+            is_better = is_shrunk[index[here]] & (error < best_error[index[here]])
             best[index[here]] = torch.where(is_better, offset[here], best[index[here]])
             best_error[index[here]] = torch.where(is_better, error, best_error[index[here]])
-            is_shrunk[index[here]] = True
 
-        # A group that shrinks moves on while beta grows, even where it stood still for one step.
-        is_moving = (moved_to != offset).squeeze(1) | may_shrink
+        # A group that stands still moves again where a growing beta lets the shrink reach its residuals.
+        shrinks_later = largest_residual > smallest_threshold * steps_per_unit[index]
+        is_moving = ((moved_to != offset) | shrinks_later).squeeze(1)
         offset = moved_to
         solved[index] = offset
         n_moving = int(is_moving.sum())
@@ -141,8 +144,17 @@ def _solve_offset(
             break
         if n_moving < 0.6 * len(index):
             index, shifted, offset, mean = (part[is_moving] for part in (index, shifted, offset, mean))
-        beta *= options.kappa
+        beta = min(beta * options.kappa, MAX_BETA)
     return torch.where(is_shrunk, best, solved)
+
+
+# Far beyond where the shrink takes the whole residual, and finite in float32.
+MAX_BETA = 1e30
+
+
+def _threshold(beta: float, options: HalfQuadraticOptions) -> float:
+    """The size of a residual up to which the shrink gives exactly zero."""
+    return beta ** (-1.0 / (2.0 - options.lp_norm))
 
 
 # Coding and fitting lower the same squared error in turn; most groups stand still after a handful of rounds.
@@ -172,9 +184,7 @@ def _fit_slope_and_offset(shifted: Tensor, offset: Tensor, *, max_code: int) -> 
         if n_moving == 0:
             break
         if n_moving < 0.6 * n_active:
-            index, shifted, slope, offset, mean = (
-                part[is_moving] for part in (index, shifted, slope, offset, mean)
-            )
+            index, shifted, slope, offset, mean = (part[is_moving] for part in (index, shifted, slope, offset, mean))
     return solved_slope, solved_offset
 
 

@@ -124,9 +124,7 @@ class HQQMethod(QuantMethod):
             group_scale, group_zero = solve_groups(
                 groups,
                 nbits=spec.nbits,
-                options=HalfQuadraticOptions(
-                    iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa
-                ),
+                options=HalfQuadraticOptions(iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa),
                 integer_zero=spec.integer_zero,
                 refine_scale=spec.refine_scale,
             )
@@ -165,15 +163,16 @@ def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:
 
 
 def _can_store(scale: Tensor, zero: Tensor, stored_scale: Tensor, stored_zero: Tensor, max_code: int) -> bool:
-    """Whether rounding the metadata moves no weight by more than half a step, or the eighth of the range.
+    """Whether rounding the metadata moves no weight by more than an eighth of a step, or what the dtype gives.
 
     The error of a weight, in steps, is that of the zero plus the relative one of the scale times the distance
-    from the zero. With 8 bits in bfloat16 half a step is what that format gives; eighths serve the narrow codes.
+    from the zero. Both are at most half an epsilon of ``max_code`` where the zero lies among the codes, so that
+    only an offset, or a scale out of the dtype's range, is refused.
     """
     zero_error = (stored_zero.float() - zero).abs()
     distance = torch.maximum(zero.abs(), (max_code - zero).abs())
     scale_error = (stored_scale.float() / scale - 1).abs() * distance
-    allowed = 0.5 if max_code > 15 else 0.125
+    allowed = max(0.125, 0.75 * max_code * torch.finfo(stored_scale.dtype).eps)
     return bool(((zero_error + scale_error) <= allowed).all())
 
 

@@ -42,9 +42,7 @@ class QuantMethod(ABC):
         """The dense weight (out_features, in_features) in ``dtype``, differentiable in the floating tensors."""
 
     @abstractmethod
-    def linear(
-        self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
 
 
