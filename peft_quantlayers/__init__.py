@@ -13,6 +13,7 @@ from .integrations.hqq_folder import load_hqq_folder
 from .layers import HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
 from .model import quantize_model, save_model
 from .quantizers import HQQConfig, HQQSpec, QuantConfig, QuantMethod, register_method, registered_methods
+from .training import prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize_model",
     "load_hqq_folder",
     "merge_back",
+    "prepare_model_for_kbit_training",
     "quantize_model",
     "quantized_modules",
     "register",

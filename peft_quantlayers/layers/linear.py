@@ -43,8 +43,8 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         spec: how the weight is stored.
-        compute_dtype: dtype of ``weight``. The product runs in the wider of it and the input's dtype (or in
-            autocast's), and in float32 on CPUs that have no units for half precision.
+        compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
+            for a half precision compute in float32 inside). The result comes back in the dtype of the input.
         layer_name: the module's name in its model, for messages.
     """
 
@@ -106,16 +106,10 @@ class QuantizedLinear(nn.Linear):
     ) -> QuantizedLinear:
         """A layer of ``spec``'s layout with uninitialised tensors, to load a checkpoint into."""
         layout = spec.tensor_layout(out_features, in_features)
-        tensors = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for name, entry in layout.items()
-        }
-        quantized = QuantizedWeight(
-            spec=spec, out_features=out_features, in_features=in_features, tensors=tensors
-        )
+        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for name, entry in layout.items()}
+        quantized = QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
         bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
-        return layer_type(spec.method)(
-            quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name
-        )
+        return layer_type(spec.method)(quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name)
 
     @property
     def method(self) -> QuantMethod:
@@ -182,11 +176,9 @@ class QuantizedLinear(nn.Linear):
         return WriteThroughWeight(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        output_dtype = x.dtype
+        dtype, output_dtype = self.compute_dtype, x.dtype
         if torch.is_autocast_enabled(x.device.type):
-            output_dtype = dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = torch.promote_types(x.dtype, self.compute_dtype)
+            dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
         return self.method.linear(x.to(dtype), self._tensors(), self.spec, self.bias).to(output_dtype)
 
     def extra_repr(self) -> str:

@@ -50,7 +50,7 @@ def hqq_linear(
     """``x @ weight.T + bias`` straight from packed HQQ codes; differentiable in all floating arguments.
 
     Args:
-        x: (..., in_features), floating. Its dtype is the result's; on CPUs the product runs in float32.
+        x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it.
         W_q, scale, zero, nbits, axis: as for :func:`hqq_dequantize`.
         bias: (out_features,) or None.
 
@@ -59,13 +59,15 @@ def hqq_linear(
     """
     dtype = product_dtype(x.dtype, x.device)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = tiles.linear(
+    # No view may leave the operator: callers add to the result in place, which autograd forbids on a view.
+    y = flat.new_empty(*x.shape[:-1], W_q.shape[0])
+    tiles.linear(
         flat,
         tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype),
         None if bias is None else bias.to(dtype),
-        W_q.shape[0],
+        into=y.view(flat.shape[0], W_q.shape[0]),
     )
-    return y.view(*x.shape[:-1], W_q.shape[0]).to(x.dtype)
+    return y.to(x.dtype)
 
 
 @hqq_linear.register_fake
@@ -80,12 +82,13 @@ def hqq_input_gradient(
     """``grad @ weight``: (..., out_features) to (..., in_features), dtype of ``grad``. Not differentiable."""
     dtype = product_dtype(grad.dtype, grad.device)
     flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    grad_x = tiles.input_gradient(
+    grad_x = flat.new_empty(*grad.shape[:-1], in_features)
+    tiles.input_gradient(
         flat,
         tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype),
-        in_features,
+        into=grad_x.view(flat.shape[0], in_features),
     )
-    return grad_x.view(*grad.shape[:-1], in_features).to(grad.dtype)
+    return grad_x.to(grad.dtype)
 
 
 @hqq_input_gradient.register_fake

@@ -53,20 +53,17 @@ def weight_tiles(
         yield rows, tile if dtype == torch.float32 else cast[:n_rows].copy_(tile)
 
 
-def linear(x: Tensor, tiles: Iterator[tuple[slice, Tensor]], bias: Tensor | None, out_features: int) -> Tensor:
-    """``x @ weight.T + bias``, (tokens, out_features), with ``x`` (tokens, in_features) in the tiles' dtype."""
-    y = x.new_empty(x.shape[0], out_features)
+def linear(x: Tensor, tiles: Iterator[tuple[slice, Tensor]], bias: Tensor | None, *, into: Tensor) -> None:
+    """``x @ weight.T + bias`` into (tokens, out_features), from (tokens, in_features); all in the tiles' dtype."""
     for rows, tile in tiles:
         if bias is None:
-            torch.mm(x, tile.t(), out=y[:, rows])
+            torch.mm(x, tile.t(), out=into[:, rows])
         else:
-            torch.addmm(bias[rows], x, tile.t(), out=y[:, rows])
-    return y
+            torch.addmm(bias[rows], x, tile.t(), out=into[:, rows])
 
 
-def input_gradient(grad: Tensor, tiles: Iterator[tuple[slice, Tensor]], in_features: int) -> Tensor:
-    """``grad @ weight``, (tokens, in_features), with ``grad`` (tokens, out_features) in the tiles' dtype."""
-    grad_x = grad.new_zeros(grad.shape[0], in_features)
+def input_gradient(grad: Tensor, tiles: Iterator[tuple[slice, Tensor]], *, into: Tensor) -> None:
+    """``grad @ weight`` into (tokens, in_features), from (tokens, out_features); all in the tiles' dtype."""
+    into.zero_()
     for rows, tile in tiles:
-        grad_x.addmm_(grad[:, rows], tile)
-    return grad_x
+        into.addmm_(grad[:, rows], tile)

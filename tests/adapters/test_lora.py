@@ -1,0 +1,292 @@
+"""LoRA on quantized layers through plain PEFT: the numbers against the same adapter on the dequantized dense layer."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import peft_quantlayers as pql
+from peft_quantlayers import HQQConfig, LoraQuantizedLinear, QuantizedLinear
+
+
+class Two(nn.Module):
+    """Two biased linears with a nonlinearity between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def quantized_two(nbits: int = 4) -> Two:
+    torch.manual_seed(0)
+    return pql.quantize_model(Two(), HQQConfig(nbits=nbits, group_size=32), progress=False)
+
+
+def with_adapter(model: nn.Module, **fields) -> PeftModel:
+    torch.manual_seed(1)
+    fields = {"r": 4, "target_modules": ["first", "second"], "init_lora_weights": False} | fields
+    return get_peft_model(model, LoraConfig(**fields))
+
+
+def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[2] in ("W_q", "scale", "zero", "bias") and "lora_" not in name
+    }
+
+
+def assert_same_bits(model: nn.Module, bits: dict[str, torch.Tensor]) -> None:
+    now = bits_of(model)
+    assert now.keys() == bits.keys()
+    for name in bits:
+        assert torch.equal(now[name], bits[name]), name
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+def test_plain_get_peft_model_wraps_every_quantized_layer():
+    model = with_adapter(quantized_two(), target_modules="all-linear")
+    for name in ("first", "second"):
+        layer = getattr(model.base_model.model, name)
+        assert type(layer) is LoraQuantizedLinear
+        assert isinstance(layer.get_base_layer(), QuantizedLinear)
+    assert {status.quantization_backend for status in model.get_layer_status()} == {"quantlayers-hqq"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"first": 2}}],
+    ids=["vanilla", "rslora", "dora", "lora_bias", "rank_pattern"],
+)
+def test_outputs_and_gradients_equal_those_on_the_dequantized_dense_model(fields, x):
+    model = with_adapter(quantized_two(), **fields)
+    dense = with_adapter(pql.dequantize_model(quantized_two()), **fields)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name, parameter in dense.named_parameters() if parameter.requires_grad]
+    for candidate in (model, dense):
+        candidate(x).square().sum().backward()
+    torch.testing.assert_close(model(x), dense(x))
+    ours, reference = dict(model.named_parameters()), dict(dense.named_parameters())
+    for name in trained:
+        torch.testing.assert_close(ours[name].grad, reference[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_percentage_of_trainable_parameters_counts_weights_and_not_bytes():
+    trainable, total = with_adapter(quantized_two()).get_nb_trainable_parameters()
+    dense_trainable, dense_total = with_adapter(Two()).get_nb_trainable_parameters()
+    assert (trainable, total) == (dense_trainable, dense_total)
+
+
+def test_adapters_switch_and_disabling_gives_back_the_base(x):
+    base = quantized_two()
+    reference = base(x)
+    model = with_adapter(base)
+    first = model(x)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.set_adapter("other")
+    assert not torch.allclose(model(x), first)
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)
+    with model.disable_adapter():
+        assert torch.equal(model(x), reference)
+    model.delete_adapter("other")
+    assert torch.equal(model(x), first)
+
+
+def test_a_mixed_batch_gives_each_row_its_own_adapter():
+    torch.manual_seed(0)
+    model = with_adapter(quantized_two())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.eval()
+    x = torch.randn(3, 64)
+    mixed = model(x, adapter_names=["default", "__base__", "other"])
+    torch.testing.assert_close(mixed[0], model(x[:1])[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], model(x[1:2])[0])
+    model.set_adapter("other")
+    torch.testing.assert_close(mixed[2], model(x[2:])[0])
+
+
+def test_an_adapter_saves_and_loads_onto_a_fresh_quantized_model(x, tmp_path):
+    model = with_adapter(quantized_two())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized_two(), tmp_path)
+    assert type(loaded.base_model.model.first) is LoraQuantizedLinear
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["vanilla", "dora"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_unmerge_restores_the_same_bits_ten_times_over(bias, use_dora, x):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 96, bias=bias), nn.ReLU(), nn.Linear(96, 64, bias=bias))
+    model = with_adapter(
+        pql.quantize_model(dense, HQQConfig(nbits=3, group_size=32), progress=False),
+        target_modules=["0", "2"],
+        use_dora=use_dora,
+        lora_bias=bias and not use_dora,
+    )
+    bits, output = bits_of(model), model(x)
+    for _ in range(10):
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert_same_bits(model, bits)
+    assert torch.equal(model(x), output)
+
+
+def test_a_merged_eight_bit_layer_computes_what_base_and_adapter_did_and_keeps_its_bias(x):
+    model = with_adapter(quantized_two(nbits=8))
+    adapted = model(x)
+    bias = model.base_model.model.first.base_layer.bias.clone()
+    merged = model.merge_and_unload()
+    assert type(merged.first) is pql.HQQLinear
+    assert torch.equal(merged.first.bias, bias)
+    assert (merged(x) - adapted).norm() < 0.01 * adapted.norm()
+
+
+def test_merging_adapters_one_after_the_other_equals_merging_their_sum():
+    def two_adapters() -> PeftModel:
+        model = with_adapter(quantized_two())
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+        return model
+
+    in_turn, together = two_adapters(), two_adapters()
+    for name in ("default", "other"):
+        in_turn.merge_adapter([name])
+    together.merge_adapter(["default", "other"])
+    assert_same_bits(in_turn, bits_of(together))
+    layer = in_turn.base_model.model.first
+    assert layer.merged_adapters == ["default", "other"]
+
+    target = layer.merge_report.weight_norm
+    assert layer.merge_report.error_norm < 0.12 * target  # one rounding at 4 bits
+
+
+def test_the_merged_weight_is_the_quantized_float_sum():
+    model = with_adapter(quantized_two())
+    layer = model.base_model.model.first
+    base = layer.get_base_layer()
+    target = base.dequantize(torch.float32) + layer.get_delta_weight("default").detach()
+    expected = base.method.quantize(target, base.spec, name="first")
+    layer.merge()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(base.quantized_weight.tensors[name], tensor)
+
+
+def test_a_zero_adapter_merges_with_no_change_kept_to_report():
+    model = with_adapter(quantized_two(nbits=8), init_lora_weights=True)
+    layer = model.base_model.model.first
+    layer.merge()
+    assert layer.merge_report.change_norm == 0.0
+    assert layer.merge_report.change_kept == 1.0
+
+
+def test_disabling_a_merged_adapter_gives_the_base_bit_for_bit(x):
+    base = quantized_two()
+    reference = base(x)
+    model = with_adapter(base)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), reference)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_broken_adapter_is_refused_with_the_layers_name_and_the_layer_left_as_it_was(safe_merge):
+    model = with_adapter(quantized_two())
+    model.base_model.model.second.lora_A["default"].weight.data[0, 0] = float("nan")
+    bits = bits_of(model.base_model.model.second)
+    with pytest.raises(ValueError, match="second"):
+        model.base_model.model.second.merge(safe_merge=safe_merge)
+    assert_same_bits(model.base_model.model.second, bits)
+    assert not model.base_model.model.second.merged
+
+
+def test_a_merged_model_copies_and_unmerges_on_its_own():
+    model = with_adapter(quantized_two())
+    bits = bits_of(model)
+    model.merge_adapter()
+    copied = copy.deepcopy(model)
+    copied.unmerge_adapter()
+    assert_same_bits(copied, bits)
+    assert model.base_model.model.first.merged
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_initialisers_that_move_weight_into_the_adapter_requantize_the_residual(init, x):
+    base = quantized_two(nbits=8)
+    reference, bits = base(x), bits_of(base)
+    model = with_adapter(base, init_lora_weights=init)
+    assert not torch.equal(model.base_model.model.first.base_layer.W_q, bits["first.W_q"])
+    assert (model(x) - reference).norm() < 0.02 * reference.norm()
+
+
+def test_fan_in_fan_out_is_switched_off_with_a_warning():
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = with_adapter(quantized_two(), fan_in_fan_out=True)
+    assert model.base_model.model.first.fan_in_fan_out is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_out"),
+    [({"use_qalora": True}, "QA-LoRA"), ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "pissa")],
+)
+def test_what_is_not_implemented_is_refused_with_the_way_out(fields, way_out):
+    if "init_lora_weights" in fields:
+        pytest.importorskip("scipy", reason="PEFT itself refuses LoftQ without scipy")
+    with pytest.raises(NotImplementedError, match=way_out):
+        with_adapter(quantized_two(), **fields)
+
+
+def test_naming_the_weight_in_target_parameters_is_refused():
+    with pytest.raises(ValueError, match="target_modules"):
+        with_adapter(quantized_two(), target_modules=[], target_parameters=["first.weight"])
+
+
+def test_unregister_restores_pefts_own_dispatch_and_register_is_idempotent():
+    ours = peft.tuners.lora.LoraModel.__dict__["_create_new_module"]
+    pql.register()
+    assert peft.tuners.lora.LoraModel.__dict__["_create_new_module"] is ours
+    pql.unregister()
+    try:
+        assert peft.tuners.lora.LoraModel._create_new_module.__module__ == "peft.tuners.lora.model"
+        assert type(with_adapter(quantized_two()).base_model.model.first) is peft.tuners.lora.Linear
+    finally:
+        pql.register()
+    assert type(with_adapter(quantized_two()).base_model.model.first) is LoraQuantizedLinear
+
+
+def test_a_users_own_custom_module_goes_before_ours():
+    class Mine(LoraQuantizedLinear):
+        pass
+
+    config = LoraConfig(r=2, target_modules=["first"])
+    config._register_custom_module({pql.HQQLinear: Mine})
+    assert type(get_peft_model(quantized_two(), config).base_model.model.first) is Mine
+
+
+def test_a_mixed_model_and_a_direct_lora_model_use_the_dispatch_too():
+    config = LoraConfig(r=2, target_modules=["first"])
+    mixed = get_peft_model(quantized_two(), config, mixed=True)
+    assert type(mixed.base_model.model.first) is LoraQuantizedLinear
+    direct = peft.LoraModel(quantized_two(), config, "default")
+    assert type(direct.model.first) is LoraQuantizedLinear
+
+
+def test_adapters_on_a_dequantized_base_still_merge(x):
+    model = with_adapter(quantized_two())
+    expected = model(x)
+    pql.dequantize_model(model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
