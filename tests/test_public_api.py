@@ -1,0 +1,56 @@
+"""The public surface is a decision: a change to it changes this list."""
+
+import inspect
+
+import pytest
+
+import peft_quantlayers
+
+PUBLIC = [
+    "HQQConfig",
+    "HQQLinear",
+    "HQQSpec",
+    "LayerMergeReport",
+    "LoraQuantizedLinear",
+    "MergeReport",
+    "QuantConfig",
+    "QuantMethod",
+    "QuantSpec",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "TensorLayout",
+    "dequantize_model",
+    "load_hqq_folder",
+    "merge_back",
+    "prepare_model_for_kbit_training",
+    "quantize_model",
+    "quantized_modules",
+    "register",
+    "register_method",
+    "registered_methods",
+    "save_model",
+    "unregister",
+]
+
+
+def test_the_public_surface_is_the_committed_list():
+    assert peft_quantlayers.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_exists_and_says_what_it_is(name):
+    thing = getattr(peft_quantlayers, name)
+    doc = inspect.getdoc(thing) if not inspect.isclass(thing) else thing.__doc__
+    assert doc
+    # dataclasses make a docstring out of their signature where none is written
+    assert not doc.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_methods_that_our_classes_add_have_docstrings(name):
+    thing = getattr(peft_quantlayers, name)
+    if inspect.isclass(thing):
+        for attribute, value in vars(thing).items():
+            is_inherited = any(hasattr(base, attribute) for base in thing.__bases__)
+            if inspect.isfunction(value) and not attribute.startswith("_") and not is_inherited:
+                assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
