@@ -46,9 +46,11 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
             for a half precision compute in float32 inside). The result comes back in the dtype of the input.
         layer_name: the module's name in its model, for messages.
+        n_writes: how often the weight was written.
     """
 
     spec: QuantSpec
+    n_writes: int = 0
 
     def __init__(
         self,
@@ -136,6 +138,7 @@ class QuantizedLinear(nn.Linear):
                 f"{self.layer_name}: a weight of shape {(quantized.out_features, quantized.in_features)} does not "
                 f"fit a layer of shape {(self.out_features, self.in_features)}."
             )
+        self.n_writes += 1
         self.spec = quantized.spec
         for name, tensor in quantized.tensors.items():
             old = self._parameters[name]
@@ -162,7 +165,8 @@ class QuantizedLinear(nn.Linear):
                 f"{self.layer_name}: cannot write a weight of shape {tuple(weight.shape)} into a layer of shape "
                 f"{(self.out_features, self.in_features)}."
             )
-        with torch.no_grad():
+        # Inference tensors would forbid every later training step.
+        with torch.inference_mode(False), torch.no_grad():
             if isinstance(weight, WriteThroughWeight):
                 weight = weight.dense()
             self.quantized_weight = self.method.quantize(
@@ -217,7 +221,7 @@ class QuantizedLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before nn.Module registers a Parameter of that name
-            if not (isinstance(value, WriteThroughWeight) and value._layer is self):
+            if not (isinstance(value, WriteThroughWeight) and value.is_held_by(self)):
                 self.write_weight(value)
             return
         super().__setattr__(name, value)

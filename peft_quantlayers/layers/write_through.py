@@ -30,6 +30,7 @@ class WriteThroughWeight(Tensor):
     _layer: QuantizedLinear
     _dense: Tensor | None
     _root: WriteThroughWeight
+    _n_writes_seen: int
 
     @staticmethod
     def __new__(cls, layer: QuantizedLinear) -> WriteThroughWeight:
@@ -62,7 +63,13 @@ class WriteThroughWeight(Tensor):
         if self._dense is None:
             with torch.no_grad():
                 self._dense = self._layer.dequantize()
+            self._n_writes_seen = self._layer.n_writes
         return self._dense
+
+    def is_held_by(self, layer: QuantizedLinear) -> bool:
+        """Whether writing this tensor to ``layer`` would change nothing: it was read from it, or written to it last."""
+        is_whole = self._root is self and self._layer is layer
+        return is_whole and (self._dense is None or self._n_writes_seen == layer.n_writes)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -83,6 +90,7 @@ class WriteThroughWeight(Tensor):
                 if argument.alias_info.is_write:
                     written = tensor
                     tensor._layer.write_weight(tensor._root.dense())
+                    tensor._root._n_writes_seen = tensor._layer.n_writes
                 else:
                     viewed = tensor
         if written is not None:
@@ -98,8 +106,8 @@ class WriteThroughWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if value is self:  # ``weight.data += delta`` has written already
-            return
+        if isinstance(value, WriteThroughWeight) and value.is_held_by(self._layer):
+            return  # ``weight.data += delta`` has written already
         if self._root is not self:
             raise NotImplementedError("assign to the .data of layer.weight itself, not to that of a view of it.")
         self._layer.write_weight(value)
