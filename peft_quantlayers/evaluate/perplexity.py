@@ -22,23 +22,33 @@ def perplexity(
     Args:
         model: a transformers causal language model.
         token_ids: the whole text, (n_tokens,), integer.
-        window: tokens per window; each window is scored on its own, its first token not at all.
+        window: tokens per window; each window is scored on its own, its first token not at all. What is left at
+            the end and fills no window is not scored.
         max_windows: score only the first so many windows; None for all.
         progress: show a progress bar.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        ValueError: the text is shorter than one window, ``window`` below 2, or ``max_windows`` below 1.
     """
+    if window < 2:
+        raise ValueError(f"window={window} must be at least 2: the first token of a window is not scored.")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all.")
     n_windows = token_ids.numel() // window
     if n_windows == 0:
-        raise ValueError(f"the text has {token_ids.numel()} tokens, fewer than one window of {window}.")
+        raise ValueError(
+            f"the text has {token_ids.numel()} tokens, fewer than one window of {window}. Give a longer text, or a "
+            "smaller window."
+        )
     n_windows = min(n_windows, max_windows or n_windows)
     windows = token_ids[: n_windows * window].view(n_windows, window).to(model.device)
     was_training = model.training
     model.eval()
     total = 0.0
-    for ids in tqdm(windows, desc="Perplexity", unit="window", disable=not progress):
-        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-    model.train(was_training)
+    try:
+        for ids in tqdm(windows, desc="Perplexity", unit="window", disable=not progress):
+            logits = model(ids[None], use_cache=False).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    finally:
+        model.train(was_training)
     return math.exp(total / (n_windows * (window - 1)))
