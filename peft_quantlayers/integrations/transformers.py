@@ -121,8 +121,8 @@ class _QuantizeWeight(ConversionOps):
                 compute_dtype=self.quantizer.compute_dtype,
             )
         except ValueError as error:
+            # transformers would swallow it here and raise a RuntimeError without the reason at the end.
             self.quantizer.failures.append(str(error))
-            raise
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -213,6 +213,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.failures:
+            raise ValueError("\n".join(self.failures))
         for name, layer in quantized_modules(model).items():
             if self.pre_quantized:
                 _check_loaded(name, layer)

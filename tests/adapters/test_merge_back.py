@@ -1,0 +1,144 @@
+"""merge_back: its strategies, its report, and that a refused call changes nothing."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import peft_quantlayers as pql
+from peft_quantlayers import HQQConfig
+
+from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+def test_dense_gives_a_plain_model_that_computes_what_the_adapter_did(x):
+    model = with_adapter(quantized_two())
+    expected = model(x)
+    merged, report = pql.merge_back(model, strategy="dense")
+    assert type(merged.first) is nn.Linear
+    torch.testing.assert_close(merged(x), expected)
+    assert report.change_kept == pytest.approx(1.0, abs=1e-5)
+    assert report.relative_error == pytest.approx(0.0, abs=1e-6)
+    assert [layer.bits_after for layer in report.layers] == [32.0, 32.0]
+
+
+def test_dense_also_dequantizes_layers_without_an_adapter(x):
+    model = with_adapter(quantized_two(), target_modules=["first"])
+    expected = model(x)
+    merged, _ = pql.merge_back(model, strategy="dense")
+    assert not pql.quantized_modules(merged)
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_dense_after_a_merge_starts_from_the_unmerged_weight(x):
+    model = with_adapter(quantized_two())
+    expected = model(x)
+    model.merge_adapter()
+    merged, _ = pql.merge_back(model, strategy="dense")
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_requantize_reports_each_layer_and_the_total(x, tmp_path):
+    model = with_adapter(quantized_two(nbits=8))
+    first = model.base_model.model.first
+    before = first.get_base_layer().dequantize(torch.float32)
+    change = first.get_delta_weight("default").detach()
+    merged, report = pql.merge_back(model)
+
+    layer = report.layers[0]
+    error = merged.first.dequantize(torch.float32) - (before + change)
+    assert [entry.name for entry in report.layers] == ["first", "second"]
+    assert layer.change_norm == pytest.approx(change.norm().item(), rel=1e-5)
+    assert layer.error_norm == pytest.approx(error.norm().item(), rel=1e-5)
+    kept = ((merged.first.dequantize(torch.float32) - before) * change).sum() / change.square().sum()
+    assert layer.change_kept == pytest.approx(kept.item(), rel=1e-4)
+    assert 0.9 < report.change_kept < 1.1
+    total_error = sum(entry.error_norm**2 for entry in report.layers) ** 0.5
+    total_weight = sum(entry.weight_norm**2 for entry in report.layers) ** 0.5
+    assert report.relative_error == pytest.approx(total_error / total_weight)
+
+    report.save(tmp_path / "report.json")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["change_kept"] == report.change_kept
+    assert len(stored["layers"]) == 2
+    assert str(report).splitlines()[-1].startswith("total")
+
+
+def test_only_the_named_adapters_are_merged(x):
+    model = with_adapter(quantized_two(nbits=8))
+    expected = model(x)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    merged, report = pql.merge_back(model, strategy="dense", adapters=["default"])
+    torch.testing.assert_close(merged(x), expected)
+    assert {layer.adapters for layer in report.layers} == {("default",)}
+
+
+def test_an_adapter_on_dense_layers_beside_the_quantized_ones_is_merged_too(x):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    base = pql.quantize_model(dense, HQQConfig(nbits=8, group_size=32, skip_modules=["1"]), progress=False)
+    model = with_adapter(base, target_modules=["0", "1"])
+    expected = model(x)
+    merged, report = pql.merge_back(model)
+    assert type(merged[1]) is nn.Linear
+    assert len(report.layers) == 1
+    assert (merged(x) - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "dense"])
+def test_a_broken_adapter_is_refused_by_name_and_the_model_is_left_as_it_was(strategy, x):
+    model = with_adapter(quantized_two())
+    model.base_model.model.second.lora_B["default"].weight.data[0, 0] = float("inf")
+    bits = bits_of(model)
+    with pytest.raises(ValueError, match="second"):
+        pql.merge_back(model, strategy=strategy)
+    assert isinstance(model, PeftModel)
+    assert_same_bits(model, bits)
+    assert not model.base_model.model.first.merged
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "dense"])
+def test_a_layer_that_fails_half_way_leaves_all_layers_unmerged(strategy, x, monkeypatch):
+    model = with_adapter(quantized_two())
+    expected, bits = model(x), bits_of(model)
+    second = model.base_model.model.second
+    monkeypatch.setattr(second, "get_delta_weight", lambda adapter: torch.full((64, 96), float("nan")))
+    with pytest.raises(ValueError, match="second"):
+        pql.merge_back(model, strategy=strategy)
+    assert_same_bits(model, bits)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [({"strategy": "magic"}, "requantize"), ({"adapters": ["missing"]}, "missing"), ({"adapters": []}, "default")],
+)
+def test_an_unknown_strategy_or_adapter_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        pql.merge_back(with_adapter(quantized_two()), **arguments)
+
+
+def test_modules_to_save_keep_their_trained_copy(x):
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = quantized_two(nbits=8)
+            self.head = nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    config = LoraConfig(r=2, target_modules=["first", "second"], modules_to_save=["head"], init_lora_weights=False)
+    model = get_peft_model(WithHead(), config)
+    model.base_model.model.head.modules_to_save["default"].weight.data.add_(1.0)
+    expected = model(x)
+    merged, _ = pql.merge_back(model)
+    assert type(merged.head) is nn.Linear
+    assert (merged(x) - expected).norm() < 0.01 * expected.norm()
