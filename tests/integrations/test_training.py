@@ -72,7 +72,8 @@ def test_the_trainer_trains_the_adapter_and_leaves_the_codes(bf16, folder, tmp_p
     reloaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder), tmp_path / "run" / "checkpoint-20"
     )
-    torch.testing.assert_close(loss_of(reloaded), loss_of(model.eval()))
+    # The Trainer left autocast around the forward of its model.
+    torch.testing.assert_close(loss_of(reloaded), loss_of(model.eval()), rtol=1e-3 if bf16 else 1e-5, atol=0)
 
 
 def test_add_adapter_of_transformers_uses_our_layer_and_trains(folder):
