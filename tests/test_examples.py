@@ -1,0 +1,167 @@
+"""Every example runs as it is, in a process of its own; the demo also on a tiny random model, so that CI can wait."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_example(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def number_after(label: str, output: str) -> float:
+    return float(re.search(re.escape(label) + r"\s*([\d.]+)", output).group(1))
+
+
+@pytest.fixture(scope="module")
+def orders_task():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import orders_task
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return orders_task
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte: made here, so that no model has to be fetched."""
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_no_order_is_both_trained_on_and_held_out(orders_task):
+    train, held_out = orders_task.make_orders(400, 100)
+    assert len({order.answer for order in train + held_out}) == 500
+
+
+def test_orders_are_the_same_every_time(orders_task):
+    assert orders_task.make_orders(20, 5) == orders_task.make_orders(20, 5)
+
+
+def test_a_record_says_what_its_sentence_says(orders_task):
+    order = orders_task._order(orders_task.SENTENCES[0], "three", "red", "lamp", "Oslo", "Friday")
+    assert order.prompt.startswith("Please send three red lamps to Oslo by Friday.\n")
+    assert order.answer == " lamp/red*3>oslo@fri"
+
+
+def test_only_the_answer_and_the_end_count_in_the_loss(orders_task, tokenizer):
+    train, _ = orders_task.make_orders(4, 1)
+    for order, example in zip(train, orders_task.tokenize(train, tokenizer), strict=True):
+        counted = [label for label in example["labels"] if label != orders_task.IGNORED]
+        assert tokenizer.decode(counted) == order.answer + "<|end|>"
+        assert tokenizer.decode(example["input_ids"]) == order.prompt + order.answer + "<|end|>"
+
+
+def test_answer_loss_is_the_loss_transformers_computes(orders_task, tokenizer, tiny_folder):
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    _, orders = orders_task.make_orders(1, 5)
+    batch = orders_task.OrderCollator(tokenizer)(orders_task.tokenize(orders, tokenizer))
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert orders_task.answer_loss(model, tokenizer, orders, batch_size=2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_exact_match_counts_the_records_without_a_mistake(orders_task, tokenizer, monkeypatch):
+    _, orders = orders_task.make_orders(1, 4)
+    answers = [orders[0].answer.strip(), orders[1].answer.strip(), "lamp", orders[3].answer.strip() + "!"]
+    monkeypatch.setattr(orders_task, "write_answers", lambda *args, **kwargs: answers)
+    assert orders_task.exact_match(None, tokenizer, orders) == 0.5
+
+
+def test_answers_do_not_depend_on_the_batch(orders_task, tokenizer, tiny_folder):
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    _, orders = orders_task.make_orders(1, 4)
+    together = orders_task.write_answers(model, tokenizer, orders)
+    assert together == orders_task.write_answers(model, tokenizer, orders, batch_size=1)
+
+
+def test_the_demo_runs_on_another_model(tiny_folder, tmp_path):
+    options = ["--model", str(tiny_folder), "--nbits", "3", "--steps", "2", "--orders", "4", "--windows", "1"]
+    output = run_example("demo.py", *options, "--output", str(tmp_path))
+    result = json.loads((tmp_path / "demo.json").read_text())
+    names = [stage["name"] for stage in result["stages"]]
+    assert names == [
+        "float",
+        "quantized, 3 bits",
+        "finetuned, adapter beside it",
+        "merged, dense",
+        "merged, 8 bits",
+        "merged, 3 bits",
+    ]
+    assert all(name in output for name in names)
+    assert set(result["saved"]) == {"merged-3bit", "merged-8bit"}
+    assert all(check["logits_identical"] for check in result["saved"].values())
+    sizes = {stage["name"]: stage["size_mb"] for stage in result["stages"]}
+    assert sizes["merged, 3 bits"] < sizes["merged, 8 bits"] < sizes["merged, dense"]
+    dense = result["merges"][0]
+    assert dense["strategy"] == "dense"
+    assert dense["change_kept"] == pytest.approx(1.0, abs=1e-3)
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.real_model
+def test_quantize_example():
+    output = run_example("01_quantize.py")
+    rows = re.findall(r"layers\s+([\d.]+) MB\s+perplexity\s+([\d.]+)", output)
+    (float_mb, float_ppl), (four_mb, four_ppl), (mixed_mb, mixed_ppl) = [tuple(map(float, row)) for row in rows]
+    assert four_mb < float_mb / 6
+    assert mixed_mb < float_mb / 5
+    assert float_ppl < four_ppl < 1.4 * float_ppl
+    assert float_ppl < mixed_ppl < 2 * float_ppl
+
+
+@pytest.mark.real_model
+def test_lora_example():
+    output = run_example("02_lora_trainer.py")
+    before, after = number_after("before training:", output), number_after("after 8 steps:", output)
+    assert after < before / 2
+    assert number_after("saved and loaded:", output) == after
+
+
+@pytest.mark.real_model
+def test_merge_example():
+    output = run_example("03_merge_and_save.py")
+    beside, merged = number_after("beside it:", output), number_after("after merging:", output)
+    assert merged == pytest.approx(beside, rel=0.1)
+    assert number_after("in the merged weights:", output) > 0.5
+    assert number_after("saved and loaded:", output) == merged
