@@ -6,7 +6,7 @@ May import formats, quantizers and the kernels; never PEFT or transformers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,8 @@ class QuantizedLinear(nn.Linear):
         # Codes always come from a quantizer or a checkpoint: transformers has nothing to initialise here.
         self._is_hf_initialized = True
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: QuantSpec, *, layer_name: str = "layer") -> Self:
+    @staticmethod
+    def from_linear(linear: nn.Linear, spec: QuantSpec, *, layer_name: str = "layer") -> QuantizedLinear:
         """Quantize ``linear``, which is left as it is; the bias Parameter is shared.
 
         Raises:
@@ -94,9 +94,8 @@ class QuantizedLinear(nn.Linear):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    @classmethod
+    @staticmethod
     def empty(
-        cls,
         spec: QuantSpec,
         *,
         out_features: int,
@@ -121,12 +120,12 @@ class QuantizedLinear(nn.Linear):
     @property
     def codes(self) -> Tensor:
         """The packed codes; their device is the layer's."""
-        return self._parameters[self.spec.codes_name]
+        return self._parameter(self.spec.codes_name)
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
-        tensors = {name: self._parameters[name].data for name in self._tensor_names()}
+        tensors = {name: self._parameter(name).data for name in self._tensor_names()}
         return QuantizedWeight(
             spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
         )
@@ -141,7 +140,7 @@ class QuantizedLinear(nn.Linear):
         self.n_writes += 1
         self.spec = quantized.spec
         for name, tensor in quantized.tensors.items():
-            old = self._parameters[name]
+            old = self._parameter(name)
             if old.dtype == tensor.dtype and old.device == tensor.device:
                 old.data = tensor  # the Parameter object stays: an optimizer may hold it
             else:
@@ -174,14 +173,14 @@ class QuantizedLinear(nn.Linear):
             )
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         if torch.compiler.is_compiling():
             return self.dequantize()
         return WriteThroughWeight(self)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, output_dtype = self.compute_dtype, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
         return self.method.linear(x.to(dtype), self._tensors(), self.spec, self.bias).to(output_dtype)
 
@@ -200,11 +199,14 @@ class QuantizedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: codes are never initialised at random."""
 
+    def _parameter(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[name])
+
     def _tensor_names(self) -> list[str]:
         return list(self.spec.tensor_layout(self.out_features, self.in_features))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: self._parameters[name] for name in self._parameters if name != "bias"}
+        return {name: self._parameter(name) for name in self._parameters if name != "bias"}
 
     def _wrap_codes(self) -> None:
         codes = self.codes
@@ -213,9 +215,7 @@ class QuantizedLinear(nn.Linear):
             wrapped.__dict__.update(codes.__dict__)
             self._parameters[self.spec.codes_name] = codes = wrapped
         metadata = sum(
-            parameter.nelement()
-            for name, parameter in self._parameters.items()
-            if name not in ("bias", self.spec.codes_name)
+            self._parameter(name).nelement() for name in self._parameters if name not in ("bias", self.spec.codes_name)
         )
         codes.n_weights = self.in_features * self.out_features - metadata
 

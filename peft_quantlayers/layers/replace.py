@@ -1,7 +1,7 @@
 """Find the linear layers of a model that a config means, and put quantized ones in their place."""
 
-import dataclasses
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
+    _check_overrides(specs, config)
     if not specs:
         raise ValueError(
             "there is nothing to quantize: the model has no plain nn.Linear or Conv1D layer outside its head that "
@@ -88,7 +89,7 @@ def quantize_modules(
         ValueError: as :func:`quantizable_modules` says, or a weight holds NaN or Inf.
     """
     specs = quantizable_modules(model, config)
-    not_finite = [name for name in specs if not _is_finite(model.get_submodule(name).weight)]
+    not_finite = [name for name in specs if not _is_finite(_linear_at(model, name).weight)]
     if not_finite:
         raise ValueError(
             f"the weights of {not_finite[:5]} hold NaN or Inf ({len(not_finite)} layer(s)); the model was not "
@@ -108,7 +109,7 @@ def quantize_module(
     device: torch.device | str | None = None,
 ) -> QuantizedLinear:
     """Replace the module ``name`` of ``model`` by its quantized form, and return that."""
-    linear = model.get_submodule(name)
+    linear = _linear_at(model, name)
     home = linear.weight.device
     weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
     if device is not None:
@@ -135,15 +136,20 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         model.set_submodule(name, _linear_over(weight, layer.bias, layer.training))
     for module in model.modules():
         if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
-            module.hf_quantizer.remove_quantization_config(module)
+            cast(Any, module.hf_quantizer).remove_quantization_config(module)
     return model
+
+
+def _linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear module ``name``; a Conv1D has the same attributes."""
+    return cast(nn.Linear, model.get_submodule(name))
 
 
 def _linear_over(weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> nn.Linear:
     """An ``nn.Linear`` around existing tensors, without initialising any."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    linear.bias = bias
+    linear.register_parameter("bias", bias)
     return linear.train(training)
 
 
@@ -174,13 +180,21 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
     names = [name for name, _ in model.named_modules() if name]
-    for field in dataclasses.fields(config):
-        if field.name not in ("skip_modules", "overrides"):
-            continue
-        for pattern in getattr(config, field.name) or ():
+    for field in ("skip_modules", "overrides"):
+        for pattern in getattr(config, field) or ():
             if not any(matches(name, pattern) for name in names):
                 raise ValueError(
-                    f"{field.name}: the pattern {pattern!r} matches no module of the model, which was not changed. "
+                    f"{field}: the pattern {pattern!r} matches no module of the model, which was not changed. "
                     f"Names look like {names[len(names) // 2]!r}; a pattern may be the last part of a name, and "
                     "may hold * and ?."
                 )
+
+
+def _check_overrides(specs: dict[str, QuantSpec], config: QuantConfig) -> None:
+    for pattern in config.overrides or ():
+        if specs and not any(matches(name, pattern) for name in specs):
+            raise ValueError(
+                f"overrides: the pattern {pattern!r} matches no layer that is quantized; the model was not changed. "
+                f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
+                "quantize_lm_head=True only."
+            )

@@ -67,12 +67,14 @@ class WriteThroughWeight(Tensor):
         return self._dense
 
     def is_held_by(self, layer: QuantizedLinear) -> bool:
-        """Whether writing this tensor to ``layer`` would change nothing: it was read from it, or written to it last."""
+        """Whether writing this tensor to ``layer`` changes nothing: it was read from it, or written to it last."""
         is_whole = self._root is self and self._layer is layer
         return is_whole and (self._dense is None or self._n_writes_seen == layer.n_writes)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         plain_args, plain_kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
@@ -145,5 +147,5 @@ class WriteThroughWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().clone().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.dense()!r})"

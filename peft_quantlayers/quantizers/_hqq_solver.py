@@ -177,6 +177,8 @@ def _fit_slope_and_offset(shifted: Tensor, offset: Tensor, *, max_code: int) -> 
         is_fitted = (variance > 0) & (covariance > 0)
         new_slope = torch.where(is_fitted, covariance / variance, slope)
         new_offset = torch.where(is_fitted, code_mean - mean / new_slope, offset)
+        # With one bit the iteration may have put all values on one code; the plain range has two to start from.
+        new_offset = torch.where(variance > 0, new_offset, torch.zeros_like(offset))
         is_moving = ((new_slope != slope) | (new_offset != offset)).squeeze(1)
         slope, offset = new_slope, new_offset
         solved_slope[index], solved_offset[index] = slope, offset

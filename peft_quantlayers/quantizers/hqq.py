@@ -90,7 +90,7 @@ class HQQSpec(QuantSpec):
         }
 
 
-class HQQMethod(QuantMethod):
+class HQQMethod(QuantMethod[HQQSpec]):
     """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is in ``_hqq_solver.py``."""
 
     spec_type = HQQSpec

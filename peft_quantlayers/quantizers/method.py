@@ -8,7 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,16 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "peft_quantlayers.methods"
 
 
-class QuantMethod(ABC):
+SpecT = TypeVar("SpecT", bound=QuantSpec)
+
+
+class QuantMethod(ABC, Generic[SpecT]):
     """Quantizes weights of one kind. Stateless: every function takes what it needs and writes into nothing."""
 
     spec_type: ClassVar[type[QuantSpec]]
 
     @abstractmethod
-    def quantize(self, weight: Tensor, spec: QuantSpec, *, name: str) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, spec: SpecT, *, name: str) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
         The spec of the result may differ from ``spec`` where the weight asks for it (wider metadata).
@@ -37,12 +40,12 @@ class QuantMethod(ABC):
 
     @abstractmethod
     def dequantize(
-        self, tensors: Mapping[str, Tensor], spec: QuantSpec, *, in_features: int, dtype: torch.dtype
+        self, tensors: Mapping[str, Tensor], spec: SpecT, *, in_features: int, dtype: torch.dtype
     ) -> Tensor:
         """The dense weight (out_features, in_features) in ``dtype``, differentiable in the floating tensors."""
 
     @abstractmethod
-    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
 
 
