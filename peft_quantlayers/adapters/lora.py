@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -92,7 +92,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_report: LayerMergeReport | None = None
         self._unmerged: _Unmerged | None = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
-        self.quantization_backend = _Backend(f"quantlayers-{base_layer.spec.method}")
+        self.quantization_backend: Any = _Backend(f"quantlayers-{base_layer.spec.method}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         layer_name = self._quantized_base().layer_name
@@ -110,9 +110,8 @@ class LoraQuantizedLinear(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change that ``adapter`` makes to the weight, (out_features, in_features), float32."""
-        weight_A = self.lora_A[adapter].weight.float()
-        weight_B = self.lora_B[adapter].weight.float()
-        return weight_B @ weight_A * self.scaling[adapter]
+        lora_A, lora_B = (cast(nn.Linear, lora[adapter]) for lora in (self.lora_A, self.lora_B))
+        return lora_B.weight.float() @ lora_A.weight.float() * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantize the weight with the changes of the given adapters, and of those merged before, in it.

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -148,7 +148,7 @@ def _merge_dense(layers: list[LoraQuantizedLinear], names: list[str]) -> list[La
 def _refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
     """Raise, naming the layer, if a parameter of one of the adapters is not finite."""
     for layer_name, layer in peft_model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        if not isinstance(cast(object, layer), BaseTunerLayer):
             continue
         for parameter_name, parameter in layer.named_parameters():
             parts = parameter_name.split(".")

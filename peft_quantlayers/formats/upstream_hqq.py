@@ -75,12 +75,12 @@ def read_hqq_layer(stored: Mapping[str, Any], *, name: str) -> tuple[dict[str, A
 
     if axis == 1:
         # One group per common divisor of row and group: exact, since each part lies in one group.
-        part = math.gcd(group_size, in_features)
+        divisor = math.gcd(group_size, in_features)
         scale, zero = (
-            metadata.reshape(-1).repeat_interleave(group_size // part).reshape(out_features, in_features // part)
+            metadata.reshape(-1).repeat_interleave(group_size // divisor).reshape(out_features, -1)
             for metadata in (scale, zero)
         )
-        group_size = part
+        group_size = divisor
     elif out_features % group_size:
         raise ValueError(
             f"{name}: with axis=0, group_size={group_size} does not divide out_features={out_features}, so that "

@@ -1,9 +1,10 @@
 """Prepare a quantized model for training adapters on it."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layers import QuantizedLinear
 
@@ -46,8 +47,8 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:  # reentrant checkpointing needs an input that wants a gradient
-            model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            cast(PreTrainedModel, model).enable_input_require_grads()
+        cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     return model
 
 
