@@ -210,10 +210,12 @@ class QuantizedLinear(nn.Linear):
 
     def _wrap_codes(self) -> None:
         codes = self.codes
-        if not isinstance(codes, CodesParameter):
+        if type(codes) is nn.Parameter:
             wrapped = CodesParameter(codes)
             wrapped.__dict__.update(codes.__dict__)
             self._parameters[self.spec.codes_name] = codes = wrapped
+        if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
+            return
         metadata = sum(
             self._parameter(name).nelement() for name in self._parameters if name not in ("bias", self.spec.codes_name)
         )
