@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.layer_name = layer_name
         for name, tensor in quantized.tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
         self._wrap_codes()
         # Codes always come from a quantizer or a checkpoint: transformers has nothing to initialise here.

@@ -170,11 +170,12 @@ def _head_modules(model: nn.Module) -> Iterable[str]:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds (tied embeddings)."""
+    """Ids of the parameters that more than one place of the model holds: tied embeddings, a module under two names."""
     owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for parent in model.modules():
+        for module in filter(None, parent._modules.values()):
+            for parameter in module.parameters(recurse=False):
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {parameter for parameter, count in owners.items() if count > 1}
 
 

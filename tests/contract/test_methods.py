@@ -1,0 +1,198 @@
+"""What every registered method must keep. A third method is tested by being registered; a toy one shows the cost."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_quantlayers import (
+    QuantConfig,
+    QuantizedLinear,
+    QuantizedWeight,
+    QuantMethod,
+    QuantSpec,
+    TensorLayout,
+    quantize_model,
+    register_method,
+)
+from peft_quantlayers.formats.checkpoint import specs_from_json, specs_to_json
+from peft_quantlayers.layers import layer_type
+from peft_quantlayers.layers import linear as linear_module
+from peft_quantlayers.quantizers import method as method_module
+from peft_quantlayers.quantizers import registered_methods, spec_from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsmaxSpec(QuantSpec):
+    """Eight bits and one scale a row: all that a method has to bring."""
+
+    method: ClassVar[str] = "toy_absmax"
+    codes_name: ClassVar[str] = "codes"
+
+    def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return {
+            "codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8),
+            "scale": TensorLayout(shape=(out_features, 1), dtype=torch.float32),
+        }
+
+
+class AbsmaxMethod(QuantMethod):
+    spec_type = AbsmaxSpec
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, *, name: str) -> QuantizedWeight:
+        weight = weight.detach().float()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: the weight holds NaN or Inf.")
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        tensors = {"codes": (weight / scale).round().to(torch.int8), "scale": scale}
+        return QuantizedWeight(spec=spec, out_features=weight.shape[0], in_features=weight.shape[1], tensors=tensors)
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, *, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        return (tensors["codes"] * tensors["scale"]).to(dtype)
+
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None) -> Tensor:
+        weight = self.dequantize(tensors, spec, in_features=x.shape[-1], dtype=x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+METHODS = sorted({*registered_methods(), "toy_absmax"})
+SHAPE = (16, 64)
+
+
+@pytest.fixture(autouse=True)
+def _toy_method(monkeypatch) -> None:
+    registered_methods()
+    monkeypatch.setattr(method_module, "_methods", dict(method_module._methods))
+    monkeypatch.setattr(linear_module, "_layer_types", dict(linear_module._layer_types))
+    register_method(AbsmaxMethod())
+
+
+@pytest.fixture(params=METHODS)
+def method(request, _toy_method) -> QuantMethod:
+    return registered_methods()[request.param]
+
+
+@pytest.fixture
+def spec(method) -> QuantSpec:
+    return method.spec_type()
+
+
+def random_weight(dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.05 * torch.randn(SHAPE)).to(dtype)
+
+
+def test_the_default_spec_survives_json(method, spec):
+    fields = json.loads(json.dumps(spec.to_dict()))
+    assert fields["method"] == method.spec_type.method
+    assert spec_from_dict(fields) == spec
+    stored = json.loads(json.dumps(specs_to_json({"layer": spec})))
+    assert specs_from_json(stored, spec_from_dict) == {"layer": spec}
+    with pytest.raises(ValueError, match="unknown field"):
+        spec_from_dict(fields | {"surprise": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantizing_keeps_the_layout_and_the_weight(method, spec, dtype):
+    weight = random_weight(dtype)
+    before = weight.clone()
+    quantized = method.quantize(weight, spec, name="layer")
+    quantized.check("layer")
+    assert (quantized.out_features, quantized.in_features) == SHAPE
+    assert spec.codes_name in quantized.tensors
+    assert not quantized.tensors[spec.codes_name].is_floating_point()
+    assert all(t.is_floating_point() for name, t in quantized.tensors.items() if name != spec.codes_name)
+    assert quantized.bits_per_weight < 32
+    assert torch.equal(weight, before)
+    again = method.quantize(weight, spec, name="layer")
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in quantized.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype):
+    weight = random_weight()
+    quantized = method.quantize(weight, spec, name="layer")
+    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
+    assert dense.shape == SHAPE
+    assert dense.dtype == dtype
+    assert (dense.float() - weight).norm() < 0.5 * weight.norm()
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_product_with_the_dequantized_weight(method, spec, bias, lead):
+    quantized = method.quantize(random_weight(), spec, name="layer")
+    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=torch.float32)
+    bias = torch.randn(SHAPE[0]) if bias else None
+    x = torch.randn(*lead, SHAPE[1])
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = method.linear(x1, quantized.tensors, quantized.spec, bias)
+    expected = F.linear(x2, dense, bias)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x1.grad, x2.grad)
+    half = method.linear(x.bfloat16(), quantized.tensors, quantized.spec, bias)
+    assert half.dtype == torch.bfloat16
+    assert half.shape == expected.shape
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(method, spec, bad):
+    weight = random_weight()
+    weight[3, 3] = bad
+    with pytest.raises(ValueError, match=r"model\.q_proj"):
+        method.quantize(weight, spec, name="model.q_proj")
+
+
+def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
+    layer = QuantizedLinear.from_linear(nn.Linear(SHAPE[1], SHAPE[0]), spec, layer_name="model.q_proj")
+    assert type(layer) is layer_type(spec.method)
+    x = torch.randn(2, SHAPE[1])
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize(), layer.bias))
+    assert sum(p.numel() for p in layer.parameters()) == SHAPE[0] * SHAPE[1] + SHAPE[0]
+
+    written = random_weight()
+    layer.weight.data.copy_(written)
+    expected = method.quantize(written, spec, name="layer")
+    assert all(torch.equal(layer.get_parameter(name), tensor) for name, tensor in expected.tensors.items())
+
+    empty = QuantizedLinear.empty(
+        layer.spec, out_features=SHAPE[0], in_features=SHAPE[1], bias=True, compute_dtype=torch.float32, device="cpu"
+    )
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    codes = layer.codes.detach().clone()
+    layer.to(torch.bfloat16)
+    assert layer.compute_dtype == torch.bfloat16
+    assert torch.equal(layer.codes, codes)
+
+
+def test_a_method_quantizes_whole_models_by_a_config_of_two_lines():
+    @dataclass(frozen=True, kw_only=True)
+    class AbsmaxConfig(QuantConfig, AbsmaxSpec):
+        spec_type: ClassVar[type[QuantSpec]] = AbsmaxSpec
+
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8))
+    x = torch.randn(4, 64)
+    expected = model(x)
+    quantize_model(model, AbsmaxConfig(skip_modules=["2"]), progress=False)
+    assert [type(module).__name__ for module in model] == ["TOY_ABSMAXLinear", "ReLU", "Linear"]
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02)
+    assert set(model.state_dict()) == {"0.codes", "0.scale", "0.bias", "2.weight", "2.bias"}
+
+
+def test_a_class_is_made_for_a_method_that_brings_none():
+    toy = layer_type("toy_absmax")
+    assert toy is layer_type("toy_absmax")
+    assert issubclass(toy, QuantizedLinear)
+    with pytest.raises(ValueError, match="unknown quantization method"):
+        layer_type("no_such_method")
