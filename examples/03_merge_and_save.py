@@ -1,5 +1,6 @@
-"""Merge a trained adapter back into the quantized model, read what that lost, save the result, and load it."""
+"""Merge a trained adapter back into the quantized model, read what that loses, save a form that keeps it, load it."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -14,8 +15,7 @@ folder = demo_model_folder()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 train_orders, test_orders = make_orders(n_train=32, n_test=16)
 
-# 8 bits: an adapter as small as this one would be lost in the coarser grid of 4 bits. The report shows it.
-model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=pql.HQQConfig(nbits=8))
+model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=pql.HQQConfig(nbits=4))
 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 with tempfile.TemporaryDirectory() as scratch:
@@ -34,11 +34,15 @@ with tempfile.TemporaryDirectory() as scratch:
     ).train()
     print(f"loss with the adapter beside it: {answer_loss(model, tokenizer, test_orders):.3f}")
 
-    merged, report = pql.merge_back(model)  # strategy="dense" gives a float model, which loses nothing
-    worst = min(report.layers, key=lambda layer: layer.change_kept)
-    print(f"part of the adapter's change that is in the merged weights: {report.change_kept:.3f}")
-    print(f"least in {worst.name}: {worst.change_kept:.3f}")
-    print(f"loss after merging:              {answer_loss(merged, tokenizer, test_orders):.3f}")
+    # Back onto the grid of 4 bits that the weights lie on: a change smaller than half a step of it is rounded away.
+    requantized, report = pql.merge_back(copy.deepcopy(model))
+    print(f"merged into 4 bits:              {answer_loss(requantized, tokenizer, test_orders):.3f}", end="")
+    print(f", change kept: {report.change_kept:.2f}")
+
+    # Merged without rounding, and then onto the finer grid of 8 bits.
+    dense, report = pql.merge_back(model, strategy="dense")
+    merged = pql.quantize_model(dense, pql.HQQConfig(nbits=8))
+    print(f"merged, then 8 bits:             {answer_loss(merged, tokenizer, test_orders):.3f}")
 
     pql.save_model(merged, Path(scratch) / "merged", tokenizer=tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(Path(scratch) / "merged")

@@ -160,7 +160,7 @@ def test_lora_example():
 @pytest.mark.real_model
 def test_merge_example():
     output = run_example("03_merge_and_save.py")
-    beside, merged = number_after("beside it:", output), number_after("after merging:", output)
+    beside, merged = number_after("beside it:", output), number_after("then 8 bits:", output)
     assert merged == pytest.approx(beside, rel=0.1)
-    assert number_after("in the merged weights:", output) > 0.5
+    assert 0 <= number_after("change kept:", output) <= 1
     assert number_after("saved and loaded:", output) == merged
