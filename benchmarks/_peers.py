@@ -22,9 +22,16 @@ class PeerWeight:
     bits_per_weight: float
 
 
-def quantize_with_hqq(weight: Tensor, *, nbits: int, group_size: int, axis: int) -> tuple[Tensor, dict]:
-    """``hqq``'s packed codes and metadata of ``weight``, solved as its ``HQQLinear`` does; the call that is timed."""
+def quantize_with_hqq(
+    weight: Tensor, *, nbits: int, group_size: int, axis: int, round_zero: bool | None = None
+) -> tuple[Tensor, dict]:
+    """``hqq``'s packed codes and metadata of ``weight``, solved as its ``HQQLinear`` does; the call that is timed.
+
+    ``round_zero``: start from a rounded zero; None for the package's own choice, which is to do so at 4 bits.
+    """
     settings = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=axis)["weight_quant_params"]
+    if round_zero is not None:
+        settings["round_zero"] = round_zero
     W_q, meta = Quantizer.quantize(weight, device="cpu", compute_dtype=torch.float32, **settings)
     return W_q, meta | {"compute_dtype": torch.float32}
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +45,6 @@ class Row:
     weight_error: float
     perplexity: float
     kl_to_float: float
-    quantize_s: float
 
 
 def quantize(weight: Tensor, made_by: str, nbits: int, group_size: int) -> tuple[Tensor, float]:
@@ -84,11 +82,9 @@ def measure(
     model: nn.Module, weights: dict[str, Tensor], made_by: str, setting: tuple[int, int], windows: Tensor, kept: list
 ) -> Row:
     """Put one variant's weights into ``model``, evaluate it, and put the float ones back."""
-    errors, bits, seconds = [], [], 0.0
+    errors, bits = [], []
     for name, weight in weights.items():
-        start = time.perf_counter()
         dense, bits_per_weight = quantize(weight, made_by, *setting)
-        seconds += time.perf_counter() - start
         errors.append(((dense - weight).norm() / weight.norm()).item())
         bits.append((bits_per_weight * weight.numel(), weight.numel()))
         model.get_submodule(name).weight.data = dense
@@ -103,7 +99,6 @@ def measure(
         weight_error=statistics.mean(errors),
         perplexity=ppl,
         kl_to_float=kl,
-        quantize_s=seconds,
     )
 
 
@@ -111,7 +106,7 @@ def show(row: Row) -> None:
     setting = "float32" if row.nbits is None else f"{row.nbits}-bit g{row.group_size}"
     print(
         f"{setting:10} {row.made_by:20} {row.bits_per_weight:6.2f} bits  weight error {row.weight_error:7.4f}  "
-        f"perplexity {row.perplexity:12.3f}  KL {row.kl_to_float:9.5f}  {row.quantize_s:6.1f} s",
+        f"perplexity {row.perplexity:12.3f}  KL {row.kl_to_float:9.5f}",
         flush=True,
     )
 
@@ -143,7 +138,6 @@ def main() -> None:
             weight_error=0.0,
             perplexity=float_ppl,
             kl_to_float=0.0,
-            quantize_s=0.0,
         )
     ]
     show(rows[0])

@@ -114,7 +114,7 @@ def test_half_precision_checkpoints_keep_their_tensors(
 @pytest.mark.parametrize("road", [from_shards, from_package_folder])
 @axes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("nbits", [8, 4, 3, 1])
+@pytest.mark.parametrize("nbits", [4, 3])
 def test_codes_viewed_as_floats_read_back(
     nbits: int, dtype: torch.dtype, axis: int, road: Road, tmp_path: Path
 ) -> None:
@@ -179,7 +179,8 @@ def test_lora_trains_on_a_loaded_model_and_merges_back(road: Road, tmp_path: Pat
     assert isinstance(peft_model.base_model.model.model.layers[0].mlp.up_proj, pql.LoraQuantizedLinear)
     peft_model(input_ids=IDS, labels=IDS).loss.backward()
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    assert trained and all(parameter.grad is not None for parameter in trained)
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
@@ -426,5 +427,5 @@ def test_skip_modules_of_hqq_config_stay_float(tmp_path: Path) -> None:
     float_model().save_pretrained(tmp_path / "float")
     config = HqqConfig(nbits=4, group_size=64, skip_modules=["lm_head", "down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
-    names = pql.quantized_modules(model)
-    assert names and not any("down_proj" in name for name in names)
+    names = {name.rpartition(".")[2] for name in pql.quantized_modules(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}

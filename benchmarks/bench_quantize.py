@@ -1,0 +1,206 @@
+"""Weights quantized per second with HQQ, ours beside the ``hqq`` package, and the memory that it takes.
+
+Groups of 64, 20 iterations, Gaussian weights, float32 on the CPU; both start from the same zero (the package would
+round it at 4 bits). Before a shape is timed the results are compared, and a worse one is refused. The peers take turns
+in one process. Memory is the high-water mark of the resident set (VmHWM, reset before the call) in a fresh process,
+above what was resident before the call; the quantized result itself counts in.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from _device import describe_device
+from _peers import peer_weight, quantize_with_hqq
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import peft_quantlayers as pql
+from peft_quantlayers.evaluate import demo_model_folder
+from peft_quantlayers.quantizers import get_method
+from quantlayers_kernels.bitpack import unpack
+
+RESULTS = Path(__file__).parent / "results" / "quantize.json"
+SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
+WIDTHS = (8, 4, 3, 2)
+GROUP_SIZE = 64
+# The package needs up to half a minute for the largest weight: timed once there, and at one width only.
+PEER_REPEATS = {576 * 576: 3, 1536 * 576: 3, 2048 * 2048: 1, 4096 * 4096: 1}
+PEER_WIDTHS_OF_LARGEST = (4,)
+MIB = 1 << 20
+
+
+def random_weight(shape: tuple[int, int]) -> Tensor:
+    return torch.empty(shape).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+
+
+def spec_of(nbits: int, axis: int, refine_scale: bool) -> pql.HQQSpec:
+    return pql.HQQSpec(nbits=nbits, group_size=GROUP_SIZE, axis=axis, refine_scale=refine_scale)
+
+
+def refuse_wrong_result(weight: Tensor, nbits: int, axis: int) -> None:
+    """Compare with the package: codes equal but for one in a thousand, squared error not larger, refined lower."""
+    peer = peer_weight(*quantize_with_hqq(weight, nbits=nbits, group_size=GROUP_SIZE, axis=axis, round_zero=False))
+    errors, codes = [], None
+    for refine_scale in (False, True):
+        spec = spec_of(nbits, axis, refine_scale)
+        method = get_method(spec.method)
+        quantized = method.quantize(weight, spec, name="weight")
+        dense = method.dequantize(quantized.tensors, spec, in_features=weight.shape[1], dtype=torch.float32)
+        errors.append((dense - weight).square().sum().item())
+        codes = unpack(quantized.tensors["W_q"], nbits, weight.shape[1]) if codes is None else codes
+    n_equal = (codes == peer.codes).float().mean().item()
+    peer_error = (peer.dense - weight).square().sum().item()
+    if n_equal < 0.999 or errors[0] > 1.001 * peer_error or errors[1] > errors[0]:
+        raise SystemExit(
+            f"{tuple(weight.shape)}, {nbits} bits, axis {axis}: {n_equal:.2%} of the codes are equal, squared errors "
+            f"{errors} against {peer_error}: nothing was timed."
+        )
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(shape: tuple[int, int], nbits: int, axis: int, threads: int, repeats: int) -> list[dict]:
+    weight = random_weight(shape)
+    calls: dict[str, Callable[[], object]] = {}
+    for made_by, refine_scale in (("ours", False), ("ours, refine_scale", True)):
+        spec = spec_of(nbits, axis, refine_scale)
+        calls[made_by] = lambda spec=spec: get_method(spec.method).quantize(weight, spec, name="weight")
+    n_peer = PEER_REPEATS[weight.numel()]
+    if shape == SHAPES[-1] and nbits not in PEER_WIDTHS_OF_LARGEST:
+        n_peer = 0
+    calls["hqq"] = lambda: quantize_with_hqq(weight, nbits=nbits, group_size=GROUP_SIZE, axis=axis, round_zero=False)
+    seconds: dict[str, list[float]] = {made_by: [] for made_by in calls}
+    calls["ours"]()
+    for repeat in range(repeats):
+        for made_by, call in calls.items():
+            if made_by != "hqq" or repeat < n_peer:
+                seconds[made_by].append(seconds_of(call))
+    peer = statistics.median(seconds["hqq"]) if seconds["hqq"] else None
+    rows = []
+    for made_by, times in seconds.items():
+        if not times:
+            continue
+        median = statistics.median(times)
+        rows.append(
+            {
+                "made_by": made_by,
+                "shape": shape,
+                "nbits": nbits,
+                "axis": axis,
+                "threads": threads,
+                "repeats": len(times),
+                "median_s": median,
+                "min_s": min(times),
+                "max_s": max(times),
+                "million_weights_per_s": weight.numel() / median / 1e6,
+                "best_million_weights_per_s": weight.numel() / min(times) / 1e6,
+                "rate_vs_hqq": None if peer is None else peer / median,
+            }
+        )
+    return rows
+
+
+def show(row: dict) -> None:
+    ratio = "" if row["rate_vs_hqq"] is None else f"{row['rate_vs_hqq']:7.1f} x hqq"
+    print(
+        f"{row['shape'][0]:5} x {row['shape'][1]:<5} {row['nbits']} bits  axis {row['axis']}  {row['threads']} thread(s)  "
+        f"{row['made_by']:19} {row['million_weights_per_s']:7.2f} M/s  best {row['best_million_weights_per_s']:7.2f}  "
+        f"({row['min_s']:.4f} to {row['max_s']:.4f} s){ratio}",
+        flush=True,
+    )
+
+
+# ---- memory, each in a process of its own
+
+
+def _status(entry: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {entry}: memory is measured on Linux only.")
+
+
+def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and MiB that the resident set rose above what it was before the call."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    seconds = seconds_of(call)
+    return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (_status("VmHWM") - before) / MIB}
+
+
+def measure_layer() -> dict[str, float]:
+    """One float32 layer of 4096 x 4096, 64 MiB, at 4 bits; a small one first, so that code and threads are there."""
+    spec = spec_of(4, 1, True)
+    method = get_method(spec.method)
+    method.quantize(random_weight((64, 64)), spec, name="weight")
+    weight = random_weight((4096, 4096))
+    return extra_memory_of(lambda: method.quantize(weight, spec, name="weight"))
+
+
+def measure_model() -> dict[str, float]:
+    """SmolLM2-135M in float32, quantized in place with the default config."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
+    return extra_memory_of(lambda: pql.quantize_model(model, pql.HQQConfig(nbits=4), progress=False))
+
+
+PARTS = {"layer": measure_layer, "model": measure_model}
+
+
+def in_own_process(part: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--part", part]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"measuring the {part} failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--part", choices=PARTS, help="measure the memory of this part alone, in this process")
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(PARTS[args.part]()))
+        return
+
+    memory = {part: [in_own_process(part) for _ in range(3)] for part in PARTS}
+    for part, runs in memory.items():
+        best = min(runs, key=lambda run: run["seconds"])
+        print(
+            f"{part}: {best['seconds']:.2f} s, peak {best['extra_peak_mib']:.0f} MiB above the float one", flush=True
+        )
+
+    for nbits in WIDTHS:
+        for axis in (0, 1):
+            refuse_wrong_result(random_weight(SHAPES[1]), nbits, axis)
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            for nbits in WIDTHS:
+                for axis in (0, 1):
+                    measured = measure(shape, nbits, axis, threads, args.repeats)
+                    for row in measured:
+                        show(row)
+                    rows += measured
+    described = describe_device() | {"threads": max(args.threads), "hqq": version("hqq")}
+    result = {"device": described, "group_size": GROUP_SIZE, "memory": memory, "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
