@@ -17,7 +17,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=pql.HQQ
 print(f"loss before training: {answer_loss(model, tokenizer, test_orders):.3f}")
 
 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 with tempfile.TemporaryDirectory() as scratch:
     Trainer(
         model,

@@ -17,7 +17,7 @@ train_orders, test_orders = make_orders(n_train=32, n_test=16)
 
 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=pql.HQQConfig(nbits=4))
 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 with tempfile.TemporaryDirectory() as scratch:
     Trainer(
         model,
@@ -39,10 +39,11 @@ with tempfile.TemporaryDirectory() as scratch:
     print(f"merged into 4 bits:              {answer_loss(requantized, tokenizer, test_orders):.3f}", end="")
     print(f", change kept: {report.change_kept:.2f}")
 
-    # Merged without rounding, and then onto the finer grid of 8 bits.
+    # Merged without rounding, then 6 bits: a finer grid, and one that the grid of 4 bits is no part of (as it is of
+    # that of 8 bits), so that small changes are kept on average.
     dense, report = pql.merge_back(model, strategy="dense")
-    merged = pql.quantize_model(dense, pql.HQQConfig(nbits=8))
-    print(f"merged, then 8 bits:             {answer_loss(merged, tokenizer, test_orders):.3f}")
+    merged = pql.quantize_model(dense, pql.HQQConfig(nbits=6))
+    print(f"merged, then 6 bits:             {answer_loss(merged, tokenizer, test_orders):.3f}")
 
     pql.save_model(merged, Path(scratch) / "merged", tokenizer=tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(Path(scratch) / "merged")

@@ -125,14 +125,15 @@ def test_the_demo_runs_on_another_model(tiny_folder, tmp_path):
         "quantized, 3 bits",
         "finetuned, adapter beside it",
         "merged, dense",
-        "merged, 8 bits",
+        "merged dense, then 6 bits",
+        "merged dense, then 8 bits",
         "merged, 3 bits",
     ]
     assert all(name in output for name in names)
-    assert set(result["saved"]) == {"merged-3bit", "merged-8bit"}
+    assert set(result["saved"]) == {"merged", "merged-finer"}
     assert all(check["logits_identical"] for check in result["saved"].values())
     sizes = {stage["name"]: stage["size_mb"] for stage in result["stages"]}
-    assert sizes["merged, 3 bits"] < sizes["merged, 8 bits"] < sizes["merged, dense"]
+    assert sizes["merged, 3 bits"] < sizes["merged dense, then 8 bits"] < sizes["merged, dense"]
     dense = result["merges"][0]
     assert dense["strategy"] == "dense"
     assert dense["change_kept"] == pytest.approx(1.0, abs=1e-3)
@@ -160,7 +161,7 @@ def test_lora_example():
 @pytest.mark.real_model
 def test_merge_example():
     output = run_example("03_merge_and_save.py")
-    beside, merged = number_after("beside it:", output), number_after("then 8 bits:", output)
-    assert merged == pytest.approx(beside, rel=0.1)
+    beside, merged = number_after("beside it:", output), number_after("then 6 bits:", output)
+    assert merged == pytest.approx(beside, rel=0.3)
     assert 0 <= number_after("change kept:", output) <= 1
     assert number_after("saved and loaded:", output) == merged
