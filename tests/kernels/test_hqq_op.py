@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quantlayers_kernels import precision
+from quantlayers_kernels import precision, tiled
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, unpack
-from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear, op, tiles
+from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear, op
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference, hqq_linear_reference
 
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,8 +94,8 @@ def test_dequantize_gradients_match_autograd_through_the_dense_weight(nbits, axi
 def test_linear_and_its_gradients_match_the_float64_truth(nbits, axis, shape, dtype, n_tile_rows, monkeypatch):
     out_features, in_features, _ = shape
     if n_tile_rows:
-        monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", n_tile_rows * in_features)
-        assert tiles._rows_per_tile(out_features, in_features, torch.device("cpu")) == n_tile_rows
+        monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_tile_rows * in_features)
+        assert tiled.rows_per_tile(out_features, in_features, torch.device("cpu")) == n_tile_rows
     W_q, scale, zero = random_weight(nbits, axis, shape, dtype)
     x, bias = torch.randn(4, in_features).to(dtype), torch.randn(out_features).to(dtype)
     grad = torch.randn(4, out_features).to(dtype)
@@ -198,7 +198,7 @@ def test_every_element_is_written_even_over_memory_full_of_nan(axis, monkeypatch
     x = torch.randn(3, 100)
     expected = hqq_linear(x, W_q, scale, zero, None, 5, axis)
     monkeypatch.setattr(torch, "empty", nan_filled)
-    monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", 400)
+    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 400)
     assert torch.isfinite(hqq_dequantize(W_q, scale, zero, 5, axis, 100, torch.float32)).all()
     torch.testing.assert_close(hqq_linear(x, W_q, scale, zero, None, 5, axis), expected)
 

@@ -7,6 +7,7 @@ is saved only where ``scale`` or ``zero`` wants a gradient.
 import torch
 from torch import Tensor
 
+from .. import tiled
 from ..precision import product_dtype
 from . import tiles
 from .reference import _grouped
@@ -58,16 +59,8 @@ def hqq_linear(
         (..., out_features), dtype of ``x``.
     """
     dtype = product_dtype(x.dtype, x.device)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    # No view may leave the operator: callers add to the result in place, which autograd forbids on a view.
-    y = flat.new_empty(*x.shape[:-1], W_q.shape[0])
-    tiles.linear(
-        flat,
-        tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype),
-        None if bias is None else bias.to(dtype),
-        into=y.view(flat.shape[0], W_q.shape[0]),
-    )
-    return y.to(x.dtype)
+    weight = tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype)
+    return tiled.linear(x, weight, bias, W_q.shape[0], dtype)
 
 
 @hqq_linear.register_fake
@@ -81,14 +74,8 @@ def hqq_input_gradient(
 ) -> Tensor:
     """``grad @ weight``: (..., out_features) to (..., in_features), dtype of ``grad``. Not differentiable."""
     dtype = product_dtype(grad.dtype, grad.device)
-    flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    grad_x = flat.new_empty(*grad.shape[:-1], in_features)
-    tiles.input_gradient(
-        flat,
-        tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype),
-        into=grad_x.view(flat.shape[0], in_features),
-    )
-    return grad_x.to(grad.dtype)
+    weight = tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype)
+    return tiled.input_gradient(grad, weight, in_features, dtype)
 
 
 @hqq_input_gradient.register_fake
@@ -146,12 +133,10 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = hqq_input_gradient(grad, W_q, scale, zero, ctx.nbits, ctx.axis, ctx.in_features)
     if ctx.has_x:
-        dtype = product_dtype(grad.dtype, grad.device)
-        grad_2d = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        grad_weight = grad_2d.t() @ saved_x[0].reshape(-1, ctx.in_features).to(dtype)
+        grad_weight = tiled.weight_gradient(grad, saved_x[0])
         grad_scale, grad_zero = hqq_metadata_gradient(grad_weight, W_q, scale, zero, ctx.nbits, ctx.axis)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = tiled.bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, grad_scale, grad_zero, grad_bias, None, None
 
 

@@ -1,0 +1,135 @@
+"""The AQLM operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
+
+Nothing dense is kept between forward and backward. The input is saved only where codebooks or scales want a
+gradient; then the gradient of the dense weight exists for the length of the backward pass.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import tiled
+from ..precision import product_dtype
+from .tiles import flat_index, weight_tiles
+
+
+def _shape(codes: Tensor, codebooks: Tensor) -> tuple[int, int]:
+    return codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3]
+
+
+@torch.library.custom_op("quantlayers::aqlm_dequantize", mutates_args=())
+def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense weight that AQLM codes stand for; float32 inside, differentiable in codebooks and scales.
+
+    Args:
+        codes: (out_features / og, in_features / ig, num_codebooks), int8 or int16; read modulo the codebook's size.
+        codebooks: (num_codebooks, 2**nbits_per_codebook, og, ig), floating.
+        scales: weight units per codebook unit, (out_features / og, 1, 1, 1), floating.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (out_features, in_features), ``dtype``.
+    """
+    weight = torch.empty(*_shape(codes, codebooks), dtype=dtype, device=codes.device)
+    for rows, tile in weight_tiles(codes, codebooks, scales, dtype=dtype):
+        weight[rows] = tile
+    return weight
+
+
+@aqlm_dequantize.register_fake
+def _(codes, codebooks, scales, dtype):
+    return codes.new_empty(*_shape(codes, codebooks), dtype=dtype)
+
+
+@torch.library.custom_op("quantlayers::aqlm_linear", mutates_args=())
+def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` from AQLM codes; differentiable in all floating arguments.
+
+    Args:
+        x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it.
+        codes, codebooks, scales: as for :func:`aqlm_dequantize`.
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features), dtype of ``x``.
+    """
+    dtype = product_dtype(x.dtype, x.device)
+    return tiled.linear(
+        x, weight_tiles(codes, codebooks, scales, dtype=dtype), bias, _shape(codes, codebooks)[0], dtype
+    )
+
+
+@aqlm_linear.register_fake
+def _(x, codes, codebooks, scales, bias):
+    return x.new_empty(*x.shape[:-1], _shape(codes, codebooks)[0])
+
+
+@torch.library.custom_op("quantlayers::aqlm_input_gradient", mutates_args=())
+def aqlm_input_gradient(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """``grad @ weight``: (..., out_features) to (..., in_features), dtype of ``grad``. Not differentiable."""
+    dtype = product_dtype(grad.dtype, grad.device)
+    tiles = weight_tiles(codes, codebooks, scales, dtype=dtype)
+    return tiled.input_gradient(grad, tiles, _shape(codes, codebooks)[1], dtype)
+
+
+@aqlm_input_gradient.register_fake
+def _(grad, codes, codebooks, scales):
+    return grad.new_empty(*grad.shape[:-1], _shape(codes, codebooks)[1])
+
+
+@torch.library.custom_op("quantlayers::aqlm_metadata_gradient", mutates_args=())
+def aqlm_metadata_gradient(
+    grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of codebooks and scales from the gradient of the dense weight (out_features, in_features)."""
+    num_codebooks, size, out_group, in_group = codebooks.shape
+    n_out, n_in, _ = codes.shape
+    groups = grad_weight.float().reshape(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3)
+    table = codebooks.float().reshape(num_codebooks * size, -1)
+    index = flat_index(codes, size)
+    unscaled = torch.nn.functional.embedding_bag(index, table, mode="sum").view(n_out, n_in, out_group, in_group)
+    grad_scales = (groups * unscaled).sum((1, 2, 3)).view(scales.shape)
+    scaled = (groups * scales.float()).reshape(n_out * n_in, -1)
+    grad_table = torch.zeros_like(table)
+    for m in range(num_codebooks):
+        grad_table.index_add_(0, index[:, m], scaled)
+    grad_codebooks = grad_table.view(codebooks.shape).to(codebooks.dtype)
+    return grad_codebooks, grad_scales.to(scales.dtype).contiguous()
+
+
+@aqlm_metadata_gradient.register_fake
+def _(grad_weight, codes, codebooks, scales):
+    return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
+
+
+def _save_for_dequantize(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _dequantize_backward(ctx, grad):
+    return None, *aqlm_metadata_gradient(grad, *ctx.saved_tensors), None
+
+
+aqlm_dequantize.register_autograd(_dequantize_backward, setup_context=_save_for_dequantize)
+
+
+def _save_for_linear(ctx, inputs, output):
+    x, codes, codebooks, scales, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_x = codebooks.requires_grad or scales.requires_grad
+    ctx.save_for_backward(codes, codebooks, scales, *([x] if ctx.has_x else []))
+
+
+def _linear_backward(ctx, grad):
+    codes, codebooks, scales, *saved_x = ctx.saved_tensors
+    grad_x = grad_codebooks = grad_scales = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = aqlm_input_gradient(grad, codes, codebooks, scales)
+    if ctx.has_x:
+        grad_weight = tiled.weight_gradient(grad, saved_x[0])
+        grad_codebooks, grad_scales = aqlm_metadata_gradient(grad_weight, codes, codebooks, scales)
+    if ctx.needs_input_grad[4]:
+        grad_bias = tiled.bias_gradient(grad, ctx.bias_dtype)
+    return grad_x, None, grad_codebooks, grad_scales, grad_bias
+
+
+aqlm_linear.register_autograd(_linear_backward, setup_context=_save_for_linear)

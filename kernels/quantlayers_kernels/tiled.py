@@ -1,0 +1,63 @@
+"""Products with a weight that comes in tiles: dequantize some rows, multiply, dequantize the next.
+
+A tile stays in cache between being written and being read, and no dense weight is ever allocated: past
+32 MiB such an allocation alone costs more than the product of a few hundred tokens, because the C library
+maps fresh pages for it each time. What a tile is made from is the affair of each method's ``tiles.py``.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .precision import product_dtype
+
+# CPU: 4 MiB of float32, in the last-level cache of any CPU of the last ten years, and large enough for BLAS.
+# Elsewhere a launch costs more than a cache miss, and 256 MiB holds all but the largest layers whole.
+CPU_TILE_ELEMENTS = 1 << 20
+DEVICE_TILE_ELEMENTS = 1 << 26
+
+# Row ranges with the rows' dense values, (n_rows, in_features); a tile's memory may be reused by the next.
+WeightTiles = Iterator[tuple[slice, Tensor]]
+
+
+def rows_per_tile(out_features: int, in_features: int, device: torch.device) -> int:
+    """How many rows of a weight make one tile on ``device``."""
+    elements = CPU_TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
+    return max(1, min(out_features, elements // in_features))
+
+
+def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias``: (..., in_features) to (..., out_features), with tiles of ``dtype``; dtype of ``x``."""
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    # No view may leave the operator: callers add to the result in place, which autograd forbids on a view.
+    y = flat.new_empty(*x.shape[:-1], out_features)
+    into = y.view(flat.shape[0], out_features)
+    bias = None if bias is None else bias.to(dtype)
+    for rows, tile in tiles:
+        if bias is None:
+            torch.mm(flat, tile.t(), out=into[:, rows])
+        else:
+            torch.addmm(bias[rows], flat, tile.t(), out=into[:, rows])
+    return y.to(x.dtype)
+
+
+def input_gradient(grad: Tensor, tiles: WeightTiles, in_features: int, dtype: torch.dtype) -> Tensor:
+    """``grad @ weight``: (..., out_features) to (..., in_features), with tiles of ``dtype``; dtype of ``grad``."""
+    flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    grad_x = flat.new_zeros(*grad.shape[:-1], in_features)
+    into = grad_x.view(flat.shape[0], in_features)
+    for rows, tile in tiles:
+        into.addmm_(flat[:, rows], tile)
+    return grad_x.to(grad.dtype)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad.T @ x`` over all tokens: (..., out_features) and (..., in_features) to (out_features, in_features)."""
+    dtype = product_dtype(grad.dtype, grad.device)
+    return grad.reshape(-1, grad.shape[-1]).to(dtype).t() @ x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of ``grad`` (..., out_features) over all tokens, in float32, given as ``dtype``."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
