@@ -10,14 +10,26 @@ from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
 from .integrations.hqq_folder import load_hqq_folder
-from .layers import HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
+from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
 from .model import quantize_model, save_model
-from .quantizers import HQQConfig, HQQSpec, QuantConfig, QuantMethod, register_method, registered_methods
+from .quantizers import (
+    AQLMConfig,
+    AQLMSpec,
+    HQQConfig,
+    HQQSpec,
+    QuantConfig,
+    QuantMethod,
+    register_method,
+    registered_methods,
+)
 from .training import prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AQLMConfig",
+    "AQLMLinear",
+    "AQLMSpec",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .integrations.transformers import QuantlayersHfQuantizer
+from .integrations.quantizer import QuantlayersHfQuantizer
 from .layers import quantize_modules, quantized_modules
 from .quantizers import QuantConfig
 

@@ -7,6 +7,9 @@ import pytest
 import peft_quantlayers
 
 PUBLIC = [
+    "AQLMConfig",
+    "AQLMLinear",
+    "AQLMSpec",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..layers import QuantizedLinear
-from .transformers import QuantlayersHfQuantizer, linear_from_upstream
+from .hqq import linear_from_upstream
+from .quantizer import QuantlayersHfQuantizer
 
 WEIGHTS = "qmodel.pt"
 

@@ -1,9 +1,10 @@
 """Quantized linear layers, and putting them into a model. Imports formats and quantizers; never PEFT."""
 
-from .linear import HQQLinear, QuantizedLinear, layer_type
+from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .replace import dequantize_model, quantizable_modules, quantize_module, quantize_modules, quantized_modules
 
 __all__ = [
+    "AQLMLinear",
     "HQQLinear",
     "QuantizedLinear",
     "dequantize_model",

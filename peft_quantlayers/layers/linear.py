@@ -255,7 +255,11 @@ class HQQLinear(QuantizedLinear):
     """A linear layer with an HQQ weight: ``W_q`` (packed codes, uint8), ``scale``, ``zero`` and ``bias``."""
 
 
-_layer_types: dict[str, type[QuantizedLinear]] = {"hqq": HQQLinear}
+class AQLMLinear(QuantizedLinear):
+    """A linear layer with an AQLM weight as published: ``codes``, ``codebooks``, ``scales`` and ``bias``."""
+
+
+_layer_types: dict[str, type[QuantizedLinear]] = {"aqlm": AQLMLinear, "hqq": HQQLinear}
 
 
 def layer_type(method: str) -> type[QuantizedLinear]:

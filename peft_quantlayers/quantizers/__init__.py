@@ -1,10 +1,14 @@
 """Quantization methods: from float weights to specs and tensors, and back. Imports formats and kernels only."""
 
-from .config import HQQConfig, QuantConfig
+from .aqlm import AQLMMethod, AQLMSpec
+from .config import AQLMConfig, HQQConfig, QuantConfig
 from .hqq import HQQMethod, HQQSpec
 from .method import QuantMethod, get_method, register_method, registered_methods, spec_from_dict
 
 __all__ = [
+    "AQLMConfig",
+    "AQLMMethod",
+    "AQLMSpec",
     "HQQConfig",
     "HQQMethod",
     "HQQSpec",

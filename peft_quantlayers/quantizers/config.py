@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.spec import METADATA_DTYPES, QuantSpec, check_choice
+from .aqlm import AQLMSpec
 from .hqq import HQQSpec
 
 
@@ -102,4 +103,20 @@ class HQQConfig(QuantConfig, HQQSpec):
 
     def __post_init__(self) -> None:
         HQQSpec.__post_init__(self)
+        self._check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AQLMConfig(QuantConfig, AQLMSpec):
+    """Quantize a model with AQLM. Fields: those of :class:`AQLMSpec` and of :class:`QuantConfig`.
+
+    Raises:
+        ValueError: a value that is not supported.
+        TypeError: a value of the wrong type.
+    """
+
+    spec_type = AQLMSpec
+
+    def __post_init__(self) -> None:
+        AQLMSpec.__post_init__(self)
         self._check()
