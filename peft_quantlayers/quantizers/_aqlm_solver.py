@@ -41,7 +41,9 @@ def kmeans(vectors: Tensor, k: int, *, weights: Tensor, generator: Generator) ->
 
     Starts from random vectors; a centroid that nobody chooses moves to a random one.
     """
-    n = vectors.shape[0]
+    n, d = vectors.shape
+    if n <= k:  # an entry for each vector
+        return torch.cat([vectors, vectors.new_zeros(k - n, d)])
     if n > k * POINTS_PER_CENTROID:
         sample = torch.randperm(n, generator=generator)[: k * POINTS_PER_CENTROID].to(vectors.device)
         vectors, weights, n = vectors[sample], weights[sample], len(sample)
