@@ -148,6 +148,7 @@ def main() -> None:
         "saved": saved,
         "note": note(demo.stages),
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time(),
         "peak_memory_gib": peak_memory_gib(),
         "machine": machine(),
     }
@@ -186,7 +187,7 @@ def finetune(model: Any, demo: Demo) -> tuple[Any, float]:
     )
     peft_model.print_trainable_parameters()
     arguments = TrainingArguments(
-        output_dir=str(Path(demo.options.output) / "trainer"),
+        output_dir=demo.options.output,
         max_steps=demo.options.steps,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=3e-4,
@@ -304,7 +305,10 @@ def print_result(result: dict[str, Any]) -> None:
         same = "identical" if check["logits_identical"] else f"off by {check['largest_difference']:.3g}"
         print(f"saved {name}: {check['size_on_disk_mb']:.0f} MB on disk, logits in a new process {same}")
     print(f"\n{result['note']}")
-    print(f"\n{result['seconds']:.0f} s in total, peak memory {result['peak_memory_gib']:.2f} GiB")
+    print(
+        f"\n{result['seconds']:.0f} s in total ({result['cpu_seconds']:.0f} s of CPU time on "
+        f"{result['machine']['torch_threads']} threads), peak memory {result['peak_memory_gib']:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":
