@@ -1,10 +1,9 @@
 """Weights quantized per second with HQQ, ours beside the ``hqq`` package, and the memory that it takes.
 
 Groups of 64, 20 iterations, Gaussian weights, float32 on the CPU; both start from the same zero (the package would
-round it at 4 bits). First the results are compared on one shape at every width and axis, and a worse one is refused: then
-nothing is timed. The peers take turns
-in one process. Memory is the high-water mark of the resident set (VmHWM, reset before the call) in a fresh process,
-above what was resident before the call; the quantized result itself counts in.
+round it at 4 bits). First the results are compared, on one shape at every width and axis; a worse one ends the run
+before anything is timed. Peers take turns in one process. Memory is the high-water mark of the resident set (VmHWM,
+reset before the call) in a fresh process, above what was resident before the call; the quantized result counts in.
 """
 
 import argparse
