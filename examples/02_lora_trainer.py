@@ -4,11 +4,12 @@ import tempfile
 
 from orders_task import OrderCollator, answer_loss, make_orders, tokenize
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import demo_model_folder
 
+set_seed(0)
 folder = demo_model_folder()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 train_orders, test_orders = make_orders(n_train=32, n_test=16)

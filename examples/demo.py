@@ -98,6 +98,7 @@ class Demo:
 def main() -> None:
     options = parse_options()
     transformers.logging.set_verbosity_error()
+    transformers.set_seed(0)
     start = time.perf_counter()
     demo = Demo(options)
     tokenizer, output = demo.tokenizer, Path(options.output)
