@@ -47,6 +47,7 @@ def solve_groups(
     nbits: int,
     options: HalfQuadraticOptions,
     integer_zero: bool = False,
+    round_zero: bool = False,
     refine_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of each group.
@@ -56,6 +57,8 @@ def solve_groups(
         nbits: bits per code; codes run from 0 to ``2**nbits - 1``.
         options: constants of the half-quadratic iteration.
         integer_zero: keep the zero an integer code, as integer formats need it; the scale is then fitted to it.
+        round_zero: start from a whole zero, as the ``hqq`` package does at 4 bits, so that a weight of 0.0 starts on
+            the grid; the zero that is found is not whole.
         refine_scale: after the iteration, fit scale and zero to the codes by least squares and code again,
             until nothing moves. Never raises a group's squared error.
 
@@ -73,10 +76,12 @@ def solve_groups(
     steps_per_unit = torch.where(is_constant, torch.ones_like(extent), max_code / extent)
     shifted = (groups - low).mul_(steps_per_unit)
 
-    offset = _solve_offset(shifted, steps_per_unit, max_code=max_code, options=options)
+    low_steps = low * steps_per_unit
+    start = low_steps - low_steps.round() if round_zero else torch.zeros_like(low)
+    offset = _solve_offset(shifted, start, steps_per_unit, max_code=max_code, options=options)
     slope = torch.ones_like(offset)
     if refine_scale and not integer_zero:
-        slope, offset = _fit_slope_and_offset(shifted, offset, max_code=max_code)
+        slope, offset = _refined(shifted, offset, low_steps, max_code=max_code, round_zero=round_zero)
     scale = slope / steps_per_unit
     zero = offset - low / scale
     if integer_zero:
@@ -96,19 +101,20 @@ def encode(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int, out: T
     return torch.div(groups, scale, out=out).add_(zero).round_().clamp_(0, max_code)
 
 
-def _solve_offset(shifted: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions) -> Tensor:
-    """The half-quadratic zero of groups that start at 0 and whose step is 1; (n_groups, 1).
+def _solve_offset(
+    shifted: Tensor, offset: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions
+) -> Tensor:
+    """The half-quadratic zero of groups whose least value is 0 and whose step is 1; (n_groups, 1).
 
-    ``shifted``: (n_groups, group_size), in steps. ``steps_per_unit`` tells the size of a step in weight units, on
-    which the shrink depends.
+    ``shifted``: (n_groups, group_size), in steps. ``offset``: the zero to start from. ``steps_per_unit`` tells the
+    size of a step in weight units, on which the shrink depends.
     """
-    solved = torch.zeros_like(steps_per_unit)
+    solved = offset.clone()
     best = torch.zeros_like(solved)
     best_error = torch.full_like(solved, torch.inf)
     is_shrunk = torch.zeros_like(solved, dtype=torch.bool)
 
     index = torch.arange(shifted.shape[0], device=shifted.device)
-    offset = torch.zeros_like(solved)
     mean = shifted.mean(1, keepdim=True)
     buffer = torch.empty_like(shifted)
     beta = options.beta
@@ -143,7 +149,8 @@ def _solve_offset(shifted: Tensor, steps_per_unit: Tensor, *, max_code: int, opt
         if n_moving == 0:
             break
         if n_moving < 0.6 * len(index):
-            index, shifted, offset, mean = (part[is_moving] for part in (index, shifted, offset, mean))
+            kept = is_moving.nonzero().squeeze(1)
+            index, shifted, offset, mean = (part[kept] for part in (index, shifted, offset, mean))
         beta = min(beta * options.kappa, MAX_BETA)
     return torch.where(is_shrunk, best, solved)
 
@@ -159,15 +166,35 @@ def _threshold(beta: float, options: HalfQuadraticOptions) -> float:
 
 # Coding and fitting lower the same squared error in turn; most groups stand still after a handful of rounds.
 REFINE_ITERS = 20
+# Where they come to stand depends on the start. A range somewhat inside a group's extremes is the second start: it
+# lowers the error of 4-bit SmolLM2 by 6 %, and a third one by 0.6 % more.
+SECOND_START = 0.9
 
 
-def _fit_slope_and_offset(shifted: Tensor, offset: Tensor, *, max_code: int) -> tuple[Tensor, Tensor]:
-    """Slope and offset that minimise ``sum (shifted - slope * (q - offset))**2``, coding and fitting in turn."""
-    slope = torch.ones_like(offset)
+def _refined(
+    shifted: Tensor, offset: Tensor, low_steps: Tensor, *, max_code: int, round_zero: bool
+) -> tuple[Tensor, Tensor]:
+    """The better of two refinements, from the half-quadratic solution and from a narrower range; (n_groups, 1)."""
+    slope, offset, error = _fit_slope_and_offset(shifted, torch.ones_like(offset), offset, max_code=max_code)
+    narrow = torch.full_like(slope, SECOND_START)
+    zero = max_code / 2 - (low_steps + max_code / 2) / narrow
+    start = (zero.round() if round_zero else zero) + low_steps / narrow
+    other_slope, other_offset, other_error = _fit_slope_and_offset(shifted, narrow, start, max_code=max_code)
+    is_better = other_error < error
+    return torch.where(is_better, other_slope, slope), torch.where(is_better, other_offset, offset)
+
+
+def _fit_slope_and_offset(
+    shifted: Tensor, slope: Tensor, offset: Tensor, *, max_code: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope and offset that minimise ``mean (shifted - slope * (q - offset))**2``, and that error; (n_groups, 1)."""
     solved_slope, solved_offset = slope.clone(), offset.clone()
+    solved_error = torch.full_like(slope, torch.inf)
     index = torch.arange(shifted.shape[0], device=shifted.device)
     mean = shifted.mean(1, keepdim=True)
-    buffer, product = torch.empty_like(shifted), torch.empty_like(shifted)
+    buffer = torch.empty_like(shifted)
+    spread = torch.mul(shifted, shifted, out=buffer).mean(1, keepdim=True) - mean.square()
+    product = torch.empty_like(shifted)
     for _ in range(REFINE_ITERS):
         n_active = shifted.shape[0]
         codes = encode(shifted, slope, offset, max_code=max_code, out=buffer[:n_active])
@@ -182,12 +209,15 @@ def _fit_slope_and_offset(shifted: Tensor, offset: Tensor, *, max_code: int) -> 
         is_moving = ((new_slope != slope) | (new_offset != offset)).squeeze(1)
         slope, offset = new_slope, new_offset
         solved_slope[index], solved_offset[index] = slope, offset
+        solved_error[index] = torch.where(is_fitted, spread - covariance * new_slope, spread)
         n_moving = int(is_moving.sum())
         if n_moving == 0:
             break
         if n_moving < 0.6 * n_active:
-            index, shifted, slope, offset, mean = (part[is_moving] for part in (index, shifted, slope, offset, mean))
-    return solved_slope, solved_offset
+            kept = is_moving.nonzero().squeeze(1)
+            index, shifted, slope, offset = (part[kept] for part in (index, shifted, slope, offset))
+            mean, spread = mean[kept], spread[kept]
+    return solved_slope, solved_offset, solved_error
 
 
 def _fit_scale(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int) -> Tensor:

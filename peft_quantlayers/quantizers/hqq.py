@@ -35,6 +35,7 @@ class HQQSpec(QuantSpec):
         axis: 1 groups neighbouring inputs of one output, 0 groups outputs of one input.
         scale_dtype: dtype in which scales and zeros are stored. A layer whose groups it cannot hold gets float32.
         integer_zero: zeros are whole codes, as integer formats need them.
+        round_zero: start the published iteration from a whole zero, as the ``hqq`` package does at 4 bits.
         refine_scale: fit scale and zero to the codes by least squares after the published iteration.
         iters, lp_norm, beta, kappa: constants of the published iteration.
     """
@@ -47,6 +48,7 @@ class HQQSpec(QuantSpec):
     axis: int = 1
     scale_dtype: str = "float16"
     integer_zero: bool = False
+    round_zero: bool = True
     refine_scale: bool = True
     iters: int = 20
     lp_norm: float = 0.7
@@ -58,6 +60,7 @@ class HQQSpec(QuantSpec):
         check_choice("axis", self.axis, (0, 1))
         check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
         check_choice("integer_zero", self.integer_zero, (False, True))
+        check_choice("round_zero", self.round_zero, (False, True))
         check_choice("refine_scale", self.refine_scale, (False, True))
         check_integer("iters", self.iters, at_least=0, at_most=10_000)
         check_number("lp_norm", self.lp_norm, above=0.0, at_most=1.0)
@@ -126,6 +129,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
                 nbits=spec.nbits,
                 options=HalfQuadraticOptions(iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa),
                 integer_zero=spec.integer_zero,
+                round_zero=spec.round_zero,
                 refine_scale=spec.refine_scale,
             )
             if dtype != torch.float32:

@@ -86,6 +86,7 @@ def run_ours(matrix: Tensor, nbits: int, axis: int) -> Tensor:
         group_size=GROUP_SIZE,
         axis=axis,
         scale_dtype="float32",
+        round_zero=False,
         refine_scale=False,
         iters=ITERS,
         beta=BETA,

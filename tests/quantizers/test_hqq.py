@@ -58,7 +58,9 @@ def test_each_group_is_solved_and_coded_with_its_stored_metadata(axis, group_siz
     assert quantized.spec.scale_dtype == scale_dtype
     n_per_group = group_size or weight.shape[axis]
     groups = grouped(weight, axis, n_per_group).contiguous()
-    scale, zero = solve_groups(groups, nbits=3, options=HalfQuadraticOptions(), refine_scale=refine_scale)
+    scale, zero = solve_groups(
+        groups, nbits=3, options=HalfQuadraticOptions(), round_zero=True, refine_scale=refine_scale
+    )
     dtype = getattr(torch, scale_dtype)
     scale, zero = scale.to(dtype), zero.to(dtype)
     assert torch.equal(quantized.tensors["scale"].reshape(-1, 1), scale)
@@ -183,7 +185,7 @@ def test_hard_weights_are_as_exact_as_a_float64_computation(kind, axis, scale_dt
     assert all(torch.isfinite(tensor).all() for tensor in quantized.tensors.values())
 
     groups = grouped(weight.double(), axis, 64)
-    scale, zero = solve_groups(groups, nbits=nbits, options=HalfQuadraticOptions(), refine_scale=True)
+    scale, zero = solve_groups(groups, nbits=nbits, options=HalfQuadraticOptions(), round_zero=True, refine_scale=True)
     best = (encode(groups, scale, zero, max_code=2**nbits - 1) - zero) * scale
     best_error = (best - groups).norm() / groups.numel() ** 0.5 / std
     error = (dequantize(quantized).double() - weight.double()).norm() / weight.numel() ** 0.5 / std
@@ -280,6 +282,7 @@ specs = st.builds(
     axis=st.sampled_from([0, 1]),
     scale_dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
     integer_zero=st.booleans(),
+    round_zero=st.booleans(),
     refine_scale=st.booleans(),
     iters=st.integers(0, 10_000),
     lp_norm=st.floats(0, 1, exclude_min=True),
@@ -323,6 +326,7 @@ def test_from_dict_leaves_its_argument_alone():
         ("scale_dtype", "float64", ValueError),
         ("scale_dtype", torch.float16, ValueError),
         ("integer_zero", 1, ValueError),
+        ("round_zero", 1, ValueError),
         ("refine_scale", "yes", ValueError),
         ("iters", -1, ValueError),
         ("iters", 20.0, TypeError),
