@@ -33,8 +33,9 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 WINDOW = 512
 # The float model's log-probabilities are kept for these: 96 MiB a window.
 KL_WINDOWS = 8
-SETTINGS = ((8, 64), (4, 64), (3, 64), (2, 64), (2, 16), (1, 64))
-MAKERS = ("ours", "ours, refine_scale", "ours, integer_zero", "hqq")
+SETTINGS = ((8, 64), (4, 64), (3, 64), (2, 64), (2, 16))
+# "published" is the algorithm of the hqq package, which rounds the starting zero at 4 bits only.
+MAKERS = ("ours", "ours, published algorithm", "hqq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ def quantize(weight: Tensor, made_by: str, nbits: int, group_size: int) -> tuple
     spec = pql.HQQSpec(
         nbits=nbits,
         group_size=group_size,
-        refine_scale=made_by == "ours, refine_scale",
-        integer_zero=made_by == "ours, integer_zero",
+        refine_scale=made_by == "ours",
+        round_zero=made_by == "ours" or nbits == 4,
     )
     method = get_method(spec.method)
     quantized = method.quantize(weight, spec, name="weight")

@@ -180,7 +180,9 @@ def _refined(
     zero = max_code / 2 - (low_steps + max_code / 2) / narrow
     start = (zero.round() if round_zero else zero) + low_steps / narrow
     other_slope, other_offset, other_error = _fit_slope_and_offset(shifted, narrow, start, max_code=max_code)
-    is_better = other_error < error
+    # The errors are differences of much larger numbers in float32: what they cannot tell apart is not better.
+    margin = 4e-6 * shifted.var(1, keepdim=True, correction=0)
+    is_better = other_error < error - margin
     return torch.where(is_better, other_slope, slope), torch.where(is_better, other_offset, offset)
 
 

@@ -259,8 +259,8 @@ def test_integer_zeros_are_stored_whole(nbits):
 def test_quantizing_again_moves_next_to_no_group(axis, nbits):
     """The codes of a group span its range again, so that its grid is found again.
 
-    Unless the first and the last code were not both used: then that group gets a finer grid. Measured: none of
-    256 groups, or one; and none at the third time.
+    Unless the first and the last code were not both used, or the second start leads to another grid that errs less:
+    then that group moves. Measured: none of 256 groups, or one; and at the third time one in one of 14 cases.
     """
     weight = random_weight(64, 256)
     first = quantize(weight, nbits=nbits, axis=axis)
@@ -272,7 +272,7 @@ def test_quantizing_again_moves_next_to_no_group(axis, nbits):
         return int((change > 0.01 * grouped(dequantize(before), axis, 64).std(1)).sum())
 
     assert n_moved(first, second) <= 2
-    assert n_moved(second, third) == 0
+    assert n_moved(second, third) <= 1
 
 
 specs = st.builds(
