@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint bench bench-quality clean
+.PHONY: demo test lint bench bench-quality tables clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ bench: $(VENV)/.installed
 
 bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quality.py
+
+tables: $(VENV)/.installed
+	$(RUN) benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -43,7 +43,9 @@ def random_weight(shape: tuple[int, int]) -> Tensor:
 
 
 def spec_of(nbits: int, axis: int, refine_scale: bool) -> pql.HQQSpec:
-    return pql.HQQSpec(nbits=nbits, group_size=GROUP_SIZE, axis=axis, refine_scale=refine_scale)
+    return pql.HQQSpec(
+        nbits=nbits, group_size=GROUP_SIZE, axis=axis, round_zero=refine_scale, refine_scale=refine_scale
+    )
 
 
 def refuse_wrong_result(weight: Tensor, nbits: int, axis: int) -> None:

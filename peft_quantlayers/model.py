@@ -52,7 +52,7 @@ def save_model(
     Everything is written beside ``folder`` first and then moved there.
 
     Args:
-        model: a quantized transformers model.
+        model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
         folder: where to; must not exist or be empty, unless ``overwrite``.
         tokenizer: saved along with it, if given.
         overwrite: replace what is in ``folder``.
@@ -72,7 +72,8 @@ def save_model(
         model.save_pretrained(written, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-        (written / "README.md").write_text(_model_card(model))
+        if quantized_modules(model):
+            (written / "README.md").write_text(_model_card(model))
         written.chmod(0o777 & ~_umask())
         if folder.exists():
             shutil.rmtree(folder)

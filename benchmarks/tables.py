@@ -1,0 +1,154 @@
+"""Write the README's tables from ``benchmarks/results/*.json``; ``--check`` only tells whether they are up to date."""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def device_line(device: dict[str, Any], command: str) -> str:
+    versions = ", ".join(
+        f"{name} {device[name]}" for name in ("torch", "transformers", "peft", "hqq") if name in device
+    )
+    return f"`{command}` on {device['cpu']} ({device['threads']} threads, {device['cpu_capability']}); {versions}."
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def quality() -> str:
+    """Perplexity and KL of each setting, ours and the peer's side by side."""
+    measured = result("quality")
+    dense, *rows = measured["rows"]
+    makers = list(dict.fromkeys(row["made_by"] for row in rows))
+    settings = list(dict.fromkeys((row["nbits"], row["group_size"]) for row in rows))
+    by_key = {(row["nbits"], row["group_size"], row["made_by"]): row for row in rows}
+    body = []
+    for nbits, group_size in settings:
+        cells = [f"{nbits} bits, group {group_size}"]
+        for maker in makers:
+            row = by_key[nbits, group_size, maker]
+            cells.append(f"{number(row['perplexity'])} / {row['kl_to_float']:.4f} ({row['bits_per_weight']:.2f})")
+        body.append(cells)
+    head = ["perplexity / KL (bits per weight)", *makers]
+    return "\n".join(
+        [
+            table(head, body),
+            "",
+            f"Float model: {dense['perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} windows of "
+            f"{measured['window_tokens']} tokens, KL on {measured['kl_windows']}. "
+            + device_line(measured["device"], "make bench-quality"),
+        ]
+    )
+
+
+def lora_step() -> str:
+    measured = result("lora_step")
+    rows = [
+        [
+            row["model"],
+            f"{row['batch']} x {row['tokens']}",
+            f"{row['median_s']:.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})",
+            f"{row['rate_vs_dense_float32']:.2f}",
+        ]
+        for row in measured["rows"]
+    ]
+    head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1"]
+    command = "python benchmarks/bench_lora_step.py"
+    return table(head, rows) + "\n\n" + device_line(measured["device"], command)
+
+
+def quantize() -> str:
+    measured = result("quantize")
+    shapes = ([576, 576], [1536, 576], [2048, 2048], [4096, 4096])
+    rows = []
+    for shape in shapes:
+        cells = [f"{shape[0]} x {shape[1]}"]
+        for made_by in ("ours", "ours, refine_scale", "hqq"):
+            for threads in (1, 2):
+                found = [
+                    row
+                    for row in measured["rows"]
+                    if (row["shape"], row["nbits"], row["axis"], row["threads"], row["made_by"])
+                    == (shape, 4, 1, threads, made_by)
+                ]
+                cells.append(f"{found[0]['million_weights_per_s']:.1f}" if found else "")
+        rows.append(cells)
+    head = ["million weights/s, 4 bits"]
+    head += [f"{what}, {n}" for what in ("published algorithm", "default", "hqq package") for n in ("1 thread", "2")]
+    model = measured["memory"]["model"]
+    whole = (
+        f"The whole of SmolLM2-135M (106 million weights): {statistics.median(run['seconds'] for run in model):.1f} s, "
+        f"{max(run['extra_peak_mib'] for run in model):.0f} MiB above the float model."
+    )
+    return table(head, rows) + f"\n\n{whole} " + device_line(measured["device"], "python benchmarks/bench_quantize.py")
+
+
+def demo() -> str:
+    measured = result("demo")
+    rows = [
+        [
+            stage["name"],
+            f"{stage['size_mb']:.0f}",
+            f"{stage['perplexity']:.2f}",
+            f"{stage['task_score']:.0%}",
+            f"{stage['task_loss']:.3f}",
+            f"{stage['seconds']:.1f}",
+        ]
+        for stage in measured["stages"]
+    ]
+    training = next(stage for stage in measured["stages"] if stage["seconds_per_step"])
+    machine = measured["machine"]
+    return "\n".join(
+        [
+            table(["stage", "MB", "perplexity", "task score", "task loss", "seconds"], rows),
+            "",
+            f"{training['seconds_per_step']:.2f} s a training step; {measured['seconds']:.0f} s and "
+            f"{measured['peak_memory_gib']:.1f} GiB in all. `make demo` on {machine['device']} "
+            f"({machine['torch_threads']} threads); torch {machine['torch']}.",
+        ]
+    )
+
+
+TABLES = {"quality": quality, "lora_step": lora_step, "quantize": quantize, "demo": demo}
+
+
+def with_tables(text: str) -> str:
+    """``text`` with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda found, made=make(): f"{found[1]}{made}\n{found[2]}", text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for the table {name!r}; it must have one.")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is outdated")
+    args = parser.parse_args()
+    text = README.read_text()
+    made = with_tables(text)
+    if args.check:
+        sys.exit("README.md is not what benchmarks/results says; run `make tables`." if made != text else 0)
+    README.write_text(made)
+
+
+if __name__ == "__main__":
+    main()

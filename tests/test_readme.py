@@ -1,0 +1,36 @@
+"""The README says what was measured, and its first example runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tables_are_what_the_benchmarks_wrote():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real_model
+def test_the_first_example_runs_as_it_stands(tmp_path):
+    from peft_quantlayers.evaluate import demo_model_folder
+
+    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    example = example.replace("HuggingFaceTB/SmolLM2-135M", str(demo_model_folder()))
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_every_make_target_and_file_that_it_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([\w-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for path in set(re.findall(r"`?python ([\w/]+\.py)", README)) | set(re.findall(r"\]\(([\w.]+)\)", README)):
+        assert (ROOT / path).exists(), path
