@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -51,8 +50,8 @@ def quality() -> str:
         [
             table(head, body),
             "",
-            f"Float model: {dense['perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} windows of "
-            f"{measured['window_tokens']} tokens, KL on {measured['kl_windows']}. "
+            f"Float model: {dense['perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} windows "
+            f"of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}. "
             + device_line(measured["device"], "make bench-quality"),
         ]
     )
@@ -93,10 +92,9 @@ def quantize() -> str:
     head = ["million weights/s, 4 bits"]
     head += [f"{what}, {n}" for what in ("published algorithm", "default", "hqq package") for n in ("1 thread", "2")]
     model = measured["memory"]["model"]
-    whole = (
-        f"The whole of SmolLM2-135M (106 million weights): {statistics.median(run['seconds'] for run in model):.1f} s, "
-        f"{max(run['extra_peak_mib'] for run in model):.0f} MiB above the float model."
-    )
+    seconds = statistics.median(run["seconds"] for run in model)
+    extra = max(run["extra_peak_mib"] for run in model)
+    whole = f"All of SmolLM2-135M, 106 million weights: {seconds:.1f} s, {extra:.0f} MiB above the float model."
     return table(head, rows) + f"\n\n{whole} " + device_line(measured["device"], "python benchmarks/bench_quantize.py")
 
 
@@ -132,10 +130,12 @@ TABLES = {"quality": quality, "lora_step": lora_step, "quantize": quantize, "dem
 def with_tables(text: str) -> str:
     """``text`` with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
     for name, make in TABLES.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda found, made=make(): f"{found[1]}{made}\n{found[2]}", text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}; it must have one.")
+        marker = f"<!-- table {name} -->\n"
+        if text.count(marker) != 1:
+            raise SystemExit(f"README.md has {text.count(marker)} places for the table {name!r}; it must have one.")
+        before, _, rest = text.partition(marker)
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{marker}{make()}\n{end}{after}"
     return text
 
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from typing import Any
 
 import torch
@@ -121,7 +120,6 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs: dict[str, QuantSpec] = {}
         self.compute_dtype: str | None = quantization_config.compute_dtype
         self.failures: list[str] = []
-        self._model: weakref.ref | None = None
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -208,7 +206,6 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self._attach(model)
 
     def _attach(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(model)
         self.pre_quantized = True
         model.hf_quantizer = self
         model.is_quantized = True
@@ -229,12 +226,13 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- what transformers asks a loaded model
 
     def is_serializable(self) -> bool:
-        """True. transformers asks right before it saves: the config is brought up to date with the layers."""
-        model = self._model() if self._model is not None else None
-        if model is not None:
-            self.quantization_config = QuantlayersConfig.from_model(model)
-            model.config.quantization_config = self.quantization_config
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
+        """Nothing of its own. transformers asks right before it saves: the config is brought up to date here."""
+        self.quantization_config = QuantlayersConfig.from_model(model)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -243,14 +241,6 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-    def __deepcopy__(self, memo: dict) -> QuantlayersHfQuantizer:
-        copied = type(self)(self.quantization_config, pre_quantized=self.pre_quantized)
-        copied.specs, copied._model = dict(self.specs), None
-        return copied
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_model": None}
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:

@@ -1,5 +1,6 @@
 """Quantizing while loading, saving, and loading again, through plain transformers calls."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -164,6 +165,15 @@ def test_a_device_map_to_disk_is_refused(float_folder):
         AutoModelForCausalLM.from_pretrained(
             float_folder, quantization_config=CONFIG, device_map={"model": "cpu", "lm_head": "disk"}
         )
+
+
+def test_a_copy_whose_layers_change_later_is_saved_as_it_is_then(saved, tmp_path):
+    model = copy.deepcopy(AutoModelForCausalLM.from_pretrained(saved[0]))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = layer.weight * 1e-6  # too small for float16 scales: the layer's spec changes
+    assert layer.spec.scale_dtype == "float32"
+    model.save_pretrained(tmp_path / "changed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "changed")), logits(model))
 
 
 def test_sharded_checkpoints_round_trip(float_folder, saved, tmp_path):
