@@ -75,18 +75,8 @@ def quantize_modules(
 ) -> nn.Module:
     """Quantize the linear layers of ``model`` in place, one at a time, and return it.
 
-    Every layer is checked before the first is touched, so that a refused call leaves the model as it was. The
-    float weight of a layer is released as soon as its codes are made.
-
-    Args:
-        model: any module.
-        config: the method, and exceptions by name; for example ``HQQConfig(nbits=4)``.
-        device: where to quantize, for example ``"cuda"`` for a model that lies in CPU memory; the quantized layer
-            goes back to where the weight was. None to quantize each weight where it is.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: as :func:`quantizable_modules` says, or a weight holds NaN or Inf.
+    What :func:`peft_quantlayers.quantize_model` does for any module, without making a transformers model known as
+    quantized; arguments and errors are the same.
     """
     specs = quantizable_modules(model, config)
     not_finite = [name for name in specs if not _is_finite(_linear_at(model, name).weight)]
