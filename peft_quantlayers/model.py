@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import has_adapters
 from .integrations.quantizer import QuantlayersHfQuantizer
 from .layers import quantize_modules, quantized_modules
 from .quantizers import QuantConfig
@@ -35,9 +36,20 @@ def quantize_model(
         progress: show a progress bar.
 
     Raises:
-        ValueError: nothing to quantize; a layer is quantized already; a shape does not fit the config; a pattern
-            matches no module; a weight holds NaN or Inf. The model is as it was.
+        TypeError: ``config`` is no QuantConfig.
+        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already; a shape does not
+            fit the config; a pattern matches no module; a weight holds NaN or Inf. The model is as it was.
     """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
+            "fields: HQQConfig(**fields)."
+        )
+    if has_adapters(model):
+        raise ValueError(
+            "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
+            "add adapters then; or merge them first with merge_and_unload()."
+        )
     quantize_modules(model, config, device=device, progress=progress)
     if isinstance(model, PreTrainedModel):
         QuantlayersHfQuantizer.attached_to(model)
@@ -55,16 +67,25 @@ def save_model(
         model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
         folder: where to; must not exist or be empty, unless ``overwrite``.
         tokenizer: saved along with it, if given.
-        overwrite: replace what is in ``folder``.
+        overwrite: replace the model in ``folder``: files of the same names, and all its safetensors. Others stay.
         kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
 
     Raises:
         FileExistsError: ``folder`` holds files; nothing was written.
+        ValueError: the model carries adapters; nothing was written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if has_adapters(model):
+        raise ValueError(
+            "the model carries PEFT adapters, and would be saved as if it had none; nothing was written. Merge them "
+            "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a folder; nothing was written.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True."
+            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True to "
+            "replace the model in it (other files stay)."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -75,12 +96,24 @@ def save_model(
         if quantized_modules(model):
             (written / "README.md").write_text(_model_card(model))
         written.chmod(0o777 & ~_umask())
-        if folder.exists():
-            shutil.rmtree(folder)
-        written.rename(folder)
+        if folder.exists() and any(folder.iterdir()):
+            _replace_model(folder, written)
+        else:
+            written.replace(folder)
     except BaseException:
         shutil.rmtree(written, ignore_errors=True)
         raise
+
+
+def _replace_model(folder: Path, written: Path) -> None:
+    """Move the files of ``written`` into ``folder``, and remove the weights of the model that was there."""
+    names = {file.name for file in written.iterdir()}
+    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        if old.name not in names:
+            old.unlink()
+    for file in written.iterdir():
+        file.replace(folder / file.name)
+    written.rmdir()
 
 
 def _umask() -> int:

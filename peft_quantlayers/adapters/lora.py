@@ -12,10 +12,13 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
+from ..layers.replace import dense_in_place_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class LayerMergeReport:
     def relative_error(self) -> float:
         """``error_norm / weight_norm``."""
         return self.error_norm / self.weight_norm if self.weight_norm else 0.0
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a PEFT adapter of any kind sits in ``model``."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 @dataclass
@@ -123,14 +131,14 @@ class LoraQuantizedLinear(LoraLinear):
         Raises:
             ValueError: the merged weight is not finite; names the layer, which is left as it was.
         """
-        if not isinstance(self.get_base_layer(), QuantizedLinear):  # dequantized under its adapters
-            return super().merge(safe_merge, adapter_names)
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self.active_adapters if adapter_names is None else adapter_names
         new = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
         if not new:
             return
+        if not isinstance(self.get_base_layer(), QuantizedLinear):  # dequantized under its adapters
+            return super().merge(safe_merge, new)
         base = self._quantized_base()
         unmerged = self._unmerged_state()
         names = [*self.merged_adapters, *new]
@@ -173,8 +181,8 @@ class LoraQuantizedLinear(LoraLinear):
         self._unmerged = self.merge_report = None
         self.merged_adapters.clear()
 
-    def merged_linear(self, adapter_names: list[str]) -> tuple[nn.Linear, LayerMergeReport]:
-        """A dense linear in the base's compute dtype with exactly these adapters merged; this layer is not changed.
+    def merged_linear(self, adapter_names: list[str]) -> tuple[nn.Linear | Conv1D, LayerMergeReport]:
+        """A dense layer in the base's compute dtype with exactly these adapters merged; this layer is not changed.
 
         Raises:
             ValueError: the merged weight is not finite; names the layer.
@@ -183,16 +191,15 @@ class LoraQuantizedLinear(LoraLinear):
         unmerged = self._unmerged_state()
         names = [name for name in adapter_names if name in self.lora_A]
         before, target, bias = self._merged_floats(unmerged, names)
-        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(target.to(base.compute_dtype), requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
+        weight = target.to(base.compute_dtype)
+        dense_bias = None if bias is None else nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
+        dense = dense_in_place_of(base, weight, dense_bias)
         report = layer_report(
             base.layer_name,
             names,
             before=before,
             target=target,
-            merged=dense.weight.data.float(),
+            merged=weight.float(),
             bits=(unmerged.weight.bits_per_weight, 8.0 * base.compute_dtype.itemsize),
         )
         return dense.train(self.training), report
@@ -233,7 +240,10 @@ class LoraQuantizedLinear(LoraLinear):
         try:
             super().merge(safe_merge=True, adapter_names=names)
         except ValueError as error:
-            raise ValueError(f"{base.layer_name}: {error}. The layer was left as it was.") from None
+            raise ValueError(
+                f"{base.layer_name}: {error}. This layer was left as it was; layers that PEFT merged before it are "
+                "put back bit for bit by unmerge_adapter(). peft_quantlayers.merge_back checks all layers first."
+            ) from None
         finally:
             self.base_layer, self._caches = base, caches
             self.merged_adapters[:] = merged_adapters

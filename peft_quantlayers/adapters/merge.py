@@ -94,16 +94,24 @@ def merge_back(
         The base model, merged, and the report.
 
     Raises:
+        TypeError: not a PeftModel, or ``adapters`` is no list.
         ValueError: an unknown strategy or adapter, or an adapter that holds NaN or Inf; the model is left as it was.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"merge_back takes a PeftModel, got {type(peft_model).__name__}. For adapters added with "
+            "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
+            "PeftModel.from_pretrained(base, folder)."
+        )
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
     names = list(peft_model.active_adapters) if adapters is None else list(adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown or not names:
-        raise ValueError(
-            f"adapters={adapters!r}: no such adapter {unknown}; the model has {sorted(peft_model.peft_config)}."
-        )
+        said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
+        raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
     _refuse_broken_adapters(peft_model, names)
     layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
     merge_layers = _merge_dense if strategy == "dense" else _requantize

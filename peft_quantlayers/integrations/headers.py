@@ -20,6 +20,10 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+# Names under which the methods store their codes.
+CODES_NAMES = ("W_q", "codes")
+
+
 def header_dtypes(files: Iterable[str]) -> dict[str, torch.dtype | None]:
     """Names of all tensors in the files with their dtypes; None for a dtype that no layer of ours has."""
     dtypes = {}
@@ -59,6 +63,7 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
                 stored_name, _, tensor_name = key.rpartition(".")
                 name = model_name(stored_name, specs, model)
                 if name is None:
+                    _refuse_unnamed_codes(file, key, stored_name, tensor_name, model)
                     continue
                 is_seen = True
                 if tensor_name == "bias":
@@ -85,6 +90,16 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
             f"{missing[:3]}. Download or save it again."
+        )
+
+
+def _refuse_unnamed_codes(file: str, key: str, stored_name: str, tensor_name: str, model: nn.Module) -> None:
+    """Raise where the file has codes for a layer of the model that config.json does not call quantized."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if tensor_name in CODES_NAMES and model_name(stored_name, linears, model) is not None:
+        raise ValueError(
+            f"{Path(file).name} holds the codes {key!r}, and config.json does not say how that layer is quantized: it "
+            "would be filled with random numbers. The config is damaged or belongs to another file."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -189,6 +190,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             )
             if layer.bias is not None:
                 layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"))
+            layer.is_conv1d = isinstance(linear, Conv1D)
             model.set_submodule(name, layer)
 
     # ---- after loading

@@ -15,6 +15,11 @@ from ..formats import QuantizedWeight, QuantSpec
 from ..quantizers import QuantMethod, get_method
 from .write_through import WriteThroughWeight
 
+# Of a layer's spec, what its repr shows.
+SHOWN_FIELDS = (
+    "nbits", "group_size", "axis", "num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size",
+)  # fmt: skip
+
 
 class CodesParameter(nn.Parameter):
     """The packed codes of a layer. ``numel()`` counts the weights that they stand for, as users count parameters.
@@ -24,12 +29,22 @@ class CodesParameter(nn.Parameter):
     """
 
     n_weights: int
+    layer_name: str
 
     def __new__(cls, codes: Tensor, requires_grad: bool = False) -> CodesParameter:
         return torch.Tensor._make_subclass(cls, codes.detach(), requires_grad)
 
     def numel(self) -> int:
         return getattr(self, "n_weights", self.nelement())
+
+    def requires_grad_(self, requires_grad: bool = True) -> CodesParameter:
+        """Raises NotImplementedError for True: codes are integers, and integers take no gradient."""
+        if requires_grad:
+            raise NotImplementedError(
+                f"{getattr(self, 'layer_name', 'layer')}: a quantized layer takes no gradient, so it can be neither "
+                "unfrozen nor named in modules_to_save. Train an adapter on it, or keep it dense with skip_modules."
+            )
+        return self
 
 
 class QuantizedLinear(nn.Linear):
@@ -46,6 +61,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
             for a half precision compute in float32 inside). The result comes back in the dtype of the input.
         layer_name: the module's name in its model, for messages.
+        is_conv1d: the layer stands where the model has a transformers ``Conv1D``, which keeps its weight transposed.
         n_writes: how often the weight was written.
     """
 
@@ -71,6 +87,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features = quantized.out_features
         self.compute_dtype = compute_dtype
         self.layer_name = layer_name
+        self.is_conv1d = False
         for name, tensor in quantized.tensors.items():
             # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -180,6 +197,11 @@ class QuantizedLinear(nn.Linear):
         return WriteThroughWeight(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(
+                f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
+                f"shape {tuple(x.shape)}."
+            )
         dtype, output_dtype = self.compute_dtype, x.dtype
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
@@ -187,7 +209,7 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         fields = self.spec.to_dict()
-        shown = [f"{key}={fields[key]}" for key in fields if key in ("nbits", "group_size", "axis")]
+        shown = [f"{key}={fields[key]}" for key in fields if key in SHOWN_FIELDS]
         return ", ".join(
             [
                 f"in_features={self.in_features}",
@@ -221,6 +243,7 @@ class QuantizedLinear(nn.Linear):
             self._parameter(name).nelement() for name in self._parameters if name not in ("bias", self.spec.codes_name)
         )
         codes.n_weights = self.in_features * self.out_features - metadata
+        codes.layer_name = self.layer_name
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before nn.Module registers a Parameter of that name

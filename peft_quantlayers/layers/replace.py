@@ -1,5 +1,6 @@
 """Find the linear layers of a model that a config means, and put quantized ones in their place."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from ..formats import QuantSpec
 from ..quantizers import QuantConfig
 from ..quantizers.config import matches
 from .linear import QuantizedLinear
+
+logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -36,6 +39,11 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
         ValueError: nothing to quantize; a layer is quantized already; a shape does not fit its spec; a pattern
             in ``skip_modules`` or ``overrides`` matches no module. All layers at fault are named.
     """
+    if isinstance(model, (nn.Linear, Conv1D)):
+        raise ValueError(
+            "the model is a single linear layer. Quantize it with HQQLinear.from_linear(layer, HQQSpec(...)), or put "
+            "it into a module."
+        )
     _check_patterns(model, config)
     heads = set() if config.quantize_lm_head else set(_head_modules(model))
     shared = _shared_parameters(model)
@@ -58,6 +66,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
         shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
     _check_overrides(specs, config)
+    _warn_of_dense_experts(model)
     if not specs:
         raise ValueError(
             "there is nothing to quantize: the model has no plain nn.Linear or Conv1D layer outside its head that "
@@ -106,6 +115,7 @@ def quantize_module(
         weight = weight.to(device)
     dense = _linear_over(weight, linear.bias, linear.training)
     layer = QuantizedLinear.from_linear(dense, spec, layer_name=name)
+    layer.is_conv1d = isinstance(linear, Conv1D)
     if device is not None:
         layer.to(home)
     if compute_dtype is not None:
@@ -115,7 +125,7 @@ def quantize_module(
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every quantized layer of ``model`` by a plain ``nn.Linear`` with its dequantized weight, in place.
+    """Replace every quantized layer of ``model`` by a plain one with its dequantized weight, in place.
 
     Args:
         model: any module; a transformers model also loses its quantization config.
@@ -123,11 +133,28 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     """
     for name, layer in quantized_modules(model).items():
         weight = layer.dequantize(dtype).detach()
-        model.set_submodule(name, _linear_over(weight, layer.bias, layer.training))
+        model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
     for module in model.modules():
         if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
             cast(Any, module.hf_quantizer).remove_quantization_config(module)
     return model
+
+
+def dense_in_place_of(layer: QuantizedLinear, weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear | Conv1D:
+    """The ``nn.Linear`` or ``Conv1D`` that the model's architecture has in the place of ``layer``.
+
+    Args:
+        layer: the quantized layer.
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+    if not layer.is_conv1d:
+        return _linear_over(weight, bias, layer.training)
+    with torch.device("meta"):
+        conv = Conv1D(layer.out_features, layer.in_features)
+    conv.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    conv.register_parameter("bias", bias)
+    return conv.train(layer.training)
 
 
 def _linear_at(model: nn.Module, name: str) -> nn.Linear:
@@ -189,3 +216,15 @@ def _check_overrides(specs: dict[str, QuantSpec], config: QuantConfig) -> None:
                 f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
                 "quantize_lm_head=True only."
             )
+
+
+def _warn_of_dense_experts(model: nn.Module) -> None:
+    parameters = list(model.named_parameters())
+    fused = {name: p.numel() for name, p in parameters if p.dim() == 3 and "experts" in name.split(".")}
+    if fused:
+        share = sum(fused.values()) / sum(p.numel() for _, p in parameters)
+        logger.warning(
+            "%.0f %% of the weights lie in fused experts (%s, ...), which are no linear layers and stay dense.",
+            100 * share,
+            next(iter(fused)),
+        )

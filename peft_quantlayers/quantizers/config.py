@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.spec import METADATA_DTYPES, QuantSpec, check_choice
@@ -80,7 +80,14 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields under transformers' key ``quant_method``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.skip_modules is not None:
+            fields["skip_modules"] = list(self.skip_modules)
         return {"quant_method": self.quant_method, "method": self.spec_type.method, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The config that :meth:`to_dict` wrote; raises as a spec's ``from_dict`` does."""
+        return super().from_dict({name: value for name, value in fields.items() if name != "quant_method"})  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`; transformers asks for it when it prints a config."""

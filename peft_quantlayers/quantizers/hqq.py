@@ -66,6 +66,8 @@ class HQQSpec(QuantSpec):
         check_number("lp_norm", self.lp_norm, above=0.0, at_most=1.0)
         check_number("beta", self.beta, above=0.0, at_most=1e6)
         check_number("kappa", self.kappa, above=0.0, at_most=10.0)
+        if self.group_size == -1:
+            raise ValueError("group_size=-1 is not supported; write None for one group a row (axis=1) or column.")
         if self.group_size is not None:
             check_integer("group_size", self.group_size, at_least=1, at_most=MAX_GROUP_SIZE)
 

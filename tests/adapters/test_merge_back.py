@@ -142,3 +142,10 @@ def test_modules_to_save_keep_their_trained_copy(x):
     merged, _ = pql.merge_back(model)
     assert type(merged.head) is nn.Linear
     assert (merged(x) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_model_that_is_no_peft_model_and_a_bare_name_are_refused():
+    with pytest.raises(TypeError, match="PeftModel"):
+        pql.merge_back(quantized_two())
+    with pytest.raises(TypeError, match=r"\['default'\]"):
+        pql.merge_back(with_adapter(quantized_two()), adapters="default")

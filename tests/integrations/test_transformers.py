@@ -314,6 +314,7 @@ def test_a_pickle_checkpoint_is_refused(saved):
         (lambda c: c["specs"][0].update(beta=float("nan")), ValueError, "beta"),
         (lambda c: c["specs"][0].update(method="nonsense"), ValueError, "nonsense"),
         (lambda c: c["specs"].__setitem__(0, 5), TypeError, r"specs\[0\]"),
+        (lambda c: c["modules"].pop(LAYER), ValueError, f"{LAYER}.*random numbers"),
         (lambda c: c["modules"].update({LAYER: 10**9}), ValueError, LAYER),
         (lambda c: c["modules"].update({LAYER: -1}), ValueError, LAYER),
         (lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": 0}), ValueError, "layers.9"),
