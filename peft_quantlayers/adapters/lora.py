@@ -202,7 +202,7 @@ class LoraQuantizedLinear(LoraLinear):
             merged=weight.float(),
             bits=(unmerged.weight.bits_per_weight, 8.0 * base.compute_dtype.itemsize),
         )
-        return dense.train(self.training), report
+        return dense, report
 
     def _quantized_base(self) -> QuantizedLinear:
         return cast(QuantizedLinear, self.get_base_layer())

@@ -13,15 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..formats import QuantSpec
 from ..layers.replace import linear_shape
+from ..quantizers import registered_methods
 
 _SAFETENSORS_DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-
-
-# Names under which the methods store their codes.
-CODES_NAMES = ("W_q", "codes")
 
 
 def header_dtypes(files: Iterable[str]) -> dict[str, torch.dtype | None]:
@@ -34,13 +31,8 @@ def header_dtypes(files: Iterable[str]) -> dict[str, torch.dtype | None]:
     return dtypes
 
 
-def header_keys(files: Iterable[str]) -> Iterable[str]:
-    for file in files:
-        with open_checkpoint(file) as opened:
-            yield from opened.keys()
-
-
 def open_checkpoint(file: str) -> Any:
+    """A safetensors file, opened to read single tensors. Raises ValueError for any other or a damaged file."""
     if not str(file).endswith(".safetensors"):
         raise ValueError(
             f"{Path(file).name}: quantized models are read from safetensors files only, since a pickle may run code. "
@@ -56,6 +48,8 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
     """Compare names, shapes and dtypes in the files with what the specs ask for, before anything is loaded."""
     layouts = {name: spec.tensor_layout(*linear_shape(model.get_submodule(name))) for name, spec in specs.items()}
     found: dict[str, set[str]] = {name: set() for name in specs}
+    linears = _linear_modules(model)
+    codes_names = {method.spec_type.codes_name for method in registered_methods().values()}
     is_seen = False
     for file in files:
         with open_checkpoint(file) as opened:
@@ -63,7 +57,12 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
                 stored_name, _, tensor_name = key.rpartition(".")
                 name = model_name(stored_name, specs, model)
                 if name is None:
-                    _refuse_unnamed_codes(file, key, stored_name, tensor_name, model)
+                    if tensor_name in codes_names and model_name(stored_name, linears, model) is not None:
+                        raise ValueError(
+                            f"{Path(file).name} holds the codes {key!r}, and config.json does not say how that layer "
+                            "is quantized: it would be filled with random numbers. The config is damaged or belongs "
+                            "to another file."
+                        )
                     continue
                 is_seen = True
                 if tensor_name == "bias":
@@ -93,14 +92,8 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
         )
 
 
-def _refuse_unnamed_codes(file: str, key: str, stored_name: str, tensor_name: str, model: nn.Module) -> None:
-    """Raise where the file has codes for a layer of the model that config.json does not call quantized."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    if tensor_name in CODES_NAMES and model_name(stored_name, linears, model) is not None:
-        raise ValueError(
-            f"{Path(file).name} holds the codes {key!r}, and config.json does not say how that layer is quantized: it "
-            "would be filled with random numbers. The config is damaged or belongs to another file."
-        )
+def _linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def model_name(stored_name: str, names: Any, model: nn.Module) -> str | None:
@@ -118,7 +111,7 @@ def rename_to_model(specs: dict[str, QuantSpec], model: nn.Module) -> dict[str, 
     Raises:
         ValueError: a module is not in the model, is no linear layer, or its shape does not fit its spec.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linears = _linear_modules(model)
     is_headless = getattr(model, "base_model", model) is model
     renamed = {}
     for stored_name, spec in specs.items():

@@ -19,7 +19,7 @@ from ..layers import QuantizedLinear
 from ..layers.linear import layer_type
 from ..quantizers import HQQConfig, HQQSpec, QuantConfig
 from ..quantizers.config import matches
-from .headers import header_keys, model_name, open_checkpoint, rename_to_model
+from .headers import header_dtypes, model_name, open_checkpoint, rename_to_model
 from .quantizer import QuantlayersHfQuantizer
 
 
@@ -56,7 +56,7 @@ class UpstreamHqqHfQuantizer(QuantlayersHfQuantizer):
         if not self.pre_quantized:
             self.quantization_config = _without_untagged(self.quantization_config, model)
             return super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
-        stored = _upstream_names(set(header_keys(checkpoint_files or [])))
+        stored = _upstream_names(set(header_dtypes(checkpoint_files or [])))
         # The real spec of each layer is beside its tensors; this one only reserves the names.
         self.specs = rename_to_model(dict.fromkeys(stored, HQQSpec(group_size=None)), model)
         self._place_empty_layers(model)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from ..layers import (
 from ..layers.replace import linear_shape
 from ..quantizers import spec_from_dict
 from .headers import check_headers, rename_to_model
-
-logger = logging.getLogger(__name__)
 
 
 class QuantlayersConfig(QuantizationConfigMixin):

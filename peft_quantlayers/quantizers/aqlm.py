@@ -1,6 +1,5 @@
 """AQLM: its spec, and the method that makes and reads AQLM weights in the published layout."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +11,7 @@ from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
 from ._aqlm_solver import fitted_codebooks, fitted_scales, improved_codes, initial_codes, reconstruct
-from .method import QuantMethod, register_method
-
-logger = logging.getLogger(__name__)
+from .method import QuantMethod, checked_layout, refuse_not_finite, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +79,9 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     def quantize(self, weight: Tensor, spec: AQLMSpec, *, name: str) -> QuantizedWeight:
         out_features, in_features = weight.shape
-        try:
-            layout = spec.tensor_layout(out_features, in_features)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} Or skip the layer with skip_modules=[{name!r}].") from None
+        layout = checked_layout(weight, spec, name=name)
         weight = weight.detach().float()
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{name}: the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint, or "
-                f"skip the layer with skip_modules=[{name!r}]."
-            )
+        refuse_not_finite(weight, name=name)
         n_out, n_in, num_codebooks = layout["codes"].shape
         size = 2**spec.nbits_per_codebook
         grouped = weight.view(n_out, spec.out_group_size, n_in, spec.in_group_size).permute(0, 2, 1, 3)

@@ -14,7 +14,7 @@ from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, check_number, suggest_divisor
 from ._hqq_solver import HalfQuadraticOptions, encode, solve_groups
-from .method import QuantMethod, register_method
+from .method import QuantMethod, checked_layout, refuse_not_finite, register_method
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     def quantize(self, weight: Tensor, spec: HQQSpec, *, name: str) -> QuantizedWeight:
         out_features, in_features = weight.shape
-        try:
-            layout = spec.tensor_layout(out_features, in_features)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} Or skip the layer with skip_modules=[{name!r}].") from None
+        layout = checked_layout(weight, spec, name=name)
         weight = weight.detach()
         n_per_group = weight.numel() // layout["scale"].shape[0] // layout["scale"].shape[1]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -121,11 +118,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
         for start in range(0, weight_groups.shape[0], step):
             part = slice(start, start + step)
             groups = weight_groups[part].to(torch.float32).contiguous()
-            if not torch.isfinite(groups.sum()) and not torch.isfinite(groups).all():
-                raise ValueError(
-                    f"{name}: the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint, or "
-                    f"skip the layer with skip_modules=[{name!r}]."
-                )
+            if not torch.isfinite(groups.sum()):  # cheaper than looking at each; the sum of large ones overflows too
+                refuse_not_finite(groups, name=name)
             group_scale, group_zero = solve_groups(
                 groups,
                 nbits=spec.nbits,

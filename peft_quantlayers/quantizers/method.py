@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedWeight, QuantSpec
+from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,23 @@ class QuantMethod(ABC, Generic[SpecT]):
     @abstractmethod
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
+
+
+def checked_layout(weight: Tensor, spec: QuantSpec, *, name: str) -> dict[str, TensorLayout]:
+    """Layout of ``weight`` (out_features, in_features); ValueError with layer and remedy where it does not fit."""
+    try:
+        return spec.tensor_layout(*weight.shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} Or skip the layer with skip_modules=[{name!r}].") from None
+
+
+def refuse_not_finite(weight: Tensor, *, name: str) -> None:
+    """Raise ValueError with layer and remedy where ``weight`` holds NaN or Inf."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{name}: the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint, or "
+            f"skip the layer with skip_modules=[{name!r}]."
+        )
 
 
 _methods: dict[str, QuantMethod] = {}
