@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
+from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
@@ -77,8 +78,16 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     spec_type = AQLMSpec
 
-    def quantize(self, weight: Tensor, spec: AQLMSpec, *, name: str) -> QuantizedWeight:
-        out_features, in_features = weight.shape
+    def quantize(
+        self,
+        weight: Tensor,
+        spec: AQLMSpec,
+        *,
+        name: str,
+        hessian: Tensor | None = None,
+        start: QuantizedWeight | None = None,
+    ) -> QuantizedWeight:
+        """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there."""
         layout = checked_layout(weight, spec, name=name)
         weight = weight.detach().float()
         refuse_not_finite(weight, name=name)
@@ -86,38 +95,30 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         size = 2**spec.nbits_per_codebook
         grouped = weight.view(n_out, spec.out_group_size, n_in, spec.in_group_size).permute(0, 2, 1, 3)
         rows = grouped.reshape(n_out, -1)
-        scales = rows.square().mean(1).sqrt()
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        if start is not None:
+            codes, codebooks, scales = _floats_of(start, weight.device)
+        else:
+            scales = rows.square().mean(1).sqrt()
+            scales = torch.where(scales > 0, scales, torch.ones_like(scales))
 
         def scaled_vectors(scales: Tensor) -> tuple[Tensor, Tensor]:
             """Vectors in codebook units, and how much an error in each counts in weight units."""
             vectors = (rows / scales[:, None]).view(n_out * n_in, -1)
             return vectors, scales.square().repeat_interleave(n_in)
 
-        generator = torch.Generator().manual_seed(spec.seed)
         vectors, importance = scaled_vectors(scales)
-        codes, codebooks = initial_codes(
-            vectors, num_codebooks=num_codebooks, size=size, weights=importance, generator=generator
-        )
+        if start is None:
+            generator = torch.Generator().manual_seed(spec.seed)
+            codes, codebooks = initial_codes(
+                vectors, num_codebooks=num_codebooks, size=size, weights=importance, generator=generator
+            )
         for _ in range(spec.rounds):
             codebooks = fitted_codebooks(vectors, codes, codebooks, importance)
             codes = improved_codes(vectors, codes, codebooks, passes=2)
             scales = fitted_scales(rows, reconstruct(codes, codebooks).view(n_out, -1), scales)
             vectors, importance = scaled_vectors(scales)
         codebooks = fitted_codebooks(vectors, codes, codebooks, importance)
-
-        stored_codebooks = codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
-        stored_scales = scales.view(layout["scales"].shape).to(layout["scales"].dtype)
-        if not (torch.isfinite(stored_codebooks).all() and torch.isfinite(stored_scales).all()):
-            raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
-        wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
-        stored_codes = wrapped.view(layout["codes"].shape).to(layout["codes"].dtype)
-        return QuantizedWeight(
-            spec=spec,
-            out_features=out_features,
-            in_features=in_features,
-            tensors={"codes": stored_codes, "codebooks": stored_codebooks, "scales": stored_scales},
-        )
+        return _stored(codes, codebooks, scales, spec, layout, name=name)
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
@@ -126,6 +127,40 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
         return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
+
+
+def _floats_of(start: QuantizedWeight, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (n_groups, num_codebooks) int64, codebooks (num_codebooks, size, d) and scales (n_out,), float32."""
+    codes, codebooks, scales = (start.tensors[part].to(device) for part in ("codes", "codebooks", "scales"))
+    num_codebooks, size = codebooks.shape[:2]
+    return (
+        unsigned_codes(codes, size.bit_length() - 1).view(-1, num_codebooks),
+        codebooks.float().reshape(num_codebooks, size, -1),
+        scales.float().flatten(),
+    )
+
+
+def _stored(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, spec: AQLMSpec, layout: dict[str, TensorLayout], *, name: str
+) -> QuantizedWeight:
+    """The value of codes (n_groups, num_codebooks), codebooks (num_codebooks, size, d) and scales (n_out,)."""
+    size = codebooks.shape[1]
+    stored_codebooks = codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
+    stored_scales = scales.view(layout["scales"].shape).to(layout["scales"].dtype)
+    if not (torch.isfinite(stored_codebooks).all() and torch.isfinite(stored_scales).all()):
+        raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
+    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
+    n_out, n_in, _ = layout["codes"].shape
+    return QuantizedWeight(
+        spec=spec,
+        out_features=n_out * spec.out_group_size,
+        in_features=n_in * spec.in_group_size,
+        tensors={
+            "codes": wrapped.view(layout["codes"].shape).to(layout["codes"].dtype),
+            "codebooks": stored_codebooks,
+            "scales": stored_scales,
+        },
+    )
 
 
 register_method(AQLMMethod())

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -100,10 +101,25 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     spec_type = HQQSpec
 
-    def quantize(self, weight: Tensor, spec: HQQSpec, *, name: str) -> QuantizedWeight:
-        out_features, in_features = weight.shape
+    def quantize(
+        self,
+        weight: Tensor,
+        spec: HQQSpec,
+        *,
+        name: str,
+        hessian: Tensor | None = None,
+        start: QuantizedWeight | None = None,
+    ) -> QuantizedWeight:
+        """As :meth:`QuantMethod.quantize`; with ``start`` its scales and zeros stay, and only the codes are new."""
         layout = checked_layout(weight, spec, name=name)
         weight = weight.detach()
+        if start is not None:
+            refuse_not_finite(weight, name=name)
+            return _on_grid_of(start, weight)
+        return self._solved(weight, spec, layout, name=name)
+
+    def _solved(self, weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout], *, name: str) -> QuantizedWeight:
+        out_features, in_features = weight.shape
         n_per_group = weight.numel() // layout["scale"].shape[0] // layout["scale"].shape[1]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(layout["scale"].shape, dtype=torch.float32, device=weight.device)
@@ -137,7 +153,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
                         name,
                         spec.scale_dtype,
                     )
-                    return self.quantize(weight, dataclasses.replace(spec, scale_dtype="float32"), name=name)
+                    wider = dataclasses.replace(spec, scale_dtype="float32")
+                    return self._solved(weight, wider, layout, name=name)
                 group_scale, group_zero = stored_scale.float(), stored_zero.float()
             flat_scale[part], flat_zero[part] = group_scale, group_zero
             code_groups[part] = encode(groups, group_scale, group_zero, max_code=max_code).to(torch.uint8)
@@ -153,6 +170,18 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HQQSpec, bias: Tensor | None) -> Tensor:
         return hqq_linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+
+
+def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """``weight`` with the scales and zeros of ``start``, and the codes that are nearest on that grid."""
+    spec = cast(HQQSpec, start.spec)
+    scale, zero = (start.tensors[part].to(weight.device) for part in ("scale", "zero"))
+    groups = _by_group(weight.float(), spec.axis, weight.numel() // scale.numel())
+    flat = (scale.float().reshape(-1, 1), zero.float().reshape(-1, 1))
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    _by_group(codes, spec.axis, groups.shape[1]).copy_(encode(groups, *flat, max_code=2**spec.nbits - 1))
+    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.clone(), "zero": zero.clone()}
+    return dataclasses.replace(start, tensors=tensors)
 
 
 def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:

@@ -29,10 +29,28 @@ class QuantMethod(ABC, Generic[SpecT]):
     spec_type: ClassVar[type[QuantSpec]]
 
     @abstractmethod
-    def quantize(self, weight: Tensor, spec: SpecT, *, name: str) -> QuantizedWeight:
+    def quantize(
+        self,
+        weight: Tensor,
+        spec: SpecT,
+        *,
+        name: str,
+        hessian: Tensor | None = None,
+        start: QuantizedWeight | None = None,
+    ) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
         The spec of the result may differ from ``spec`` where the weight asks for it (wider metadata).
+
+        Args:
+            weight: what to quantize.
+            spec: how.
+            name: the layer's name, for messages.
+            hessian: second moment ``E[x x.T]`` of the layer's inputs, (in_features, in_features), float32. With it
+                the error that counts is that of the outputs, ``tr(D H D.T)``; without, that of the weight. A method
+                that cannot use it ignores it.
+            start: a quantized weight of the same layer and spec to begin from: what it shares with ``weight`` is
+                kept, its grid or its codes. A method that cannot use it ignores it.
 
         Raises:
             ValueError: the shape does not fit the spec, or the weight holds NaN or Inf; names ``name``.

@@ -45,7 +45,15 @@ class AbsmaxSpec(QuantSpec):
 class AbsmaxMethod(QuantMethod):
     spec_type = AbsmaxSpec
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, *, name: str) -> QuantizedWeight:
+    def quantize(
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
+        *,
+        name: str,
+        hessian: Tensor | None = None,
+        start: QuantizedWeight | None = None,
+    ) -> QuantizedWeight:
         weight = weight.detach().float()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: the weight holds NaN or Inf.")
@@ -143,6 +151,14 @@ def test_linear_is_the_product_with_the_dequantized_weight(method, spec, bias, l
     half = method.linear(x.bfloat16(), quantized.tensors, quantized.spec, bias)
     assert half.dtype == torch.bfloat16
     assert half.shape == expected.shape
+
+
+def test_a_quantized_weight_is_its_own_best_successor(method, spec):
+    first = method.quantize(random_weight(), spec, name="layer")
+    dense = method.dequantize(first.tensors, first.spec, in_features=SHAPE[1], dtype=torch.float32)
+    second = method.quantize(dense, first.spec, name="layer", start=first)
+    again = method.dequantize(second.tensors, second.spec, in_features=SHAPE[1], dtype=torch.float32)
+    torch.testing.assert_close(again, dense, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
