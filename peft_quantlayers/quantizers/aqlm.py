@@ -11,8 +11,16 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
-from ._aqlm_solver import fitted_codebooks, fitted_scales, improved_codes, initial_codes, reconstruct
-from .method import QuantMethod, checked_layout, refuse_not_finite, register_method
+from ._aqlm_solver import (
+    Additive,
+    Problem,
+    fitted_codebooks,
+    fitted_scales,
+    improved_codes,
+    initial_solution,
+    matrix_to_groups,
+)
+from .method import QuantMethod, checked_hessian, checked_layout, refuse_not_finite, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,8 @@ class AQLMSpec(QuantSpec):
         nbits_per_codebook: bits of a code, 1 to 16. Codes up to 8 bits are stored in a byte, others in two.
         in_group_size, out_group_size: shape of a group, inputs by outputs.
         scale_dtype: dtype of codebooks and scales.
-        rounds: how often codes, codebooks and scales are fitted in turn after the initialisation.
+        rounds: how often codebooks, codes and scales are fitted in turn after the initialisation.
+        beam: choices that are followed when the codes of a group are chosen; 1 is the fastest.
         seed: of the random choices in the initialisation.
     """
 
@@ -37,6 +46,7 @@ class AQLMSpec(QuantSpec):
     out_group_size: int = 1
     scale_dtype: str = "float16"
     rounds: int = 4
+    beam: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +56,7 @@ class AQLMSpec(QuantSpec):
         check_integer("out_group_size", self.out_group_size, at_least=1, at_most=1024)
         check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
         check_integer("rounds", self.rounds, at_least=0, at_most=1000)
+        check_integer("beam", self.beam, at_least=1, at_most=256)
         check_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
@@ -70,10 +81,9 @@ class AQLMSpec(QuantSpec):
 
 
 class AQLMMethod(QuantMethod[AQLMSpec]):
-    """Additive Quantization of Language Models, by plain error. Source: Egiazarian et al. 2024.
+    """Additive Quantization of Language Models. Source: Egiazarian et al. 2024; the solver is in ``_aqlm_solver.py``.
 
-    Residual k-means, then codes (iterated conditional modes), codebooks (one linear system) and row scales (closed
-    form) in turn. Deterministic under ``spec.seed``.
+    Residual k-means, then codebooks, codes and row scales in turn. Deterministic under ``spec.seed``.
     """
 
     spec_type = AQLMSpec
@@ -91,34 +101,27 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         layout = checked_layout(weight, spec, name=name)
         weight = weight.detach().float()
         refuse_not_finite(weight, name=name)
-        n_out, n_in, num_codebooks = layout["codes"].shape
-        size = 2**spec.nbits_per_codebook
-        grouped = weight.view(n_out, spec.out_group_size, n_in, spec.in_group_size).permute(0, 2, 1, 3)
-        rows = grouped.reshape(n_out, -1)
+        if hessian is not None:
+            hessian = checked_hessian(hessian, weight, name=name)
+        problem = Problem(
+            target=matrix_to_groups(weight, spec.out_group_size, spec.in_group_size),
+            hessian=hessian,
+            out_group=spec.out_group_size,
+        )
         if start is not None:
-            codes, codebooks, scales = _floats_of(start, weight.device)
+            found = _floats_of(start, weight.device)
         else:
-            scales = rows.square().mean(1).sqrt()
-            scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-
-        def scaled_vectors(scales: Tensor) -> tuple[Tensor, Tensor]:
-            """Vectors in codebook units, and how much an error in each counts in weight units."""
-            vectors = (rows / scales[:, None]).view(n_out * n_in, -1)
-            return vectors, scales.square().repeat_interleave(n_in)
-
-        vectors, importance = scaled_vectors(scales)
-        if start is None:
-            generator = torch.Generator().manual_seed(spec.seed)
-            codes, codebooks = initial_codes(
-                vectors, num_codebooks=num_codebooks, size=size, weights=importance, generator=generator
+            found = initial_solution(
+                problem,
+                num_codebooks=spec.num_codebooks,
+                size=2**spec.nbits_per_codebook,
+                generator=torch.Generator().manual_seed(spec.seed),
             )
         for _ in range(spec.rounds):
-            codebooks = fitted_codebooks(vectors, codes, codebooks, importance)
-            codes = improved_codes(vectors, codes, codebooks, passes=2)
-            scales = fitted_scales(rows, reconstruct(codes, codebooks).view(n_out, -1), scales)
-            vectors, importance = scaled_vectors(scales)
-        codebooks = fitted_codebooks(vectors, codes, codebooks, importance)
-        return _stored(codes, codebooks, scales, spec, layout, name=name)
+            found = fitted_codebooks(problem, found)
+            found = improved_codes(problem, found, beam=spec.beam)
+            found = fitted_scales(problem, found)
+        return _stored(fitted_codebooks(problem, found), spec, layout, name=name)
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
@@ -129,37 +132,27 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
 
 
-def _floats_of(start: QuantizedWeight, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (n_groups, num_codebooks) int64, codebooks (num_codebooks, size, d) and scales (n_out,), float32."""
+def _floats_of(start: QuantizedWeight, device: torch.device) -> Additive:
     codes, codebooks, scales = (start.tensors[part].to(device) for part in ("codes", "codebooks", "scales"))
-    num_codebooks, size = codebooks.shape[:2]
-    return (
-        unsigned_codes(codes, size.bit_length() - 1).view(-1, num_codebooks),
-        codebooks.float().reshape(num_codebooks, size, -1),
-        scales.float().flatten(),
+    return Additive(
+        codes=unsigned_codes(codes, codebooks.shape[1].bit_length() - 1),
+        codebooks=codebooks.float().flatten(2),
+        scales=scales.float().flatten(),
     )
 
 
-def _stored(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, spec: AQLMSpec, layout: dict[str, TensorLayout], *, name: str
-) -> QuantizedWeight:
-    """The value of codes (n_groups, num_codebooks), codebooks (num_codebooks, size, d) and scales (n_out,)."""
-    size = codebooks.shape[1]
-    stored_codebooks = codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
-    stored_scales = scales.view(layout["scales"].shape).to(layout["scales"].dtype)
-    if not (torch.isfinite(stored_codebooks).all() and torch.isfinite(stored_scales).all()):
+def _stored(found: Additive, spec: AQLMSpec, layout: dict[str, TensorLayout], *, name: str) -> QuantizedWeight:
+    codes, size = found.codes, found.codebooks.shape[1]
+    codebooks = found.codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
+    scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)
+    if not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
         raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
     wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
-    n_out, n_in, _ = layout["codes"].shape
     return QuantizedWeight(
         spec=spec,
-        out_features=n_out * spec.out_group_size,
-        in_features=n_in * spec.in_group_size,
-        tensors={
-            "codes": wrapped.view(layout["codes"].shape).to(layout["codes"].dtype),
-            "codebooks": stored_codebooks,
-            "scales": stored_scales,
-        },
+        out_features=codes.shape[0] * spec.out_group_size,
+        in_features=codes.shape[1] * spec.in_group_size,
+        tensors={"codes": wrapped.to(layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
     )
 
 

@@ -84,6 +84,22 @@ def refuse_not_finite(weight: Tensor, *, name: str) -> None:
         )
 
 
+def checked_hessian(hessian: Tensor, weight: Tensor, *, name: str) -> Tensor:
+    """``hessian`` on the device of ``weight``; ValueError unless it is a finite float32 second moment of inputs."""
+    in_features = weight.shape[1]
+    if tuple(hessian.shape) != (in_features, in_features) or hessian.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: the Hessian must be float32 of shape {(in_features, in_features)}, got {hessian.dtype} of shape "
+            f"{tuple(hessian.shape)}."
+        )
+    if not (torch.isfinite(hessian).all() and (hessian.diagonal() > 0).all()):
+        raise ValueError(
+            f"{name}: the Hessian holds NaN or Inf, or its diagonal a value that is not positive: some input was "
+            "never seen. Calibrate on more text, or with more damping."
+        )
+    return hessian.to(weight.device)
+
+
 _methods: dict[str, QuantMethod] = {}
 _are_entry_points_loaded = False
 

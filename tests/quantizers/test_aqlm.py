@@ -1,16 +1,23 @@
 """The AQLM quantizer by plain error: every step lowers it, and it stands its ground on hard weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec
 from peft_quantlayers.quantizers._aqlm_solver import (
+    Additive,
+    Problem,
+    chosen_codes,
+    entry_sums,
     fitted_codebooks,
     fitted_scales,
+    groups_to_matrix,
     improved_codes,
-    initial_codes,
+    initial_solution,
+    matrix_to_groups,
     nearest_entries,
-    reconstruct,
 )
 
 
@@ -30,52 +37,133 @@ def test_nearest_entries_are_the_nearest():
     assert torch.equal(nearest_entries(vectors, entries), torch.cdist(vectors, entries).argmin(1))
 
 
-def test_each_step_of_the_solver_lowers_the_weighted_error():
-    vectors = weight_of(3000, 8) * 50
-    weights = torch.rand(3000, generator=torch.Generator().manual_seed(2)) + 0.1
-    codes, codebooks = initial_codes(
-        vectors, num_codebooks=2, size=16, weights=weights, generator=torch.Generator().manual_seed(0)
+def test_nearest_entries_weigh_each_place_by_its_importance():
+    vectors, entries = weight_of(300, 4), weight_of(16, 4, seed=1)
+    importance = torch.rand(300, 4, generator=torch.Generator().manual_seed(2)) + 0.01
+    errors = ((vectors[:, None] - entries).square() * importance[:, None]).sum(2)
+    assert torch.equal(nearest_entries(vectors, entries, importance), errors.argmin(1))
+
+
+def test_groups_and_matrix_are_the_same_weight():
+    matrix = weight_of(6, 12)
+    groups = matrix_to_groups(matrix, 2, 4)
+    assert groups.shape == (3, 3, 8)
+    assert torch.equal(groups[1, 2].view(2, 4), matrix[2:4, 8:12])
+    assert torch.equal(groups_to_matrix(groups, 2), matrix)
+
+
+def second_moment(in_features: int, seed: int = 5) -> torch.Tensor:
+    """Of inputs whose channels differ in size and hang together."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator) * torch.rand(in_features, generator=generator)
+    return mixing.t() @ mixing / in_features + 0.01 * torch.eye(in_features)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_chosen_codes_are_the_best_one_change_at_a_time_or_better(beam):
+    generator = torch.Generator().manual_seed(0)
+    codebooks, pull = torch.randn(2, 8, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    block = second_moment(4)
+    codes = torch.randint(0, 8, (50, 2), generator=generator)
+
+    def costs(codes: torch.Tensor) -> torch.Tensor:
+        sums = entry_sums(codes, codebooks)
+        return ((sums @ block) * sums).sum(-1) - 2 * (pull * sums).sum(-1)
+
+    found = chosen_codes(pull, codes, codebooks, block, beam=beam)
+    all_pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    best = torch.stack([costs(pair.expand(50, 2)) for pair in all_pairs]).min(0).values
+    last = torch.stack([costs(torch.stack([found[:, 0], torch.full((50,), k)], 1)) for k in range(8)]).min(0).values
+    torch.testing.assert_close(costs(found), last)
+    assert (costs(found) <= costs(codes) + 1e-5).all()
+    assert (costs(found) >= best - 1e-5).all()
+    if beam == 3:
+        narrow = chosen_codes(pull, codes, codebooks, block, beam=1)
+        assert costs(found).sum() < costs(narrow).sum()
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("out_group", [1, 2])
+def test_each_step_of_the_solver_lowers_the_error(is_calibrated, out_group):
+    problem = Problem(
+        target=matrix_to_groups(weight_of(96, 272), out_group, 8),
+        hessian=second_moment(272) if is_calibrated else None,
+        out_group=out_group,
     )
-
-    def error() -> float:
-        return float(((vectors - reconstruct(codes, codebooks)).square().sum(1) * weights).sum())
-
-    errors = [error()]
+    found = initial_solution(problem, num_codebooks=2, size=16, generator=torch.Generator().manual_seed(0))
+    errors = [problem.error(found)]
     for _ in range(3):
-        codebooks = fitted_codebooks(vectors, codes, codebooks, weights)
-        errors.append(error())
-        codes = improved_codes(vectors, codes, codebooks, passes=1)
-        errors.append(error())
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.97 * errors[0]
+        for step in (fitted_codebooks, lambda p, f: improved_codes(p, f, beam=2), fitted_scales):
+            found = step(problem, found)
+            errors.append(problem.error(found))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    assert errors[-1] < (0.9 if is_calibrated else 0.98) * errors[0]
+
+
+def test_the_pull_that_is_kept_up_to_date_is_the_pull_that_is_formed_anew():
+    problem = Problem(target=matrix_to_groups(weight_of(16, 320), 1, 8), hessian=second_moment(320), out_group=1)
+    found = initial_solution(problem, num_codebooks=2, size=8, generator=torch.Generator().manual_seed(0))
+    improved = improved_codes(problem, found, beam=1).codes
+    codes = found.codes.clone()
+    for group in range(40):
+        here = slice(8 * group, 8 * group + 8)
+        sums = entry_sums(codes, found.codebooks)
+        residual = (problem.target / found.scales[:, None, None] - sums).view(16, 320)
+        block = problem.hessian[here, here]
+        pull = residual @ problem.hessian[:, here] + sums[:, group] @ block
+        codes[:, group] = chosen_codes(pull, codes[:, group], found.codebooks, block, beam=1)
+    assert (codes == improved).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("num_codebooks", [1, 2])
 def test_fitted_codebooks_are_the_least_squares_solution(num_codebooks):
-    vectors, weights = weight_of(400, 4).double(), torch.rand(400).double() + 0.1
-    codes = torch.randint(0, 8, (400, num_codebooks), generator=torch.Generator().manual_seed(1))
-    fitted = fitted_codebooks(vectors.float(), codes, torch.zeros(num_codebooks, 8, 4), weights.float())
-    one_hot = torch.cat([torch.nn.functional.one_hot(codes[:, m], 8) for m in range(num_codebooks)], dim=1).double()
-    root = weights.sqrt()[:, None]
-    best = one_hot @ torch.linalg.lstsq(one_hot * root, vectors * root, driver="gelsd").solution
-    torch.testing.assert_close(reconstruct(codes, fitted).double(), best, rtol=1e-3, atol=1e-5)
+    target, generator = weight_of(25, 16, 4), torch.Generator().manual_seed(1)
+    scales = torch.rand(25, generator=generator) + 0.5
+    codes = torch.randint(0, 8, (25, 16, num_codebooks), generator=generator)
+    hessian = second_moment(64)
+    found = Additive(codes, torch.zeros(num_codebooks, 8, 4), scales)
+    fitted = fitted_codebooks(Problem(target, hessian, 1), found, iters=200).groups().double().view(25, 64)
+
+    one_hot = torch.cat([torch.nn.functional.one_hot(codes[..., m], 8) for m in range(num_codebooks)], dim=2).double()
+    design = torch.einsum("ogk,ij->ogikj", one_hot * scales[:, None, None].double(), torch.eye(4).double())
+    design = design.reshape(25, 64, -1)
+    root = torch.linalg.cholesky(hessian.double()).t()
+    wanted = (target.view(25, 64).double() @ root.t()).flatten()
+    solution = torch.linalg.lstsq((root @ design).reshape(25 * 64, -1), wanted[:, None], driver="gelsd").solution
+    torch.testing.assert_close(fitted, (design @ solution)[..., 0], rtol=1e-3, atol=1e-5)
 
 
 def test_entries_that_nobody_chose_stay_where_they_were():
-    vectors = weight_of(50, 4)
-    codes = torch.zeros(50, 2, dtype=torch.int64)
     codebooks = weight_of(2, 8, 4, seed=3)
-    fitted = fitted_codebooks(vectors, codes, codebooks, torch.ones(50))
-    torch.testing.assert_close(fitted[:, 1:], codebooks[:, 1:])
+    found = Additive(torch.zeros(5, 10, 2, dtype=torch.int64), codebooks, torch.ones(5))
+    fitted = fitted_codebooks(Problem(weight_of(5, 10, 4), None, 1), found).codebooks
+    assert torch.equal(fitted[:, 1:], codebooks[:, 1:])
+    assert not torch.equal(fitted[:, 0], codebooks[:, 0])
 
 
 def test_fitted_scales_are_least_squares_and_keep_rows_of_zeros():
-    rows, sums = weight_of(6, 20), weight_of(6, 20, seed=1) + weight_of(6, 20)
-    sums[2] = 0
-    fitted = fitted_scales(rows, sums, torch.full((6,), 7.0))
-    expected = (rows * sums).sum(1) / sums.square().sum(1)
+    codebooks = torch.cat([torch.zeros(1, 1, 4), weight_of(1, 7, 4, seed=1)], dim=1)
+    codes = torch.randint(1, 8, (6, 5, 1), generator=torch.Generator().manual_seed(0))
+    codes[2] = 0
+    target = entry_sums(codes, codebooks) * torch.arange(1.0, 7.0)[:, None, None] + weight_of(6, 5, 4) * 0.1
+    hessian = second_moment(20)
+    fitted = fitted_scales(Problem(target, hessian, 1), Additive(codes, codebooks, torch.full((6,), 7.0))).scales
+    sums, rows = entry_sums(codes, codebooks).view(6, 20), target.view(6, 20)
+    expected = (rows @ hessian * sums).sum(1) / (sums @ hessian * sums).sum(1)
     assert fitted[2] == 7.0
     torch.testing.assert_close(fitted[expected > 0], expected[expected > 0])
+
+
+def test_a_hessian_lowers_the_error_of_the_outputs():
+    weight, hessian, method = weight_of(96, 128), second_moment(128), AQLMMethod()
+    spec = AQLMSpec(nbits_per_codebook=5)
+
+    def output_error(hessian_given: torch.Tensor | None) -> float:
+        quantized = method.quantize(weight, spec, name="layer", hessian=hessian_given)
+        difference = method.dequantize(quantized.tensors, spec, in_features=128, dtype=torch.float32) - weight
+        return float(((difference @ hessian) * difference).sum())
+
+    assert output_error(hessian) < 0.6 * output_error(None)
 
 
 def test_more_rounds_and_more_bits_err_less():

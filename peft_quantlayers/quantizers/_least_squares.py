@@ -1,0 +1,42 @@
+"""Least squares without a matrix: what the solvers share when they fit scales, zeros and codebooks to codes."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def conjugate_gradient(
+    normal: Callable[[Tensor], Tensor], residual: Tensor, inverse_diagonal: Tensor, *, iters: int
+) -> Tensor:
+    """The step ``x`` that nearly solves ``normal(x) = residual``, shaped like ``residual``, float32.
+
+    Jacobi-preconditioned, from zero, so that directions without curvature stay where they are and every iteration
+    lowers the squared error that ``normal`` belongs to.
+
+    Args:
+        normal: a symmetric positive semidefinite map.
+        residual: minus half the gradient at the start, any shape.
+        inverse_diagonal: reciprocals of the map's diagonal, zero where that is zero; shaped like ``residual``.
+        iters: steps at most.
+
+    Source: Hestenes & Stiefel 1952.
+    """
+    step = residual.new_zeros(residual.shape)
+    residual = residual.clone()
+    scaled = residual * inverse_diagonal
+    direction = scaled
+    energy = (residual * scaled).sum()
+    first_energy = energy
+    for _ in range(iters):
+        image = normal(direction)
+        curvature = (direction * image).sum()
+        # Below the resolution of float32 a further step only adds noise.
+        if not (energy > 1e-10 * first_energy and curvature > 0):
+            break
+        length = energy / curvature
+        step += length * direction
+        residual -= length * image
+        scaled = residual * inverse_diagonal
+        last_energy, energy = energy, (residual * scaled).sum()
+        direction = scaled + (energy / last_energy) * direction
+    return step
