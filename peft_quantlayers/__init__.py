@@ -6,6 +6,7 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 import os
 
 from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_back
+from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
@@ -30,10 +31,12 @@ __all__ = [
     "AQLMConfig",
     "AQLMLinear",
     "AQLMSpec",
+    "Calibration",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
     "LayerMergeReport",
+    "LayerResult",
     "LoraQuantizedLinear",
     "MergeReport",
     "QuantConfig",

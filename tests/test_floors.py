@@ -17,6 +17,7 @@ FLOORS = [
     {"formats"},
     {"quantizers"},
     {"layers"},
+    {"calibration"},
     {"adapters"},
     {"integrations"},
     {"model", "training"},

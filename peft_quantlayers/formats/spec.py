@@ -5,6 +5,7 @@ quantizers. May import torch only.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -41,6 +42,18 @@ class QuantSpec(ABC):
         Raises:
             ValueError: a weight of this shape cannot be stored this way; says why and what would fit.
         """
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> tuple[float, float]:
+        """Stored bits per weight of the codes, and of all tensors together. Raises as :meth:`tensor_layout`."""
+        bits = {
+            name: 8 * math.prod(entry.shape) * entry.dtype.itemsize / (out_features * in_features)
+            for name, entry in self.tensor_layout(out_features, in_features).items()
+        }
+        return bits[self.codes_name], sum(bits.values())
+
+    def smaller_metadata(self) -> str:
+        """Fields of a spec with about the same codes and less beside them; empty where there is nothing to say."""
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the method's name."""

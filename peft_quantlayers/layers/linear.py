@@ -97,15 +97,19 @@ class QuantizedLinear(nn.Linear):
         self._is_hf_initialized = True
 
     @staticmethod
-    def from_linear(linear: nn.Linear, spec: QuantSpec, *, layer_name: str = "layer") -> QuantizedLinear:
+    def from_linear(
+        linear: nn.Linear, spec: QuantSpec, *, layer_name: str = "layer", hessian: Tensor | None = None
+    ) -> QuantizedLinear:
         """Quantize ``linear``, which is left as it is; the bias Parameter is shared.
+
+        ``hessian``: second moment of the inputs, as in :meth:`QuantMethod.quantize`.
 
         Raises:
             ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
         """
         if isinstance(linear, QuantizedLinear):
             raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
-        quantized = get_method(spec.method).quantize(linear.weight, spec, name=layer_name)
+        quantized = get_method(spec.method).quantize(linear.weight, spec, name=layer_name, hessian=hessian)
         layer = layer_type(spec.method)(
             quantized, linear.bias, compute_dtype=linear.weight.dtype, layer_name=layer_name
         )

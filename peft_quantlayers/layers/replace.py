@@ -72,6 +72,19 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
             "there is nothing to quantize: the model has no plain nn.Linear or Conv1D layer outside its head that "
             "skip_modules leaves over."
         )
+    _warn_of_large_metadata(model, specs)
+    return specs
+
+
+def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
+    """:func:`quantizable_modules` after a look at all weights; ValueError where one is not finite."""
+    specs = quantizable_modules(model, config)
+    not_finite = [name for name in specs if not _is_finite(_linear_at(model, name).weight)]
+    if not_finite:
+        raise ValueError(
+            f"the weights of {not_finite[:5]} hold NaN or Inf ({len(not_finite)} layer(s)); the model was not "
+            f"changed. Repair the checkpoint, or skip the layers with skip_modules={not_finite[:5]}."
+        )
     return specs
 
 
@@ -87,13 +100,7 @@ def quantize_modules(
     What :func:`peft_quantlayers.quantize_model` does for any module, without making a transformers model known as
     quantized; arguments and errors are the same.
     """
-    specs = quantizable_modules(model, config)
-    not_finite = [name for name in specs if not _is_finite(_linear_at(model, name).weight)]
-    if not_finite:
-        raise ValueError(
-            f"the weights of {not_finite[:5]} hold NaN or Inf ({len(not_finite)} layer(s)); the model was not "
-            f"changed. Repair the checkpoint, or skip the layers with skip_modules={not_finite[:5]}."
-        )
+    specs = checked_modules(model, config)
     for name, spec in tqdm(specs.items(), desc="Quantizing", unit="layer", disable=not progress):
         quantize_module(model, name, spec, compute_dtype=config.compute_dtype, device=device)
     return model
@@ -106,15 +113,19 @@ def quantize_module(
     *,
     compute_dtype: str | None = None,
     device: torch.device | str | None = None,
+    hessian: torch.Tensor | None = None,
 ) -> QuantizedLinear:
-    """Replace the module ``name`` of ``model`` by its quantized form, and return that."""
+    """Replace the module ``name`` of ``model`` by its quantized form, and return that.
+
+    ``hessian`` is the second moment of its inputs, as in :meth:`QuantMethod.quantize`.
+    """
     linear = _linear_at(model, name)
-    home = linear.weight.device
-    weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+    weight, bias = linear_of(model, name)
+    home = weight.device
     if device is not None:
         weight = weight.to(device)
-    dense = _linear_over(weight, linear.bias, linear.training)
-    layer = QuantizedLinear.from_linear(dense, spec, layer_name=name)
+    dense = _linear_over(weight, bias, linear.training)
+    layer = QuantizedLinear.from_linear(dense, spec, layer_name=name, hessian=hessian)
     layer.is_conv1d = isinstance(linear, Conv1D)
     if device is not None:
         layer.to(home)
@@ -155,6 +166,12 @@ def dense_in_place_of(layer: QuantizedLinear, weight: torch.Tensor, bias: nn.Par
     conv.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
     conv.register_parameter("bias", bias)
     return conv.train(layer.training)
+
+
+def linear_of(model: nn.Module, name: str) -> tuple[torch.Tensor, nn.Parameter | None]:
+    """Weight (out_features, in_features) and bias of the linear module ``name``, a Conv1D's turned round."""
+    linear = _linear_at(model, name)
+    return (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight), linear.bias
 
 
 def _linear_at(model: nn.Module, name: str) -> nn.Linear:
@@ -216,6 +233,27 @@ def _check_overrides(specs: dict[str, QuantSpec], config: QuantConfig) -> None:
                 f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
                 "quantize_lm_head=True only."
             )
+
+
+def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> None:
+    """Say so where scales and codebooks take more room than the codes: the layers are too small for them."""
+    found = []
+    for name, spec in specs.items():
+        codes, total = spec.bits_per_weight(*linear_shape(_linear_at(model, name)))
+        if total > 2 * codes + 1e-6:
+            found.append((name, codes, total))
+    if found:
+        name, codes, total = found[0]
+        better = specs[name].smaller_metadata()
+        logger.warning(
+            "%d layer(s) take more bits for their metadata than for their codes, for example %s: %.1f bits per "
+            "weight, of which codes are %.1f.%s",
+            len(found),
+            name,
+            total,
+            codes,
+            f" For layers of this size use {better}." if better else "",
+        )
 
 
 def _warn_of_dense_experts(model: nn.Module) -> None:

@@ -79,6 +79,13 @@ class AQLMSpec(QuantSpec):
             "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
         }
 
+    def smaller_metadata(self) -> str:
+        if self.nbits_per_codebook <= 1:
+            return ""
+        nbits = 8 if self.nbits_per_codebook > 8 else self.nbits_per_codebook // 2
+        codebooks = -(-self.num_codebooks * self.nbits_per_codebook // nbits)
+        return f"num_codebooks={codebooks}, nbits_per_codebook={nbits}"
+
 
 class AQLMMethod(QuantMethod[AQLMSpec]):
     """Additive Quantization of Language Models. Source: Egiazarian et al. 2024; the solver is in ``_aqlm_solver.py``.
@@ -122,6 +129,9 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             found = improved_codes(problem, found, beam=spec.beam)
             found = fitted_scales(problem, found)
         return _stored(fitted_codebooks(problem, found), spec, layout, name=name)
+
+    def can_use_hessian(self, spec: AQLMSpec) -> bool:
+        return True
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype

@@ -118,7 +118,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
         """
         layout = checked_layout(weight, spec, name=name)
         weight = weight.detach()
-        if hessian is not None and spec.axis == 0:
+        if hessian is not None and not self.can_use_hessian(spec):
             raise NotImplementedError(
                 f"{name}: calibration needs groups along the inputs. Use axis=1, or quantize without calibration."
             )
@@ -129,6 +129,9 @@ class HQQMethod(QuantMethod[HQQSpec]):
             hessian = checked_hessian(hessian, weight, name=name)
             return _for_outputs(weight.float(), begin, hessian, keep_grid=start is not None)
         return _on_grid_of(begin, weight) if start is not None else begin
+
+    def can_use_hessian(self, spec: HQQSpec) -> bool:
+        return spec.axis == 1
 
     def _solved(self, weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout], *, name: str) -> QuantizedWeight:
         out_features, in_features = weight.shape

@@ -56,6 +56,10 @@ class QuantMethod(ABC, Generic[SpecT]):
             ValueError: the shape does not fit the spec, or the weight holds NaN or Inf; names ``name``.
         """
 
+    def can_use_hessian(self, spec: SpecT) -> bool:
+        """Whether :meth:`quantize` makes use of a Hessian for this spec."""
+        return False
+
     @abstractmethod
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: SpecT, *, in_features: int, dtype: torch.dtype

@@ -1,0 +1,180 @@
+"""Walk through a model block by block, and give each layer the second moment of its inputs.
+
+A block's inputs come from the blocks before it as they are by then, quantized or merged. Within a block the layers
+follow in the order in which they run; those that read the same input (q, k and v; gate and up) share one second
+moment, measured after the layers before them were visited. Nothing is kept but hidden states and one second moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .blocks import Call, evaluating, find_blocks, model_calls, record_calls, run_until, stop
+from .data import Calibration
+
+logger = logging.getLogger(__name__)
+
+# Tokens whose outer products are formed at a time, which bounds the float32 copy of half-precision inputs.
+MOMENT_TOKENS = 8192
+
+
+class Visitor:
+    """What is done with the layers on the way. Every method may change the model at the place it is told of."""
+
+    needs_targets = False
+    """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
+
+    def restore_block(self, block: str, names: list[str]) -> bool:
+        """Put a block in its final state from elsewhere. True if so: its layers are not visited."""
+        return False
+
+    def visit(self, name: str, hessian: Tensor | None) -> None:
+        """Do the layer ``name``; ``hessian`` is None where the data never reached it."""
+        raise NotImplementedError
+
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
+        """After the last layer of a block."""
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """A block after its layers were visited: the calls that it gets now, and the outputs it should give.
+
+    ``targets`` are those of the model before the walk, from the original inputs on; None unless asked for.
+    """
+
+    block: nn.Module
+    calls: list[Call]
+    targets: list[Tensor] | None
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module,
+    names: list[str],
+    calibration: Calibration,
+    visitor: Visitor,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> None:
+    """Visit the modules ``names`` of ``model``.
+
+    Args:
+        model: any module whose forward takes what ``calibration`` gives. Evaluation mode while this runs.
+        names: modules to visit, each called with its input as first argument.
+        calibration: the data; checked before anything is done.
+        visitor: what to do.
+        device: where blocks run and Hessians live; None for where each block is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, TypeError: as :meth:`Calibration.batches`; nothing was changed.
+    """
+    batches = calibration.batches(model)
+    blocks = find_blocks(model, names)
+    in_blocks = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
+    with evaluating(model), tqdm(total=len(names), desc="Calibrating", unit="layer", disable=not progress) as bar:
+        recorded = record_calls(model, blocks, batches) if blocks else {}
+        hidden = [call.hidden for call in recorded[blocks[0]]] if blocks else []
+        targets = list(hidden) if visitor.needs_targets else None
+        for block_name in blocks:
+            block = model.get_submodule(block_name)
+            home = next(block.parameters()).device
+            block.to(device or home)
+            inside = in_blocks[block_name]
+            if targets is not None:
+                original = [call.with_hidden(h) for call, h in zip(recorded[block_name], targets, strict=True)]
+                targets = [call(block).to(home) for call in original]
+            calls = [call.with_hidden(h) for call, h in zip(recorded.pop(block_name), hidden, strict=True)]
+            if visitor.restore_block(block_name, inside):
+                bar.update(len(inside))
+            else:
+                _visit_in_order(block, block_name, inside, calls, calibration, visitor, bar)
+                visitor.finish_block(block_name, inside, BlockWork(block, calls, targets))
+            hidden = [call(block).to(home) for call in calls]
+            block.to(home)
+        rest = [name for name in names if not any(name in inside for inside in in_blocks.values())]
+        _visit_in_order(model, "", rest, model_calls(model, batches), calibration, visitor, bar)
+
+
+def _visit_in_order(
+    parent: nn.Module,
+    prefix: str,
+    names: list[str],
+    calls: list[Call],
+    calibration: Calibration,
+    visitor: Visitor,
+    bar: tqdm,
+) -> None:
+    start = len(prefix) + 1 if prefix else 0
+    for stage in stages(parent, [name[start:] for name in names], calls):
+        moment = second_moment(parent, stage[0], calls)
+        for inner in stage:
+            name = f"{prefix}.{inner}" if prefix else inner
+            if moment is None:
+                logger.warning("%s: no calibration data but zeros reaches this layer; it is done without.", name)
+            visitor.visit(name, None if moment is None else damped(moment, calibration.damping))
+            bar.update()
+
+
+def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[str]]:
+    """Names in the order in which their modules run, those with one and the same input together.
+
+    Modules that the first call does not reach come last, each for itself.
+    """
+    if not names:
+        return []
+    found: list[list[str]] = []
+    inputs: list[Tensor] = []  # held, so that no other tensor takes a place in memory that was seen before
+
+    def recorder(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if any(name in stage for stage in found):
+                return
+            x = _input_of(args, kwargs)
+            same = next((i for i, seen in enumerate(inputs) if seen is x), None)
+            if same is None:
+                inputs.append(x)
+                found.append([name])
+            else:
+                found[same].append(name)
+
+        return hook
+
+    run_until(parent, calls[0], {name: recorder(name) for name in names})
+    return found + [[name] for name in names if not any(name in stage for stage in found)]
+
+
+def second_moment(parent: nn.Module, name: str, calls: list[Call]) -> Tensor | None:
+    """Mean of ``x x.T`` over all tokens that reach the module ``name``, float32; None if none does, or only zeros."""
+    total, n_tokens = torch.zeros(()), 0
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal total, n_tokens
+        tokens = _input_of(args, kwargs).detach()
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        total = total.to(tokens.device)
+        for part in tokens.split(MOMENT_TOKENS):
+            part = part.float()
+            total = total + part.t() @ part
+        n_tokens += len(tokens)
+        stop()
+
+    for call in calls:
+        run_until(parent, call, {name: hook})
+    return total / n_tokens if n_tokens and total.diagonal().sum() > 0 else None
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """``moment`` with ``damping`` times the mean of its diagonal added to the diagonal."""
+    return moment + torch.diag_embed((damping * moment.diagonal().mean()).expand(len(moment)))
+
+
+def _input_of(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))

@@ -1,0 +1,94 @@
+"""Calibration data: what is taken, how it is cut, and what is refused."""
+
+import datasets
+import pytest
+import torch
+
+from peft_quantlayers import Calibration
+from tests.integrations.tiny import tiny_model
+
+MODEL = tiny_model()  # a vocabulary of 128
+
+
+def letters(text: str) -> dict:
+    return {"input_ids": [ord(letter) % 128 for letter in text]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.arange(600) % 100,
+        (torch.arange(600) % 100).view(6, 100),
+        [i % 100 for i in range(600)],
+        [torch.arange(300) % 100, (torch.arange(300, 600) % 100).tolist()],
+        datasets.Dataset.from_dict({"input_ids": (torch.arange(600) % 100).view(6, 100).tolist()}),
+        {"input_ids": torch.arange(600) % 100},
+        [{"input_ids": [i % 100 for i in range(600)]}],
+    ],
+    ids=["ids", "rows", "list", "lists", "dataset", "encoding", "rows of a loader"],
+)
+def test_token_ids_of_every_kind_give_the_same_windows(data):
+    batches = Calibration(data=data, n_tokens=600, sequence_length=60, batch_size=4).batches(MODEL)
+    assert [tuple(batch.shape) for batch in batches] == [(4, 60), (4, 60), (2, 60)]
+    assert torch.equal(torch.cat(batches).flatten(), torch.arange(600) % 100)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["a text " * 100, ["a text " * 60, "  ", "a text " * 40], datasets.Dataset.from_dict({"text": ["a text " * 100]})],
+    ids=["text", "texts", "dataset"],
+)
+def test_texts_go_through_the_tokenizer(data):
+    ids = torch.cat(Calibration(data=data, tokenizer=letters, n_tokens=700, sequence_length=70).batches(MODEL))
+    assert ids.shape == (10, 70)
+    assert ids[0, :6].tolist() == [ord(letter) for letter in "a text"]
+
+
+def test_windows_are_taken_from_all_of_the_data():
+    ids = torch.cat(Calibration(data=torch.arange(1000) // 10, n_tokens=200, sequence_length=20).batches(MODEL))
+    assert ids.shape == (10, 20)
+    assert ids[0, 0] == 0
+    assert ids[-1, -1] == 99
+
+
+def test_less_data_than_asked_for_is_used_and_said(caplog):
+    batches = Calibration(data=torch.arange(200) % 100, n_tokens=5000, sequence_length=64).batches(MODEL)
+    assert torch.cat(batches).shape == (3, 64)
+    assert "192 tokens instead of 5000" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "empty"),
+        (torch.arange(50), "50 tokens; at least 128"),
+        (["short"], "5 tokens; at least 128"),
+        (torch.arange(300), "vocabulary has 128"),
+        (torch.full((300,), -1), "from -1"),
+        (datasets.Dataset.from_dict({"question": ["a"]}), "'question'.*rename_column"),
+        ([torch.full((2, 3), torch.nan)], "NaN"),
+    ],
+    ids=["empty", "few ids", "short text", "vocabulary", "negative", "columns", "nan"],
+)
+def test_data_that_cannot_be_used_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration(data=data, tokenizer=letters).batches(MODEL)
+
+
+@pytest.mark.parametrize("data", [7, object(), [1.5, 2.5], [object()], torch.ones(300, dtype=torch.bool)], ids=repr)
+def test_data_of_another_kind_is_a_type_error(data):
+    with pytest.raises(TypeError, match="token ids"):
+        Calibration(data=data).batches(MODEL)
+
+
+def test_texts_without_a_tokenizer_say_where_to_give_one():
+    with pytest.raises(ValueError, match="tokenizer="):
+        Calibration(data="a text " * 100).batches(MODEL)
+
+
+@pytest.mark.parametrize(
+    "field", [{"n_tokens": 3}, {"damping": 0.0}, {"batch_size": 0}, {"finetune_epochs": -1}, {"learning_rate": 2.0}]
+)
+def test_options_that_make_no_sense_are_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Calibration(data=[], **field)

@@ -1,0 +1,141 @@
+"""Quantizing on calibration data: lower output error, the same format, resumable, and nothing lost on refusal."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import peft_quantlayers as pql
+from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from tests.integrations.tiny import tiny_model
+
+IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
+HELD_OUT = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(1))
+CONFIGS = {
+    "hqq": HQQConfig(nbits=2, group_size=16),
+    "aqlm": AQLMConfig(nbits_per_codebook=4),
+}
+
+
+def calibration(**fields) -> Calibration:
+    return Calibration(data=IDS, **({"n_tokens": 640, "sequence_length": 40, "damping": 0.05} | fields))
+
+
+def model_error(model: nn.Module) -> float:
+    """Squared distance of the last hidden states on held-out ids from the float model's, relative."""
+    with torch.no_grad():
+        expected = tiny_model().model(HELD_OUT).last_hidden_state
+        found = model.model(HELD_OUT).last_hidden_state.float()
+    return float((found - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_calibration_and_finetuning_each_lower_the_error_on_held_out_data(method):
+    errors = []
+    for given in (None, calibration(), calibration(finetune_epochs=8, learning_rate=0.01)):
+        model = quantize_model(tiny_model(), CONFIGS[method], calibration=given, progress=False)
+        errors.append(model_error(model))
+        for layer in quantized_modules(model).values():
+            layer.quantized_weight.check(layer.layer_name)
+            assert all(not parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.99 * errors[1]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_same_seed_and_data_give_the_same_bits_and_a_saved_model(method, tmp_path):
+    models = [
+        quantize_model(tiny_model(), CONFIGS[method], calibration=calibration(), progress=False) for _ in range(2)
+    ]
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    pql.save_model(models[0], tmp_path / "model")
+    loaded = type(models[0]).from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(IDS).logits, models[0](IDS).logits)
+
+
+def test_every_layer_is_reported_with_its_error():
+    results = []
+    model = quantize_model(
+        tiny_model(), CONFIGS["hqq"], calibration=calibration(), progress=False, on_layer=results.append
+    )
+    layers = quantized_modules(model)
+    assert sorted(result.name for result in results) == sorted(layers)
+    float_model = tiny_model()
+    for result in results:
+        weight = float_model.get_submodule(result.name).weight
+        lost = (layers[result.name].dequantize() - weight).square().sum() / weight.square().sum()
+        assert math.isclose(result.weight_error, float(lost), rel_tol=1e-4)
+        assert 0 < result.output_error < result.weight_error
+        assert result.bits_per_weight == layers[result.name].quantized_weight.bits_per_weight
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
+    config, given = CONFIGS["aqlm"], calibration(resume_folder=tmp_path / "blocks", finetune_epochs=1)
+    whole = quantize_model(tiny_model(), config, calibration=given, progress=False)
+    (tmp_path / "blocks" / "model.layers.1.safetensors").unlink()
+
+    results = []
+    resumed = quantize_model(tiny_model(), config, calibration=given, progress=False, on_layer=results.append)
+    assert results
+    assert all(".layers.1." in result.name for result in results)
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert torch.equal(resumed(IDS).logits, whole(IDS).logits)
+
+
+@pytest.mark.parametrize("change", ["config", "data", "weights"])
+def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path):
+    config, model = CONFIGS["hqq"], tiny_model()
+    quantize_model(tiny_model(), config, calibration=calibration(resume_folder=tmp_path), progress=False)
+    data = IDS
+    if change == "config":
+        config = HQQConfig(nbits=3, group_size=16)
+    elif change == "data":
+        data = IDS.flip(0)
+    else:
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    given = Calibration(data=data, n_tokens=640, sequence_length=40, damping=0.05, resume_folder=tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        quantize_model(model, config, calibration=given, progress=False)
+    assert not quantized_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "message"),
+    [
+        ([], CONFIGS["hqq"], "empty"),
+        (torch.arange(100), CONFIGS["hqq"], "100 tokens"),
+        ("a text " * 100, CONFIGS["aqlm"], "tokenizer="),
+        (IDS, AQLMConfig(in_group_size=7), "in_group_size=7"),
+        (IDS, HQQConfig(axis=0, group_size=16), "axis=1"),
+    ],
+    ids=["empty", "few", "no tokenizer", "shape", "axis"],
+)
+def test_a_refused_call_leaves_the_model_as_it_was(given, config, message):
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        quantize_model(model, config, calibration=given, progress=False)
+    assert not quantized_modules(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_bfloat16_model_and_its_head_are_calibrated_too():
+    model = tiny_model().to(torch.bfloat16)
+    config = HQQConfig(nbits=4, group_size=16, quantize_lm_head=True)
+    quantize_model(model, config, calibration=calibration(finetune_epochs=1), progress=False)
+    assert "lm_head" in quantized_modules(model)
+    assert model(IDS).logits.dtype == torch.bfloat16
+    assert model_error(model) < 0.05
+
+
+def test_codebooks_that_cost_more_than_the_codes_are_warned_about(caplog):
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_model(model, AQLMConfig(num_codebooks=1, nbits_per_codebook=12), progress=False)
+    assert "129.2" not in caplog.text
+    assert "num_codebooks=2, nbits_per_codebook=8" in caplog.text
+    caplog.clear()
+    quantize_model(tiny_model(), HQQConfig(group_size=16), progress=False)
+    assert "bits per weight" not in caplog.text

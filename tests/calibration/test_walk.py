@@ -1,0 +1,147 @@
+"""The walk: every layer gets the second moment of what it really reads, from the blocks as they are by then."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_quantlayers import Calibration, HQQConfig
+from peft_quantlayers.calibration import BlockWork, Visitor, walk
+from peft_quantlayers.layers.replace import linear_of, quantizable_modules
+from tests.integrations.tiny import tiny_model
+
+IDS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))
+DATA = Calibration(data=IDS, n_tokens=160, sequence_length=40, batch_size=2, damping=1e-6)
+
+
+def inputs_by_layer(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, Tensor]:
+    """What each layer reads in a plain forward pass of the whole model."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen[name].append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+class Recorder(Visitor):
+    def __init__(self) -> None:
+        self.hessians: dict[str, Tensor | None] = {}
+        self.blocks: list[str] = []
+
+    def visit(self, name: str, hessian: Tensor | None) -> None:
+        self.hessians[name] = hessian
+
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
+        self.blocks.append(block)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "bert"])
+def test_second_moments_are_those_of_a_plain_forward_pass(family):
+    model = tiny_model(family)
+    model.train()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    recorder = Recorder()
+    walk(model, names, DATA, recorder, progress=False)
+    assert model.training
+    assert set(recorder.hessians) == set(names)
+    assert len(recorder.blocks) == 2
+    for name, x in inputs_by_layer(model.eval(), names, IDS).items():
+        if len(x) < 160:  # a pooler reads one token of each sequence
+            x = x.repeat(160 // len(x), 1)
+        torch.testing.assert_close(recorder.hessians[name], x.t() @ x / 160, rtol=1e-3, atol=1e-5)
+
+
+def test_layers_after_a_changed_one_read_what_it_gives_now():
+    class Halve(Recorder):
+        def visit(self, name: str, hessian: Tensor | None) -> None:
+            super().visit(name, hessian)
+            model.get_submodule(name).weight.data.mul_(0.5)
+
+    model = tiny_model()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    halve = Halve()
+    walk(model, names, DATA, halve, progress=False)
+    for name, x in inputs_by_layer(model, names, IDS).items():
+        torch.testing.assert_close(halve.hessians[name], x.t() @ x / 160, rtol=1e-3, atol=1e-6)
+
+
+def test_targets_are_the_outputs_of_the_model_as_it_was():
+    class Zero(Recorder):
+        needs_targets = True
+        targets: list[Tensor] = []
+
+        def visit(self, name: str, hessian: Tensor | None) -> None:
+            model.get_submodule(name).weight.data.zero_()
+
+        def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
+            self.targets = work.targets
+
+    model = tiny_model()
+    with torch.no_grad():
+        expected = model.model(IDS, output_hidden_states=True).last_hidden_state
+    zero = Zero()
+    walk(model, list(quantizable_modules(model, HQQConfig(group_size=16))), DATA, zero, progress=False)
+    torch.testing.assert_close(model.model.norm(torch.cat(zero.targets)), expected)
+
+
+def test_a_model_without_blocks_is_one_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    batches = [torch.randn(20, 16), torch.randn(30, 16)]
+    recorder = Recorder()
+    walk(model, ["0", "2"], Calibration(data=batches, damping=1e-6), recorder, progress=False)
+    x = torch.cat(batches)
+    torch.testing.assert_close(recorder.hessians["0"], x.t() @ x / 50, rtol=1e-4, atol=1e-5)
+    hidden = model[1](model[0](x)).detach()
+    torch.testing.assert_close(recorder.hessians["2"], hidden.t() @ hidden / 50, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_no_data_reaches_is_visited_without_a_hessian(caplog):
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    recorder = Recorder()
+    walk(Half(), ["used", "unused"], Calibration(data=[torch.randn(9, 4)]), recorder, progress=False)
+    assert recorder.hessians["used"] is not None
+    assert recorder.hessians["unused"] is None
+    assert "unused" in caplog.text
+
+
+def test_damping_is_added_to_the_diagonal():
+    model, data = nn.Sequential(nn.Linear(4, 4)), [torch.randn(50, 4)]
+    plain, more = Recorder(), Recorder()
+    walk(model, ["0"], Calibration(data=data, damping=1e-9), plain, progress=False)
+    walk(model, ["0"], Calibration(data=data, damping=0.5), more, progress=False)
+    added = more.hessians["0"] - plain.hessians["0"]
+    torch.testing.assert_close(added, 0.5 * plain.hessians["0"].diagonal().mean() * torch.eye(4))
+
+
+def test_inputs_that_are_all_zero_are_no_data(caplog):
+    recorder = Recorder()
+    walk(nn.Sequential(nn.Linear(4, 4)), ["0"], Calibration(data=[torch.zeros(9, 4)]), recorder, progress=False)
+    assert recorder.hessians["0"] is None
+    assert "zeros" in caplog.text
+
+
+def test_a_model_that_overflows_is_refused_before_anything_is_visited():
+    model, recorder = tiny_model(), Recorder()
+    model.model.layers[0].mlp.down_proj.weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"model\.layers\.1 hold NaN or Inf"):
+        walk(model, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], DATA, recorder, progress=False)
+    assert not recorder.hessians
+
+
+def test_weights_of_linear_and_conv1d_come_out_in_x_out_order():
+    assert linear_of(tiny_model("gpt2"), "transformer.h.0.attn.c_attn")[0].shape == (192, 64)
+    assert linear_of(tiny_model(), "model.layers.0.mlp.up_proj")[0].shape == (96, 64)
