@@ -67,6 +67,10 @@ class AQLMSpec(QuantSpec):
             "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
         }
 
+    @property
+    def tensor_roles(self) -> Mapping[str, str]:
+        return {"codebooks": "codebooks", "scales": "scales"}
+
 
 class AQLMMethod(QuantMethod[AQLMSpec]):
     """Additive Quantization of Language Models, by plain error. Source: Egiazarian et al. 2024.
