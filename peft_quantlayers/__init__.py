@@ -5,11 +5,12 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 
 import os
 
-from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_back
+from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, QuantScalesConfig, merge_back
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
 from .integrations.hqq_folder import load_hqq_folder
+from .integrations.scales import QuantScalesModel
 from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
 from .model import quantize_model, save_model
 from .quantizers import (
@@ -38,6 +39,8 @@ __all__ = [
     "MergeReport",
     "QuantConfig",
     "QuantMethod",
+    "QuantScalesConfig",
+    "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
     "QuantizedWeight",

@@ -18,6 +18,8 @@ PUBLIC = [
     "MergeReport",
     "QuantConfig",
     "QuantMethod",
+    "QuantScalesConfig",
+    "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
     "QuantizedWeight",
