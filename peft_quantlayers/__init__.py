@@ -23,7 +23,7 @@ from .quantizers import (
     register_method,
     registered_methods,
 )
-from .training import prepare_model_for_kbit_training
+from .training import PVTuner, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "LayerMergeReport",
     "LoraQuantizedLinear",
     "MergeReport",
+    "PVTuner",
     "QuantConfig",
     "QuantMethod",
     "QuantScalesConfig",

@@ -16,6 +16,7 @@ PUBLIC = [
     "LayerMergeReport",
     "LoraQuantizedLinear",
     "MergeReport",
+    "PVTuner",
     "QuantConfig",
     "QuantMethod",
     "QuantScalesConfig",

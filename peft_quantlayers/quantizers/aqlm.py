@@ -10,6 +10,7 @@ from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ._aqlm_moves import moved_codes
 from ._aqlm_solver import fitted_codebooks, fitted_scales, improved_codes, initial_codes, reconstruct
 from .method import QuantMethod, checked_layout, refuse_not_finite, register_method
 
@@ -114,8 +115,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         stored_scales = scales.view(layout["scales"].shape).to(layout["scales"].dtype)
         if not (torch.isfinite(stored_codebooks).all() and torch.isfinite(stored_scales).all()):
             raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
-        wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
-        stored_codes = wrapped.view(layout["codes"].shape).to(layout["codes"].dtype)
+        stored_codes = _stored(codes.view(layout["codes"].shape), size, layout["codes"].dtype)
         return QuantizedWeight(
             spec=spec,
             out_features=out_features,
@@ -130,6 +130,39 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
         return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
+
+
+def move_aqlm_codes(
+    tensors: Mapping[str, Tensor], gradient: Tensor, *, step: float, max_change: float, trust_ratio: float
+) -> tuple[Tensor, int]:
+    """New codes for the groups of an AQLM weight that its gradient wants to move most.
+
+    Args:
+        tensors: ``codes``, ``codebooks`` and ``scales`` of the weight. Not changed.
+        gradient: of the loss with respect to the weight, (out_features, in_features), float32.
+        step, max_change, trust_ratio: as for :func:`._aqlm_moves.moved_codes`.
+
+    Returns:
+        The codes as they are stored, and the number of groups that have new ones.
+    """
+    size = tensors["codebooks"].shape[1]
+    codes = tensors["codes"].long() % size
+    moved = moved_codes(
+        codes,
+        tensors["codebooks"].float(),
+        tensors["scales"].float().flatten(),
+        gradient,
+        step=step,
+        max_change=max_change,
+        trust_ratio=trust_ratio,
+    )
+    return _stored(moved, size, tensors["codes"].dtype), int((moved != codes).any(-1).sum())
+
+
+def _stored(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Codes (int64, below ``size``) as the published layout has them: the upper half wraps to negative numbers."""
+    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
+    return wrapped.to(dtype)
 
 
 register_method(AQLMMethod())
