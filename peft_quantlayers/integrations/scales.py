@@ -166,16 +166,19 @@ def _not_excluded(config: QuantScalesConfig, names: Iterable[str]) -> list[str]:
 
 def _refuse_other_modules(targets: list[str], modules: dict[str, nn.Module]) -> None:
     for name in targets:
-        if isinstance(modules[name], QuantScalesLayer | QuantizedLinear):
+        _refuse_other_adapter(name, modules[name])
+        if isinstance(modules[name], QuantScalesLinear | QuantizedLinear):
             continue
-        if isinstance(modules[name], BaseTunerLayer):
-            raise ValueError(
-                f"{name} carries an adapter of another kind ({type(modules[name]).__name__}). Merge it or unload it "
-                "first."
-            )
         raise ValueError(
             f"{name} is no quantized layer but a {type(modules[name]).__name__}: it has no scales to train. Leave it "
             f"out with exclude_modules=[{name!r}], or train it in full with modules_to_save."
+        )
+
+
+def _refuse_other_adapter(name: str, module: nn.Module) -> None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, QuantScalesLayer):
+        raise ValueError(
+            f"{name} carries an adapter of another kind ({type(module).__name__}). Merge it or unload it first."
         )
 
 
@@ -194,10 +197,10 @@ def _tensor_names(config: QuantScalesConfig, layer: QuantizedLinear) -> tuple[st
 
 def _norms(config: QuantScalesConfig, modules: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     norms = {name: _base(module) for name, module in modules.items() if is_norm(_base(module))}
-    return {
-        name: tuple(parameter_name for parameter_name, _ in norms[name].named_parameters())
-        for name in _not_excluded(config, norms)
-    }
+    names = _not_excluded(config, norms)
+    for name in names:
+        _refuse_other_adapter(name, modules[name])
+    return {name: tuple(parameter_name for parameter_name, _ in norms[name].named_parameters()) for name in names}
 
 
 def _checked_codes(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]:

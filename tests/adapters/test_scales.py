@@ -504,6 +504,9 @@ def test_what_cannot_be_combined_is_refused():
     lora = get_peft_model(quantized(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"q_proj carries an adapter of another kind \(LoraQuantizedLinear\)"):
         tuned(lora.base_model.model)
+    norms = get_peft_model(quantized(), peft.LNTuningConfig(target_modules=["input_layernorm"]))
+    with pytest.raises(ValueError, match=r"input_layernorm carries an adapter of another kind \(LNTuningLayer\)"):
+        tuned(norms.base_model.model, ("norms",))
 
 
 def test_unregistering_takes_it_out_of_peft_and_registering_puts_it_back():
