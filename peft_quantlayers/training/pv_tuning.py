@@ -48,7 +48,7 @@ class PVTuner(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.95),
         code_lr: float = 0.3,
         max_code_change: float = 0.01,
-        trust_ratio: float = 0.05,
+        trust_ratio: float = 0.003,
         buffer_bytes: int = 1 << 30,
     ) -> None:
         """Widen codebooks and scales of all AQLM layers of ``model`` to float32, and make them trainable.
@@ -59,7 +59,9 @@ class PVTuner(torch.optim.AdamW):
             code_lr: length of the move that is wished for, relative to the weight: 0.3 is a move of 30 % of its root
                 mean square on average over all groups. 0 trains codebooks and scales alone.
             max_code_change: part of a layer's groups that may get new codes in one step.
-            trust_ratio: bound of how far one step's new codes may move a layer, relative to its norm.
+            trust_ratio: bound of how far one step's new codes may move a layer, relative to its norm. All layers
+                move at once, so that a deep model diverges at a ratio that a small one bears. In a layer of a few
+                hundred groups a single group is several percent of the norm, and needs a ratio above that.
             buffer_bytes: bytes for gradients of dense weights, float32. One more layer's dense weight is needed for
                 a moment in each ``step``.
 
