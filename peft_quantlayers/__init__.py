@@ -5,12 +5,13 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 
 import os
 
-from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_back
+from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, QuantScalesConfig, merge_back
 from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
 from .integrations.hqq_folder import load_hqq_folder
+from .integrations.scales import QuantScalesModel
 from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
 from .model import quantize_model, save_model
 from .quantizers import (
@@ -23,7 +24,7 @@ from .quantizers import (
     register_method,
     registered_methods,
 )
-from .training import prepare_model_for_kbit_training
+from .training import PVTuner, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
 
@@ -39,8 +40,11 @@ __all__ = [
     "LayerResult",
     "LoraQuantizedLinear",
     "MergeReport",
+    "PVTuner",
     "QuantConfig",
     "QuantMethod",
+    "QuantScalesConfig",
+    "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
     "QuantizedWeight",

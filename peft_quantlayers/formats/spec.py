@@ -7,12 +7,15 @@ quantizers. May import torch only.
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
+# What a floating tensor of a quantized weight is for, in words that hold for every method.
+TENSOR_ROLES = ("scales", "zeros", "codebooks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,23 @@ class QuantSpec(ABC):
     def smaller_metadata(self) -> str:
         """Fields of a spec with about the same codes and less beside them; empty where there is nothing to say."""
         return ""
+
+    @property
+    def tensor_roles(self) -> Mapping[str, str]:
+        """Name and role, one of :data:`TENSOR_ROLES`, of the tensors that may be trained while the codes stay.
+
+        Empty by default. ``dequantize`` and ``linear`` of the method must be differentiable in these tensors.
+        """
+        return {}
+
+    def widened(self) -> Self:
+        """This spec with floating tensors in float32, so that trained ones are stored unrounded.
+
+        A spec without a field ``scale_dtype`` is given back as it is: it has one dtype for its tensors.
+        """
+        if any(field.name == "scale_dtype" for field in dataclasses.fields(self)):
+            return dataclasses.replace(self, scale_dtype="float32")  # type: ignore[call-arg]
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the method's name."""

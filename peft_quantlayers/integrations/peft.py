@@ -1,4 +1,4 @@
-"""Registers quantized layers with PEFT's LoRA dispatch. The only file that touches private names of PEFT.
+"""Registers quantized layers with PEFT's LoRA dispatch, and scale-only finetuning as a method of PEFT.
 
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
 models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. PEFT's
@@ -14,8 +14,9 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..adapters import LoraQuantizedLinear
+from ..adapters import LoraQuantizedLinear, QuantScalesLayer
 from ..layers import QuantizedLinear
+from . import scales
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def register() -> None:
         )
     _original = LoraModel._create_new_module
     LoraModel._create_new_module = staticmethod(_create_new_module)
+    scales.register()
 
 
 def unregister() -> None:
@@ -51,12 +53,18 @@ def unregister() -> None:
     if _original is not None:
         LoraModel._create_new_module = staticmethod(_original)
         _original = None
+        scales.unregister()
 
 
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, QuantizedLinear) or _has_custom_module(lora_config, base):
         return _original(lora_config, adapter_name, target, **kwargs)
+    if isinstance(target, QuantScalesLayer):
+        raise ValueError(
+            f"{base.layer_name}: LoRA on top of tuned scales is not supported, since merging it would quantize with "
+            "the untuned ones. Call merge_and_unload() on the tuned model first, then add LoRA."
+        )
     if kwargs.get("parameter_name") is not None:
         raise ValueError(
             f"{base.layer_name}: target_parameters cannot name the weight of a quantized layer, which holds codes. "

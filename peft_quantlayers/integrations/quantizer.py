@@ -112,6 +112,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     """transformers' view of our models: quantize on the fly, or load what was saved."""
 
     requires_calibration = False
+    # Set while a PVTuner trains the layers themselves: the Trainer then takes the model without an adapter.
+    is_training_codes = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -236,6 +238,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_training_codes
 
     @property
     def is_compileable(self) -> bool:

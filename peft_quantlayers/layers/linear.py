@@ -5,7 +5,7 @@ May import formats, quantizers and the kernels; never PEFT or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -200,7 +200,17 @@ class QuantizedLinear(nn.Linear):
             return self.dequantize()
         return WriteThroughWeight(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``x @ weight.T + bias``, (..., in_features) to (..., out_features), dtype of ``x``.
+
+        Args:
+            x: (..., in_features), floating.
+            replaced: tensors to compute with in place of the layer's own of the same name (those of the spec's
+                layout, and ``bias``); the result is differentiable in the floating ones.
+
+        Raises:
+            ValueError: ``x`` has another last dimension or is not floating.
+        """
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
                 f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
@@ -209,7 +219,12 @@ class QuantizedLinear(nn.Linear):
         dtype, output_dtype = self.compute_dtype, x.dtype
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
-        return self.method.linear(x.to(dtype), self._tensors(), self.spec, self.bias).to(output_dtype)
+        tensors: dict[str, Tensor] = self._tensors()
+        bias: Tensor | None = self.bias
+        if replaced:
+            tensors = {name: replaced.get(name, tensor) for name, tensor in tensors.items()}
+            bias = replaced.get("bias", bias)
+        return self.method.linear(x.to(dtype), tensors, self.spec, bias).to(output_dtype)
 
     def extra_repr(self) -> str:
         fields = self.spec.to_dict()

@@ -11,6 +11,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
     Problem,
@@ -86,6 +87,10 @@ class AQLMSpec(QuantSpec):
         codebooks = -(-self.num_codebooks * self.nbits_per_codebook // nbits)
         return f"num_codebooks={codebooks}, nbits_per_codebook={nbits}"
 
+    @property
+    def tensor_roles(self) -> Mapping[str, str]:
+        return {"codebooks": "codebooks", "scales": "scales"}
+
 
 class AQLMMethod(QuantMethod[AQLMSpec]):
     """Additive Quantization of Language Models. Source: Egiazarian et al. 2024; the solver is in ``_aqlm_solver.py``.
@@ -157,13 +162,45 @@ def _stored(found: Additive, spec: AQLMSpec, layout: dict[str, TensorLayout], *,
     scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)
     if not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
         raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
-    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
     return QuantizedWeight(
         spec=spec,
         out_features=codes.shape[0] * spec.out_group_size,
         in_features=codes.shape[1] * spec.in_group_size,
-        tensors={"codes": wrapped.to(layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
+        tensors={"codes": _stored_codes(codes, size, layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
     )
+
+
+def move_aqlm_codes(
+    tensors: Mapping[str, Tensor], gradient: Tensor, *, step: float, max_change: float, trust_ratio: float
+) -> tuple[Tensor, int]:
+    """New codes for the groups of an AQLM weight that its gradient wants to move most.
+
+    Args:
+        tensors: ``codes``, ``codebooks`` and ``scales`` of the weight. Not changed.
+        gradient: of the loss with respect to the weight, (out_features, in_features), float32.
+        step, max_change, trust_ratio: as for :func:`._aqlm_moves.moved_codes`.
+
+    Returns:
+        The codes as they are stored, and the number of groups that have new ones.
+    """
+    size = tensors["codebooks"].shape[1]
+    codes = tensors["codes"].long() % size
+    moved = moved_codes(
+        codes,
+        tensors["codebooks"].float(),
+        tensors["scales"].float().flatten(),
+        gradient,
+        step=step,
+        max_change=max_change,
+        trust_ratio=trust_ratio,
+    )
+    return _stored_codes(moved, size, tensors["codes"].dtype), int((moved != codes).any(-1).sum())
+
+
+def _stored_codes(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Codes (int64, below ``size``) as the published layout has them: the upper half wraps to negative numbers."""
+    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
+    return wrapped.to(dtype)
 
 
 register_method(AQLMMethod())

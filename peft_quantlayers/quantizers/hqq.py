@@ -96,6 +96,11 @@ class HQQSpec(QuantSpec):
             "zero": metadata,
         }
 
+    @property
+    def tensor_roles(self) -> Mapping[str, str]:
+        # Training would not keep whole zeros whole.
+        return {"scale": "scales"} if self.integer_zero else {"scale": "scales", "zero": "zeros"}
+
 
 class HQQMethod(QuantMethod[HQQSpec]):
     """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is in ``_hqq_solver.py``."""

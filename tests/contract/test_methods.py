@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_quantlayers import (
@@ -16,11 +17,13 @@ from peft_quantlayers import (
     QuantizedLinear,
     QuantizedWeight,
     QuantMethod,
+    QuantScalesConfig,
     QuantSpec,
     TensorLayout,
     quantize_model,
     register_method,
 )
+from peft_quantlayers.formats import spec as spec_module
 from peft_quantlayers.formats.checkpoint import specs_from_json, specs_to_json
 from peft_quantlayers.layers import layer_type
 from peft_quantlayers.layers import linear as linear_module
@@ -34,6 +37,7 @@ class AbsmaxSpec(QuantSpec):
 
     method: ClassVar[str] = "toy_absmax"
     codes_name: ClassVar[str] = "codes"
+    tensor_roles: ClassVar[Mapping[str, str]] = {"scale": "scales"}
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
@@ -191,6 +195,34 @@ def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
     layer.to(torch.bfloat16)
     assert layer.compute_dtype == torch.bfloat16
     assert torch.equal(layer.codes, codes)
+
+
+def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(method, spec):
+    assert spec.tensor_roles
+    assert set(spec.tensor_roles.values()) <= set(spec_module.TENSOR_ROLES)
+    assert set(spec.tensor_roles) == set(spec.tensor_layout(*SHAPE)) - {spec.codes_name}
+    layer = QuantizedLinear.from_linear(nn.Linear(SHAPE[1], SHAPE[0]), spec, layer_name="0")
+    codes, x, wanted = layer.codes.clone(), torch.randn(8, SHAPE[1]), torch.randn(8, SHAPE[0])
+    config = QuantScalesConfig(target_modules=["0"], train=tuple(spec.tensor_roles.values()))
+    model = get_peft_model(nn.Sequential(layer), config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == len(spec.tensor_roles)
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    losses = []
+    for _ in range(5):
+        loss = (model(x) - wanted).square().mean()
+        loss.backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = model(x)
+    merged = model.merge_and_unload()[0]
+    assert merged is layer
+    assert torch.equal(merged(x), expected)
+    assert torch.equal(merged.codes, codes)
+    merged.quantized_weight.check("0")
 
 
 def test_a_method_quantizes_whole_models_by_a_config_of_two_lines():
