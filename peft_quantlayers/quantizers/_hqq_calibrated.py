@@ -18,7 +18,7 @@ from ._least_squares import conjugate_gradient
 
 # Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product.
 BLOCK_COLUMNS = 128
-GRID_ITERS = 8
+GRID_ITERS = 4
 WEIGHTED_FIT_ITERS = 10
 # A fitted scale may leave its start by this factor; beyond it the codes of the group determine no scale.
 MAX_SCALE_CHANGE = 5.0

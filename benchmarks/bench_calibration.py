@@ -1,0 +1,135 @@
+"""What calibration and tuning bring at 4 bits and fewer: SmolLM2-135M, perplexity and KL on WikiText-2.
+
+Calibration and training read the second half of the text, the measurement its first windows; scored as in
+``bench_quality.py``. Every row is written when it is done, so that rows can be made in several runs (``--rows``).
+
+A row is "base" or "base + tuning"; bases are quantized with 16k calibration tokens unless they say otherwise, and
+tuning is plain next-token training on the calibration half.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from _device import describe_device
+from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_quantlayers as pql
+from peft_quantlayers.evaluate import demo_model_folder
+
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
+N_TOKENS = 16_384
+FINETUNE = {"finetune_epochs": 5, "learning_rate": 3e-3}
+TUNING_STEPS, BATCH, LENGTH = 60, 4, 128
+
+HQQ = {
+    "4 bits, group 64": (4, 64),
+    "3 bits, group 64": (3, 64),
+    "2 bits, group 64": (2, 64),
+    "2 bits, group 16": (2, 16),
+}
+BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
+    **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
+    **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
+    "HQQ 2 bits, group 64, calibrated, finetuned": (pql.HQQConfig(nbits=2, group_size=64), FINETUNE),
+    "AQLM 2x8": (pql.AQLMConfig(), None),
+    "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
+    "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
+}
+TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
+    "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
+    "LoRA r8": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+}
+LEARNING_RATES = {"scales": 1e-3, "scales, codebooks, norms": 1e-3, "LoRA r8": 5e-4}
+ROWS = [*BASES, *(f"AQLM 2x8, calibrated, finetuned + {tuning}" for tuning in TUNINGS)]
+
+
+def tune(model: nn.Module, text: Tensor, tuning: str) -> float:
+    """Train in place for a fixed number of steps; seconds a step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATES[tuning], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATES[tuning], total_steps=TUNING_STEPS)
+    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    model.train()
+    began = time.perf_counter()
+    for step in range(TUNING_STEPS):
+        ids = windows[order[step * BATCH : (step + 1) * BATCH]]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    return (time.perf_counter() - began) / TUNING_STEPS
+
+
+def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[Tensor], cache: Path) -> dict[str, Any]:
+    base, _, tuning = name.partition(" + ")
+    config, options = BASES[base]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    calibration = None
+    if options is not None:
+        calibration = pql.Calibration(
+            data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options
+        )
+    results: list[pql.LayerResult] = []
+    began = time.perf_counter()
+    pql.quantize_model(model, config, calibration=calibration, progress=False, on_layer=results.append)
+    row: dict[str, Any] = {"name": name, "quantize_s": time.perf_counter() - began, "tuning_s_per_step": None}
+    layers = pql.quantized_modules(model).values()
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    bits = [layer.quantized_weight.bits_per_weight for layer in layers]
+    row["bits_per_weight"] = sum(b * w for b, w in zip(bits, weights, strict=True)) / sum(weights)
+    if tuning:
+        row["quantize_s"] = None  # its base was quantized for its own row
+        tuned = peft.get_peft_model(model, TUNINGS[tuning]())
+        row["tuning_s_per_step"] = tune(tuned, text, tuning)
+        row["perplexity"], row["kl_to_float"] = evaluate(tuned, windows, kept)
+    else:
+        row["perplexity"], row["kl_to_float"] = evaluate(model, windows, kept)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens to score")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="parts of the names of rows to make")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
+    )
+    args = parser.parse_args()
+
+    folder = demo_model_folder()
+    float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0]
+    windows, text = ids[: args.windows * WINDOW].view(args.windows, WINDOW), ids[len(ids) // 2 :]
+    kept: list[Tensor] = []
+    float_perplexity, _ = evaluate(float_model, windows, kept)
+    rows = {row["name"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    for name in [name for name in ROWS if any(part in name for part in args.rows)]:
+        rows[name] = measure(name, folder, text, windows, kept, args.cache)
+        print(json.dumps(rows[name]), flush=True)
+        result = {
+            "device": describe_device(),
+            "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
+            "calibration_tokens": N_TOKENS,
+            "tuning": {"steps": TUNING_STEPS, "batch": BATCH, "tokens": LENGTH},
+            "windows": args.windows,
+            "window_tokens": WINDOW,
+            "kl_windows": min(KL_WINDOWS, args.windows),
+            "float_perplexity": float_perplexity,
+            "rows": [rows[known] for known in ROWS if known in rows],
+        }
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
