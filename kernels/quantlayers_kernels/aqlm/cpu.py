@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import native
 
 # Up to here decoding inside of the product beats dequantized tiles and BLAS (benchmarks/bench_decode.py).
-MAX_TOKENS = 32
+MAX_TOKENS = 16
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:

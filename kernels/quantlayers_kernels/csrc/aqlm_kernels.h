@@ -42,20 +42,27 @@ INLINE floats8 entries(const struct aqlm_weight *w, int64_t first, int64_t i, in
 INLINE float dot_row_of(const struct aqlm_weight *w, int64_t row, const float *x, int64_t num_codebooks,
                         int64_t in_group, int code_bytes, int kind) {
     const int64_t first = row / w->out_group * w->in_groups * num_codebooks, a = row % w->out_group;
-    floats8 even = {0}, odd = {0};
-    int64_t i = 0;
-    for (; i + 2 <= w->in_groups; i += 2)
-        for (int64_t j = 0; j < in_group; j += 8) {
-            even += entries(w, first, i, a, j, in_group, num_codebooks, code_bytes, kind) *
-                    *(const floats8_at *)(x + i * in_group + j);
-            odd += entries(w, first, i + 1, a, j, in_group, num_codebooks, code_bytes, kind) *
-                   *(const floats8_at *)(x + (i + 1) * in_group + j);
-        }
-    for (; i < w->in_groups; i++)
-        for (int64_t j = 0; j < in_group; j += 8)
-            even += entries(w, first, i, a, j, in_group, num_codebooks, code_bytes, kind) *
-                    *(const floats8_at *)(x + i * in_group + j);
-    return sum_of8(even + odd);
+    const int64_t panel = in_group < PANEL ? PANEL / in_group : 1;
+    floats8 total = {0};
+    for (int64_t begin = 0; begin < w->in_groups; begin += panel) {
+        const int64_t end = begin + panel < w->in_groups ? begin + panel : w->in_groups;
+        floats8 even = {0}, odd = {0};
+        int64_t i = begin;
+        for (; i + 2 <= end; i += 2)
+            for (int64_t j = 0; j < in_group; j += 8) {
+                const float *input = x + i * in_group + j;
+                even += entries(w, first, i, a, j, in_group, num_codebooks, code_bytes, kind) *
+                        *(const floats8_at *)input;
+                odd += entries(w, first, i + 1, a, j, in_group, num_codebooks, code_bytes, kind) *
+                       *(const floats8_at *)(input + in_group);
+            }
+        if (i < end)
+            for (int64_t j = 0; j < in_group; j += 8)
+                even += entries(w, first, i, a, j, in_group, num_codebooks, code_bytes, kind) *
+                        *(const floats8_at *)(x + i * in_group + j);
+        total += even + odd;
+    }
+    return sum_of8(total);
 }
 
 INLINE void dequantize_row_of(const struct aqlm_weight *w, int64_t row, float *out, int64_t num_codebooks,

@@ -1,8 +1,6 @@
 /* The functions that Python calls, and the choice of the instruction set. All return 0, or -1 for want of memory. */
 #include "quantlayers.h"
 
-#include <stdlib.h>
-
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
     return 1;
@@ -57,18 +55,10 @@ int ql_hqq_linear(float *y, const float *x, const uint8_t *packed, const void *s
     struct hqq_call call = {
         .kernels = kernels_of(variant),
         .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, 1, kind},
-        .product = {y, x, bias, tokens, out_features, NULL},
+        .product = {y, x, bias, tokens, out_features},
     };
-    float *sums = malloc((size_t)n_groups * sizeof(float));
-    if (sums == NULL)
-        return -1;
-    if (tokens == 1)
-        call.kernels->hqq_group_sums(&call.weight, x, sums);
-    call.product.x_group_sums = sums;
     const int64_t scratch = BLOCK_ROWS * in_features + hqq_row_floats(&call.weight);
-    const int status = for_rows(multiply_hqq, &call, out_features, scratch, n_threads);
-    free(sums);
-    return status;
+    return for_rows(multiply_hqq, &call, out_features, scratch, n_threads);
 }
 
 /* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */
@@ -110,7 +100,7 @@ int ql_aqlm_linear(float *y, const float *x, const void *codes, const void *code
         .kernels = kernels_of(variant),
         .weight = {codes, codebooks, scales, in_groups, num_codebooks, size, out_group, in_group, code_bytes,
                    codebook_kind, scale_kind},
-        .product = {y, x, bias, tokens, out_features, NULL},
+        .product = {y, x, bias, tokens, out_features},
     };
     return for_rows(multiply_aqlm, &call, out_features, BLOCK_ROWS * in_groups * in_group, n_threads);
 }

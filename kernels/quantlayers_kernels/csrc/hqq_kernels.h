@@ -114,51 +114,38 @@ static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct de
     }
 }
 
-static TARGET void VARIANT(hqq_group_sums)(const struct hqq_weight *w, const float *x, float *sums) {
-    const int64_t group_size = w->in_features / w->n_groups;
-    for (int64_t g = 0; g < w->n_groups; g++) {
-        floats acc = {0};
-        float rest = 0;
-        int64_t k = 0;
-        for (; k + LANES <= group_size; k += LANES)
-            acc += load(x + g * group_size + k);
-        for (; k < group_size; k++)
-            rest += x[g * group_size + k];
-        sums[g] = sum_of(acc) + rest;
+/* sum_j (code_j - zero) * x_j of n neighbours in a group, lane by lane; what fills no vector goes to `rest`. */
+INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float zero, float *rest) {
+    floats even = {0}, odd = {0};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        even += (load_codes(codes + k) - zero) * load(x + k);
+        odd += (load_codes(codes + k + LANES) - zero) * load(x + k + LANES);
     }
+    for (; k + LANES <= n; k += LANES)
+        even += (load_codes(codes + k) - zero) * load(x + k);
+    *rest = 0;
+    for (; k < n; k++)
+        *rest += ((float)codes[k] - zero) * x[k];
+    return even + odd;
 }
 
-/* sum_g scale_g * (sum_j code_j * x_j - zero_g * sum_j x_j): a group costs no more than its codes. */
-INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x, const float *x_sums) {
+/* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
+ * vector, but cancels: where the inputs have a common offset it errs several times as much. */
+INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x) {
     const int64_t group_size = w->in_features / w->n_groups;
     const float centre = (float)centre_of(w->nbits);
     floats total = {0};
-    float rest = 0;
-    for (int64_t g = 0; g < w->n_groups; g++) {
-        const int8_t *codes = parts.codes + g * group_size;
-        const float *input = x + g * group_size;
-        floats even = {0}, odd = {0};
-        int64_t k = 0;
-        for (; k + 2 * LANES <= group_size; k += 2 * LANES) {
-            even += load_codes(codes + k) * load(input + k);
-            odd += load_codes(codes + k + LANES) * load(input + k + LANES);
+    float total_rest = 0;
+    for (int64_t g = 0; g < w->n_groups; g++)
+        for (int64_t begin = 0; begin < group_size; begin += PANEL) {
+            const int64_t first = g * group_size + begin, left = group_size - begin;
+            float rest;
+            total += parts.scale[g] * dot_codes(parts.codes + first, x + first, left < PANEL ? left : PANEL,
+                                                parts.zero[g] - centre, &rest);
+            total_rest += parts.scale[g] * rest;
         }
-        for (; k + LANES <= group_size; k += LANES)
-            even += load_codes(codes + k) * load(input + k);
-        if (k < group_size) {
-            float tail = 0;
-            for (; k < group_size; k++)
-                tail += (float)codes[k] * input[k];
-            rest += parts.scale[g] * tail;
-        }
-        total += (even + odd) * parts.scale[g];
-    }
-    int64_t g = 0;
-    for (; g + LANES <= w->n_groups; g += LANES)
-        total -= load(parts.scale + g) * (load(parts.zero + g) - centre) * load(x_sums + g);
-    for (; g < w->n_groups; g++)
-        rest -= parts.scale[g] * (parts.zero[g] - centre) * x_sums[g];
-    return sum_of(total) + rest;
+    return sum_of(total) + total_rest;
 }
 
 static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p, int64_t begin,
@@ -167,7 +154,7 @@ static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct
     if (p->tokens == 1) {
         for (int64_t row = begin; row < end; row++) {
             read_row(w, row, parts);
-            p->y[row] = dot_one_token(w, parts, p->x, p->x_group_sums) + (p->bias ? p->bias[row] : 0);
+            p->y[row] = dot_one_token(w, parts, p->x) + (p->bias ? p->bias[row] : 0);
         }
         return;
     }

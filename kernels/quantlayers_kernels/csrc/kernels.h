@@ -7,5 +7,5 @@
 #include "hqq_kernels.h"
 
 const struct kernels VARIANT(kernels) = {
-    VARIANT(hqq_group_sums), VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows),
+    VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows),
 };

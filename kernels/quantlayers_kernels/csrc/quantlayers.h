@@ -32,7 +32,6 @@ struct product {
     float *y; /* (tokens, out_features) */
     const float *x, *bias;
     int64_t tokens, out_features;
-    const float *x_group_sums; /* (n_groups), HQQ with one token only */
 };
 
 /* Dense rows [first_row, first_row + n) of a weight, float32. */
@@ -44,7 +43,6 @@ struct dense_rows {
 /* Kernels work on the rows [begin, end); `scratch` is the worker's own memory. Products want BLOCK_ROWS dense rows of
  * it, and HQQ hqq_row_floats after them. */
 struct kernels {
-    void (*hqq_group_sums)(const struct hqq_weight *, const float *x, float *sums);
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);

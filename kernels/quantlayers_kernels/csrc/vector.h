@@ -8,9 +8,12 @@
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
+/* Every so many inputs a sum is put aside and begun anew: a float32 sum errs with its length. BLAS does the same. */
+#define PANEL 512
+
 #define VECTOR(name, type, n)                                                                                       \
     typedef type name __attribute__((vector_size(sizeof(type) * (n))));                                             \
-    typedef type name##_at __attribute__((vector_size(sizeof(type) * (n)), aligned(sizeof(type)), may_alias))
+    typedef type name##_at __attribute__((vector_size(sizeof(type) * (n)), aligned(1), may_alias))
 
 VECTOR(floats, float, LANES);
 VECTOR(ints, int32_t, LANES);
@@ -119,11 +122,7 @@ INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float 
 /* BLOCK_TOKENS is what the registers hold; the arrays leave room for the remainders that the switch below names. */
 #define MAX_BLOCK_TOKENS 4
 
-/* Sums over n inputs of `rows` dense rows and `tokens` rows of x; both counts are constants in every call.
- *
- * Every PANEL inputs the sums are put aside: a float32 sum errs with its length, and BLAS sums in short pieces too. */
-#define PANEL 512
-
+/* Sums over n inputs of `rows` dense rows and `tokens` rows of x; both counts are constants in every call. */
 INLINE void dot_tile(const float *weight, const float *x, int64_t n, int rows, int tokens,
                      float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     floats total[BLOCK_ROWS][MAX_BLOCK_TOKENS] = {{{0}}};

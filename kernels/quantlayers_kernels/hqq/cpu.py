@@ -7,7 +7,7 @@ from .. import native
 from ..bitpack import packed_row_bytes
 
 # Up to here decoding inside of the product beats dequantized tiles and BLAS (benchmarks/bench_decode.py).
-MAX_TOKENS = 32
+MAX_TOKENS = 16
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
