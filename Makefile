@@ -26,6 +26,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py
 	$(RUN) benchmarks/bench_lora_step.py
+	$(RUN) benchmarks/bench_decode.py
 
 bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quality.py
