@@ -11,7 +11,10 @@ On a machine that others use as well, the threads of a product wait for each oth
 
 import argparse
 import json
+import os
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,6 +32,8 @@ SHAPES = ((576, 576), (1536, 576), (4096, 4096), (14336, 4096))
 # Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this.
 MAX_WEIGHTS_OF_SLOW_PEERS = 4096 * 4096
 BANDWIDTH_BYTES = 1 << 28
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Clock = Callable[[], float]
 
@@ -51,8 +56,10 @@ def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
 
 def checked(name: str, candidate: Candidate, in_features: int) -> bool:
     """Whether the product is right; one that is not and is ours ends the run."""
+    n_threads = torch.get_num_threads()
     for n_tokens in (1, 3, 40):
         error = relative_error(candidate, torch.randn(min(n_tokens, candidate.max_tokens), in_features))
+        torch.set_num_threads(n_threads)  # numba, when it starts its threads, changes torch's number as well
         if not error < candidate.tolerance:
             message = f"{name}: the product of {n_tokens} tokens is off by {error:.1e}"
             if candidate.is_ours:
@@ -66,13 +73,17 @@ def seconds_per_call(
     ways: dict[str, Candidate], x: torch.Tensor, repeats: int, clock: Clock
 ) -> dict[str, list[float]]:
     """Seconds of each, taking turns; the first round warms up."""
+    n_threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
-        for name, way in ways.items():
+        # A new order each time: what comes after a large product finds its code and weight out of the caches.
+        for name in random.sample(sorted(ways), len(ways)):
             start = clock()
-            way.multiply(x)
+            ways[name].multiply(x)
             if repeat:
                 seconds[name].append(clock() - start)
+    if torch.get_num_threads() != n_threads:
+        raise SystemExit(f"a peer changed the number of threads from {n_threads} to {torch.get_num_threads()}.")
     return seconds
 
 
@@ -84,10 +95,12 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), help="indices into SHAPES")
     parser.add_argument("--one-thread", action="store_true", help="one thread, and its CPU time")
     args = parser.parse_args()
+    if args.one_thread and any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
+        # MKL and numba read them when they are imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(THREAD_VARIABLES, "1"))
     torch.manual_seed(0)
+    random.seed(0)
     clock = time.thread_time if args.one_thread else time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
     numba.set_num_threads(torch.get_num_threads())
 
     bandwidth = memory_bandwidth(args.repeats, clock)
