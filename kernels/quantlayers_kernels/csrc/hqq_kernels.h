@@ -131,7 +131,7 @@ INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float ze
 }
 
 /* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
- * vector, but cancels: where the inputs have a common offset it errs several times as much. */
+ * vector, but cancels: where the inputs have a common offset it erred more than twice as much. */
 INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x) {
     const int64_t group_size = w->in_features / w->n_groups;
     const float centre = (float)centre_of(w->nbits);
