@@ -5,7 +5,8 @@ RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
 .PHONY: demo test lint bench bench-quality tables clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The compiled kernels are built by the installation, where there is a C compiler.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -25,6 +26,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py
 	$(RUN) benchmarks/bench_lora_step.py
+	$(RUN) benchmarks/bench_decode.py
 
 bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quality.py
@@ -33,4 +35,4 @@ tables: $(VENV)/.installed
 	$(RUN) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build kernels/quantlayers_kernels/_native*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

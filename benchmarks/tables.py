@@ -73,6 +73,28 @@ def lora_step() -> str:
     return table(head, rows) + "\n\n" + device_line(measured["device"], command)
 
 
+def decode() -> str:
+    """Milliseconds, and the rate against dense float32, of one 4096 x 4096 layer for each number of tokens."""
+    measured = result("decode")
+    by_key = {(row["method"], row["tokens"]): row for row in measured["rows"] if row["shape"] == [4096, 4096]}
+    tokens = list(dict.fromkeys(n_tokens for _, n_tokens in by_key))
+    body = []
+    for method in dict.fromkeys(method for method, _ in by_key):
+        cells = [method]
+        for n_tokens in tokens:
+            row = by_key.get((method, n_tokens))
+            wrong = "" if row is None or row["is_right"] else ", wrong"
+            cells.append(f"{1e3 * row['median_s']:.2f} ms ({row['rate_vs_dense_float32']:.2f}{wrong})" if row else "")
+        body.append(cells)
+    head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
+    command = "python benchmarks/bench_decode.py" + " --one-thread" * (measured["clock"] == "CPU time")
+    return (
+        table(head, body)
+        + f"\n\nIn brackets the rate, dense float32 = 1; medians, {measured['clock']}; compiled kernels: "
+        + f"{measured['device']['kernels']}. {device_line(measured['device'], command)}"
+    )
+
+
 def quantize() -> str:
     measured = result("quantize")
     shapes = ([576, 576], [1536, 576], [2048, 2048], [4096, 4096])

@@ -6,6 +6,7 @@ maps fresh pages for it each time. What a tile is made from is the affair of eac
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,26 @@ def rows_per_tile(out_features: int, in_features: int, device: torch.device) -> 
     """How many rows of a weight make one tile on ``device``."""
     elements = CPU_TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
     return max(1, min(out_features, elements // in_features))
+
+
+class DequantizeRows(Protocol):
+    """Writes the dense values of some rows of a weight to float32 memory (n_rows, in_features), and returns it."""
+
+    def __call__(self, *, rows: slice, into: Tensor) -> Tensor: ...
+
+
+def buffered_tiles(
+    dequantize_rows: DequantizeRows, out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device
+) -> WeightTiles:
+    """All rows of a weight, tile by tile, in one buffer; where ``dtype`` is not float32, in a second one of it."""
+    step = rows_per_tile(out_features, in_features, device)
+    buffer = torch.empty(step, in_features, dtype=torch.float32, device=device)
+    cast = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        n_rows = rows.stop - rows.start
+        tile = dequantize_rows(rows=rows, into=buffer[:n_rows])
+        yield rows, tile if dtype == torch.float32 else cast[:n_rows].copy_(tile)
 
 
 def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor:

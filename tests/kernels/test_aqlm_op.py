@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from conftest import FASTEST_AND_PLAIN
 
 from quantlayers_kernels import tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.reference import aqlm_linear_reference, dequantize_aqlm_reference, unsigned_codes
+
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.parametrize("kernels", FASTEST_AND_PLAIN, indirect=True),
+]
 
 # (num_codebooks, nbits_per_codebook, out_group_size, in_group_size)
 SCHEMES = [(2, 8, 1, 8), (1, 16, 1, 8), (1, 12, 1, 4), (4, 4, 2, 8), (1, 1, 1, 1), (3, 5, 4, 2), (8, 8, 1, 32)]

@@ -3,11 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FASTEST_AND_PLAIN
 
 from quantlayers_kernels import precision, tiled
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, unpack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear, op
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference, hqq_linear_reference
+
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.parametrize("kernels", FASTEST_AND_PLAIN, indirect=True),
+]
 
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
 # (out_features, in_features, n_groups along the axis) for axis 1 and 0: ragged on purpose

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import tiled
 from ..precision import product_dtype
+from . import cpu
 from .tiles import flat_index, weight_tiles
 
 
@@ -30,6 +31,8 @@ def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: tor
         (out_features, in_features), ``dtype``.
     """
     weight = torch.empty(*_shape(codes, codebooks), dtype=dtype, device=codes.device)
+    if dtype == torch.float32 and cpu.can_dequantize(codes, codebooks, scales):
+        return cpu.dequantize_rows(codes, codebooks, scales, rows=slice(0, weight.shape[0]), into=weight)
     for rows, tile in weight_tiles(codes, codebooks, scales, dtype=dtype):
         weight[rows] = tile
     return weight
@@ -45,13 +48,16 @@ def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bia
     """``x @ weight.T + bias`` from AQLM codes; differentiable in all floating arguments.
 
     Args:
-        x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it.
+        x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it,
+            and for few tokens on a CPU in float32.
         codes, codebooks, scales: as for :func:`aqlm_dequantize`.
         bias: (out_features,) or None.
 
     Returns:
         (..., out_features), dtype of ``x``.
     """
+    if cpu.can_use_few_tokens(x, codes, codebooks, scales, bias):
+        return cpu.linear_few_tokens(x, codes, codebooks, scales, bias)
     dtype = product_dtype(x.dtype, x.device)
     return tiled.linear(
         x, weight_tiles(codes, codebooks, scales, dtype=dtype), bias, _shape(codes, codebooks)[0], dtype

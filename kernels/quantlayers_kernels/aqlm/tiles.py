@@ -1,10 +1,13 @@
 """Dequantize an AQLM weight tile by tile, for the products in ``..tiled``."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..tiled import WeightTiles, rows_per_tile
+from ..tiled import WeightTiles, buffered_tiles, rows_per_tile
+from . import cpu
 
 
 def flat_index(codes: Tensor, size: int) -> Tensor:
@@ -40,8 +43,13 @@ def dequantize_out_groups(
 
 
 def weight_tiles(codes: Tensor, codebooks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> WeightTiles:
-    """Row ranges of the weight with their dequantized tile."""
+    """Row ranges of the weight with their dequantized tile; the tile's memory may be reused by the next one."""
     num_codebooks, size, out_group, in_group = codebooks.shape
+    if cpu.can_dequantize(codes, codebooks, scales):
+        out_features, in_features = codes.shape[0] * out_group, codes.shape[1] * in_group
+        dequantize = partial(cpu.dequantize_rows, codes, codebooks, scales)
+        yield from buffered_tiles(dequantize, out_features, in_features, dtype=dtype, device=codes.device)
+        return
     table = codebooks.float().reshape(num_codebooks * size, out_group * in_group)
     scales = scales.float()
     n_out = codes.shape[0]

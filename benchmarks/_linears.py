@@ -1,0 +1,138 @@
+"""Linear layers that multiply the same number of weights, ours and the peers': what ``bench_decode.py`` times.
+
+Weights are random, since the time does not depend on them. Each is told with the dense weight that it stands for, so
+that its product can be checked before it is timed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from quantlayers_kernels.aqlm import aqlm_linear
+from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
+from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.hqq import hqq_linear
+from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
+
+GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A way to multiply.
+
+    Fields:
+        multiply: x (tokens, in_features), float32, to (tokens, out_features).
+        weight: the dense weight that it stands for, float32.
+        nbytes: bytes of the stored weight, each of which must be read once.
+        is_ours: whether a wrong result ends the benchmark; a peer's is only recorded.
+        tolerance: relative error that its arithmetic allows.
+        max_tokens: not timed with more.
+    """
+
+    multiply: Callable[[Tensor], Tensor]
+    weight: Tensor
+    nbytes: int
+    is_ours: bool = False
+    tolerance: float = 1e-5
+    max_tokens: int = 1 << 20
+
+
+def _hqq(out_features: int, in_features: int, nbits: int) -> Candidate:
+    codes = torch.randint(0, 2**nbits, (out_features, in_features), dtype=torch.uint8)
+    W_q = pack(codes, nbits)
+    scale = (0.01 + 0.01 * torch.rand(out_features, in_features // GROUP_SIZE)).half()
+    zero = ((2**nbits - 1) * torch.rand(scale.shape)).half()
+    return Candidate(
+        multiply=lambda x: hqq_linear(x, W_q, scale, zero, None, nbits, 1),
+        weight=dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features),
+        nbytes=W_q.nbytes + scale.nbytes + zero.nbytes,
+        is_ours=True,
+    )
+
+
+def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits: int) -> tuple[Tensor, ...]:
+    code_type = torch.int8 if nbits == 8 else torch.int16
+    limits = torch.iinfo(code_type)
+    codes = torch.randint(limits.min, limits.max + 1, (out_features, in_features // 8, num_codebooks)).to(code_type)
+    codebooks = torch.randn(num_codebooks, 2**nbits, 1, 8).half()
+    return codes, codebooks, (0.01 + 0.01 * torch.rand(out_features, 1, 1, 1)).half()
+
+
+def _aqlm(tensors: tuple[Tensor, ...]) -> Candidate:
+    codes, codebooks, scales = tensors
+    return Candidate(
+        multiply=lambda x: aqlm_linear(x, codes, codebooks, scales, None),
+        weight=dequantize_aqlm_reference(codes, codebooks, scales),
+        nbytes=sum(part.nbytes for part in tensors),
+        is_ours=True,
+    )
+
+
+def _aqlm_package(tensors: tuple[Tensor, ...]) -> Candidate:
+    """Its layer in float32, the only dtype that its CPU kernel takes; one row at a time, so few tokens only."""
+    from aqlm import QuantizedLinear
+
+    codes, codebooks, scales = tensors
+    num_codebooks, size, _, _ = codebooks.shape
+    out_features, in_features = codes.shape[0], codes.shape[1] * 8
+    layer = QuantizedLinear(in_features, out_features, 8, 1, num_codebooks, size.bit_length() - 1, bias=False)
+    layer.codes.data = codes.clone()
+    layer.codebooks.data, layer.scales.data = codebooks.float(), scales.float()
+    nbytes = codes.nbytes + layer.codebooks.nbytes + layer.scales.nbytes
+    return Candidate(
+        multiply=layer,
+        weight=dequantize_aqlm_reference(codes, codebooks, scales),
+        nbytes=nbytes,
+        max_tokens=16 if size == 256 else 1 << 20,
+    )
+
+
+def _hqq_package(out_features: int, in_features: int) -> Candidate:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=GROUP_SIZE, axis=1)
+    config["weight_quant_params"]["optimize"] = False  # the weight's quality is not measured here
+    dense = nn.Linear(in_features, out_features, bias=False)
+    layer = HQQLinear(dense, config, compute_dtype=torch.float32, device="cpu")
+    nbytes = layer.W_q.nbytes + layer.meta["scale"].nbytes + layer.meta["zero"].nbytes
+    return Candidate(multiply=layer, weight=layer.dequantize().clone(), nbytes=nbytes)
+
+
+def _torch_int4(out_features: int, in_features: int) -> Candidate:
+    """torch's own 4-bit product; bfloat16, (code - 8) * scale + zero."""
+    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    scale_and_zero = (0.01 + 0.01 * torch.rand(in_features // GROUP_SIZE, out_features, 2)).bfloat16()
+    scale, zero = scale_and_zero.float().repeat_interleave(GROUP_SIZE, 0).unbind(-1)
+    return Candidate(
+        multiply=lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.bfloat16(), packed, GROUP_SIZE, scale_and_zero
+        ).float(),
+        weight=(codes.float() - 8) * scale.t() + zero.t(),
+        nbytes=packed.nbytes + scale_and_zero.nbytes,
+        tolerance=2e-2,
+    )
+
+
+def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) -> Iterator[tuple[str, Candidate]]:
+    """Names and ways to multiply, the dense one first."""
+    dense = torch.randn(out_features, in_features)
+    yield (
+        "dense float32",
+        Candidate(multiply=lambda x: linear(x, dense), weight=dense, nbytes=dense.nbytes, is_ours=True),
+    )
+    for nbits in (4, 3, 2, 8):
+        yield f"HQQ {nbits}-bit", _hqq(out_features, in_features, nbits)
+    two_by_eight = _aqlm_tensors(out_features, in_features, 2, 8)
+    one_by_sixteen = _aqlm_tensors(out_features, in_features, 1, 16)
+    yield "AQLM 2x8", _aqlm(two_by_eight)
+    yield "AQLM 1x16", _aqlm(one_by_sixteen)
+    yield "torch int4, bfloat16", _torch_int4(out_features, in_features)
+    if with_slow_peers:
+        yield "hqq package 4-bit", _hqq_package(out_features, in_features)
+        yield "aqlm package 2x8", _aqlm_package(two_by_eight)
+        yield "aqlm package 1x16", _aqlm_package(one_by_sixteen)

@@ -1,0 +1,153 @@
+"""Seconds for one linear layer with 1 to 128 tokens on the CPU: quantized beside dense float32, ours beside the peers.
+
+Every product is first compared with that of the dense weight it stands for; a wrong one of ours ends the run, a wrong
+one of a peer is recorded. Then all take turns, so that none finds its weight in a cache that the others have not been
+through. The limit is the time to read the stored weight once at the memory bandwidth measured in the same run; a
+weight that stays in a cache can beat it.
+
+On a machine that others use as well, the threads of a product wait for each other, and wall-clock times say little:
+``--one-thread`` takes one thread and counts its CPU time.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numba
+import torch
+from _device import describe_device
+from _linears import Candidate, candidates
+
+from quantlayers_kernels import native
+
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+SHAPES = ((576, 576), (1536, 576), (4096, 4096), (14336, 4096))
+# Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this.
+MAX_WEIGHTS_OF_SLOW_PEERS = 4096 * 4096
+BANDWIDTH_BYTES = 1 << 28
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+Clock = Callable[[], float]
+
+
+def memory_bandwidth(repeats: int, clock: Clock) -> float:
+    """Bytes per second that reading a float32 tensor far larger than any cache reaches."""
+    memory = torch.ones(BANDWIDTH_BYTES // 4)
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        memory.sum()
+        seconds.append(clock() - start)
+    return BANDWIDTH_BYTES / min(seconds)
+
+
+def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
+    truth = x.double() @ candidate.weight.double().t()
+    return ((candidate.multiply(x).double() - truth).norm() / truth.norm()).item()
+
+
+def checked(name: str, candidate: Candidate, in_features: int) -> bool:
+    """Whether the product is right; one that is not and is ours ends the run."""
+    n_threads = torch.get_num_threads()
+    for n_tokens in (1, 3, 40):
+        error = relative_error(candidate, torch.randn(min(n_tokens, candidate.max_tokens), in_features))
+        torch.set_num_threads(n_threads)  # numba, when it starts its threads, changes torch's number as well
+        if not error < candidate.tolerance:
+            message = f"{name}: the product of {n_tokens} tokens is off by {error:.1e}"
+            if candidate.is_ours:
+                raise SystemExit(f"{message}: nothing was timed.")
+            print(message, flush=True)
+            return False
+    return True
+
+
+def seconds_per_call(
+    ways: dict[str, Candidate], x: torch.Tensor, repeats: int, clock: Clock
+) -> dict[str, list[float]]:
+    """Seconds of each, taking turns; the first round warms up."""
+    n_threads = torch.get_num_threads()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        # A new order each time: what comes after a large product finds its code and weight out of the caches.
+        for name in random.sample(sorted(ways), len(ways)):
+            start = clock()
+            ways[name].multiply(x)
+            if repeat:
+                seconds[name].append(clock() - start)
+    if torch.get_num_threads() != n_threads:
+        raise SystemExit(f"a peer changed the number of threads from {n_threads} to {torch.get_num_threads()}.")
+    return seconds
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
+    parser.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), help="indices into SHAPES")
+    parser.add_argument("--one-thread", action="store_true", help="one thread, and its CPU time")
+    args = parser.parse_args()
+    if args.one_thread and any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
+        # MKL and numba read them when they are imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(THREAD_VARIABLES, "1"))
+    torch.manual_seed(0)
+    random.seed(0)
+    clock = time.thread_time if args.one_thread else time.perf_counter
+    numba.set_num_threads(torch.get_num_threads())
+
+    bandwidth = memory_bandwidth(args.repeats, clock)
+    rows = []
+    for out_features, in_features in (SHAPES[index] for index in args.shapes):
+        ways = dict(
+            candidates(
+                out_features, in_features, with_slow_peers=out_features * in_features <= MAX_WEIGHTS_OF_SLOW_PEERS
+            )
+        )
+        is_right = {name: checked(name, way, in_features) for name, way in ways.items()}
+        for n_tokens in args.tokens:
+            timed = {name: way for name, way in ways.items() if n_tokens <= way.max_tokens}
+            seconds = seconds_per_call(timed, torch.randn(n_tokens, in_features), args.repeats, clock)
+            dense = statistics.median(seconds["dense float32"])
+            for name, times in seconds.items():
+                median = statistics.median(times)
+                row = {
+                    "shape": [out_features, in_features],
+                    "tokens": n_tokens,
+                    "method": name,
+                    "is_right": is_right[name],
+                    "median_s": median,
+                    "min_s": min(times),
+                    "quartiles_s": statistics.quantiles(times, n=4)[::2],
+                    "rate_vs_dense_float32": dense / median,
+                    "rate_vs_dense_float32_of_minima": min(seconds["dense float32"]) / min(times),
+                    "gb_per_s": ways[name].nbytes / median / 1e9,
+                    "limit_s": ways[name].nbytes / bandwidth,
+                }
+                rows.append(row)
+                print(
+                    f"{out_features:5} x {in_features}  {n_tokens:3} tokens  {name:20}  {1e3 * median:8.3f} ms  "
+                    f"(min {1e3 * min(times):8.3f})  {row['rate_vs_dense_float32']:5.2f} x dense  "
+                    f"{row['gb_per_s']:5.1f} GB/s, reading alone {1e3 * row['limit_s']:.3f} ms",
+                    flush=True,
+                )
+    kernels = native.VARIANTS[native.variant()] if native.is_available() else "plain torch"
+    device = describe_device() | {"hqq": version("hqq"), "aqlm": version("aqlm"), "kernels": kernels}
+    measured = {
+        "device": device,
+        "clock": "CPU time" if args.one_thread else "wall clock",
+        "memory_gb_per_s": bandwidth / 1e9,
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+/* The functions that Python calls, and the choice of the instruction set. All return 0, or -1 for want of memory. */
+#include "quantlayers.h"
+
+/* Changes with every change of a signature below; native.py refuses a library that says another number. */
+int ql_interface_version(void) {
+    return 1;
+}
+
+/* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
+int ql_best_variant(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return 2;
+    return avx2;
+#else
+    return 0;
+#endif
+}
+
+static const struct kernels *kernels_of(int variant) {
+#if defined(__x86_64__)
+    const int best = ql_best_variant();
+    variant = variant < best ? variant : best;
+    return variant == 2 ? &kernels_avx512 : variant == 1 ? &kernels_avx2 : &kernels_baseline;
+#else
+    (void)variant;
+    return &kernels_baseline;
+#endif
+}
+
+struct hqq_call {
+    const struct kernels *kernels;
+    struct hqq_weight weight;
+    struct product product;
+    struct dense_rows rows;
+};
+
+static void multiply_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct hqq_call *call = context;
+    call->kernels->hqq_product(&call->weight, &call->product, begin, end, scratch);
+}
+
+static void dequantize_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct hqq_call *call = context;
+    call->kernels->hqq_rows(&call->weight, &call->rows, begin, end, scratch);
+}
+
+/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
+int ql_hqq_linear(float *y, const float *x, const uint8_t *packed, const void *scale, const void *zero,
+                  const float *bias, int64_t tokens, int64_t out_features, int64_t in_features, int64_t n_groups,
+                  int64_t row_bytes, int nbits, int kind, int n_threads, int variant) {
+    struct hqq_call call = {
+        .kernels = kernels_of(variant),
+        .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, 1, kind},
+        .product = {y, x, bias, tokens, out_features},
+    };
+    const int64_t scratch = BLOCK_ROWS * in_features + hqq_row_floats(&call.weight);
+    return for_rows(multiply_hqq, &call, out_features, scratch, n_threads);
+}
+
+/* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */
+int ql_hqq_dequantize(float *out, const uint8_t *packed, const void *scale, const void *zero, int64_t first_row,
+                      int64_t n_rows, int64_t in_features, int64_t n_groups, int64_t row_bytes, int nbits, int axis,
+                      int kind, int n_threads, int variant) {
+    struct hqq_call call = {
+        .kernels = kernels_of(variant),
+        .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, axis, kind},
+        .rows = {out, first_row},
+    };
+    return for_rows(dequantize_hqq, &call, n_rows, hqq_row_floats(&call.weight), n_threads);
+}
+
+struct aqlm_call {
+    const struct kernels *kernels;
+    struct aqlm_weight weight;
+    struct product product;
+    struct dense_rows rows;
+};
+
+static void multiply_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct aqlm_call *call = context;
+    call->kernels->aqlm_product(&call->weight, &call->product, begin, end, scratch);
+}
+
+static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct aqlm_call *call = context;
+    (void)scratch;
+    call->kernels->aqlm_rows(&call->weight, &call->rows, begin, end);
+}
+
+/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias. */
+int ql_aqlm_linear(float *y, const float *x, const void *codes, const void *codebooks, const void *scales,
+                   const float *bias, int64_t tokens, int64_t out_features, int64_t in_groups, int64_t num_codebooks,
+                   int64_t size, int64_t out_group, int64_t in_group, int code_bytes, int codebook_kind,
+                   int scale_kind, int n_threads, int variant) {
+    struct aqlm_call call = {
+        .kernels = kernels_of(variant),
+        .weight = {codes, codebooks, scales, in_groups, num_codebooks, size, out_group, in_group, code_bytes,
+                   codebook_kind, scale_kind},
+        .product = {y, x, bias, tokens, out_features},
+    };
+    return for_rows(multiply_aqlm, &call, out_features, BLOCK_ROWS * in_groups * in_group, n_threads);
+}
+
+/* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */
+int ql_aqlm_dequantize(float *out, const void *codes, const void *codebooks, const void *scales, int64_t first_row,
+                       int64_t n_rows, int64_t in_groups, int64_t num_codebooks, int64_t size, int64_t out_group,
+                       int64_t in_group, int code_bytes, int codebook_kind, int scale_kind, int n_threads,
+                       int variant) {
+    struct aqlm_call call = {
+        .kernels = kernels_of(variant),
+        .weight = {codes, codebooks, scales, in_groups, num_codebooks, size, out_group, in_group, code_bytes,
+                   codebook_kind, scale_kind},
+        .rows = {out, first_row},
+    };
+    return for_rows(dequantize_aqlm, &call, n_rows, 0, n_threads);
+}

@@ -1,0 +1,167 @@
+/* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. */
+
+/* Unpacked codes are kept minus the middle of their range, so that they fit int8 and are small against their zero. */
+INLINE int centre_of(int nbits) {
+    return 1 << (nbits - 1);
+}
+
+/* Puts one plane of a row, `width` bits a code, into the codes, `shift` bits up. The first plane (shift 0) sets them,
+ * minus `centre`; the later ones are added. */
+INLINE void unpack_plane(const uint8_t *plane, int64_t columns, int width, int shift, int centre, int8_t *codes) {
+    const int64_t plane_bytes = (columns * width + 7) / 8;
+    const uint8_t mask = (uint8_t)((1 << width) - 1);
+    for (int slot = 0; slot < 8 / width; slot++) {
+        const int64_t start = slot * plane_bytes, left = columns - start, n = left < plane_bytes ? left : plane_bytes;
+        uint8_t *into = (uint8_t *)codes + start;
+        int64_t b = 0;
+        for (; b + (int64_t)sizeof(words) <= n; b += sizeof(words)) {
+            /* Bits that a shift of whole words brings in from the next byte are masked away. */
+            words bits = (*(const words_at *)(plane + b) >> (slot * width)) & (0x0101010101010101u * mask);
+            bytes added = (bytes)(bits << shift);
+            if (shift == 0)
+                *(bytes_at *)(into + b) = added - (uint8_t)centre;
+            else
+                *(bytes_at *)(into + b) += added;
+        }
+        for (; b < n; b++) {
+            uint8_t added = (uint8_t)(((plane[b] >> (slot * width)) & mask) << shift);
+            into[b] = (uint8_t)(shift == 0 ? added - centre : into[b] + added);
+        }
+    }
+}
+
+/* The codes of one row minus their centre; `width` and `shift` are constants in every call, and so in its loops. */
+INLINE void unpack_row(const uint8_t *packed, int64_t columns, int nbits, int8_t *codes) {
+    const int centre = centre_of(nbits);
+    switch (nbits) {
+    case 1: unpack_plane(packed, columns, 1, 0, centre, codes); break;
+    case 2: unpack_plane(packed, columns, 2, 0, centre, codes); break;
+    case 4: unpack_plane(packed, columns, 4, 0, centre, codes); break;
+    case 8: unpack_plane(packed, columns, 8, 0, centre, codes); break;
+    case 3:
+        unpack_plane(packed, columns, 2, 0, centre, codes);
+        unpack_plane(packed + (columns * 2 + 7) / 8, columns, 1, 2, centre, codes);
+        break;
+    case 5:
+        unpack_plane(packed, columns, 4, 0, centre, codes);
+        unpack_plane(packed + (columns * 4 + 7) / 8, columns, 1, 4, centre, codes);
+        break;
+    case 6:
+        unpack_plane(packed, columns, 4, 0, centre, codes);
+        unpack_plane(packed + (columns * 4 + 7) / 8, columns, 2, 4, centre, codes);
+        break;
+    }
+}
+
+/* One row's place in the worker's scratch memory. */
+struct row_parts {
+    int8_t *codes;
+    float *scale, *zero;
+};
+
+INLINE struct row_parts row_parts_in(const struct hqq_weight *w, float *scratch) {
+    struct row_parts parts = {(int8_t *)scratch, scratch + code_floats(w), NULL};
+    parts.zero = parts.scale + w->n_groups;
+    return parts;
+}
+
+INLINE void read_row(const struct hqq_weight *w, int64_t row, struct row_parts parts) {
+    unpack_row(w->packed + row * w->row_bytes, w->in_features, w->nbits, parts.codes);
+    convert_floats(w->scale, row * w->n_groups, w->n_groups, w->kind, parts.scale);
+    convert_floats(w->zero, row * w->n_groups, w->n_groups, w->kind, parts.zero);
+}
+
+/* out = (code - zero) * scale, rounded as the reference rounds. */
+static TARGET void dequantize_row(const struct hqq_weight *w, int64_t row, struct row_parts parts, float *out) {
+    const int64_t group_size = w->in_features / w->n_groups;
+    const float centre = (float)centre_of(w->nbits);
+    read_row(w, row, parts);
+    for (int64_t g = 0; g < w->n_groups; g++) {
+        const float scale = parts.scale[g], zero = parts.zero[g];
+        const int64_t end = (g + 1) * group_size;
+        int64_t k = g * group_size;
+        for (; k + LANES <= end; k += LANES)
+            store(out + k, (load_codes(parts.codes + k) + centre - zero) * scale);
+        for (; k < end; k++)
+            out[k] = ((float)parts.codes[k] + centre - zero) * scale;
+    }
+}
+
+/* The same for groups that run along the outputs: every input has its own scale, every n_groups-th row shares them. */
+static TARGET void dequantize_row_of_columns(const struct hqq_weight *w, int64_t row, float *scratch, float *out) {
+    const float centre = (float)centre_of(w->nbits);
+    const int64_t n = w->in_features, first = row % w->n_groups * n;
+    int8_t *codes = (int8_t *)scratch;
+    float *zero = scratch + code_floats(w);
+    unpack_row(w->packed + row * w->row_bytes, n, w->nbits, codes);
+    convert_floats(w->scale, first, n, w->kind, out);
+    convert_floats(w->zero, first, n, w->kind, zero);
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        store(out + k, (load_codes(codes + k) + centre - load(zero + k)) * load(out + k));
+    for (; k < n; k++)
+        out[k] = ((float)codes[k] + centre - zero[k]) * out[k];
+}
+
+static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct dense_rows *rows, int64_t begin,
+                                     int64_t end, float *scratch) {
+    for (int64_t row = begin; row < end; row++) {
+        float *out = rows->out + row * w->in_features;
+        if (w->axis == 1)
+            dequantize_row(w, rows->first_row + row, row_parts_in(w, scratch), out);
+        else
+            dequantize_row_of_columns(w, rows->first_row + row, scratch, out);
+    }
+}
+
+/* sum_j (code_j - zero) * x_j of n neighbours in a group, lane by lane; what fills no vector goes to `rest`. */
+INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float zero, float *rest) {
+    floats even = {0}, odd = {0};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        even += (load_codes(codes + k) - zero) * load(x + k);
+        odd += (load_codes(codes + k + LANES) - zero) * load(x + k + LANES);
+    }
+    for (; k + LANES <= n; k += LANES)
+        even += (load_codes(codes + k) - zero) * load(x + k);
+    *rest = 0;
+    for (; k < n; k++)
+        *rest += ((float)codes[k] - zero) * x[k];
+    return even + odd;
+}
+
+/* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
+ * vector, but cancels: where the inputs have a common offset it erred more than twice as much. */
+INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x) {
+    const int64_t group_size = w->in_features / w->n_groups;
+    const float centre = (float)centre_of(w->nbits);
+    floats total = {0};
+    float total_rest = 0;
+    for (int64_t g = 0; g < w->n_groups; g++)
+        for (int64_t begin = 0; begin < group_size; begin += PANEL) {
+            const int64_t first = g * group_size + begin, left = group_size - begin;
+            float rest;
+            total += parts.scale[g] * dot_codes(parts.codes + first, x + first, left < PANEL ? left : PANEL,
+                                                parts.zero[g] - centre, &rest);
+            total_rest += parts.scale[g] * rest;
+        }
+    return sum_of(total) + total_rest;
+}
+
+static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p, int64_t begin,
+                                        int64_t end, float *scratch) {
+    const struct row_parts parts = row_parts_in(w, scratch + BLOCK_ROWS * w->in_features);
+    if (p->tokens == 1) {
+        for (int64_t row = begin; row < end; row++) {
+            read_row(w, row, parts);
+            p->y[row] = dot_one_token(w, parts, p->x) + (p->bias ? p->bias[row] : 0);
+        }
+        return;
+    }
+    for (int64_t row = begin; row < end; row += BLOCK_ROWS) {
+        const int rows = (int)(end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS);
+        for (int r = 0; r < rows; r++)
+            dequantize_row(w, row + r, parts, scratch + r * w->in_features);
+        dot_rows(scratch, w->in_features, rows, row, p);
+    }
+}

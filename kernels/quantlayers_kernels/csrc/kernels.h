@@ -1,0 +1,11 @@
+/* All kernels of one instruction set. A variant_*.c defines VARIANT, TARGET, LANES and BLOCK_TOKENS, and includes this. */
+#include "quantlayers.h"
+
+#include "vector.h"
+
+#include "aqlm_kernels.h"
+#include "hqq_kernels.h"
+
+const struct kernels VARIANT(kernels) = {
+    VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows),
+};

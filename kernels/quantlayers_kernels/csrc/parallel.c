@@ -1,0 +1,56 @@
+/* Rows shared out over the threads of the OpenMP runtime that torch has already started.
+ *
+ * Not OpenMP pragmas: they would link a runtime of their own, whose threads fight with torch's, which spin for a while
+ * after each operator. GOMP_parallel is the entry point that GCC's and LLVM's runtimes both have; Python hands over
+ * its address. Without one the caller's thread does all rows.
+ */
+#include "quantlayers.h"
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdlib.h>
+
+typedef void (*parallel_region)(void (*work)(void *), void *shared, unsigned n_threads, unsigned flags);
+
+static parallel_region torch_parallel_region;
+
+void ql_set_parallel_region(void *address) {
+    torch_parallel_region = (parallel_region)address;
+}
+
+struct shared_rows {
+    row_body body;
+    const void *context;
+    int64_t n_rows, step, scratch_floats;
+    atomic_llong next;
+};
+
+/* A worker takes the next rows as long as there are some, so that a thread that is held up keeps nobody waiting. */
+static void work_on_rows(void *argument) {
+    struct shared_rows *shared = argument;
+    float *scratch = NULL;
+    if (shared->scratch_floats) {
+        scratch = malloc((size_t)shared->scratch_floats * sizeof(float));
+        if (scratch == NULL)
+            return; /* the other workers do its rows */
+    }
+    for (;;) {
+        int64_t begin = atomic_fetch_add(&shared->next, shared->step);
+        if (begin >= shared->n_rows)
+            break;
+        int64_t end = begin + shared->step < shared->n_rows ? begin + shared->step : shared->n_rows;
+        shared->body(shared->context, begin, end, scratch);
+    }
+    free(scratch);
+}
+
+int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
+    /* Eight turns a thread even out a busy machine; whole blocks of rows keep the kernels' fast path. */
+    int64_t step = n_rows / (8 * (int64_t)n_threads) / BLOCK_ROWS * BLOCK_ROWS;
+    struct shared_rows shared = {body, context, n_rows, step < BLOCK_ROWS ? BLOCK_ROWS : step, scratch_floats, 0};
+    if (n_threads > 1 && torch_parallel_region != NULL && n_rows > BLOCK_ROWS)
+        torch_parallel_region(work_on_rows, &shared, (unsigned)n_threads, 0);
+    else
+        work_on_rows(&shared);
+    return atomic_load(&shared.next) >= n_rows ? 0 : -1;
+}

@@ -1,0 +1,73 @@
+/* What the compiled kernels share: argument structs, row-parallel loops, the table of one instruction set's kernels.
+ *
+ * Plain C with GCC's vector extensions; no torch and no Python headers, so that one build serves all versions of
+ * both. Every kernel is written once, in hqq_kernels.h and aqlm_kernels.h, and compiled for each instruction set by
+ * a variant_*.c; exports.c chooses among them at run time.
+ */
+#ifndef QUANTLAYERS_H
+#define QUANTLAYERS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum float_kind { KIND_FLOAT32, KIND_FLOAT16, KIND_BFLOAT16 };
+
+/* Packed HQQ codes (out_features, row_bytes), and scale and zero of `kind`; see hqq/reference.py for the meaning. */
+struct hqq_weight {
+    const uint8_t *packed;
+    const void *scale, *zero;
+    int64_t in_features, n_groups, row_bytes;
+    int nbits, axis, kind;
+};
+
+/* AQLM codes (out_groups, in_groups, num_codebooks) of code_bytes each; see aqlm/reference.py for the meaning. */
+struct aqlm_weight {
+    const void *codes, *codebooks, *scales;
+    int64_t in_groups, num_codebooks, size, out_group, in_group;
+    int code_bytes, codebook_kind, scale_kind;
+};
+
+/* A product of x (tokens, in_features) with rows of a weight, all float32; bias may be NULL. */
+struct product {
+    float *y; /* (tokens, out_features) */
+    const float *x, *bias;
+    int64_t tokens, out_features;
+};
+
+/* Dense rows [first_row, first_row + n) of a weight, float32. */
+struct dense_rows {
+    float *out;
+    int64_t first_row;
+};
+
+/* Kernels work on the rows [begin, end); `scratch` is the worker's own memory. Products want BLOCK_ROWS dense rows of
+ * it, and HQQ hqq_row_floats after them. */
+struct kernels {
+    void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
+    void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
+    void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
+    void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
+};
+
+extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+/* Rows that are dequantized together before they meet several tokens. */
+#define BLOCK_ROWS 4
+
+/* Floats that hold the int8 codes of one HQQ row. */
+static inline int64_t code_floats(const struct hqq_weight *w) {
+    return (w->in_features + 3) / 4;
+}
+
+/* Scratch memory to dequantize one HQQ row: its codes, and the scales and zeros of its groups or the zeros of its
+ * inputs. */
+static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
+    return code_floats(w) + (w->axis == 1 ? 2 * w->n_groups : w->in_features);
+}
+
+/* Calls body(context, begin, end, scratch) until all rows are done, on up to n_threads threads. Returns 0, or -1
+ * where no thread could get its scratch memory. */
+typedef void (*row_body)(const void *context, int64_t begin, int64_t end, float *scratch);
+int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads);
+
+#endif

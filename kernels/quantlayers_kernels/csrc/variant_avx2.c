@@ -1,0 +1,9 @@
+/* x86 since Haswell (2013) and Zen (2017). */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define VARIANT(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#define BLOCK_TOKENS 2 /* 8 sums, 4 weights and an input are what 16 registers hold */
+#include "kernels.h"
+#endif

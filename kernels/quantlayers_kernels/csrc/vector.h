@@ -1,0 +1,178 @@
+/* Vectors of LANES floats, for the instruction set that the including variant_*.c names. */
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the kernels are written for little-endian machines; others use the torch path"
+#endif
+
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+/* Every so many inputs a sum is put aside and begun anew: a float32 sum errs with its length. BLAS does the same. */
+#define PANEL 512
+
+#define VECTOR(name, type, n)                                                                                       \
+    typedef type name __attribute__((vector_size(sizeof(type) * (n))));                                             \
+    typedef type name##_at __attribute__((vector_size(sizeof(type) * (n)), aligned(1), may_alias))
+
+VECTOR(floats, float, LANES);
+VECTOR(ints, int32_t, LANES);
+/* As many bytes as `floats` has, to shift and to add bytewise. */
+VECTOR(words, uint64_t, LANES / 2);
+VECTOR(bytes, uint8_t, 4 * LANES);
+
+/* AQLM's groups are of eight inputs: vectors of eight whatever LANES is. */
+VECTOR(floats8, float, 8);
+
+INLINE floats load(const float *p) {
+    return *(const floats_at *)p;
+}
+
+INLINE void store(float *p, floats v) {
+    *(floats_at *)p = v;
+}
+
+/* GCC 12 makes a __builtin_convertvector of bytes one byte at a time: hence intrinsics where there are some. */
+INLINE floats load_codes(const int8_t *p) {
+#if LANES == 16
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif LANES == 8
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    /* Each lane masks its byte out of the same four; a product brings it down. Bytes 0 to 2 are made unsigned first. */
+    uint32_t four;
+    memcpy(&four, p, 4);
+    four ^= 0x00808080u;
+    const ints lanes = ((ints){0} + (int32_t)four) & (ints){0xff, 0xff00, 0xff0000, (int32_t)0xff000000};
+    const floats down = {1, 0x1p-8f, 0x1p-16f, 0x1p-24f}, centre = {128, 128, 128, 0};
+    return __builtin_convertvector(lanes, floats) * down - centre;
+#endif
+}
+
+INLINE float sum_of(floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++)
+        total += v[i];
+    return total;
+}
+
+INLINE float sum_of8(floats8 v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+/* float16 to float32 in integer arithmetic: the exponent moves by a product with 2^112, which also makes subnormal
+ * numbers normal; infinities and NaN get the exponent that float32 has for them. */
+INLINE float float_of_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, 4);
+    bits |= sign | (value >= 65536.0f || value != value ? 0x7f800000u : 0);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float float_at(const void *p, int64_t i, int kind) {
+    if (kind == KIND_FLOAT32)
+        return ((const float *)p)[i];
+    uint16_t half = ((const uint16_t *)p)[i];
+    if (kind == KIND_FLOAT16)
+        return float_of_half(half);
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Eight floats from p[i], `kind` a constant at compile time. */
+INLINE floats8 floats8_at_kind(const void *p, int64_t i, int kind) {
+    if (kind == KIND_FLOAT32)
+        return *(const floats8_at *)((const float *)p + i);
+#if LANES >= 8
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + i));
+    if (kind == KIND_FLOAT16)
+        return (floats8)_mm256_cvtph_ps(halves);
+    return (floats8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+    floats8 values;
+    for (int lane = 0; lane < 8; lane++)
+        values[lane] = float_at(p, i + lane, kind);
+    return values;
+#endif
+}
+
+/* out[0:n] = p[i:i+n] as float32. */
+INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float *out) {
+    int64_t j = 0;
+    if (kind == KIND_FLOAT32) {
+        memcpy(out, (const float *)p + i, (size_t)n * sizeof(float));
+        return;
+    }
+    if (kind == KIND_FLOAT16)
+        for (; j + 8 <= n; j += 8)
+            *(floats8_at *)(out + j) = floats8_at_kind(p, i + j, KIND_FLOAT16);
+    else
+        for (; j + 8 <= n; j += 8)
+            *(floats8_at *)(out + j) = floats8_at_kind(p, i + j, KIND_BFLOAT16);
+    for (; j < n; j++)
+        out[j] = float_at(p, i + j, kind);
+}
+
+/* BLOCK_TOKENS is what the registers hold; the arrays leave room for the remainders that the switch below names. */
+#define MAX_BLOCK_TOKENS 4
+
+/* Sums over n inputs of `rows` dense rows and `tokens` rows of x; both counts are constants in every call. */
+INLINE void dot_tile(const float *weight, const float *x, int64_t n, int rows, int tokens,
+                     float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
+    floats total[BLOCK_ROWS][MAX_BLOCK_TOKENS] = {{{0}}};
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t begin = 0; begin < whole; begin += PANEL) {
+        const int64_t end = begin + PANEL < whole ? begin + PANEL : whole;
+        floats acc[BLOCK_ROWS][MAX_BLOCK_TOKENS] = {{{0}}};
+        for (int64_t k = begin; k < end; k += LANES)
+            for (int t = 0; t < tokens; t++) {
+                const floats input = load(x + t * n + k);
+                for (int r = 0; r < rows; r++)
+                    acc[r][t] += load(weight + r * n + k) * input;
+            }
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tokens; t++)
+                total[r][t] += acc[r][t];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) {
+            sums[r][t] = sum_of(total[r][t]);
+            for (int64_t k = whole; k < n; k++)
+                sums[r][t] += weight[r * n + k] * x[t * n + k];
+        }
+}
+
+INLINE void dot_tokens(const float *weight, int64_t n, int rows, int tokens, int64_t first_row, int64_t token,
+                       const struct product *p) {
+    float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
+    dot_tile(weight, p->x + token * n, n, rows, tokens, sums);
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) {
+            int64_t row = first_row + r;
+            p->y[(token + t) * p->out_features + row] = sums[r][t] + (p->bias ? p->bias[row] : 0);
+        }
+}
+
+/* The product of all tokens with up to BLOCK_ROWS dense rows of n inputs. */
+static TARGET void dot_rows(const float *weight, int64_t n, int rows, int64_t first_row, const struct product *p) {
+    int64_t token = 0;
+    if (rows < BLOCK_ROWS) {
+        for (; token < p->tokens; token++)
+            for (int r = 0; r < rows; r++)
+                dot_tokens(weight + r * n, n, 1, 1, first_row + r, token, p);
+        return;
+    }
+    for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
+        dot_tokens(weight, n, BLOCK_ROWS, BLOCK_TOKENS, first_row, token, p);
+    switch (p->tokens - token) {
+    case 3: dot_tokens(weight, n, BLOCK_ROWS, 3, first_row, token, p); break;
+    case 2: dot_tokens(weight, n, BLOCK_ROWS, 2, first_row, token, p); break;
+    case 1: dot_tokens(weight, n, BLOCK_ROWS, 1, first_row, token, p); break;
+    }
+}

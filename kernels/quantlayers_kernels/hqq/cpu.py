@@ -1,0 +1,82 @@
+"""HQQ on a CPU with the compiled kernels: products with few tokens, and dense rows. See ``csrc/hqq_kernels.h``."""
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..bitpack import packed_row_bytes
+
+# Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
+# AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
+MAX_TOKENS = 16
+
+
+def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
+    """Whether the kernels read this weight: on a CPU, in the documented layout, with metadata of a known dtype.
+
+    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
+    """
+    out_features = W_q.shape[0]
+    if axis == 1:
+        n_groups, n_per_axis, metadata_shape = scale.shape[-1], in_features, (out_features, scale.shape[-1])
+    else:
+        n_groups, n_per_axis, metadata_shape = scale.shape[0], out_features, (scale.shape[0], in_features)
+    return (
+        W_q.device.type == scale.device.type == zero.device.type == "cpu"
+        and W_q.dtype == torch.uint8
+        and scale.dtype == zero.dtype
+        and scale.dtype in native.KINDS
+        and tuple(scale.shape) == tuple(zero.shape) == metadata_shape
+        and n_groups > 0
+        and n_per_axis % n_groups == 0
+        and tuple(W_q.shape) == (out_features, packed_row_bytes(in_features, nbits))
+        and native.is_available()
+    )
+
+
+def can_use_few_tokens(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
+) -> bool:
+    """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
+    n_tokens = x.shape[:-1].numel()
+    return (
+        axis == 1
+        and 0 < n_tokens <= MAX_TOKENS
+        and x.device.type == "cpu"
+        and x.dtype in native.KINDS
+        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (W_q.shape[0],)))
+        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1])
+    )
+
+
+def linear_few_tokens(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
+) -> Tensor:
+    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
+    in_features, out_features, n_groups = x.shape[-1], W_q.shape[0], scale.shape[1]
+    flat = x.reshape(-1, in_features).float().contiguous()
+    W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
+    native.call(
+        "ql_hqq_linear",
+        *(y.data_ptr(), flat.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
+        None if bias is None else bias.data_ptr(),
+        *(flat.shape[0], out_features, in_features, n_groups, W_q.shape[1]),
+        *(nbits, native.KINDS[scale.dtype]),
+    )
+    return y.to(x.dtype)
+
+
+def dequantize_rows(
+    W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, rows: slice, into: Tensor
+) -> Tensor:
+    """The rows ``rows`` of the weight, to the bit those of the reference, written to ``into`` (n, in_features)."""
+    W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
+    native.call(
+        "ql_hqq_dequantize",
+        *(into.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
+        *(rows.start, rows.stop - rows.start, into.shape[1], scale.shape[1 if axis == 1 else 0], W_q.shape[1]),
+        *(nbits, axis, native.KINDS[scale.dtype]),
+    )
+    return into

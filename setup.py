@@ -1,0 +1,26 @@
+"""The compiled CPU kernels; all else about the package is in ``pyproject.toml``.
+
+The library is plain C that Python loads with ctypes, and optional: without a C compiler the package installs all
+the same, and computes in plain torch.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CSRC = Path("kernels", "quantlayers_kernels", "csrc")
+
+setup(
+    ext_modules=[
+        Extension(
+            "quantlayers_kernels._native",
+            sources=sorted(str(path) for path in CSRC.glob("*.c")),
+            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            extra_compile_args=["-std=gnu11", "-O3", "-Wno-psabi"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    # It has no Python in it, so one wheel serves every version.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

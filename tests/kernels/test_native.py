@@ -1,0 +1,120 @@
+"""The compiled kernels are there where they can be, can be switched off, and a wrong library is not used."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from quantlayers_kernels import native
+from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.hqq import hqq_linear
+from quantlayers_kernels.hqq.reference import hqq_linear_reference
+
+COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+
+
+@pytest.fixture
+def fresh_library():
+    """The library is looked for anew in the test, and once more after it."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C compiler")
+@pytest.mark.skipif(native.SWITCH in os.environ, reason="switched off")
+def test_the_kernels_are_built_where_there_is_a_compiler():
+    assert native.is_available(), "build them: pip install -e ., or python setup.py build_ext --inplace"
+
+
+@pytest.mark.parametrize(("value", "is_off"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_the_environment_switches_them_off(value, is_off):
+    """In a process of its own, as users do it; the product is the same up to rounding."""
+    program = """
+import torch
+from quantlayers_kernels import native
+from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.hqq import hqq_linear
+torch.manual_seed(0)
+W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
+y = hqq_linear(torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
+print(native.is_available(), *y.flatten().tolist())
+"""
+    environment = os.environ | {native.SWITCH: value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    available, *numbers = done.stdout.split()
+    assert available == str(not is_off and native.is_available())
+    torch.manual_seed(0)
+    W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
+    args = (torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None)
+    expected = hqq_linear_reference(*args, nbits=3, axis=1)
+    torch.testing.assert_close(torch.tensor([float(number) for number in numbers]), expected.flatten())
+
+
+def test_a_library_from_other_sources_is_refused_with_a_warning(fresh_library, monkeypatch, caplog):
+    if not native.is_available():
+        pytest.skip("the compiled kernels were not built")
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "INTERFACE_VERSION", native.INTERFACE_VERSION + 1)
+    assert not native.is_available()
+    assert "built from other sources" in caplog.text
+
+
+def test_a_file_that_does_not_load_is_refused_with_a_warning(fresh_library, monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"not a library")
+    spec = native.importlib.util.spec_from_file_location("broken", broken)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(spec, "origin", str(broken))
+    assert not native.is_available()
+    assert "does not load" in caplog.text
+
+
+def test_a_failed_kernel_raises(monkeypatch):
+    class WithoutMemory:
+        def ql_hqq_linear(self, *arguments):
+            return -1
+
+    monkeypatch.setattr(native, "library", WithoutMemory)
+    monkeypatch.setattr(native, "variant", lambda: 0)
+    with pytest.raises(MemoryError, match="ql_hqq_linear"):
+        native.call("ql_hqq_linear")
+
+
+def test_a_call_counts_threads_as_torch_does(monkeypatch):
+    seen = []
+
+    class Recorder:
+        def ql_hqq_linear(self, *arguments):
+            seen.append(arguments)
+            return 0
+
+    monkeypatch.setattr(native, "library", Recorder)
+    monkeypatch.setattr(native, "variant", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    native.call("ql_hqq_linear", 3)
+    assert seen == [(3, 7, 1)]
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(n_threads):
+    """Each row is one thread's, so a race or a row done twice would show; more threads than cores provoke one."""
+    if not native.is_available():
+        pytest.skip("the compiled kernels were not built")
+    W_q = pack(torch.randint(0, 16, (1003, 256), dtype=torch.uint8), 4)
+    scale, zero = torch.rand(1003, 4), 15 * torch.rand(1003, 4)
+    inputs = [torch.randn(n_tokens, 256) for n_tokens in (1, 5)]
+    expected = [hqq_linear(x, W_q, scale, zero, None, 4, 1) for x in inputs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for _ in range(10):
+            for x, y in zip(inputs, expected, strict=True):
+                assert torch.equal(hqq_linear(x, W_q, scale, zero, None, 4, 1), y)
+    finally:
+        torch.set_num_threads(before)
