@@ -5,7 +5,15 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 
 import os
 
-from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, merge_back
+from .adapters import (
+    LayerMergeReport,
+    LoraQuantizedLinear,
+    MergeAwareCallback,
+    MergeReport,
+    enable_merge_aware,
+    merge_back,
+    set_merge_strategy,
+)
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
 from .integrations import transformers as _transformers
@@ -35,6 +43,7 @@ __all__ = [
     "HQQSpec",
     "LayerMergeReport",
     "LoraQuantizedLinear",
+    "MergeAwareCallback",
     "MergeReport",
     "QuantConfig",
     "QuantMethod",
@@ -43,6 +52,7 @@ __all__ = [
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
+    "enable_merge_aware",
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
@@ -52,6 +62,7 @@ __all__ = [
     "register_method",
     "registered_methods",
     "save_model",
+    "set_merge_strategy",
     "unregister",
 ]
 

@@ -15,6 +15,7 @@ PUBLIC = [
     "HQQSpec",
     "LayerMergeReport",
     "LoraQuantizedLinear",
+    "MergeAwareCallback",
     "MergeReport",
     "QuantConfig",
     "QuantMethod",
@@ -23,6 +24,7 @@ PUBLIC = [
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
+    "enable_merge_aware",
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
@@ -32,6 +34,7 @@ PUBLIC = [
     "register_method",
     "registered_methods",
     "save_model",
+    "set_merge_strategy",
     "unregister",
 ]
 

@@ -1,6 +1,18 @@
-"""Adapters on quantized layers: the one LoRA layer, and merging back. Imports PEFT's public layers."""
+"""Adapters on quantized layers: the one LoRA layer, merge-aware training, and merging back."""
 
-from .lora import LoraQuantizedLinear, has_adapters
-from .merge import LayerMergeReport, MergeReport, merge_back
+from .aware import MergeAwareCallback, MergeAwareLoraConfig, enable_merge_aware
+from .lora import LoraQuantizedLinear, has_adapters, set_merge_strategy
+from .merge import merge_back
+from .report import LayerMergeReport, MergeReport
 
-__all__ = ["LayerMergeReport", "LoraQuantizedLinear", "MergeReport", "has_adapters", "merge_back"]
+__all__ = [
+    "LayerMergeReport",
+    "LoraQuantizedLinear",
+    "MergeAwareCallback",
+    "MergeAwareLoraConfig",
+    "MergeReport",
+    "enable_merge_aware",
+    "has_adapters",
+    "merge_back",
+    "set_merge_strategy",
+]
