@@ -129,7 +129,7 @@ def keep(plan: MergePlan) -> QuantizedLinear:
     left, right = plan.left, plan.right
     if base.branch is not None:
         left, right = torch.cat([base.branch.B.float(), left], dim=1), torch.cat([base.branch.A.float(), right])
-    kept.branch = LowRankBranch(right.to(plan.adapter_dtype), left.to(plan.adapter_dtype))
+    kept.add_branch(LowRankBranch(right.to(plan.adapter_dtype), left.to(plan.adapter_dtype)))
     kept.is_conv1d = base.is_conv1d
     return kept.train(base.training)
 

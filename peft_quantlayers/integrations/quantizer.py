@@ -187,7 +187,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             if name is not None:  # as in rename_to_model: the head of a model without one
                 layer = cast(QuantizedLinear, model.get_submodule(name))
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
-                layer.branch = LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta")
+                layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
     def _place_empty_layers(self, model: PreTrainedModel) -> None:
         for name, spec in self.specs.items():

@@ -65,13 +65,11 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
             for a half precision compute in float32 inside). The result comes back in the dtype of the input.
         layer_name: the module's name in its model, for messages.
-        branch: a low-rank branch whose result is added, or None. It is no part of ``weight``.
         is_conv1d: the layer stands where the model has a transformers ``Conv1D``, which keeps its weight transposed.
         n_writes: how often the weight was written.
     """
 
     spec: QuantSpec
-    branch: LowRankBranch | None
     n_writes: int = 0
 
     def __init__(
@@ -98,7 +96,6 @@ class QuantizedLinear(nn.Linear):
             # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
-        self.register_module("branch", None)
         self._wrap_codes()
         # Codes always come from a quantizer or a checkpoint: transformers has nothing to initialise here.
         self._is_hf_initialized = True
@@ -136,6 +133,15 @@ class QuantizedLinear(nn.Linear):
         quantized = QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
         bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         return layer_type(spec.method)(quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name)
+
+    @property
+    def branch(self) -> LowRankBranch | None:
+        """A low-rank branch whose result is added, or None; no part of ``weight``."""
+        return cast("LowRankBranch | None", self._modules.get("branch"))
+
+    def add_branch(self, branch: LowRankBranch) -> None:
+        """Add the result of ``branch`` to this layer's from now on, in place of an earlier branch."""
+        self._modules["branch"] = branch
 
     @property
     def method(self) -> QuantMethod:
