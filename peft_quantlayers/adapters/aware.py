@@ -116,10 +116,8 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
 
     configs = _configs(model)
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
-    names = adapters
-    if names is None:
-        tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-        names = list(next(tuned).active_adapters) if layers else []
+    tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    names = list(next(tuned).active_adapters) if adapters is None else adapters
     unknown = [name for name in names if name not in configs]
     if unknown or isinstance(adapters, str):
         raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
