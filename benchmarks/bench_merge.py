@@ -270,7 +270,8 @@ def step_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
             print(
                 f"{setting:14} {options.batch} x {tokens:4} tokens  step {medians['plain']:.3f} s plain, "
                 f"{medians['aware']:.3f} s aware ({rows[-1]['time_ratio']:.2f} x); "
-                f"peak {peaks['plain']:.2f} GiB plain, {peaks['aware']:.2f} GiB aware ({rows[-1]['memory_ratio']:.2f} x)",
+                f"peak {peaks['plain']:.2f} GiB plain, {peaks['aware']:.2f} GiB aware "
+                f"({rows[-1]['memory_ratio']:.2f} x)",
                 flush=True,
             )
     return rows
@@ -294,7 +295,8 @@ def show(row: Row) -> None:
     scores = "" if row.score_adapter is None else f"  score {row.score_adapter:.0%} -> {row.score_merged:.0%}"
     print(
         f"{row.setting:14} {row.task:6} seed {row.seed}  {row.training:6} {row.strategy:10}  "
-        f"capture {row.capture:6.3f}  loss {row.loss_base:.3f} -> {row.loss_adapter:.3f}, merged {row.loss_merged:.3f}{scores}"
+        f"capture {row.capture:6.3f}  loss {row.loss_base:.3f} -> {row.loss_adapter:.3f}, merged "
+        f"{row.loss_merged:.3f}{scores}"
         f"  ({row.trained_parameters / 1e6:.2f} M trained, merged in {row.seconds_to_merge:.0f} s)",
         flush=True,
     )
@@ -340,8 +342,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.trainings = options.trainings or ["plain", "aware", "qalora"]
     if options.quick:
-        options.settings, options.seeds, options.steps = options.settings[:1], 1, 16
-        options.batch, options.held_out_tokens, options.orders = 2, 1024, 8
+        options.settings, options.seeds, options.steps = options.settings[:1], 1, 10
+        options.batch, options.tokens, options.held_out_tokens, options.orders = 2, 64, 1024, 8
         options.step_tokens, options.repeats = [128], 2
     return options
 

@@ -177,7 +177,7 @@ def _check_trainable(layer: Any, adapter: str) -> None:
         )
     if not has_merged_tiles(base.method):
         raise NotImplementedError(
-            f"{base.layer_name}: {base.spec.method} weights have no merge-aware training. Use HQQ or AQLM, or "
+            f"{base.layer_name}: {base.spec.method} weights have no merge-aware training. Use HQQ, or "
             'merge_back(strategy="keep").'
         )
 

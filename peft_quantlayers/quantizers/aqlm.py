@@ -1,7 +1,9 @@
 """AQLM: its spec, and the method that makes and reads AQLM weights in the published layout."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ._aqlm_merge import dithered_codes
 from ._aqlm_solver import fitted_codebooks, fitted_scales, improved_codes, initial_codes, reconstruct
 from .method import QuantMethod, checked_layout, refuse_not_finite, register_method
 
@@ -120,6 +123,21 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         codebooks = fitted_codebooks(vectors, codes, codebooks, importance)
         return _stored(codes, codebooks, scales, spec, layout, name=name)
 
+    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
+        """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move with a probability.
+
+        The rule is in ``_aqlm_merge.py``.
+        """
+        spec = cast(AQLMSpec, weight.spec)
+        codes, codebooks, scales = _floats_of(weight, weight.tensors["codes"].device)
+        n_out, n_in, _ = weight.tensors["codes"].shape
+        whole = change(slice(0, weight.out_features))
+        grouped = whole.view(n_out, spec.out_group_size, n_in, spec.in_group_size).permute(0, 2, 1, 3)
+        vectors = (grouped.reshape(n_out, -1) / scales[:, None]).view(n_out * n_in, -1)
+        moved = _wrapped(dithered_codes(vectors, codes, codebooks), codebooks.shape[1])
+        stored = moved.view(weight.tensors["codes"].shape).to(weight.tensors["codes"].dtype)
+        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": stored})
+
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
     ) -> Tensor:
@@ -140,6 +158,11 @@ def _floats_of(start: QuantizedWeight, device: torch.device) -> tuple[Tensor, Te
     )
 
 
+def _wrapped(codes: Tensor, size: int) -> Tensor:
+    """Indices into codebooks of ``size`` entries as they are stored: the upper half negative."""
+    return torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
+
+
 def _stored(
     codes: Tensor, codebooks: Tensor, scales: Tensor, spec: AQLMSpec, layout: dict[str, TensorLayout], *, name: str
 ) -> QuantizedWeight:
@@ -149,7 +172,7 @@ def _stored(
     stored_scales = scales.view(layout["scales"].shape).to(layout["scales"].dtype)
     if not (torch.isfinite(stored_codebooks).all() and torch.isfinite(stored_scales).all()):
         raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
-    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
+    wrapped = _wrapped(codes, size)
     n_out, n_in, _ = layout["codes"].shape
     return QuantizedWeight(
         spec=spec,

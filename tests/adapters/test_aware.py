@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_quantlayers as pql
-from peft_quantlayers import HQQConfig, LoraQuantizedLinear
+from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
 
 from .test_lora import Two, assert_same_bits, bits_of, with_adapter
 
@@ -256,6 +256,12 @@ def test_merged_adapters_unknown_names_and_models_without_adapter_are_refused():
         pql.enable_merge_aware(Two())
     with pytest.raises(ValueError, match="no quantized layer"):
         pql.enable_merge_aware(get_peft_model(Two(), LoraConfig(target_modules=["first"])))
+
+
+def test_a_method_without_it_is_refused():
+    model = with_adapter(pql.quantize_model(Two(), AQLMConfig(nbits_per_codebook=4), progress=False))
+    with pytest.raises(NotImplementedError, match=r"first.*aqlm.*keep"):
+        pql.enable_merge_aware(model)
 
 
 def test_a_mixed_batch_is_refused(x):

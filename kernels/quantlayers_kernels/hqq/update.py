@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bitpack import pack, unpack
+from ..dither import white_noise
 from ..tiled import WeightTiles, rows_per_tile
 from .reference import _grouped
 
@@ -24,13 +25,9 @@ DITHER_RANGE = 0.5 - 2.0**-12
 
 @lru_cache(maxsize=32)
 def dither_pattern(in_features: int, device: torch.device) -> Tensor:
-    """(DITHER_ROWS, in_features), float32, white: an integer hash of the position, the same on every machine."""
-    position = torch.arange(DITHER_ROWS * in_features, dtype=torch.int64)
-    for _ in range(2):
-        position = ((position ^ (position >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    position ^= position >> 16
-    uniform = (position.double() + 0.5) / 2.0**32 - 0.5
-    return (uniform * (2 * DITHER_RANGE)).float().view(DITHER_ROWS, in_features).to(device)
+    """(DITHER_ROWS, in_features), float32, uniform in the range, white, and the same on every machine."""
+    uniform = white_noise(DITHER_ROWS * in_features, device) - 0.5
+    return (uniform * (2 * DITHER_RANGE)).view(DITHER_ROWS, in_features)
 
 
 def _row_metadata(metadata: Tensor, rows: slice, axis: int) -> Tensor:
