@@ -2,97 +2,22 @@
 
 ``enable_merge_aware`` switches adapters over; from then on a layer computes with ``Q(W + change)``, where ``Q`` is the
 rounding of ``QuantMethod.merged``, and merging those adapters changes no output. What was rounded against is written
-into the adapter's config, travels with ``save_pretrained``, and is compared when the adapter is loaded or merged.
+into the adapter's config (``stamp.py``), travels with ``save_pretrained``, and is compared when the adapter is loaded
+or merged.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import zlib
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
 
-from ..formats import QuantizedWeight
+from ..layers import QuantizedLinear
 from ..quantizers import QuantMethod
-
-# Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
-ROUNDING_VERSION = 1
-
-
-@dataclass
-class MergeAwareLoraConfig(LoraConfig):
-    """A ``LoraConfig`` of an adapter that was trained through the rounding of the merge. PEFT alone reads the rest.
-
-    Attributes:
-        merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}``; None for an
-            ordinary adapter, and then not saved.
-    """
-
-    merge_aware: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What the adapter was rounded against while it was trained."}
-    )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; an ordinary adapter is saved as if this class did not exist."""
-        fields = super().to_dict()
-        if self.merge_aware is None:
-            fields.pop("merge_aware", None)
-        return fields
-
-
-def fingerprint(weight: QuantizedWeight) -> str:
-    """A checksum of the spec and all tensors of ``weight``: equal for the same codes on the same grid only."""
-    checksum = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
-    for name in sorted(weight.tensors):
-        stored = weight.tensors[name].detach().cpu().contiguous().view(torch.uint8)
-        checksum = zlib.crc32(stored.numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def has_merged_tiles(method: QuantMethod) -> bool:
-    """Whether ``method`` can be trained through its own merge."""
-    return type(method).merged_tiles is not QuantMethod.merged_tiles
-
-
-def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
-    """A copy of ``config`` that says what its adapter is rounded against: name and fingerprint of each layer."""
-    aware = copy.copy(config)
-    aware.__class__ = MergeAwareLoraConfig
-    aware = cast(MergeAwareLoraConfig, aware)
-    aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
-    return aware
-
-
-def stamp_of(config: Any) -> dict[str, Any] | None:
-    """What :func:`stamped` wrote into ``config``, or None."""
-    return getattr(config, "merge_aware", None)
-
-
-def check_stamp(stamp: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
-    """Raise ValueError unless the adapter was trained through the rounding of just this weight."""
-    way_out = (
-        'Load it on the base it was trained on, or merge it with strategy="requantize" after deleting "merge_aware" '
-        "from its adapter_config.json."
-    )
-    if not isinstance(stamp, dict) or not isinstance(stamp.get("layers"), dict):
-        raise ValueError(f"adapter {adapter!r}: merge_aware={stamp!r} in its config is damaged. {way_out}")
-    if stamp.get("rounding") != ROUNDING_VERSION:
-        raise ValueError(
-            f"adapter {adapter!r} was trained through version {stamp.get('rounding')!r} of the rounding, and this is "
-            f"version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {way_out}"
-        )
-    if stamp["layers"].get(layer_name) != fingerprint(weight):
-        raise ValueError(
-            f"{layer_name}: adapter {adapter!r} was trained merge-aware on another quantized weight than this one "
-            f"({weight.spec}). {way_out}"
-        )
+from .lora import LoraQuantizedLinear
+from .stamp import fingerprint, stamped
 
 
 def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> None:
@@ -112,8 +37,6 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
         NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...), or the method
             has no merge-aware training; nothing was changed.
     """
-    from .lora import LoraQuantizedLinear
-
     configs = _configs(model)
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
@@ -159,8 +82,10 @@ class MergeAwareCallback(TrainerCallback):
             self.is_on = True
 
 
-def _check_trainable(layer: Any, adapter: str) -> None:
+def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
     base = layer.quantized_base()
+    if not isinstance(base, QuantizedLinear):
+        raise ValueError(f"adapter {adapter!r} lies on layers that were dequantized: merging them rounds nothing.")
     where = f"{base.layer_name}: adapter {adapter!r}"
     if layer.merged:
         raise ValueError(
@@ -175,7 +100,7 @@ def _check_trainable(layer: Any, adapter: str) -> None:
         raise ValueError(
             f"{where} has lora_dropout: what is dropped at random cannot be rounded into a weight. Set lora_dropout=0."
         )
-    if not has_merged_tiles(base.method):
+    if type(base.method).merged_tiles is QuantMethod.merged_tiles:
         raise NotImplementedError(
             f"{base.layer_name}: {base.spec.method} weights have no merge-aware training. Use HQQ, or "
             'merge_back(strategy="keep").'

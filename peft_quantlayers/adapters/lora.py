@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from . import rules
-from .aware import check_stamp, fingerprint, stamp_of
 from .qalora import MergeableQALoraVariant, check_config, group_change
 from .report import LayerMergeReport, layer_report
 from .rules import MergePlan, MergeRule
+from .stamp import check_stamp, fingerprint, stamp_of
 
 RULES: dict[str, MergeRule] = {
     "auto": rules.automatic,

@@ -252,6 +252,9 @@ def test_merged_adapters_unknown_names_and_models_without_adapter_are_refused():
     model.merge_adapter()
     with pytest.raises(ValueError, match="Unmerge"):
         pql.enable_merge_aware(model)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="dequantized"):
+        pql.enable_merge_aware(pql.dequantize_model(model))
     with pytest.raises(ValueError, match="get_peft_model"):
         pql.enable_merge_aware(Two())
     with pytest.raises(ValueError, match="no quantized layer"):
