@@ -5,7 +5,16 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 
 import os
 
-from .adapters import LayerMergeReport, LoraQuantizedLinear, MergeReport, QuantScalesConfig, merge_back
+from .adapters import (
+    LayerMergeReport,
+    LoraQuantizedLinear,
+    MergeAwareCallback,
+    MergeReport,
+    QuantScalesConfig,
+    enable_merge_aware,
+    merge_back,
+    set_merge_strategy,
+)
 from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
@@ -39,6 +48,7 @@ __all__ = [
     "LayerMergeReport",
     "LayerResult",
     "LoraQuantizedLinear",
+    "MergeAwareCallback",
     "MergeReport",
     "PVTuner",
     "QuantConfig",
@@ -50,6 +60,7 @@ __all__ = [
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
+    "enable_merge_aware",
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
@@ -59,6 +70,7 @@ __all__ = [
     "register_method",
     "registered_methods",
     "save_model",
+    "set_merge_strategy",
     "unregister",
 ]
 

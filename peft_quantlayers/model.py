@@ -148,9 +148,9 @@ def _umask() -> int:
 def _model_card(model: PreTrainedModel) -> str:
     layers = quantized_modules(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(
-        layer.quantized_weight.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()
-    ) / max(1, weights)
+    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
+        1, weights
+    )
     specs = sorted({str(layer.spec) for layer in layers.values()})
     return "\n".join(
         [

@@ -17,6 +17,7 @@ PUBLIC = [
     "LayerMergeReport",
     "LayerResult",
     "LoraQuantizedLinear",
+    "MergeAwareCallback",
     "MergeReport",
     "PVTuner",
     "QuantConfig",
@@ -28,6 +29,7 @@ PUBLIC = [
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
+    "enable_merge_aware",
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
@@ -37,6 +39,7 @@ PUBLIC = [
     "register_method",
     "registered_methods",
     "save_model",
+    "set_merge_strategy",
     "unregister",
 ]
 

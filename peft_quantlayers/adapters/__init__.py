@@ -1,18 +1,25 @@
-"""Adapters on quantized layers: LoRA, scale-only finetuning, and merging back. Imports PEFT's public layers."""
+"""Adapters on quantized layers: LoRA, scale-only finetuning, merge-aware training, and merging back."""
 
-from .lora import LoraQuantizedLinear, has_adapters
-from .merge import LayerMergeReport, MergeReport, merge_back
+from .aware import MergeAwareCallback, enable_merge_aware
+from .lora import LoraQuantizedLinear, has_adapters, set_merge_strategy
+from .merge import merge_back
+from .report import LayerMergeReport, MergeReport
 from .scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
 from .scales_config import QuantScalesConfig
+from .stamp import MergeAwareLoraConfig
 
 __all__ = [
     "LayerMergeReport",
     "LoraQuantizedLinear",
+    "MergeAwareCallback",
+    "MergeAwareLoraConfig",
     "MergeReport",
     "QuantScalesConfig",
     "QuantScalesLayer",
     "QuantScalesLinear",
     "QuantScalesNorm",
+    "enable_merge_aware",
     "has_adapters",
     "merge_back",
+    "set_merge_strategy",
 ]

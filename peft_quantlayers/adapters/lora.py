@@ -5,6 +5,7 @@ May import layers and PEFT's public classes.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,42 +13,26 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
-from ..layers.replace import dense_in_place_of
+from . import rules
+from .qalora import MergeableQALoraVariant, check_config, group_change
+from .report import LayerMergeReport, layer_report
+from .rules import MergePlan, MergeRule
+from .stamp import check_stamp, fingerprint, stamp_of
 
-
-@dataclass(frozen=True, kw_only=True)
-class LayerMergeReport:
-    """What one merge did to one layer.
-
-    Fields:
-        name: module name of the base layer.
-        adapters: adapters whose change is in the merged weight.
-        bits_before, bits_after: stored bits per weight.
-        weight_norm, change_norm, error_norm: Frobenius norms of the float target ``W + change``, of the change,
-            and of what quantizing the target lost.
-        change_kept: the part of the change that is in the merged weight: 1 for all of it, 0 for none. The
-            coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
-    """
-
-    name: str
-    adapters: tuple[str, ...]
-    bits_before: float
-    bits_after: float
-    weight_norm: float
-    change_norm: float
-    error_norm: float
-    change_kept: float
-
-    @property
-    def relative_error(self) -> float:
-        """``error_norm / weight_norm``."""
-        return self.error_norm / self.weight_norm if self.weight_norm else 0.0
+RULES: dict[str, MergeRule] = {
+    "auto": rules.automatic,
+    "exact": rules.exact,
+    "aware": rules.aware,
+    "requantize": rules.requantize,
+    "dense": rules.dense,
+    "keep": rules.keep,
+}
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -55,13 +40,17 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-@dataclass
-class _Unmerged:
-    """What ``unmerge`` puts back."""
+@dataclass(frozen=True, kw_only=True)
+class MergeState:
+    """Everything that a merge changes in a LoRA layer, so that it can be put back bit for bit."""
 
-    weight: QuantizedWeight
+    base: nn.Module
+    weight: QuantizedWeight | None
     bias: Tensor | None
     caches: dict
+    merged_adapters: tuple[str, ...]
+    report: LayerMergeReport | None
+    unmerged: MergeState | None
 
 
 @dataclass(frozen=True)
@@ -75,10 +64,13 @@ class LoraQuantizedLinear(LoraLinear):
     """``lora.Linear`` on a :class:`QuantizedLinear`.
 
     Forward, mixed batches and all LoRA variants are PEFT's. Merging differs: the changes of all adapters are summed
-    in float32 and quantized once, and the quantized weight from before the first merge is kept, so that ``unmerge``
-    restores the same bits.
+    in float32 and merged at once by one of the rules in ``rules.py``, and the quantized weight from before the first
+    merge is kept, so that ``unmerge`` restores the same bits.
 
     Attributes:
+        merge_strategy: name of the rule that ``merge`` follows; see :func:`set_merge_strategy`.
+        aware_adapters: adapters whose forward pass runs through the rounding of the merge, each with the fingerprint
+            of the quantized weight that they are rounded against.
         merge_report: what the last merge did to this layer; None while nothing is merged.
     """
 
@@ -97,32 +89,68 @@ class LoraQuantizedLinear(LoraLinear):
                 "(out_features, in_features). Setting fan_in_fan_out to False."
             )
             config.fan_in_fan_out = False
+        self.merge_strategy = "auto"
+        self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
-        self._unmerged: _Unmerged | None = None
+        self._unmerged: MergeState | None = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
         self.quantization_backend: Any = _Backend(f"quantlayers-{base_layer.spec.method}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        layer_name = self._quantized_base().layer_name
+        base = self.quantized_base()
         if config.use_qalora:
-            raise NotImplementedError(
-                f"{layer_name}: use_qalora is not implemented for quantlayers yet, and would be ignored. Use plain "
-                "LoRA, or GPTQ layers with PEFT's own QA-LoRA."
-            )
+            check_config(base, config)
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
-                f'{layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, on another grid '
-                'than this layer has. Use "pissa" or "olora", which requantize the residual on this layer\'s grid.'
+                f'{base.layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, on another '
+                'grid than this layer has. Use "pissa" or "olora", which requantize the residual on its own grid.'
             )
+        stamp = stamp_of(config)
+        if stamp is not None:
+            check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        if stamp is not None:
+            self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.aware_adapters.pop(adapter_name, None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's, or for merge-aware adapters what the merged layer will compute."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        aware = set(active).intersection(self.aware_adapters)
+        if not aware or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        name = self.quantized_base().layer_name
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"{name}: merge-aware adapters {sorted(aware)} change the rounding of the whole layer, so a "
+                "mixed batch (adapter_names=...) cannot use them. Run one adapter at a time."
+            )
+        if aware != set(active):
+            raise ValueError(
+                f"{name}: {sorted(set(active) - aware)} is active beside the merge-aware adapters {sorted(aware)}. "
+                "Call peft_quantlayers.enable_merge_aware for all of them, or activate one kind."
+            )
+        return self.quantized_base().forward_with_update(x, *self._factors(active))
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs) -> LoraVariant | None:
+        """PEFT's choice, and QA-LoRA, which PEFT resolves for GPTQ layers only."""
+        if config.use_qalora:
+            return MergeableQALoraVariant()
+        return super().resolve_lora_variant(config=config, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change that ``adapter`` makes to the weight, (out_features, in_features), float32."""
-        lora_A, lora_B = (cast(nn.Linear, lora[adapter]) for lora in (self.lora_A, self.lora_B))
-        return lora_B.weight.float() @ lora_A.weight.float() * self.scaling[adapter]
+        if self._is_qalora(adapter):
+            change = group_change(self, adapter)
+            return change.repeat_interleave(self.quantized_base().in_features // change.shape[1], dim=1)
+        left, right = self._factors([adapter])
+        return left @ right
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Quantize the weight with the changes of the given adapters, and of those merged before, in it.
+        """Merge the given adapters, together with those merged before, by the rule of ``merge_strategy``.
 
         Args:
             safe_merge: accepted for PEFT's sake; a merge that would give NaN or Inf is always refused.
@@ -137,104 +165,112 @@ class LoraQuantizedLinear(LoraLinear):
         new = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
         if not new:
             return
-        if not isinstance(self.get_base_layer(), QuantizedLinear):  # dequantized under its adapters
-            return super().merge(safe_merge, new)
-        base = self._quantized_base()
-        unmerged = self._unmerged_state()
-        names = [*self.merged_adapters, *new]
-        before, target, bias = self._merged_floats(unmerged, names)
+        if self._unmerged is None and not isinstance(self.get_base_layer(), QuantizedLinear):
+            return super().merge(safe_merge, new)  # dequantized under its adapters
+        self.merge_with(RULES[self.merge_strategy], [*self.merged_adapters, *new])
+
+    def merge_with(self, rule: MergeRule, adapter_names: list[str]) -> None:
+        """Merge exactly these adapters by ``rule``, instead of what was merged before.
+
+        Raises:
+            ValueError: the merged weight is not finite; names the layer, which is left as it was.
+        """
         with torch.no_grad():
-            base.write_weight(target)
-            if bias is not None:
-                base.bias.data = bias.to(base.bias.dtype)
-            self.merge_report = layer_report(
-                base.layer_name,
-                names,
-                before=before,
-                target=target,
-                merged=base.dequantize(torch.float32),
-                bits=(unmerged.weight.bits_per_weight, base.quantized_weight.bits_per_weight),
-            )
-        self._unmerged = unmerged
-        self.merged_adapters[:] = names
+            plan = self._plan([name for name in adapter_names if name in self.lora_A])
+            merged = rule(plan)
+            report = _report(plan, merged)
+        unmerged = self._unmerged or self.merge_state()
+        base = plan.base
+        if isinstance(merged, QuantizedWeight):
+            base.quantized_weight = merged
+            if plan.bias is not None:
+                base.bias.data = plan.bias.to(base.bias.dtype)
+            self.base_layer = base
+        else:
+            self.base_layer = merged
+        self._unmerged, self.merge_report = unmerged, report
+        self.merged_adapters[:] = plan.adapters
 
     def unmerge(self) -> None:
         """Put back the quantized weight and the bias from before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        if not isinstance(self.get_base_layer(), QuantizedLinear):
-            return super().unmerge()
-        base, unmerged = self._quantized_base(), self._unmerged
-        if unmerged is None:
+        if self._unmerged is not None:
+            return self.restore(self._unmerged)
+        base = self.get_base_layer()
+        if isinstance(base, QuantizedLinear):
             raise RuntimeError(f"{base.layer_name}: merged, but the unmerged weight is gone. Load the model again.")
-        device = base.codes.device
-        base.quantized_weight = QuantizedWeight(
-            spec=unmerged.weight.spec,
-            out_features=unmerged.weight.out_features,
-            in_features=unmerged.weight.in_features,
-            tensors={name: tensor.to(device) for name, tensor in unmerged.weight.tensors.items()},
-        )
-        if unmerged.bias is not None:
-            base.bias.data = unmerged.bias.to(device, base.bias.dtype)
-        self._caches = unmerged.caches
-        self._unmerged = self.merge_report = None
-        self.merged_adapters.clear()
+        super().unmerge()
 
-    def merged_linear(self, adapter_names: list[str]) -> tuple[nn.Linear | Conv1D, LayerMergeReport]:
-        """A dense layer in the base's compute dtype with exactly these adapters merged; this layer is not changed.
-
-        Raises:
-            ValueError: the merged weight is not finite; names the layer.
-        """
-        base = self._quantized_base()
-        unmerged = self._unmerged_state()
-        names = [name for name in adapter_names if name in self.lora_A]
-        before, target, bias = self._merged_floats(unmerged, names)
-        weight = target.to(base.compute_dtype)
-        dense_bias = None if bias is None else nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
-        dense = dense_in_place_of(base, weight, dense_bias)
-        report = layer_report(
-            base.layer_name,
-            names,
-            before=before,
-            target=target,
-            merged=weight.float(),
-            bits=(unmerged.weight.bits_per_weight, 8.0 * base.compute_dtype.itemsize),
-        )
-        return dense, report
-
-    def _quantized_base(self) -> QuantizedLinear:
-        return cast(QuantizedLinear, self.get_base_layer())
-
-    def _unmerged_state(self) -> _Unmerged:
-        base = self._quantized_base()
-        return self._unmerged or _Unmerged(
-            weight=base.quantized_weight,
-            bias=None if base.bias is None else base.bias.data.clone(),
+    def merge_state(self) -> MergeState:
+        """What :meth:`restore` needs to undo every later merge and unmerge of this layer. Holds tensors, no copies."""
+        base = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        return MergeState(
+            base=base,
+            weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
+            bias=None if bias is None else bias.data.clone(),
             caches=dict(self._caches),
+            merged_adapters=tuple(self.merged_adapters),
+            report=self.merge_report,
+            unmerged=self._unmerged,
         )
 
-    @torch.no_grad()
-    def _merged_floats(self, unmerged: _Unmerged, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight before, weight with the changes of ``names``, bias with them; float32. Changes nothing.
+    def restore(self, state: MergeState) -> None:
+        """Put this layer back to where it was when :meth:`merge_state` gave ``state``; on the device it is on now."""
+        device = next(self.get_base_layer().parameters()).device
+        base = state.base.to(device)
+        if state.weight is not None:
+            cast(QuantizedLinear, base).quantized_weight = _moved(state.weight, device)
+        if state.bias is not None:
+            bias = cast(nn.Linear, base).bias
+            bias.data = state.bias.to(device, bias.dtype)
+        self.base_layer, self._caches = base, dict(state.caches)
+        self._unmerged, self.merge_report = state.unmerged, state.report
+        self.merged_adapters[:] = state.merged_adapters
+
+    def quantized_base(self) -> QuantizedLinear:
+        """The quantized layer under the adapters, also while a merge has put a dense one in its place."""
+        return cast(QuantizedLinear, self.get_base_layer() if self._unmerged is None else self._unmerged.base)
+
+    def _unmerged_weight(self) -> QuantizedWeight:
+        return cast(QuantizedWeight, (self._unmerged or self.merge_state()).weight)
+
+    def _is_qalora(self, adapter: str) -> bool:
+        return isinstance(self.lora_variant.get(adapter), MergeableQALoraVariant)
+
+    def _factors(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """(out_features, r) and (r, in_features), float32, whose product is the sum of the changes of plain LoRA."""
+        left = [cast(nn.Linear, self.lora_B[name]).weight.float() * self.scaling[name] for name in names]
+        right = [cast(nn.Linear, self.lora_A[name]).weight.float() for name in names]
+        return torch.cat(left, dim=1), torch.cat(right)
+
+    def _group_change(self, names: list[str], group_size: int) -> Tensor | None:
+        """Sum of the changes of each quantization group, if all adapters are QA-LoRA; (out_features, n_groups)."""
+        if not names or not all(self._is_qalora(name) for name in names):
+            return None
+        n_groups = self.quantized_base().in_features // group_size
+        changes = [group_change(self, name) for name in names]
+        return torch.stack([each.repeat_interleave(n_groups // each.shape[1], dim=1) for each in changes]).sum(0)
+
+    def _plan(self, names: list[str]) -> MergePlan:
+        """The merge of ``names``. Changes nothing.
 
         PEFT merges one adapter after the other into ``base_layer``. A dense stand-in takes that place, so that
         every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules.
         """
-        base = self._quantized_base()
-        device = base.codes.device
-        before = base.method.dequantize(
-            {name: tensor.to(device) for name, tensor in unmerged.weight.tensors.items()},
-            unmerged.weight.spec,
-            in_features=base.in_features,
-            dtype=torch.float32,
-        )
+        base = self.quantized_base()
+        state = self.merge_state()
+        unmerged = self._unmerged or state
+        device = next(self.get_base_layer().parameters()).device
+        weight = _moved(cast(QuantizedWeight, unmerged.weight), device)
+        before = base.method.dequantize(weight.tensors, weight.spec, in_features=base.in_features, dtype=torch.float32)
         stand_in = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
         stand_in.weight = nn.Parameter(before.clone(), requires_grad=False)
         if unmerged.bias is not None:
             stand_in.bias = nn.Parameter(unmerged.bias.to(device, torch.float32), requires_grad=False)
-        merged_adapters, caches = list(self.merged_adapters), self._caches
+        here, caches = self.base_layer, self._caches
         self.base_layer, self._caches = stand_in, dict(unmerged.caches)
         self.merged_adapters.clear()
         try:
@@ -245,31 +281,70 @@ class LoraQuantizedLinear(LoraLinear):
                 "put back bit for bit by unmerge_adapter(). peft_quantlayers.merge_back checks all layers first."
             ) from None
         finally:
-            self.base_layer, self._caches = base, caches
-            self.merged_adapters[:] = merged_adapters
-        return before, stand_in.weight.data, None if stand_in.bias is None else stand_in.bias.data
+            self.base_layer, self._caches = here, caches
+            self.merged_adapters[:] = state.merged_adapters
+        is_plain = bool(names) and not any(name in self.lora_variant for name in names)
+        left, right = self._factors(names) if is_plain else (None, None)
+        change = None
+        if any(self._is_qalora(name) for name in names):
+            change = self._group_change(names, base.method.shift_group_size(base.spec, in_features=base.in_features))
+        is_aware = bool(names) and all(name in self.aware_adapters for name in names)
+        factor = next(iter(self.lora_A.parameters()))
+        return MergePlan(
+            adapter_dtype=factor.dtype,
+            base=base.to(device),
+            adapters=tuple(names),
+            weight=weight,
+            before=before,
+            target=stand_in.weight.data,
+            bias=None if stand_in.bias is None else stand_in.bias.data,
+            left=left,
+            right=right,
+            group_change=change,
+            is_aware=is_aware and {self.aware_adapters[name] for name in names} == {fingerprint(weight)},
+        )
 
 
-def layer_report(
-    name: str,
-    adapters: list[str],
-    *,
-    before: Tensor,
-    target: Tensor,
-    merged: Tensor,
-    bits: tuple[float, float],
-) -> LayerMergeReport:
-    """The report on a layer whose weight was ``before``, should be ``target`` and became ``merged``; all float32."""
-    change = target - before
-    change_energy = change.square().sum()
-    kept = ((merged - before) * change).sum() / change_energy if change_energy > 0 else torch.ones(())
-    return LayerMergeReport(
-        name=name,
-        adapters=tuple(adapters),
-        bits_before=bits[0],
-        bits_after=bits[1],
-        weight_norm=float(target.norm()),
-        change_norm=float(change.norm()),
-        error_norm=float((merged - target).norm()),
-        change_kept=float(kept),
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return dataclasses.replace(weight, tensors={name: tensor.to(device) for name, tensor in weight.tensors.items()})
+
+
+def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
+    if isinstance(merged, QuantizedWeight):
+        tensors, spec = merged.tensors, merged.spec
+        after = plan.base.method.dequantize(tensors, spec, in_features=merged.in_features, dtype=torch.float32)
+        bits = merged.bits_per_weight
+    elif isinstance(merged, QuantizedLinear):
+        own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
+        after, bits = merged.dense_weight(torch.float32) - own_branch, merged.bits_per_weight
+    else:
+        weight = cast(nn.Linear, merged).weight.data
+        after = (weight.t() if plan.base.is_conv1d else weight).float()
+        bits = 8.0 * weight.dtype.itemsize
+    return layer_report(
+        plan.base.layer_name,
+        list(plan.adapters),
+        before=plan.before,
+        target=plan.target,
+        merged=after,
+        bits=(plan.weight.bits_per_weight, bits),
     )
+
+
+def set_merge_strategy(model: nn.Module, strategy: str) -> None:
+    """Choose what PEFT's own ``merge_adapter`` and ``merge_and_unload`` do with the quantized layers of ``model``.
+
+    Args:
+        model: a PEFT model, or a transformers model with adapters.
+        strategy: as for :func:`merge_back`; ``"auto"`` is the default.
+
+    Raises:
+        ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
+    """
+    if strategy not in RULES:
+        raise ValueError(f"strategy={strategy!r} is not supported; choose one of {tuple(RULES)}.")
+    layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
+    if not layers:
+        raise ValueError("the model has no LoRA adapter on a quantized layer: there is nothing to merge.")
+    for layer in layers:
+        layer.merge_strategy = strategy

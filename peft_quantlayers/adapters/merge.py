@@ -2,100 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
+from ..evaluate import Capture, capture
 from ..layers import dequantize_model
-from .lora import LayerMergeReport, LoraQuantizedLinear
+from .lora import RULES, LoraQuantizedLinear, MergeState
+from .report import MergeReport
 
-Strategy = Literal["requantize", "dense"]
-STRATEGIES: tuple[Strategy, ...] = ("requantize", "dense")
+Strategy = Literal["auto", "exact", "aware", "requantize", "dense", "keep"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What a merge did, layer by layer and in total. Norms of the total are over all weights together."""
-
-    strategy: str
-    layers: tuple[LayerMergeReport, ...]
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of what the merged weights lost against their float targets, over the norm of these."""
-        return _norm(layer.error_norm for layer in self.layers) / (
-            _norm(layer.weight_norm for layer in self.layers) or 1.0
-        )
-
-    @property
-    def change_kept(self) -> float:
-        """Part of the adapters' change that is in the merged weights, weighted by its energy; 1 is all of it."""
-        energy = sum(layer.change_norm**2 for layer in self.layers)
-        if not energy:
-            return 1.0
-        return sum(layer.change_kept * layer.change_norm**2 for layer in self.layers) / energy
-
-    @property
-    def error_to_change(self) -> float:
-        """Norm of what rounding lost over the norm of the change: above 1 the noise outweighs the adapter."""
-        change = _norm(layer.change_norm for layer in self.layers)
-        return _norm(layer.error_norm for layer in self.layers) / change if change else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the totals, and one entry for each layer."""
-        return {
-            "strategy": self.strategy,
-            "relative_error": self.relative_error,
-            "change_kept": self.change_kept,
-            "error_to_change": self.error_to_change,
-            "layers": [dataclasses.asdict(layer) | {"relative_error": layer.relative_error} for layer in self.layers],
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
-        rows = [f"{'layer':{width}}  bits  rel. error  error/change  change kept"]
-        for layer in self.layers:
-            ratio = layer.error_norm / layer.change_norm if layer.change_norm else 0.0
-            rows.append(
-                f"{layer.name:{width}}  {layer.bits_after:4.2f}  {layer.relative_error:10.4f}  {ratio:12.2f}"
-                f"  {layer.change_kept:11.2f}"
-            )
-        rows.append(
-            f"{'total':{width}}        {self.relative_error:10.4f}  {self.error_to_change:12.2f}"
-            f"  {self.change_kept:11.2f}"
-        )
-        return "\n".join(rows)
+# Tokens that are scored at a time for ``evaluate_on``: three windows of logits are kept.
+WINDOW = 256
 
 
 def merge_back(
-    peft_model: PeftModel, *, strategy: Strategy = "requantize", adapters: list[str] | None = None
+    peft_model: PeftModel,
+    *,
+    strategy: Strategy = "auto",
+    adapters: list[str] | None = None,
+    evaluate_on: Tensor | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
 ) -> tuple[nn.Module, MergeReport]:
     """Merge adapters into the base model and take the PEFT wrapper off.
 
     Args:
         peft_model: a PEFT model on a quantized base.
-        strategy: ``"requantize"`` sums the adapters' changes in float32 and quantizes each weight once, with the
-            spec that it has. ``"dense"`` gives a plain float model, which loses nothing.
+        strategy: how the changes of all adapters, summed in float32, get into the quantized weights.
+            ``"auto"``: ``"exact"`` for QA-LoRA, ``"aware"`` for adapters trained so, ``"requantize"`` for others.
+            ``"exact"``: QA-LoRA only; the change goes into the float zeros, no code is rounded.
+            ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs stay as they are.
+            ``"requantize"``: without data. HQQ weights keep their grid and the change is rounded into the codes with
+            dither; other methods quantize anew, beginning from the codes that they have.
+            ``"dense"``: a plain float model, which loses nothing.
+            ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
         adapters: names of the adapters to merge; None for the active ones.
+        evaluate_on: held-out token ids, (n_tokens,); with them the report says how much of the adapter's effect on
+            the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
+        metric: any score of a model, a task's accuracy for example; called before and after the merge.
 
     Returns:
         The base model, merged, and the report.
 
     Raises:
         TypeError: not a PeftModel, or ``adapters`` is no list.
-        ValueError: an unknown strategy or adapter, or an adapter that holds NaN or Inf; the model is left as it was.
+        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, or one that holds NaN or
+            Inf; the model is left as it was.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
@@ -105,6 +64,27 @@ def merge_back(
             "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
             "PeftModel.from_pretrained(base, folder)."
         )
+    names = _checked_names(peft_model, adapters)
+    _refuse_broken_adapters(peft_model, names)
+    layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
+    score_before = None if metric is None else metric(peft_model)
+    before = [layer.merge_state() for layer in layers]
+    try:
+        for layer in layers:
+            layer.merge_with(RULES[strategy], names)
+        captured = None if evaluate_on is None else _captured(peft_model, layers, names, evaluate_on)
+    except BaseException:
+        _restore(layers, before)
+        raise
+    reports = tuple(layer.merge_report for layer in layers if layer.merge_report is not None and layer.merged)
+    model = peft_model.merge_and_unload(adapter_names=names)
+    if strategy == "dense":
+        dequantize_model(model)
+    scores = None if metric is None or score_before is None else (score_before, metric(model))
+    return model, MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
+
+
+def _checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
     if isinstance(adapters, str):
         raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
     names = list(peft_model.active_adapters) if adapters is None else list(adapters)
@@ -112,45 +92,58 @@ def merge_back(
     if unknown or not names:
         said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
         raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
-    _refuse_broken_adapters(peft_model, names)
-    layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
-    merge_layers = _merge_dense if strategy == "dense" else _requantize
-    report = MergeReport(strategy=strategy, layers=tuple(merge_layers(layers, names)))
-    model = peft_model.merge_and_unload(adapter_names=names)
-    if strategy == "dense":
-        dequantize_model(model)
-    return model, report
+    return names
 
 
-def _requantize(layers: list[LoraQuantizedLinear], names: list[str]) -> list[LayerMergeReport]:
-    merged_before = [list(layer.merged_adapters) for layer in layers]
+def _captured(
+    peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str], token_ids: Tensor
+) -> Capture:
+    """Base, adapter and merged model compared, by putting the layers from one state into the other."""
+    merged = [layer.merge_state() for layer in layers]
+    unmerged = [state.unmerged or state for state in merged]
+
+    def logits(ids: Tensor) -> Tensor:
+        return peft_model(input_ids=ids, use_cache=False).logits
+
+    def of_adapter(ids: Tensor) -> Tensor:
+        with _in_state(layers, unmerged, back_to=merged):
+            return logits(ids)
+
+    def of_base(ids: Tensor) -> Tensor:
+        with _in_state(layers, unmerged, back_to=merged), peft_model.disable_adapter():
+            return logits(ids)
+
+    was_training, active = peft_model.training, list(peft_model.active_adapters)
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    tuner = cast(Any, peft_model.base_model)
+    peft_model.eval()
+    tuner.set_adapter(names)
     try:
-        for layer in layers:
-            layer.merge(adapter_names=names)
-    except BaseException:
-        for layer, merged in zip(layers, merged_before, strict=True):
-            if layer.merged_adapters != merged:
-                layer.unmerge()
-                layer.merge(adapter_names=merged)
-        raise
-    return [layer.merge_report for layer in layers if layer.merge_report is not None]
+        return capture(
+            of_adapter, of_base, logits, token_ids.to(peft_model.device), window=min(WINDOW, len(token_ids))
+        )
+    finally:
+        tuner.set_adapter(active)
+        peft_model.train(was_training)
+        for name, parameter in peft_model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad = name in trained
 
 
-def _merge_dense(layers: list[LoraQuantizedLinear], names: list[str]) -> list[LayerMergeReport]:
-    bases = [layer.base_layer for layer in layers]
-    reports = []
+@contextmanager
+def _in_state(
+    layers: list[LoraQuantizedLinear], states: list[MergeState], *, back_to: list[MergeState]
+) -> Iterator[None]:
+    _restore(layers, states)
     try:
-        for layer in layers:
-            dense, report = layer.merged_linear(names)
-            layer.base_layer = dense
-            reports.append(report)
-    except BaseException:
-        for layer, base in zip(layers, bases, strict=True):
-            layer.base_layer = base
-        raise
-    for layer in layers:
-        layer.merged_adapters[:] = [name for name in names if name in layer.lora_A]
-    return reports
+        yield
+    finally:
+        _restore(layers, back_to)
+
+
+def _restore(layers: list[LoraQuantizedLinear], states: list[MergeState]) -> None:
+    for layer, state in zip(layers, states, strict=True):
+        layer.restore(state)
 
 
 def _refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
@@ -167,7 +160,3 @@ def _refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
                     f"{layer_name}.{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
                     "The model is left as it was."
                 )
-
-
-def _norm(norms: Any) -> float:
-    return math.sqrt(sum(norm**2 for norm in norms))

@@ -1,7 +1,8 @@
 """The quantization part of ``config.json``: which module is stored how. Pure JSON, no tensors, no model.
 
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``.
-Readers accept every format version up to their own; writers write the newest.
+Version 2 adds ``"branches": {name: rank}``, the layers that have a low-rank branch. Readers accept every format
+version up to their own; writers write the oldest that says everything, so that older readers read what they can.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,18 +10,19 @@ from typing import Any
 
 from .spec import QuantSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The name under which transformers finds our quantizer and our checkpoints.
 QUANT_METHOD = "quantlayers"
 MAX_MODULES = 1_000_000
 
 
-def specs_to_json(specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
-    """The JSON form of module names and their specs, each distinct spec written once."""
+def specs_to_json(specs: Mapping[str, QuantSpec], branches: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The JSON form of module names and their specs, each distinct spec written once, and of the branches' ranks."""
     distinct = list(dict.fromkeys(specs.values()))
-    return {
+    added = {"branches": dict(branches)} if branches else {}
+    return added | {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if branches else 1,
         "specs": [spec.to_dict() for spec in distinct],
         "modules": {name: distinct.index(spec) for name, spec in specs.items()},
     }
@@ -49,7 +51,11 @@ def specs_from_json(fields: Any, spec_from_dict: Callable[[Any], QuantSpec]) -> 
             f"quantization_config: format_version={version} is newer than {FORMAT_VERSION}, the newest that this "
             "peft_quantlayers reads. Upgrade it: pip install -U peft_quantlayers."
         )
-    unknown = set(fields) - {"quant_method", "format_version", "specs", "modules"}
+    unknown = (
+        set(fields)
+        - {"quant_method", "format_version", "specs", "modules"}
+        - ({"branches"} if version >= 2 else set())
+    )
     if unknown:
         raise ValueError(f"quantization_config: unknown field(s) {sorted(map(str, unknown))}.")
     raw_specs, modules = fields.get("specs"), fields.get("modules")
@@ -67,3 +73,21 @@ def specs_from_json(fields: Any, spec_from_dict: Callable[[Any], QuantSpec]) -> 
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
             raise ValueError(f"quantization_config: modules[{name!r}]={index!r} is no index into 'specs'.")
     return {name: specs[index] for name, index in modules.items()}
+
+
+def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Rank of the low-rank branch of each layer that has one, from what :func:`specs_to_json` wrote.
+
+    Raises:
+        TypeError: no mapping of names to integers.
+        ValueError: a name that is no quantized module, or a rank below 1.
+    """
+    branches = fields.get("branches", {})
+    if not isinstance(branches, Mapping):
+        raise TypeError("quantization_config: 'branches' must be a mapping of module names to ranks.")
+    for name, rank in branches.items():
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"quantization_config: branches[{name!r}]={rank!r} must be an integer.")
+        if rank < 1 or name not in fields.get("modules", {}):
+            raise ValueError(f"quantization_config: branches[{name!r}]={rank!r} is no rank of a quantized module.")
+    return dict(branches)

@@ -10,11 +10,14 @@ from typing import Any
 
 import peft
 from packaging.version import Version
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
 from torch import nn
 
-from ..adapters import LoraQuantizedLinear, QuantScalesLayer
+from ..adapters import LoraQuantizedLinear, MergeAwareLoraConfig, QuantScalesLayer
 from ..layers import QuantizedLinear
 from . import scales
 
@@ -45,6 +48,8 @@ def register() -> None:
     _original = LoraModel._create_new_module
     LoraModel._create_new_module = staticmethod(_create_new_module)
     scales.register()
+    # Saved adapters are read with our config, which knows one field more.
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
 
 
 def unregister() -> None:
@@ -52,6 +57,7 @@ def unregister() -> None:
     global _original
     if _original is not None:
         LoraModel._create_new_module = staticmethod(_original)
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
         _original = None
         scales.unregister()
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,10 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import QuantSpec
-from ..formats.checkpoint import QUANT_METHOD, specs_from_json, specs_to_json
+from ..formats.checkpoint import QUANT_METHOD, branches_from_json, specs_from_json, specs_to_json
 from ..formats.spec import METADATA_DTYPES, check_choice
 from ..formats.upstream_aqlm import aqlm_config
 from ..layers import (
+    LowRankBranch,
     QuantizedLinear,
     dequantize_model,
     quantizable_modules,
@@ -30,7 +31,7 @@ from ..layers import (
 )
 from ..layers.replace import linear_shape
 from ..quantizers import spec_from_dict
-from .headers import check_headers, rename_to_model
+from .headers import check_headers, model_name, rename_to_model
 
 
 class QuantlayersConfig(QuantizationConfigMixin):
@@ -42,12 +43,17 @@ class QuantlayersConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, specs: dict[str, QuantSpec], compute_dtype: str | None = None, dense_linears: tuple[str, ...] = ()
+        self,
+        specs: dict[str, QuantSpec],
+        compute_dtype: str | None = None,
+        dense_linears: tuple[str, ...] = (),
+        branches: dict[str, int] | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.specs = specs
         self.compute_dtype = compute_dtype
         self.dense_linears = dense_linears
+        self.branches = branches or {}
 
     @classmethod
     def from_model(cls, model: nn.Module) -> QuantlayersConfig:
@@ -61,7 +67,8 @@ class QuantlayersConfig(QuantizationConfigMixin):
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ]
-        return cls({name: layer.spec for name, layer in layers.items()}, pinned, tuple(dense))
+        branches = {name: layer.branch.rank for name, layer in layers.items() if layer.branch is not None}
+        return cls({name: layer.spec for name, layer in layers.items()}, pinned, tuple(dense), branches)
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -69,13 +76,17 @@ class QuantlayersConfig(QuantizationConfigMixin):
         compute_dtype = fields.pop("compute_dtype", None)
         if compute_dtype is not None:
             check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
-        config = cls(specs_from_json(fields, spec_from_dict), compute_dtype)
+        config = cls(specs_from_json(fields, spec_from_dict), compute_dtype, branches=branches_from_json(fields))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        if self.compute_dtype is None and (published := aqlm_config(self.specs.values(), self.dense_linears)):
+        if (
+            self.compute_dtype is None
+            and not self.branches
+            and (published := aqlm_config(self.specs.values(), self.dense_linears))
+        ):
             return published
-        fields = specs_to_json(self.specs)
+        fields = specs_to_json(self.specs, self.branches)
         return fields if self.compute_dtype is None else fields | {"compute_dtype": self.compute_dtype}
 
 
@@ -119,6 +130,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
         self.compute_dtype: str | None = quantization_config.compute_dtype
+        self.branches: dict[str, int] = getattr(quantization_config, "branches", {})
         self.failures: list[str] = []
 
     @classmethod
@@ -159,7 +171,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Tensors of quantized layers keep the dtype of the file: a wrong one must be found, not cast away."""
         name = converter.target_patterns[0] if getattr(converter, "target_patterns", None) else ""
         module_name, _, tensor_name = name.rpartition(".")
-        if module_name in self.specs and tensor_name != "bias":
+        if module_name.removesuffix(".branch") in self.specs and tensor_name != "bias":
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -172,6 +184,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs = rename_to_model(self.quantization_config.specs, model)
         check_headers(checkpoint_files or [], self.specs, model)
         self._place_empty_layers(model)
+        for stored_name, rank in self.branches.items():
+            name = model_name(stored_name, self.specs, model)
+            if name is not None:  # as in rename_to_model: the head of a model without one
+                layer = cast(QuantizedLinear, model.get_submodule(name))
+                shape = {"out_features": layer.out_features, "in_features": layer.in_features}
+                layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
     def _place_empty_layers(self, model: PreTrainedModel) -> None:
         for name, spec in self.specs.items():
@@ -203,6 +221,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
             for parameter_name, parameter in layer.named_parameters(recurse=False):
                 if parameter_name != "bias":
                     parameter.requires_grad = False  # the loader makes floats trainable
+            if layer.branch is not None:
+                layer.branch.requires_grad_(False)
         self.quantization_config = QuantlayersConfig.from_model(model)
         self._attach(model)
 
@@ -249,11 +269,14 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:
-    for tensor_name, parameter in layer.named_parameters(recurse=False):
+    for tensor_name, parameter in layer.named_parameters():
         if not getattr(parameter, "_is_hf_initialized", False):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
     if layer.codes.device.type != "meta":
         layer.quantized_weight.check(name)
+        for tensor_name, parameter in [] if layer.branch is None else layer.branch.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name}.branch.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

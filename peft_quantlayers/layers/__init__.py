@@ -1,11 +1,13 @@
 """Quantized linear layers, and putting them into a model. Imports formats and quantizers; never PEFT."""
 
+from .branch import LowRankBranch
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .replace import dequantize_model, quantizable_modules, quantize_module, quantize_modules, quantized_modules
 
 __all__ = [
     "AQLMLinear",
     "HQQLinear",
+    "LowRankBranch",
     "QuantizedLinear",
     "dequantize_model",
     "layer_type",

@@ -11,8 +11,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from quantlayers_kernels.straight_through import straight_through_linear
+from quantlayers_kernels.tiled import WeightTiles
+
 from ..formats import QuantizedWeight, QuantSpec
 from ..quantizers import QuantMethod, get_method
+from .branch import LowRankBranch
 from .write_through import WriteThroughWeight
 
 # Of a layer's spec, what its repr shows.
@@ -135,6 +139,15 @@ class QuantizedLinear(nn.Linear):
         return layer_type(spec.method)(quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name)
 
     @property
+    def branch(self) -> LowRankBranch | None:
+        """A low-rank branch whose result is added, or None; no part of ``weight``."""
+        return cast("LowRankBranch | None", self._modules.get("branch"))
+
+    def add_branch(self, branch: LowRankBranch) -> None:
+        """Add the result of ``branch`` to this layer's from now on, in place of an earlier branch."""
+        self._modules["branch"] = branch
+
+    @property
     def method(self) -> QuantMethod:
         """The quantization method of this layer."""
         return get_method(self.spec.method)
@@ -175,6 +188,18 @@ class QuantizedLinear(nn.Linear):
             self._tensors(), self.spec, in_features=self.in_features, dtype=dtype or self.compute_dtype
         )
 
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """:meth:`dequantize` with the branch in it: what a plain layer needs to compute the same."""
+        if self.branch is None:
+            return self.dequantize(dtype)
+        return (self.dequantize(torch.float32) + self.branch.dense()).to(dtype or self.compute_dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, metadata and branch included."""
+        branch_bits = 0 if self.branch is None else 8 * self.branch.nbytes
+        return self.quantized_weight.bits_per_weight + branch_bits / (self.in_features * self.out_features)
+
     def write_weight(self, weight: Tensor) -> None:
         """Quantize ``weight`` (out_features, in_features) into this layer, with the layer's own spec.
 
@@ -211,6 +236,42 @@ class QuantizedLinear(nn.Linear):
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
+        dtype, output_dtype = self._checked_dtypes(x)
+        tensors: dict[str, Tensor] = self._tensors()
+        bias: Tensor | None = self.bias
+        if replaced:
+            tensors = {name: replaced.get(name, tensor) for name, tensor in tensors.items()}
+            bias = replaced.get("bias", bias)
+        y = self.method.linear(x.to(dtype), tensors, self.spec, bias)
+        return self._with_branch(x, y).to(output_dtype)
+
+    def forward_with_update(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """What :meth:`forward` will give once ``left @ right`` is merged into the weight's codes.
+
+        The gradient of the two factors passes straight through the rounding; see
+        ``quantlayers_kernels.straight_through``.
+
+        Args:
+            x: (..., in_features), floating.
+            left: (out_features, r), float32.
+            right: (r, in_features), float32.
+        """
+        dtype, output_dtype = self._checked_dtypes(x)
+        tensors, spec, method, in_features = self._tensors(), self.spec, self.method, self.in_features
+
+        def tiles(left: Tensor, right: Tensor, dtype: torch.dtype) -> WeightTiles:
+            return method.merged_tiles(
+                tensors, spec, lambda rows: left[rows] @ right, in_features=in_features, dtype=dtype
+            )
+
+        y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
+        return self._with_branch(x, y).to(output_dtype)
+
+    def _with_branch(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.branch is None else y + self.branch(x)
+
+    def _checked_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of the product and of its result."""
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
                 f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
@@ -219,12 +280,7 @@ class QuantizedLinear(nn.Linear):
         dtype, output_dtype = self.compute_dtype, x.dtype
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
-        tensors: dict[str, Tensor] = self._tensors()
-        bias: Tensor | None = self.bias
-        if replaced:
-            tensors = {name: replaced.get(name, tensor) for name, tensor in tensors.items()}
-            bias = replaced.get("bias", bias)
-        return self.method.linear(x.to(dtype), tensors, self.spec, bias).to(output_dtype)
+        return dtype, output_dtype
 
     def extra_repr(self) -> str:
         fields = self.spec.to_dict()

@@ -143,7 +143,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         dtype: dtype of the weights; None for each layer's ``compute_dtype``.
     """
     for name, layer in quantized_modules(model).items():
-        weight = layer.dequantize(dtype).detach()
+        weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
     for module in model.modules():
         if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model

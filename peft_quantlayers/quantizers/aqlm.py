@@ -1,7 +1,9 @@
 """AQLM: its spec, and the method that makes and reads AQLM weights in the published layout."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ._aqlm_merge import dithered_codes
 from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
@@ -137,6 +140,19 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     def can_use_hessian(self, spec: AQLMSpec) -> bool:
         return True
+
+    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
+        """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move with a probability.
+
+        The rule is in ``_aqlm_merge.py``.
+        """
+        spec = cast(AQLMSpec, weight.spec)
+        found = _floats_of(weight, weight.tensors["codes"].device)
+        groups = matrix_to_groups(change(slice(0, weight.out_features)), spec.out_group_size, spec.in_group_size)
+        vectors = (groups / found.scales[:, None, None]).flatten(0, 1)
+        moved = dithered_codes(vectors, found.codes.flatten(0, 1), found.codebooks).view(found.codes.shape)
+        stored = _stored_codes(moved, found.codebooks.shape[1], weight.tensors["codes"].dtype)
+        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": stored})
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype

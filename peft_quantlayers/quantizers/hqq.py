@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
+from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
+from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, check_number, suggest_divisor
@@ -25,6 +27,8 @@ MAX_GROUP_SIZE = 1 << 24
 # large launches, and 2**26 weights make a workspace of less than 1 GiB.
 CPU_CHUNK_WEIGHTS = 1 << 20
 DEVICE_CHUNK_WEIGHTS = 1 << 26
+# Part of a shift, by norm, that rounding the zeros may lose. Its square is what a divergence of outputs loses: 1e-4.
+MAX_SHIFT_LOST = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +191,64 @@ class HQQMethod(QuantMethod[HQQSpec]):
         return hqq_dequantize(
             tensors["W_q"], tensors["scale"], tensors["zero"], spec.nbits, spec.axis, in_features, dtype
         )
+
+    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
+        """As :meth:`QuantMethod.merged`: scales and zeros stay, and the change is rounded into the codes with dither.
+
+        The rounding is defined in ``quantlayers_kernels.hqq.update``.
+        """
+        spec, (W_q, scale) = cast(HQQSpec, weight.spec), (weight.tensors[part] for part in ("W_q", "scale"))
+        codes = updated_codes(W_q, scale, change, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features)
+        return dataclasses.replace(weight, tensors=weight.tensors | {"W_q": codes})
+
+    def merged_tiles(
+        self,
+        tensors: Mapping[str, Tensor],
+        spec: HQQSpec,
+        change: Callable[[slice], Tensor],
+        *,
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> WeightTiles:
+        W_q, scale, zero = (tensors[part] for part in ("W_q", "scale", "zero"))
+        return updated_tiles(
+            W_q, scale, zero, change, nbits=spec.nbits, axis=spec.axis, in_features=in_features, dtype=dtype
+        )
+
+    def shift_group_size(self, spec: HQQSpec, *, in_features: int) -> int:
+        if spec.axis != 1:
+            raise NotImplementedError("the groups run along the outputs (axis=0). Quantize with axis=1.")
+        if spec.integer_zero:
+            raise NotImplementedError("the zeros are whole codes. Quantize with integer_zero=False.")
+        return spec.group_size or in_features
+
+    def shifted(self, weight: QuantizedWeight, change: Tensor, *, name: str) -> QuantizedWeight:
+        """As :meth:`QuantMethod.shifted`: ``(code - (zero - change / scale)) * scale``.
+
+        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_SHIFT_LOST`` of the change;
+        a warning says so.
+        """
+        spec = cast(HQQSpec, weight.spec)
+        self.shift_group_size(spec, in_features=weight.in_features)
+        scale, zero = (weight.tensors[part].float() for part in ("scale", "zero"))
+        shifted = zero - change / scale
+        if not torch.isfinite(shifted).all():
+            raise ValueError(f"{name}: the shifted zeros hold NaN or Inf. The adapter seems to be broken.")
+        stored = shifted.to(weight.tensors["zero"].dtype)
+        lost = ((stored.float() - shifted) * scale).norm()
+        if lost <= MAX_SHIFT_LOST * change.norm():
+            return dataclasses.replace(weight, tensors=weight.tensors | {"zero": stored})
+        logger.warning(
+            "%s: %s zeros would lose %.1f %% of the change, so scales and zeros are kept in float32 (%.2f bits per "
+            "weight more).",
+            name,
+            spec.scale_dtype,
+            100 * float(lost / change.norm()),
+            32 * scale.numel() / weight.out_features / weight.in_features,
+        )
+        wider = dataclasses.replace(spec, scale_dtype="float32")
+        tensors = weight.tensors | {"scale": scale, "zero": shifted}
+        return dataclasses.replace(weight, spec=wider, tensors=tensors)
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HQQSpec, bias: Tensor | None) -> Tensor:
         return hqq_linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)

@@ -6,12 +6,14 @@ loading, command line and contract tests follow from its registration.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 
@@ -69,6 +71,59 @@ class QuantMethod(ABC, Generic[SpecT]):
     @abstractmethod
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
+
+    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
+        """``weight`` plus ``change``, beginning from the codes that it has; no change gives the same bits.
+
+        Here it is quantized anew with ``weight`` as the start. A method that rounds a change into its codes better
+        than that does so, and offers :meth:`merged_tiles` for training through the same rounding.
+
+        Args:
+            weight: what to change; it is left as it is.
+            change: rows of the change for a range of rows, (n, in_features), float32, finite.
+            name: the layer's name, for messages.
+        """
+        whole = change(slice(0, weight.out_features))
+        if not whole.any():
+            return weight
+        before = self.dequantize(
+            weight.tensors, cast(SpecT, weight.spec), in_features=weight.in_features, dtype=torch.float32
+        )
+        return self.quantize(before + whole, cast(SpecT, weight.spec), name=name, start=weight)
+
+    def merged_tiles(
+        self,
+        tensors: Mapping[str, Tensor],
+        spec: SpecT,
+        change: Callable[[slice], Tensor],
+        *,
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> WeightTiles:
+        """Row ranges of the dense weight that :meth:`merged` gives, with their tiles in ``dtype``, one at a time."""
+        raise NotImplementedError(f"{spec.method} weights have no merge-aware training.")
+
+    def shift_group_size(self, spec: SpecT, *, in_features: int) -> int:
+        """How many neighbouring inputs of a row share an offset that can take any value: see :meth:`shifted`.
+
+        Raises:
+            NotImplementedError: weights of ``spec`` have no such offset; says why.
+        """
+        raise NotImplementedError(f"{spec.method} weights have no offset for each group that could take any value.")
+
+    def shifted(self, weight: QuantizedWeight, change: Tensor, *, name: str) -> QuantizedWeight:
+        """``weight`` plus a change that is constant in each group, without rounding any code.
+
+        Args:
+            weight: what to change; it is left as it is.
+            change: weight units, (out_features, n_groups), float32; groups of :meth:`shift_group_size`.
+            name: the layer's name, for messages.
+
+        Raises:
+            NotImplementedError: as :meth:`shift_group_size`.
+            ValueError: the change holds NaN or Inf; names ``name``.
+        """
+        raise NotImplementedError(f"{name}: {weight.spec.method} weights cannot be shifted group by group.")
 
 
 def checked_layout(weight: Tensor, spec: QuantSpec, *, name: str) -> dict[str, TensorLayout]:

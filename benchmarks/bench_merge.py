@@ -1,0 +1,381 @@
+"""What merging keeps of an adapter: SmolLM2-135M, two tasks, every strategy, beside the rule of PEFT with ``hqq``.
+
+    python benchmarks/bench_merge.py            all settings, three seeds: hours on two cores
+    python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes
+
+For each setting, task and seed three adapters are trained with the same data, steps and learning rate: plain LoRA,
+merge-aware LoRA, and QA-LoRA with about as many parameters. Each is merged and compared on held-out tokens with itself
+before the merge (capture) and by its loss; the losses tell what a constraint costs in training. "peft+hqq" is what
+PEFT does with an ``HQQLinear``: dequantize, add the change, quantize anew with the ``hqq`` package. Rows are written
+to the result file as they come.
+
+    python benchmarks/bench_merge.py --only-steps      seconds and memory of a training step only
+"""
+
+import argparse
+import copy
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _device import describe_device
+from _peers import peer_weight, quantize_with_hqq
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_quantlayers as pql
+from peft_quantlayers.adapters.merge import STRATEGIES
+from peft_quantlayers.evaluate import Capture, capture, demo_model_folder
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+import orders_task  # noqa: E402
+
+TEXT = ROOT / "benchmarks" / "data" / "wikitext2-test.txt"
+RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
+RANK = 8
+CALIBRATION_TOKENS = 16_384
+SETTINGS: dict[str, pql.QuantConfig] = {
+    "HQQ 4-bit g64": pql.HQQConfig(nbits=4, group_size=64),
+    "HQQ 3-bit g64": pql.HQQConfig(nbits=3, group_size=64),
+    "HQQ 2-bit g16": pql.HQQConfig(nbits=2, group_size=16),
+    "AQLM 2x8": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
+}
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One merge. Losses are per held-out token, nats; scores are shares of held-out orders without a mistake."""
+
+    setting: str
+    task: str
+    seed: int
+    training: str
+    strategy: str
+    trained_parameters: int
+    capture: float
+    loss_base: float
+    loss_adapter: float
+    loss_merged: float
+    score_adapter: float | None
+    score_merged: float | None
+    seconds_to_merge: float
+
+
+class TextTask:
+    """Adaptation to a domain: the first part of WikiText-2's test text to train on, the last tokens held out."""
+
+    name = "text"
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace, seed: int) -> None:
+        ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
+        self.held_out = ids[-options.held_out_tokens :]
+        self.train = ids[: -options.held_out_tokens - 1024]
+        self.options, self.seed = options, seed
+
+    def batches(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        n = self.options.tokens
+        while True:
+            starts = torch.randint(len(self.train) - n, (self.options.batch,), generator=generator)
+            ids = torch.stack([self.train[start : start + n] for start in starts])
+            yield {"input_ids": ids, "labels": ids}
+
+    def score(self, model: nn.Module) -> float | None:
+        return None
+
+
+class OrdersTask:
+    """The demo's task; the held-out tokens are prompts and answers of orders that were not trained on."""
+
+    name = "orders"
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace, seed: int) -> None:
+        n_train = options.steps * options.batch
+        train, self.test = orders_task.make_orders(n_train, options.orders, seed=seed)
+        examples = orders_task.tokenize(self.test, tokenizer)
+        self.held_out = torch.tensor([token for example in examples for token in example["input_ids"]])
+        self.examples, self.tokenizer = orders_task.tokenize(train, tokenizer), tokenizer
+        self.train = torch.tensor([token for example in self.examples for token in example["input_ids"]])
+        self.options = options
+
+    def batches(self) -> Iterator[Batch]:
+        collate = orders_task.OrderCollator(self.tokenizer)
+        for start in range(0, len(self.examples), self.options.batch):
+            yield collate(self.examples[start : start + self.options.batch])
+
+    def score(self, model: nn.Module) -> float | None:
+        return orders_task.exact_match(model, self.tokenizer, self.test)
+
+
+TASKS: dict[str, Callable[..., Any]] = {"text": TextTask, "orders": OrdersTask}
+
+
+def adapter_config(training: str, base: nn.Module, config: pql.QuantConfig) -> LoraConfig:
+    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+    if training == "qalora":
+        layers = list(pql.quantized_modules(base).values())
+        size = config.group_size
+        plain = RANK * sum(layer.in_features + layer.out_features for layer in layers)
+        rank = round(plain / sum(layer.in_features // size + layer.out_features for layer in layers))
+        fields |= {"r": rank, "lora_alpha": 2 * rank, "use_qalora": True, "qalora_group_size": size}
+    return LoraConfig(**fields)
+
+
+def train(
+    base: nn.Module, training: str, task: Any, options: argparse.Namespace, config: pql.QuantConfig
+) -> nn.Module:
+    """A PEFT model on ``base``, which stays as it is; the learning rate falls from its peak along a cosine."""
+    torch.manual_seed(task.options.seed)
+    model = get_peft_model(copy.deepcopy(base), adapter_config(training, base, config)).train()
+    if training == "aware":
+        pql.enable_merge_aware(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0)
+    batches = task.batches()
+    for step in range(options.steps):
+        warmup = min(1.0, (step + 1) / max(1, options.steps // 10))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        model(**next(batches), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Capture, float]:
+    """The merged model, what it kept, and the seconds of the merge itself."""
+    extra = {"calibration": task.train[:CALIBRATION_TOKENS]} if strategy == "calibrated" else {}
+    start = time.perf_counter()
+    merged, _ = pql.merge_back(copy.deepcopy(model), strategy=strategy, **extra)
+    seconds = time.perf_counter() - start
+    return merged, compared(model, merged, task), seconds
+
+
+def merge_by_hqq(model: nn.Module, config: pql.QuantConfig, task: Any) -> tuple[nn.Module, Capture, float]:
+    """PEFT's rule for ``HQQLinear``: each weight dequantized, changed, and quantized anew by the ``hqq`` package."""
+    start = time.perf_counter()
+    merged, _ = pql.merge_back(copy.deepcopy(model), strategy="dense")
+    names = pql.quantized_modules(model.base_model.model)
+    for name in (name.removesuffix(".base_layer") for name in names):
+        linear = merged.get_submodule(name)
+        peer = quantize_with_hqq(linear.weight.data, nbits=config.nbits, group_size=config.group_size, axis=1)
+        linear.weight.data = peer_weight(*peer).dense
+    return merged, compared(model, merged, task), time.perf_counter() - start
+
+
+def compared(model: nn.Module, merged: nn.Module, task: Any) -> Capture:
+    def logits(candidate: nn.Module, ids: Tensor) -> Tensor:
+        return candidate(ids, use_cache=False).logits
+
+    def base(ids: Tensor) -> Tensor:
+        with model.disable_adapter():
+            return logits(model, ids)
+
+    return capture(
+        lambda ids: logits(model, ids), base, lambda ids: logits(merged.eval(), ids), task.held_out, window=256
+    )
+
+
+def strategies(training: str, config: pql.QuantConfig) -> list[str]:
+    if training != "plain":
+        return ["exact" if training == "qalora" else "aware"]
+    known = [strategy for strategy in ("requantize", "calibrated") if strategy in STRATEGIES]
+    return [*known, "peft+hqq"] if isinstance(config, pql.HQQConfig) else known
+
+
+def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argparse.Namespace) -> Iterator[Row]:
+    config = SETTINGS[setting]
+    for training in options.trainings:
+        if training == "qalora" and not isinstance(config, pql.HQQConfig):
+            continue
+        model = train(base, training, task, options, config)
+        score = task.score(model)
+        for strategy in strategies(training, config):
+            merged, kept, seconds = (
+                merge_by_hqq(model, config, task) if strategy == "peft+hqq" else merge(model, strategy, task)
+            )
+            yield Row(
+                setting=setting,
+                task=task.name,
+                seed=seed,
+                training=training,
+                strategy=strategy,
+                trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                capture=kept.capture,
+                loss_base=kept.loss_base,
+                loss_adapter=kept.loss_adapter,
+                loss_merged=kept.loss_merged,
+                score_adapter=score,
+                score_merged=task.score(merged),
+                seconds_to_merge=seconds,
+            )
+
+
+def step_model(training: str, config: pql.QuantConfig) -> nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(
+        demo_model_folder(), dtype=torch.float32, quantization_config=config, use_cache=False
+    )
+    model = get_peft_model(base, adapter_config("plain", base, config)).train()
+    if training == "aware":
+        pql.enable_merge_aware(model)
+    return model
+
+
+def take_step(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+
+
+def step_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds (interleaved) and peak memory (a process each) of a step, plain and merge-aware, for each setting."""
+    rows = []
+    for setting in options.settings:
+        config = SETTINGS[setting]
+        models = {"plain": step_model("plain", config)}
+        models["aware"] = step_model("aware", config)
+        for tokens in options.step_tokens:
+            ids = torch.randint(0, 49_000, (options.batch, tokens))
+            seconds: dict[str, list[float]] = {name: [] for name in models}
+            for repeat in range(options.repeats + 1):
+                for name, model in models.items():
+                    start = time.perf_counter()
+                    take_step(model, ids)
+                    if repeat:
+                        seconds[name].append(time.perf_counter() - start)
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            peaks = {name: peak_gib(setting, name, options.batch, tokens) for name in models}
+            rows.append(
+                {
+                    "setting": setting,
+                    "batch": options.batch,
+                    "tokens": tokens,
+                    "median_s": medians,
+                    "all_s": seconds,
+                    "time_ratio": medians["aware"] / medians["plain"],
+                    "peak_gib": peaks,
+                    "memory_ratio": peaks["aware"] / peaks["plain"],
+                }
+            )
+            print(
+                f"{setting:14} {options.batch} x {tokens:4} tokens  step {medians['plain']:.3f} s plain, "
+                f"{medians['aware']:.3f} s aware ({rows[-1]['time_ratio']:.2f} x); "
+                f"peak {peaks['plain']:.2f} GiB plain, {peaks['aware']:.2f} GiB aware "
+                f"({rows[-1]['memory_ratio']:.2f} x)",
+                flush=True,
+            )
+    return rows
+
+
+def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
+    """Largest resident size of a process of its own that loads the model and takes two steps."""
+    command = [sys.executable, __file__, "--peak-of", setting, training, str(batch), str(tokens)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(setting: str, training: str, batch: int, tokens: int) -> None:
+    model = step_model(training, SETTINGS[setting])
+    for _ in range(2):
+        take_step(model, torch.randint(0, 49_000, (batch, tokens)))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def show(row: Row) -> None:
+    scores = "" if row.score_adapter is None else f"  score {row.score_adapter:.0%} -> {row.score_merged:.0%}"
+    print(
+        f"{row.setting:14} {row.task:6} seed {row.seed}  {row.training:6} {row.strategy:10}  "
+        f"capture {row.capture:6.3f}  loss {row.loss_base:.3f} -> {row.loss_adapter:.3f}, merged "
+        f"{row.loss_merged:.3f}{scores}"
+        f"  ({row.trained_parameters / 1e6:.2f} M trained, merged in {row.seconds_to_merge:.0f} s)",
+        flush=True,
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    """Means over the seeds."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.setting, row.task, row.training, row.strategy), []).append(row)
+    print(
+        f"\n{'setting':15}{'task':8}{'training':10}{'strategy':12}{'capture':>9}{'base':>8}{'adapter':>9}{'merged':>8}"
+    )
+    for names, group in groups.items():
+        means = [statistics.mean(getattr(row, name) for row in group) for name in ("capture", *LOSSES)]
+        print(
+            f"{names[0]:15}{names[1]:8}{names[2]:10}{names[3]:12}{means[0]:9.3f}"
+            + "".join(f"{m:8.3f} " for m in means[1:])
+        )
+
+
+LOSSES = ("loss_base", "loss_adapter", "loss_merged")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one setting and seed, few steps")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--trainings", nargs="+", choices=("plain", "aware", "qalora"), default=None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a training example of the text task")
+    parser.add_argument("--held-out-tokens", type=int, default=4096)
+    parser.add_argument("--orders", type=int, default=48, help="held-out orders")
+    parser.add_argument("--step-tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only-steps", action="store_true", help="measure the costs of a step and nothing else")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.trainings = options.trainings or ["plain", "aware", "qalora"]
+    if options.quick:
+        options.settings, options.seeds, options.steps = options.settings[:1], 1, 10
+        options.batch, options.tokens, options.held_out_tokens, options.orders = 2, 64, 1024, 8
+        options.step_tokens, options.repeats = [128], 2
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    if options.peak_of:
+        setting, training, batch, tokens = options.peak_of
+        return print_peak(setting, training, int(batch), int(tokens))
+    result: dict[str, Any] = {
+        "device": describe_device(),
+        "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
+        "options": {name: value for name, value in vars(options).items() if name not in ("output", "peak_of")},
+        "steps": step_costs(options),
+        "rows": [],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
+    rows: list[Row] = []
+    for setting in [] if options.only_steps else options.settings:
+        base = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
+        pql.quantize_model(base, SETTINGS[setting], progress=False)
+        for seed in range(options.seeds):
+            for name in options.tasks:
+                options.seed = seed
+                for row in measure(setting, base, TASKS[name](tokenizer, options, seed), seed, options):
+                    rows.append(row)
+                    show(row)
+                    result["rows"] = [asdict(each) for each in rows]
+                    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

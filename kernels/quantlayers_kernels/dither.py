@@ -1,0 +1,16 @@
+"""Numbers that look random and are a function of their position alone: the same on every machine and in every run."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def white_noise(n: int, device: torch.device) -> Tensor:
+    """(n,), float32, uniform in (0, 1), white: an integer hash of 0 to n - 1."""
+    position = torch.arange(n, dtype=torch.int64)
+    for _ in range(2):
+        position = ((position ^ (position >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    position ^= position >> 16
+    return ((position.double() + 0.5) / 2.0**32).float().to(device)

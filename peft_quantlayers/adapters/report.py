@@ -1,0 +1,174 @@
+"""What a merge did, in numbers: layer by layer and in total."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluate import Capture
+
+# Below this much of the adapter's effect, or of its change, another strategy is worth its price.
+LOW_CAPTURE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMergeReport:
+    """What one merge did to one layer.
+
+    Fields:
+        name: module name of the base layer.
+        adapters: adapters whose change is in the merged weight.
+        bits_before, bits_after: stored bits per weight.
+        weight_norm, change_norm, error_norm: Frobenius norms of the float target ``W + change``, of the change,
+            and of what quantizing the target lost.
+        change_kept: the part of the change that is in the merged weight: 1 for all of it, 0 for none. The
+            coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    bits_before: float
+    bits_after: float
+    weight_norm: float
+    change_norm: float
+    error_norm: float
+    change_kept: float
+
+    @property
+    def relative_error(self) -> float:
+        """``error_norm / weight_norm``."""
+        return self.error_norm / self.weight_norm if self.weight_norm else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge did, layer by layer and in total. Norms of the total are over all weights together.
+
+    Fields:
+        strategy: the one that was asked for.
+        layers: one entry for each quantized layer.
+        capture: what is left of the adapter's effect on held-out text; None where none was given.
+        scores: of the model with its adapter and of the merged one; None without a metric.
+    """
+
+    strategy: str
+    layers: tuple[LayerMergeReport, ...]
+    capture: Capture | None = None
+    scores: tuple[float, float] | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of what the merged weights lost against their float targets, over the norm of these."""
+        return _norm(layer.error_norm for layer in self.layers) / (
+            _norm(layer.weight_norm for layer in self.layers) or 1.0
+        )
+
+    @property
+    def change_kept(self) -> float:
+        """Part of the adapters' change that is in the merged weights, weighted by its energy; 1 is all of it."""
+        energy = sum(layer.change_norm**2 for layer in self.layers)
+        if not energy:
+            return 1.0
+        return sum(layer.change_kept * layer.change_norm**2 for layer in self.layers) / energy
+
+    @property
+    def error_to_change(self) -> float:
+        """Norm of what rounding lost over the norm of the change: above 1 the noise outweighs the adapter."""
+        change = _norm(layer.change_norm for layer in self.layers)
+        return _norm(layer.error_norm for layer in self.layers) / change if change else 0.0
+
+    @property
+    def recommendation(self) -> str | None:
+        """What to try instead, where this merge lost much; None where it did not."""
+        kept = self.change_kept if self.capture is None else self.capture.capture
+        if kept >= LOW_CAPTURE:
+            return None
+        what = "change is in the weights" if self.capture is None else "effect on the predictions is left"
+        said = f"{kept:.2f} of the adapter's {what}."
+        others = [
+            'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
+            "train with QA-LoRA (HQQ, axis=1), which merges exactly",
+            'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
+        ]
+        if self.strategy in ("exact", "aware"):
+            others = others[2:]
+        return f"{said} Instead: " + "; or ".join(others) + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the totals, and one entry for each layer."""
+        return {
+            "strategy": self.strategy,
+            "relative_error": self.relative_error,
+            "change_kept": self.change_kept,
+            "error_to_change": self.error_to_change,
+            "capture": None
+            if self.capture is None
+            else dataclasses.asdict(self.capture) | {"capture": self.capture.capture},
+            "scores": None if self.scores is None else {"adapter": self.scores[0], "merged": self.scores[1]},
+            "recommendation": self.recommendation,
+            "layers": [dataclasses.asdict(layer) | {"relative_error": layer.relative_error} for layer in self.layers],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
+        rows = [f"{'layer':{width}}  bits  rel. error  error/change  change kept"]
+        for layer in self.layers:
+            ratio = layer.error_norm / layer.change_norm if layer.change_norm else 0.0
+            rows.append(
+                f"{layer.name:{width}}  {layer.bits_after:4.2f}  {layer.relative_error:10.4f}  {ratio:12.2f}"
+                f"  {layer.change_kept:11.2f}"
+            )
+        rows.append(
+            f"{'total':{width}}        {self.relative_error:10.4f}  {self.error_to_change:12.2f}"
+            f"  {self.change_kept:11.2f}"
+        )
+        if self.capture is not None:
+            rows.append(
+                f"capture {self.capture.capture:.3f}; loss {self.capture.loss_base:.3f} base, "
+                f"{self.capture.loss_adapter:.3f} adapter, {self.capture.loss_merged:.3f} merged"
+            )
+        if self.scores is not None:
+            rows.append(f"score {self.scores[0]:.3f} adapter, {self.scores[1]:.3f} merged")
+        if self.recommendation is not None:
+            rows.append(self.recommendation)
+        return "\n".join(rows)
+
+
+def layer_report(
+    name: str,
+    adapters: list[str],
+    *,
+    before: Tensor,
+    target: Tensor,
+    merged: Tensor,
+    bits: tuple[float, float],
+) -> LayerMergeReport:
+    """The report on a layer whose weight was ``before``, should be ``target`` and became ``merged``; all float32."""
+    change = target - before
+    change_energy = change.square().sum()
+    kept = ((merged - before) * change).sum() / change_energy if change_energy > 0 else torch.ones(())
+    return LayerMergeReport(
+        name=name,
+        adapters=tuple(adapters),
+        bits_before=bits[0],
+        bits_after=bits[1],
+        weight_norm=float(target.norm()),
+        change_norm=float(change.norm()),
+        error_norm=float((merged - target).norm()),
+        change_kept=float(kept),
+    )
+
+
+def _norm(norms: Any) -> float:
+    return math.sqrt(sum(norm**2 for norm in norms))

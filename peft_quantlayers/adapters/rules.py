@@ -1,0 +1,153 @@
+"""Rules of merging: what one layer becomes when adapters are merged into it. Pure functions of a plan.
+
+A rule takes a :class:`MergePlan` and gives the new weight, or a new layer in place of the quantized one; it changes
+nothing itself. Applying the result, and taking it back, is the LoRA layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight
+from ..layers import LowRankBranch, QuantizedLinear
+from ..layers.replace import dense_in_place_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """One layer with the adapters that are to be merged into it. Nothing has changed yet.
+
+    Fields:
+        base: the quantized layer. Its own weight may hold an earlier merge; ``weight`` does not.
+        adapters: names of the adapters.
+        weight: the quantized weight without any adapter.
+        before, target: that weight and the one with the adapters' changes, (out_features, in_features), float32.
+        bias: the bias with the adapters' changes, float32, or None.
+        left, right: ``target - before == left @ right``, (out_features, r) and (r, in_features), float32; None where
+            a LoRA variant is no such product.
+        group_change: the change of each quantization group, (out_features, n_groups), float32; None where the
+            change is not constant in the groups.
+        adapter_dtype: of the adapters' parameters.
+        is_aware: all adapters were trained through the rounding of just this ``weight``.
+    """
+
+    base: QuantizedLinear
+    adapters: tuple[str, ...]
+    weight: QuantizedWeight
+    before: Tensor
+    target: Tensor
+    bias: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    group_change: Tensor | None
+    adapter_dtype: torch.dtype
+    is_aware: bool
+
+    def change_rows(self, rows: slice) -> Tensor:
+        """Rows of the change, (n, in_features), float32; the same bits that merge-aware training computes."""
+        if self.left is None or self.right is None:
+            return self.target[rows] - self.before[rows]
+        return self.left[rows] @ self.right
+
+
+MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
+
+# A change of which less than this arrives has met the end of the range of codes: a new grid may hold more of it.
+MIN_KEPT_ON_GRID = 0.8
+
+
+def exact(plan: MergePlan) -> QuantizedWeight:
+    """The change folded into the offsets of the groups: no code is rounded.
+
+    Raises:
+        ValueError: the change is not constant in the layer's groups.
+    """
+    if plan.group_change is None:
+        raise ValueError(
+            f"{plan.base.layer_name}: adapters {list(plan.adapters)} cannot be merged exactly: their change differs "
+            "from weight to weight. Train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>), or use "
+            'strategy="requantize" or "keep".'
+        )
+    return plan.base.method.shifted(plan.weight, plan.group_change, name=plan.base.layer_name)
+
+
+def on_grid(plan: MergePlan) -> QuantizedWeight:
+    """The change rounded into the codes on the grid that the weight has, as merge-aware training does it."""
+    return plan.base.method.merged(plan.weight, plan.change_rows, name=plan.base.layer_name)
+
+
+def aware(plan: MergePlan) -> QuantizedWeight:
+    """:func:`on_grid` for adapters that were trained through it: the outputs stay as they are.
+
+    Raises:
+        ValueError: an adapter was not trained merge-aware, or on another weight.
+    """
+    if not plan.is_aware:
+        raise ValueError(
+            f"{plan.base.layer_name}: adapters {list(plan.adapters)} were not trained merge-aware on this weight. "
+            "Call peft_quantlayers.enable_merge_aware(model) before training them, or merge with another strategy: "
+            '"requantize" needs no data, "keep" loses nothing.'
+        )
+    return on_grid(plan)
+
+
+def requantize(plan: MergePlan) -> QuantizedWeight:
+    """:func:`on_grid`, or a new grid where that holds more of the change."""
+    kept = on_grid(plan)
+    if change_kept(plan, kept) >= MIN_KEPT_ON_GRID:
+        return kept
+    base = plan.base
+    anew = base.method.quantize(plan.target, base.spec, name=base.layer_name)
+    return max(kept, anew, key=lambda merged: change_kept(plan, merged))
+
+
+def dense(plan: MergePlan) -> nn.Module:
+    """A plain float layer in the base's compute dtype."""
+    base = plan.base
+    bias = None if plan.bias is None else nn.Parameter(plan.bias.to(base.bias.dtype), requires_grad=False)
+    return dense_in_place_of(base, plan.target.to(base.compute_dtype), bias)
+
+
+def keep(plan: MergePlan) -> QuantizedLinear:
+    """A quantized layer with the same codes, and the change beside them as a low-rank branch.
+
+    Raises:
+        NotImplementedError: a LoRA variant whose change is no product of two factors.
+    """
+    base = plan.base
+    if plan.left is None or plan.right is None:
+        raise NotImplementedError(
+            f'{base.layer_name}: strategy="keep" knows plain LoRA and rsLoRA. Use "exact" for QA-LoRA, "dense" for '
+            "other variants."
+        )
+    bias = None if plan.bias is None else plan.bias.to(base.bias.dtype)
+    kept = type(base)(plan.weight, bias, compute_dtype=base.compute_dtype, layer_name=base.layer_name)
+    left, right = plan.left, plan.right
+    if base.branch is not None:
+        left, right = torch.cat([base.branch.B.float(), left], dim=1), torch.cat([base.branch.A.float(), right])
+    kept.add_branch(LowRankBranch(right.to(plan.adapter_dtype), left.to(plan.adapter_dtype)))
+    kept.is_conv1d = base.is_conv1d
+    return kept.train(base.training)
+
+
+def automatic(plan: MergePlan) -> QuantizedWeight:
+    """:func:`exact` or :func:`aware` for adapters made for it, :func:`requantize` for any other."""
+    if plan.is_aware:
+        return aware(plan)
+    return requantize(plan) if plan.group_change is None else exact(plan)
+
+
+def change_kept(plan: MergePlan, merged: QuantizedWeight) -> float:
+    """The coefficient of the change in what ``merged`` changed, by least squares; at most 1; 1 without a change."""
+    change = plan.target - plan.before
+    energy = change.square().sum()
+    if not energy > 0:
+        return 1.0
+    after = plan.base.method.dequantize(
+        merged.tensors, merged.spec, in_features=merged.in_features, dtype=torch.float32
+    )
+    return min(1.0, float(((after - plan.before) * change).sum() / energy))

@@ -1,0 +1,84 @@
+"""What an adapter was rounded against while it was trained, in its saved config.
+
+The config's class has one field more than PEFT's; PEFT alone ignores it with a warning. May import formats.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+
+from ..formats import QuantizedWeight
+
+# Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
+ROUNDING_VERSION = 1
+
+
+@dataclass
+class MergeAwareLoraConfig(LoraConfig):
+    """A ``LoraConfig`` of an adapter that was trained through the rounding of the merge. PEFT alone reads the rest.
+
+    Attributes:
+        merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}``; None for an
+            ordinary adapter, and then not saved.
+    """
+
+    merge_aware: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the adapter was rounded against while it was trained."}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; an ordinary adapter is saved as if this class did not exist."""
+        fields = super().to_dict()
+        if self.merge_aware is None:
+            fields.pop("merge_aware", None)
+        return fields
+
+
+def fingerprint(weight: QuantizedWeight) -> str:
+    """A checksum of the spec and all tensors of ``weight``: equal for the same codes on the same grid only."""
+    checksum = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
+    for name in sorted(weight.tensors):
+        stored = weight.tensors[name].detach().cpu().contiguous().view(torch.uint8)
+        checksum = zlib.crc32(stored.numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
+def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
+    """A copy of ``config`` that says what its adapter is rounded against: name and fingerprint of each layer."""
+    aware = copy.copy(config)
+    aware.__class__ = MergeAwareLoraConfig
+    aware = cast(MergeAwareLoraConfig, aware)
+    aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
+    return aware
+
+
+def stamp_of(config: Any) -> dict[str, Any] | None:
+    """What :func:`stamped` wrote into ``config``, or None."""
+    return getattr(config, "merge_aware", None)
+
+
+def check_stamp(stamp: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
+    """Raise ValueError unless the adapter was trained through the rounding of just this weight."""
+    way_out = (
+        'Load it on the base it was trained on, or merge it with strategy="requantize" after deleting "merge_aware" '
+        "from its adapter_config.json."
+    )
+    if not isinstance(stamp, dict) or not isinstance(stamp.get("layers"), dict):
+        raise ValueError(f"adapter {adapter!r}: merge_aware={stamp!r} in its config is damaged. {way_out}")
+    if stamp.get("rounding") != ROUNDING_VERSION:
+        raise ValueError(
+            f"adapter {adapter!r} was trained through version {stamp.get('rounding')!r} of the rounding, and this is "
+            f"version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {way_out}"
+        )
+    if stamp["layers"].get(layer_name) != fingerprint(weight):
+        raise ValueError(
+            f"{layer_name}: adapter {adapter!r} was trained merge-aware on another quantized weight than this one "
+            f"({weight.spec}). {way_out}"
+        )

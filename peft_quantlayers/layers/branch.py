@@ -1,0 +1,60 @@
+"""A low-rank branch beside a quantized weight: an adapter that stays when everything else of PEFT is gone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class LowRankBranch(nn.Module):
+    """Adds ``x @ A.T @ B.T`` to a quantized layer's result. Not trained; saved with the model.
+
+    Attributes:
+        A: (r, in_features), floating.
+        B: (out_features, r), floating, an adapter's scaling included.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A.detach(), requires_grad=False)
+        self.B = nn.Parameter(B.detach(), requires_grad=False)
+        self._is_hf_initialized = True
+
+    @classmethod
+    def empty(
+        cls, rank: int, *, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LowRankBranch:
+        """A branch of uninitialised tensors, to load a checkpoint into.
+
+        Raises:
+            ValueError: no branch of this rank makes sense for this shape.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"a branch of rank {rank!r} makes no sense; it must lie between 1 and {MAX_RANK}.")
+        A = torch.empty(rank, in_features, dtype=dtype, device=device)
+        return cls(A, torch.empty(out_features, rank, dtype=dtype, device=device))
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``B``."""
+        return self.B.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.A.nbytes + self.B.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(x.to(self.A.dtype), self.A), self.B)
+
+    def dense(self) -> Tensor:
+        """``B @ A``, (out_features, in_features), float32."""
+        return self.B.float() @ self.A.float()
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, dtype={self.A.dtype}"
+
+
+# Several adapters kept together add their ranks up, so that the shape of the layer is no bound.
+MAX_RANK = 1 << 16

@@ -1,0 +1,196 @@
+"""What holds for every strategy of merge_back, and what the report says of the whole model."""
+
+import json
+
+import pytest
+import torch
+from integrations.tiny import tiny_model, token_ids
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_quantlayers as pql
+from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers.adapters.merge import STRATEGIES
+
+from .test_lora import Two, assert_same_bits, bits_of, quantized_two, with_adapter
+
+METHODS = {
+    "hqq": HQQConfig(nbits=4, group_size=32),
+    "aqlm": AQLMConfig(nbits_per_codebook=4),
+}
+
+
+def model_for(strategy: str, config: pql.QuantConfig = METHODS["hqq"]) -> PeftModel:
+    """A model with an adapter of the kind that the strategy merges."""
+    torch.manual_seed(0)
+    base = pql.quantize_model(Two(), config, progress=False)
+    fields = {"use_qalora": True, "qalora_group_size": 32, "init_lora_weights": True} if strategy == "exact" else {}
+    model = with_adapter(base, **fields)
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        lora_B = layer.lora_B["default"].weight
+        lora_B.data = 0.02 * torch.randn(lora_B.shape, generator=torch.Generator().manual_seed(3))
+    if strategy == "aware":
+        pql.enable_merge_aware(model)
+    return model
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("exact", "aware")])
+def test_ten_merges_through_peft_leave_the_same_bits_and_outputs(strategy, method, x):
+    check_ten_merges(strategy, METHODS[method], x)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "aware"])
+def test_ten_merges_of_hqq_leave_the_same_bits_and_outputs(strategy, x):
+    check_ten_merges(strategy, METHODS["hqq"], x)
+
+
+def check_ten_merges(strategy: str, config: pql.QuantConfig, x: torch.Tensor) -> None:
+    model = model_for(strategy, config)
+    pql.set_merge_strategy(model, strategy)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(x)
+    for _ in range(10):
+        model.merge_adapter()
+        assert model.base_model.model.first.merged
+        model.unmerge_adapter()
+    now = model.state_dict()
+    assert now.keys() == bits.keys()
+    assert all(torch.equal(now[name], tensor) for name, tensor in bits.items())
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "aware", "requantize", "auto"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zero_adapter_changes_no_bit(strategy, method):
+    if method == "aqlm" and strategy in ("exact", "aware"):
+        pytest.skip("for HQQ only")
+    model = model_for(strategy, METHODS[method])
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.lora_B["default"].weight.data.zero_()
+    before = [layer.quantized_weight for layer in pql.quantized_modules(model).values()]
+    merged, report = pql.merge_back(model, strategy=strategy)
+    for layer, weight in zip(pql.quantized_modules(merged).values(), before, strict=True):
+        assert all(
+            torch.equal(tensor, weight.tensors[name]) for name, tensor in layer.quantized_weight.tensors.items()
+        )
+    assert report.change_kept == 1.0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_is_refused_by_the_layers_name_and_nothing_changed(strategy):
+    model = model_for(strategy)
+    model.base_model.model.second.lora_B["default"].weight.data[0, 0] = float("nan")
+    bits = bits_of(model)
+    pql.set_merge_strategy(model, strategy)
+    for call in (lambda: pql.merge_back(model, strategy=strategy), model.base_model.model.second.merge):
+        with pytest.raises(ValueError, match="second"):
+            call()
+        assert_same_bits(model, bits)
+        assert not any(getattr(model.base_model.model, name).merged for name in ("first", "second"))
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "exact"])
+def test_merging_one_after_the_other_is_merging_the_sum(strategy, x):
+    outputs = []
+    for calls in ([["default"], ["other"]], [["default", "other"]]):
+        model = model_for("requantize")
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+        if strategy == "aware":
+            pql.enable_merge_aware(model, ["default", "other"])
+        pql.set_merge_strategy(model, strategy)
+        for names in calls:
+            model.merge_adapter(names)
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+
+
+def test_small_changes_of_adapters_survive_a_merge_without_data():
+    model = model_for("requantize")
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.lora_B["default"].weight.data *= 0.2
+    _, report = pql.merge_back(model, strategy="requantize")
+    assert all(layer.change_norm < 0.05 * layer.weight_norm for layer in report.layers)
+    assert report.change_kept == pytest.approx(1.0, abs=0.3)  # 0.0 to 0.2 when quantized anew
+
+
+def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
+    model = with_adapter(quantized_two())  # random adapters, as large as the weights
+    base = model.base_model.model.first.get_base_layer()
+    scale = base.scale.clone()
+    _, report = pql.merge_back(model, strategy="requantize")
+    assert not torch.equal(base.scale, scale)
+    assert report.change_kept > 0.9
+
+
+def test_an_unknown_strategy_and_a_model_without_adapters_are_refused():
+    with pytest.raises(ValueError, match="requantize"):
+        pql.set_merge_strategy(model_for("requantize"), "magic")
+    with pytest.raises(ValueError, match="nothing to merge"):
+        pql.set_merge_strategy(quantized_two(), "dense")
+
+
+def tiny_peft_model(nbits: int = 4) -> PeftModel:
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=nbits, group_size=32), progress=False)
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model.train()
+
+
+@pytest.mark.parametrize("adapters", [None, ["other"], ["default", "other"]])
+def test_capture_compares_base_adapter_and_merged_model(adapters, tmp_path):
+    from peft_quantlayers.evaluate import capture
+
+    ids = token_ids().flatten()
+    model, twin = tiny_peft_model(), tiny_peft_model().eval()
+    twin.base_model.set_adapter(adapters or ["default"])
+    scored = []
+
+    def metric(candidate: torch.nn.Module) -> float:
+        scored.append(candidate)
+        return float(len(scored))
+
+    merged, report = pql.merge_back(model, strategy="requantize", adapters=adapters, evaluate_on=ids, metric=metric)
+
+    def base(batch: torch.Tensor) -> torch.Tensor:
+        with twin.disable_adapter():
+            return twin(batch).logits
+
+    merged.eval()
+    expected = capture(lambda b: twin(b).logits, base, lambda b: merged(b).logits, ids, window=len(ids))
+    assert report.capture == expected
+    assert 0 < expected.kl_adapter_merged < expected.kl_adapter_base
+    assert scored == [model, merged]
+    report.save(tmp_path / "report.json")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["capture"]["capture"] == expected.capture
+    assert stored["scores"] == {"adapter": 1.0, "merged": 2.0}
+    assert f"capture {expected.capture:.3f}" in str(report)
+
+
+def test_too_short_a_text_is_refused_after_the_merge_was_taken_back(x):
+    model = tiny_peft_model()
+    bits = bits_of(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match="vector"):
+        pql.merge_back(model, strategy="requantize", evaluate_on=token_ids())
+    assert_same_bits(model, bits)
+    assert model.training
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+
+
+def test_the_report_recommends_what_keeps_more_where_little_is_kept():
+    model = tiny_peft_model(nbits=1)
+    _, report = pql.merge_back(model, strategy="requantize", evaluate_on=token_ids().flatten())
+    assert report.capture.capture < 0.9
+    assert "enable_merge_aware" in report.recommendation
+    assert report.recommendation in str(report)
+    _, lossless = pql.merge_back(tiny_peft_model(), strategy="keep", evaluate_on=token_ids().flatten())
+    assert lossless.recommendation is None
+    assert lossless.capture.capture == pytest.approx(1.0, abs=1e-4)
