@@ -11,12 +11,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..calibration import Calibration
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
+from .calibrated import merge_calibrated
 from .lora import RULES, LoraQuantizedLinear, MergeState
 from .report import MergeReport
 
-Strategy = Literal["auto", "exact", "aware", "requantize", "dense", "keep"]
+Strategy = Literal["auto", "exact", "aware", "calibrated", "requantize", "dense", "keep"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 # Tokens that are scored at a time for ``evaluate_on``: three windows of logits are kept.
@@ -28,6 +30,8 @@ def merge_back(
     *,
     strategy: Strategy = "auto",
     adapters: list[str] | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
     evaluate_on: Tensor | None = None,
     metric: Callable[[nn.Module], float] | None = None,
 ) -> tuple[nn.Module, MergeReport]:
@@ -39,11 +43,15 @@ def merge_back(
             ``"auto"``: ``"exact"`` for QA-LoRA, ``"aware"`` for adapters trained so, ``"requantize"`` for others.
             ``"exact"``: QA-LoRA only; the change goes into the float zeros, no code is rounded.
             ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs stay as they are.
+            ``"calibrated"``: any adapter; codes, scales, zeros and codebooks are chosen so that the outputs are right
+            on ``calibration``, layer by layer, from the codes that are there.
             ``"requantize"``: without data. HQQ weights keep their grid and the change is rounded into the codes with
             dither; other methods quantize anew, beginning from the codes that they have.
             ``"dense"``: a plain float model, which loses nothing.
             ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
         adapters: names of the adapters to merge; None for the active ones.
+        calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
+        tokenizer: for texts; None for the model's own.
         evaluate_on: held-out token ids, (n_tokens,); with them the report says how much of the adapter's effect on
             the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
         metric: any score of a model, a task's accuracy for example; called before and after the merge.
@@ -64,14 +72,23 @@ def merge_back(
             "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
             "PeftModel.from_pretrained(base, folder)."
         )
+    if (calibration is None) == (strategy == "calibrated"):
+        raise ValueError(
+            f"strategy={strategy!r} with {'no' if calibration is None else 'some'} calibration data: "
+            'strategy="calibrated" needs it, and no other strategy takes any. The model is left as it was.'
+        )
     names = _checked_names(peft_model, adapters)
     _refuse_broken_adapters(peft_model, names)
     layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
     score_before = None if metric is None else metric(peft_model)
     before = [layer.merge_state() for layer in layers]
     try:
-        for layer in layers:
-            layer.merge_with(RULES[strategy], names)
+        if strategy == "calibrated":
+            with _only_active(peft_model, layers, names):
+                merge_calibrated(peft_model, names, Calibration.of(calibration, tokenizer))
+        else:
+            for layer in layers:
+                layer.merge_with(RULES[strategy], names)
         captured = None if evaluate_on is None else _captured(peft_model, layers, names, evaluate_on)
     except BaseException:
         _restore(layers, before)
@@ -113,21 +130,40 @@ def _captured(
         with _in_state(layers, unmerged, back_to=merged), peft_model.disable_adapter():
             return logits(ids)
 
-    was_training, active = peft_model.training, list(peft_model.active_adapters)
-    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    tuner = cast(Any, peft_model.base_model)
+    was_training = peft_model.training
     peft_model.eval()
-    tuner.set_adapter(names)
     try:
-        return capture(
-            of_adapter, of_base, logits, token_ids.to(peft_model.device), window=min(WINDOW, len(token_ids))
-        )
+        with _only_active(peft_model, layers, names):
+            return capture(
+                of_adapter, of_base, logits, token_ids.to(peft_model.device), window=min(WINDOW, len(token_ids))
+            )
     finally:
-        tuner.set_adapter(active)
         peft_model.train(was_training)
+
+
+@contextmanager
+def _only_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> Iterator[None]:
+    """Exactly these adapters active, and what was active and trained before put back. What is merged stays merged."""
+    active = list(peft_model.active_adapters)
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    _set_active(peft_model, layers, names)
+    try:
+        yield
+    finally:
+        _set_active(peft_model, layers, active)
         for name, parameter in peft_model.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad = name in trained
+
+
+def _set_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> None:
+    """PEFT's ``set_adapter``, which unmerges every layer, without that."""
+    states = [layer.merge_state() for layer in layers]
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+    cast(Any, peft_model.base_model).set_adapter(names)
+    _restore(layers, states)
 
 
 @contextmanager

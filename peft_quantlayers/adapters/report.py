@@ -30,6 +30,8 @@ class LayerMergeReport:
             and of what quantizing the target lost.
         change_kept: the part of the change that is in the merged weight: 1 for all of it, 0 for none. The
             coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
+        output_kept: the part of the energy of the change in the outputs that survived on the calibration inputs,
+            ``1 - |error|**2 / |change|**2``; None without calibration.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerMergeReport:
     change_norm: float
     error_norm: float
     change_kept: float
+    output_kept: float | None = None
 
     @property
     def relative_error(self) -> float:
@@ -79,6 +82,12 @@ class MergeReport:
         return sum(layer.change_kept * layer.change_norm**2 for layer in self.layers) / energy
 
     @property
+    def output_kept(self) -> float | None:
+        """Mean of the layers' ``output_kept``; None where none has one."""
+        kept = [layer.output_kept for layer in self.layers if layer.output_kept is not None]
+        return sum(kept) / len(kept) if kept else None
+
+    @property
     def error_to_change(self) -> float:
         """Norm of what rounding lost over the norm of the change: above 1 the noise outweighs the adapter."""
         change = _norm(layer.change_norm for layer in self.layers)
@@ -87,16 +96,22 @@ class MergeReport:
     @property
     def recommendation(self) -> str | None:
         """What to try instead, where this merge lost much; None where it did not."""
-        kept = self.change_kept if self.capture is None else self.capture.capture
+        if self.capture is not None:
+            kept, what = self.capture.capture, "effect on the predictions is left"
+        elif self.output_kept is not None:
+            kept, what = self.output_kept, "change in the outputs is left"
+        else:
+            kept, what = self.change_kept, "change is in the weights"
         if kept >= LOW_CAPTURE:
             return None
-        what = "change is in the weights" if self.capture is None else "effect on the predictions is left"
         said = f"{kept:.2f} of the adapter's {what}."
         others = [
             'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
             "train with QA-LoRA (HQQ, axis=1), which merges exactly",
             'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
         ]
+        if self.strategy in ("auto", "requantize"):
+            others.insert(0, 'strategy="calibrated" with some text')
         if self.strategy in ("exact", "aware"):
             others = others[2:]
         return f"{said} Instead: " + "; or ".join(others) + "."
@@ -108,6 +123,7 @@ class MergeReport:
             "relative_error": self.relative_error,
             "change_kept": self.change_kept,
             "error_to_change": self.error_to_change,
+            "output_kept": self.output_kept,
             "capture": None
             if self.capture is None
             else dataclasses.asdict(self.capture) | {"capture": self.capture.capture},
@@ -122,16 +138,16 @@ class MergeReport:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
-        rows = [f"{'layer':{width}}  bits  rel. error  error/change  change kept"]
+        rows = [f"{'layer':{width}}  bits  rel. error  error/change  change kept  output kept"]
         for layer in self.layers:
             ratio = layer.error_norm / layer.change_norm if layer.change_norm else 0.0
             rows.append(
                 f"{layer.name:{width}}  {layer.bits_after:4.2f}  {layer.relative_error:10.4f}  {ratio:12.2f}"
-                f"  {layer.change_kept:11.2f}"
+                f"  {layer.change_kept:11.2f}  {'' if layer.output_kept is None else f'{layer.output_kept:11.2f}'}"
             )
         rows.append(
             f"{'total':{width}}        {self.relative_error:10.4f}  {self.error_to_change:12.2f}"
-            f"  {self.change_kept:11.2f}"
+            f"  {self.change_kept:11.2f}  {'' if self.output_kept is None else f'{self.output_kept:11.2f}'}"
         )
         if self.capture is not None:
             rows.append(

@@ -8,12 +8,13 @@ from .walk import BlockWork
 
 
 @torch.enable_grad()
-def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float) -> tuple[float, float]:
+def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms: bool = True) -> tuple[float, float]:
     """Lower the squared error of the block's outputs on its own calls; codes stay.
 
-    Trained, by Adam with a cosine schedule: all floating tensors of quantized layers, in float32, and what other
-    parameters the block has in float32 (norms). A tensor's rate is ``learning_rate`` times its root mean square, since
-    scales, zeros and codebooks differ in size by orders of magnitude. Ends where it began if the error did not fall.
+    Trained, by Adam with a cosine schedule: all floating tensors of quantized layers, in float32, and with ``norms``
+    what other parameters the block has in float32: norms and biases. A tensor's rate is ``learning_rate`` times its
+    root mean square, since scales, zeros and codebooks differ in size by orders of magnitude. Ends where it began if
+    the error did not fall.
 
     Returns:
         Error before and after, relative to the targets' energy.
@@ -24,7 +25,7 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float) -> tup
     if work.targets is None:
         raise ValueError("block finetuning needs targets.")
     layers = [module for module in work.block.modules() if isinstance(module, QuantizedLinear)]
-    parameters = _trainable(work.block, layers)
+    parameters = _trainable(work.block, layers, norms=norms)
     required = {parameter: parameter.requires_grad for parameter in work.block.parameters()}
     for parameter in required:
         parameter.requires_grad_(False)
@@ -71,14 +72,16 @@ def _error(work: BlockWork, energy: float) -> float:
     return sum(errors) / max(energy, 1e-30)
 
 
-def _trainable(block: nn.Module, layers: list[QuantizedLinear]) -> list[nn.Parameter]:
+def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) -> list[nn.Parameter]:
     """Floating parameters to train, those of quantized layers widened to float32 in place."""
+    metadata = []
     for layer in layers:
         for name in layer.quantized_weight.tensors:
-            parameter = layer.get_parameter(name)
             if name != layer.spec.codes_name:
+                parameter = layer.get_parameter(name)
                 parameter.data = parameter.data.float()
-    return [p for p in block.parameters() if p.dtype == torch.float32 and p.is_floating_point()]
+                metadata.append(parameter)
+    return [p for p in block.parameters() if p.dtype == torch.float32] if norms else metadata
 
 
 def _narrow(layer: QuantizedLinear) -> None:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes
+from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes, unpack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
@@ -136,7 +136,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
         begin = start or self._solved(weight, spec, layout, name=name)
         if hessian is not None:
             hessian = checked_hessian(hessian, weight, name=name)
-            return _for_outputs(weight.float(), begin, hessian, keep_grid=start is not None)
+            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None)
         return _on_grid_of(begin, weight) if start is not None else begin
 
     def can_use_hessian(self, spec: HQQSpec) -> bool:
@@ -271,20 +271,23 @@ CALIBRATED_ROUNDS = 2
 SWEEPS_PER_ROUND = 3
 
 
-def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, keep_grid: bool) -> QuantizedWeight:
+def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool) -> QuantizedWeight:
     """``weight``, float32, with the output error lowered from the grid of ``begin``.
 
-    Integer zeros stay where they are, and so does their scale. ``keep_grid`` begins from the very grid, not from one
-    that is fitted to the inputs' second moments first.
+    Integer zeros stay where they are, and so does their scale. ``from_start`` begins from the very grid and codes of
+    ``begin``, not from a grid that is fitted to the inputs' second moments first.
     """
     spec = cast(HQQSpec, begin.spec)
     dtype = getattr(torch, spec.scale_dtype)
     scale, zero = (begin.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=2**spec.nbits - 1)
-    if not (keep_grid or spec.integer_zero):
+    if not (from_start or spec.integer_zero):
         grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
-    codes = grid.nearest_codes(groups)
+    if from_start:
+        codes = unpack(begin.tensors["W_q"].to(weight.device), spec.nbits, weight.shape[1]).float().view(groups.shape)
+    else:
+        codes = grid.nearest_codes(groups)
     for _ in range(CALIBRATED_ROUNDS):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ROUND)
         if not spec.integer_zero:

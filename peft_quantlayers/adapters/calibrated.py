@@ -1,0 +1,91 @@
+"""Merge adapters so that the outputs come out right on calibration data, block by block.
+
+Rounding a weight with an adapter's change loses most of the change, which is smaller than a step. Chosen together
+under the second moment of the layer's inputs, the codes of a row carry it: what one cannot express, others take over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from peft import PeftModel
+from torch import Tensor
+
+from ..calibration import BlockWork, Calibration, Visitor, walk
+from ..calibration.finetune import finetune_block
+from ..formats import QuantizedWeight
+from ..quantizers import get_method
+from .lora import LoraQuantizedLinear
+from .report import LayerMergeReport
+from .rules import MergePlan, requantize
+
+
+def merge_calibrated(
+    peft_model: PeftModel, names: list[str], calibration: Calibration, *, progress: bool = True
+) -> None:
+    """Merge ``names`` into every quantized layer of ``peft_model``, whose active adapters they must be.
+
+    Raises:
+        ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
+    """
+    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraQuantizedLinear)}
+    for name, layer in layers.items():
+        spec = layer.quantized_base().spec
+        if not get_method(spec.method).can_use_hessian(spec):
+            raise ValueError(
+                f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize" or '
+                '"keep". The model is left as it was.'
+            )
+    visitor = _MergeVisitor(layers, names, calibration)
+    walk(peft_model, list(layers), calibration, visitor, progress=progress)
+
+
+class _MergeVisitor(Visitor):
+    def __init__(self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration) -> None:
+        self.layers, self.names, self.calibration = layers, names, calibration
+        self.needs_targets = calibration.finetune_epochs > 0
+
+    def visit(self, name: str, hessian: Tensor | None) -> None:
+        layer = self.layers[name]
+        kept: list[float] = []
+
+        def rule(plan: MergePlan) -> QuantizedWeight:
+            if hessian is None:
+                return requantize(plan)
+            merged = for_outputs(plan, hessian)
+            kept.append(output_kept(plan, merged, hessian))
+            return merged
+
+        layer.merge_with(rule, self.names)
+        if kept and isinstance(layer.merge_report, LayerMergeReport):
+            layer.merge_report = dataclasses.replace(layer.merge_report, output_kept=kept[0])
+
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
+        if self.calibration.finetune_epochs and names:
+            finetune_block(
+                work,
+                epochs=self.calibration.finetune_epochs,
+                learning_rate=self.calibration.learning_rate,
+                norms=False,  # what unmerging does not put back stays as it is
+            )
+
+
+def for_outputs(plan: MergePlan, hessian: Tensor) -> QuantizedWeight:
+    """The target quantized from the grid and the codes that the weight has, so that the outputs err least."""
+    if not (plan.target - plan.before).any():
+        return plan.weight
+    base = plan.base
+    return base.method.quantize(
+        plan.target, plan.weight.spec, name=base.layer_name, hessian=hessian, start=plan.weight
+    )
+
+
+def output_kept(plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> float:
+    """Part of the energy of the outputs' change that is left: ``1 - |error|**2 / |change|**2`` under ``hessian``."""
+    after = plan.base.method.dequantize(
+        merged.tensors, merged.spec, in_features=merged.in_features, dtype=plan.target.dtype
+    )
+    change, error = plan.target - plan.before, after - plan.target
+    hessian = hessian.to(change.device)
+    energy = float(((change @ hessian) * change).sum())
+    return 1.0 - float(((error @ hessian) * error).sum()) / energy if energy > 0 else 1.0

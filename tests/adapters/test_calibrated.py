@@ -1,0 +1,160 @@
+"""Calibrated merging: the adapter's outputs survive where rounding loses them, and everything can be taken back."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import peft_quantlayers as pql
+from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from tests.integrations.tiny import tiny_model
+
+IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
+HELD_OUT = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(1))
+CONFIGS = {
+    "hqq4": HQQConfig(nbits=4, group_size=16),
+    "hqq2": HQQConfig(nbits=2, group_size=16),
+    "aqlm": AQLMConfig(nbits_per_codebook=6),
+}
+
+
+def calibration(**fields) -> Calibration:
+    return Calibration(data=IDS, **({"n_tokens": 640, "sequence_length": 40, "damping": 0.05} | fields))
+
+
+def adapted(config: pql.QuantConfig, scale: float = 0.02, **lora) -> nn.Module:
+    """A quantized model with an adapter whose change is far below a step."""
+    base = quantize_model(tiny_model(), config, progress=False)
+    torch.manual_seed(3)
+    model = get_peft_model(base, LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": "all-linear"} | lora)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, scale)
+    return model.eval()
+
+
+def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{layer.layer_name}.{name}": tensor.clone()
+        for layer in quantized_modules(model).values()
+        for name, tensor in layer.quantized_weight.tensors.items()
+    }
+
+
+def distance(model: nn.Module, expected: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model(HELD_OUT).logits - expected).square().sum())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_more_of_the_adapter_survives_than_by_rounding(config):
+    model = adapted(config)
+    with torch.no_grad():
+        expected = model(HELD_OUT).logits
+        with model.disable_adapter():
+            change = float((model(HELD_OUT).logits - expected).square().sum())
+    rounded, _ = pql.merge_back(copy.deepcopy(model), strategy="requantize")
+    merged, report = pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=calibration())
+    lost = distance(merged, expected)
+    assert lost < 0.8 * change
+    assert lost < 0.8 * distance(rounded, expected)
+    assert 0.1 < report.output_kept < 1.0
+    assert all(layer.output_kept is not None for layer in report.layers)
+    assert "output kept" in str(report)
+    assert report.to_dict()["output_kept"] == report.output_kept
+
+
+def test_finetuning_the_blocks_brings_the_outputs_nearer_and_leaves_the_norms():
+    model = adapted(CONFIGS["hqq2"])
+    norms = {name: p.clone() for name, p in model.named_parameters() if "norm" in name}
+    with torch.no_grad():
+        expected = model(HELD_OUT).logits
+    plain, _ = pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=calibration())
+    given = calibration(finetune_epochs=6, learning_rate=0.003)
+    tuned, _ = pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=given)
+    assert distance(tuned, expected) < distance(plain, expected)
+    after = {f"base_model.model.{name}": p for name, p in tuned.named_parameters() if "norm" in name}
+    assert all(torch.equal(after[name], norm) for name, norm in norms.items())
+
+
+def test_a_zero_adapter_changes_no_bit():
+    model = adapted(CONFIGS["hqq4"], scale=0.0)
+    before = bits_of(model)
+    merged, report = pql.merge_back(model, strategy="calibrated", calibration=calibration())
+    after = bits_of(merged)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert report.output_kept == 1.0
+
+
+def test_only_the_named_adapters_are_merged():
+    model = adapted(CONFIGS["hqq4"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            parameter.data.normal_(0, 1)
+    alone = adapted(CONFIGS["hqq4"])
+    merged, _ = pql.merge_back(model, strategy="calibrated", calibration=calibration(), adapters=["default"])
+    expected, _ = pql.merge_back(alone, strategy="calibrated", calibration=calibration())
+    found = bits_of(merged)
+    assert all(torch.equal(found[name], tensor) for name, tensor in bits_of(expected).items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "calibrated"}, "needs it"),
+        ({"strategy": "requantize", "calibration": IDS}, "no other strategy"),
+        ({"strategy": "calibrated", "calibration": IDS.flatten()[:50]}, "50 tokens"),
+        ({"strategy": "calibrated", "calibration": []}, "empty"),
+    ],
+    ids=["none", "other strategy", "few", "empty"],
+)
+def test_a_refused_call_leaves_the_model_as_it_was(arguments, message):
+    model = adapted(CONFIGS["hqq4"])
+    before, logits = bits_of(model), model(HELD_OUT).logits
+    with pytest.raises(ValueError, match=message):
+        pql.merge_back(model, **arguments)
+    after = bits_of(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model(HELD_OUT).logits, logits)
+
+
+def test_groups_across_the_outputs_are_refused():
+    model = adapted(HQQConfig(axis=0, group_size=16))
+    with pytest.raises(ValueError, match="axis=1"):
+        pql.merge_back(model, strategy="calibrated", calibration=calibration())
+
+
+def test_a_merge_that_fails_half_way_puts_every_layer_back(monkeypatch):
+    model = adapted(CONFIGS["hqq4"])
+    before, logits = bits_of(model), model(HELD_OUT).logits
+    calls = []
+
+    from peft_quantlayers.adapters import calibrated
+
+    original = calibrated.for_outputs
+
+    def breaks(plan, hessian):
+        calls.append(plan)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return original(plan, hessian)
+
+    monkeypatch.setattr(calibrated, "for_outputs", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pql.merge_back(model, strategy="calibrated", calibration=calibration())
+    after = bits_of(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model(HELD_OUT).logits, logits)
+
+
+def test_a_merge_can_be_evaluated_and_saved(tmp_path):
+    merged, report = pql.merge_back(
+        adapted(CONFIGS["hqq4"]), strategy="calibrated", calibration=calibration(), evaluate_on=HELD_OUT.flatten()
+    )
+    assert report.capture.capture > 0.2
+    pql.save_model(merged, tmp_path / "merged")
+    loaded = type(merged).from_pretrained(tmp_path / "merged")
+    assert torch.equal(loaded(HELD_OUT).logits, merged(HELD_OUT).logits)
