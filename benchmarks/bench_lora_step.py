@@ -1,6 +1,6 @@
 """Seconds for one LoRA training step on SmolLM2-135M: quantized base against the dense float32 base, interleaved.
 
-A step is forward, backward and AdamW, LoRA of rank 8 on all linear layers. Before anything is timed, loss and
+A step is forward, backward and AdamW, LoRA of rank 8 on all linear layers; or scale-only finetuning of them. Before anything is timed, loss and
 gradients of the quantized model are compared with those of its own dequantized copy, and a wrong one is refused.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from _device import describe_device
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -23,11 +23,15 @@ from peft_quantlayers.evaluate import demo_model_folder
 RESULTS = Path(__file__).parent / "results" / "lora_step.json"
 
 
-def lora_model(dtype: torch.dtype, nbits: int | None) -> nn.Module:
-    config = None if nbits is None else pql.HQQConfig(nbits=nbits)
+# Codes as they come: a step takes the same time with better ones.
+AQLM = pql.AQLMConfig(rounds=0, beam=1)
+
+
+def adapted_model(dtype: torch.dtype, config: pql.QuantConfig | None, adapter: PeftConfig | None = None) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=dtype, quantization_config=config)
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)).train()
+    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, adapter or lora).train()
 
 
 def refuse_wrong_gradients(model: nn.Module, ids: torch.Tensor) -> None:
@@ -70,15 +74,19 @@ def main() -> None:
     args = parser.parse_args()
 
     models = {
-        "dense float32": lora_model(torch.float32, None),
-        "HQQ 4-bit, float32": lora_model(torch.float32, 4),
-        "HQQ 2-bit, float32": lora_model(torch.float32, 2),
-        "dense bfloat16": lora_model(torch.bfloat16, None),
-        "HQQ 4-bit, bfloat16": lora_model(torch.bfloat16, 4),
+        "dense float32": adapted_model(torch.float32, None),
+        "HQQ 4-bit, float32": adapted_model(torch.float32, pql.HQQConfig(nbits=4)),
+        "HQQ 2-bit, float32": adapted_model(torch.float32, pql.HQQConfig(nbits=2)),
+        "AQLM 2x8, float32": adapted_model(torch.float32, AQLM),
+        "HQQ 4-bit, scales only": adapted_model(torch.float32, pql.HQQConfig(nbits=4), pql.QuantScalesConfig()),
+        "AQLM 2x8, scales only": adapted_model(torch.float32, AQLM, pql.QuantScalesConfig()),
+        "dense bfloat16": adapted_model(torch.bfloat16, None),
+        "HQQ 4-bit, bfloat16": adapted_model(torch.bfloat16, pql.HQQConfig(nbits=4)),
     }
     torch.manual_seed(0)
     vocabulary = next(iter(models.values())).config.vocab_size
-    refuse_wrong_gradients(models["HQQ 4-bit, float32"], torch.randint(0, vocabulary, (1, 32)))
+    for name in ("HQQ 4-bit, float32", "AQLM 2x8, float32"):
+        refuse_wrong_gradients(models[name], torch.randint(0, vocabulary, (1, 32)))
 
     rows = []
     for tokens in args.tokens:

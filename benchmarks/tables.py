@@ -57,6 +57,49 @@ def quality() -> str:
     )
 
 
+def calibration() -> str:
+    """Perplexity and KL of each base and each tuning, with bits and time."""
+    measured = result("calibration")
+    rows = []
+    for row in measured["rows"]:
+        minutes = "" if row["quantize_s"] is None else f"{row['quantize_s'] / 60:.1f}"
+        cells = [row["name"], f"{row['bits_per_weight']:.2f}", number(row["perplexity"]), f"{row['kl_to_float']:.3f}"]
+        rows.append([*cells, minutes])
+    tuning = measured["tuning"]
+    return "\n".join(
+        [
+            table(["", "bits per weight", "perplexity", "KL", "minutes"], rows),
+            "",
+            f"Float model: {measured['float_perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
+            f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; calibration: "
+            f"{measured['calibration_tokens']:,} tokens of the text's other half; tuning: {tuning['steps']} steps of "
+            f"{tuning['batch']} x {tuning['tokens']} tokens of it. "
+            + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
+        ]
+    )
+
+
+def merge() -> str:
+    """What each strategy kept of adapters, means over the seeds."""
+    measured = result("merge")
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for row in measured["rows"]:
+        groups.setdefault((row["setting"], row["task"], row["training"], row["strategy"]), []).append(row)
+    rows = []
+    for (setting, task, training, strategy), found in groups.items():
+        means = [statistics.mean(row[f"loss_{which}"] for row in found) for which in ("base", "adapter", "merged")]
+        captured = statistics.mean(row["capture"] for row in found)
+        rows.append([f"{setting}, {task}", training, strategy, f"{captured:.3f}", *(f"{loss:.3f}" for loss in means)])
+    options = measured["options"]
+    head = ["", "training", "merge", "capture", "loss: base", "with adapter", "merged"]
+    return (
+        table(head, rows)
+        + f"\n\nrank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
+        + f"{options['seeds']} seed(s); {options['held_out_tokens']} held-out tokens. "
+        + device_line(measured["device"], "python benchmarks/bench_merge.py")
+    )
+
+
 def lora_step() -> str:
     measured = result("lora_step")
     rows = [
@@ -146,7 +189,15 @@ def demo() -> str:
     )
 
 
-TABLES = {"quality": quality, "lora_step": lora_step, "quantize": quantize, "demo": demo}
+TABLES = {
+    "quality": quality,
+    "calibration": calibration,
+    "merge": merge,
+    "decode": decode,
+    "lora_step": lora_step,
+    "quantize": quantize,
+    "demo": demo,
+}
 
 
 def with_tables(text: str) -> str:

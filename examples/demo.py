@@ -1,7 +1,9 @@
 """The whole way of a model: quantize, finetune, merge back, save, load in a new process; measured at every step.
 
-    python examples/demo.py                       SmolLM2-135M in 4 bits, a few minutes on a laptop
+    python examples/demo.py                         SmolLM2-135M in 4 bits, a few minutes on a laptop
     python examples/demo.py --model NAME --nbits 3
+    python examples/demo.py --calibrate             quantize and merge on calibration data: slower, and far better
+    python examples/demo.py --method aqlm --calibrate
 
 The task is made by ``orders_task.py``. The table at the end says what each step cost and what it kept.
 """
@@ -35,10 +37,7 @@ from peft_quantlayers.evaluate import demo_model_folder, perplexity
 WIKITEXT = Path(__file__).parent.parent / "benchmarks" / "data" / "wikitext2-test.txt"
 WINDOW = 512
 BATCH_SIZE = 8
-# The grid of 4 bits is a part of that of 8 bits (15 steps divide 255), so that weights which come from 4 bits sit on
-# points of both, and a change below half a step is lost in both. Of the 63 steps of 6 bits it is no part: rounding
-# goes either way there, and keeps small changes on average.
-FINER_NBITS = (6, 8)
+CALIBRATION_TOKENS = 16_384
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -64,9 +63,17 @@ class Demo:
         self.source = options.model or demo_model_folder()
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.train_orders, self.test_orders = orders_task.make_orders(options.steps * BATCH_SIZE, options.orders)
-        self.text_ids = first_tokens(self.tokenizer, options.windows * WINDOW)
+        self.text_ids, self.calibration_ids = text_tokens(self.tokenizer, options.windows * WINDOW)
         self.stages: list[Stage] = []
         self.seconds = 0.0
+
+    def calibration(self, ids: torch.Tensor) -> pql.Calibration:
+        return pql.Calibration(data=ids, n_tokens=self.options.calibration_tokens)
+
+    def order_ids(self) -> torch.Tensor:
+        """The orders that were trained on, as one text: what the adapter has to be right about."""
+        examples = orders_task.tokenize(self.train_orders, self.tokenizer)
+        return torch.tensor([token for example in examples for token in example["input_ids"]])
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -108,10 +115,15 @@ def main() -> None:
     demo.evaluate("float", model)
     del model
 
-    with demo.step(f"Quantize to {options.nbits} bits while loading"):
-        config = pql.HQQConfig(nbits=options.nbits)
-        model = AutoModelForCausalLM.from_pretrained(demo.source, quantization_config=config, device_map=DEVICE)
-    demo.evaluate(f"quantized, {options.nbits} bits", model)
+    label = f"{options.nbits} bits" if options.method == "hqq" else "AQLM 2x8"
+    config = pql.HQQConfig(nbits=options.nbits) if options.method == "hqq" else pql.AQLMConfig()
+    with demo.step(f"Quantize to {label}"):
+        if options.calibrate:
+            model = AutoModelForCausalLM.from_pretrained(demo.source, device_map=DEVICE)
+            pql.quantize_model(model, config, calibration=demo.calibration(demo.calibration_ids))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(demo.source, quantization_config=config, device_map=DEVICE)
+    demo.evaluate(f"quantized, {label}", model)
 
     with demo.step(f"Finetune with LoRA, {options.steps} steps of {BATCH_SIZE} orders"):
         peft_model, seconds_per_step = finetune(model, demo)
@@ -122,30 +134,28 @@ def main() -> None:
         dense, dense_report = pql.merge_back(copy.deepcopy(peft_model), strategy="dense")
     demo.evaluate("merged, dense", dense)
 
-    finer = {}
-    for nbits in FINER_NBITS:
-        with demo.step(f"Quantize the dense merge to {nbits} bits"):
-            finer[nbits] = pql.quantize_model(copy.deepcopy(dense), pql.HQQConfig(nbits=nbits))
-        demo.evaluate(f"merged dense, then {nbits} bits", finer[nbits])
-    del dense
+    merges = {"dense": dense_report}
+    strategies = {"requantize": "merged, same bits, no data"}
+    if options.calibrate:
+        strategies["calibrated"] = "merged, same bits, calibrated"
+    for strategy, name in strategies.items():
+        with demo.step(f"Merge back into {label}: {strategy}"):
+            data = demo.calibration(demo.order_ids()) if strategy == "calibrated" else None
+            merged, merges[strategy] = pql.merge_back(copy.deepcopy(peft_model), strategy=strategy, calibration=data)
+        demo.evaluate(name, merged)
+    merges[strategy].save(output / "merge-report.json")
 
-    with demo.step(f"Merge back into {options.nbits} bits"):
-        merged, report = pql.merge_back(peft_model, strategy="requantize")
-        report.save(output / "merge-report.json")
-    demo.evaluate(f"merged, {options.nbits} bits", merged)
-
-    saved = {}
-    for name, saved_model in (("merged", merged), ("merged-finer", finer[FINER_NBITS[0]])):
-        with demo.step(f"Save as {output / name}, load it in a new process"):
-            pql.save_model(saved_model, output / name, tokenizer=tokenizer, overwrite=True)
-            saved[name] = check_in_new_process(saved_model, demo, output / name)
+    with demo.step(f"Save as {output / 'merged'}, load it in a new process"):
+        pql.save_model(merged, output / "merged", tokenizer=tokenizer, overwrite=True)
+        saved = {"merged": check_in_new_process(merged, demo, output / "merged")}
 
     result = {
         "model": str(demo.source.name if isinstance(demo.source, Path) else demo.source),
-        "nbits": options.nbits,
+        "quantized": label,
+        "calibrated": options.calibrate,
         "steps": options.steps,
         "stages": [asdict(stage) for stage in demo.stages],
-        "merges": [totals(dense_report), totals(report)],
+        "merges": [totals(report) for report in merges.values()],
         "saved": saved,
         "note": note(demo.stages),
         "seconds": time.perf_counter() - start,
@@ -165,7 +175,10 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name on the model hub or local folder (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--nbits", type=int, default=4, help="bits per weight")
+    parser.add_argument("--method", choices=("hqq", "aqlm"), default="hqq", help="aqlm: two codebooks of 8 bits")
+    parser.add_argument("--nbits", type=int, default=4, help="bits per weight of HQQ")
+    parser.add_argument("--calibrate", action="store_true", help="quantize and merge on calibration data")
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS, help="with --calibrate")
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--orders", type=int, default=48, help="held-out orders to score")
     parser.add_argument("--windows", type=int, default=6, help=f"windows of {WINDOW} tokens for the perplexity")
@@ -174,10 +187,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def first_tokens(tokenizer: Any, n_tokens: int) -> torch.Tensor:
-    """The first tokens of WikiText-2's test part."""
-    start_of_text = WIKITEXT.read_text(encoding="utf-8")[: 10 * n_tokens]  # no tokenizer takes 10 letters a token
-    return torch.tensor(tokenizer(start_of_text, add_special_tokens=False, verbose=False).input_ids[:n_tokens])
+def text_tokens(tokenizer: Any, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first tokens of WikiText-2's test part, to measure on, and the second half of it, to calibrate on."""
+    text = WIKITEXT.read_text(encoding="utf-8")
+    first, second = text[: min(10 * n_tokens, len(text) // 2)], text[len(text) // 2 :][: 10 * CALIBRATION_TOKENS]
+    ids, calibration = (
+        torch.tensor(tokenizer(part, add_special_tokens=False, verbose=False).input_ids) for part in (first, second)
+    )
+    return ids[:n_tokens], calibration
 
 
 def finetune(model: Any, demo: Demo) -> tuple[Any, float]:
@@ -247,16 +264,13 @@ def totals(report: pql.MergeReport) -> dict[str, Any]:
 def note(stages: list[Stage]) -> str:
     """What the table says about merging, in words."""
     by_name = {stage.name: stage for stage in stages}
-    tuned, requantized = by_name["finetuned, adapter beside it"], stages[-1]
-    if requantized.task_score >= 0.9 * tuned.task_score:
-        return f"Merging back into the quantized model keeps the score: {requantized.task_score:.0%}."
-    others = [stage for stage in stages if stage.name.startswith("merged") and stage is not requantized]
-    choices = "; ".join(f"{stage.name}: {stage.task_score:.0%} at {stage.size_mb:.0f} MB" for stage in others)
+    tuned, merged = by_name["finetuned, adapter beside it"], stages[-1]
+    said = f"{merged.name}: {merged.task_score:.0%} of the orders right, {tuned.task_score:.0%} before the merge."
+    if merged.task_score >= 0.9 * tuned.task_score:
+        return said
     return (
-        f"Merging back with few bits loses the adapter: {requantized.task_score:.0%} of the orders right instead of "
-        f"{tuned.task_score:.0%}. Its changes are smaller than a step of the grid, so that rounding undoes them. "
-        f"Use instead the adapter beside the quantized model ({tuned.task_score:.0%} at {tuned.size_mb:.0f} MB), or "
-        f"another form of the merged model ({choices})."
+        f"{said} Instead keep the adapter beside the model, or merge with --calibrate, or train it merge-aware "
+        "(peft_quantlayers.enable_merge_aware)."
     )
 
 
@@ -288,7 +302,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    print(f"\n{result['model']}, {result['nbits']} bits, on {result['machine']['device']}\n")
+    print(f"\n{result['model']}, {result['quantized']}, on {result['machine']['device']}\n")
     print(f"{'stage':30}{'MB':>7}{'perplexity':>12}{'score':>8}{'loss':>8}{'s/step':>8}{'s':>7}{'s to evaluate':>15}")
     for stage in (Stage(**fields) for fields in result["stages"]):
         per_step = "" if stage.seconds_per_step is None else f"{stage.seconds_per_step:.2f}"

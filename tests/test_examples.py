@@ -115,25 +115,28 @@ def test_answers_do_not_depend_on_the_batch(orders_task, tokenizer, tiny_folder)
     assert together == orders_task.write_answers(model, tokenizer, orders, batch_size=1)
 
 
-def test_the_demo_runs_on_another_model(tiny_folder, tmp_path):
-    options = ["--model", str(tiny_folder), "--nbits", "3", "--steps", "2", "--orders", "4", "--windows", "1"]
-    output = run_example("demo.py", *options, "--output", str(tmp_path))
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [(["--nbits", "3"], "3 bits"), (["--method", "aqlm", "--calibrate", "--calibration-tokens", "1024"], "AQLM 2x8")],
+    ids=["hqq", "aqlm"],
+)
+def test_the_demo_runs_on_another_model(options, label, tiny_folder, tmp_path):
+    small = ["--model", str(tiny_folder), "--steps", "2", "--orders", "4", "--windows", "1"]
+    output = run_example("demo.py", *small, *options, "--output", str(tmp_path))
     result = json.loads((tmp_path / "demo.json").read_text())
     names = [stage["name"] for stage in result["stages"]]
+    merged = ["merged, same bits, no data", "merged, same bits, calibrated"]
     assert names == [
         "float",
-        "quantized, 3 bits",
+        f"quantized, {label}",
         "finetuned, adapter beside it",
         "merged, dense",
-        "merged dense, then 6 bits",
-        "merged dense, then 8 bits",
-        "merged, 3 bits",
+        *merged[: 2 if result["calibrated"] else 1],
     ]
     assert all(name in output for name in names)
-    assert set(result["saved"]) == {"merged", "merged-finer"}
     assert all(check["logits_identical"] for check in result["saved"].values())
     sizes = {stage["name"]: stage["size_mb"] for stage in result["stages"]}
-    assert sizes["merged, 3 bits"] < sizes["merged dense, then 8 bits"] < sizes["merged, dense"]
+    assert sizes[names[-1]] == sizes[f"quantized, {label}"] < sizes["merged, dense"]
     dense = result["merges"][0]
     assert dense["strategy"] == "dense"
     assert dense["change_kept"] == pytest.approx(1.0, abs=1e-3)
