@@ -1,7 +1,8 @@
 """Seconds for one LoRA training step on SmolLM2-135M: quantized base against the dense float32 base, interleaved.
 
-A step is forward, backward and AdamW, LoRA of rank 8 on all linear layers; or scale-only finetuning of them. Before anything is timed, loss and
-gradients of the quantized model are compared with those of its own dequantized copy, and a wrong one is refused.
+A step is forward, backward and AdamW; LoRA of rank 8 on all linear layers, or scale-only finetuning of them. Before
+anything is timed, loss and gradients of the quantized models are compared with those of their own dequantized copies,
+and a wrong one is refused.
 """
 
 import argparse

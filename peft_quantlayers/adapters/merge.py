@@ -34,6 +34,7 @@ def merge_back(
     tokenizer: Any = None,
     evaluate_on: Tensor | None = None,
     metric: Callable[[nn.Module], float] | None = None,
+    progress: bool = True,
 ) -> tuple[nn.Module, MergeReport]:
     """Merge adapters into the base model and take the PEFT wrapper off.
 
@@ -55,6 +56,7 @@ def merge_back(
         evaluate_on: held-out token ids, (n_tokens,); with them the report says how much of the adapter's effect on
             the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
         metric: any score of a model, a task's accuracy for example; called before and after the merge.
+        progress: show a progress bar while calibrating.
 
     Returns:
         The base model, merged, and the report.
@@ -85,7 +87,7 @@ def merge_back(
     try:
         if strategy == "calibrated":
             with _only_active(peft_model, layers, names):
-                merge_calibrated(peft_model, names, Calibration.of(calibration, tokenizer))
+                merge_calibrated(peft_model, names, Calibration.of(calibration, tokenizer), progress=progress)
         else:
             for layer in layers:
                 layer.merge_with(RULES[strategy], names)
