@@ -26,7 +26,7 @@ from peft_quantlayers.evaluate import demo_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 N_TOKENS = 16_384
-FINETUNE = {"finetune_epochs": 5, "learning_rate": 3e-3}
+FINETUNE = {"finetune_epochs": 3, "learning_rate": 3e-3}
 TUNING_STEPS, BATCH, LENGTH = 60, 4, 128
 
 HQQ = {
@@ -49,7 +49,7 @@ TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "LoRA r8": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
 LEARNING_RATES = {"scales": 1e-3, "scales, codebooks, norms": 1e-3, "LoRA r8": 5e-4}
-ROWS = [*BASES, *(f"AQLM 2x8, calibrated, finetuned + {tuning}" for tuning in TUNINGS)]
+ROWS = [*BASES, *(f"AQLM 2x8, calibrated + {tuning}" for tuning in TUNINGS)]
 
 
 def tune(model: nn.Module, text: Tensor, tuning: str) -> float:
