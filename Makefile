@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint bench bench-quality tables clean
+.PHONY: demo test lint conformance bench bench-quality tables clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(RUN) -m pytest $(ARGS)
+
+# PEFT's own tests on our layers, all of them: half an hour or more for each method. The newest supported PEFT, or
+# another: make conformance PEFT=0.21.0 METHOD=aqlm ARGS="--shard 0/4"
+PEFT ?= 0.21.2
+METHOD ?= hqq
+conformance: $(VENV)/.installed
+	$(RUN) tests/conformance/run.py --peft $(PEFT) --method $(METHOD) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

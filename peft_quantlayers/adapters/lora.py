@@ -6,13 +6,13 @@ May import layers and PEFT's public classes.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -57,11 +57,17 @@ def has_adapters(model: nn.Module) -> bool:
 
 @dataclass
 class _Unmerged:
-    """What ``unmerge`` puts back."""
+    """What ``unmerge`` puts back.
+
+    ``caches`` are PEFT's from before the merge, ``merged_caches`` those after it. ``n_writes`` is the layer's count
+    when we merged: another count says that somebody else has written to the weight since.
+    """
 
     weight: QuantizedWeight
     bias: Tensor | None
     caches: dict
+    merged_caches: dict = field(default_factory=dict)
+    n_writes: int = -1
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class LoraQuantizedLinear(LoraLinear):
 
     Forward, mixed batches and all LoRA variants are PEFT's. Merging differs: the changes of all adapters are summed
     in float32 and quantized once, and the quantized weight from before the first merge is kept, so that ``unmerge``
-    restores the same bits.
+    restores the same bits. Only where another adapter of a mixed model, or the user, has written to the merged weight
+    does it subtract the changes, and quantize again, so that the other's write stays.
 
     Attributes:
         merge_report: what the last merge did to this layer; None while nothing is merged.
@@ -100,7 +107,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_report: LayerMergeReport | None = None
         self._unmerged: _Unmerged | None = None
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
-        self.quantization_backend: Any = _Backend(f"quantlayers-{base_layer.spec.method}")
+        self.quantization_backend: Any = _Backend(f"quantlayers-{self._quantized_base().spec.method}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         layer_name = self._quantized_base().layer_name
@@ -131,18 +138,17 @@ class LoraQuantizedLinear(LoraLinear):
         Raises:
             ValueError: the merged weight is not finite; names the layer, which is left as it was.
         """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
             return
         if not isinstance(self.get_base_layer(), QuantizedLinear):  # dequantized under its adapters
             return super().merge(safe_merge, new)
+        if self._is_written_by_others():
+            return super().merge(True, new)
         base = self._quantized_base()
         unmerged = self._unmerged_state()
         names = [*self.merged_adapters, *new]
-        before, target, bias = self._merged_floats(unmerged, names)
+        before, target, bias, caches = self._merged_floats(unmerged, names)
         with torch.no_grad():
             base.write_weight(target)
             if bias is not None:
@@ -155,11 +161,14 @@ class LoraQuantizedLinear(LoraLinear):
                 merged=base.dequantize(torch.float32),
                 bits=(unmerged.weight.bits_per_weight, base.quantized_weight.bits_per_weight),
             )
-        self._unmerged = unmerged
+        self._unmerged = replace(unmerged, merged_caches=caches, n_writes=base.n_writes)
         self.merged_adapters[:] = names
 
     def unmerge(self) -> None:
-        """Put back the quantized weight and the bias from before the first merge, bit for bit."""
+        """Put back the quantized weight and the bias from before the first merge, bit for bit.
+
+        Where the weight was written since, the changes are subtracted from what it is now.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
@@ -168,6 +177,9 @@ class LoraQuantizedLinear(LoraLinear):
         base, unmerged = self._quantized_base(), self._unmerged
         if unmerged is None:
             raise RuntimeError(f"{base.layer_name}: merged, but the unmerged weight is gone. Load the model again.")
+        if self._is_written_by_others():
+            self._caches, self._unmerged, self.merge_report = unmerged.merged_caches, None, None
+            return super().unmerge()
         device = base.codes.device
         base.quantized_weight = QuantizedWeight(
             spec=unmerged.weight.spec,
@@ -190,7 +202,7 @@ class LoraQuantizedLinear(LoraLinear):
         base = self._quantized_base()
         unmerged = self._unmerged_state()
         names = [name for name in adapter_names if name in self.lora_A]
-        before, target, bias = self._merged_floats(unmerged, names)
+        before, target, bias, _ = self._merged_floats(unmerged, names)
         weight = target.to(base.compute_dtype)
         dense_bias = None if bias is None else nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
         dense = dense_in_place_of(base, weight, dense_bias)
@@ -207,6 +219,10 @@ class LoraQuantizedLinear(LoraLinear):
     def _quantized_base(self) -> QuantizedLinear:
         return cast(QuantizedLinear, self.get_base_layer())
 
+    def _is_written_by_others(self) -> bool:
+        """Whether the merged weight is no longer the one that our merge wrote."""
+        return self._unmerged is not None and self._unmerged.n_writes != self._quantized_base().n_writes
+
     def _unmerged_state(self) -> _Unmerged:
         base = self._quantized_base()
         return self._unmerged or _Unmerged(
@@ -216,8 +232,8 @@ class LoraQuantizedLinear(LoraLinear):
         )
 
     @torch.no_grad()
-    def _merged_floats(self, unmerged: _Unmerged, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight before, weight with the changes of ``names``, bias with them; float32. Changes nothing.
+    def _merged_floats(self, unmerged: _Unmerged, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """Weight before, weight and bias with the changes of ``names``, in float32; PEFT's caches. Changes nothing.
 
         PEFT merges one adapter after the other into ``base_layer``. A dense stand-in takes that place, so that
         every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules.
@@ -234,20 +250,21 @@ class LoraQuantizedLinear(LoraLinear):
         stand_in.weight = nn.Parameter(before.clone(), requires_grad=False)
         if unmerged.bias is not None:
             stand_in.bias = nn.Parameter(unmerged.bias.to(device, torch.float32), requires_grad=False)
-        merged_adapters, caches = list(self.merged_adapters), self._caches
+        merged_adapters, caches, wrapped = list(self.merged_adapters), self._caches, self.base_layer
         self.base_layer, self._caches = stand_in, dict(unmerged.caches)
         self.merged_adapters.clear()
         try:
             super().merge(safe_merge=True, adapter_names=names)
+            merged_caches = self._caches
         except ValueError as error:
             raise ValueError(
                 f"{base.layer_name}: {error}. This layer was left as it was; layers that PEFT merged before it are "
                 "put back bit for bit by unmerge_adapter(). peft_quantlayers.merge_back checks all layers first."
             ) from None
         finally:
-            self.base_layer, self._caches = base, caches
+            self.base_layer, self._caches = wrapped, caches
             self.merged_adapters[:] = merged_adapters
-        return before, stand_in.weight.data, None if stand_in.bias is None else stand_in.bias.data
+        return before, stand_in.weight.data, None if stand_in.bias is None else stand_in.bias.data, merged_caches
 
 
 def layer_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -116,7 +117,10 @@ def merge_back(
     layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
     merge_layers = _merge_dense if strategy == "dense" else _requantize
     report = MergeReport(strategy=strategy, layers=tuple(merge_layers(layers, names)))
-    model = peft_model.merge_and_unload(adapter_names=names)
+    with warnings.catch_warnings():
+        # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
     return model, report

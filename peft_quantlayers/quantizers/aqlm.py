@@ -80,7 +80,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     def quantize(self, weight: Tensor, spec: AQLMSpec, *, name: str) -> QuantizedWeight:
         out_features, in_features = weight.shape
         layout = checked_layout(weight, spec, name=name)
-        weight = weight.detach().float()
+        weight = weight.detach().float().contiguous()
         refuse_not_finite(weight, name=name)
         n_out, n_in, num_codebooks = layout["codes"].shape
         size = 2**spec.nbits_per_codebook
