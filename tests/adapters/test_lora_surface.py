@@ -5,15 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from adapters.surfaces import (
-    CONFIGS,
-    adapted,
-    assert_requantized,
-    assert_same_adapters,
-    dense_twin,
-    lora_layers,
-    quantized,
-)
 from integrations.tiny import token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import (
@@ -31,6 +22,15 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
+from adapters.surfaces import (
+    CONFIGS,
+    adapted,
+    assert_requantized,
+    assert_same_adapters,
+    dense_twin,
+    lora_layers,
+    quantized,
+)
 from peft_quantlayers import LoraQuantizedLinear
 
 METHODS = sorted(CONFIGS)
