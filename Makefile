@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint conformance bench bench-quality tables clean
+.PHONY: demo test lint conformance patches bench bench-quality tables clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ PEFT ?= 0.21.2
 METHOD ?= hqq
 conformance: $(VENV)/.installed
 	$(RUN) tests/conformance/run.py --peft $(PEFT) --method $(METHOD) $(ARGS)
+
+# Applies the patches to the released sources; each new test must fail without its patch and pass with it.
+patches: $(VENV)/.installed
+	$(RUN) patches/check.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -118,8 +118,9 @@ class LoraQuantizedLinear(LoraLinear):
             )
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
-                f'{layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, on another grid '
-                'than this layer has. Use "pissa" or "olora", which requantize the residual on this layer\'s grid.'
+                f'{layer_name}: init_lora_weights="loftq" fits the adapter to what quantizing lost, and this layer no '
+                "longer has its float weight: the residual, and with it both matrices, would be zero and never train. "
+                'Use "pissa" or "olora", which move weight into the adapter and requantize the rest on this grid.'
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 

@@ -276,6 +276,29 @@ def test_unregister_restores_pefts_own_dispatch_and_register_is_idempotent():
     assert type(with_adapter(quantized_two()).base_model.model.first) is LoraQuantizedLinear
 
 
+def test_a_registry_of_dispatchers_is_used_where_peft_has_one(monkeypatch):
+    registry = {}
+    pql.unregister()
+    unwrapped = peft.tuners.lora.LoraModel.__dict__.get("_create_new_module")
+    try:
+        with monkeypatch.context() as patched:
+            lora = peft.tuners.lora
+            patched.setattr(lora, "register_lora_dispatcher", registry.__setitem__, raising=False)
+            patched.setattr(lora, "unregister_lora_dispatcher", registry.pop, raising=False)
+            pql.register()
+            assert lora.LoraModel.__dict__["_create_new_module"] is unwrapped
+            (dispatch,) = registry.values()
+            config = LoraConfig(r=2, target_modules=["first"])
+            layer = dispatch(quantized_two().first, "default", config=config, r=2, lora_alpha=2)
+            assert type(layer) is LoraQuantizedLinear
+            assert dispatch(nn.Linear(4, 4), "default", config=config, r=2, lora_alpha=2) is None
+            pql.unregister()
+            assert registry == {}
+    finally:
+        pql.register()
+    assert type(with_adapter(quantized_two()).base_model.model.first) is LoraQuantizedLinear
+
+
 def test_a_users_own_custom_module_goes_before_ours():
     class Mine(LoraQuantizedLinear):
         pass

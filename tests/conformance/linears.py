@@ -20,10 +20,8 @@ def hqq_spec(linear: nn.Linear) -> HQQSpec:
 
 
 def aqlm_spec(linear: nn.Linear) -> AQLMSpec:
-    """A codebook of 256 entries has one for each vector of a small layer, which it then holds to float32 rounding."""
-    divisors = [size for size in range(1, linear.in_features + 1) if linear.in_features % size == 0]
-    in_group_size = next((size for size in divisors if linear.weight.numel() <= 256 * size), divisors[-1])
-    return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=in_group_size, scale_dtype="float32")
+    """A vector is a whole row: 256 entries hold a small layer to float32 rounding."""
+    return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=linear.in_features, scale_dtype="float32")
 
 
 SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec}
