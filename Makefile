@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint bench bench-quality tables clean
+.PHONY: demo test lint conformance patches bench bench-quality tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -17,6 +17,17 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(RUN) -m pytest $(ARGS)
+
+# PEFT's own tests on our layers, all of them: half an hour or more for each method. The newest supported PEFT, or
+# another: make conformance PEFT=0.21.0 METHOD=aqlm ARGS="--shard 0/4"
+PEFT ?= 0.21.2
+METHOD ?= hqq
+conformance: $(VENV)/.installed
+	$(RUN) tests/conformance/run.py --peft $(PEFT) --method $(METHOD) $(ARGS)
+
+# Applies the patches to the released sources; each new test must fail without its patch and pass with it.
+patches: $(VENV)/.installed
+	$(RUN) patches/check.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -1,9 +1,13 @@
-"""Write the README's tables from ``benchmarks/results/*.json``; ``--check`` only tells whether they are up to date."""
+"""Write the tables of the README and ``docs/`` from ``benchmarks/results/*.json``.
+
+``--check`` only tells whether they are up to date.
+"""
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,23 +193,52 @@ def demo() -> str:
     )
 
 
-TABLES = {
-    "quality": quality,
-    "calibration": calibration,
-    "merge": merge,
-    "decode": decode,
-    "lora_step": lora_step,
-    "quantize": quantize,
-    "demo": demo,
+def peft_features() -> str:
+    """State of every method of PEFT on our layers and on PEFT's own; why, where it does not simply work."""
+    measured = result("peft_features")
+    bases = [name for name in measured["rows"][0] if name != "method"]
+    rows, reasons = [], []
+    for row in measured["rows"]:
+        rows.append([row["method"], *(row[base]["state"] for base in bases)])
+        reasons += [
+            f"- {row['method']}, {base}: {row[base]['detail']}" for base in bases if row[base]["state"] != "works"
+        ]
+    return "\n".join(
+        [
+            table(["method", *bases], rows),
+            "",
+            device_line(measured["device"], "python benchmarks/peft_features.py"),
+            "",
+            'What stands behind the cells that do not say "works":',
+            "",
+            *reasons,
+        ]
+    )
+
+
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "quality": quality,
+        "calibration": calibration,
+        "merge": merge,
+        "decode": decode,
+        "lora_step": lora_step,
+        "quantize": quantize,
+        "demo": demo,
+    },
+    ROOT / "docs" / "peft-features.md": {"peft_features": peft_features},
 }
 
 
-def with_tables(text: str) -> str:
-    """``text`` with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
-    for name, make in TABLES.items():
+def with_tables(document: Path) -> str:
+    """Its text with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
+    text = document.read_text()
+    for name, make in DOCUMENTS[document].items():
         marker = f"<!-- table {name} -->\n"
         if text.count(marker) != 1:
-            raise SystemExit(f"README.md has {text.count(marker)} places for the table {name!r}; it must have one.")
+            raise SystemExit(
+                f"{document.name} has {text.count(marker)} places for the table {name!r}; it must have one."
+            )
         before, _, rest = text.partition(marker)
         _, end, after = rest.partition("<!-- end -->")
         text = f"{before}{marker}{make()}\n{end}{after}"
@@ -216,11 +249,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is outdated")
     args = parser.parse_args()
-    text = README.read_text()
-    made = with_tables(text)
+    made = {document: with_tables(document) for document in DOCUMENTS}
+    outdated = [document.name for document, text in made.items() if text != document.read_text()]
     if args.check:
-        sys.exit("README.md is not what benchmarks/results says; run `make tables`." if made != text else 0)
-    README.write_text(made)
+        sys.exit(f"{outdated} are not what benchmarks/results says; run `make tables`." if outdated else 0)
+    for document, text in made.items():
+        document.write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
@@ -65,7 +65,9 @@ class LoraQuantizedLinear(LoraLinear):
 
     Forward, mixed batches and all LoRA variants are PEFT's. Merging differs: the changes of all adapters are summed
     in float32 and merged at once by one of the rules in ``rules.py``, and the quantized weight from before the first
-    merge is kept, so that ``unmerge`` restores the same bits.
+    merge is kept, so that ``unmerge`` restores the same bits. Only where another adapter of a mixed model, or the
+    user, has written to the merged weight does it subtract the changes, and quantize again, so that the other's write
+    stays.
 
     Attributes:
         merge_strategy: name of the rule that ``merge`` follows; see :func:`set_merge_strategy`.
@@ -93,8 +95,10 @@ class LoraQuantizedLinear(LoraLinear):
         self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
         self._unmerged: MergeState | None = None
+        self._merged_caches: dict = {}  # PEFT's, as its own merge left them
+        self._merged_n_writes = -1
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
-        self.quantization_backend: Any = _Backend(f"quantlayers-{base_layer.spec.method}")
+        self.quantization_backend: Any = _Backend(f"quantlayers-{self.quantized_base().spec.method}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         base = self.quantized_base()
@@ -102,8 +106,9 @@ class LoraQuantizedLinear(LoraLinear):
             check_config(base, config)
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
-                f'{base.layer_name}: init_lora_weights="loftq" quantizes with bitsandbytes inside PEFT, on another '
-                'grid than this layer has. Use "pissa" or "olora", which requantize the residual on its own grid.'
+                f'{base.layer_name}: init_lora_weights="loftq" fits the adapter to what quantizing lost, and this '
+                "layer no longer has its float weight: the residual, and with it both matrices, would be zero and "
+                'never train. Use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
         stamp = stamp_of(config)
         if stamp is not None:
@@ -159,12 +164,11 @@ class LoraQuantizedLinear(LoraLinear):
         Raises:
             ValueError: the merged weight is not finite; names the layer, which is left as it was.
         """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
             return
+        if self._is_written_by_others():
+            return super().merge(True, new)
         if self._unmerged is None and not isinstance(self.get_base_layer(), QuantizedLinear):
             return super().merge(safe_merge, new)  # dequantized under its adapters
         self.merge_with(RULES[self.merge_strategy], [*self.merged_adapters, *new])
@@ -185,17 +189,24 @@ class LoraQuantizedLinear(LoraLinear):
             base.quantized_weight = merged
             if plan.bias is not None:
                 base.bias.data = plan.bias.to(base.bias.dtype)
-            self.base_layer = base
+            self._put(base)
         else:
             self.base_layer = merged
         self._unmerged, self.merge_report = unmerged, report
+        self._merged_caches, self._merged_n_writes = plan.caches, base.n_writes
         self.merged_adapters[:] = plan.adapters
 
     def unmerge(self) -> None:
-        """Put back the quantized weight and the bias from before the first merge, bit for bit."""
+        """Put back the quantized weight and the bias from before the first merge, bit for bit.
+
+        Where the weight was written since, the changes are subtracted from what it is now.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
+        if self._is_written_by_others():
+            self._caches, self._unmerged, self.merge_report = self._merged_caches, None, None
+            return super().unmerge()
         if self._unmerged is not None:
             return self.restore(self._unmerged)
         base = self.get_base_layer()
@@ -226,9 +237,26 @@ class LoraQuantizedLinear(LoraLinear):
         if state.bias is not None:
             bias = cast(nn.Linear, base).bias
             bias.data = state.bias.to(device, bias.dtype)
-        self.base_layer, self._caches = base, dict(state.caches)
+        self._put(base)
+        self._caches = dict(state.caches)
         self._unmerged, self.merge_report = state.unmerged, state.report
+        self._merged_n_writes = getattr(base, "n_writes", -1)
         self.merged_adapters[:] = state.merged_adapters
+
+    def _put(self, base: nn.Module) -> None:
+        """Make ``base`` the layer under the adapters; another tuner's layer between stays where it is."""
+        if self.get_base_layer() is not base:
+            self.base_layer = base
+
+    def _is_written_by_others(self) -> bool:
+        """Whether the merged weight is no longer the one that our merge wrote."""
+        base = self.get_base_layer()
+        return (
+            self._unmerged is not None
+            and isinstance(base, QuantizedLinear)
+            and base is self._unmerged.base
+            and base.n_writes != self._merged_n_writes
+        )
 
     def quantized_base(self) -> QuantizedLinear:
         """The quantized layer under the adapters, also while a merge has put a dense one in its place."""
@@ -275,6 +303,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merged_adapters.clear()
         try:
             super().merge(safe_merge=True, adapter_names=names)
+            merged_caches = self._caches
         except ValueError as error:
             raise ValueError(
                 f"{base.layer_name}: {error}. This layer was left as it was; layers that PEFT merged before it are "
@@ -292,6 +321,7 @@ class LoraQuantizedLinear(LoraLinear):
         factor = next(iter(self.lora_A.parameters()))
         return MergePlan(
             adapter_dtype=factor.dtype,
+            caches=merged_caches,
             base=base.to(device),
             adapters=tuple(names),
             weight=weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
@@ -96,7 +97,10 @@ def merge_back(
         _restore(layers, before)
         raise
     reports = tuple(layer.merge_report for layer in layers if layer.merge_report is not None and layer.merged)
-    model = peft_model.merge_and_unload(adapter_names=names)
+    with warnings.catch_warnings():
+        # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
     scores = None if metric is None or score_before is None else (score_before, metric(model))

@@ -32,6 +32,7 @@ class MergePlan:
         group_change: the change of each quantization group, (out_features, n_groups), float32; None where the
             change is not constant in the groups.
         adapter_dtype: of the adapters' parameters.
+        caches: PEFT's caches as its own merge leaves them.
         is_aware: all adapters were trained through the rounding of just this ``weight``.
     """
 
@@ -45,6 +46,7 @@ class MergePlan:
     right: Tensor | None
     group_change: Tensor | None
     adapter_dtype: torch.dtype
+    caches: dict
     is_aware: bool
 
     def change_rows(self, rows: slice) -> Tensor:

@@ -1,8 +1,9 @@
 """Registers quantized layers with PEFT's LoRA dispatch, and scale-only finetuning as a method of PEFT.
 
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
-models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. PEFT's
-other tuners need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written.
+models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. A PEFT with
+a registry of dispatchers (``patches/``) is asked to register ours instead, and nothing is wrapped. PEFT's other tuners
+need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written.
 """
 
 import logging
@@ -12,6 +13,7 @@ import peft
 from packaging.version import Version
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
@@ -26,27 +28,34 @@ logger = logging.getLogger(__name__)
 # The release series whose dispatch this file was written against and is tested with.
 TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
+DISPATCHER = "quantlayers"
+
 _original: Any = None
+_is_in_registry = False
 
 
 def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
-    global _original
-    if _original is not None:
+    global _original, _is_in_registry
+    if _original is not None or _is_in_registry:
         return
     version = Version(peft.__version__)
     if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
         logger.warning(
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
-    if not isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
+    if hasattr(lora, "register_lora_dispatcher"):
+        lora.register_lora_dispatcher(DISPATCHER, _dispatch)
+        _is_in_registry = True
+    elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
+        _original = LoraModel._create_new_module
+        LoraModel._create_new_module = staticmethod(_create_new_module)
+    else:
         raise ImportError(
             f"peft {version} has no static LoraModel._create_new_module to extend. Install peft>={TESTED_PEFT[0]},"
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
-    _original = LoraModel._create_new_module
-    LoraModel._create_new_module = staticmethod(_create_new_module)
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -54,18 +63,28 @@ def register() -> None:
 
 def unregister() -> None:
     """Put PEFT's own dispatch back."""
-    global _original
-    if _original is not None:
+    global _original, _is_in_registry
+    if _is_in_registry:
+        lora.unregister_lora_dispatcher(DISPATCHER)
+    elif _original is not None:
         LoraModel._create_new_module = staticmethod(_original)
-        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
-        _original = None
-        scales.unregister()
+    else:
+        return
+    _original, _is_in_registry = None, False
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
+    scales.unregister()
 
 
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    new_module = _dispatch(target, adapter_name, config=lora_config, **kwargs)
+    return _original(lora_config, adapter_name, target, **kwargs) if new_module is None else new_module
+
+
+def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:
+    """The LoRA layer for ``target``; None where that is not ours to make."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, QuantizedLinear) or _has_custom_module(lora_config, base):
-        return _original(lora_config, adapter_name, target, **kwargs)
+    if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
+        return None
     if isinstance(target, QuantScalesLayer):
         raise ValueError(
             f"{base.layer_name}: LoRA on top of tuned scales is not supported, since merging it would quantize with "
@@ -76,7 +95,7 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
             f"{base.layer_name}: target_parameters cannot name the weight of a quantized layer, which holds codes. "
             "Name the layer in target_modules instead."
         )
-    return LoraQuantizedLinear(target, adapter_name, config=lora_config, **kwargs)
+    return LoraQuantizedLinear(target, adapter_name, config=config, **kwargs)
 
 
 def _has_custom_module(lora_config: Any, base: nn.Module) -> bool:

@@ -114,7 +114,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there."""
         layout = checked_layout(weight, spec, name=name)
-        weight = weight.detach().float()
+        weight = weight.detach().float().contiguous()
         refuse_not_finite(weight, name=name)
         if hessian is not None:
             hessian = checked_hessian(hessian, weight, name=name)

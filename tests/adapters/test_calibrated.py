@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
-from tests.integrations.tiny import tiny_model
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(1))

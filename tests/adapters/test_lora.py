@@ -174,6 +174,15 @@ def test_merging_adapters_one_after_the_other_equals_merging_their_sum():
     assert layer.merge_report.error_norm < 0.12 * target  # one rounding at 4 bits
 
 
+def test_merging_what_is_merged_already_changes_nothing_and_says_so():
+    model = with_adapter(quantized_two())
+    model.merge_adapter()
+    bits = bits_of(model)
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
+        model.merge_adapter()
+    assert_same_bits(model, bits)
+
+
 def test_the_merged_weight_is_the_quantized_float_sum():
     model = with_adapter(quantized_two())
     layer = model.base_model.model.first
@@ -262,6 +271,29 @@ def test_unregister_restores_pefts_own_dispatch_and_register_is_idempotent():
     assert type(with_adapter(quantized_two()).base_model.model.first) is LoraQuantizedLinear
 
 
+def test_a_registry_of_dispatchers_is_used_where_peft_has_one(monkeypatch):
+    registry = {}
+    pql.unregister()
+    unwrapped = peft.tuners.lora.LoraModel.__dict__.get("_create_new_module")
+    try:
+        with monkeypatch.context() as patched:
+            lora = peft.tuners.lora
+            patched.setattr(lora, "register_lora_dispatcher", registry.__setitem__, raising=False)
+            patched.setattr(lora, "unregister_lora_dispatcher", registry.pop, raising=False)
+            pql.register()
+            assert lora.LoraModel.__dict__["_create_new_module"] is unwrapped
+            (dispatch,) = registry.values()
+            config = LoraConfig(r=2, target_modules=["first"])
+            layer = dispatch(quantized_two().first, "default", config=config, r=2, lora_alpha=2)
+            assert type(layer) is LoraQuantizedLinear
+            assert dispatch(nn.Linear(4, 4), "default", config=config, r=2, lora_alpha=2) is None
+            pql.unregister()
+            assert registry == {}
+    finally:
+        pql.register()
+    assert type(with_adapter(quantized_two()).base_model.model.first) is LoraQuantizedLinear
+
+
 def test_a_users_own_custom_module_goes_before_ours():
     class Mine(LoraQuantizedLinear):
         pass
@@ -277,6 +309,48 @@ def test_a_mixed_model_and_a_direct_lora_model_use_the_dispatch_too():
     assert type(mixed.base_model.model.first) is LoraQuantizedLinear
     direct = peft.LoraModel(quantized_two(), config, "default")
     assert type(direct.model.first) is LoraQuantizedLinear
+
+
+def test_a_write_to_a_merged_weight_stays_when_the_adapter_is_unmerged_or_another_is_merged():
+    model = with_adapter(quantized_two(nbits=8), use_dora=True)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    layer = model.base_model.model.first
+    base = layer.get_base_layer()
+    before = base.dequantize()
+    layer.merge(adapter_names=["default"])
+    base.weight.data += 1.0
+    layer.merge(adapter_names=["other"])
+    layer.unmerge()
+    error = (base.dequantize() - (before + 1.0)).norm()
+    assert error < 0.03 * before.norm() + 0.01 * (before + 1.0).norm()
+    assert not layer.merged
+    layer.merge(adapter_names=["default"])  # and from here on the bits are kept again
+    layer.unmerge()
+    written = base.quantized_weight.tensors["W_q"].clone()
+    layer.merge(adapter_names=["default"])
+    layer.unmerge()
+    assert torch.equal(base.quantized_weight.tensors["W_q"], written)
+
+
+def test_lora_over_another_tuner_of_a_mixed_model_merges_and_unmerges_beside_it(x):
+    def mixed(base: nn.Module) -> nn.Module:
+        torch.manual_seed(1)
+        model = get_peft_model(base, peft.LoHaConfig(r=2, target_modules=["first"], init_weights=False), mixed=True)
+        model.add_adapter("lora", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        model.set_adapter(["default", "lora"])
+        return model
+
+    model, dense = mixed(quantized_two(nbits=8)), mixed(pql.dequantize_model(quantized_two(nbits=8)))
+    lora = model.base_model.model.first
+    assert type(lora) is LoraQuantizedLinear
+    assert type(lora.base_layer) is peft.tuners.loha.Linear
+    torch.testing.assert_close(model(x), dense(x))
+    expected = dense(x)
+    model.merge_adapter()
+    assert type(lora.base_layer) is peft.tuners.loha.Linear
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+    model.unmerge_adapter()
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
 
 
 def test_adapters_on_a_dequantized_base_still_merge(x):

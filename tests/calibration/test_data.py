@@ -3,9 +3,9 @@
 import datasets
 import pytest
 import torch
+from integrations.tiny import tiny_model
 
 from peft_quantlayers import Calibration
-from tests.integrations.tiny import tiny_model
 
 MODEL = tiny_model()  # a vocabulary of 128
 

@@ -128,6 +128,15 @@ def test_quantizing_keeps_the_layout_and_the_weight(method, spec, dtype):
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in quantized.tensors.items())
 
 
+def test_a_weight_that_lies_transposed_in_memory_gets_the_same_codes(method, spec):
+    weight = random_weight()
+    transposed = weight.t().contiguous().t()
+    assert not transposed.is_contiguous()
+    expected = method.quantize(weight, spec, name="layer")
+    found = method.quantize(transposed, spec, name="layer")
+    assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in expected.tensors.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype):
     weight = random_weight()

@@ -1,0 +1,90 @@
+"""Quantized models and their dense twins for the tests of PEFT's features: the same weights, the same seeds."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from integrations.tiny import tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import peft_quantlayers as pql
+from peft_quantlayers import QuantizedLinear, QuantizedWeight
+
+CONFIGS = {
+    "hqq": pql.HQQConfig(nbits=4, group_size=32),
+    "aqlm": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4, in_group_size=8),
+}
+
+
+class Two(nn.Module):
+    """Two biased linears with a nonlinearity between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@cache
+def _quantized(kind: str, method: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = Two() if kind == "two" else tiny_model(kind)
+    return pql.quantize_model(model, CONFIGS[method], progress=False)
+
+
+def quantized(method: str, kind: str = "two") -> nn.Module:
+    """A fresh quantized model: :class:`Two`, or a tiny transformers model of the family ``kind``."""
+    return copy.deepcopy(_quantized(kind, method))
+
+
+def dense_twin(method: str, kind: str = "two") -> nn.Module:
+    """The same model with its dequantized weights in plain linears."""
+    return pql.dequantize_model(quantized(method, kind))
+
+
+def adapted(model: nn.Module, make_config: Callable[[], LoraConfig]) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(model, make_config())
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def assert_same_adapters(ours: nn.Module, reference: nn.Module) -> None:
+    found = {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}
+    expected = {name: tensor for name, tensor in reference.state_dict().items() if "lora_" in name}
+    assert found.keys() == expected.keys()
+    assert found
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
+    """Every base weight of ``ours`` stands for the float one that PEFT leaves on the dense twin.
+
+    A merged one is the unmerged weight with the change in its codes, or quantized anew; one that was written (PiSSA)
+    is quantized anew.
+    """
+    layers, dense = lora_layers(ours), lora_layers(reference)
+    assert layers.keys() == dense.keys()
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        target = dense[name].get_base_layer().weight.detach()
+        candidates = [base.method.quantize(target, base.spec, name=name)]
+        if layer._unmerged is not None:
+            change = target - dense_form(base, layer._unmerged.weight)
+            candidates.append(base.method.merged(layer._unmerged.weight, lambda rows, c=change: c[rows], name=name))
+        # Codes on the edge between two may fall either way: float rounding differs in the last bit. One that does moves
+        # a whole group in AQLM.
+        errors = [(base.dequantize(torch.float32) - dense_form(base, each)).norm() for each in candidates]
+        assert min(errors) <= 3e-2 * target.norm(), name
+
+
+def dense_form(base: QuantizedLinear, weight: QuantizedWeight) -> Tensor:
+    return base.method.dequantize(weight.tensors, weight.spec, in_features=base.in_features, dtype=torch.float32)

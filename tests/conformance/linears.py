@@ -1,0 +1,70 @@
+"""Quantized layers in the place of the linears that PEFT's tests build their models of."""
+
+import sys
+from collections.abc import Callable, Collection
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from peft_quantlayers import AQLMSpec, HQQSpec, QuantizedLinear, QuantSpec
+
+
+def hqq_spec(linear: nn.Linear) -> HQQSpec:
+    """A group for each weight holds any weight exactly.
+
+    PEFT's tests compare merged with unmerged outputs at float tolerances. Packing, scales and requantization are
+    those of every other HQQ layer; what rounding loses has its own tests.
+    """
+    return HQQSpec(nbits=8, group_size=1, scale_dtype="float32")
+
+
+def aqlm_spec(linear: nn.Linear) -> AQLMSpec:
+    """A vector is a whole row: 256 entries hold a small layer to float32 rounding."""
+    return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=linear.in_features, scale_dtype="float32")
+
+
+SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec}
+
+
+class Replacement:
+    """While entered, every plain ``nn.Linear`` that becomes a part of a model is quantized.
+
+    Attributes:
+        is_on: whether it replaces anything; it counts adapters all the same.
+        kept_dense: names of modules to leave as they are, as ``skip_modules`` would.
+        n_quantized: layers quantized.
+        n_adapted: times that PEFT put an adapter on one.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._spec_of = SPECS[method]
+        self._handle: RemovableHandle | None = None
+        self.is_on = True
+        self.kept_dense: Collection[str] = ()
+        self.n_quantized = self.n_adapted = 0
+
+    def __enter__(self) -> "Replacement":
+        self._handle = register_module_module_registration_hook(self._on_registration)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._handle is not None
+        self._handle.remove()
+
+    def _on_registration(self, parent: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
+        if name == "base_layer" and isinstance(module, QuantizedLinear):
+            self.n_adapted += 1
+        if not self.is_on or type(module) is not nn.Linear or name in self.kept_dense or _is_peft_building():
+            return None
+        self.n_quantized += 1
+        return QuantizedLinear.from_linear(module, self._spec_of(module), layer_name=name)
+
+
+def _is_peft_building() -> bool:
+    """Whether PEFT or we register the module: then it belongs to an adapter, not to the model under test."""
+    frame = sys._getframe(1)
+    while frame.f_globals["__name__"].partition(".")[0] == "torch" or frame.f_globals["__name__"] == __name__:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame.f_globals["__name__"].startswith("peft")
