@@ -80,10 +80,15 @@ def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
         if layer._unmerged is not None:
             change = target - dense_form(base, layer._unmerged.weight)
             candidates.append(base.method.merged(layer._unmerged.weight, lambda rows, c=change: c[rows], name=name))
-        # Codes on the edge between two may fall either way: float rounding differs in the last bit. One that does moves
-        # a whole group in AQLM.
-        errors = [(base.dequantize(torch.float32) - dense_form(base, each)).norm() for each in candidates]
-        assert min(errors) <= 3e-2 * target.norm(), name
+        # Codes on the edge between two may fall either way, since float rounding differs in the last bit, and k-means
+        # ends elsewhere then: as near to the target is as good.
+        found = base.dequantize(torch.float32)
+        rebuilt = [dense_form(base, each) for each in candidates]
+        assert any(
+            (found - each).norm() <= 1e-3 * target.norm()
+            or abs((found - target).norm() / (each - target).norm() - 1) < 0.05
+            for each in rebuilt
+        ), name
 
 
 def dense_form(base: QuantizedLinear, weight: QuantizedWeight) -> Tensor:
