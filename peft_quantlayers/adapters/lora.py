@@ -372,7 +372,10 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
     """
     if strategy not in RULES:
-        raise ValueError(f"strategy={strategy!r} is not supported; choose one of {tuple(RULES)}.")
+        raise ValueError(
+            f"strategy={strategy!r} is not supported here; choose one of {tuple(RULES)}. Calibrated merges need data: "
+            "peft_quantlayers.merge_back."
+        )
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     if not layers:
         raise ValueError("the model has no LoRA adapter on a quantized layer: there is nothing to merge.")

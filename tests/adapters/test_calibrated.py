@@ -121,6 +121,15 @@ def test_a_refused_call_leaves_the_model_as_it_was(arguments, message):
     assert torch.equal(model(HELD_OUT).logits, logits)
 
 
+def test_a_nan_is_refused_by_the_layers_name():
+    model = adapted(CONFIGS["hqq4"])
+    before = bits_of(model)
+    next(p for name, p in model.named_parameters() if "layers.1" in name and "lora_B" in name).data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1.*NaN"):
+        pql.merge_back(model, strategy="calibrated", calibration=calibration())
+    assert all(torch.equal(bits_of(model)[name], tensor) for name, tensor in before.items())
+
+
 def test_groups_across_the_outputs_are_refused():
     model = adapted(HQQConfig(axis=0, group_size=16))
     with pytest.raises(ValueError, match="axis=1"):

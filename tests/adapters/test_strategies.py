@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
-from peft_quantlayers.adapters.merge import STRATEGIES
+from peft_quantlayers.adapters.lora import RULES
 
 from .test_lora import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 
@@ -39,7 +39,7 @@ def x() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("exact", "aware")])
+@pytest.mark.parametrize("strategy", [name for name in RULES if name not in ("exact", "aware")])
 def test_ten_merges_through_peft_leave_the_same_bits_and_outputs(strategy, method, x):
     check_ten_merges(strategy, METHODS[method], x)
 
@@ -81,7 +81,7 @@ def test_a_zero_adapter_changes_no_bit(strategy, method):
     assert report.change_kept == 1.0
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", list(RULES))
 def test_a_nan_is_refused_by_the_layers_name_and_nothing_changed(strategy):
     model = model_for(strategy)
     model.base_model.model.second.lora_B["default"].weight.data[0, 0] = float("nan")
@@ -94,7 +94,7 @@ def test_a_nan_is_refused_by_the_layers_name_and_nothing_changed(strategy):
         assert not any(getattr(model.base_model.model, name).merged for name in ("first", "second"))
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "exact"])
+@pytest.mark.parametrize("strategy", [name for name in RULES if name != "exact"])
 def test_merging_one_after_the_other_is_merging_the_sum(strategy, x):
     outputs = []
     for calls in ([["default"], ["other"]], [["default", "other"]]):
@@ -133,6 +133,8 @@ def test_an_unknown_strategy_and_a_model_without_adapters_are_refused():
         pql.set_merge_strategy(model_for("requantize"), "magic")
     with pytest.raises(ValueError, match="nothing to merge"):
         pql.set_merge_strategy(quantized_two(), "dense")
+    with pytest.raises(ValueError, match="merge_back"):
+        pql.set_merge_strategy(model_for("requantize"), "calibrated")
 
 
 def tiny_peft_model(nbits: int = 4) -> PeftModel:
