@@ -60,6 +60,9 @@ MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
 
 # A change of which less than this arrives has met the end of the range of codes: a new grid may hold more of it.
 MIN_KEPT_ON_GRID = 0.8
+# Relative to the weight: below it no width of 4 bits or fewer keeps the change with nearest codes, and is not tried.
+LARGE_CHANGE = 0.1
+MIN_KEPT_ANEW = 0.95
 
 
 def exact(plan: MergePlan) -> QuantizedWeight:
@@ -98,12 +101,18 @@ def aware(plan: MergePlan) -> QuantizedWeight:
 
 
 def requantize(plan: MergePlan) -> QuantizedWeight:
-    """:func:`on_grid`, or a new grid where that holds more of the change."""
+    """:func:`on_grid`, or a new grid: where the change is large enough to survive nearest codes, or meets the end.
+
+    Nearest codes err less, but keep nothing of a change that is far below a step, as those of adapters mostly are.
+    """
     kept = on_grid(plan)
-    if change_kept(plan, kept) >= MIN_KEPT_ON_GRID:
+    is_large = (plan.target - plan.before).norm() > LARGE_CHANGE * plan.before.norm()
+    if change_kept(plan, kept) >= MIN_KEPT_ON_GRID and not is_large:
         return kept
     base = plan.base
     anew = base.method.quantize(plan.target, base.spec, name=base.layer_name)
+    if is_large and change_kept(plan, anew) >= MIN_KEPT_ANEW:
+        return anew
     return max(kept, anew, key=lambda merged: change_kept(plan, merged))
 
 

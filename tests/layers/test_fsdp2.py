@@ -60,7 +60,7 @@ def sharded_run(rank: int, port: int) -> None:
 def test_a_sharded_model_gives_the_same_outputs_gradients_and_state():
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["same"] * WORLD_SIZE
+    assert done.stdout.count("same") == WORLD_SIZE  # two processes may write into one line
 
 
 if __name__ == "__main__":
