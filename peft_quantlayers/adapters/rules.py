@@ -60,8 +60,6 @@ MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
 
 # A change of which less than this arrives has met the end of the range of codes: a new grid may hold more of it.
 MIN_KEPT_ON_GRID = 0.8
-# Relative to the weight: below it no width of 4 bits or fewer keeps the change with nearest codes, and is not tried.
-LARGE_CHANGE = 0.1
 MIN_KEPT_ANEW = 0.95
 
 
@@ -101,19 +99,18 @@ def aware(plan: MergePlan) -> QuantizedWeight:
 
 
 def requantize(plan: MergePlan) -> QuantizedWeight:
-    """:func:`on_grid`, or a new grid: where the change is large enough to survive nearest codes, or meets the end.
+    """:func:`on_grid`, or nearest codes on a new grid where those keep the change and err less.
 
-    Nearest codes err less, but keep nothing of a change that is far below a step, as those of adapters mostly are.
+    They keep nothing of a change that is far below a step, as those of adapters mostly are; or, where quantizing
+    anew ends in other codes altogether, they keep it under new noise.
     """
-    kept = on_grid(plan)
-    is_large = (plan.target - plan.before).norm() > LARGE_CHANGE * plan.before.norm()
-    if change_kept(plan, kept) >= MIN_KEPT_ON_GRID and not is_large:
-        return kept
     base = plan.base
+    kept = on_grid(plan)
     anew = base.method.quantize(plan.target, base.spec, name=base.layer_name)
-    if is_large and change_kept(plan, anew) >= MIN_KEPT_ANEW:
+    (grid_part, grid_error), (anew_part, anew_error) = (_kept_and_error(plan, merged) for merged in (kept, anew))
+    if anew_part >= MIN_KEPT_ANEW and anew_error <= grid_error:
         return anew
-    return max(kept, anew, key=lambda merged: change_kept(plan, merged))
+    return anew if grid_part < MIN_KEPT_ON_GRID and anew_part > grid_part else kept
 
 
 def dense(plan: MergePlan) -> nn.Module:
@@ -152,13 +149,12 @@ def automatic(plan: MergePlan) -> QuantizedWeight:
     return requantize(plan) if plan.group_change is None else exact(plan)
 
 
-def change_kept(plan: MergePlan, merged: QuantizedWeight) -> float:
-    """The coefficient of the change in what ``merged`` changed, by least squares; at most 1; 1 without a change."""
-    change = plan.target - plan.before
-    energy = change.square().sum()
-    if not energy > 0:
-        return 1.0
+def _kept_and_error(plan: MergePlan, merged: QuantizedWeight) -> tuple[float, float]:
+    """The coefficient of the change in what ``merged`` changed, by least squares, at most 1; and the error's norm."""
     after = plan.base.method.dequantize(
         merged.tensors, merged.spec, in_features=merged.in_features, dtype=torch.float32
     )
-    return min(1.0, float(((after - plan.before) * change).sum() / energy))
+    change = plan.target - plan.before
+    energy = change.square().sum()
+    kept = float(((after - plan.before) * change).sum() / energy) if energy > 0 else 1.0
+    return min(1.0, kept), float((after - plan.target).norm())
