@@ -5,8 +5,8 @@ moment ``H`` the error of the outputs is ``tr(D H D.T)`` for the difference ``D`
 choosing one column's codes after the other with all others held, and by fitting scales and zeros to the codes.
 
 Sources: the iteration over columns is coordinate descent, as in Behdin et al. 2023 (QuantEase), from nearest codes; on
-layers of SmolLM2 four sweeps of it gave a lower held-out error than the error feedback of Frantar et al. 2022 (GPTQ), with no
-matrix to factor. Scales and zeros are least squares by conjugate gradients.
+layers of SmolLM2 four sweeps of it gave a lower held-out error than the error feedback of Frantar et al. 2022 (GPTQ),
+with no matrix to factor. Scales and zeros are least squares by conjugate gradients.
 """
 
 from dataclasses import dataclass, replace
