@@ -24,6 +24,8 @@ NEARBY = {
         "tests/test_custom_models.py::TestDynamicDispatch",
         "tests/test_custom_models.py::TestMultiRankAdapter",
         "tests/test_tuners_utils.py::TestTargetedModuleNames",
+        "-k",
+        "not test_override_lora_linear and not test_realistic_example",  # these two fetch models from the hub
     ],
 }
 
