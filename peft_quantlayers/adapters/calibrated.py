@@ -82,10 +82,7 @@ def for_outputs(plan: MergePlan, hessian: Tensor) -> QuantizedWeight:
 
 def output_kept(plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> float:
     """Part of the energy of the outputs' change that is left: ``1 - |error|**2 / |change|**2`` under ``hessian``."""
-    after = plan.base.method.dequantize(
-        merged.tensors, merged.spec, in_features=merged.in_features, dtype=plan.target.dtype
-    )
-    change, error = plan.target - plan.before, after - plan.target
+    change, error = plan.target - plan.before, plan.base.method.dense(merged) - plan.target
     hessian = hessian.to(change.device)
     energy = float(((change @ hessian) * change).sum())
     return 1.0 - float(((error @ hessian) * error).sum()) / energy if energy > 0 else 1.0

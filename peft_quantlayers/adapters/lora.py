@@ -5,7 +5,6 @@ May import layers and PEFT's public classes.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -233,7 +232,7 @@ class LoraQuantizedLinear(LoraLinear):
         device = next(self.get_base_layer().parameters()).device
         base = state.base.to(device)
         if state.weight is not None:
-            cast(QuantizedLinear, base).quantized_weight = _moved(state.weight, device)
+            cast(QuantizedLinear, base).quantized_weight = state.weight.to(device)
         if state.bias is not None:
             bias = cast(nn.Linear, base).bias
             bias.data = state.bias.to(device, bias.dtype)
@@ -292,8 +291,8 @@ class LoraQuantizedLinear(LoraLinear):
         state = self.merge_state()
         unmerged = self._unmerged or state
         device = next(self.get_base_layer().parameters()).device
-        weight = _moved(cast(QuantizedWeight, unmerged.weight), device)
-        before = base.method.dequantize(weight.tensors, weight.spec, in_features=base.in_features, dtype=torch.float32)
+        weight = cast(QuantizedWeight, unmerged.weight).to(device)
+        before = base.method.dense(weight)
         stand_in = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
         stand_in.weight = nn.Parameter(before.clone(), requires_grad=False)
         if unmerged.bias is not None:
@@ -335,15 +334,9 @@ class LoraQuantizedLinear(LoraLinear):
         )
 
 
-def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    return dataclasses.replace(weight, tensors={name: tensor.to(device) for name, tensor in weight.tensors.items()})
-
-
 def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
     if isinstance(merged, QuantizedWeight):
-        tensors, spec = merged.tensors, merged.spec
-        after = plan.base.method.dequantize(tensors, spec, in_features=merged.in_features, dtype=torch.float32)
-        bits = merged.bits_per_weight
+        after, bits = plan.base.method.dense(merged), merged.bits_per_weight
     elif isinstance(merged, QuantizedLinear):
         own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
         after, bits = merged.dense_weight(torch.float32) - own_branch, merged.bits_per_weight

@@ -47,8 +47,8 @@ def merge_back(
             ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs stay as they are.
             ``"calibrated"``: any adapter; codes, scales, zeros and codebooks are chosen so that the outputs are right
             on ``calibration``, layer by layer, from the codes that are there.
-            ``"requantize"``: without data. HQQ weights keep their grid and the change is rounded into the codes with
-            dither; other methods quantize anew, beginning from the codes that they have.
+            ``"requantize"``: without data. The change is rounded into the codes with dither, on the grid that is
+            there; or, where nearest codes keep the change and err less, the weight is quantized anew.
             ``"dense"``: a plain float model, which loses nothing.
             ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
         adapters: names of the adapters to merge; None for the active ones.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..evaluate import Capture
@@ -171,19 +170,23 @@ def layer_report(
     bits: tuple[float, float],
 ) -> LayerMergeReport:
     """The report on a layer whose weight was ``before``, should be ``target`` and became ``merged``; all float32."""
-    change = target - before
-    change_energy = change.square().sum()
-    kept = ((merged - before) * change).sum() / change_energy if change_energy > 0 else torch.ones(())
     return LayerMergeReport(
         name=name,
         adapters=tuple(adapters),
         bits_before=bits[0],
         bits_after=bits[1],
         weight_norm=float(target.norm()),
-        change_norm=float(change.norm()),
+        change_norm=float((target - before).norm()),
         error_norm=float((merged - target).norm()),
-        change_kept=float(kept),
+        change_kept=change_coefficient(before, target, merged),
     )
+
+
+def change_coefficient(before: Tensor, target: Tensor, merged: Tensor) -> float:
+    """The coefficient of ``target - before`` in ``merged - before``, by least squares; 1 without a change."""
+    change = target - before
+    energy = change.square().sum()
+    return float(((merged - before) * change).sum() / energy) if energy > 0 else 1.0
 
 
 def _norm(norms: Any) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..layers import LowRankBranch, QuantizedLinear
 from ..layers.replace import dense_in_place_of
+from .report import change_coefficient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +152,6 @@ def automatic(plan: MergePlan) -> QuantizedWeight:
 
 def _kept_and_error(plan: MergePlan, merged: QuantizedWeight) -> tuple[float, float]:
     """The coefficient of the change in what ``merged`` changed, by least squares, at most 1; and the error's norm."""
-    after = plan.base.method.dequantize(
-        merged.tensors, merged.spec, in_features=merged.in_features, dtype=torch.float32
-    )
-    change = plan.target - plan.before
-    energy = change.square().sum()
-    kept = float(((after - plan.before) * change).sum() / energy) if energy > 0 else 1.0
+    after = plan.base.method.dense(merged)
+    kept = change_coefficient(plan.before, plan.target, after)
     return min(1.0, kept), float((after - plan.target).norm())

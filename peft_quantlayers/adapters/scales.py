@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -191,19 +192,12 @@ class QuantScalesLinear(QuantScalesLayer):
             merged = {
                 name: tensors.get(name, old.tensors[name]).to(dtype) for name, dtype in self._merged_dtypes.items()
             }
-            base.quantized_weight = QuantizedWeight(
-                spec=base.spec.widened(), out_features=old.out_features, in_features=old.in_features, tensors=merged
-            )
+            base.quantized_weight = replace(old, spec=base.spec.widened(), tensors=merged)
 
     def _restore(self, stored: tuple[QuantizedWeight, Tensor | None]) -> None:
         base, (weight, bias) = self._base(), stored
         device = base.codes.device
-        base.quantized_weight = QuantizedWeight(
-            spec=weight.spec,
-            out_features=weight.out_features,
-            in_features=weight.in_features,
-            tensors={name: tensor.to(device) for name, tensor in weight.tensors.items()},
-        )
+        base.quantized_weight = weight.to(device)
         if bias is not None:
             base.bias.data = bias.to(device)
 

@@ -11,10 +11,10 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig
 
 from ..formats import QuantizedWeight
+from ..formats.quantized_weight import stored_bytes
 
 # Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
 ROUNDING_VERSION = 1
@@ -45,8 +45,7 @@ def fingerprint(weight: QuantizedWeight) -> str:
     """A checksum of the spec and all tensors of ``weight``: equal for the same codes on the same grid only."""
     checksum = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
     for name in sorted(weight.tensors):
-        stored = weight.tensors[name].detach().cpu().contiguous().view(torch.uint8)
-        checksum = zlib.crc32(stored.numpy().data, checksum)
+        checksum = zlib.crc32(stored_bytes(weight.tensors[name]), checksum)
     return f"{checksum:08x}"
 
 

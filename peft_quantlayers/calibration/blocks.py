@@ -72,13 +72,13 @@ def record_calls(model: nn.Module, blocks: list[str], batches: list[Tensor]) -> 
                 )
             calls[name].append(call if name == blocks[0] else call.with_hidden(call.hidden.new_empty(0)))
             if name == blocks[-1]:
-                raise _Stop
+                stop()
 
         return hook
 
-    with hooked({name: record(name) for name in blocks}, model), evaluating(model):
-        for batch in batches:
-            run(model, batch)
+    hooks = {name: record(name) for name in blocks}
+    for call in model_calls(model, batches):
+        run_until(model, call, hooks)
     wrong = [name for name, made in calls.items() if len(made) != len(batches)]
     if wrong:
         raise ValueError(f"cannot calibrate block by block: {wrong[:3]} do not run exactly once in a forward pass.")
@@ -87,17 +87,12 @@ def record_calls(model: nn.Module, blocks: list[str], batches: list[Tensor]) -> 
 
 def model_calls(model: nn.Module, batches: list[Tensor]) -> list[Call]:
     """Calls of the whole model, seen as one block."""
-    keyword = _input_name(model)
-    kwargs = {"use_cache": False} if _takes_cache(model) else {}
+    keyword = getattr(model, "main_input_name", None)
+    takes_cache = getattr(getattr(model, "config", None), "use_cache", False)
+    kwargs = {"use_cache": False} if takes_cache else {}
     if keyword is None:
         return [Call(batch, (None,), kwargs, 0) for batch in batches]
     return [Call(batch, (), kwargs, keyword) for batch in batches]
-
-
-def run(model: nn.Module, batch: Tensor) -> None:
-    """A forward pass, which a hook may end early."""
-    with suppress(_Stop):
-        model_calls(model, [batch])[0](model)
 
 
 def run_until(block: nn.Module, call: Call, hooks: dict[str, Callable]) -> None:
@@ -153,12 +148,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
-
-
-def _input_name(model: nn.Module) -> str | None:
-    return getattr(model, "main_input_name", None)
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "use_cache", False))

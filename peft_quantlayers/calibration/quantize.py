@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..formats import QuantSpec
+from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear, quantized_modules
-from ..layers.replace import linear_of, quantize_module
+from ..layers.replace import linear_of, place_empty_layer, quantize_module
 from ..quantizers import QuantConfig, get_method, spec_from_dict
 from .data import Calibration
 from .finetune import finetune_block
@@ -68,11 +69,7 @@ def quantize_calibrated(
             f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). HQQ needs "
             "axis=1. Or quantize without calibration. The model was not changed."
         )
-    batches = calibration.batches(model)
-    folder = None
-    if calibration.resume_folder is not None:
-        folder = _ResumeFolder(Path(calibration.resume_folder), _fingerprint(model, specs, calibration, batches))
-    visitor = _QuantizeVisitor(model, specs, config, calibration, device, folder, on_layer)
+    visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     walk(model, list(specs), calibration, visitor, device=device, progress=progress)
 
 
@@ -84,12 +81,18 @@ class _QuantizeVisitor(Visitor):
         config: QuantConfig,
         calibration: Calibration,
         device: torch.device | str | None,
-        folder: _ResumeFolder | None,
         on_layer: Callable[[LayerResult], None] | None,
     ) -> None:
         self.model, self.specs, self.config, self.calibration = model, specs, config, calibration
-        self.device, self.folder, self.on_layer = device, folder, on_layer
+        self.device, self.on_layer = device, on_layer
+        self.folder: _ResumeFolder | None = None
         self.needs_targets = calibration.finetune_epochs > 0
+
+    def begin(self, batches: list[Tensor]) -> None:
+        folder = self.calibration.resume_folder
+        if folder is not None:
+            fingerprint = _fingerprint(self.model, self.specs, self.calibration, batches)
+            self.folder = _ResumeFolder(Path(folder), fingerprint)
 
     def restore_block(self, block: str, names: list[str]) -> bool:
         return self.folder is not None and self.folder.restore(self.model, block, names, self.config)
@@ -168,19 +171,10 @@ class _ResumeFolder:
             return False
         specs = json.loads(self._metadata(file)["specs"])
         for name in names:
-            weight, bias = linear_of(model, name)
-            dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else weight.dtype
-            layer = QuantizedLinear.empty(
-                spec_from_dict(specs[name]),
-                out_features=weight.shape[0],
-                in_features=weight.shape[1],
-                bias=bias is not None,
-                compute_dtype=dtype,
-                device=weight.device,
-                layer_name=name,
+            device = linear_of(model, name)[0].device
+            place_empty_layer(
+                model, name, spec_from_dict(specs[name]), compute_dtype=config.compute_dtype, device=device
             )
-            layer.train(model.get_submodule(name).training)
-            model.set_submodule(name, layer)
         with safe_open(file, framework="pt") as stored:
             model.get_submodule(block).load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
         return True
@@ -207,7 +201,7 @@ def _fingerprint(
     described = {"specs": {name: spec.to_dict() for name, spec in specs.items()}, "options": options}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for batch in batches:
-        digest.update(batch.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(stored_bytes(batch))
     for name, parameter in model.named_parameters():
         digest.update(f"{name}: {parameter.detach().double().sum().item()!r}".encode())
     return digest.hexdigest()

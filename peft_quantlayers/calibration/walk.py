@@ -29,6 +29,9 @@ class Visitor:
     needs_targets = False
     """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
 
+    def begin(self, batches: list[Tensor]) -> None:
+        """Before anything is changed, with the inputs that the walk uses; what is raised here refuses the walk."""
+
     def restore_block(self, block: str, names: list[str]) -> bool:
         """Put a block in its final state from elsewhere. True if so: its layers are not visited."""
         return False
@@ -77,6 +80,7 @@ def walk(
         ValueError, TypeError: as :meth:`Calibration.batches`; nothing was changed.
     """
     batches = calibration.batches(model)
+    visitor.begin(batches)
     blocks = find_blocks(model, names)
     in_blocks = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
     with evaluating(model), tqdm(total=len(names), desc="Calibrating", unit="layer", disable=not progress) as bar:
@@ -115,11 +119,12 @@ def _visit_in_order(
     start = len(prefix) + 1 if prefix else 0
     for stage in stages(parent, [name[start:] for name in names], calls):
         moment = second_moment(parent, stage[0], calls)
+        hessian = None if moment is None else damped(moment, calibration.damping)
         for inner in stage:
             name = f"{prefix}.{inner}" if prefix else inner
-            if moment is None:
+            if hessian is None:
                 logger.warning("%s: no calibration data but zeros reaches this layer; it is done without.", name)
-            visitor.visit(name, None if moment is None else damped(moment, calibration.damping))
+            visitor.visit(name, hessian)
             bar.update()
 
 

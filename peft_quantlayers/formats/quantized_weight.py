@@ -1,6 +1,8 @@
 """One quantized weight as a value: a spec, a shape and the tensors. No layer, no arithmetic."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,6 +29,11 @@ class QuantizedWeight:
         nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         return 8 * nbytes / (self.out_features * self.in_features)
 
+    def to(self, device: torch.device) -> Self:
+        """The same weight on ``device``; tensors that are there already are shared."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
     def check(self, name: str) -> None:
         """Raise ValueError, naming the layer ``name``, unless the invariant holds and all metadata is finite."""
         layout = self.spec.tensor_layout(self.out_features, self.in_features)
@@ -41,3 +48,8 @@ class QuantizedWeight:
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
+
+
+def stored_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of one dimension or more as they lie in memory row by row, for checksums."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

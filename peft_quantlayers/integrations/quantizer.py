@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,7 +28,7 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
-from ..layers.replace import linear_shape
+from ..layers.replace import linear_shape, place_empty_layer
 from ..quantizers import spec_from_dict
 from .headers import check_headers, model_name, rename_to_model
 
@@ -193,22 +192,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _place_empty_layers(self, model: PreTrainedModel) -> None:
         for name, spec in self.specs.items():
-            linear = model.get_submodule(name)
-            out_features, in_features = linear_shape(linear)
-            dtype = getattr(torch, self.compute_dtype) if self.compute_dtype else linear.weight.dtype
-            layer = QuantizedLinear.empty(
-                spec,
-                out_features=out_features,
-                in_features=in_features,
-                bias=linear.bias is not None,
-                compute_dtype=dtype,
-                device="meta",
-                layer_name=name,
-            )
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"))
-            layer.is_conv1d = isinstance(linear, Conv1D)
-            model.set_submodule(name, layer)
+            place_empty_layer(model, name, spec, compute_dtype=self.compute_dtype, device="meta")
 
     # ---- after loading
 

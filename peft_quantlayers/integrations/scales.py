@@ -21,6 +21,7 @@ from torch import nn
 
 from ..adapters.scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm, is_norm
 from ..adapters.scales_config import BIASES, NORMS, QuantScalesConfig, QuantScalesType
+from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 
 # Modules that an error message names; a model has hundreds.
@@ -211,8 +212,7 @@ def _checked_codes(config: QuantScalesConfig, model: nn.Module) -> dict[str, int
         layer = _base(model.get_submodule(name))
         if not isinstance(layer, QuantizedLinear) or type(layer.codes.data) is not torch.Tensor or layer.codes.is_meta:
             continue  # a norm, or codes that are sharded or not there to be read
-        codes = layer.codes.data.cpu().contiguous().view(torch.uint8).numpy()
-        found[name] = zlib.crc32(codes)
+        found[name] = zlib.crc32(stored_bytes(layer.codes.data))
         if saved.get(name, found[name]) != found[name]:
             raise ValueError(
                 f"{name}: the adapter was trained on other codes than this base has ({layer.spec}). Scales mean "

@@ -135,6 +135,31 @@ def quantize_module(
     return layer
 
 
+def place_empty_layer(
+    model: nn.Module, name: str, spec: QuantSpec, *, compute_dtype: str | None, device: torch.device | str
+) -> QuantizedLinear:
+    """Put a quantized layer with uninitialised tensors in the place of the linear module ``name``, and return it.
+
+    For a checkpoint to be loaded into. The bias, uninitialised too, keeps the dtype that it has.
+    """
+    linear = _linear_at(model, name)
+    out_features, in_features = linear_shape(linear)
+    layer = QuantizedLinear.empty(
+        spec,
+        out_features=out_features,
+        in_features=in_features,
+        bias=linear.bias is not None,
+        compute_dtype=getattr(torch, compute_dtype) if compute_dtype else linear.weight.dtype,
+        device=device,
+        layer_name=name,
+    )
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(torch.empty_like(linear.bias, device=device))
+    layer.is_conv1d = isinstance(linear, Conv1D)
+    model.set_submodule(name, layer.train(linear.training))
+    return layer
+
+
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every quantized layer of ``model`` by a plain one with its dequantized weight, in place.
 

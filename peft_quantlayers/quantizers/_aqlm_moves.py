@@ -7,7 +7,7 @@ V step: a gradient step on a small subspace of the weights, projected onto what 
 import torch
 from torch import Tensor
 
-from ._aqlm_solver import chosen_codes, entry_sums
+from ._aqlm_solver import chosen_codes, entry_sums, matrix_to_groups
 
 # Choices of codes that are followed to the end.
 BEAM = 4
@@ -43,12 +43,12 @@ def moved_codes(
     Returns:
         New codes, shaped as ``codes``.
     """
-    n_out, n_in, num_codebooks = codes.shape
+    n_in, num_codebooks = codes.shape[1:]
     _, _, out_group, in_group = codebooks.shape
     moved = codes.reshape(-1, num_codebooks).clone()
     entries = codebooks.flatten(2)
     group_scales = scales.repeat_interleave(n_in)[:, None]
-    wanted = gradient.view(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3).reshape(n_out * n_in, -1)
+    wanted = matrix_to_groups(gradient, out_group, in_group).flatten(0, 1)
 
     weight_energy = (entry_sums(moved, entries) * group_scales).square().sum()
     gradient_energy = wanted.square().sum()

@@ -220,7 +220,7 @@ def chosen_codes(pull: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor |
     return torch.cat(found)
 
 
-def improved_codes(problem: Problem, found: Additive, *, beam: int, passes: int = 1) -> Additive:
+def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
     """Codes chosen group by group with all others held, so that the error falls with every group.
 
     ``(target - current) @ H`` is the pull on a group. It is formed for a block of columns at a time, and kept up to
@@ -232,16 +232,14 @@ def improved_codes(problem: Problem, found: Additive, *, beam: int, passes: int 
     codes, codebooks = found.codes.clone(), found.codebooks
     hessian = problem.hessian
     if hessian is None:
-        flat = codes.view(n_out * n_in, -1)
-        for _ in range(passes):
-            flat = chosen_codes(target.view(-1, d), flat, codebooks, None, beam=beam)
+        flat = chosen_codes(target.view(-1, d), codes.view(n_out * n_in, -1), codebooks, None, beam=beam)
         return replace(found, codes=flat.view_as(codes))
 
     out_group, in_group = problem.out_group, problem.in_group
     residual = groups_to_matrix(target - entry_sums(codes, codebooks), out_group)
     block_groups = max(1, BLOCK_COLUMNS // in_group)
     identity = torch.eye(out_group, device=hessian.device)
-    for first in list(range(0, n_in, block_groups)) * passes:
+    for first in range(0, n_in, block_groups):
         columns = slice(first * in_group, min(first + block_groups, n_in) * in_group)
         pull = residual @ hessian[:, columns]
         for group in range(first, min(first + block_groups, n_in)):

@@ -200,7 +200,7 @@ def move_aqlm_codes(
         The codes as they are stored, and the number of groups that have new ones.
     """
     size = tensors["codebooks"].shape[1]
-    codes = tensors["codes"].long() % size
+    codes = unsigned_codes(tensors["codes"], size.bit_length() - 1)
     moved = moved_codes(
         codes,
         tensors["codebooks"].float(),

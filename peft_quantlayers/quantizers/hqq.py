@@ -177,8 +177,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
                         name,
                         spec.scale_dtype,
                     )
-                    wider = dataclasses.replace(spec, scale_dtype="float32")
-                    return self._solved(weight, wider, layout, name=name)
+                    return self._solved(weight, spec.widened(), layout, name=name)
                 group_scale, group_zero = stored_scale.float(), stored_zero.float()
             flat_scale[part], flat_zero[part] = group_scale, group_zero
             code_groups[part] = encode(groups, group_scale, group_zero, max_code=max_code).to(torch.uint8)
@@ -246,9 +245,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
             100 * float(lost / change.norm()),
             32 * scale.numel() / weight.out_features / weight.in_features,
         )
-        wider = dataclasses.replace(spec, scale_dtype="float32")
         tensors = weight.tensors | {"scale": scale, "zero": shifted}
-        return dataclasses.replace(weight, spec=wider, tensors=tensors)
+        return dataclasses.replace(weight, spec=spec.widened(), tensors=tensors)
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HQQSpec, bias: Tensor | None) -> Tensor:
         return hqq_linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
@@ -282,11 +280,11 @@ def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, fro
     scale, zero = (begin.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=2**spec.nbits - 1)
-    if not (from_start or spec.integer_zero):
-        grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
     if from_start:
         codes = unpack(begin.tensors["W_q"].to(weight.device), spec.nbits, weight.shape[1]).float().view(groups.shape)
     else:
+        if not spec.integer_zero:
+            grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
         codes = grid.nearest_codes(groups)
     for _ in range(CALIBRATED_ROUNDS):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ROUND)
@@ -294,7 +292,7 @@ def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, fro
             grid = fitted_grid(groups, codes, grid, hessian)
     scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)
     if not _can_store(grid.scale, grid.zero, scale, zero, grid.max_code):
-        spec, scale, zero = dataclasses.replace(spec, scale_dtype="float32"), grid.scale, grid.zero
+        spec, scale, zero = spec.widened(), grid.scale, grid.zero
     grid = Grid(scale.float(), zero.float(), grid.max_code)
     codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape)
     tensors = {"W_q": pack(codes.to(torch.uint8), spec.nbits), "scale": scale, "zero": zero}

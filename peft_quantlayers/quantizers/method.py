@@ -68,6 +68,11 @@ class QuantMethod(ABC, Generic[SpecT]):
     ) -> Tensor:
         """The dense weight (out_features, in_features) in ``dtype``, differentiable in the floating tensors."""
 
+    def dense(self, weight: QuantizedWeight) -> Tensor:
+        """What ``weight`` stands for, (out_features, in_features), float32."""
+        spec = cast(SpecT, weight.spec)
+        return self.dequantize(weight.tensors, spec, in_features=weight.in_features, dtype=torch.float32)
+
     @abstractmethod
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
@@ -86,10 +91,7 @@ class QuantMethod(ABC, Generic[SpecT]):
         whole = change(slice(0, weight.out_features))
         if not whole.any():
             return weight
-        before = self.dequantize(
-            weight.tensors, cast(SpecT, weight.spec), in_features=weight.in_features, dtype=torch.float32
-        )
-        return self.quantize(before + whole, cast(SpecT, weight.spec), name=name, start=weight)
+        return self.quantize(self.dense(weight) + whole, cast(SpecT, weight.spec), name=name, start=weight)
 
     def merged_tiles(
         self,

@@ -7,6 +7,7 @@ Here are the hooks, the buffers and the optimizer's surface; the choice of the c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from quantlayers_kernels.tiled import weight_gradient
 
-from ..formats import QuantizedWeight
 from ..integrations.quantizer import QuantlayersHfQuantizer
 from ..layers import AQLMLinear, quantized_modules
 from ..quantizers import move_aqlm_codes
@@ -193,12 +193,7 @@ class PVTuner(torch.optim.AdamW):
             max_change=self.max_code_change,
             trust_ratio=self.trust_ratio,
         )
-        layer.quantized_weight = QuantizedWeight(
-            spec=old.spec,
-            out_features=old.out_features,
-            in_features=old.in_features,
-            tensors={**old.tensors, "codes": codes},
-        )
+        layer.quantized_weight = replace(old, tensors=old.tensors | {"codes": codes})
         return n_changed
 
 
@@ -211,6 +206,4 @@ def _widen(layer: AQLMLinear) -> None:
     old, spec = layer.quantized_weight, layer.spec.widened()
     layout = spec.tensor_layout(layer.out_features, layer.in_features)
     tensors = {name: tensor.to(layout[name].dtype) for name, tensor in old.tensors.items()}
-    layer.quantized_weight = QuantizedWeight(
-        spec=spec, out_features=old.out_features, in_features=old.in_features, tensors=tensors
-    )
+    layer.quantized_weight = replace(old, spec=spec, tensors=tensors)

@@ -11,17 +11,7 @@ from torch import nn
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, LoraQuantizedLinear, QuantizedLinear
 
-
-class Two(nn.Module):
-    """Two biased linears with a nonlinearity between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(64, 96)
-        self.second = nn.Linear(96, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.relu(self.first(x)))
+from .surfaces import Two
 
 
 def quantized_two(nbits: int = 4) -> Two:

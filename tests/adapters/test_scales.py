@@ -6,11 +6,11 @@ import json
 import peft
 import pytest
 import torch
-from integrations.tiny import tiny_model, token_ids
+from integrations.tiny import tiny_model, token_ids, training_arguments
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig, QuantScalesConfig
@@ -243,19 +243,7 @@ def test_the_trainer_trains_saves_and_reloads(method, bf16, tmp_path):
     model = tuned(quantized(method), ALL[method])
     before = loss_of(model).item()
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids()] * 4
-    arguments = TrainingArguments(
-        tmp_path,
-        per_device_train_batch_size=2,
-        max_steps=8,
-        lr_scheduler_type="constant",
-        learning_rate=1e-2,
-        report_to="none",
-        save_strategy="steps",
-        save_steps=8,
-        bf16=bf16,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    arguments = training_arguments(tmp_path, steps=8, bf16=bf16)
     Trainer(model, arguments, train_dataset=rows).train()
     assert loss_of(model).item() < before - 0.1
     loaded = PeftModel.from_pretrained(quantized(method), tmp_path / "checkpoint-8")

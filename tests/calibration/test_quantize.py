@@ -85,6 +85,17 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
     assert torch.equal(resumed(IDS).logits, whole(IDS).logits)
 
 
+def test_a_resumed_layer_in_the_place_of_a_conv1d_is_one_still(tmp_path):
+    given = calibration(resume_folder=tmp_path)
+    models = [quantize_model(tiny_model("gpt2"), CONFIGS["hqq"], calibration=given, progress=False) for _ in range(2)]
+    whole, resumed = (quantized_modules(model) for model in models)
+    assert {name: layer.is_conv1d for name, layer in resumed.items()} == {
+        name: layer.is_conv1d for name, layer in whole.items()
+    }
+    assert all(layer.is_conv1d for layer in resumed.values())
+    assert torch.equal(models[1](IDS).logits, models[0](IDS).logits)
+
+
 @pytest.mark.parametrize("change", ["config", "data", "weights"])
 def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path):
     config, model = CONFIGS["hqq"], tiny_model()

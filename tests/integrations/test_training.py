@@ -5,12 +5,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, LoraQuantizedLinear
 
-from .tiny import saved_tiny_model, tiny_model, token_ids
+from .tiny import saved_tiny_model, tiny_model, token_ids, training_arguments
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -52,19 +52,7 @@ def test_the_trainer_trains_the_adapter_and_leaves_the_codes(bf16, folder, tmp_p
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LORA)
     before, codes = loss_of(model).item(), codes_of(model)
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids()] * 8
-    arguments = TrainingArguments(
-        tmp_path / "run",
-        per_device_train_batch_size=2,
-        max_steps=20,
-        lr_scheduler_type="constant",
-        learning_rate=1e-2,
-        report_to="none",
-        save_strategy="steps",
-        save_steps=20,
-        bf16=bf16,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    arguments = training_arguments(tmp_path / "run", steps=20, bf16=bf16)
     Trainer(model, arguments, train_dataset=rows).train()
     assert loss_of(model).item() < 0.8 * before
     after = codes_of(model)

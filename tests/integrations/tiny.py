@@ -19,6 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainingArguments,
 )
 
 SIZES = {
@@ -65,3 +66,20 @@ def saved_tiny_model(folder: Path, family: str = "llama") -> Path:
 def token_ids() -> torch.Tensor:
     """(2, 9) token ids."""
     return torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def training_arguments(folder: Path, *, steps: int, bf16: bool) -> TrainingArguments:
+    """For a Trainer that takes ``steps`` steps of two rows on a CPU, and saves after the last."""
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        lr_scheduler_type="constant",
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="steps",
+        save_steps=steps,
+        bf16=bf16,
+        use_cpu=True,
+        disable_tqdm=True,
+    )

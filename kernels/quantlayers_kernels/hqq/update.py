@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bitpack import pack, unpack
 from ..dither import white_noise
-from ..tiled import WeightTiles, rows_per_tile
+from ..tiled import WeightTiles, buffered_tiles
 from .reference import _grouped
 
 # Rows after which the pattern repeats; it is the only thing kept, one for each width and device.
@@ -106,10 +106,7 @@ def updated_codes(
 def _updated_codes(
     W_q: Tensor, scale: Tensor, change: Callable[[slice], Tensor], *, nbits: int, axis: int, in_features: int
 ) -> WeightTiles:
-    out_features = W_q.shape[0]
-    step = rows_per_tile(out_features, in_features, W_q.device)
-    buffer = torch.empty(step, in_features, dtype=torch.float32, device=W_q.device)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
-        into = buffer[: rows.stop - rows.start]
-        yield rows, update_rows(W_q, scale, change(rows), nbits=nbits, axis=axis, rows=rows, into=into)
+    def updated(*, rows: slice, into: Tensor) -> Tensor:
+        return update_rows(W_q, scale, change(rows), nbits=nbits, axis=axis, rows=rows, into=into)
+
+    return buffered_tiles(updated, W_q.shape[0], in_features, dtype=torch.float32, device=W_q.device)
