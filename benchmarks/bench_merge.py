@@ -14,6 +14,7 @@ to the result file as they come.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import resource
@@ -49,8 +50,9 @@ SETTINGS: dict[str, pql.QuantConfig] = {
     "HQQ 4-bit g64": pql.HQQConfig(nbits=4, group_size=64),
     "HQQ 3-bit g64": pql.HQQConfig(nbits=3, group_size=64),
     "HQQ 2-bit g16": pql.HQQConfig(nbits=2, group_size=16),
-    "AQLM 2x8": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
+    "AQLM 2x8, calibrated": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
+CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
 Batch = dict[str, Tensor]
 
 
@@ -222,11 +224,23 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
             )
 
 
-def step_model(training: str, config: pql.QuantConfig) -> nn.Module:
-    base = AutoModelForCausalLM.from_pretrained(
-        demo_model_folder(), dtype=torch.float32, quantization_config=config, use_cache=False
-    )
-    model = get_peft_model(base, adapter_config("plain", base, config)).train()
+def quantized_base(setting: str, tokenizer: Any) -> nn.Module:
+    """The float model in the setting's bits; calibrated on the second half of the text where the name says so."""
+    base = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
+    calibration = None
+    if "calibrated" in setting:
+        ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
+        # The same data and folder as bench_calibration.py: what one has quantized, the other finds.
+        calibration = pql.Calibration(
+            data=ids[len(ids) // 2 :], n_tokens=CALIBRATION_TOKENS, resume_folder=CACHE / setting.replace(" ", "-")
+        )
+    return pql.quantize_model(base, SETTINGS[setting], calibration=calibration, progress=False)
+
+
+def step_model(training: str, setting: str) -> nn.Module:
+    base = quantized_base(setting, AutoTokenizer.from_pretrained(demo_model_folder()))
+    base.config.use_cache = False
+    model = get_peft_model(base, adapter_config("plain", base, SETTINGS[setting])).train()
     if training == "aware":
         pql.enable_merge_aware(model)
     return model
@@ -237,13 +251,10 @@ def take_step(model: nn.Module, ids: Tensor) -> None:
     model.zero_grad()
 
 
-def step_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
+def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds (interleaved) and peak memory (a process each) of a step, plain and merge-aware, for each setting."""
-    rows = []
     for setting in options.settings:
-        config = SETTINGS[setting]
-        models = {"plain": step_model("plain", config)}
-        models["aware"] = step_model("aware", config)
+        models = {training: step_model(training, setting) for training in ("plain", "aware")}
         for tokens in options.step_tokens:
             ids = torch.randint(0, 49_000, (options.batch, tokens))
             seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -255,26 +266,24 @@ def step_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
                         seconds[name].append(time.perf_counter() - start)
             medians = {name: statistics.median(times) for name, times in seconds.items()}
             peaks = {name: peak_gib(setting, name, options.batch, tokens) for name in models}
-            rows.append(
-                {
-                    "setting": setting,
-                    "batch": options.batch,
-                    "tokens": tokens,
-                    "median_s": medians,
-                    "all_s": seconds,
-                    "time_ratio": medians["aware"] / medians["plain"],
-                    "peak_gib": peaks,
-                    "memory_ratio": peaks["aware"] / peaks["plain"],
-                }
-            )
+            row = {
+                "setting": setting,
+                "batch": options.batch,
+                "tokens": tokens,
+                "median_s": medians,
+                "all_s": seconds,
+                "time_ratio": medians["aware"] / medians["plain"],
+                "peak_gib": peaks,
+                "memory_ratio": peaks["aware"] / peaks["plain"],
+            }
             print(
                 f"{setting:14} {options.batch} x {tokens:4} tokens  step {medians['plain']:.3f} s plain, "
-                f"{medians['aware']:.3f} s aware ({rows[-1]['time_ratio']:.2f} x); "
+                f"{medians['aware']:.3f} s aware ({row['time_ratio']:.2f} x); "
                 f"peak {peaks['plain']:.2f} GiB plain, {peaks['aware']:.2f} GiB aware "
-                f"({rows[-1]['memory_ratio']:.2f} x)",
+                f"({row['memory_ratio']:.2f} x)",
                 flush=True,
             )
-    return rows
+            yield row
 
 
 def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
@@ -285,7 +294,7 @@ def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
 
 
 def print_peak(setting: str, training: str, batch: int, tokens: int) -> None:
-    model = step_model(training, SETTINGS[setting])
+    model = step_model(training, setting)
     for _ in range(2):
         take_step(model, torch.randint(0, 49_000, (batch, tokens)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -327,7 +336,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--trainings", nargs="+", choices=("plain", "aware", "qalora"), default=None)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=4)
@@ -337,12 +346,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only-steps", action="store_true", help="measure the costs of a step and nothing else")
+    parser.add_argument("--skip-steps", action="store_true", help="measure merges only")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.trainings = options.trainings or ["plain", "aware", "qalora"]
     if options.quick:
-        options.settings, options.seeds, options.steps = options.settings[:1], 1, 10
+        options.settings, options.seeds, options.steps = options.settings[:1], [0], 10
         options.batch, options.tokens, options.held_out_tokens, options.orders = 2, 64, 1024, 8
         options.step_tokens, options.repeats = [128], 2
     return options
@@ -353,28 +363,49 @@ def main() -> None:
     if options.peak_of:
         setting, training, batch, tokens = options.peak_of
         return print_peak(setting, training, int(batch), int(tokens))
-    result: dict[str, Any] = {
-        "device": describe_device(),
-        "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
-        "options": {name: value for name, value in vars(options).items() if name not in ("output", "peak_of")},
-        "steps": step_costs(options),
-        "rows": [],
-    }
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
-    rows: list[Row] = []
+    results = Results(options)
+    for step in [] if options.skip_steps else step_costs(options):
+        results.add("steps", step)
     for setting in [] if options.only_steps else options.settings:
-        base = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
-        pql.quantize_model(base, SETTINGS[setting], progress=False)
-        for seed in range(options.seeds):
-            for name in options.tasks:
-                options.seed = seed
-                for row in measure(setting, base, TASKS[name](tokenizer, options, seed), seed, options):
-                    rows.append(row)
-                    show(row)
-                    result["rows"] = [asdict(each) for each in rows]
-                    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print_table(rows)
+        base = quantized_base(setting, tokenizer)
+        for name, seed in itertools.product(options.tasks, options.seeds):
+            options.seed = seed
+            for row in measure(setting, base, TASKS[name](tokenizer, options, seed), seed, options):
+                show(row)
+                results.add("rows", asdict(row))
+    print_table([Row(**row) for row in results.found["rows"]])
+
+
+class Results:
+    """The result file, to which rows are added as they come; a row that is made anew takes the old one's place."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path = options.output
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        shared = ("steps", "lr", "batch", "tokens", "held_out_tokens", "orders")
+        training = {name: getattr(options, name) for name in shared}
+        if known and known["training"] != training:
+            raise SystemExit(
+                f"{self.path} holds rows of other options, {known['training']}: give another --output, or delete it."
+            )
+        model = "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1"
+        self.found: dict[str, Any] = {
+            "device": describe_device(),
+            "model": model,
+            "training": training,
+            "steps": known.get("steps", []),
+            "rows": known.get("rows", []),
+        }
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        rows = {tuple(each[field] for field in KEYS[table]): each for each in self.found[table]}
+        rows[tuple(row[field] for field in KEYS[table])] = row
+        self.found[table] = list(rows.values())
+        self.path.write_text(json.dumps(self.found, indent=2) + "\n")
+
+
+KEYS = {"rows": ("setting", "task", "seed", "training", "strategy"), "steps": ("setting", "batch", "tokens")}
 
 
 if __name__ == "__main__":

@@ -93,13 +93,22 @@ def merge() -> str:
     for (setting, task, training, strategy), found in groups.items():
         means = [statistics.mean(row[f"loss_{which}"] for row in found) for which in ("base", "adapter", "merged")]
         captured = statistics.mean(row["capture"] for row in found)
-        rows.append([f"{setting}, {task}", training, strategy, f"{captured:.3f}", *(f"{loss:.3f}" for loss in means)])
-    options = measured["options"]
-    head = ["", "training", "merge", "capture", "loss: base", "with adapter", "merged"]
+        rows.append(
+            [
+                f"{setting}, {task}",
+                str(len(found)),
+                training,
+                strategy,
+                f"{captured:.3f}",
+                *(f"{loss:.3f}" for loss in means),
+            ]
+        )
+    options, seeds = measured["training"], sorted({row["seed"] for row in measured["rows"]})
+    head = ["", "seeds", "training", "merge", "capture", "loss: base", "with adapter", "merged"]
     return (
         table(head, rows)
         + f"\n\nrank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
-        + f"{options['seeds']} seed(s); {options['held_out_tokens']} held-out tokens. "
+        + f"seeds {', '.join(map(str, seeds))}; {options['held_out_tokens']} held-out tokens. "
         + device_line(measured["device"], "python benchmarks/bench_merge.py")
     )
 

@@ -1,9 +1,9 @@
-"""A product with a weight that is quantized after a low-rank change, differentiable in the two factors.
+"""Products with a weight that is rounded after a low-rank change, differentiable in the two factors.
 
 ``y = x @ Q(W + left @ right).T + bias``. The gradient passes straight through the rounding ``Q``: with
 ``G = grad_y.T @ x`` it is ``G @ right.T`` for ``left`` and ``left.T @ G`` for ``right``, computed without ``G``. The
-input's gradient is that of the rounded weight. Forward and backward each go over the weight tile by tile; what is
-kept between them is ``x`` and the factors, as for a plain low-rank branch.
+input's gradient is that of the rounded weight. What is kept for the backward pass is ``x`` and the factors, as for a
+plain low-rank branch.
 
 Source of the estimator: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
 """
@@ -39,14 +39,25 @@ def straight_through_linear(
     Returns:
         (..., out_features), dtype of ``x``.
     """
-    return _StraightThroughLinear.apply(x, left, right, bias, out_features, tiles)
+    y = _RoundedLinear.apply(x, left.detach(), right.detach(), bias, out_features, tiles)
+    return straight_through(y, x, left, right)
 
 
-class _StraightThroughLinear(torch.autograd.Function):
+def straight_through(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``y``, in place, with the gradients of ``x @ (left @ right).T`` for the two factors beside its own.
+
+    Args:
+        y: (..., out_features), floating: the product of ``x`` with the rounded weight.
+        x, left, right: as for :func:`straight_through_linear`.
+    """
+    return _StraightThrough.apply(y, x.detach(), left, right)
+
+
+class _RoundedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, n: int, tiles: Any) -> Tensor:
-        ctx.save_for_backward(x, left, right)
-        ctx.tiles, ctx.bias_dtype = tiles, None if bias is None else bias.dtype
+        ctx.save_for_backward(left, right)
+        ctx.tiles, ctx.bias_dtype, ctx.in_features = tiles, None if bias is None else bias.dtype, x.shape[-1]
         dtype = product_dtype(x.dtype, x.device)
         with torch.autocast(x.device.type, enabled=False):
             return tiled.linear(x, tiles(left, right, dtype), bias, n, dtype)
@@ -54,18 +65,35 @@ class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, left, right = ctx.saved_tensors
+        left, right = ctx.saved_tensors
         dtype = product_dtype(grad.dtype, grad.device)
-        grad_x = grad_left = grad_right = grad_bias = None
+        grad_x = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = tiled.input_gradient(grad, ctx.tiles(left, right, dtype), x.shape[-1], dtype)
-            flat_x = x.reshape(-1, x.shape[-1]).float()
-            flat_grad = grad.reshape(-1, grad.shape[-1]).float()
-            if ctx.needs_input_grad[1]:
-                grad_left = flat_grad.t() @ (flat_x @ right.t())
-            if ctx.needs_input_grad[2]:
-                grad_right = (flat_grad @ left).t() @ flat_x
+                grad_x = tiled.input_gradient(grad, ctx.tiles(left, right, dtype), ctx.in_features, dtype)
             if ctx.needs_input_grad[3]:
                 grad_bias = tiled.bias_gradient(grad, ctx.bias_dtype)
-        return grad_x, grad_left, grad_right, grad_bias, None, None
+        return grad_x, None, None, grad_bias, None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(x, left, right)
+        # Not a view: callers add to the result in place.
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, left, right = ctx.saved_tensors
+        grad_left = grad_right = None
+        with torch.autocast(grad.device.type, enabled=False):
+            flat_x = x.reshape(-1, x.shape[-1]).float()
+            flat_grad = grad.reshape(-1, grad.shape[-1]).float()
+            if ctx.needs_input_grad[2]:
+                grad_left = flat_grad.t() @ (flat_x @ right.t())
+            if ctx.needs_input_grad[3]:
+                grad_right = (flat_grad @ left).t() @ flat_x
+        return grad, None, grad_left, grad_right

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..layers import QuantizedLinear
-from ..quantizers import QuantMethod
 from .lora import LoraQuantizedLinear
 from .stamp import fingerprint, stamped
 
@@ -34,8 +33,8 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
     Raises:
         ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
             merged; nothing was changed.
-        NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...), or the method
-            has no merge-aware training; nothing was changed.
+        NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
+            changed.
     """
     configs = _configs(model)
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
@@ -99,11 +98,6 @@ def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
     if not isinstance(layer.lora_dropout[adapter], nn.Identity):
         raise ValueError(
             f"{where} has lora_dropout: what is dropped at random cannot be rounded into a weight. Set lora_dropout=0."
-        )
-    if type(base.method).merged_tiles is QuantMethod.merged_tiles:
-        raise NotImplementedError(
-            f"{base.layer_name}: {base.spec.method} weights have no merge-aware training. Use HQQ, or "
-            'merge_back(strategy="keep").'
         )
 
 

@@ -16,11 +16,14 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from quantlayers_kernels.straight_through import straight_through
+
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from . import rules
 from .qalora import MergeableQALoraVariant, check_config, group_change
 from .report import LayerMergeReport, layer_report
+from .rounding import RoundedWeight
 from .rules import MergePlan, MergeRule
 from .stamp import check_stamp, fingerprint, stamp_of
 
@@ -93,6 +96,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_strategy = "auto"
         self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
+        self._rounded = RoundedWeight()
         self._unmerged: MergeState | None = None
         self._merged_caches: dict = {}  # PEFT's, as its own merge left them
         self._merged_n_writes = -1
@@ -137,7 +141,11 @@ class LoraQuantizedLinear(LoraLinear):
                 f"{name}: {sorted(set(active) - aware)} is active beside the merge-aware adapters {sorted(aware)}. "
                 "Call peft_quantlayers.enable_merge_aware for all of them, or activate one kind."
             )
-        return self.quantized_base().forward_with_update(x, *self._factors(active))
+        base, factors = self.quantized_base(), self._factors(active)
+        if base.method.rounds_by_tiles:
+            return base.forward_with_update(x, *factors)
+        rounded = self._rounded.tensors(base, *factors, may_lag=self.training)
+        return straight_through(base(x, rounded), x, *factors)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs) -> LoraVariant | None:
         """PEFT's choice, and QA-LoRA, which PEFT resolves for GPTQ layers only."""

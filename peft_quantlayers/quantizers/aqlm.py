@@ -3,17 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
-from quantlayers_kernels.aqlm.reference import unsigned_codes
+from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
+from quantlayers_kernels.aqlm.update import updated_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
-from ._aqlm_merge import dithered_codes
 from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
@@ -144,15 +143,11 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
         """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move with a probability.
 
-        The rule is in ``_aqlm_merge.py``.
+        The rule is in ``quantlayers_kernels.aqlm.update``.
         """
-        spec = cast(AQLMSpec, weight.spec)
-        found = _floats_of(weight, weight.tensors["codes"].device)
-        groups = matrix_to_groups(change(slice(0, weight.out_features)), spec.out_group_size, spec.in_group_size)
-        vectors = (groups / found.scales[:, None, None]).flatten(0, 1)
-        moved = dithered_codes(vectors, found.codes.flatten(0, 1), found.codebooks).view(found.codes.shape)
-        stored = _stored_codes(moved, found.codebooks.shape[1], weight.tensors["codes"].dtype)
-        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": stored})
+        codes, codebooks, scales = (weight.tensors[part] for part in ("codes", "codebooks", "scales"))
+        codes = updated_codes(codes, codebooks, scales, change)
+        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": codes})
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
@@ -182,7 +177,7 @@ def _stored(found: Additive, spec: AQLMSpec, layout: dict[str, TensorLayout], *,
         spec=spec,
         out_features=codes.shape[0] * spec.out_group_size,
         in_features=codes.shape[1] * spec.in_group_size,
-        tensors={"codes": _stored_codes(codes, size, layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
+        tensors={"codes": wrapped_codes(codes, size, layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
     )
 
 
@@ -210,13 +205,7 @@ def move_aqlm_codes(
         max_change=max_change,
         trust_ratio=trust_ratio,
     )
-    return _stored_codes(moved, size, tensors["codes"].dtype), int((moved != codes).any(-1).sum())
-
-
-def _stored_codes(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Codes (int64, below ``size``) as the published layout has them: the upper half wraps to negative numbers."""
-    wrapped = torch.where(codes >= size // 2, codes - size, codes) if size > 2 else codes
-    return wrapped.to(dtype)
+    return wrapped_codes(moved, size, tensors["codes"].dtype), int((moved != codes).any(-1).sum())
 
 
 register_method(AQLMMethod())

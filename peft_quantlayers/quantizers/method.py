@@ -93,6 +93,11 @@ class QuantMethod(ABC, Generic[SpecT]):
             return weight
         return self.quantize(self.dense(weight) + whole, cast(SpecT, weight.spec), name=name, start=weight)
 
+    @property
+    def rounds_by_tiles(self) -> bool:
+        """Whether :meth:`merged_tiles` is there."""
+        return type(self).merged_tiles is not QuantMethod.merged_tiles
+
     def merged_tiles(
         self,
         tensors: Mapping[str, Tensor],
@@ -103,7 +108,7 @@ class QuantMethod(ABC, Generic[SpecT]):
         dtype: torch.dtype,
     ) -> WeightTiles:
         """Row ranges of the dense weight that :meth:`merged` gives, with their tiles in ``dtype``, one at a time."""
-        raise NotImplementedError(f"{spec.method} weights have no merge-aware training.")
+        raise NotImplementedError(f"{spec.method} weights are not rounded tile by tile.")
 
     def shift_group_size(self, spec: SpecT, *, in_features: int) -> int:
         """How many neighbouring inputs of a row share an offset that can take any value: see :meth:`shifted`.

@@ -19,7 +19,10 @@ CONFIGS = {
     "hqq2": HQQConfig(nbits=2, group_size=16),
     "hqq3-axis0": HQQConfig(nbits=3, group_size=32, axis=0),
     "hqq8-integer": HQQConfig(nbits=8, group_size=32, integer_zero=True),
+    "aqlm2x4": AQLMConfig(nbits_per_codebook=4, rounds=1),
 }
+# Rounded tile by tile, and with codes that are kept between steps.
+BOTH_WAYS = pytest.mark.parametrize("config", [CONFIGS["hqq4"], CONFIGS["aqlm2x4"]], ids=["hqq", "aqlm"])
 
 
 @pytest.fixture
@@ -71,8 +74,9 @@ def test_the_change_arrives_on_average_and_no_change_moves_no_code(x):
     assert_same_bits(layer, bits)
 
 
-def test_gradients_are_those_of_the_dense_straight_through_estimator(x):
-    model = aware_model(target_modules=["first"])
+@BOTH_WAYS
+def test_gradients_are_those_of_the_dense_straight_through_estimator(config, x):
+    model = aware_model(config, target_modules=["first"])
     layer = lora_layers(model)[0]
     x = x.requires_grad_()
     grad_y = torch.randn(5, 96)
@@ -112,10 +116,11 @@ def test_as_little_is_kept_for_the_backward_pass_as_for_plain_lora():
     assert saved_bytes(model, x) < 1.2 * plain < 512 * 512 * 4
 
 
-def test_gradient_checkpointing_changes_no_gradient(x):
+@BOTH_WAYS
+def test_gradient_checkpointing_changes_no_gradient(config, x):
     grads = []
     for use_reentrant in (None, False, True):
-        model = aware_model()
+        model = aware_model(config)
         x = x.detach().requires_grad_()
         y = model(x) if use_reentrant is None else checkpoint(model, x, use_reentrant=use_reentrant)
         y.square().sum().backward()
@@ -124,9 +129,10 @@ def test_gradient_checkpointing_changes_no_gradient(x):
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
-def test_autocast_and_a_bfloat16_base_compute_what_the_merged_model_does(x):
-    model = aware_model()
-    half = aware_model().to(torch.bfloat16)
+@BOTH_WAYS
+def test_autocast_and_a_bfloat16_base_compute_what_the_merged_model_does(config, x):
+    model = aware_model(config)
+    half = aware_model(config).to(torch.bfloat16)
     for module in half.modules():
         if isinstance(module, LoraQuantizedLinear):
             module.lora_A.float()
@@ -157,8 +163,9 @@ def test_several_adapters_are_summed_before_they_are_rounded(x):
     torch.testing.assert_close(merged(x), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_training_lowers_the_loss_of_the_merged_model(x):
-    model = aware_model()
+@BOTH_WAYS
+def test_training_lowers_the_loss_of_the_merged_model(config, x):
+    model = aware_model(config)
     target = torch.randn(5, 64)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
@@ -263,10 +270,31 @@ def test_merged_adapters_unknown_names_and_models_without_adapter_are_refused():
         pql.enable_merge_aware(get_peft_model(Two(), LoraConfig(target_modules=["first"])))
 
 
-def test_a_method_without_it_is_refused():
-    model = with_adapter(pql.quantize_model(Two(), AQLMConfig(nbits_per_codebook=4), progress=False))
-    with pytest.raises(NotImplementedError, match=r"first.*aqlm.*keep"):
-        pql.enable_merge_aware(model)
+def test_codes_that_are_dear_to_choose_are_kept_for_some_steps_of_training_but_never_outside(x, monkeypatch):
+    model = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"])
+    layer = lora_layers(model)[0]
+    method = layer.quantized_base().method
+    chosen = []
+    merged = type(method).merged
+
+    def counted(*args, **kwargs):
+        chosen.append(1)
+        return merged(method, *args, **kwargs)
+
+    monkeypatch.setattr(type(method), "merged", lambda self, *args, **kwargs: counted(*args, **kwargs))
+    model.train()
+    for _ in range(9):
+        model(x)
+        model(x)  # the same adapters: another part of the batch, or checkpointing
+        layer.lora_B["default"].weight.data.mul_(1.1)
+    assert len(chosen) == 3  # at the first, the fifth and the ninth
+    lagging = model(x)
+    evaluated = model.eval()(x)
+    assert not torch.equal(lagging, evaluated)
+    model(x)
+    assert len(chosen) == 4
+    layer.merge()
+    torch.testing.assert_close(model(x), evaluated, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mixed_batch_is_refused(x):

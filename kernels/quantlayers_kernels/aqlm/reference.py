@@ -14,6 +14,11 @@ def unsigned_codes(codes: Tensor, nbits_per_codebook: int) -> Tensor:
     return codes.long() % 2**nbits_per_codebook
 
 
+def wrapped_codes(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """``codes`` (integers below ``size``) as they are stored: the upper half wraps around to negative numbers."""
+    return torch.where(codes >= size // 2, codes - size, codes).to(dtype) if size > 2 else codes.to(dtype)
+
+
 def dequantize_aqlm_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """(out_features, in_features), float32.
 

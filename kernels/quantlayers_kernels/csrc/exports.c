@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 1;
+    return 2;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -117,4 +117,26 @@ int ql_aqlm_dequantize(float *out, const void *codes, const void *codebooks, con
         .rows = {out, first_row},
     };
     return for_rows(dequantize_aqlm, &call, n_rows, 0, n_threads);
+}
+
+struct update_call {
+    const struct kernels *kernels;
+    struct aqlm_update update;
+};
+
+static void update_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct update_call *call = context;
+    (void)scratch;
+    call->kernels->aqlm_update(&call->update, begin, end);
+}
+
+/* Moves codes (n, num_codebooks) in place; see aqlm/update.py. */
+int ql_aqlm_update(void *codes, const float *change, const float *steps, const float *per_energy,
+                   const int32_t *entries, const float *noise, int64_t n, int64_t num_codebooks, int64_t size,
+                   int64_t d, int64_t neighbours, int code_bytes, int n_threads, int variant) {
+    struct update_call call = {
+        .kernels = kernels_of(variant),
+        .update = {codes, change, steps, per_energy, entries, noise, num_codebooks, size, d, neighbours, code_bytes},
+    };
+    return for_rows(update_aqlm, &call, n, 0, n_threads);
 }

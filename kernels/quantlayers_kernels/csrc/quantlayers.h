@@ -27,6 +27,17 @@ struct aqlm_weight {
     int code_bytes, codebook_kind, scale_kind;
 };
 
+/* Groups of AQLM codes (n, num_codebooks), to be moved in place along `change` (n, d); the rest as aqlm/update.py has
+ * it. `neighbours` is a multiple of the widest vector. */
+struct aqlm_update {
+    void *codes;
+    const float *change, *steps, *per_energy;
+    const int32_t *entries;
+    const float *noise;
+    int64_t num_codebooks, size, d, neighbours;
+    int code_bytes;
+};
+
 /* A product of x (tokens, in_features) with rows of a weight, all float32; bias may be NULL. */
 struct product {
     float *y; /* (tokens, out_features) */
@@ -47,6 +58,7 @@ struct kernels {
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
+    void (*aqlm_update)(const struct aqlm_update *, int64_t begin, int64_t end);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -1,0 +1,56 @@
+"""The rounded weight of merge-aware training, for methods that cannot round a change tile by tile.
+
+Choosing codes costs more than a product with them. So the codes are kept, and during training they are chosen anew
+only when the adapters have changed several times; outside of training always, so that what is evaluated is what is
+merged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import QuantizedWeight
+from ..layers import QuantizedLinear
+
+# Changes of the adapters, that is optimizer steps, that share one choice of codes.
+STEPS_PER_CHOICE = 4
+
+
+class RoundedWeight:
+    """``Q(W + left @ right)`` of one layer, and the factors that it was last asked for."""
+
+    def __init__(self) -> None:
+        self._weight: QuantizedWeight | None = None
+        self._seen: tuple[int, Tensor, Tensor] | None = None
+        self._n_changes = 0
+
+    def tensors(self, base: QuantizedLinear, left: Tensor, right: Tensor, *, may_lag: bool) -> dict[str, Tensor]:
+        """Tensors of the rounded weight.
+
+        Args:
+            base: the layer whose weight is changed.
+            left: (out_features, r), float32.
+            right: (r, in_features), float32.
+            may_lag: whether codes of the last ``STEPS_PER_CHOICE`` changes will do.
+        """
+        left, right = left.detach(), right.detach()
+        if not self._is_seen(base, left, right):
+            self._n_changes += 1
+            self._seen = (base.n_writes, left, right)
+        if self._weight is None or self._n_changes >= (STEPS_PER_CHOICE if may_lag else 1):
+            with torch.no_grad(), torch.autocast(left.device.type, enabled=False):
+                self._weight = base.method.merged(
+                    base.quantized_weight, lambda rows: left[rows] @ right, name=base.layer_name
+                )
+            self._n_changes = 0
+        return dict(self._weight.tensors)
+
+    def _is_seen(self, base: QuantizedLinear, left: Tensor, right: Tensor) -> bool:
+        if self._seen is None:
+            return False
+        n_writes, seen_left, seen_right = self._seen
+        if n_writes != base.n_writes or seen_left.shape != left.shape or seen_left.device != left.device:
+            self._weight = None
+            return False
+        return torch.equal(seen_left, left) and torch.equal(seen_right, right)
