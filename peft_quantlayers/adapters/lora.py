@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from quantlayers_kernels.low_rank import add_low_rank
 from quantlayers_kernels.straight_through import straight_through
 
 from ..formats import QuantizedWeight
@@ -125,11 +126,15 @@ class LoraQuantizedLinear(LoraLinear):
         self.aware_adapters.pop(adapter_name, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's, or for merge-aware adapters what the merged layer will compute."""
+        """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         aware = set(active).intersection(self.aware_adapters)
-        if not aware or self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        if not aware:
+            if args or kwargs or torch.compiler.is_compiling() or not all(map(self._is_plain, active)):
+                return super().forward(x, *args, **kwargs)
+            return self._plain_forward(x, active)
         name = self.quantized_base().layer_name
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
@@ -146,6 +151,31 @@ class LoraQuantizedLinear(LoraLinear):
             return base.forward_with_update(x, *factors)
         rounded = self._rounded.tensors(base, *factors, may_lag=self.training)
         return straight_through(base(x, rounded), x, *factors)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether the adapter is two plain matrices, so that a product with their weights is all that they do."""
+        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        return (
+            name not in self.lora_variant
+            and type(A) is type(B) is nn.Linear
+            and A.bias is B.bias is None
+            # Wrappers that shard or gather a module's weight work through hooks, or replace its Parameter.
+            and type(A.weight) is type(B.weight) is nn.Parameter
+            and A.weight.dtype == B.weight.dtype
+            and type(dropout) in (nn.Identity, nn.Dropout)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in (A, B, dropout))
+            and not any(module._backward_hooks or module._backward_pre_hooks for module in (A, B, dropout))
+            and getattr(self, "cast_input_dtype_enabled", True)
+        )
+
+    def _plain_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        y = self.base_layer(x)
+        for name in names:
+            A, B = (cast(nn.Linear, part[name]).weight for part in (self.lora_A, self.lora_B))
+            dropout = self.lora_dropout[name]
+            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            y = add_low_rank(y, x, A, B, scaling=self.scaling[name], dropout=p)
+        return y
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs) -> LoraVariant | None:
         """PEFT's choice, and QA-LoRA, which PEFT resolves for GPTQ layers only."""

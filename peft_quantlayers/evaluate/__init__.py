@@ -2,6 +2,7 @@
 
 from .capture import Capture, capture
 from .demo_model import demo_model_folder
+from .memory import saved_for_backward
 from .perplexity import perplexity
 
-__all__ = ["Capture", "capture", "demo_model_folder", "perplexity"]
+__all__ = ["Capture", "capture", "demo_model_folder", "perplexity", "saved_for_backward"]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
+from peft_quantlayers.evaluate import saved_for_backward
 
 from .test_lora import Two, assert_same_bits, bits_of, with_adapter
 
@@ -93,27 +94,13 @@ def test_gradients_are_those_of_the_dense_straight_through_estimator(config, x):
 
 
 def test_as_little_is_kept_for_the_backward_pass_as_for_plain_lora():
-    def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-        kept: dict[int, int] = {}
-        frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.data_ptr() not in frozen:
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = model(x)
-        assert y.requires_grad
-        return sum(kept.values())
-
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     model = with_adapter(pql.quantize_model(dense, HQQConfig(nbits=4), progress=False), target_modules=["0", "1"])
     x = torch.randn(64, 512)
-    plain = saved_bytes(model, x)
+    plain = saved_for_backward(model, x)
     pql.enable_merge_aware(model)
-    assert saved_bytes(model, x) < 1.2 * plain < 512 * 512 * 4
+    assert saved_for_backward(model, x) < 1.2 * plain < 512 * 512 * 4
 
 
 @BOTH_WAYS

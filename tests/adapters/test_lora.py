@@ -10,8 +10,9 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, LoraQuantizedLinear, QuantizedLinear
+from peft_quantlayers.evaluate import saved_for_backward
 
-from .surfaces import Two
+from .surfaces import Two, quantized
 
 
 def quantized_two(nbits: int = 4) -> Two:
@@ -70,6 +71,35 @@ def test_outputs_and_gradients_equal_those_on_the_dequantized_dense_model(fields
     ours, reference = dict(model.named_parameters()), dict(dense.named_parameters())
     for name in trained:
         torch.testing.assert_close(ours[name].grad, reference[name].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)])
+def test_the_backward_pass_keeps_the_input_once_the_hidden_state_and_a_boolean(method, dtype, dropout):
+    model = quantized(method).to(dtype)
+    layer = with_adapter(model, r=16, lora_dropout=dropout, target_modules=["first"]).base_model.model.first.train()
+    layer.lora_A.float()
+    layer.lora_B.float()
+    x = torch.randn(512, 64, dtype=dtype)
+    floor = x.nbytes + 512 * 16 * 4 + (x.numel() if dropout else 0)
+    assert saved_for_backward(layer, x) <= 1.1 * floor
+
+
+def test_hooks_and_wrapped_matrices_of_an_adapter_are_called_as_by_peft(x):
+    model = with_adapter(quantized_two(), target_modules=["first"])
+    expected, layer = model(x), model.base_model.model.first
+    calls = []
+    handle = layer.lora_A["default"].register_forward_hook(lambda *args: calls.append(1))
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+    handle.remove()
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer.lora_B["default"].__class__ = Doubled
+    assert not torch.allclose(model(x), expected)
 
 
 def test_the_percentage_of_trainable_parameters_counts_weights_and_not_bytes():

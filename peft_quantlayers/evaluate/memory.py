@@ -1,0 +1,20 @@
+"""What a forward pass keeps for the backward pass."""
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_for_backward(module: nn.Module, x: Tensor) -> int:
+    """Bytes that ``module(x)`` keeps for its backward pass: each storage once, the module's own tensors left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = module(x)  # noqa: F841  what it keeps must live until all is counted
+    return sum(kept.values())
