@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..layers import dequantize_model
 from .calibrated import merge_calibrated
 from .lora import RULES, LoraQuantizedLinear, MergeState
 from .report import MergeReport
+
+logger = logging.getLogger(__name__)
 
 Strategy = Literal["auto", "exact", "aware", "calibrated", "requantize", "dense", "keep"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -97,6 +100,16 @@ def merge_back(
         _restore(layers, before)
         raise
     reports = tuple(layer.merge_report for layer in layers if layer.merge_report is not None and layer.merged)
+    wider = [layer for layer in reports if strategy in ("auto", "exact") and layer.bits_after > layer.bits_before]
+    if wider:
+        logger.warning(
+            "%d of %d layers now keep scales and zeros in float32, %.2f bits per weight more (%s, ...): float16 zeros "
+            "would lose more than 1 %% of the change.",
+            len(wider),
+            len(reports),
+            wider[0].bits_after - wider[0].bits_before,
+            wider[0].name,
+        )
     with warnings.catch_warnings():
         # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
         warnings.filterwarnings("ignore", "All adapters are already merged")

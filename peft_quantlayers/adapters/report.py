@@ -24,6 +24,7 @@ class LayerMergeReport:
     Fields:
         name: module name of the base layer.
         adapters: adapters whose change is in the merged weight.
+        n_weights: of the layer.
         bits_before, bits_after: stored bits per weight.
         weight_norm, change_norm, error_norm: Frobenius norms of the float target ``W + change``, of the change,
             and of what quantizing the target lost.
@@ -35,6 +36,7 @@ class LayerMergeReport:
 
     name: str
     adapters: tuple[str, ...]
+    n_weights: int
     bits_before: float
     bits_after: float
     weight_norm: float
@@ -64,6 +66,16 @@ class MergeReport:
     layers: tuple[LayerMergeReport, ...]
     capture: Capture | None = None
     scores: tuple[float, float] | None = None
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Stored bits per weight before and after, over all layers."""
+        n_weights = sum(layer.n_weights for layer in self.layers) or 1
+        before, after = (
+            sum(getattr(layer, name) * layer.n_weights for layer in self.layers) / n_weights
+            for name in ("bits_before", "bits_after")
+        )
+        return before, after
 
     @property
     def relative_error(self) -> float:
@@ -119,6 +131,8 @@ class MergeReport:
         """JSON-able: the totals, and one entry for each layer."""
         return {
             "strategy": self.strategy,
+            "bits_before": self.bits[0],
+            "bits_after": self.bits[1],
             "relative_error": self.relative_error,
             "change_kept": self.change_kept,
             "error_to_change": self.error_to_change,
@@ -137,17 +151,21 @@ class MergeReport:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
-        rows = [f"{'layer':{width}}  bits  rel. error  error/change  change kept  output kept"]
-        for layer in self.layers:
-            ratio = layer.error_norm / layer.change_norm if layer.change_norm else 0.0
-            rows.append(
-                f"{layer.name:{width}}  {layer.bits_after:4.2f}  {layer.relative_error:10.4f}  {ratio:12.2f}"
-                f"  {layer.change_kept:11.2f}  {'' if layer.output_kept is None else f'{layer.output_kept:11.2f}'}"
+
+        def row(name: str, bits: tuple[float, float], *figures: float, output_kept: float | None) -> str:
+            relative_error, ratio, kept = figures
+            return (
+                f"{name:{width}}  {bits[0]:11.2f}  {bits[1]:5.2f}  {relative_error:10.4f}  {ratio:12.2f}  {kept:11.2f}"
+                f"  {'' if output_kept is None else f'{output_kept:11.2f}'}"
             )
-        rows.append(
-            f"{'total':{width}}        {self.relative_error:10.4f}  {self.error_to_change:12.2f}"
-            f"  {self.change_kept:11.2f}  {'' if self.output_kept is None else f'{self.output_kept:11.2f}'}"
-        )
+
+        rows = [f"{'layer':{width}}  bits before  after  rel. error  error/change  change kept  output kept"]
+        for layer in self.layers:
+            bits, ratio = (layer.bits_before, layer.bits_after), layer.error_norm / (layer.change_norm or 1.0)
+            figures = layer.relative_error, ratio, layer.change_kept
+            rows.append(row(layer.name, bits, *figures, output_kept=layer.output_kept))
+        figures = self.relative_error, self.error_to_change, self.change_kept
+        rows.append(row("total", self.bits, *figures, output_kept=self.output_kept))
         if self.capture is not None:
             rows.append(
                 f"capture {self.capture.capture:.3f}; loss {self.capture.loss_base:.3f} base, "
@@ -173,6 +191,7 @@ def layer_report(
     return LayerMergeReport(
         name=name,
         adapters=tuple(adapters),
+        n_weights=target.numel(),
         bits_before=bits[0],
         bits_after=bits[1],
         weight_norm=float(target.norm()),

@@ -62,6 +62,8 @@ MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
 # A change of which less than this arrives has met the end of the range of codes: a new grid may hold more of it.
 MIN_KEPT_ON_GRID = 0.8
 MIN_KEPT_ANEW = 0.95
+# Where fewer bytes of codes than this part have moved, the change is far below a step, and nearest codes lose it.
+MIN_MOVED = 0.25
 
 
 def exact(plan: MergePlan) -> QuantizedWeight:
@@ -102,11 +104,14 @@ def aware(plan: MergePlan) -> QuantizedWeight:
 def requantize(plan: MergePlan) -> QuantizedWeight:
     """:func:`on_grid`, or nearest codes on a new grid where those keep the change and err less.
 
-    They keep nothing of a change that is far below a step, as those of adapters mostly are; or, where quantizing
-    anew ends in other codes altogether, they keep it under new noise.
+    They keep nothing of a change that is far below a step, as those of adapters mostly are, and are not tried then;
+    or, where quantizing anew ends in other codes altogether, they keep it under new noise.
     """
     base = plan.base
     kept = on_grid(plan)
+    codes = base.spec.codes_name
+    if (kept.tensors[codes] != plan.weight.tensors[codes]).float().mean() < MIN_MOVED:
+        return kept
     anew = base.method.quantize(plan.target, base.spec, name=base.layer_name)
     (grid_part, grid_error), (anew_part, anew_error) = (_kept_and_error(plan, merged) for merged in (kept, anew))
     if anew_part >= MIN_KEPT_ANEW and anew_error <= grid_error:

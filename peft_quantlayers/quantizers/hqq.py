@@ -224,8 +224,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
     def shifted(self, weight: QuantizedWeight, change: Tensor, *, name: str) -> QuantizedWeight:
         """As :meth:`QuantMethod.shifted`: ``(code - (zero - change / scale)) * scale``.
 
-        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_SHIFT_LOST`` of the change;
-        a warning says so.
+        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_SHIFT_LOST`` of the change.
         """
         spec = cast(HQQSpec, weight.spec)
         self.shift_group_size(spec, in_features=weight.in_features)
@@ -237,14 +236,6 @@ class HQQMethod(QuantMethod[HQQSpec]):
         lost = ((stored.float() - shifted) * scale).norm()
         if lost <= MAX_SHIFT_LOST * change.norm():
             return dataclasses.replace(weight, tensors=weight.tensors | {"zero": stored})
-        logger.warning(
-            "%s: %s zeros would lose %.1f %% of the change, so scales and zeros are kept in float32 (%.2f bits per "
-            "weight more).",
-            name,
-            spec.scale_dtype,
-            100 * float(lost / change.norm()),
-            32 * scale.numel() / weight.out_features / weight.in_features,
-        )
         tensors = weight.tensors | {"scale": scale, "zero": shifted}
         return dataclasses.replace(weight, spec=spec.widened(), tensors=tensors)
 
