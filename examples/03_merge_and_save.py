@@ -35,13 +35,12 @@ with tempfile.TemporaryDirectory() as scratch:
     ).train()
     print(f"loss with the adapter beside it: {answer_loss(model, tokenizer, test_orders):.3f}")
 
-    # Back onto the grid of 4 bits that the weights lie on: a change smaller than half a step of it is rounded away.
+    # Back into the same 4 bits: each change is rounded to whole steps with dither, so that it arrives on average.
     requantized, report = pql.merge_back(copy.deepcopy(model))
     print(f"merged into 4 bits:              {answer_loss(requantized, tokenizer, test_orders):.3f}", end="")
     print(f", change kept: {report.change_kept:.2f}")
 
-    # Merged without rounding, then 6 bits: a finer grid, and one that the grid of 4 bits is no part of (as it is of
-    # that of 8 bits), so that small changes are kept on average.
+    # Merged without rounding, then 6 bits: more room, less noise.
     dense, report = pql.merge_back(model, strategy="dense")
     merged = pql.quantize_model(dense, pql.HQQConfig(nbits=6))
     print(f"merged, then 6 bits:             {answer_loss(merged, tokenizer, test_orders):.3f}")

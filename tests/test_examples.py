@@ -168,3 +168,12 @@ def test_merge_example():
     assert merged == pytest.approx(beside, rel=0.3)
     assert 0 <= number_after("change kept:", output) <= 1
     assert number_after("saved and loaded:", output) == merged
+
+
+@pytest.mark.real_model
+def test_chunked_loss_example():
+    output = run_example("04_chunked_loss.py")
+    rows = re.findall(r"loss ([\d.]+), peak (\d+) MB", output)
+    (chunked, chunked_peak), (plain, plain_peak) = [tuple(map(float, row)) for row in rows]
+    assert chunked == pytest.approx(plain, rel=1e-4)
+    assert chunked_peak < plain_peak
