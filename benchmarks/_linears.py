@@ -118,6 +118,18 @@ def _torch_int4(out_features: int, in_features: int) -> Candidate:
     )
 
 
+def _bitsandbytes_nf4(weight: Tensor) -> Candidate:
+    import bitsandbytes.functional as bnb
+    from bitsandbytes import matmul_4bit
+
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=GROUP_SIZE)
+    return Candidate(
+        multiply=lambda x: matmul_4bit(x, codes.t(), quant_state=state),
+        weight=bnb.dequantize_4bit(codes, state),
+        nbytes=codes.nbytes + state.absmax.nbytes,
+    )
+
+
 def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) -> Iterator[tuple[str, Candidate]]:
     """Names and ways to multiply, the dense one first."""
     dense = torch.randn(out_features, in_features)
@@ -133,6 +145,7 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     yield "AQLM 1x16", _aqlm(one_by_sixteen)
     yield "torch int4, bfloat16", _torch_int4(out_features, in_features)
     if with_slow_peers:
+        yield "bitsandbytes NF4", _bitsandbytes_nf4(dense)
         yield "hqq package 4-bit", _hqq_package(out_features, in_features)
         yield "aqlm package 2x8", _aqlm_package(two_by_eight)
         yield "aqlm package 1x16", _aqlm_package(one_by_sixteen)

@@ -24,11 +24,12 @@ import numba
 import torch
 from _device import describe_device
 from _linears import Candidate, candidates
+from _shapes import SHAPES
 
 from quantlayers_kernels import native
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
-SHAPES = ((576, 576), (1536, 576), (4096, 4096), (14336, 4096))
+DEFAULT_SHAPES = ("SmolLM2-135M q_proj", "SmolLM2-135M gate_proj", "Llama-3-8B q_proj", "Llama-3-8B gate_proj")
 # Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this.
 MAX_WEIGHTS_OF_SLOW_PEERS = 4096 * 4096
 BANDWIDTH_BYTES = 1 << 28
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
-    parser.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), help="indices into SHAPES")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULT_SHAPES))
     parser.add_argument("--one-thread", action="store_true", help="one thread, and its CPU time")
     args = parser.parse_args()
     if args.one_thread and any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
@@ -105,7 +106,7 @@ def main() -> None:
 
     bandwidth = memory_bandwidth(args.repeats, clock)
     rows = []
-    for out_features, in_features in (SHAPES[index] for index in args.shapes):
+    for out_features, in_features in (SHAPES[name] for name in args.shapes):
         ways = dict(
             candidates(
                 out_features, in_features, with_slow_peers=out_features * in_features <= MAX_WEIGHTS_OF_SLOW_PEERS
@@ -140,6 +141,7 @@ def main() -> None:
                 )
     kernels = native.VARIANTS[native.variant()] if native.is_available() else "plain torch"
     device = describe_device() | {"hqq": version("hqq"), "aqlm": version("aqlm"), "kernels": kernels}
+    device["bitsandbytes"] = version("bitsandbytes")
     measured = {
         "device": device,
         "clock": "CPU time" if args.one_thread else "wall clock",

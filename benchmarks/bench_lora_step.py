@@ -14,15 +14,19 @@ from pathlib import Path
 
 import torch
 from _device import describe_device
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
+from peft_quantlayers.evaluate import demo_model_folder, saved_for_backward
 
 RESULTS = Path(__file__).parent / "results" / "lora_step.json"
 
+
+# The layer whose kept bytes are counted.
+OUT_FEATURES, IN_FEATURES, SAVED_TOKENS, SAVED_RANK = 1536, 576, 512, 16
 
 # Codes as they come: a step takes the same time with better ones.
 AQLM = pql.AQLMConfig(rounds=0, beam=1)
@@ -67,12 +71,49 @@ def seconds_per_step(models: dict[str, nn.Module], ids: torch.Tensor, repeats: i
     return seconds
 
 
+def saved_bytes(layer: nn.Module, dtype: torch.dtype, dropout: float) -> int:
+    """What one layer with LoRA of rank 16 on it keeps of ``SAVED_TOKENS`` tokens for the backward pass."""
+    model = nn.ModuleDict({"layer": layer})
+    model = get_peft_model(model, LoraConfig(r=SAVED_RANK, lora_dropout=dropout, target_modules=["layer"]))
+    return saved_for_backward(
+        model.base_model.model["layer"], torch.randn(SAVED_TOKENS, IN_FEATURES, dtype=dtype, requires_grad=True)
+    )
+
+
+def quantized(layer: nn.Module, config: pql.QuantConfig) -> nn.Module:
+    return pql.quantize_model(nn.Sequential(copy.deepcopy(layer)), config, progress=False)[0]
+
+
+def saved_rows() -> list[dict[str, object]]:
+    """Bytes kept for the backward pass: ours, PEFT's on a plain linear, and PEFT's on the ``hqq`` package's layer."""
+    rows: list[dict[str, object]] = []
+    for dtype, dropout in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)):
+        floor = SAVED_TOKENS * (IN_FEATURES * dtype.itemsize + SAVED_RANK * 4 + (IN_FEATURES if dropout else 0))
+        dense = nn.Linear(IN_FEATURES, OUT_FEATURES, bias=False).to(dtype)
+        settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+        layers = {
+            "HQQ 4-bit": quantized(dense, pql.HQQConfig(nbits=4)),
+            "AQLM 2x8": quantized(dense, AQLM),
+            "PEFT on a dense layer": copy.deepcopy(dense),
+            "PEFT on the hqq package": HQQLinear(copy.deepcopy(dense), settings, compute_dtype=dtype, device="cpu"),
+        }
+        for name, layer in layers.items():
+            if name.endswith("hqq package"):
+                pql.unregister()
+            saved = saved_bytes(layer, dtype, dropout)
+            pql.register()
+            rows.append({"layer": name, "dtype": str(dtype)[6:], "dropout": dropout, "bytes": saved, "floor": floor})
+            print(f"{name:24} {dtype}, dropout {dropout}: {saved / floor:.2f} x the floor of {floor} bytes kept")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 32])
     args = parser.parse_args()
+    saved = saved_rows()
 
     models = {
         "dense float32": adapted_model(torch.float32, None),
@@ -112,7 +153,7 @@ def main() -> None:
                 f"({min(times):.3f} to {max(times):.3f})  {dense / median:5.2f} x the dense float32 rate",
                 flush=True,
             )
-    RESULTS.write_text(json.dumps({"device": describe_device(), "rows": rows}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"device": describe_device(), "rows": rows, "saved": saved}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,24 @@ def test_the_backward_pass_keeps_the_input_once_the_hidden_state_and_a_boolean(m
     layer = with_adapter(model, r=16, lora_dropout=dropout, target_modules=["first"]).base_model.model.first.train()
     layer.lora_A.float()
     layer.lora_B.float()
-    x = torch.randn(512, 64, dtype=dtype)
+    x = torch.randn(512, 64, dtype=dtype, requires_grad=True)
     floor = x.nbytes + 512 * 16 * 4 + (x.numel() if dropout else 0)
     assert saved_for_backward(layer, x) <= 1.1 * floor
+
+
+def test_layers_that_share_their_input_keep_it_once():
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) + self.k(x) + self.v(x)
+
+    base = pql.quantize_model(Projections(), HQQConfig(nbits=4, group_size=32), progress=False).to(torch.bfloat16)
+    model = with_adapter(base, r=16, target_modules=["q", "k", "v"])
+    x = torch.randn(512, 64, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_for_backward(model, x) <= 1.1 * (x.nbytes + 3 * 512 * 16 * 4)
 
 
 def test_hooks_and_wrapped_matrices_of_an_adapter_are_called_as_by_peft(x):
