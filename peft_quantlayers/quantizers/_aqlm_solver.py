@@ -15,13 +15,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
+from quantlayers_kernels.aqlm.choice import (
+    MAX_SCORES,
+    chosen_codes,
+    chosen_in_columns,
+    entry_sums,
+    groups_to_matrix,
+    matrix_to_groups,
+)
+
 from ._least_squares import conjugate_gradient
 
 # Points a centroid that k-means sees; more change nothing that the later rounds would not repair.
 POINTS_PER_CENTROID = 64
 KMEANS_ITERS = 15
-# Scores of candidates that are held at a time: 2**23 of float32 are 32 MiB.
-MAX_SCORES = 1 << 23
 # Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product.
 BLOCK_COLUMNS = 128
 CODEBOOK_ITERS = 8
@@ -42,30 +49,6 @@ class Additive:
     def groups(self) -> Tensor:
         """The groups in weight units, (n_out, n_in, d)."""
         return self.sums() * self.scales[:, None, None]
-
-
-def entry_sums(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Sums of the entries that ``codes`` (..., M) name in ``codebooks`` (M, size, d); (..., d)."""
-    total = codebooks[0][codes[..., 0]]
-    for m in range(1, codes.shape[-1]):
-        total = total + codebooks[m][codes[..., m]]
-    return total
-
-
-def groups_to_matrix(groups: Tensor, out_group: int) -> Tensor:
-    """(n_out, n_in, og * ig) to (n_out * og, n_in * ig)."""
-    n_out, n_in, d = groups.shape
-    if out_group == 1:
-        return groups.reshape(n_out, n_in * d)
-    return groups.view(n_out, n_in, out_group, -1).permute(0, 2, 1, 3).reshape(n_out * out_group, -1)
-
-
-def matrix_to_groups(matrix: Tensor, out_group: int, in_group: int) -> Tensor:
-    """(n_out * og, n_in * ig) to (n_out, n_in, og * ig)."""
-    n_out, n_in = matrix.shape[0] // out_group, matrix.shape[1] // in_group
-    if out_group == 1:
-        return matrix.reshape(n_out, n_in, in_group)
-    return matrix.view(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3).reshape(n_out, n_in, -1)
 
 
 @dataclass(frozen=True)
@@ -180,46 +163,6 @@ def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generat
     return Additive(torch.stack(codes, dim=2), torch.stack(codebooks), scales)
 
 
-def chosen_codes(pull: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor | None, *, beam: int) -> Tensor:
-    """Codes that minimise ``sum.T block sum - 2 pull.T sum`` for sums of entries, one codebook after the other.
-
-    Every codebook's code is chosen anew with the others held; the ``beam`` best choices are followed to the end. The
-    result is never worse than ``codes``.
-
-    Args:
-        pull: (n, d), float32.
-        codes: where to start, (n, num_codebooks), int64.
-        codebooks: (num_codebooks, size, d), float32.
-        block: (d, d), float32, symmetric; None for the identity.
-        beam: choices to follow; 1 is iterated conditional modes.
-
-    Returns:
-        (n, num_codebooks), int64.
-    """
-    num_codebooks, size, _ = codebooks.shape
-    projected = codebooks if block is None else codebooks @ block
-    own = (projected * codebooks).sum(2)
-    beam = beam if num_codebooks > 1 else 1
-    step = max(1, MAX_SCORES // (size * beam))
-    found = []
-    for start in range(0, pull.shape[0], step):
-        here, states = pull[start : start + step], codes[start : start + step, None]
-        for m in range(num_codebooks):
-            rest = entry_sums(states, codebooks) - codebooks[m][states[..., m]]
-            held = rest if block is None else rest @ block
-            open_pull = (here[:, None] - held).flatten(0, 1)
-            scores = torch.addmm(own[m], open_pull, codebooks[m].t(), alpha=-2).view(*states.shape[:2], size)
-            width = beam if m < num_codebooks - 1 else 1
-            if states.shape[1] > 1:
-                scores += ((held - 2 * here[:, None]) * rest).sum(2, keepdim=True)
-            scores = scores.flatten(1)
-            best = scores.argmin(1, keepdim=True) if width == 1 else scores.topk(width, largest=False).indices
-            states = states.gather(1, (best // size)[..., None].expand(-1, -1, num_codebooks)).clone()
-            states[..., m] = best % size
-        found.append(states[:, 0])
-    return torch.cat(found)
-
-
 def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
     """Codes chosen group by group with all others held, so that the error falls with every group.
 
@@ -238,21 +181,18 @@ def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
     out_group, in_group = problem.out_group, problem.in_group
     residual = groups_to_matrix(target - entry_sums(codes, codebooks), out_group)
     block_groups = max(1, BLOCK_COLUMNS // in_group)
-    identity = torch.eye(out_group, device=hessian.device)
     for first in range(0, n_in, block_groups):
-        columns = slice(first * in_group, min(first + block_groups, n_in) * in_group)
-        pull = residual @ hessian[:, columns]
-        for group in range(first, min(first + block_groups, n_in)):
-            here = slice(group * in_group, (group + 1) * in_group)
-            inside = slice(here.start - columns.start, here.stop - columns.start)
-            block = torch.kron(identity, hessian[here, here])
-            before = entry_sums(codes[:, group], codebooks)
-            own_pull = matrix_to_groups(pull[:, inside], out_group, in_group)[:, 0]
-            codes[:, group] = chosen_codes(own_pull + before @ block, codes[:, group], codebooks, block, beam=beam)
-            moved = entry_sums(codes[:, group], codebooks) - before
-            moved = groups_to_matrix(moved[:, None], out_group)
-            residual[:, here] -= moved
-            pull -= moved @ hessian[here, columns]
+        groups = slice(first, min(first + block_groups, n_in))
+        columns = slice(groups.start * in_group, groups.stop * in_group)
+        codes[:, groups] = chosen_in_columns(
+            residual @ hessian[:, columns],
+            codes[:, groups],
+            codebooks,
+            hessian[columns, columns],
+            out_group=out_group,
+            beam=beam,
+        )
+        residual[:, columns] = groups_to_matrix(target[:, groups] - entry_sums(codes[:, groups], codebooks), out_group)
     return replace(found, codes=codes)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
+from quantlayers_kernels.aqlm.choice import matrix_to_groups
 from quantlayers_kernels.aqlm.reference import unsigned_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
@@ -22,7 +23,6 @@ from ._aqlm_solver import (
     fitted_scales,
     improved_codes,
     initial_solution,
-    matrix_to_groups,
 )
 from .method import QuantMethod, checked_hessian, checked_layout, refuse_not_finite, register_method
 

@@ -9,16 +9,13 @@ from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec
 from peft_quantlayers.quantizers._aqlm_solver import (
     Additive,
     Problem,
-    chosen_codes,
-    entry_sums,
     fitted_codebooks,
     fitted_scales,
-    groups_to_matrix,
     improved_codes,
     initial_solution,
-    matrix_to_groups,
     nearest_entries,
 )
+from quantlayers_kernels.aqlm.choice import chosen_codes, entry_sums, groups_to_matrix, matrix_to_groups
 
 
 def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:

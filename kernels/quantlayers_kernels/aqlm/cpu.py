@@ -12,6 +12,8 @@ from .. import native
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
 # AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
+# Entries that the kernel compares at a time, on any instruction set.
+PADDED_SIZE = 32
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
@@ -95,3 +97,51 @@ def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: s
         *_shape_arguments(codes, codebooks, scales),
     )
     return into
+
+
+def can_choose(pull: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
+    """Whether :func:`choose` takes these arguments: on a CPU, float32, codebooks of a power of two entries."""
+    size = codebooks.shape[1]
+    return (
+        pull.device.type == codes.device.type == codebooks.device.type == "cpu"
+        and pull.dtype == codebooks.dtype == torch.float32
+        and codes.dtype == torch.int64
+        and size & (size - 1) == 0
+        and native.is_available()
+    )
+
+
+def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int) -> Tensor:
+    """As :func:`.choice.chosen_in_columns`. Raises ValueError where shapes contradict each other."""
+    n_out, n_groups, num_codebooks = codes.shape
+    size, d = codebooks.shape[1:]
+    in_group = d // out_group
+    columns = n_groups * in_group
+    wrong = [
+        name
+        for name, found, shape in (
+            ("pull", pull.shape, (n_out * out_group, columns)),
+            ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
+            ("hessian", hessian.shape, (columns, columns)),
+        )
+        if tuple(found) != shape
+    ]
+    if wrong or beam < 1:
+        raise ValueError(f"{wrong or 'beam'} contradicts codes of shape {tuple(codes.shape)}.")
+    width = -(-size // PADDED_SIZE) * PADDED_SIZE
+    hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
+    blocks = hessian.view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = torch.full((n_groups, num_codebooks, width), torch.inf)
+    for group, block in enumerate(blocks):
+        parts = codebooks.view(num_codebooks, size, out_group, in_group)
+        own[group, :, :size] = ((parts @ block) * parts).flatten(2).sum(2)
+    entries = torch.zeros(num_codebooks, d, width)
+    entries[:, :, :size] = codebooks.transpose(1, 2)
+    codes, pull = codes.clone(memory_format=torch.contiguous_format), pull.clone(memory_format=torch.contiguous_format)
+    native.call(
+        "ql_aqlm_choose",
+        *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
+        *(own.data_ptr(), n_out, n_groups, num_codebooks, size, width, out_group, in_group),
+        beam if num_codebooks > 1 else 1,
+    )
+    return codes
