@@ -29,7 +29,7 @@ SIGNATURES = {
     "ql_hqq_dequantize": (4, 5, 5),
     "ql_aqlm_linear": (6, 7, 5),
     "ql_aqlm_dequantize": (4, 7, 5),
-    "ql_aqlm_choose": (6, 8, 2),
+    "ql_aqlm_choose": (7, 8, 2),
 }
 
 

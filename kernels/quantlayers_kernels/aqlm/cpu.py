@@ -6,6 +6,7 @@ there is no table of the input's products with every entry.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import native
 
@@ -14,6 +15,8 @@ from .. import native
 MAX_TOKENS = 16
 # Entries that the kernel compares at a time, on any instruction set.
 PADDED_SIZE = 32
+# Entries of two codebooks of which all pairs are tried where the beam is as wide: a table of 2**18 float32 is 1 MiB.
+MAX_PAIR_SIZE = 512
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
@@ -128,20 +131,28 @@ def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, o
     ]
     if wrong or beam < 1:
         raise ValueError(f"{wrong or 'beam'} contradicts codes of shape {tuple(codes.shape)}.")
-    width = -(-size // PADDED_SIZE) * PADDED_SIZE
     hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
+    width = -(-size // PADDED_SIZE) * PADDED_SIZE
     blocks = hessian.view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    parts = codebooks.view(num_codebooks, size, out_group, in_group)
     own = torch.full((n_groups, num_codebooks, width), torch.inf)
+    pairs = None
+    if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE:
+        pairs = torch.zeros(n_groups, width // PADDED_SIZE, size, PADDED_SIZE)
     for group, block in enumerate(blocks):
-        parts = codebooks.view(num_codebooks, size, out_group, in_group)
-        own[group, :, :size] = ((parts @ block) * parts).flatten(2).sum(2)
+        weighted = parts @ block
+        own[group, :, :size] = (weighted * parts).flatten(2).sum(2)
+        if pairs is not None:
+            costs = pad(2 * weighted[0].flatten(1) @ codebooks[1].t(), (0, width - size))
+            pairs[group] = costs.view(size, -1, PADDED_SIZE).transpose(0, 1)
     entries = torch.zeros(num_codebooks, d, width)
     entries[:, :, :size] = codebooks.transpose(1, 2)
-    codes, pull = codes.clone(memory_format=torch.contiguous_format), pull.clone(memory_format=torch.contiguous_format)
+    codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
     native.call(
         "ql_aqlm_choose",
         *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
-        *(own.data_ptr(), n_out, n_groups, num_codebooks, size, width, out_group, in_group),
-        beam if num_codebooks > 1 else 1,
+        *(own.data_ptr(), None if pairs is None else pairs.data_ptr()),
+        *(n_out, n_groups, num_codebooks, size, width, out_group, in_group),
+        1 if pairs is not None or num_codebooks == 1 else min(beam, size ** (num_codebooks - 1)),
     )
     return codes

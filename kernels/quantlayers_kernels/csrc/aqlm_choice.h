@@ -107,14 +107,15 @@ INLINE void sum_entries(const struct aqlm_choice *c, const int32_t *codes, int64
 
 /* Scratch of a tile of rows, cut into pieces. */
 struct choice_scratch {
-    float *scores, *queries, *held, *wanted, *rest, *product;
+    float *scores, *pair_costs, *queries, *held, *wanted, *rest, *product;
     struct beams states[BLOCK_ROWS], next;
     struct candidates best[BLOCK_ROWS];
 };
 
 INLINE void cut_choice_scratch(const struct aqlm_choice *c, int64_t d, float *memory, struct choice_scratch *s) {
     const int64_t queries = BLOCK_ROWS * c->beam, codes = c->beam * c->num_codebooks;
-    s->scores = memory, memory += 4 * SCORES;
+    s->scores = memory, memory += BLOCK_ROWS * SCORES;
+    s->pair_costs = memory, memory += 2 * BLOCK_ROWS * SCORES;
     s->queries = memory, memory += queries * d;
     s->held = memory, memory += queries;
     s->wanted = memory, memory += BLOCK_ROWS * d;
@@ -185,6 +186,58 @@ INLINE void choose_codebook(const struct aqlm_choice *c, int64_t group, int64_t 
     }
 }
 
+/* The best of all pairs of entries: costs of the left one, of the right one, and of both together. */
+INLINE void choose_pair(const struct aqlm_choice *c, int64_t group, int rows, int64_t d, struct choice_scratch *s) {
+    const float *pairs = c->pairs + group * c->size * c->width;
+    float *left = s->pair_costs, *right = left + BLOCK_ROWS * SCORES, lowest[BLOCK_ROWS];
+    int64_t best_right[BLOCK_ROWS];
+    for (int64_t i = 0; i < BLOCK_ROWS * d; i++)
+        s->queries[i] = i < rows * d ? -2 * s->wanted[i] : 0;
+    const float *own = c->own + group * 2 * c->width;
+    score(s->queries, c->entries, own, d, c->width, 0, c->width, left);
+    score(s->queries, c->entries + d * c->width, own + c->width, d, c->width, 0, c->width, right);
+    for (int r = 0; r < BLOCK_ROWS; r++)
+        lowest[r] = __builtin_inff(), best_right[r] = -1;
+    for (int64_t begin = 0; begin < c->width; begin += PAIR_COLUMNS) {
+        const float *tile = pairs + begin * c->size;
+        for (int64_t k = 0; k < PAIR_COLUMNS; k += 2 * LANES) {
+            floats least[BLOCK_ROWS][2];
+            for (int r = 0; r < BLOCK_ROWS; r++)
+                least[r][0] = least[r][1] = (floats){0} + __builtin_inff();
+            for (int64_t i = 0; i < c->size; i++) {
+                const floats one = load(tile + i * PAIR_COLUMNS + k), two = load(tile + i * PAIR_COLUMNS + k + LANES);
+                for (int r = 0; r < BLOCK_ROWS; r++) {
+                    least[r][0] = lower(one + left[r * SCORES + i], least[r][0]);
+                    least[r][1] = lower(two + left[r * SCORES + i], least[r][1]);
+                }
+            }
+            for (int r = 0; r < BLOCK_ROWS; r++)
+                for (int half = 0; half < 2; half++) {
+                    const int64_t first = begin + k + half * LANES;
+                    const floats costs = least[r][half] + load(right + r * SCORES + first);
+                    if (!any_below(costs, lowest[r]))
+                        continue;
+                    for (int lane = 0; lane < LANES; lane++)
+                        if (costs[lane] < lowest[r])
+                            lowest[r] = costs[lane], best_right[r] = first + lane;
+                }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        if (best_right[r] < 0) /* nothing but NaN: the codes stay */
+            continue;
+        const int64_t k = best_right[r];
+        const float *column = pairs + k / PAIR_COLUMNS * PAIR_COLUMNS * c->size + k % PAIR_COLUMNS;
+        int32_t best_left = 0;
+        for (int32_t i = 1; i < c->size; i++)
+            if (column[i * PAIR_COLUMNS] + left[r * SCORES + i] <
+                column[best_left * PAIR_COLUMNS] + left[r * SCORES + best_left])
+                best_left = i;
+        s->states[r].codes[0] = best_left;
+        s->states[r].codes[1] = (int32_t)k;
+    }
+}
+
 INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int64_t d, struct choice_scratch *s) {
     const int64_t mask = c->size - 1;
     for (int64_t group = 0; group < c->n_groups; group++) {
@@ -200,8 +253,11 @@ INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int6
                 s->wanted[r * d + i] += c->pull[((row + r) * c->out_group + i / c->in_group) * c->columns +
                                                 group * c->in_group + i % c->in_group];
         }
-        for (int64_t m = 0; m < c->num_codebooks; m++)
-            choose_codebook(c, group, m, rows, d, s);
+        if (c->pairs)
+            choose_pair(c, group, rows, d, s);
+        else
+            for (int64_t m = 0; m < c->num_codebooks; m++)
+                choose_codebook(c, group, m, rows, d, s);
         for (int r = 0; r < rows; r++) {
             int64_t *codes = c->codes + (row + r) * c->n_groups * c->num_codebooks + group * c->num_codebooks;
             int is_moved = 0;

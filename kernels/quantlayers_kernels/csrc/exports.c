@@ -131,12 +131,12 @@ static void choose_aqlm(const void *context, int64_t begin, int64_t end, float *
 
 /* Chooses the codes of n_groups neighbouring groups of each of n_out output groups anew, in place. */
 int ql_aqlm_choose(int64_t *codes, float *pull, const float *hessian, const float *codebooks, const float *entries,
-                   const float *own, int64_t n_out, int64_t n_groups, int64_t num_codebooks,
+                   const float *own, const float *pairs, int64_t n_out, int64_t n_groups, int64_t num_codebooks,
                    int64_t size, int64_t width, int64_t out_group, int64_t in_group, int64_t beam, int n_threads,
                    int variant) {
     struct aqlm_choice_call call = {
         .kernels = kernels_of(variant),
-        .choice = {codes, pull, hessian, codebooks, entries, own, n_groups, num_codebooks, size, width,
+        .choice = {codes, pull, hessian, codebooks, entries, own, pairs, n_groups, num_codebooks, size, width,
                    out_group, in_group, n_groups * in_group, beam},
     };
     return for_rows(choose_aqlm, &call, n_out, aqlm_choice_floats(&call.choice), n_threads);

@@ -49,6 +49,7 @@ struct aqlm_choice {
     const float *codebooks;               /* (num_codebooks, size, d) */
     const float *entries;                 /* (num_codebooks, d, width) */
     const float *own;                     /* each entry's own cost, (n_groups, num_codebooks, width) */
+    const float *pairs;                   /* NULL, or what two entries cost together beyond that: see below */
     int64_t n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
@@ -81,10 +82,13 @@ static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
 /* Scores that are held at a time for each of four sums of entries that are compared. */
 #define SCORES 1024
 
+/* The costs of pairs are (n_groups, width / PAIR_COLUMNS, size, PAIR_COLUMNS), to be read in one stream. */
+#define PAIR_COLUMNS 32
+
 /* Scratch memory to choose the codes of BLOCK_ROWS output groups. */
 static inline int64_t aqlm_choice_floats(const struct aqlm_choice *c) {
     const int64_t d = c->out_group * c->in_group, codes = c->beam * c->num_codebooks;
-    return 4 * SCORES + BLOCK_ROWS * (c->beam * (d + 1) + d + codes + 3 * c->beam) + 2 * d + codes;
+    return BLOCK_ROWS * (3 * SCORES + c->beam * (d + 1) + d + codes + 3 * c->beam) + 2 * d + codes;
 }
 
 /* Calls body(context, begin, end, scratch) until all rows are done, on up to n_threads threads. Returns 0, or -1
