@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import cpu
 
-# Scores of candidates that are held at a time: 2**23 of float32 are 32 MiB.
+# Scores of candidates that are held at a time: 2**23 of float32 are 32 MiB. A GPU wants more of them at once.
 MAX_SCORES = 1 << 23
+MAX_SCORES_OF_GPU = 1 << 27
 
 
 def entry_sums(codes: Tensor, codebooks: Tensor) -> Tensor:
@@ -39,6 +40,27 @@ def matrix_to_groups(matrix: Tensor, out_group: int, in_group: int) -> Tensor:
     return matrix.view(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3).reshape(n_out, n_in, -1)
 
 
+def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
+    """Index of the entry of least ``own - 2 wanted.T entry`` for each row of ``wanted``.
+
+    Args:
+        wanted: (n, d), float32.
+        entries: (size, d), float32.
+        own: (size,), float32.
+
+    Returns:
+        (n,), int64.
+    """
+    if cpu.can_choose(wanted, entries):
+        return cpu.best_entries(wanted, entries, own)
+    parts = wanted.split(max(1, _max_scores(wanted) // len(entries)))
+    return torch.cat([torch.addmm(own, part, entries.t(), alpha=-2).argmin(1) for part in parts])
+
+
+def _max_scores(tensor: Tensor) -> int:
+    return MAX_SCORES if tensor.device.type == "cpu" else MAX_SCORES_OF_GPU
+
+
 def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor | None, *, beam: int) -> Tensor:
     """Codes that minimise ``sum.T block sum - 2 wanted.T sum`` for sums of entries, one codebook after the other.
 
@@ -55,15 +77,15 @@ def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor
     Returns:
         (n, num_codebooks), int64.
     """
-    if cpu.can_choose(wanted, codes, codebooks):
+    if cpu.can_choose(wanted, codebooks):
         hessian = torch.eye(wanted.shape[1]) if block is None else block
         pull = wanted - entry_sums(codes, codebooks) @ hessian
         return cpu.choose(pull, codes[:, None], codebooks, hessian, out_group=1, beam=beam)[:, 0]
     num_codebooks, size, _ = codebooks.shape
     projected = codebooks if block is None else codebooks @ block
     own = (projected * codebooks).sum(2)
-    beam = beam if num_codebooks > 1 else 1
-    step = max(1, MAX_SCORES // (size * beam))
+    beam = min(beam, size) if num_codebooks > 1 else 1
+    step = max(1, _max_scores(wanted) // (size * beam))
     found = []
     for start in range(0, wanted.shape[0], step):
         here, states = wanted[start : start + step], codes[start : start + step, None]
@@ -100,7 +122,7 @@ def chosen_in_columns(
     Returns:
         New codes, shaped as ``codes``.
     """
-    if cpu.can_choose(pull, codes, codebooks):
+    if cpu.can_choose(pull, codebooks):
         return cpu.choose(pull, codes, codebooks, hessian, out_group=out_group, beam=beam)
     codes, pull = codes.clone(), pull.clone()
     in_group = codebooks.shape[2] // out_group

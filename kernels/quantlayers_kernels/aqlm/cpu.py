@@ -102,13 +102,12 @@ def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: s
     return into
 
 
-def can_choose(pull: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
-    """Whether :func:`choose` takes these arguments: on a CPU, float32, codebooks of a power of two entries."""
-    size = codebooks.shape[1]
+def can_choose(wanted: Tensor, entries: Tensor) -> bool:
+    """Whether :func:`choose` and :func:`best_entries` take these: on a CPU, float32, a power of two entries."""
+    size = entries.shape[-2]
     return (
-        pull.device.type == codes.device.type == codebooks.device.type == "cpu"
-        and pull.dtype == codebooks.dtype == torch.float32
-        and codes.dtype == torch.int64
+        wanted.device.type == entries.device.type == "cpu"
+        and wanted.dtype == entries.dtype == torch.float32
         and size & (size - 1) == 0
         and native.is_available()
     )
@@ -120,39 +119,65 @@ def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, o
     size, d = codebooks.shape[1:]
     in_group = d // out_group
     columns = n_groups * in_group
-    wrong = [
-        name
-        for name, found, shape in (
-            ("pull", pull.shape, (n_out * out_group, columns)),
-            ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
-            ("hessian", hessian.shape, (columns, columns)),
-        )
-        if tuple(found) != shape
-    ]
-    if wrong or beam < 1:
-        raise ValueError(f"{wrong or 'beam'} contradicts codes of shape {tuple(codes.shape)}.")
-    hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
-    width = -(-size // PADDED_SIZE) * PADDED_SIZE
-    blocks = hessian.view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    for name, found, shape in (
+        ("pull", pull.shape, (n_out * out_group, columns)),
+        ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
+        ("hessian", hessian.shape, (columns, columns)),
+    ):
+        if tuple(found) != shape:
+            raise ValueError(f"{name} has the shape {tuple(found)}; codes of shape {tuple(codes.shape)} want {shape}.")
+    blocks = hessian.float().view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     parts = codebooks.view(num_codebooks, size, out_group, in_group)
-    own = torch.full((n_groups, num_codebooks, width), torch.inf)
-    pairs = None
-    if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE:
-        pairs = torch.zeros(n_groups, width // PADDED_SIZE, size, PADDED_SIZE)
+    own = torch.empty(n_groups, num_codebooks, size)
+    pairs = torch.empty(n_groups, size, size) if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE else None
     for group, block in enumerate(blocks):
-        weighted = parts @ block
-        own[group, :, :size] = (weighted * parts).flatten(2).sum(2)
+        weighted = (parts @ block).flatten(2)
+        own[group] = (weighted * codebooks).sum(2)
         if pairs is not None:
-            costs = pad(2 * weighted[0].flatten(1) @ codebooks[1].t(), (0, width - size))
-            pairs[group] = costs.view(size, -1, PADDED_SIZE).transpose(0, 1)
-    entries = torch.zeros(num_codebooks, d, width)
-    entries[:, :, :size] = codebooks.transpose(1, 2)
+            torch.mm(2 * weighted[0], codebooks[1].t(), out=pairs[group])
+    beam = 1 if num_codebooks == 1 or pairs is not None else min(beam, size)
+    return _choose(pull, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
+
+
+def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
+    """As :func:`.choice.best_entries`. Raises ValueError where shapes contradict each other."""
+    size, d = entries.shape
+    if wanted.shape[1] != d or own.shape != (size,):
+        raise ValueError(
+            f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} contradict each other."
+        )
+    codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
+    # Without a Hessian the code that a row comes with does not matter.
+    hessian = torch.zeros(d, d)
+    return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()
+
+
+def _choose(
+    pull: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    hessian: Tensor,
+    own: Tensor,
+    pairs: Tensor | None,
+    *,
+    out_group: int,
+    beam: int,
+) -> Tensor:
+    """Calls the kernel with copies of what it changes, and all else as it wants that in memory."""
+    n_out, n_groups, num_codebooks = codes.shape
+    size, d = codebooks.shape[1:]
+    width = -(-size // PADDED_SIZE) * PADDED_SIZE
+    padding = (0, width - size)
+    entries = pad(codebooks.transpose(1, 2), padding).contiguous()
+    own = pad(own, padding, value=torch.inf).contiguous()
+    if pairs is not None:
+        pairs = pad(pairs, padding).view(n_groups, size, -1, PADDED_SIZE).transpose(1, 2).contiguous()
+    hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
     codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
     native.call(
         "ql_aqlm_choose",
         *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
         *(own.data_ptr(), None if pairs is None else pairs.data_ptr()),
-        *(n_out, n_groups, num_codebooks, size, width, out_group, in_group),
-        1 if pairs is not None or num_codebooks == 1 else min(beam, size ** (num_codebooks - 1)),
+        *(n_out, n_groups, num_codebooks, size, width, out_group, d // out_group, beam),
     )
     return codes
