@@ -12,13 +12,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from _device import describe_device
+from _memory import extra_memory_of, seconds_of
 from _peers import peer_weight, quantize_with_hqq
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,7 +35,6 @@ GROUP_SIZE = 64
 # The package needs up to half a minute for the largest weight: timed once there, and at one width only.
 PEER_REPEATS = {576 * 576: 3, 1536 * 576: 3, 2048 * 2048: 1, 4096 * 4096: 1}
 PEER_WIDTHS_OF_LARGEST = (4,)
-MIB = 1 << 20
 
 
 def random_weight(shape: tuple[int, int]) -> Tensor:
@@ -70,12 +69,6 @@ def refuse_wrong_result(weight: Tensor, nbits: int, axis: int) -> None:
             f"{tuple(weight.shape)}, {nbits} bits, axis {axis}: {n_equal:.2%} of the codes are equal, squared errors "
             f"{errors} against {peer_error}: nothing was timed."
         )
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def measure(shape: tuple[int, int], nbits: int, axis: int, threads: int, repeats: int) -> list[dict]:
@@ -131,22 +124,6 @@ def show(row: dict) -> None:
 
 
 # ---- memory, each in a process of its own
-
-
-def _status(entry: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{entry}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {entry}: memory is measured on Linux only.")
-
-
-def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and MiB that the resident set rose above what it was before the call."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    seconds = seconds_of(call)
-    return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (_status("VmHWM") - before) / MIB}
 
 
 def measure_layer() -> dict[str, float]:

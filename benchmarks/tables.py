@@ -176,6 +176,37 @@ def quantize() -> str:
     return table(head, rows) + f"\n\n{whole} " + device_line(measured["device"], "python benchmarks/bench_quantize.py")
 
 
+def aqlm_quantizer() -> str:
+    """Seconds and held-out error of each layer, ours and the research code's; the large layer's time and memory."""
+    measured = result("aqlm_quantizer")
+    makers = list(dict.fromkeys(row["made_by"] for row in measured["rows"]))
+    by_key = {(row["layer"], row["made_by"]): row for row in measured["rows"]}
+    rows = []
+    for layer in dict.fromkeys(row["layer"] for row in measured["rows"]):
+        shape = by_key[layer, "ours"]["shape"]
+        cells = [f"{layer}, {shape[0]} x {shape[1]}"]
+        for maker in makers:
+            row = by_key.get((layer, maker))
+            cells.append("" if row is None else f"{row['seconds']:.1f} s, {row['held_out_error']:.4f}")
+        rows.append(cells)
+    lines = [
+        table(["seconds, held-out error", *makers], rows),
+        "",
+        f"AQLM 2x8, groups of 8; relative squared error of the outputs on {measured['held_out_tokens']:,} tokens, "
+        f"after calibration on {measured['calibration_tokens']:,} others; CPU time on one thread, compiled kernels: "
+        f"{measured['device']['kernels']}. "
+        + device_line(measured["device"], "python benchmarks/bench_aqlm_quantizer.py --research-code FOLDER"),
+    ]
+    for row in measured["large"]:
+        what = "calibrated" if row["is_calibrated"] else "not calibrated"
+        lines.append(
+            f"A layer of 4096 x 14336, {what}: {row['cpu_seconds'] / 60:.1f} minutes of one thread, "
+            f"{row['extra_peak_mib']:,.0f} MiB above the float weight's {row['weight_mib']:.0f}"
+            + (" and its second moment's 784." if row["is_calibrated"] else ".")
+        )
+    return "\n".join(lines)
+
+
 def demo() -> str:
     measured = result("demo")
     rows = [
@@ -233,6 +264,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode": decode,
         "lora_step": lora_step,
         "quantize": quantize,
+        "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features},

@@ -167,18 +167,20 @@ def second_moment(parent: nn.Module, name: str, calls: list[Call]) -> Tensor | N
         total = total.to(tokens.device)
         for part in tokens.split(MOMENT_TOKENS):
             part = part.float()
-            total = total + part.t() @ part
+            total = total.addmm_(part.t(), part) if total.dim() else part.t() @ part
         n_tokens += len(tokens)
         stop()
 
     for call in calls:
         run_until(parent, call, {name: hook})
-    return total / n_tokens if n_tokens and total.diagonal().sum() > 0 else None
+    return total.div_(n_tokens) if n_tokens and total.diagonal().sum() > 0 else None
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
     """``moment`` with ``damping`` times the mean of its diagonal added to the diagonal."""
-    return moment + torch.diag_embed((damping * moment.diagonal().mean()).expand(len(moment)))
+    result = moment.clone()
+    result.diagonal().add_(damping * moment.diagonal().mean())
+    return result
 
 
 def _input_of(args: tuple, kwargs: dict) -> Tensor:

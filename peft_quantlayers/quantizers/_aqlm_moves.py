@@ -7,7 +7,7 @@ V step: a gradient step on a small subspace of the weights, projected onto what 
 import torch
 from torch import Tensor
 
-from ._aqlm_solver import chosen_codes, entry_sums, matrix_to_groups
+from quantlayers_kernels.aqlm.choice import chosen_codes, entry_sums, matrix_to_groups
 
 # Choices of codes that are followed to the end.
 BEAM = 4

@@ -10,21 +10,36 @@ closed form instead of hundreds of Adam steps; choosing a code changes only what
 instead of rebuilding the matrix; the initial k-means weighs each input by its second moment.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
+
+from quantlayers_kernels.aqlm.choice import (
+    best_entries,
+    chosen_codes,
+    chosen_in_columns,
+    entry_sums,
+    groups_to_matrix,
+    matrix_to_groups,
+)
 
 from ._least_squares import conjugate_gradient
 
 # Points a centroid that k-means sees; more change nothing that the later rounds would not repair.
 POINTS_PER_CENTROID = 64
 KMEANS_ITERS = 15
-# Scores of candidates that are held at a time: 2**23 of float32 are 32 MiB.
-MAX_SCORES = 1 << 23
 # Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product.
 BLOCK_COLUMNS = 128
-CODEBOOK_ITERS = 8
+# With 2 steps the held-out error was the same as with 16 on layers of SmolLM2: the next round goes on from there.
+CODEBOOK_ITERS = 3
+# Weights for each number in the codebooks that these are fitted to. What a sample of the rows adds to the error is
+# about the reciprocal.
+WEIGHTS_PER_NUMBER = 512
+# Weights whose outputs are looked at together, so that no buffer grows with the number of outputs.
+TILE_WEIGHTS = 1 << 22
+TILE_WEIGHTS_OF_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -43,29 +58,9 @@ class Additive:
         """The groups in weight units, (n_out, n_in, d)."""
         return self.sums() * self.scales[:, None, None]
 
-
-def entry_sums(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Sums of the entries that ``codes`` (..., M) name in ``codebooks`` (M, size, d); (..., d)."""
-    total = codebooks[0][codes[..., 0]]
-    for m in range(1, codes.shape[-1]):
-        total = total + codebooks[m][codes[..., m]]
-    return total
-
-
-def groups_to_matrix(groups: Tensor, out_group: int) -> Tensor:
-    """(n_out, n_in, og * ig) to (n_out * og, n_in * ig)."""
-    n_out, n_in, d = groups.shape
-    if out_group == 1:
-        return groups.reshape(n_out, n_in * d)
-    return groups.view(n_out, n_in, out_group, -1).permute(0, 2, 1, 3).reshape(n_out * out_group, -1)
-
-
-def matrix_to_groups(matrix: Tensor, out_group: int, in_group: int) -> Tensor:
-    """(n_out * og, n_in * ig) to (n_out, n_in, og * ig)."""
-    n_out, n_in = matrix.shape[0] // out_group, matrix.shape[1] // in_group
-    if out_group == 1:
-        return matrix.reshape(n_out, n_in, in_group)
-    return matrix.view(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3).reshape(n_out, n_in, -1)
+    def rows(self, which: slice) -> "Additive":
+        """Some of the output groups."""
+        return replace(self, codes=self.codes[which], scales=self.scales[which])
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,21 @@ class Problem:
     def in_group(self) -> int:
         return self.target.shape[2] // self.out_group
 
+    def rows(self, which: slice) -> "Problem":
+        """Some of the output groups; they do not depend on the others."""
+        return replace(self, target=self.target[which])
+
+    def tiles(self) -> Iterator[slice]:
+        """Output groups that are looked at together."""
+        n_out, n_in, d = self.target.shape
+        n_weights = TILE_WEIGHTS if self.target.device.type == "cpu" else TILE_WEIGHTS_OF_GPU
+        step = max(1, n_weights // (n_in * d))
+        return (slice(start, start + step) for start in range(0, n_out, step))
+
+    def sample(self, n_weights: int) -> slice:
+        """Output groups, evenly spread, that hold about so many weights, or all."""
+        return slice(None, None, max(1, self.target.numel() // n_weights))
+
     def weighted(self, groups: Tensor) -> Tensor:
         """``groups`` as a matrix times the Hessian, as groups."""
         if self.hessian is None:
@@ -101,8 +111,11 @@ class Problem:
 
     def error(self, found: Additive) -> float:
         """The weighted squared error of ``found``."""
-        difference = self.target - found.groups()
-        return float((self.weighted(difference) * difference).sum())
+        total = 0.0
+        for tile in self.tiles():
+            difference = self.target[tile] - found.rows(tile).groups()
+            total += float((self.weighted(difference) * difference).sum())
+        return total
 
 
 def nearest_entries(vectors: Tensor, entries: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -116,18 +129,10 @@ def nearest_entries(vectors: Tensor, entries: Tensor, importance: Tensor | None 
     Returns:
         (n,), int64.
     """
-    step = max(1, MAX_SCORES // entries.shape[0])
-    found = []
-    for start in range(0, vectors.shape[0], step):
-        part = vectors[start : start + step]
-        if importance is None:
-            scores = torch.addmm(entries.square().sum(1).mul_(-0.5), part, entries.t())
-        else:
-            here = importance[start : start + step]
-            features = torch.cat([here * part, here.mul(-0.5)], dim=1)
-            scores = features @ torch.cat([entries, entries.square()], dim=1).t()
-        found.append(scores.argmax(1))
-    return torch.cat(found)
+    if importance is None:
+        return best_entries(vectors, entries, entries.square().sum(1))
+    features = torch.cat([importance * vectors, importance.mul(-0.5)], dim=1)
+    return best_entries(features, torch.cat([entries, entries.square()], dim=1), entries.new_zeros(len(entries)))
 
 
 def kmeans(
@@ -140,10 +145,6 @@ def kmeans(
     n, d = vectors.shape
     if n <= size:  # an entry for each vector
         return torch.cat([vectors, vectors.new_zeros(size - n, d)])
-    if n > size * POINTS_PER_CENTROID:
-        sample = torch.randperm(n, generator=generator)[: size * POINTS_PER_CENTROID].to(vectors.device)
-        vectors, weights, n = vectors[sample], weights[sample], len(sample)
-        importance = None if importance is None else importance[sample]
 
     def random_vectors() -> Tensor:
         return vectors[torch.randint(n, (size,), generator=generator).to(vectors.device)]
@@ -162,129 +163,112 @@ def kmeans(
 def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generator: Generator) -> Additive:
     """Residual k-means on rows of norm 1: each codebook is fitted to what the ones before it left over."""
     n_out, n_in, d = problem.target.shape
+    device = problem.target.device
     scales = problem.target.square().mean((1, 2)).sqrt()
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     residual = problem.target / scales[:, None, None]
-    row_weights = scales.square().repeat_interleave(n_in)
     importance = problem.importance()
-    if importance is not None:
-        importance = importance.expand(n_out, -1, -1).reshape(-1, d)
-    codes, codebooks = [], []
-    for _ in range(num_codebooks):
-        vectors = residual.view(-1, d)
-        codebook = kmeans(vectors, size, weights=row_weights, importance=importance, generator=generator)
-        chosen = nearest_entries(vectors, codebook, importance).view(n_out, n_in)
-        residual = residual - codebook[chosen]
-        codes.append(chosen)
+    codes = torch.empty(n_out, n_in, num_codebooks, dtype=torch.int64, device=device)
+    codebooks = []
+    for m in range(num_codebooks):
+        chosen = torch.randperm(n_out * n_in, generator=generator)[: size * POINTS_PER_CENTROID].to(device)
+        codebook = kmeans(
+            residual.view(-1, d)[chosen],
+            size,
+            weights=scales[chosen // n_in].square(),
+            importance=None if importance is None else importance[chosen % n_in],
+            generator=generator,
+        )
+        for tile in problem.tiles():
+            vectors = residual[tile].reshape(-1, d)
+            here = None if importance is None else importance.repeat(len(vectors) // n_in, 1)
+            nearest = nearest_entries(vectors, codebook, here).view(-1, n_in)
+            residual[tile] -= codebook[nearest]
+            codes[tile, :, m] = nearest
         codebooks.append(codebook)
-    return Additive(torch.stack(codes, dim=2), torch.stack(codebooks), scales)
-
-
-def chosen_codes(pull: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor | None, *, beam: int) -> Tensor:
-    """Codes that minimise ``sum.T block sum - 2 pull.T sum`` for sums of entries, one codebook after the other.
-
-    Every codebook's code is chosen anew with the others held; the ``beam`` best choices are followed to the end. The
-    result is never worse than ``codes``.
-
-    Args:
-        pull: (n, d), float32.
-        codes: where to start, (n, num_codebooks), int64.
-        codebooks: (num_codebooks, size, d), float32.
-        block: (d, d), float32, symmetric; None for the identity.
-        beam: choices to follow; 1 is iterated conditional modes.
-
-    Returns:
-        (n, num_codebooks), int64.
-    """
-    num_codebooks, size, _ = codebooks.shape
-    projected = codebooks if block is None else codebooks @ block
-    own = (projected * codebooks).sum(2)
-    beam = beam if num_codebooks > 1 else 1
-    step = max(1, MAX_SCORES // (size * beam))
-    found = []
-    for start in range(0, pull.shape[0], step):
-        here, states = pull[start : start + step], codes[start : start + step, None]
-        for m in range(num_codebooks):
-            rest = entry_sums(states, codebooks) - codebooks[m][states[..., m]]
-            held = rest if block is None else rest @ block
-            open_pull = (here[:, None] - held).flatten(0, 1)
-            scores = torch.addmm(own[m], open_pull, codebooks[m].t(), alpha=-2).view(*states.shape[:2], size)
-            width = beam if m < num_codebooks - 1 else 1
-            if states.shape[1] > 1:
-                scores += ((held - 2 * here[:, None]) * rest).sum(2, keepdim=True)
-            scores = scores.flatten(1)
-            best = scores.argmin(1, keepdim=True) if width == 1 else scores.topk(width, largest=False).indices
-            states = states.gather(1, (best // size)[..., None].expand(-1, -1, num_codebooks)).clone()
-            states[..., m] = best % size
-        found.append(states[:, 0])
-    return torch.cat(found)
+    return Additive(codes, torch.stack(codebooks), scales)
 
 
 def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
-    """Codes chosen group by group with all others held, so that the error falls with every group.
+    """Codes chosen group by group with all others held, so that the error falls with every group."""
+    codes = [_improved_rows(problem.rows(tile), found.rows(tile), beam) for tile in problem.tiles()]
+    return replace(found, codes=torch.cat(codes))
+
+
+def _improved_rows(problem: Problem, found: Additive, beam: int) -> Tensor:
+    """The codes of :func:`improved_codes`.
 
     ``(target - current) @ H`` is the pull on a group. It is formed for a block of columns at a time, and kept up to
     date within it; without a Hessian groups do not meet, and all are chosen at once.
     """
-    n_out, n_in, d = problem.target.shape
+    n_in, d = problem.target.shape[1:]
     # In codebook units the scales are gone from all that follows: a row's error is scaled as a whole.
     target = problem.target / found.scales[:, None, None]
     codes, codebooks = found.codes.clone(), found.codebooks
     hessian = problem.hessian
     if hessian is None:
-        flat = chosen_codes(target.view(-1, d), codes.view(n_out * n_in, -1), codebooks, None, beam=beam)
-        return replace(found, codes=flat.view_as(codes))
+        return chosen_codes(target.view(-1, d), codes.flatten(0, 1), codebooks, None, beam=beam).view_as(codes)
 
     out_group, in_group = problem.out_group, problem.in_group
     residual = groups_to_matrix(target - entry_sums(codes, codebooks), out_group)
     block_groups = max(1, BLOCK_COLUMNS // in_group)
-    identity = torch.eye(out_group, device=hessian.device)
     for first in range(0, n_in, block_groups):
-        columns = slice(first * in_group, min(first + block_groups, n_in) * in_group)
-        pull = residual @ hessian[:, columns]
-        for group in range(first, min(first + block_groups, n_in)):
-            here = slice(group * in_group, (group + 1) * in_group)
-            inside = slice(here.start - columns.start, here.stop - columns.start)
-            block = torch.kron(identity, hessian[here, here])
-            before = entry_sums(codes[:, group], codebooks)
-            own_pull = matrix_to_groups(pull[:, inside], out_group, in_group)[:, 0]
-            codes[:, group] = chosen_codes(own_pull + before @ block, codes[:, group], codebooks, block, beam=beam)
-            moved = entry_sums(codes[:, group], codebooks) - before
-            moved = groups_to_matrix(moved[:, None], out_group)
-            residual[:, here] -= moved
-            pull -= moved @ hessian[here, columns]
-    return replace(found, codes=codes)
+        groups = slice(first, min(first + block_groups, n_in))
+        columns = slice(groups.start * in_group, groups.stop * in_group)
+        codes[:, groups] = chosen_in_columns(
+            residual @ hessian[:, columns],
+            codes[:, groups],
+            codebooks,
+            hessian[columns, columns],
+            out_group=out_group,
+            beam=beam,
+        )
+        residual[:, columns] = groups_to_matrix(target[:, groups] - entry_sums(codes[:, groups], codebooks), out_group)
+    return codes
 
 
 def fitted_codebooks(problem: Problem, found: Additive, *, iters: int = CODEBOOK_ITERS) -> Additive:
-    """Codebooks of less error for the given codes and scales; entries that nobody chose stay."""
-    codes, scales = found.codes, found.scales[:, None, None]
-    num_codebooks, size, d = found.codebooks.shape
-    index = (codes + torch.arange(num_codebooks, device=codes.device) * size).view(-1, num_codebooks)
+    """Codebooks of less error for the given codes and scales; entries that nobody chose stay.
 
-    def gathered(groups: Tensor) -> Tensor:
-        """For each entry the sum over the groups that use it, in codebook units: the adjoint of ``sums``."""
-        flat = (groups * scales).reshape(-1, d)
-        total = flat.new_zeros(num_codebooks * size, d)
-        for m in range(num_codebooks):
-            total.index_add_(0, index[:, m], flat)
-        return total.view(num_codebooks, size, d)
+    Where there are far more weights than numbers in the codebooks, those of some rows decide.
+    """
+    chosen = problem.sample(WEIGHTS_PER_NUMBER * found.codebooks.numel())
+    problem, sampled = problem.rows(chosen), found.rows(chosen)
+    tiles = [(problem.rows(tile), sampled.rows(tile)) for tile in problem.tiles()]
+    num_codebooks, size, d = found.codebooks.shape
+    offsets = torch.arange(num_codebooks, device=found.codes.device) * size
+
+    def gathered(part: Additive, groups: Tensor, total: Tensor) -> Tensor:
+        """``total`` plus, for each entry, the sum over the groups that use it: the adjoint of ``Additive.groups``."""
+        flat = (groups * part.scales[:, None, None]).reshape(-1, d)
+        for index in (part.codes.flatten(0, 1) + offsets).unbind(1):
+            total.view(-1, d).index_add_(0, index, flat)
+        return total
 
     def normal(codebooks: Tensor) -> Tensor:
-        return gathered(problem.weighted(entry_sums(codes, codebooks) * scales))
+        total = torch.zeros_like(codebooks)
+        for wanted, part in tiles:
+            gathered(part, wanted.weighted(replace(part, codebooks=codebooks).groups()), total)
+        return total
 
+    diagonal, residual = torch.zeros_like(found.codebooks), torch.zeros_like(found.codebooks)
     importance = problem.importance()
-    weights = torch.ones_like(problem.target) if importance is None else importance.expand_as(problem.target)
-    diagonal = gathered(weights * scales)
+    for wanted, part in tiles:
+        weights = torch.ones_like(wanted.target) if importance is None else importance.expand_as(wanted.target)
+        gathered(part, weights * part.scales[:, None, None], diagonal)
+        gathered(part, wanted.weighted(wanted.target - part.groups()), residual)
     inverse = torch.where(diagonal > 0, diagonal.clamp(min=1e-30).reciprocal(), 0.0)
-    residual = gathered(problem.weighted(problem.target - found.groups()))
     return replace(found, codebooks=found.codebooks + conjugate_gradient(normal, residual, inverse, iters=iters))
 
 
 def fitted_scales(problem: Problem, found: Additive) -> Additive:
     """Scales of least error for the given codes and codebooks; a row whose fit is not positive keeps its own."""
-    sums = found.sums()
-    weighted = problem.weighted(sums)
-    energy = (weighted * sums).sum((1, 2))
-    fitted = (weighted * problem.target).sum((1, 2)) / energy.clamp(min=1e-30)
-    return replace(found, scales=torch.where((energy > 0) & (fitted > 0), fitted, found.scales))
+    fitted = []
+    for tile in problem.tiles():
+        part = found.rows(tile)
+        sums = part.sums()
+        weighted = problem.weighted(sums)
+        energy = (weighted * sums).sum((1, 2))
+        scales = (weighted * problem.target[tile]).sum((1, 2)) / energy.clamp(min=1e-30)
+        fitted.append(torch.where((energy > 0) & (scales > 0), scales, part.scales))
+    return replace(found, scales=torch.cat(fitted))

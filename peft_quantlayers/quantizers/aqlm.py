@@ -1,13 +1,17 @@
 """AQLM: its spec, and the method that makes and reads AQLM weights in the published layout."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from quantlayers_kernels import native
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
+from quantlayers_kernels.aqlm.choice import matrix_to_groups
 from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 from quantlayers_kernels.aqlm.update import updated_codes
 
@@ -21,9 +25,13 @@ from ._aqlm_solver import (
     fitted_scales,
     improved_codes,
     initial_solution,
-    matrix_to_groups,
 )
 from .method import QuantMethod, checked_hessian, checked_layout, refuse_not_finite, register_method
+
+logger = logging.getLogger(__name__)
+
+# Choices that are followed where trying all is too slow.
+NARROW_BEAM = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,9 @@ class AQLMSpec(QuantSpec):
         in_group_size, out_group_size: shape of a group, inputs by outputs.
         scale_dtype: dtype of codebooks and scales.
         rounds: how often codebooks, codes and scales are fitted in turn after the initialisation.
-        beam: choices that are followed when the codes of a group are chosen; 1 is the fastest.
+        beam: choices that are followed when the codes of a group are chosen; 1 is the fastest, and with two codebooks
+            one as wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8
+            choices elsewhere (also on a CPU without the compiled kernels, where all pairs would take hours).
         seed: of the random choices in the initialisation.
     """
 
@@ -49,7 +59,7 @@ class AQLMSpec(QuantSpec):
     out_group_size: int = 1
     scale_dtype: str = "float16"
     rounds: int = 4
-    beam: int = 4
+    beam: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,7 +69,8 @@ class AQLMSpec(QuantSpec):
         check_integer("out_group_size", self.out_group_size, at_least=1, at_most=1024)
         check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
         check_integer("rounds", self.rounds, at_least=0, at_most=1000)
-        check_integer("beam", self.beam, at_least=1, at_most=256)
+        if self.beam is not None:
+            check_integer("beam", self.beam, at_least=1, at_most=512)
         check_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
@@ -131,9 +142,10 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
                 size=2**spec.nbits_per_codebook,
                 generator=torch.Generator().manual_seed(spec.seed),
             )
+        beam = spec.beam or _default_beam(spec, weight.device)
         for _ in range(spec.rounds):
             found = fitted_codebooks(problem, found)
-            found = improved_codes(problem, found, beam=spec.beam)
+            found = improved_codes(problem, found, beam=beam)
             found = fitted_scales(problem, found)
         return _stored(fitted_codebooks(problem, found), spec, layout, name=name)
 
@@ -156,6 +168,24 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
         return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
+
+
+def _default_beam(spec: AQLMSpec, device: torch.device) -> int:
+    if spec.num_codebooks != 2 or spec.nbits_per_codebook > 8:
+        return NARROW_BEAM
+    if device.type == "cpu" and not native.is_available():
+        _warn_of_narrow_beam()
+        return NARROW_BEAM
+    return int(2**spec.nbits_per_codebook)
+
+
+@cache
+def _warn_of_narrow_beam() -> None:
+    logger.warning(
+        "the compiled kernels are missing: AQLM follows %d choices of codes instead of all pairs, and errs a few "
+        "percent more. Reinstall with a C compiler, or set beam=256 and wait.",
+        NARROW_BEAM,
+    )
 
 
 def _floats_of(start: QuantizedWeight, device: torch.device) -> Additive:

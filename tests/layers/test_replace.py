@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_quantlayers import HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantized_modules
+from peft_quantlayers import AQLMConfig, HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantized_modules
 from peft_quantlayers.layers import QuantizedLinear, quantizable_modules, quantize_module, quantize_modules
 
 
@@ -119,6 +119,22 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 def test_dequantizing_to_a_dtype_gives_weights_of_it():
     model = dequantize_model(quantize(Model()), torch.float16)
     assert model.model.layers[0].q_proj.weight.dtype == torch.float16
+
+
+def test_codebooks_too_large_for_their_layer_are_told_with_their_bits_and_a_fitting_scheme(caplog):
+    def quantized_layer(**fields) -> QuantizedLinear:
+        model = nn.Sequential(nn.Linear(576, 576, bias=False))
+        quantize(model, AQLMConfig(rounds=0, **fields))
+        return quantized_modules(model)["0"]
+
+    # 65,536 entries of 8 float16 are 25 bits for each of 331,776 weights.
+    layer = quantized_layer(num_codebooks=1, nbits_per_codebook=16)
+    assert layer.bits_per_weight == pytest.approx(2 + 2**16 * 8 * 16 / 576**2 + 16 / 576)
+    assert "27.3 bits per weight, of which codes are 2.0" in caplog.text
+    assert "use num_codebooks=2, nbits_per_codebook=8" in caplog.text
+    caplog.clear()
+    assert quantized_layer(num_codebooks=2, nbits_per_codebook=8).bits_per_weight < 2.3
+    assert caplog.text == ""
 
 
 def test_skipped_modules_and_overrides_follow_their_patterns():

@@ -1,24 +1,23 @@
 """The AQLM quantizer by plain error: every step lowers it, and it stands its ground on hard weights."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
 import torch
 
-from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec
+from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec, _aqlm_solver, aqlm
 from peft_quantlayers.quantizers._aqlm_solver import (
     Additive,
     Problem,
-    chosen_codes,
-    entry_sums,
     fitted_codebooks,
     fitted_scales,
-    groups_to_matrix,
     improved_codes,
     initial_solution,
-    matrix_to_groups,
     nearest_entries,
 )
+from quantlayers_kernels import native
+from quantlayers_kernels.aqlm.choice import chosen_codes, entry_sums, groups_to_matrix, matrix_to_groups
 
 
 def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -173,6 +172,53 @@ def test_more_rounds_and_more_bits_err_less():
     assert relative_error(weight, AQLMSpec(num_codebooks=4, nbits_per_codebook=6)) < 0.7 * errors[-1]
 
 
+def test_without_a_beam_all_pairs_of_two_codebooks_are_tried(monkeypatch):
+    weight, method = weight_of(64, 64), AQLMMethod()
+
+    def codes(**fields) -> torch.Tensor:
+        return method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, **fields), name="layer").tensors[
+            "codes"
+        ]
+
+    wide = codes(beam=32)
+    assert torch.equal(codes(), wide if native.is_available() else codes(beam=8))
+    assert torch.equal(codes(num_codebooks=3), codes(num_codebooks=3, beam=8))
+
+
+def test_without_the_compiled_kernels_the_beam_is_narrow_and_said_to_be(monkeypatch, caplog):
+    monkeypatch.setattr(native, "library", lambda: None)
+    aqlm._warn_of_narrow_beam.cache_clear()
+    weight, method = weight_of(64, 64), AQLMMethod()
+    found, narrow = (
+        [method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, beam=beam), name="w") for _ in range(2)][1]
+        for beam in (None, 8)
+    )
+    assert torch.equal(found.tensors["codes"], narrow.tensors["codes"])
+    assert caplog.text.count("compiled kernels are missing") == 1
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
+def test_the_solver_is_the_same_in_small_tiles_of_rows(is_calibrated, monkeypatch):
+    weight, spec = weight_of(50, 64), AQLMSpec(nbits_per_codebook=4, rounds=2)
+    hessian = second_moment(64) if is_calibrated else None
+    whole = AQLMMethod().dense(AQLMMethod().quantize(weight, spec, name="layer", hessian=hessian))
+    monkeypatch.setattr(_aqlm_solver, "TILE_WEIGHTS", 7 * 64)
+    tiled = AQLMMethod().dense(AQLMMethod().quantize(weight, spec, name="layer", hessian=hessian))
+    # A sum over tiles rounds differently, and a tie may fall the other way.
+    assert (tiled - whole).norm() < 0.05 * whole.norm()
+    assert abs((tiled - weight).norm() / (whole - weight).norm() - 1) < 0.01
+
+
+def test_codebooks_fitted_to_a_sample_of_the_rows_are_nearly_as_good(monkeypatch):
+    problem = Problem(matrix_to_groups(weight_of(2048, 64), 1, 8), second_moment(64), 1)
+    found = initial_solution(problem, num_codebooks=2, size=4, generator=torch.Generator().manual_seed(0))
+    start = problem.error(found)
+    sampled = problem.error(fitted_codebooks(problem, found))
+    monkeypatch.setattr(_aqlm_solver, "WEIGHTS_PER_NUMBER", 1 << 30)
+    whole = problem.error(fitted_codebooks(problem, found))
+    assert whole < sampled < min(start, (1 + 3 / 512) * whole)
+
+
 def test_quantizing_is_deterministic_under_its_seed_and_leaves_its_input():
     weight = weight_of(64, 64)
     before, method = weight.clone(), AQLMMethod()
@@ -225,6 +271,21 @@ def test_bad_weights_are_refused_with_layer_and_remedy():
     broken[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"q_proj.*NaN or Inf"):
         AQLMMethod().quantize(broken, AQLMSpec(), name="q_proj")
+    for hessian in (torch.full((16, 16), torch.nan), torch.zeros(16, 16)):
+        with pytest.raises(ValueError, match=r"q_proj.*Hessian.*damping"):
+            AQLMMethod().quantize(weight_of(8, 16), AQLMSpec(), name="q_proj", hessian=hessian)
+
+
+def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
+    """The published layout stores a byte for a code of 4 bits; what its upper half says must not reach beyond."""
+    quantized = AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4), name="layer")
+    codes = quantized.tensors["codes"]
+    wild = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes + 16 * (codes % 5)})
+    wild.check("layer")
+    assert torch.equal(AQLMMethod().dense(wild), AQLMMethod().dense(quantized))
+    wider = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes.short()})
+    with pytest.raises(ValueError, match=r"layer\.codes: expected torch\.int8"):
+        wider.check("layer")
 
 
 @pytest.mark.parametrize(

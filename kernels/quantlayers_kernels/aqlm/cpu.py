@@ -6,12 +6,17 @@ there is no table of the input's products with every entry.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import native
 
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
 # AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
+# Entries that the kernel compares at a time, on any instruction set.
+PADDED_SIZE = 32
+# Entries of two codebooks of which all pairs are tried where the beam is as wide: a table of 2**18 float32 is 1 MiB.
+MAX_PAIR_SIZE = 512
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
@@ -95,3 +100,84 @@ def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: s
         *_shape_arguments(codes, codebooks, scales),
     )
     return into
+
+
+def can_choose(wanted: Tensor, entries: Tensor) -> bool:
+    """Whether :func:`choose` and :func:`best_entries` take these: on a CPU, float32, a power of two entries."""
+    size = entries.shape[-2]
+    return (
+        wanted.device.type == entries.device.type == "cpu"
+        and wanted.dtype == entries.dtype == torch.float32
+        and size & (size - 1) == 0
+        and native.is_available()
+    )
+
+
+def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int) -> Tensor:
+    """As :func:`.choice.chosen_in_columns`. Raises ValueError where shapes contradict each other."""
+    n_out, n_groups, num_codebooks = codes.shape
+    size, d = codebooks.shape[1:]
+    in_group = d // out_group
+    columns = n_groups * in_group
+    for name, found, shape in (
+        ("pull", pull.shape, (n_out * out_group, columns)),
+        ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
+        ("hessian", hessian.shape, (columns, columns)),
+    ):
+        if tuple(found) != shape:
+            raise ValueError(f"{name} has the shape {tuple(found)}; codes of shape {tuple(codes.shape)} want {shape}.")
+    blocks = hessian.float().view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    parts = codebooks.view(num_codebooks, size, out_group, in_group)
+    own = torch.empty(n_groups, num_codebooks, size)
+    pairs = torch.empty(n_groups, size, size) if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE else None
+    for group, block in enumerate(blocks):
+        weighted = (parts @ block).flatten(2)
+        own[group] = (weighted * codebooks).sum(2)
+        if pairs is not None:
+            torch.mm(2 * weighted[0], codebooks[1].t(), out=pairs[group])
+    beam = 1 if num_codebooks == 1 or pairs is not None else min(beam, size)
+    return _choose(pull, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
+
+
+def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
+    """As :func:`.choice.best_entries`. Raises ValueError where shapes contradict each other."""
+    size, d = entries.shape
+    if wanted.shape[1] != d or own.shape != (size,):
+        raise ValueError(
+            f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} contradict each other."
+        )
+    codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
+    # Without a Hessian the code that a row comes with does not matter.
+    hessian = torch.zeros(d, d)
+    return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()
+
+
+def _choose(
+    pull: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    hessian: Tensor,
+    own: Tensor,
+    pairs: Tensor | None,
+    *,
+    out_group: int,
+    beam: int,
+) -> Tensor:
+    """Calls the kernel with copies of what it changes, and all else as it wants that in memory."""
+    n_out, n_groups, num_codebooks = codes.shape
+    size, d = codebooks.shape[1:]
+    width = -(-size // PADDED_SIZE) * PADDED_SIZE
+    padding = (0, width - size)
+    entries = pad(codebooks.transpose(1, 2), padding).contiguous()
+    own = pad(own, padding, value=torch.inf).contiguous()
+    if pairs is not None:
+        pairs = pad(pairs, padding).view(n_groups, size, -1, PADDED_SIZE).transpose(1, 2).contiguous()
+    hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
+    codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
+    native.call(
+        "ql_aqlm_choose",
+        *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
+        *(own.data_ptr(), None if pairs is None else pairs.data_ptr()),
+        *(n_out, n_groups, num_codebooks, size, width, out_group, d // out_group, beam),
+    )
+    return codes

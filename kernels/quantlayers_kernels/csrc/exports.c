@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 2;
+    return 3;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -139,4 +139,27 @@ int ql_aqlm_update(void *codes, const float *change, const float *steps, const f
         .update = {codes, change, steps, per_energy, entries, noise, num_codebooks, size, d, neighbours, code_bytes},
     };
     return for_rows(update_aqlm, &call, n, 0, n_threads);
+}
+
+struct aqlm_choice_call {
+    const struct kernels *kernels;
+    struct aqlm_choice choice;
+};
+
+static void choose_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct aqlm_choice_call *call = context;
+    call->kernels->aqlm_choose(&call->choice, begin, end, scratch);
+}
+
+/* Chooses the codes of n_groups neighbouring groups of each of n_out output groups anew, in place. */
+int ql_aqlm_choose(int64_t *codes, float *pull, const float *hessian, const float *codebooks, const float *entries,
+                   const float *own, const float *pairs, int64_t n_out, int64_t n_groups, int64_t num_codebooks,
+                   int64_t size, int64_t width, int64_t out_group, int64_t in_group, int64_t beam, int n_threads,
+                   int variant) {
+    struct aqlm_choice_call call = {
+        .kernels = kernels_of(variant),
+        .choice = {codes, pull, hessian, codebooks, entries, own, pairs, n_groups, num_codebooks, size, width,
+                   out_group, in_group, n_groups * in_group, beam},
+    };
+    return for_rows(choose_aqlm, &call, n_out, aqlm_choice_floats(&call.choice), n_threads);
 }

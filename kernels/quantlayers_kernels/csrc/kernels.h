@@ -3,10 +3,12 @@
 
 #include "vector.h"
 
+#include "aqlm_choice.h"
 #include "aqlm_kernels.h"
 #include "aqlm_update.h"
 #include "hqq_kernels.h"
 
 const struct kernels VARIANT(kernels) = {
     VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows), VARIANT(aqlm_update),
+    VARIANT(aqlm_choose),
 };

@@ -51,6 +51,19 @@ struct dense_rows {
     int64_t first_row;
 };
 
+/* Codes to be chosen for neighbouring groups of columns, one group after the other; see aqlm/choice.py. Entries and
+ * own are padded to `width`, with infinity in own. */
+struct aqlm_choice {
+    int64_t *codes;                       /* (n_out, n_groups, num_codebooks), changed */
+    float *pull;                          /* (n_out * out_group, columns), changed */
+    const float *hessian;                 /* (columns, columns) */
+    const float *codebooks;               /* (num_codebooks, size, d) */
+    const float *entries;                 /* (num_codebooks, d, width) */
+    const float *own;                     /* each entry's own cost, (n_groups, num_codebooks, width) */
+    const float *pairs;                   /* NULL, or what two entries cost together beyond that: see below */
+    int64_t n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
+};
+
 /* Kernels work on the rows [begin, end); `scratch` is the worker's own memory. Products want BLOCK_ROWS dense rows of
  * it, and HQQ hqq_row_floats after them. */
 struct kernels {
@@ -59,6 +72,7 @@ struct kernels {
     void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
     void (*aqlm_update)(const struct aqlm_update *, int64_t begin, int64_t end);
+    void (*aqlm_choose)(const struct aqlm_choice *, int64_t begin, int64_t end, float *scratch);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
@@ -75,6 +89,18 @@ static inline int64_t code_floats(const struct hqq_weight *w) {
  * inputs. */
 static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
     return code_floats(w) + (w->axis == 1 ? 2 * w->n_groups : w->in_features);
+}
+
+/* Scores that are held at a time for each of four sums of entries that are compared. */
+#define SCORES 1024
+
+/* The costs of pairs are (n_groups, width / PAIR_COLUMNS, size, PAIR_COLUMNS), to be read in one stream. */
+#define PAIR_COLUMNS 32
+
+/* Scratch memory to choose the codes of BLOCK_ROWS output groups. */
+static inline int64_t aqlm_choice_floats(const struct aqlm_choice *c) {
+    const int64_t d = c->out_group * c->in_group, codes = c->beam * c->num_codebooks;
+    return BLOCK_ROWS * (3 * SCORES + c->beam * (d + 1) + d + codes + 3 * c->beam) + 2 * d + codes;
 }
 
 /* Calls body(context, begin, end, scratch) until all rows are done, on up to n_threads threads. Returns 0, or -1

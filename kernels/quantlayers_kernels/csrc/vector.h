@@ -49,6 +49,27 @@ INLINE floats load_codes(const int8_t *p) {
 #endif
 }
 
+INLINE floats lower(floats a, floats b) {
+#if LANES == 16
+    return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    const ints is_lower = a < b;
+    return (floats)(((ints)a & is_lower) | ((ints)b & ~is_lower));
+#endif
+}
+
+INLINE int any_below(floats v, float bound) {
+#if LANES == 16
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_LT_OQ) != 0;
+#elif LANES == 8
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_LT_OQ)) != 0;
+#else
+    return v[0] < bound || v[1] < bound || v[2] < bound || v[3] < bound;
+#endif
+}
+
 INLINE float sum_of(floats v) {
     float total = 0;
     for (int i = 0; i < LANES; i++)

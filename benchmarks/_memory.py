@@ -1,0 +1,29 @@
+"""Seconds and memory of a call; memory only where the process can ask Linux for its own."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _status(entry: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {entry}: memory is measured on Linux only.")
+
+
+def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and MiB that the resident set rose above what it was before the call."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    seconds = seconds_of(call)
+    return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (_status("VmHWM") - before) / MIB}
