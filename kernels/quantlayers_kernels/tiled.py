@@ -45,8 +45,8 @@ def buffered_tiles(
 ) -> WeightTiles:
     """All rows of a weight as ``dtype``, tile by tile, in one buffer.
 
-    ``dequantize_rows`` writes ``written``; where ``dtype`` is another, there is a second buffer of it. On a GPU torch's
-    allocator gives all layers the same memory for them, one after the other.
+    ``dequantize_rows`` writes ``written``; where ``dtype`` is another, there is a second buffer of it. On a GPU
+    torch's allocator gives all layers the same memory for them, one after the other.
     """
     step = rows_per_tile(out_features, in_features, device)
     buffer = torch.empty(step, in_features, dtype=written, device=device)

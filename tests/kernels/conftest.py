@@ -1,4 +1,4 @@
-"""Which implementation of the kernels a test runs: an instruction set of the compiled ones, Triton's, or plain torch."""
+"""Which implementation of the kernels a test runs: a compiled one, by instruction set, Triton's, or plain torch."""
 
 import os
 

@@ -13,8 +13,8 @@ TILE, TILE_ROWS = 8192, 8
 # On the tensor cores: rows of a program, inputs of a step, and steps in flight.
 DOT_ROWS, DOT_INPUTS, DOT_STAGES = 32, 128, 3
 MAX_DOT_TOKENS = 64
-# Codebooks up to this stay in the level-1 cache of a multiprocessor, and are read through it. Larger ones are read past
-# it, from level 2, and several steps ahead.
+# Codebooks up to this stay in a multiprocessor's level-1 cache and are read through it. Larger ones are read past it,
+# from level 2, and several steps ahead.
 LEVEL_1_BYTES = 64 * 1024
 # Index arithmetic on codebooks has 32 bits.
 MAX_CODEBOOK_ELEMENTS = 1 << 31
@@ -110,7 +110,7 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:
-    """The rows ``rows`` of the weight, those of the reference in the dtype of ``into`` (n, in_features), written there."""
+    """The reference's rows ``rows`` of the weight, written to ``into`` (n, in_features) in its dtype."""
     from . import triton_kernels
 
     n_rows, n_in_groups, scheme = into.shape[0], codes.shape[1], _scheme(codebooks)

@@ -15,18 +15,27 @@ def _weights(
     NUM_CODEBOOKS: tl.constexpr, SIZE: tl.constexpr, OUT_GROUP: tl.constexpr, IN_GROUP: tl.constexpr,
     IN: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of entries, without the row's scale: (rows, groups, IN), float32, of rows ``row`` and input groups ``i``."""
+    """Sums of entries, (rows, groups, IN), float32, of rows ``row`` and input groups ``i``; not scaled."""
     is_inside = is_row[:, None] & is_group[None, :]
-    at = ((row // OUT_GROUP)[:, None] * n_in_groups + i[None, :]) * NUM_CODEBOOKS
+    at = codes + ((row // OUT_GROUP)[:, None] * n_in_groups + i[None, :]) * NUM_CODEBOOKS
     b = tl.arange(0, IN)[None, None, :]
     is_entry = is_inside[:, :, None] & (b < IN_GROUP)
-    first = ((row % OUT_GROUP).to(tl.int32) * IN_GROUP)[:, None, None] + b
-    for m in tl.static_range(NUM_CODEBOOKS):
-        code = tl.load(codes + at + m, mask=is_inside, other=0).to(tl.int32) & (SIZE - 1)
-        at_entry = codebooks + ((m * SIZE + code) * (OUT_GROUP * IN_GROUP))[:, :, None] + first
-        entry = tl.load(at_entry, mask=is_entry, other=0, cache_modifier=CACHE).to(tl.float32)
-        total = entry if m == 0 else total + entry
+    first = codebooks + ((row % OUT_GROUP).to(tl.int32) * IN_GROUP)[:, None, None] + b
+    total = _entries(at, first, is_inside, is_entry, 0, SIZE, OUT_GROUP * IN_GROUP, CACHE)
+    for m in tl.static_range(1, NUM_CODEBOOKS):
+        total += _entries(at, first, is_inside, is_entry, m, SIZE, OUT_GROUP * IN_GROUP, CACHE)
     return total
+
+
+@triton.jit
+def _entries(
+    at, first, is_inside, is_entry,
+    m: tl.constexpr, SIZE: tl.constexpr, ENTRY: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """What the codes of codebook ``m`` stand for, float32; ``first`` points into the first entry of all."""
+    code = tl.load(at + m, mask=is_inside, other=0).to(tl.int32) & (SIZE - 1)
+    entry = first + ((m * SIZE + code) * ENTRY)[:, :, None]
+    return tl.load(entry, mask=is_entry, other=0, cache_modifier=CACHE).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["first_row"])

@@ -105,7 +105,9 @@ def linear_few_tokens(
 
     def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
         runs = n_steps * tile["RUNS"]
-        triton_kernels.one_token[grid](flat, *weight, bias, y, *sizes, runs, GROUP=group_size, **tile, **_planes(nbits))
+        triton_kernels.one_token[grid](
+            flat, *weight, bias, y, *sizes, runs, GROUP=group_size, **tile, **_planes(nbits)
+        )
 
     def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
         tokens = min(MAX_DOT_TOKENS, max(gpu.MIN_DOT, gpu.power_of_two(n_tokens)))
@@ -130,7 +132,7 @@ def linear_few_tokens(
 
 
 def dequantize_rows(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, rows: slice, into: Tensor) -> Tensor:
-    """The rows ``rows`` of the weight, those of the reference in the dtype of ``into`` (n, in_features), written there."""
+    """The reference's rows ``rows`` of the weight, written to ``into`` (n, in_features) in its dtype."""
     from . import triton_kernels
 
     n_rows, in_features = into.shape

@@ -1,11 +1,11 @@
 """HQQ in Triton: dense rows, the product with one token, and with a few. Groups along the inputs (``axis=1``).
 
-A row of codes is read in the order of its bytes. Byte ``j`` of a plane of ``p`` bits holds ``8 / p`` codes, ``segment``
-inputs apart, ``segment`` being the bytes of the plane's row: slot ``s`` is the code of input ``j + s * segment``. So
-bytes, inputs and dense weights are all read and written in contiguous runs, and unpacking is a shift and a mask. Widths
-of two planes are read in the segments of the finer plane (``FINE`` bits, 0 where there is one plane alone); a row of
-the other one (``COARSE`` bits) is then ``PARTS`` segments long, and slot ``s`` is ``s // PARTS`` of its part
-``s % PARTS``. See ``bitpack/reference.py``; what the sizes must fulfil is checked in ``gpu.py``.
+A row of codes is read in the order of its bytes. Byte ``j`` of a plane of ``p`` bits holds ``8 / p`` codes which are
+``segment`` inputs apart, ``segment`` being the bytes of the plane's row: slot ``s`` is the code of input ``j + s *
+segment``. So bytes, inputs and dense weights are all read and written in contiguous runs, and unpacking is a shift and
+a mask. Widths of two planes are read in the segments of the finer plane (``FINE`` bits; 0 where there is one plane
+alone). A row of the other one (``COARSE`` bits) is ``PARTS`` segments long, and the slot of the fine plane is ``SLOT *
+PARTS + PART``. See ``bitpack/reference.py``; what the sizes must fulfil is checked in ``gpu.py``.
 """
 
 import triton

@@ -15,8 +15,8 @@ from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (num_codebooks, nbits_per_codebook, out_group_size, in_group_size): published schemes, then odd ones
 SCHEMES = [
-    (2, 8, 1, 8), (1, 16, 1, 8), (1, 8, 1, 8), (8, 8, 1, 32), (1, 12, 1, 8), (4, 4, 2, 8), (1, 10, 3, 16), (1, 1, 1, 1),
-    (3, 5, 4, 6),
+    (2, 8, 1, 8), (1, 16, 1, 8), (1, 8, 1, 8), (8, 8, 1, 32), (1, 12, 1, 8), (4, 4, 2, 8), (1, 10, 3, 16),
+    (1, 1, 1, 1), (3, 5, 4, 6),
 ]  # fmt: skip
 # (output groups, input groups)
 GROUPS = [(1, 1), (13, 23)]

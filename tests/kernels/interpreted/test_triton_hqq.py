@@ -101,9 +101,7 @@ def test_arguments_that_are_not_contiguous_give_the_same_product():
     for n_tokens in (1, 4):
         x = torch.randn(128, 2 * n_tokens)[:, ::2].t()
         y = hqq_gpu.linear_few_tokens(x, *strided, bias, nbits=4)
-        assert torch.equal(
-            y, hqq_gpu.linear_few_tokens(x.contiguous(), W_q, scale, zero, bias.contiguous(), nbits=4)
-        )
+        assert torch.equal(y, hqq_gpu.linear_few_tokens(x.contiguous(), W_q, scale, zero, bias.contiguous(), nbits=4))
 
 
 @pytest.fixture
@@ -150,7 +148,9 @@ def test_many_tokens_are_multiplied_with_tiles_that_were_written_in_their_dtype(
     monkeypatch.setattr(op, "product_dtype", lambda dtype, device: dtype)
     written = []
     run = hqq_gpu.dequantize_rows
-    monkeypatch.setattr(hqq_gpu, "dequantize_rows", lambda *a, into, **k: written.append(into) or run(*a, into=into, **k))
+    monkeypatch.setattr(
+        hqq_gpu, "dequantize_rows", lambda *a, into, **k: written.append(into) or run(*a, into=into, **k)
+    )
     weight = random_weight(4, 1, (6, 64, 4), torch.float16)
     x = torch.randn(gpu.MAX_TOKENS + 1, 64).half()
     y = hqq_linear(x, *weight, None, 4, 1)
