@@ -69,6 +69,13 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(n_tokens
     assert min(parts) > 1
 
 
+def test_more_tokens_than_one_tile_holds_are_right():
+    weight = random_weight((2, 8, 1, 8), 35, 8, torch.float16)
+    x = torch.randn(aqlm_gpu.MAX_DOT_TOKENS + 3, 64)
+    y = aqlm_gpu.linear_few_tokens(x, *weight, None)
+    torch.testing.assert_close(y, F.linear(x, dequantize_aqlm_reference(*weight)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", [(2, 4, 1, 8), (1, 12, 1, 8), (2, 3, 1, 3)], ids=str)
 def test_no_stored_code_reads_outside_of_its_codebook(scheme):
     """The codebooks lie between NaN, and the codes take every value that their type has."""
