@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint conformance patches bench bench-quality tables clean
+.PHONY: demo test lint conformance patches bench bench-gpu bench-quality tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -38,6 +38,11 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py
 	$(RUN) benchmarks/bench_lora_step.py
 	$(RUN) benchmarks/bench_decode.py
+
+# Tests on a GPU, then figures, in less than eight minutes. In an environment that is there already, with pytest in it:
+# make bench-gpu RUN="env PYTHONPATH=.:kernels python"
+bench-gpu: $(if $(findstring command,$(origin RUN)),,$(VENV)/.installed)
+	$(RUN) benchmarks/bench_gpu.py $(ARGS)
 
 bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quality.py

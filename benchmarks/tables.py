@@ -151,6 +151,53 @@ def decode() -> str:
     )
 
 
+def gpu() -> str:
+    """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each beside the dense."""
+    if not (ROOT / "benchmarks" / "results" / "gpu.json").exists():
+        return "Not measured yet: `make bench-gpu`, on a machine with a GPU."
+    measured = result("gpu")
+    device = measured["device"]
+    decoding = measured.get("decoding", {}).get("rows", [])
+    slow = measured.get("decoding_slow_peers", {}).get("rows", [])
+    decoding += [row for row in slow if row["method"] != "dense float16"]
+    parts = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in decoding):
+        rows = {(row["method"], row["tokens"]): row for row in decoding if tuple(row["shape"]) == shape}
+        tokens = list(dict.fromkeys(n_tokens for _, n_tokens in rows))
+        body = []
+        for method in dict.fromkeys(method for method, _ in rows):
+            found = [rows.get((method, n_tokens)) for n_tokens in tokens]
+            cells = [
+                f"{1e6 * row['median_s']:.1f} us ({row['rate_vs_dense_float16']:.2f})" if row else "" for row in found
+            ]
+            body.append([method, *cells])
+        parts.append(table([f"a {shape[0]} x {shape[1]} layer", *(f"{n} tokens" for n in tokens)], body))
+    if "dequantizing" in measured:
+        body = [
+            [f"{row['method']}, {row['shape'][0]} x {row['shape'][1]}", f"{row['gb_per_s']:.0f} GB/s"]
+            for row in measured["dequantizing"]
+        ]
+        copying = (
+            f"copying: {measured['copying']['gb_per_s']:.0f} GB/s" if "copying" in measured else "read and written"
+        )
+        parts.append(table(["dequantizing", copying], body))
+    if "training" in measured:
+        body = [
+            [
+                row["model"],
+                f"{row['batch']} x {row['tokens']}",
+                f"{1e3 * row['median_s']:.1f} ms ({row['rate_vs_dense_bfloat16']:.2f})",
+                f"{row['model_bytes'] / 2**30:.2f} GiB + {row['peak_bytes'] / 2**30:.2f} GiB",
+            ]
+            for row in measured["training"]["rows"]
+        ]
+        layers = f"{measured['training']['layers']} layers of Llama 3 8B"
+        parts.append(table([f"a LoRA step, {layers}", "tokens", "time", "model and step"], body))
+    versions = ", ".join(f"{name} {device[name]}" for name in ("torch", "triton", "bitsandbytes") if name in device)
+    note = "In brackets the rate, dense float16 (a step: bfloat16) = 1; medians of GPU time, cold caches."
+    return "\n\n".join([*parts, f"{note} `make bench-gpu` on {device['gpu']}; {versions}."])
+
+
 def quantize() -> str:
     measured = result("quantize")
     shapes = ([576, 576], [1536, 576], [2048, 2048], [4096, 4096])
@@ -262,6 +309,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "calibration": calibration,
         "merge": merge,
         "decode": decode,
+        "gpu": gpu,
         "lora_step": lora_step,
         "quantize": quantize,
         "aqlm_quantizer": aqlm_quantizer,

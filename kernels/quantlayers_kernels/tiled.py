@@ -14,7 +14,7 @@ from torch import Tensor
 from .precision import product_dtype
 
 # CPU: 4 MiB of float32, in the last-level cache of any CPU of the last ten years, and large enough for BLAS.
-# Elsewhere a launch costs more than a cache miss, and 256 MiB holds all but the largest layers whole.
+# Elsewhere a launch costs more than a cache miss, and 128 MiB of a half hold all but the largest layers whole.
 CPU_TILE_ELEMENTS = 1 << 20
 DEVICE_TILE_ELEMENTS = 1 << 26
 
@@ -29,23 +29,33 @@ def rows_per_tile(out_features: int, in_features: int, device: torch.device) -> 
 
 
 class DequantizeRows(Protocol):
-    """Writes the dense values of some rows of a weight to float32 memory (n_rows, in_features), and returns it."""
+    """Writes the dense values of some rows of a weight to memory (n_rows, in_features), and returns it."""
 
     def __call__(self, *, rows: slice, into: Tensor) -> Tensor: ...
 
 
 def buffered_tiles(
-    dequantize_rows: DequantizeRows, out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device
+    dequantize_rows: DequantizeRows,
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    written: torch.dtype = torch.float32,
 ) -> WeightTiles:
-    """All rows of a weight, tile by tile, in one buffer; where ``dtype`` is not float32, in a second one of it."""
+    """All rows of a weight as ``dtype``, tile by tile, in one buffer.
+
+    ``dequantize_rows`` writes ``written``; where ``dtype`` is another, there is a second buffer of it. On a GPU
+    torch's allocator gives all layers the same memory for them, one after the other.
+    """
     step = rows_per_tile(out_features, in_features, device)
-    buffer = torch.empty(step, in_features, dtype=torch.float32, device=device)
-    cast = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
+    buffer = torch.empty(step, in_features, dtype=written, device=device)
+    cast = buffer if dtype == written else torch.empty_like(buffer, dtype=dtype)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         n_rows = rows.stop - rows.start
         tile = dequantize_rows(rows=rows, into=buffer[:n_rows])
-        yield rows, tile if dtype == torch.float32 else cast[:n_rows].copy_(tile)
+        yield rows, tile if dtype == written else cast[:n_rows].copy_(tile)
 
 
 def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor:
@@ -66,10 +76,13 @@ def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int
 def input_gradient(grad: Tensor, tiles: WeightTiles, in_features: int, dtype: torch.dtype) -> Tensor:
     """``grad @ weight``: (..., out_features) to (..., in_features), with tiles of ``dtype``; dtype of ``grad``."""
     flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    grad_x = flat.new_zeros(*grad.shape[:-1], in_features)
+    grad_x = flat.new_empty(*grad.shape[:-1], in_features)
     into = grad_x.view(flat.shape[0], in_features)
     for rows, tile in tiles:
-        into.addmm_(flat[:, rows], tile)
+        if rows.start == 0:
+            torch.mm(flat[:, rows], tile, out=into)
+        else:
+            into.addmm_(flat[:, rows], tile)
     return grad_x.to(grad.dtype)
 
 

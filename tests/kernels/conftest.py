@@ -1,13 +1,19 @@
-"""Which implementation of the CPU kernels a test runs: each instruction set of the compiled ones, or plain torch."""
+"""Which implementation of the kernels a test runs: a compiled one, by instruction set, Triton's, or plain torch."""
+
+import os
 
 import pytest
 
-from quantlayers_kernels import native
+from quantlayers_kernels import gpu, native
 
 COMPILED = list(native.VARIANTS)
 PLAIN = "plain torch"
 # What a user of this machine gets, and what one without a compiler gets.
 FASTEST_AND_PLAIN = [native.VARIANTS[native.variant()], PLAIN]
+
+# Triton decides when it is imported whether kernels are compiled or interpreted, so these have a process of their own:
+# test_triton.py starts it.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture
@@ -22,3 +28,11 @@ def kernels(request, monkeypatch) -> str:
     else:
         monkeypatch.setattr(native, "variant", lambda: native.VARIANTS.index(request.param))
     return request.param
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch) -> None:
+    """Takes tensors on the CPU for ones on a GPU of 132 multiprocessors."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(gpu, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(gpu, "n_processors", lambda device: 132)

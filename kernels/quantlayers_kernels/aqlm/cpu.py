@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import native
+from .layout import dense_shape, has_documented_layout
 
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
 # AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
@@ -22,22 +23,13 @@ MAX_PAIR_SIZE = 512
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """Whether the kernels read this weight: on a CPU, in the documented layout, floats of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes. Codebooks
-    of a power of two entries only, so that a mask keeps every code inside.
+    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
     """
-    size = codebooks.shape[1]
     return (
         codes.device.type == codebooks.device.type == scales.device.type == "cpu"
-        and codes.dtype in (torch.int8, torch.int16)
         and codebooks.dtype in native.KINDS
         and scales.dtype in native.KINDS
-        and codes.dim() == 3
-        and codebooks.dim() == 4
-        and codes.shape[2] == codebooks.shape[0] > 0
-        and codebooks.numel() > 0
-        and size & (size - 1) == 0
-        and size <= 1 << (8 * codes.element_size())
-        and tuple(scales.shape) == (codes.shape[0], 1, 1, 1)
+        and has_documented_layout(codes, codebooks, scales)
         and native.is_available()
     )
 
@@ -51,12 +43,8 @@ def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tens
         and x.dtype in native.KINDS
         and can_dequantize(codes, codebooks, scales)
         and x.shape[-1] == codes.shape[1] * codebooks.shape[3]
-        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (_out_features(codes, codebooks),)))
+        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (dense_shape(codes, codebooks)[0],)))
     )
-
-
-def _out_features(codes: Tensor, codebooks: Tensor) -> int:
-    return codes.shape[0] * codebooks.shape[2]
 
 
 def _readable(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +67,7 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
     codes, codebooks, scales = _readable(codes, codebooks, scales)
     flat = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], _out_features(codes, codebooks), dtype=torch.float32)
+    y = torch.empty(*x.shape[:-1], dense_shape(codes, codebooks)[0], dtype=torch.float32)
     native.call(
         "ql_aqlm_linear",
         *(y.data_ptr(), flat.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),

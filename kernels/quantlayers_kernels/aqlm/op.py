@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import tiled
+from ..gpu import DTYPES
 from ..precision import product_dtype
-from . import cpu
+from . import cpu, gpu
+from .layout import dense_shape
 from .tiles import flat_index, weight_tiles
-
-
-def _shape(codes: Tensor, codebooks: Tensor) -> tuple[int, int]:
-    return codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3]
 
 
 @torch.library.custom_op("quantlayers::aqlm_dequantize", mutates_args=())
@@ -30,9 +28,12 @@ def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: tor
     Returns:
         (out_features, in_features), ``dtype``.
     """
-    weight = torch.empty(*_shape(codes, codebooks), dtype=dtype, device=codes.device)
+    weight = torch.empty(*dense_shape(codes, codebooks), dtype=dtype, device=codes.device)
+    whole = slice(0, weight.shape[0])
     if dtype == torch.float32 and cpu.can_dequantize(codes, codebooks, scales):
-        return cpu.dequantize_rows(codes, codebooks, scales, rows=slice(0, weight.shape[0]), into=weight)
+        return cpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)
+    if dtype in DTYPES and gpu.can_dequantize(codes, codebooks, scales):
+        return gpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)
     for rows, tile in weight_tiles(codes, codebooks, scales, dtype=dtype):
         weight[rows] = tile
     return weight
@@ -40,7 +41,7 @@ def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: tor
 
 @aqlm_dequantize.register_fake
 def _(codes, codebooks, scales, dtype):
-    return codes.new_empty(*_shape(codes, codebooks), dtype=dtype)
+    return codes.new_empty(*dense_shape(codes, codebooks), dtype=dtype)
 
 
 @torch.library.custom_op("quantlayers::aqlm_linear", mutates_args=())
@@ -49,7 +50,7 @@ def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bia
 
     Args:
         x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it,
-            and for few tokens on a CPU in float32.
+            and for few tokens on a CPU, or one token on a GPU, in float32.
         codes, codebooks, scales: as for :func:`aqlm_dequantize`.
         bias: (out_features,) or None.
 
@@ -58,15 +59,17 @@ def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bia
     """
     if cpu.can_use_few_tokens(x, codes, codebooks, scales, bias):
         return cpu.linear_few_tokens(x, codes, codebooks, scales, bias)
+    if gpu.can_use_few_tokens(x, codes, codebooks, scales, bias):
+        return gpu.linear_few_tokens(x, codes, codebooks, scales, bias)
     dtype = product_dtype(x.dtype, x.device)
     return tiled.linear(
-        x, weight_tiles(codes, codebooks, scales, dtype=dtype), bias, _shape(codes, codebooks)[0], dtype
+        x, weight_tiles(codes, codebooks, scales, dtype=dtype), bias, dense_shape(codes, codebooks)[0], dtype
     )
 
 
 @aqlm_linear.register_fake
 def _(x, codes, codebooks, scales, bias):
-    return x.new_empty(*x.shape[:-1], _shape(codes, codebooks)[0])
+    return x.new_empty(*x.shape[:-1], dense_shape(codes, codebooks)[0])
 
 
 @torch.library.custom_op("quantlayers::aqlm_input_gradient", mutates_args=())
@@ -74,12 +77,12 @@ def aqlm_input_gradient(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: 
     """``grad @ weight``: (..., out_features) to (..., in_features), dtype of ``grad``. Not differentiable."""
     dtype = product_dtype(grad.dtype, grad.device)
     tiles = weight_tiles(codes, codebooks, scales, dtype=dtype)
-    return tiled.input_gradient(grad, tiles, _shape(codes, codebooks)[1], dtype)
+    return tiled.input_gradient(grad, tiles, dense_shape(codes, codebooks)[1], dtype)
 
 
 @aqlm_input_gradient.register_fake
 def _(grad, codes, codebooks, scales):
-    return grad.new_empty(*grad.shape[:-1], _shape(codes, codebooks)[1])
+    return grad.new_empty(*grad.shape[:-1], dense_shape(codes, codebooks)[1])
 
 
 @torch.library.custom_op("quantlayers::aqlm_metadata_gradient", mutates_args=())

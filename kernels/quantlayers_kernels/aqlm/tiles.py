@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from ..gpu import DTYPES
 from ..tiled import WeightTiles, buffered_tiles, rows_per_tile
-from . import cpu
+from . import cpu, gpu
+from .layout import dense_shape
 
 
 def flat_index(codes: Tensor, size: int) -> Tensor:
@@ -45,10 +47,12 @@ def dequantize_out_groups(
 def weight_tiles(codes: Tensor, codebooks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> WeightTiles:
     """Row ranges of the weight with their dequantized tile; the tile's memory may be reused by the next one."""
     num_codebooks, size, out_group, in_group = codebooks.shape
-    if cpu.can_dequantize(codes, codebooks, scales):
-        out_features, in_features = codes.shape[0] * out_group, codes.shape[1] * in_group
-        dequantize = partial(cpu.dequantize_rows, codes, codebooks, scales)
-        yield from buffered_tiles(dequantize, out_features, in_features, dtype=dtype, device=codes.device)
+    on_cpu, on_gpu = (where.can_dequantize(codes, codebooks, scales) for where in (cpu, gpu))
+    if on_cpu or on_gpu:
+        dequantize = partial((cpu if on_cpu else gpu).dequantize_rows, codes, codebooks, scales)
+        written = dtype if on_gpu and dtype in DTYPES else torch.float32
+        shape = dense_shape(codes, codebooks)
+        yield from buffered_tiles(dequantize, *shape, dtype=dtype, device=codes.device, written=written)
         return
     table = codebooks.float().reshape(num_codebooks * size, out_group * in_group)
     scales = scales.float()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..bitpack import packed_row_bytes
+from .layout import has_documented_layout
 
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
 # AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
@@ -16,20 +16,10 @@ def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis
 
     What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
     """
-    out_features = W_q.shape[0]
-    if axis == 1:
-        n_groups, n_per_axis, metadata_shape = scale.shape[-1], in_features, (out_features, scale.shape[-1])
-    else:
-        n_groups, n_per_axis, metadata_shape = scale.shape[0], out_features, (scale.shape[0], in_features)
     return (
         W_q.device.type == scale.device.type == zero.device.type == "cpu"
-        and W_q.dtype == torch.uint8
-        and scale.dtype == zero.dtype
         and scale.dtype in native.KINDS
-        and tuple(scale.shape) == tuple(zero.shape) == metadata_shape
-        and n_groups > 0
-        and n_per_axis % n_groups == 0
-        and tuple(W_q.shape) == (out_features, packed_row_bytes(in_features, nbits))
+        and has_documented_layout(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
         and native.is_available()
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import tiled
 from ..precision import product_dtype
-from . import cpu, tiles
+from . import cpu, gpu, tiles
 from .reference import _grouped
 
 
@@ -32,7 +32,8 @@ def hqq_dequantize(
     Returns:
         (out_features, in_features), ``dtype``.
     """
-    weight = torch.empty(W_q.shape[0], in_features, dtype=torch.float32, device=W_q.device)
+    written = tiles.written_dtype(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype)
+    weight = torch.empty(W_q.shape[0], in_features, dtype=written, device=W_q.device)
     tiles.dequantize_rows(W_q, scale, zero, nbits=nbits, axis=axis, rows=slice(0, W_q.shape[0]), into=weight)
     return weight.to(dtype)
 
@@ -50,7 +51,7 @@ def hqq_linear(
 
     Args:
         x: (..., in_features), floating. Its dtype is the result's; the product runs in :func:`product_dtype` of it,
-            and for few tokens on a CPU in float32.
+            and for few tokens on a CPU, or one token on a GPU, in float32.
         W_q, scale, zero, nbits, axis: as for :func:`hqq_dequantize`.
         bias: (out_features,) or None.
 
@@ -59,6 +60,8 @@ def hqq_linear(
     """
     if cpu.can_use_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, axis=axis):
         return cpu.linear_few_tokens(x, W_q, scale, zero, bias, nbits=nbits)
+    if gpu.can_use_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, axis=axis):
+        return gpu.linear_few_tokens(x, W_q, scale, zero, bias, nbits=nbits)
     dtype = product_dtype(x.dtype, x.device)
     weight = tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype)
     return tiled.linear(x, weight, bias, W_q.shape[0], dtype)

@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from ..bitpack import unpack
+from ..gpu import DTYPES
 from ..tiled import WeightTiles, buffered_tiles
-from . import cpu
+from . import cpu, gpu
 from .reference import _grouped
+
+
+def written_dtype(
+    W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int, dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype that :func:`dequantize_rows` is to write where ``dtype`` is wanted: the same, or float32."""
+    is_any = gpu.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+    return dtype if is_any and dtype in DTYPES else torch.float32
 
 
 def dequantize_rows(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, rows: slice, into: Tensor
 ) -> Tensor:
-    """The rows ``rows`` of the weight, written to ``into`` (n, in_features), float32 and contiguous."""
+    """The rows ``rows`` of the weight, written to ``into`` (n, in_features), contiguous, of :func:`written_dtype`."""
+    if gpu.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1]):
+        return gpu.dequantize_rows(W_q, scale, zero, nbits=nbits, rows=rows, into=into)
     if cpu.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1]):
         return cpu.dequantize_rows(W_q, scale, zero, nbits=nbits, axis=axis, rows=rows, into=into)
     into.copy_(unpack(W_q[rows], nbits, into.shape[1]))
@@ -31,4 +42,5 @@ def weight_tiles(
 ) -> WeightTiles:
     """Row ranges of the weight with their dequantized tile; the tile's memory is reused by the next one."""
     dequantize = partial(dequantize_rows, W_q, scale, zero, nbits=nbits, axis=axis)
-    return buffered_tiles(dequantize, W_q.shape[0], in_features, dtype=dtype, device=W_q.device)
+    written = written_dtype(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features, dtype=dtype)
+    return buffered_tiles(dequantize, W_q.shape[0], in_features, dtype=dtype, device=W_q.device, written=written)

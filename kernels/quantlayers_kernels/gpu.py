@@ -1,0 +1,103 @@
+"""The Triton kernels: whether they can be used, and how their work is laid out on a GPU.
+
+They are optional. Where Triton is not installed, or they are switched off with ``QUANTLAYERS_NO_TRITON=1`` in the
+environment, :func:`is_available` is False and everything runs in plain torch, with the same results up to rounding.
+What the kernels compute is said in each method's ``triton_kernels.py``, and when to use them in its ``gpu.py``.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWITCH = "QUANTLAYERS_NO_TRITON"
+DEVICE_TYPES = ("cuda",)  # ROCm's GPUs too: torch calls them so
+# The floating dtypes that the kernels read and write.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A product with at most so many tokens decodes the weight into registers; with more, the weight is dequantized to
+# memory and multiplied by cuBLAS. To be chosen by measurement: waits for the sweep of benchmarks/bench_gpu.py.
+MAX_TOKENS = 64
+# Fewest inputs of one step on the tensor cores, and fewest tokens that their tiles are padded to.
+MIN_DOT = 16
+# Programs that a multiprocessor is given where the rows of a weight make fewer, by dividing its inputs.
+PROGRAMS_PER_PROCESSOR = 4
+MAX_SPLITS = 16
+MIN_STEPS_PER_SPLIT = 4
+
+
+@cache
+def is_available() -> bool:
+    """Whether Triton is installed and not switched off. Looked for once; nothing is imported."""
+    return os.environ.get(SWITCH, "") in ("", "0") and importlib.util.find_spec("triton") is not None
+
+
+def can_hold(*tensors: Tensor) -> bool:
+    """Whether the tensors are all on one device, and the kernels run on it."""
+    device = tensors[0].device
+    return device.type in DEVICE_TYPES and all(tensor.device == device for tensor in tensors) and is_available()
+
+
+@cache
+def n_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(n_programs: int, n_steps: int, device: torch.device) -> int:
+    """Into how many parts, a power of two, the ``n_steps`` over the inputs are divided to give a GPU enough programs.
+
+    Each part is written by itself and all are then added up, always in the same order.
+    """
+    parts = 1
+    wanted = PROGRAMS_PER_PROCESSOR * n_processors(device)
+    while parts < MAX_SPLITS and 2 * parts * n_programs <= wanted and n_steps >= 2 * parts * MIN_STEPS_PER_SPLIT:
+        parts *= 2
+    return parts
+
+
+def product_in_parts(
+    x: Tensor, bias: Tensor | None, out_features: int, *, n_rows: int, n_steps: int, launch: Callable
+) -> Tensor:
+    """A product (..., out_features), dtype of ``x`` (..., in_features), written by a kernel.
+
+    Args:
+        bias: (out_features,) or None.
+        n_rows: rows of the weight that belong to one program.
+        n_steps: steps that a program takes over the inputs, to be divided among several programs.
+        launch: called with the kernel's grid, ``bias`` or None, where to write (n_parts, tokens, out_features), and
+            the steps of a part.
+    """
+    shape = (*x.shape[:-1], out_features)
+    n_programs = -(-out_features // n_rows)
+    n_parts = splits(n_programs, n_steps, x.device)
+    with torch.cuda.device_of(x):
+        if n_parts == 1:
+            y = torch.empty(shape, dtype=x.dtype, device=x.device)
+            launch((n_programs, 1), None if bias is None else bias.contiguous(), y, n_steps)
+            return y
+        parts = torch.empty(n_parts, *shape, dtype=torch.float32, device=x.device)
+        launch((n_programs, n_parts), None, parts, -(-n_steps // n_parts))
+        total = parts.sum(0)
+        return (total if bias is None else total.add_(bias)).to(x.dtype)
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << (at_least - 1).bit_length()
+
+
+@cache
+def product_type(dtype: torch.dtype) -> Any:
+    """Triton's type to multiply matrices of ``dtype`` in.
+
+    Its interpreter would take the bits of a bfloat16 for a number, and there it is float32, which holds all operands.
+    """
+    import triton
+    import triton.language as tl
+
+    return tl.float32 if triton.knobs.runtime.interpret else getattr(tl, str(dtype).removeprefix("torch."))

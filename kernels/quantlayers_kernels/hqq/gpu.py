@@ -1,0 +1,150 @@
+"""HQQ on a GPU with Triton: products with few tokens, and dense rows. See ``triton_kernels.py``."""
+
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from .. import gpu
+from ..bitpack import packed_row_bytes
+from ..bitpack.reference import PLANES
+from .layout import has_documented_layout
+
+# Weights that a program decodes at a time for one token, and into memory; bytes that a thread reads at once.
+PRODUCT_TILE, DENSE_TILE, VECTOR = 16384, 8192, 16
+# Rows of a program: those of long rows share what was read of x.
+MIN_ROWS, MAX_ROWS = 4, 32
+# On the tensor cores: rows of a program, bytes of a row in a step by the codes' slots in a byte, and steps in flight.
+DOT_ROWS, DOT_BYTES, DOT_STAGES = 32, {1: 64, 2: 64, 4: 64, 8: 32}, 3
+MAX_DOT_TOKENS = 64
+
+
+def _n_slots(nbits: int) -> int:
+    """Codes in a byte of the finest plane."""
+    return 8 // PLANES[nbits][-1]
+
+
+def _segment(nbits: int, in_features: int) -> int:
+    """Bytes of a row of the finest plane, and the distance in inputs of the codes in one of them."""
+    return -(-in_features // _n_slots(nbits))
+
+
+def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
+    """Whether the kernels read this weight: on a GPU, in the documented layout, with groups along the inputs.
+
+    What contradicts the layout is left to the plain path, which raises. Of two planes, a row of one must be a multiple
+    of a row of the other, as it is wherever eight divides ``in_features``.
+    """
+    n_segments = sum(PLANES.get(nbits, (0,))) // PLANES.get(nbits, (1,))[-1]
+    return (
+        axis == 1
+        and gpu.can_hold(W_q, scale, zero)
+        and scale.dtype in gpu.DTYPES
+        and has_documented_layout(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+        and packed_row_bytes(in_features, nbits) == n_segments * _segment(nbits, in_features)
+    )
+
+
+def can_use_few_tokens(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
+) -> bool:
+    """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
+    n_tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
+    return (
+        0 < n_tokens <= gpu.MAX_TOKENS
+        and x.dtype in gpu.DTYPES
+        and gpu.can_hold(x, W_q, *([] if bias is None else [bias]))
+        and (bias is None or tuple(bias.shape) == (W_q.shape[0],))
+        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+        and (n_tokens == 1 or _fits_tensor_cores(nbits, in_features, in_features // scale.shape[1]))
+    )
+
+
+def _dot_bytes(nbits: int, in_features: int, group_size: int) -> int:
+    """Bytes of a row in a step, a power of two: their codes of one slot lie in one group."""
+    return gcd(DOT_BYTES[_n_slots(nbits)], group_size, _segment(nbits, in_features))
+
+
+def _fits_tensor_cores(nbits: int, in_features: int, group_size: int) -> bool:
+    return in_features % _n_slots(nbits) == 0 and _dot_bytes(nbits, in_features, group_size) >= gpu.MIN_DOT
+
+
+@cache
+def _planes(nbits: int) -> dict[str, int]:
+    """How the kernels read codes of ``nbits`` bits."""
+    coarse, fine = PLANES[nbits] if len(PLANES[nbits]) == 2 else (nbits, 0)
+    return {"COARSE": coarse, "FINE": fine, "PARTS": coarse // fine if fine else 1}
+
+
+@cache
+def _tile(nbits: int, in_features: int, group_size: int, n_weights: int) -> dict[str, int]:
+    """Bytes of a run, and runs and rows that a program reads at a time: about ``n_weights`` weights."""
+    segment = _segment(nbits, in_features)
+    run = gcd(VECTOR, group_size, segment)
+    n_runs = n_weights // _n_slots(nbits) // run
+    runs = min(gpu.power_of_two(segment // run), n_runs // MIN_ROWS)
+    return {"RUN": run, "RUNS": runs, "ROWS": min(MAX_ROWS, n_runs // runs)}
+
+
+def linear_few_tokens(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
+) -> Tensor:
+    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 sums, dtype of ``x`` out.
+
+    One token is multiplied in float32. Several are multiplied with the weight rounded to the dtype of ``x``.
+    """
+    from . import triton_kernels
+
+    in_features, out_features, n_groups = x.shape[-1], W_q.shape[0], scale.shape[1]
+    group_size, segment = in_features // n_groups, _segment(nbits, in_features)
+    flat = x.reshape(-1, in_features).contiguous()
+    weight = (W_q.contiguous(), scale.contiguous(), zero.contiguous())
+    n_tokens = flat.shape[0]
+    sizes = (out_features, in_features, W_q.shape[1], segment, n_groups)
+
+    def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        runs = n_steps * tile["RUNS"]
+        triton_kernels.one_token[grid](
+            flat, *weight, bias, y, *sizes, runs, GROUP=group_size, **tile, **_planes(nbits)
+        )
+
+    def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        tokens = min(MAX_DOT_TOKENS, max(gpu.MIN_DOT, gpu.power_of_two(n_tokens)))
+        triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
+            *(flat, *weight, bias, y, n_tokens, *sizes, n_steps),
+            **_planes(nbits),
+            GROUP=group_size,
+            BYTES=n_bytes,
+            ROWS=DOT_ROWS,
+            TOKENS=tokens,
+            PRODUCT=gpu.product_type(x.dtype),
+            STAGES=DOT_STAGES,
+        )
+
+    if n_tokens == 1:
+        tile = _tile(nbits, in_features, group_size, PRODUCT_TILE)
+        rows, n_steps, launch = tile["ROWS"], -(-segment // (tile["RUN"] * tile["RUNS"])), one_token
+    else:
+        n_bytes = _dot_bytes(nbits, in_features, group_size)
+        rows, n_steps, launch = DOT_ROWS, segment // n_bytes, few_tokens
+    return gpu.product_in_parts(x, bias, out_features, n_rows=rows, n_steps=n_steps, launch=launch)
+
+
+def dequantize_rows(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, rows: slice, into: Tensor) -> Tensor:
+    """The reference's rows ``rows`` of the weight, written to ``into`` (n, in_features) in its dtype."""
+    from . import triton_kernels
+
+    n_rows, in_features = into.shape
+    n_groups, segment = scale.shape[1], _segment(nbits, in_features)
+    tile = _tile(nbits, in_features, in_features // n_groups, DENSE_TILE)
+    grid = (-(-n_rows // tile["ROWS"]), -(-segment // (tile["RUN"] * tile["RUNS"])))
+    with torch.cuda.device_of(into):
+        triton_kernels.dequantize[grid](
+            *(W_q.contiguous(), scale.contiguous(), zero.contiguous(), into),
+            *(rows.start, n_rows, in_features, W_q.shape[1], segment, n_groups),
+            GROUP=in_features // n_groups,
+            **tile,
+            **_planes(nbits),
+        )
+    return into

@@ -1,0 +1,187 @@
+"""The Triton kernels are built for GPUs that are not here, run in Triton's interpreter, and can be switched off.
+
+What is compiled is what a model's layers would launch: the arguments are recorded from the functions that launch.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlayers_kernels import gpu
+from quantlayers_kernels.aqlm import gpu as aqlm_gpu
+from quantlayers_kernels.bitpack import packed_row_bytes
+from quantlayers_kernels.hqq import gpu as hqq_gpu
+
+INTERPRETED = Path(__file__).parent / "interpreted"
+# Shared memory that a program may have on sm_89, the smallest of the three.
+MAX_SHARED = 99 * 1024
+OUT, IN, GROUP_SIZE = 4096, 4096, 64
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_the_kernels_are_right_in_tritons_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize(("value", "is_off"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_the_environment_switches_them_off(value, is_off, monkeypatch):
+    monkeypatch.setenv(gpu.SWITCH, value)
+    gpu.is_available.cache_clear()
+    assert gpu.is_available() == (not is_off and importlib.util.find_spec("triton") is not None)
+    gpu.is_available.cache_clear()
+
+
+def test_the_package_works_without_triton():
+    program = (
+        "import importlib.util, sys\n"
+        "sys.modules['triton'] = None\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import quantlayers_kernels.hqq, quantlayers_kernels.aqlm\n"
+        "from quantlayers_kernels import gpu\n"
+        "assert not gpu.is_available()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class Launches:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.arguments, self.constants = (), {}
+
+    def __getitem__(self, grid):
+        assert all(0 < size < 65536 for size in grid[1:])
+        return self
+
+    def __call__(self, *arguments, **constants) -> None:
+        self.arguments, self.constants = arguments, constants
+
+
+def hqq_weight(nbits: int) -> tuple[torch.Tensor, ...]:
+    metadata = torch.empty(OUT, IN // GROUP_SIZE, dtype=torch.float16)
+    return torch.empty(OUT, packed_row_bytes(IN, nbits), dtype=torch.uint8), metadata, metadata
+
+
+def aqlm_weight(num_codebooks: int, nbits: int) -> tuple[torch.Tensor, ...]:
+    codes = torch.empty(OUT, IN // 8, num_codebooks, dtype=torch.int8 if nbits == 8 else torch.int16)
+    return codes, torch.empty(num_codebooks, 2**nbits, 1, 8).half(), torch.empty(OUT, 1, 1, 1).half()
+
+
+def launch(scheme: int | tuple[int, int], kernel: str, dtype: torch.dtype) -> None:
+    """Do what a layer of ``scheme``, bits of HQQ or (codebooks, bits) of AQLM, does to run ``kernel``."""
+    x = torch.empty(16 if kernel == "few_tokens" else 1, IN, dtype=dtype)
+    into, rows = torch.empty(OUT, IN, dtype=dtype), slice(0, OUT)
+    if isinstance(scheme, int):
+        weight = hqq_weight(scheme)
+        if kernel == "dequantize":
+            hqq_gpu.dequantize_rows(*weight, nbits=scheme, rows=rows, into=into)
+        else:
+            assert hqq_gpu.can_use_few_tokens(x, *weight, None, nbits=scheme, axis=1)
+            hqq_gpu.linear_few_tokens(x, *weight, None, nbits=scheme)
+        return
+    weight = aqlm_weight(*scheme)
+    if kernel == "dequantize":
+        aqlm_gpu.dequantize_rows(*weight, rows=rows, into=into)
+    else:
+        assert aqlm_gpu.can_use_few_tokens(x, *weight, None)
+        aqlm_gpu.linear_few_tokens(x, *weight, None)
+
+
+def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, monkeypatch):
+    """The kernel as ``target`` would get it, and its memory outside of registers in bytes, None where unknown."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quantlayers_kernels.aqlm import triton_kernels as aqlm_kernels
+    from quantlayers_kernels.hqq import triton_kernels as hqq_kernels
+
+    module = hqq_kernels if isinstance(scheme, int) else aqlm_kernels
+    function, launches = getattr(module, kernel), Launches()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, kernel, launches)
+        launch(scheme, kernel, dtype)
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+    pointers |= {torch.int8: "*i8", torch.int16: "*i16"}
+    signature, constants, attributes = {}, dict(launches.constants), {}
+    for index, (name, value) in enumerate(zip(function.arg_names, launches.arguments, strict=False)):
+        is_specialized = not function.params[index].do_not_specialize
+        if value is None or (is_specialized and value is not None and not torch.is_tensor(value) and value == 1):
+            constants[name] = value
+        else:
+            signature[name] = pointers[value.dtype] if torch.is_tensor(value) else "i32"
+            if torch.is_tensor(value) or (is_specialized and value % 16 == 0):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in function.arg_names}
+    source = ASTSource(
+        function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, attributes
+    )
+    arch = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    built = triton.compile(source, target=arch)
+    return built, None if arch.backend == "hip" else _spilled(built.asm["cubin"])
+
+
+def _spilled(cubin: bytes) -> int:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
+KERNELS = ("dequantize", "one_token", "few_tokens")
+TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT = (2, 8), (1, 16), (8, 8)
+ALL = (1, 2, 3, 4, 8, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)
+CASES = [
+    *((scheme, "sm_90", torch.bfloat16) for scheme in ALL),
+    *((scheme, "sm_80", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN)),
+    *((scheme, "sm_89", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN)),
+    *((scheme, "sm_90", torch.float32) for scheme in (4, TWO_BY_EIGHT)),
+    *((scheme, "gfx942", torch.float16) for scheme in (4, ONE_BY_SIXTEEN)),
+]
+
+
+@needs_triton
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("scheme", "target", "dtype"), CASES, ids=str)
+def test_a_layers_kernels_compile_for_gpus(scheme, target, dtype, kernel, monkeypatch):
+    built, spilled = compiled(scheme, kernel, target, dtype, monkeypatch)
+    assert built.metadata.shared <= MAX_SHARED
+    if target.startswith("gfx"):
+        assert ("v_mfma" in built.asm["amdgcn"]) == (kernel == "few_tokens")
+        return
+    ptx = built.asm["ptx"]
+    assert spilled == 0
+    is_hqq = isinstance(scheme, int)
+    # Codes and entries come in vectors of 8 or 16 bytes, straight to registers or ahead of time to shared memory.
+    assert re.search(r"ld\.global[.\w]*\.v[24]\.b32|cp\.async\.c[ag]\.shared\.global .*, 0x(8|10)\b", ptx)
+    if kernel == "dequantize":
+        assert re.search(r"st\.global\.v4\.b32", ptx)
+        assert not re.search(r"st\.global\.b", ptx)
+    if kernel == "few_tokens" and dtype != torch.float32:
+        assert "mma.sync" in ptx or "wgmma" in ptx
+    if not is_hqq and kernel != "few_tokens":
+        # A large codebook is read past level 1, a small one through it.
+        assert ("ld.global.cg.v4.b32" in ptx) == (scheme == ONE_BY_SIXTEEN)
+        assert ".cg" not in ptx or scheme == ONE_BY_SIXTEEN
+    if kernel == "one_token":
+        assert "mma" not in ptx
+        assert "ld.local" not in ptx
