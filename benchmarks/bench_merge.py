@@ -193,7 +193,7 @@ def strategies(training: str, config: pql.QuantConfig) -> list[str]:
     if training != "plain":
         return ["exact" if training == "qalora" else "aware"]
     known = [strategy for strategy in ("requantize", "calibrated") if strategy in STRATEGIES]
-    return [*known, "peft+hqq"] if isinstance(config, pql.HQQConfig) else known
+    return [*known, "peft+hqq"] if isinstance(config, pql.HQQConfig) else [*known, "append"]
 
 
 def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argparse.Namespace) -> Iterator[Row]:

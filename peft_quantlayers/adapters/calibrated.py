@@ -13,17 +13,20 @@ from torch import Tensor
 
 from ..calibration import BlockWork, Calibration, Visitor, walk
 from ..calibration.finetune import finetune_block
-from ..formats import QuantizedWeight
+from ..formats import QuantizedWeight, QuantSpec
 from ..quantizers import get_method
 from .lora import LoraQuantizedLinear
 from .report import LayerMergeReport
-from .rules import MergePlan, requantize
+from .rules import MergePlan, append, extended_spec, requantize
 
 
 def merge_calibrated(
-    peft_model: PeftModel, names: list[str], calibration: Calibration, *, progress: bool = True
+    peft_model: PeftModel, names: list[str], calibration: Calibration, *, append: bool = False, progress: bool = True
 ) -> None:
     """Merge ``names`` into every quantized layer of ``peft_model``, whose active adapters they must be.
+
+    Args:
+        append: extend the format of the weights, so that the change finds room in it.
 
     Raises:
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
@@ -36,13 +39,15 @@ def merge_calibrated(
                 f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize" or '
                 '"keep". The model is left as it was.'
             )
-    visitor = _MergeVisitor(layers, names, calibration)
+    visitor = _MergeVisitor(layers, names, calibration, append)
     walk(peft_model, list(layers), calibration, visitor, progress=progress)
 
 
 class _MergeVisitor(Visitor):
-    def __init__(self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration) -> None:
-        self.layers, self.names, self.calibration = layers, names, calibration
+    def __init__(
+        self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration, append: bool
+    ) -> None:
+        self.layers, self.names, self.calibration, self.append = layers, names, calibration, append
         self.needs_targets = calibration.finetune_epochs > 0
 
     def visit(self, name: str, hessian: Tensor | None) -> None:
@@ -51,8 +56,9 @@ class _MergeVisitor(Visitor):
 
         def rule(plan: MergePlan) -> QuantizedWeight:
             if hessian is None:
-                return requantize(plan)
-            merged = for_outputs(plan, hessian)
+                return append(plan) if self.append else requantize(plan)
+            spec = extended_spec(plan) if self.append else plan.weight.spec
+            merged = for_outputs(plan, spec, hessian)
             kept.append(output_kept(plan, merged, hessian))
             return merged
 
@@ -70,14 +76,12 @@ class _MergeVisitor(Visitor):
             )
 
 
-def for_outputs(plan: MergePlan, hessian: Tensor) -> QuantizedWeight:
+def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:
     """The target quantized from the grid and the codes that the weight has, so that the outputs err least."""
     if not (plan.target - plan.before).any():
         return plan.weight
     base = plan.base
-    return base.method.quantize(
-        plan.target, plan.weight.spec, name=base.layer_name, hessian=hessian, start=plan.weight
-    )
+    return base.method.quantize(plan.target, spec, name=base.layer_name, hessian=hessian, start=plan.weight)
 
 
 def output_kept(plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> float:

@@ -33,6 +33,7 @@ RULES: dict[str, MergeRule] = {
     "exact": rules.exact,
     "aware": rules.aware,
     "requantize": rules.requantize,
+    "append": rules.append,
     "dense": rules.dense,
     "keep": rules.keep,
 }

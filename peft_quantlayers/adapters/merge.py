@@ -22,7 +22,7 @@ from .report import MergeReport
 
 logger = logging.getLogger(__name__)
 
-Strategy = Literal["auto", "exact", "aware", "calibrated", "requantize", "dense", "keep"]
+Strategy = Literal["auto", "exact", "aware", "calibrated", "requantize", "append", "dense", "keep"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 # Tokens that are scored at a time for ``evaluate_on``: three windows of logits are kept.
@@ -52,6 +52,8 @@ def merge_back(
             on ``calibration``, layer by layer, from the codes that are there.
             ``"requantize"``: without data. The change is rounded into the codes with dither, on the grid that is
             there; or, where nearest codes keep the change and err less, the weight is quantized anew.
+            ``"append"``: AQLM only, with or without ``calibration``. One codebook more holds the change: a bit per
+            weight more with eight inputs a group and 8-bit codes, in the published format.
             ``"dense"``: a plain float model, which loses nothing.
             ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
         adapters: names of the adapters to merge; None for the active ones.
@@ -78,10 +80,11 @@ def merge_back(
             "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
             "PeftModel.from_pretrained(base, folder)."
         )
-    if (calibration is None) == (strategy == "calibrated"):
+    if strategy == "calibrated" if calibration is None else strategy not in ("calibrated", "append"):
         raise ValueError(
             f"strategy={strategy!r} with {'no' if calibration is None else 'some'} calibration data: "
-            'strategy="calibrated" needs it, and no other strategy takes any. The model is left as it was.'
+            'strategy="calibrated" needs it, "append" can use it, and no other strategy takes any. The model is left '
+            "as it was."
         )
     names = _checked_names(peft_model, adapters)
     _refuse_broken_adapters(peft_model, names)
@@ -89,9 +92,10 @@ def merge_back(
     score_before = None if metric is None else metric(peft_model)
     before = [layer.merge_state() for layer in layers]
     try:
-        if strategy == "calibrated":
+        if calibration is not None:
             with _only_active(peft_model, layers, names):
-                merge_calibrated(peft_model, names, Calibration.of(calibration, tokenizer), progress=progress)
+                data = Calibration.of(calibration, tokenizer)
+                merge_calibrated(peft_model, names, data, append=strategy == "append", progress=progress)
         else:
             for layer in layers:
                 layer.merge_with(RULES[strategy], names)

@@ -123,6 +123,8 @@ class MergeReport:
         ]
         if self.strategy in ("auto", "requantize"):
             others.insert(0, 'strategy="calibrated" with some text')
+        if self.strategy != "append":
+            others.append('strategy="append" (AQLM), which takes a bit per weight more')
         if self.strategy in ("exact", "aware"):
             others = others[2:]
         return f"{said} Instead: " + "; or ".join(others) + "."

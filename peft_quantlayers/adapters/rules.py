@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..formats import QuantizedWeight
+from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch, QuantizedLinear
 from ..layers.replace import dense_in_place_of
 from .report import change_coefficient
@@ -117,6 +117,28 @@ def requantize(plan: MergePlan) -> QuantizedWeight:
     if anew_part >= MIN_KEPT_ANEW and anew_error <= grid_error:
         return anew
     return anew if grid_part < MIN_KEPT_ON_GRID and anew_part > grid_part else kept
+
+
+def append(plan: MergePlan) -> QuantizedWeight:
+    """The target in the extended format, from the codes that are there and new ones for the change.
+
+    Raises:
+        NotImplementedError: the format has no room for more.
+    """
+    if not (plan.target - plan.before).any():
+        return plan.weight
+    return plan.base.method.quantize(plan.target, extended_spec(plan), name=plan.base.layer_name, start=plan.weight)
+
+
+def extended_spec(plan: MergePlan) -> QuantSpec:
+    """The spec of ``plan.weight`` with room for the change; NotImplementedError with the way out."""
+    try:
+        return plan.weight.spec.extended()
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f'{plan.base.layer_name}: {error} strategy="append" is for AQLM. Use "calibrated" or "requantize", or '
+            '"keep", which holds the change exactly.'
+        ) from None
 
 
 def dense(plan: MergePlan) -> nn.Module:

@@ -66,6 +66,14 @@ class QuantSpec(ABC):
         """
         return {}
 
+    def extended(self) -> Self:
+        """A spec of the same format with room for a change beside all that a weight of this one holds.
+
+        Raises:
+            NotImplementedError: the format has no such room.
+        """
+        raise NotImplementedError(f"{self.method} weights cannot be extended in their own format.")
+
     def widened(self) -> Self:
         """This spec with floating tensors in float32, so that trained ones are stored unrounded.
 

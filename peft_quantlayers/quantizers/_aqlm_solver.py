@@ -161,16 +161,25 @@ def kmeans(
 
 
 def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generator: Generator) -> Additive:
-    """Residual k-means on rows of norm 1: each codebook is fitted to what the ones before it left over."""
+    """Rows scaled to norm 1, and codebooks of ``size`` entries for them: see :func:`extended_solution`."""
     n_out, n_in, d = problem.target.shape
-    device = problem.target.device
     scales = problem.target.square().mean((1, 2)).sqrt()
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    residual = problem.target / scales[:, None, None]
+    empty = Additive(
+        codes=torch.empty(n_out, n_in, 0, dtype=torch.int64, device=scales.device),
+        codebooks=scales.new_empty(0, size, d),
+        scales=torch.where(scales > 0, scales, torch.ones_like(scales)),
+    )
+    return extended_solution(problem, empty, num_codebooks=num_codebooks, generator=generator)
+
+
+def extended_solution(problem: Problem, found: Additive, *, num_codebooks: int, generator: Generator) -> Additive:
+    """``found`` with more codebooks, each fitted by k-means to what the ones before it leave over."""
+    n_out, n_in, d = problem.target.shape
+    size, scales, device = found.codebooks.shape[1], found.scales, problem.target.device
+    residual = problem.target / scales[:, None, None] - (found.sums() if len(found.codebooks) else 0.0)
     importance = problem.importance()
-    codes = torch.empty(n_out, n_in, num_codebooks, dtype=torch.int64, device=device)
-    codebooks = []
-    for m in range(num_codebooks):
+    codes, codebooks = [found.codes], [found.codebooks]
+    for _ in range(len(found.codebooks), num_codebooks):
         chosen = torch.randperm(n_out * n_in, generator=generator)[: size * POINTS_PER_CENTROID].to(device)
         codebook = kmeans(
             residual.view(-1, d)[chosen],
@@ -179,14 +188,16 @@ def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generat
             importance=None if importance is None else importance[chosen % n_in],
             generator=generator,
         )
+        added = codes[0].new_empty(n_out, n_in, 1)
         for tile in problem.tiles():
             vectors = residual[tile].reshape(-1, d)
             here = None if importance is None else importance.repeat(len(vectors) // n_in, 1)
             nearest = nearest_entries(vectors, codebook, here).view(-1, n_in)
             residual[tile] -= codebook[nearest]
-            codes[tile, :, m] = nearest
-        codebooks.append(codebook)
-    return Additive(codes, torch.stack(codebooks), scales)
+            added[tile, :, 0] = nearest
+        codes.append(added)
+        codebooks.append(codebook[None])
+    return Additive(torch.cat(codes, dim=2), torch.cat(codebooks), scales)
 
 
 def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:

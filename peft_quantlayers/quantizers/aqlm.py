@@ -21,6 +21,7 @@ from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
     Problem,
+    extended_solution,
     fitted_codebooks,
     fitted_scales,
     improved_codes,
@@ -100,6 +101,9 @@ class AQLMSpec(QuantSpec):
         codebooks = -(-self.num_codebooks * self.nbits_per_codebook // nbits)
         return f"num_codebooks={codebooks}, nbits_per_codebook={nbits}"
 
+    def extended(self) -> "AQLMSpec":
+        return dataclasses.replace(self, num_codebooks=self.num_codebooks + 1)
+
     @property
     def tensor_roles(self) -> Mapping[str, str]:
         return {"codebooks": "codebooks", "scales": "scales"}
@@ -122,7 +126,10 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
     ) -> QuantizedWeight:
-        """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there."""
+        """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there.
+
+        Where ``spec`` has more codebooks than ``start``, they begin with what that leaves over.
+        """
         layout = checked_layout(weight, spec, name=name)
         weight = weight.detach().float().contiguous()
         refuse_not_finite(weight, name=name)
@@ -133,15 +140,13 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             hessian=hessian,
             out_group=spec.out_group_size,
         )
-        if start is not None:
-            found = _floats_of(start, weight.device)
+        num_codebooks, size = spec.num_codebooks, 2**spec.nbits_per_codebook
+        generator = torch.Generator().manual_seed(spec.seed)
+        if start is None:
+            found = initial_solution(problem, num_codebooks=num_codebooks, size=size, generator=generator)
         else:
-            found = initial_solution(
-                problem,
-                num_codebooks=spec.num_codebooks,
-                size=2**spec.nbits_per_codebook,
-                generator=torch.Generator().manual_seed(spec.seed),
-            )
+            found = _floats_of(start, weight.device)
+            found = extended_solution(problem, found, num_codebooks=num_codebooks, generator=generator)
         beam = spec.beam or _default_beam(spec, weight.device)
         for _ in range(spec.rounds):
             found = fitted_codebooks(problem, found)
