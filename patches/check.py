@@ -118,7 +118,7 @@ def passes(source: Path, tests: list[str], *, root: Path | None = None, may_skip
 
 def conforms(source: Path, method: str) -> tuple[bool, str]:
     """Whether all of PEFT's tests of quantized models pass on our layers, where the list of exceptions names some."""
-    shutil.copyfile(ROOT / "tests" / "conformance" / conformance.OURS, source / "tests" / conformance.OURS)
+    conformance.prepare(source)
     summary = source / "summary.json"
     arguments = ["--summary", str(summary), "-k", "TestQuantization"]
     command = conformance.pytest_command(source, method, files=[conformance.OURS], arguments=arguments)
