@@ -6,14 +6,18 @@ compared with that: its effect on the output, gradients, save and load, merge an
 """
 
 import argparse
+import atexit
 import fnmatch
+import functools
 import json
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aqlm
@@ -26,13 +30,19 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 import peft_quantlayers as pql
 
 RESULT = Path(__file__).parent / "results" / "peft_features.json"
 SIZE = 64
+# Of the HQQ layers; QA-LoRA pools the inputs of a group.
+GROUP_SIZE = 16
 # Outputs are compared relative to their norm. The bases hold 8 bits a weight or more, whose rounding stays below.
 SAME_OUTPUT, SAME_EFFECT = 0.03, 0.05
+
+# One config, or several for adapters of a mixed model.
+Configs = peft.PeftConfig | tuple[peft.PeftConfig, ...]
 
 
 def lora(**fields: Any) -> Callable[[], peft.PeftConfig]:
@@ -41,7 +51,11 @@ def lora(**fields: Any) -> Callable[[], peft.PeftConfig]:
     )
 
 
-METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
+def xlora() -> peft.PeftConfig:
+    return peft.XLoraConfig(hidden_size=SIZE, adapters=saved_experts())
+
+
+METHODS: dict[str, Callable[[], Configs]] = {
     "LoRA": lora(),
     "LoRA, rsLoRA": lora(use_rslora=True),
     "LoRA, DoRA": lora(use_dora=True),
@@ -52,7 +66,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "LoRA, BD-LoRA": lora(
         use_bdlora=lambda: BdLoraConfig(target_modules_bd_a=["second"], target_modules_bd_b=["first"], nblocks=2)
     ),
-    "LoRA, QA-LoRA": lora(use_qalora=True, qalora_group_size=16),
+    "LoRA, QA-LoRA": lora(use_qalora=True, qalora_group_size=GROUP_SIZE),
     "LoRA, MiCA": lora(init_lora_weights="mica"),
     "LoRA, PiSSA": lora(init_lora_weights="pissa"),
     "LoRA, OLoRA": lora(init_lora_weights="olora"),
@@ -92,6 +106,9 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "VB-LoRA": lambda: peft.VBLoRAConfig(vector_length=16, num_vectors=5),
     "VeRA": lambda: peft.VeraConfig(r=8),
     "WaveFT": lambda: peft.WaveFTConfig(n_frequency=50),
+    "X-LoRA": xlora,
+    "mixed: LoRA, OFT": lambda: (lora()(), peft.OFTConfig(oft_block_size=4)),
+    "mixed: LoKr, LoHa": lambda: (peft.LoKrConfig(r=4), peft.LoHaConfig(r=4)),
 }
 
 
@@ -106,13 +123,46 @@ class Two(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+class Speaker(nn.Module):
+    """The two linears as the body of what X-LoRA takes for a language model: it looks at the hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(use_cache=False)
+        self.embed_tokens = nn.Embedding(1, SIZE)
+        self.model = model
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
+        logits = self.model(inputs_embeds)
+        return SimpleNamespace(logits=logits, hidden_states=(inputs_embeds, logits))
+
+
+def output_of(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, SIZE) for an ``x`` (n, SIZE), whatever kind of model it is."""
+    if isinstance(model, PeftModel) and isinstance(model.get_base_model(), Speaker):
+        return model(inputs_embeds=x[None]).logits[0]
+    return model(x)
+
+
 def float_model() -> Two:
     torch.manual_seed(0)
     return Two().requires_grad_(False)
 
 
+@functools.cache
+def saved_experts() -> dict[str, str]:
+    """Names and folders of two LoRA adapters for X-LoRA to mix."""
+    folder = Path(tempfile.mkdtemp(prefix="experts-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("0", "1"):
+        torch.manual_seed(int(name))
+        config = peft.LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False)
+        get_peft_model(Speaker(float_model()), config).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("0", "1")}
+
+
 def our_hqq() -> nn.Module:
-    return pql.quantize_model(float_model(), pql.HQQConfig(nbits=8, group_size=SIZE), progress=False)
+    return pql.quantize_model(float_model(), pql.HQQConfig(nbits=8, group_size=GROUP_SIZE), progress=False)
 
 
 def our_aqlm() -> nn.Module:
@@ -124,7 +174,7 @@ def our_aqlm() -> nn.Module:
 def pefts_hqq() -> nn.Module:
     model = float_model()
     for name, linear in list(model.named_children()):
-        settings = BaseQuantizeConfig(nbits=8, group_size=SIZE, axis=1)
+        settings = BaseQuantizeConfig(nbits=8, group_size=GROUP_SIZE, axis=1)
         layer = PeerHQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu", del_orig=False)
         setattr(model, name, layer)
     return model
@@ -164,13 +214,21 @@ BASES = {
 }
 
 
-def adapted(model: nn.Module, make_config: Callable[[], peft.PeftConfig]) -> PeftModel:
+def adapted(model: nn.Module, make_config: Callable[[], Configs]) -> nn.Module:
     """``model`` with the method on it, all trainable numbers shifted by the same random ones on every base."""
     torch.manual_seed(1)
-    config = make_config()
-    if getattr(config, "target_modules", None) is None:
-        config.target_modules = {"first", "second"}
-    model = get_peft_model(model, config)
+    made = make_config()
+    configs = made if isinstance(made, tuple) else (made,)
+    for config in configs:
+        if getattr(config, "target_modules", None) is None and not isinstance(config, peft.XLoraConfig):
+            config.target_modules = {"first", "second"}
+    if isinstance(made, tuple):
+        model = get_peft_model(model, configs[0], adapter_name="0", mixed=True)
+        for number, config in enumerate(configs[1:], start=1):
+            model.add_adapter(str(number), config)
+        model.set_adapter([str(number) for number in range(len(configs))])
+    else:
+        model = get_peft_model(Speaker(model) if isinstance(made, peft.XLoraConfig) else model, made)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -179,26 +237,47 @@ def adapted(model: nn.Module, make_config: Callable[[], peft.PeftConfig]) -> Pef
     return model.eval()
 
 
+def reference_of(model: nn.Module, base: Callable[[], nn.Module], make_config: Callable[[], Configs]) -> nn.Module:
+    """The adapter of ``model`` on the dequantized dense model.
+
+    QA-LoRA is unknown to PEFT's dense layers. Its change of the weight is that of a LoRA whose first matrix has the
+    same column for all inputs of a group: PEFT averages them, and multiplies with the number of groups.
+    """
+    config = make_config()
+    if not getattr(config, "use_qalora", False):
+        return adapted(dense_of(base()), make_config)
+    reference = adapted(dense_of(base()), METHODS["LoRA"])
+    adapters, own = reference.state_dict(), model.state_dict()
+    for name in [name for name in adapters if "lora_" in name]:
+        factor = own[name]
+        if "lora_A" in name:
+            if factor.shape[1] == SIZE:
+                raise Wrong("ignored in silence: the adapter is that of plain LoRA")
+            factor = (factor * factor.shape[1] / GROUP_SIZE).repeat_interleave(GROUP_SIZE, dim=1)
+        adapters[name].copy_(factor)
+    return reference
+
+
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def effect(model: PeftModel, x: Tensor) -> Tensor:
+def effect(model: nn.Module, x: Tensor) -> Tensor:
     """What the adapter adds to the output."""
     with torch.no_grad(), model.disable_adapter():
-        base = model(x)
-    return model(x) - base
+        base = output_of(model, x)
+    return output_of(model, x) - base
 
 
 class Wrong(Exception):
     """The method ran, and its numbers are not those of the dense model."""
 
 
-def check(base: Callable[[], nn.Module], make_config: Callable[[], peft.PeftConfig], x: Tensor) -> list[str]:
+def check(base: Callable[[], nn.Module], make_config: Callable[[], Configs], x: Tensor) -> list[str]:
     """What was found to work, in words. Raises :class:`Wrong`, or what the method raised."""
     done = []
-    reference = adapted(dense_of(base()), make_config)
     model = adapted(base(), make_config)
+    reference = reference_of(model, base, make_config)
     expected = effect(reference, x)
     n_adapted, n_expected = (
         sum(isinstance(m, BaseTunerLayer) for m in candidate.modules()) for candidate in (model, reference)
@@ -212,35 +291,41 @@ def check(base: Callable[[], nn.Module], make_config: Callable[[], peft.PeftConf
             raise Wrong("ignored in silence: the output is that of plain LoRA")
         raise Wrong(f"the adapter's effect differs from the dense model's by {distance(found, expected):.0%}")
     model.zero_grad()
-    model(x).square().mean().backward()
+    output_of(model, x).square().mean().backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not gradients or not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise Wrong("no gradient, or NaN in it")
     done.append("train")
 
-    adapted_output = model(x).detach()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        with torch.no_grad():
-            loaded = PeftModel.from_pretrained(base(), folder).eval()(x)
-    if distance(loaded, adapted_output) > SAME_OUTPUT:
-        raise Wrong(f"after save and load the output differs by {distance(loaded, adapted_output):.0%}")
-    done.append("save and load")
+    adapted_output = output_of(model, x).detach()
+    if isinstance(model, PeftModel):  # PEFT does not save mixed models
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            fresh = Speaker(base()) if isinstance(model.get_base_model(), Speaker) else base()
+            with torch.no_grad():
+                loaded = output_of(PeftModel.from_pretrained(fresh, folder).eval(), x)
+        if distance(loaded, adapted_output) > SAME_OUTPUT:
+            raise Wrong(f"after save and load the output differs by {distance(loaded, adapted_output):.0%}")
+        done.append("save and load")
     return done + merging(model, reference, adapted_output, x)
 
 
 @torch.no_grad()
-def merging(model: PeftModel, reference: PeftModel, adapted_output: Tensor, x: Tensor) -> list[str]:
+def merging(model: nn.Module, reference: nn.Module, adapted_output: Tensor, x: Tensor) -> list[str]:
     try:
+        before = output_of(reference, x)
         reference.merge_adapter()
+        merged = output_of(reference, x)
         reference.unmerge_adapter()
     except Exception:
         return []  # the method does not merge and unmerge on a dense model either
+    if distance(merged, before) > SAME_OUTPUT:
+        return []  # or says that it does, and merges something else
     try:
         model.merge_adapter()
-        merged = model(x)
+        merged = output_of(model, x)
         model.unmerge_adapter()
-        unmerged = model(x)
+        unmerged = output_of(model, x)
         unloaded = model.merge_and_unload()(x)
     except Exception as error:
         return [f"merge {said(error)}"]
@@ -260,7 +345,7 @@ def said(error: Exception) -> str:
     return f"crash: {type(error).__name__}: {first_line}"
 
 
-def measured(base: Callable[[], nn.Module], make_config: Callable[[], peft.PeftConfig], x: Tensor) -> dict[str, str]:
+def measured(base: Callable[[], nn.Module], make_config: Callable[[], Configs], x: Tensor) -> dict[str, str]:
     """``state`` is one of works, merge refused, merge crashes, merge wrong, refused, crash, wrong."""
     try:
         done = check(base, make_config, x)

@@ -22,14 +22,14 @@ def test_the_table_covers_every_method_of_peft_that_adapts_linear_layers():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measured = {type(make()).__name__ for make in peft_features.METHODS.values()}
+        made = [make() for make in peft_features.METHODS.values()]
+    measured = {type(config).__name__ for config in made if not isinstance(config, tuple)}
     known = [config for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() if config.__module__.startswith("peft.")]
     others = {config.__name__ for config in known} - measured
-    # These learn prompts, tokens or whole blocks, or choose between adapters that exist; no layer of ours is adapted.
+    # These learn prompts, tokens or whole blocks; no layer of ours is adapted.
     assert others == {
         "AdaptionPromptConfig", "CPTConfig", "CartridgeConfig", "MultitaskPromptTuningConfig", "PolyConfig",
         "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "ShadowConfig", "TrainableTokensConfig",
-        "XLoraConfig",
     }  # fmt: skip
     assert RECORDED.keys() == peft_features.METHODS.keys()
 

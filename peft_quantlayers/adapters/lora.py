@@ -22,6 +22,7 @@ from quantlayers_kernels.straight_through import straight_through
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from . import rules
+from .backend import QuantizedLinearBackend
 from .qalora import MergeableQALoraVariant, check_config, group_change
 from .report import LayerMergeReport, layer_report
 from .rounding import RoundedWeight
@@ -55,13 +56,6 @@ class MergeState:
     merged_adapters: tuple[str, ...]
     report: LayerMergeReport | None
     unmerged: MergeState | None
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """What PEFT's ``get_layer_status`` shows."""
-
-    backend_name: str
 
 
 class LoraQuantizedLinear(LoraLinear):
@@ -103,7 +97,7 @@ class LoraQuantizedLinear(LoraLinear):
         self._merged_caches: dict = {}  # PEFT's, as its own merge left them
         self._merged_n_writes = -1
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
-        self.quantization_backend: Any = _Backend(f"quantlayers-{self.quantized_base().spec.method}")
+        self.quantization_backend = QuantizedLinearBackend(self.quantized_base())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         base = self.quantized_base()

@@ -1,15 +1,17 @@
-"""Registers quantized layers with PEFT's LoRA dispatch, and scale-only finetuning as a method of PEFT.
+"""Registers quantized layers with PEFT's LoRA dispatch and backends, and scale-only finetuning as a method of PEFT.
 
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
 models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. A PEFT with
 a registry of dispatchers (``patches/``) is asked to register ours instead, and nothing is wrapped. PEFT's other tuners
-need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written.
+need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a
+registry of quantization backends (``patches/`` again) they are given ours, and a model's status names it.
 """
 
 import logging
 from typing import Any
 
 import peft
+import peft.utils
 from packaging.version import Version
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -20,6 +22,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..adapters import LoraQuantizedLinear, MergeAwareLoraConfig, QuantScalesLayer
+from ..adapters.backend import QuantizedLinearBackend
 from ..layers import QuantizedLinear
 from . import scales
 
@@ -28,7 +31,8 @@ logger = logging.getLogger(__name__)
 # The release series whose dispatch this file was written against and is tested with.
 TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
-DISPATCHER = "quantlayers"
+# Our entry in PEFT's registries.
+NAME = "quantlayers"
 
 _original: Any = None
 _is_in_registry = False
@@ -45,7 +49,7 @@ def register() -> None:
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
     if hasattr(lora, "register_lora_dispatcher"):
-        lora.register_lora_dispatcher(DISPATCHER, _dispatch)
+        lora.register_lora_dispatcher(NAME, _dispatch)
         _is_in_registry = True
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
         _original = LoraModel._create_new_module
@@ -56,6 +60,8 @@ def register() -> None:
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
+    if hasattr(peft.utils, "register_quantization_backend"):
+        peft.utils.register_quantization_backend(NAME, _backend)
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -65,12 +71,14 @@ def unregister() -> None:
     """Put PEFT's own dispatch back."""
     global _original, _is_in_registry
     if _is_in_registry:
-        lora.unregister_lora_dispatcher(DISPATCHER)
+        lora.unregister_lora_dispatcher(NAME)
     elif _original is not None:
         LoraModel._create_new_module = staticmethod(_original)
     else:
         return
     _original, _is_in_registry = None, False
+    if hasattr(peft.utils, "unregister_quantization_backend"):
+        peft.utils.unregister_quantization_backend(NAME)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     scales.unregister()
 
@@ -96,6 +104,10 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
             "Name the layer in target_modules instead."
         )
     return LoraQuantizedLinear(target, adapter_name, config=config, **kwargs)
+
+
+def _backend(base_layer: nn.Module, **kwargs: Any) -> QuantizedLinearBackend | None:
+    return QuantizedLinearBackend(base_layer) if isinstance(base_layer, QuantizedLinear) else None
 
 
 def _has_custom_module(lora_config: Any, base: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conformance.linears import SPECS
 from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers.adapters.backend import QuantizedLinearBackend
 
 from . import test_quantization as upstream
 
@@ -39,7 +40,7 @@ class Loader:
 
     name: str
     config: HQQConfig | AQLMConfig
-    backend_cls = None
+    backend_cls = QuantizedLinearBackend
     supports_merge = True
     supports_non_quantized_comparison = True
     expected_layer_count = 2 * N_LAYERS

@@ -16,7 +16,8 @@ sys.path.insert(0, str(TESTS))
 
 from upstream import source_folder  # noqa: E402
 
-NEWEST = "0.21.2"
+# The supported range of PEFT; both ends are tested.
+LOWEST, NEWEST = "0.21.0", "0.21.2"
 OURS = "test_quantization_on_ours.py"
 FILES = (
     "test_custom_models.py",
@@ -46,8 +47,12 @@ def pytest_command(
 
 
 def prepared_source(version: str) -> Path:
-    """PEFT's source folder, made a package that pytest can import, with our loaders for its quantization tests."""
-    source = source_folder("peft", version)
+    """PEFT's source folder at ``version``, ready for :func:`pytest_command`."""
+    return prepare(source_folder("peft", version))
+
+
+def prepare(source: Path) -> Path:
+    """Make the tests of ``source`` a package that pytest can import, with our loaders for the quantization tests."""
     (source / "tests" / "__init__.py").touch()
     shutil.copyfile(TESTS / "conformance" / "quantization_on_ours.py", source / "tests" / OURS)
     return source

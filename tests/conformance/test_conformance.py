@@ -1,10 +1,16 @@
-"""A quick selection of PEFT's own tests on our layers; `make conformance` runs them all."""
+"""A quick selection of PEFT's own tests on our layers, those of the lowest and of the newest supported PEFT.
+
+`make conformance` runs them all.
+"""
 
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from upstream import FetchError
 
 from conformance import run as conformance
@@ -40,10 +46,10 @@ def test_broken():
 """
 
 
-@pytest.fixture(scope="module")
-def source():
+@pytest.fixture(scope="module", params=[conformance.LOWEST, conformance.NEWEST])
+def source(request):
     try:
-        return conformance.prepared_source(conformance.NEWEST)
+        return conformance.prepared_source(request.param)
     except FetchError as error:
         pytest.skip(f"PEFT's tests are not in the cache and cannot be fetched: {error}")
 
@@ -59,6 +65,14 @@ def test_pefts_own_tests_pass_on_our_layers(source, method, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert json.loads(summary.read_text())["passed_on_quantized"] >= 80
+
+
+def test_the_lowest_version_is_the_one_that_the_package_asks_for():
+    pyproject = tomllib.loads((conformance.TESTS.parent / "pyproject.toml").read_text())
+    (peft,) = [Requirement(line) for line in pyproject["project"]["dependencies"] if line.startswith("peft")]
+    (floor,) = [Version(part.version) for part in peft.specifier if part.operator == ">="]
+    assert floor == Version(conformance.LOWEST)
+    assert conformance.NEWEST in peft.specifier
 
 
 def judged(folder, exceptions: str) -> tuple[int, dict]:
