@@ -59,7 +59,7 @@ class AQLMSpec(QuantSpec):
     in_group_size: int = 8
     out_group_size: int = 1
     scale_dtype: str = "float16"
-    rounds: int = 4
+    rounds: int = 6
     beam: int | None = None
     seed: int = 0
 

@@ -33,7 +33,8 @@ def model_error(model: nn.Module) -> float:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_calibration_and_finetuning_each_lower_the_error_on_held_out_data(method):
     errors = []
-    for given in (None, calibration(), calibration(finetune_epochs=8, learning_rate=0.01)):
+    finetuned = calibration(finetune_epochs={"hqq": 8, "aqlm": 16}[method], learning_rate=0.01)
+    for given in (None, calibration(), finetuned):
         model = quantize_model(tiny_model(), CONFIGS[method], calibration=given, progress=False)
         errors.append(model_error(model))
         for layer in quantized_modules(model).values():
