@@ -153,11 +153,11 @@ def test_a_merge_that_fails_half_way_puts_every_layer_back(monkeypatch):
 
     original = calibrated.for_outputs
 
-    def breaks(plan, hessian):
+    def breaks(plan, *args):
         calls.append(plan)
         if len(calls) == 5:
             raise RuntimeError("out of memory")
-        return original(plan, hessian)
+        return original(plan, *args)
 
     monkeypatch.setattr(calibrated, "for_outputs", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
