@@ -126,7 +126,22 @@ def lora_step() -> str:
     ]
     head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1"]
     command = "python benchmarks/bench_lora_step.py"
-    return table(head, rows) + "\n\n" + device_line(measured["device"], command)
+    kinds = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in measured["saved"]))
+    kept = {(row["layer"], row["dtype"], row["dropout"]): row for row in measured["saved"]}
+    saved = [
+        [layer, *(f"{kept[layer, *kind]['bytes'] / kept[layer, *kind]['floor']:.2f}" for kind in kinds)]
+        for layer in dict.fromkeys(row["layer"] for row in measured["saved"])
+    ]
+    columns = [f"{dtype}{f', dropout {dropout}' if dropout else ''}" for dtype, dropout in kinds]
+    return "\n\n".join(
+        [
+            table(head, rows),
+            "What a layer with LoRA keeps for the backward pass, over the least there can be (the input in "
+            "its own dtype, its product with `A`, a byte for each dropped number):",
+            table(["", *columns], saved),
+            device_line(measured["device"], command),
+        ]
+    )
 
 
 def decode() -> str:
