@@ -3,8 +3,8 @@
     python benchmarks/bench_merge.py            all settings, three seeds: hours on two cores
     python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes
 
-For each setting, task and seed three adapters are trained with the same data, steps and learning rate: plain LoRA,
-merge-aware LoRA, and QA-LoRA with about as many parameters. Each is merged and compared on held-out tokens with itself
+For each setting, task and seed four adapters are trained with the same data, steps and learning rate: plain LoRA,
+merge-aware LoRA, QA-LoRA with about as many parameters, and the scales alone. Each is merged and compared on held-out tokens with itself
 before the merge (capture) and by its loss; the losses tell what a constraint costs in training. "peft+hqq" is what
 PEFT does with an ``HQQLinear``: dequantize, add the change, quantize anew with the ``hqq`` package. Rows are written
 to the result file as they come.
@@ -21,6 +21,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from _device import describe_device
 from _peers import peer_weight, quantize_with_hqq
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +53,7 @@ SETTINGS: dict[str, pql.QuantConfig] = {
     "HQQ 2-bit g16": pql.HQQConfig(nbits=2, group_size=16),
     "AQLM 2x8, calibrated": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
+TRAININGS = ("plain", "aware", "qalora", "scales")
 CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
 Batch = dict[str, Tensor]
 
@@ -66,6 +68,7 @@ class Row:
     training: str
     strategy: str
     trained_parameters: int
+    adapter_mb: float
     capture: float
     loss_base: float
     loss_adapter: float
@@ -124,7 +127,9 @@ class OrdersTask:
 TASKS: dict[str, Callable[..., Any]] = {"text": TextTask, "orders": OrdersTask}
 
 
-def adapter_config(training: str, base: nn.Module, config: pql.QuantConfig) -> LoraConfig:
+def adapter_config(training: str, base: nn.Module, config: pql.QuantConfig) -> PeftConfig:
+    if training == "scales":
+        return pql.QuantScalesConfig(train=("scales",))
     fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
     if training == "qalora":
         layers = list(pql.quantized_modules(base).values())
@@ -159,7 +164,11 @@ def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Captur
     """The merged model, what it kept, and the seconds of the merge itself."""
     extra = {"calibration": task.train[:CALIBRATION_TOKENS]} if strategy == "calibrated" else {}
     start = time.perf_counter()
-    merged, _ = pql.merge_back(copy.deepcopy(model), strategy=strategy, **extra)
+    copied = copy.deepcopy(model)
+    if strategy == "scales":
+        merged = copied.merge_and_unload()
+    else:
+        merged, _ = pql.merge_back(copied, strategy=strategy, **extra)
     seconds = time.perf_counter() - start
     return merged, compared(model, merged, task), seconds
 
@@ -189,9 +198,15 @@ def compared(model: nn.Module, merged: nn.Module, task: Any) -> Capture:
     )
 
 
+def adapter_mb(model: nn.Module) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
+
+
 def strategies(training: str, config: pql.QuantConfig) -> list[str]:
     if training != "plain":
-        return ["exact" if training == "qalora" else "aware"]
+        return ["exact" if training == "qalora" else training]
     known = [strategy for strategy in ("requantize", "calibrated") if strategy in STRATEGIES]
     return [*known, "peft+hqq"] if isinstance(config, pql.HQQConfig) else [*known, "append"]
 
@@ -214,6 +229,7 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
                 training=training,
                 strategy=strategy,
                 trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                adapter_mb=adapter_mb(model),
                 capture=kept.capture,
                 loss_base=kept.loss_base,
                 loss_adapter=kept.loss_adapter,
@@ -306,7 +322,7 @@ def show(row: Row) -> None:
         f"{row.setting:14} {row.task:6} seed {row.seed}  {row.training:6} {row.strategy:10}  "
         f"capture {row.capture:6.3f}  loss {row.loss_base:.3f} -> {row.loss_adapter:.3f}, merged "
         f"{row.loss_merged:.3f}{scores}"
-        f"  ({row.trained_parameters / 1e6:.2f} M trained, merged in {row.seconds_to_merge:.0f} s)",
+        f"  ({row.trained_parameters / 1e6:.2f} M trained, {row.adapter_mb:.1f} MB, merged in {row.seconds_to_merge:.0f} s)",
         flush=True,
     )
 
@@ -335,7 +351,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one setting and seed, few steps")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--trainings", nargs="+", choices=("plain", "aware", "qalora"), default=None)
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -350,7 +366,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.trainings = options.trainings or ["plain", "aware", "qalora"]
     if options.quick:
         options.settings, options.seeds, options.steps = options.settings[:1], [0], 10
         options.batch, options.tokens, options.held_out_tokens, options.orders = 2, 64, 1024, 8
