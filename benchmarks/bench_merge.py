@@ -4,10 +4,10 @@
     python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes
 
 For each setting, task and seed four adapters are trained with the same data, steps and learning rate: plain LoRA,
-merge-aware LoRA, QA-LoRA with about as many parameters, and the scales alone. Each is merged and compared on held-out tokens with itself
-before the merge (capture) and by its loss; the losses tell what a constraint costs in training. "peft+hqq" is what
-PEFT does with an ``HQQLinear``: dequantize, add the change, quantize anew with the ``hqq`` package. Rows are written
-to the result file as they come.
+merge-aware LoRA, QA-LoRA with about as many parameters, and the scales alone. Each is merged and compared on held-out
+tokens with itself before the merge (capture) and by its loss; the losses tell what a constraint costs in training.
+"peft+hqq" is what PEFT does with an ``HQQLinear``: dequantize, add the change, quantize anew with the ``hqq`` package.
+Rows are added to the result file as they come.
 
     python benchmarks/bench_merge.py --only-steps      seconds and memory of a training step only
 """
@@ -322,21 +322,22 @@ def show(row: Row) -> None:
         f"{row.setting:14} {row.task:6} seed {row.seed}  {row.training:6} {row.strategy:10}  "
         f"capture {row.capture:6.3f}  loss {row.loss_base:.3f} -> {row.loss_adapter:.3f}, merged "
         f"{row.loss_merged:.3f}{scores}"
-        f"  ({row.trained_parameters / 1e6:.2f} M trained, {row.adapter_mb:.1f} MB, merged in {row.seconds_to_merge:.0f} s)",
+        f"  ({row.trained_parameters / 1e6:.2f} M trained, {row.adapter_mb:.1f} MB, "
+        f"merged in {row.seconds_to_merge:.0f} s)",
         flush=True,
     )
 
 
-def print_table(rows: list[Row]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     """Means over the seeds."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row.setting, row.task, row.training, row.strategy), []).append(row)
+        groups.setdefault(tuple(row[field] for field in ("setting", "task", "training", "strategy")), []).append(row)
     print(
         f"\n{'setting':15}{'task':8}{'training':10}{'strategy':12}{'capture':>9}{'base':>8}{'adapter':>9}{'merged':>8}"
     )
     for names, group in groups.items():
-        means = [statistics.mean(getattr(row, name) for row in group) for name in ("capture", *LOSSES)]
+        means = [statistics.mean(row[name] for row in group) for name in ("capture", *LOSSES)]
         print(
             f"{names[0]:15}{names[1]:8}{names[2]:10}{names[3]:12}{means[0]:9.3f}"
             + "".join(f"{m:8.3f} " for m in means[1:])
@@ -389,7 +390,7 @@ def main() -> None:
             for row in measure(setting, base, TASKS[name](tokenizer, options, seed), seed, options):
                 show(row)
                 results.add("rows", asdict(row))
-    print_table([Row(**row) for row in results.found["rows"]])
+    print_table(results.found["rows"])
 
 
 class Results:
