@@ -139,7 +139,7 @@ def lora_step() -> str:
             "What a layer with LoRA keeps for the backward pass, over the least there can be (the input in "
             "its own dtype, its product with `A`, a byte for each dropped number):",
             table(["", *columns], saved),
-            device_line(measured["device"], command),
+            f"Medians, {measured['clock']}. " + device_line(measured["device"], command),
         ]
     )
 

@@ -42,6 +42,11 @@ def can_hold(*tensors: Tensor) -> bool:
     return device.type in DEVICE_TYPES and all(tensor.device == device for tensor in tensors) and is_available()
 
 
+def has_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether several tokens of ``dtype`` are multiplied on tensor cores; float32 is left to cuBLAS."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 @cache
 def n_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""

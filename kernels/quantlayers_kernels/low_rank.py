@@ -35,7 +35,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float, dtype: torch.dtype
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
+            kept = _coin_flips(x, 1 - dropout) if dropout > 0 else None
             hidden = _dropped(_rows(x, dtype), kept, dropout) @ A.to(dtype).t()
             result = torch.empty_like(y, memory_format=torch.contiguous_format)
             flat_y, flat_result = y.reshape(-1, y.shape[-1]), result.view(-1, y.shape[-1])
@@ -64,6 +64,10 @@ class _AddLowRank(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_x = _dropped(grad_hidden @ A.to(dtype), kept, ctx.dropout).view(x.shape).to(x.dtype)
         return grad, grad_x, grad_A, grad_B, None, None, None
+
+
+def _coin_flips(x: Tensor, probability: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -127,7 +127,8 @@ class LoraQuantizedLinear(LoraLinear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         if not aware:
-            if args or kwargs or torch.compiler.is_compiling() or not all(map(self._is_plain, active)):
+            is_ordinary = not (args or kwargs or x.device.type == "meta" or _is_transformed())
+            if not is_ordinary or not all(map(self._is_plain, active)):
                 return super().forward(x, *args, **kwargs)
             return self._plain_forward(x, active)
         name = self.quantized_base().layer_name
@@ -338,8 +339,8 @@ class LoraQuantizedLinear(LoraLinear):
             merged_caches = self._caches
         except ValueError as error:
             raise ValueError(
-                f"{base.layer_name}: {error}. This layer was left as it was; layers that PEFT merged before it are "
-                "put back bit for bit by unmerge_adapter(). peft_quantlayers.merge_back checks all layers first."
+                f"{base.layer_name}: {error}. The layer was left as it was; after merge_adapter() unmerge_adapter() "
+                "puts back those that were merged before it, bit for bit."
             ) from None
         finally:
             self.base_layer, self._caches = here, caches
@@ -365,6 +366,11 @@ class LoraQuantizedLinear(LoraLinear):
             group_change=change,
             is_aware=is_aware and {self.aware_adapters[name] for name in names} == {fingerprint(weight)},
         )
+
+
+def _is_transformed() -> bool:
+    """Whether a compiler or a functorch transform is at work, which an autograd function would stop."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:

@@ -80,11 +80,15 @@ def merge_back(
             "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
             "PeftModel.from_pretrained(base, folder)."
         )
-    if strategy == "calibrated" if calibration is None else strategy not in ("calibrated", "append"):
+    if calibration is None and strategy == "calibrated":
         raise ValueError(
-            f"strategy={strategy!r} with {'no' if calibration is None else 'some'} calibration data: "
-            'strategy="calibrated" needs it, "append" can use it, and no other strategy takes any. The model is left '
-            "as it was."
+            'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
+            '"requantize" or "keep". The model is left as it was.'
+        )
+    if calibration is not None and strategy not in ("calibrated", "append"):
+        raise ValueError(
+            f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do. The model is left as it '
+            "was."
         )
     names = _checked_names(peft_model, adapters)
     _refuse_broken_adapters(peft_model, names)

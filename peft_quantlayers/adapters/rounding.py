@@ -25,6 +25,11 @@ class RoundedWeight:
         self._seen: tuple[int, Tensor, Tensor] | None = None
         self._n_changes = 0
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy chooses its own codes."""
+        return RoundedWeight().__dict__
+
+    @torch.compiler.disable
     def tensors(self, base: QuantizedLinear, left: Tensor, right: Tensor, *, may_lag: bool) -> dict[str, Tensor]:
         """Tensors of the rounded weight.
 

@@ -75,8 +75,8 @@ def exact(plan: MergePlan) -> QuantizedWeight:
     if plan.group_change is None:
         raise ValueError(
             f"{plan.base.layer_name}: adapters {list(plan.adapters)} cannot be merged exactly: their change differs "
-            "from weight to weight. Train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>), or use "
-            'strategy="requantize" or "keep".'
+            "from weight to weight. On HQQ train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>); or "
+            'use strategy="requantize" or "keep".'
         )
     return plan.base.method.shifted(plan.weight, plan.group_change, name=plan.base.layer_name)
 

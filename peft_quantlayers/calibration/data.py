@@ -123,6 +123,8 @@ def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[
     if isinstance(data, str):
         data = [data]
     if isinstance(data, Tensor):
+        if not data.numel():
+            raise ValueError("the calibration data is empty.")
         return [row.long().cpu() for row in _as_ids(data).reshape(-1, data.shape[-1])]
     if not isinstance(data, Sequence) and not isinstance(data, Iterable):
         raise TypeError(

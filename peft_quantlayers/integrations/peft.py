@@ -8,6 +8,7 @@ registry of quantization backends (``patches/`` again) they are given ours, and 
 """
 
 import logging
+import warnings
 from typing import Any
 
 import peft
@@ -35,12 +36,13 @@ TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 NAME = "quantlayers"
 
 _original: Any = None
+_original_unload: Any = None
 _is_in_registry = False
 
 
 def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
-    global _original, _is_in_registry
+    global _original, _original_unload, _is_in_registry
     if _original is not None or _is_in_registry:
         return
     version = Version(peft.__version__)
@@ -62,6 +64,7 @@ def register() -> None:
         )
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
+    _original_unload, LoraModel._unload_and_optionally_merge = LoraModel._unload_and_optionally_merge, _unload
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -69,14 +72,15 @@ def register() -> None:
 
 def unregister() -> None:
     """Put PEFT's own dispatch back."""
-    global _original, _is_in_registry
+    global _original, _original_unload, _is_in_registry
     if _is_in_registry:
         lora.unregister_lora_dispatcher(NAME)
     elif _original is not None:
         LoraModel._create_new_module = staticmethod(_original)
     else:
         return
-    _original, _is_in_registry = None, False
+    LoraModel._unload_and_optionally_merge = _original_unload
+    _original, _original_unload, _is_in_registry = None, None, False
     if hasattr(peft.utils, "unregister_quantization_backend"):
         peft.utils.unregister_quantization_backend(NAME)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
@@ -86,6 +90,31 @@ def unregister() -> None:
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     new_module = _dispatch(target, adapter_name, config=lora_config, **kwargs)
     return _original(lora_config, adapter_name, target, **kwargs) if new_module is None else new_module
+
+
+def _unload(
+    self: LoraModel,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> Any:
+    """PEFT's, which takes the adapters off layer by layer: here all quantized layers are merged first, or none is."""
+    layers = [module for module in self.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    with warnings.catch_warnings():
+        if merge and layers:
+            states = [layer.merge_state() for layer in layers]
+            try:
+                for layer in layers:
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            except BaseException:
+                for layer, state in zip(layers, states, strict=True):
+                    layer.restore(state)
+                raise
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+        return _original_unload(
+            self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:

@@ -219,6 +219,10 @@ class QuantizedLinear(nn.Linear):
                 weight.detach().to(self.codes.device), self.spec, name=self.layer_name
             )
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.n_writes += 1
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         if torch.compiler.is_compiling():

@@ -163,17 +163,24 @@ def kmeans(
 def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generator: Generator) -> Additive:
     """Rows scaled to norm 1, and codebooks of ``size`` entries for them: see :func:`extended_solution`."""
     n_out, n_in, d = problem.target.shape
-    scales = problem.target.square().mean((1, 2)).sqrt()
     empty = Additive(
-        codes=torch.empty(n_out, n_in, 0, dtype=torch.int64, device=scales.device),
-        codebooks=scales.new_empty(0, size, d),
-        scales=torch.where(scales > 0, scales, torch.ones_like(scales)),
+        codes=torch.empty(n_out, n_in, 0, dtype=torch.int64, device=problem.target.device),
+        codebooks=problem.target.new_empty(0, size, d),
+        scales=problem.target.new_zeros(n_out),
     )
     return extended_solution(problem, empty, num_codebooks=num_codebooks, generator=generator)
 
 
 def extended_solution(problem: Problem, found: Additive, *, num_codebooks: int, generator: Generator) -> Additive:
-    """``found`` with more codebooks, each fitted by k-means to what the ones before it leave over."""
+    """``found`` with more codebooks, each fitted by k-means to what the ones before it leave over.
+
+    A row whose scale is not positive gets that of its target, since nothing can be added to it otherwise.
+    """
+    if len(found.codebooks) == num_codebooks:
+        return found
+    norms = problem.target.square().mean((1, 2)).sqrt()
+    usable = torch.where(norms > 0, norms, torch.ones_like(norms))
+    found = replace(found, scales=torch.where(found.scales > 0, found.scales, usable))
     n_out, n_in, d = problem.target.shape
     size, scales, device = found.codebooks.shape[1], found.scales, problem.target.device
     residual = problem.target / scales[:, None, None] - (found.sums() if len(found.codebooks) else 0.0)

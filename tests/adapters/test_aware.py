@@ -284,6 +284,16 @@ def test_codes_that_are_dear_to_choose_are_kept_for_some_steps_of_training_but_n
     torch.testing.assert_close(model(x), evaluated, rtol=1e-4, atol=1e-5)
 
 
+def test_loading_other_codes_into_the_base_is_noticed(x):
+    model = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"]).eval()
+    model(x)
+    state = {name: value.roll(1, 0) if name.endswith("codes") else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    fresh = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"]).eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(model(x), fresh(x))
+
+
 def test_a_mixed_batch_is_refused(x):
     with pytest.raises(NotImplementedError, match="mixed batch"):
         aware_model().eval()(x, adapter_names=["default"] * 5)

@@ -85,6 +85,14 @@ def test_the_backward_pass_keeps_the_input_once_the_hidden_state_and_a_boolean(m
     assert saved_for_backward(layer, x) <= 1.1 * floor
 
 
+def test_the_meta_device_and_functorch_transforms_work_as_with_peft(x):
+    model = with_adapter(quantized_two(), target_modules=["first"])
+    layer = model.base_model.model.first
+    mapped = torch.func.vmap(lambda row: layer(row[None])[0])(x)
+    torch.testing.assert_close(mapped, layer(x))
+    assert with_adapter(quantized_two()).to("meta")(x.to("meta")).shape == (5, 64)
+
+
 def test_layers_that_share_their_input_keep_it_once():
     class Projections(nn.Module):
         def __init__(self) -> None:

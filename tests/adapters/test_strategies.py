@@ -87,6 +87,21 @@ def test_a_nan_is_refused_by_the_layers_name_and_nothing_changed(strategy):
         assert not any(getattr(model.base_model.model, name).merged for name in ("first", "second"))
 
 
+@pytest.mark.parametrize("strategy", list(RULES))
+def test_pefts_merge_and_unload_of_a_broken_adapter_changes_nothing_either(strategy, x):
+    model = model_for(strategy)
+    pql.set_merge_strategy(model, strategy)
+    lora_B = model.base_model.model.second.lora_B["default"].weight
+    kept = lora_B.data.clone()
+    bits, expected = bits_of(model), model(x)
+    lora_B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="second"):
+        model.merge_and_unload()
+    assert_same_bits(model, bits)
+    lora_B.data = kept
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("strategy", [name for name in RULES if name != "exact"])
 def test_merging_one_after_the_other_is_merging_the_sum(strategy, x):
     outputs = []

@@ -118,3 +118,20 @@ def test_opcheck_accepts_the_operators(scheme):
     x, bias = torch.randn(3, IN, requires_grad=True), torch.randn(OUT, requires_grad=True)
     torch.library.opcheck(aqlm_linear, (x, codes, codebooks, scales, bias))
     torch.library.opcheck(aqlm_dequantize, (codes, codebooks, scales, torch.float32))
+
+
+@pytest.mark.parametrize("scheme", [(2, 8, 1, 8), (1, 4, 3, 16)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_scales_alone_get_the_gradient_that_they_get_beside_the_codebooks(scheme, has_bias):
+    num_codebooks, nbits, out_group, in_group = scheme
+    torch.manual_seed(0)
+    codes = torch.randint(-4, 4, (10, 6, num_codebooks), dtype=torch.int8)
+    codebooks = torch.randn(num_codebooks, 2**nbits, out_group, in_group)
+    bias = torch.randn(10 * out_group) if has_bias else None
+    x, grad = torch.randn(2, 7, 6 * in_group), torch.randn(2, 7, 10 * out_group)
+    grads = []
+    for trains_codebooks in (True, False):
+        scales = (0.5 + torch.rand(10, 1, 1, 1, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        aqlm_linear(x, codes, codebooks.clone().requires_grad_(trains_codebooks), scales, bias).backward(grad)
+        grads.append(scales.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

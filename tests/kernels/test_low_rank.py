@@ -68,6 +68,17 @@ def test_dropout_is_the_same_forward_and_backward_and_right_on_average():
         assert torch.equal(add_low_rank(y, x, A, B, scaling=1.0, dropout=1.0), y)
 
 
+def test_inputs_that_are_not_contiguous_are_taken_with_dropout_too():
+    y, _, A, B = operands(torch.float32, torch.float32, (3, 5))
+    x = torch.randn(5, 3, 16).transpose(0, 1).requires_grad_()
+    torch.manual_seed(0)
+    result = add_low_rank(y, x, A, B, scaling=1.0, dropout=0.25)
+    result.sum().backward()
+    torch.manual_seed(0)
+    assert torch.equal(add_low_rank(y, x.detach().contiguous(), A, B, scaling=1.0, dropout=0.25), result)
+    assert x.grad.shape == x.shape
+
+
 def test_autocast_gives_its_dtype_to_the_products():
     y, x, A, B = operands(torch.bfloat16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

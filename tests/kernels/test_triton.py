@@ -76,14 +76,14 @@ def hqq_weight(nbits: int) -> tuple[torch.Tensor, ...]:
     return torch.empty(OUT, packed_row_bytes(IN, nbits), dtype=torch.uint8), metadata, metadata
 
 
-def aqlm_weight(num_codebooks: int, nbits: int) -> tuple[torch.Tensor, ...]:
-    codes = torch.empty(OUT, IN // 8, num_codebooks, dtype=torch.int8 if nbits == 8 else torch.int16)
-    return codes, torch.empty(num_codebooks, 2**nbits, 1, 8).half(), torch.empty(OUT, 1, 1, 1).half()
+def aqlm_weight(num_codebooks: int, nbits: int, in_group: int = 8) -> tuple[torch.Tensor, ...]:
+    codes = torch.empty(OUT, IN // in_group, num_codebooks, dtype=torch.int8 if nbits == 8 else torch.int16)
+    return codes, torch.empty(num_codebooks, 2**nbits, 1, in_group).half(), torch.empty(OUT, 1, 1, 1).half()
 
 
-def launch(scheme: int | tuple[int, int], kernel: str, dtype: torch.dtype) -> None:
-    """Do what a layer of ``scheme``, bits of HQQ or (codebooks, bits) of AQLM, does to run ``kernel``."""
-    x = torch.empty(16 if kernel == "few_tokens" else 1, IN, dtype=dtype)
+def launch(scheme: int | tuple[int, ...], kernel: str, dtype: torch.dtype, n_tokens: int) -> None:
+    """Do what a layer of ``scheme``, bits of HQQ or (codebooks, bits, group) of AQLM, does to run ``kernel``."""
+    x = torch.empty(n_tokens, IN, dtype=dtype)
     into, rows = torch.empty(OUT, IN, dtype=dtype), slice(0, OUT)
     if isinstance(scheme, int):
         weight = hqq_weight(scheme)
@@ -101,7 +101,7 @@ def launch(scheme: int | tuple[int, int], kernel: str, dtype: torch.dtype) -> No
         aqlm_gpu.linear_few_tokens(x, *weight, None)
 
 
-def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, monkeypatch):
+def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int, monkeypatch):
     """The kernel as ``target`` would get it, and its memory outside of registers in bytes, None where unknown."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -114,7 +114,7 @@ def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, monkeypatch):
     function, launches = getattr(module, kernel), Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, kernel, launches)
-        launch(scheme, kernel, dtype)
+        launch(scheme, kernel, dtype, n_tokens)
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
     pointers |= {torch.int8: "*i8", torch.int16: "*i16"}
     signature, constants, attributes = {}, dict(launches.constants), {}
@@ -146,13 +146,13 @@ def _spilled(cubin: bytes) -> int:
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
-KERNELS = ("dequantize", "one_token", "few_tokens")
-TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT = (2, 8), (1, 16), (8, 8)
+KERNELS = [("dequantize", 1), ("one_token", 1), ("few_tokens", 16), ("few_tokens", 64)]
+TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT = (2, 8), (1, 16), (8, 8, 32)
 ALL = (1, 2, 3, 4, 8, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)
 CASES = [
     *((scheme, "sm_90", torch.bfloat16) for scheme in ALL),
     *((scheme, "sm_80", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN)),
-    *((scheme, "sm_89", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN)),
+    *((scheme, "sm_89", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)),
     *((scheme, "sm_90", torch.float32) for scheme in (4, TWO_BY_EIGHT)),
     *((scheme, "gfx942", torch.float16) for scheme in (4, ONE_BY_SIXTEEN)),
 ]
@@ -160,23 +160,26 @@ CASES = [
 
 @needs_triton
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "n_tokens"), KERNELS)
 @pytest.mark.parametrize(("scheme", "target", "dtype"), CASES, ids=str)
-def test_a_layers_kernels_compile_for_gpus(scheme, target, dtype, kernel, monkeypatch):
-    built, spilled = compiled(scheme, kernel, target, dtype, monkeypatch)
+def test_a_layers_kernels_compile_for_gpus(scheme, target, dtype, kernel, n_tokens, monkeypatch):
+    if kernel == "few_tokens" and dtype == torch.float32:
+        pytest.skip("several tokens in float32 go to cuBLAS")
+    built, spilled = compiled(scheme, kernel, target, dtype, n_tokens, monkeypatch)
     assert built.metadata.shared <= MAX_SHARED
     if target.startswith("gfx"):
         assert ("v_mfma" in built.asm["amdgcn"]) == (kernel == "few_tokens")
         return
     ptx = built.asm["ptx"]
-    assert spilled == 0
+    # Sums of eight codebooks of 32 inputs take all registers there are.
+    assert spilled <= (128 if scheme == EIGHT_BY_EIGHT else 0)
     is_hqq = isinstance(scheme, int)
     # Codes and entries come in vectors of 8 or 16 bytes, straight to registers or ahead of time to shared memory.
     assert re.search(r"ld\.global[.\w]*\.v[24]\.b32|cp\.async\.c[ag]\.shared\.global .*, 0x(8|10)\b", ptx)
     if kernel == "dequantize":
         assert re.search(r"st\.global\.v4\.b32", ptx)
         assert not re.search(r"st\.global\.b", ptx)
-    if kernel == "few_tokens" and dtype != torch.float32:
+    if kernel == "few_tokens":
         assert "mma.sync" in ptx or "wgmma" in ptx
     if not is_hqq and kernel != "few_tokens":
         # A large codebook is read past level 1, a small one through it.

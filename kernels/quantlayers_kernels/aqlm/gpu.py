@@ -12,7 +12,10 @@ from .layout import dense_shape, has_documented_layout
 TILE, TILE_ROWS = 8192, 8
 # On the tensor cores: rows of a program, inputs of a step, and steps in flight.
 DOT_ROWS, DOT_INPUTS, DOT_STAGES = 32, 128, 3
-MAX_DOT_TOKENS = 64
+# More stages of more codebooks than these do not fit into the shared memory of consumer GPUs.
+MAX_CODEBOOKS_IN_FLIGHT = 2
+# With 64 tokens a program's sums spill out of its registers.
+MAX_DOT_TOKENS = 32
 # Codebooks up to this stay in a multiprocessor's level-1 cache and are read through it. Larger ones are read past it,
 # from level 2, and several steps ahead.
 LEVEL_1_BYTES = 64 * 1024
@@ -40,8 +43,10 @@ def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
 
 def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
+    n_tokens = x.shape[:-1].numel()
     return (
-        0 < x.shape[:-1].numel() <= gpu.MAX_TOKENS
+        0 < n_tokens <= gpu.MAX_TOKENS
+        and (n_tokens == 1 or gpu.has_tensor_cores(x.dtype))
         and x.dtype in gpu.DTYPES
         and gpu.can_hold(x, codes, *([] if bias is None else [bias]))
         and can_dequantize(codes, codebooks, scales)
@@ -78,7 +83,7 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
     n_in_groups, scheme = codes.shape[1], _scheme(codebooks)
     flat = x.reshape(-1, in_features).contiguous()
     weight = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
-    n_tokens = flat.shape[0]
+    n_tokens, few_codebooks = flat.shape[0], len(codebooks) <= MAX_CODEBOOKS_IN_FLIGHT
     rows, inputs = (TILE_ROWS, TILE // TILE_ROWS) if n_tokens == 1 else (DOT_ROWS, DOT_INPUTS)
     groups = max(1, min(gpu.power_of_two(n_in_groups), inputs // scheme["IN"]))
     if n_tokens > 1:
@@ -101,7 +106,7 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
             ROWS=rows,
             TOKENS=tokens,
             PRODUCT=gpu.product_type(x.dtype),
-            STAGES=1 if _is_in_level_1(codebooks) else DOT_STAGES,
+            STAGES=1 if _is_in_level_1(codebooks) else DOT_STAGES if few_codebooks else 2,
         )
 
     launch = one_token if n_tokens == 1 else few_tokens

@@ -121,21 +121,35 @@ def _dequantize_backward(ctx, grad):
 aqlm_dequantize.register_autograd(_dequantize_backward, setup_context=_save_for_dequantize)
 
 
+def _scale_gradient(grad: Tensor, y: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
+    """Gradient of the scales from that of ``y``, each row of which is its scale times a product."""
+    grad, y = grad.reshape(-1, grad.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
+    products = y if bias is None else y - bias.float()
+    rows = torch.linalg.vecdot(grad, products, dim=0)
+    flat = scales.float().flatten()
+    per_scale = rows.view(flat.numel(), -1).sum(1) / torch.where(flat == 0, torch.inf, flat)
+    return per_scale.view(scales.shape).to(scales.dtype)
+
+
 def _save_for_linear(ctx, inputs, output):
     x, codes, codebooks, scales, bias = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.has_x = codebooks.requires_grad or scales.requires_grad
-    ctx.save_for_backward(codes, codebooks, scales, *([x] if ctx.has_x else []))
+    ctx.has_x = codebooks.requires_grad
+    ctx.has_output = scales.requires_grad and not ctx.has_x
+    saved = [x] if ctx.has_x else [output, bias] if ctx.has_output else []
+    ctx.save_for_backward(codes, codebooks, scales, *saved)
 
 
 def _linear_backward(ctx, grad):
-    codes, codebooks, scales, *saved_x = ctx.saved_tensors
+    codes, codebooks, scales, *saved = ctx.saved_tensors
     grad_x = grad_codebooks = grad_scales = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = aqlm_input_gradient(grad, codes, codebooks, scales)
     if ctx.has_x:
-        grad_weight = tiled.weight_gradient(grad, saved_x[0])
+        grad_weight = tiled.weight_gradient(grad, saved[0])
         grad_codebooks, grad_scales = aqlm_metadata_gradient(grad_weight, codes, codebooks, scales)
+    if ctx.has_output:
+        grad_scales = _scale_gradient(grad, saved[0], saved[1], scales)
     if ctx.needs_input_grad[4]:
         grad_bias = tiled.bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, grad_codebooks, grad_scales, grad_bias

@@ -17,7 +17,8 @@ PRODUCT_TILE, DENSE_TILE, VECTOR = 16384, 8192, 16
 MIN_ROWS, MAX_ROWS = 4, 32
 # On the tensor cores: rows of a program, bytes of a row in a step by the codes' slots in a byte, and steps in flight.
 DOT_ROWS, DOT_BYTES, DOT_STAGES = 32, {1: 64, 2: 64, 4: 64, 8: 32}, 3
-MAX_DOT_TOKENS = 64
+# With 64 tokens a program's sums spill out of its registers.
+MAX_DOT_TOKENS = 32
 
 
 def _n_slots(nbits: int) -> int:
@@ -57,6 +58,7 @@ def can_use_few_tokens(
         and gpu.can_hold(x, W_q, *([] if bias is None else [bias]))
         and (bias is None or tuple(bias.shape) == (W_q.shape[0],))
         and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+        and (n_tokens == 1 or gpu.has_tensor_cores(x.dtype))
         and (n_tokens == 1 or _fits_tensor_cores(nbits, in_features, in_features // scale.shape[1]))
     )
 

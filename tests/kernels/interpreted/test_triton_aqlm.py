@@ -47,7 +47,10 @@ def test_a_product_errs_no_more_than_twice_what_the_dense_product_errs(scheme, d
         bias = torch.randn(dense.shape[0])
         for n_tokens in (1, 5):
             x = torch.randn(n_tokens, dense.shape[1]).to(dtype)
-            assert aqlm_gpu.can_use_few_tokens(x, *parts, bias)
+            is_left_to_cublas = n_tokens > 1 and dtype == torch.float32
+            assert aqlm_gpu.can_use_few_tokens(x, *parts, bias) != is_left_to_cublas
+            if is_left_to_cublas:
+                continue
             y = aqlm_gpu.linear_few_tokens(x, *parts, bias)
             plain = rounded(F.linear(x.float(), rounded(dense, dtype).float(), bias), dtype)
             assert y.dtype == dtype
@@ -131,14 +134,15 @@ def test_the_operators_keep_the_rules_of_torch_library():
 
 def test_what_the_kernels_do_not_take_is_left_to_plain_torch(monkeypatch):
     codes, codebooks, scales = random_weight((2, 8, 1, 8), 6, 8, torch.float16)
-    x = torch.randn(2, 64)
+    x = torch.randn(2, 64).half()
     assert aqlm_gpu.can_use_few_tokens(x, codes, codebooks, scales, None)
+    assert not aqlm_gpu.can_use_few_tokens(x.float(), codes, codebooks, scales, None)
     assert not aqlm_gpu.can_use_few_tokens(x.double(), codes, codebooks, scales, None)
     assert not aqlm_gpu.can_use_few_tokens(x[:0], codes, codebooks, scales, None)
     assert not aqlm_gpu.can_use_few_tokens(x, codes.int(), codebooks, scales, None)
     assert not aqlm_gpu.can_use_few_tokens(x, codes, codebooks[:, :200], scales, None)
     assert not aqlm_gpu.can_use_few_tokens(x, codes, codebooks, scales[:5], None)
     assert not aqlm_gpu.can_use_few_tokens(x, codes, codebooks, scales, torch.randn(3))
-    assert not aqlm_gpu.can_use_few_tokens(torch.randn(gpu.MAX_TOKENS + 1, 64), codes, codebooks, scales, None)
+    assert not aqlm_gpu.can_use_few_tokens(torch.randn(gpu.MAX_TOKENS + 1, 64).half(), codes, codebooks, scales, None)
     monkeypatch.setattr(gpu, "is_available", lambda: False)
     assert not aqlm_gpu.can_use_few_tokens(x, codes, codebooks, scales, None)

@@ -55,7 +55,7 @@ def test_a_product_errs_no_more_than_twice_what_the_dense_product_errs(nbits, dt
         for n_tokens in (1, 5) if out_features < 30 else (1, 17):
             x = torch.randn(n_tokens, in_features).to(dtype)
             if not hqq_gpu.can_use_few_tokens(x, *weight, bias, nbits=nbits, axis=1):
-                assert shape in RAGGED + SHAPES[:2]
+                assert shape in RAGGED + SHAPES[:2] or (n_tokens > 1 and dtype == torch.float32)
                 continue
             y = hqq_gpu.linear_few_tokens(x, *weight, bias, nbits=nbits)
             plain = rounded(F.linear(x.float(), rounded(dense, dtype).float(), bias), dtype)
