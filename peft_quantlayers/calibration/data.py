@@ -31,6 +31,7 @@ class Calibration:
         batch_size: windows that go through a block at a time.
         damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. More of it trusts
             the data less.
+        shrinkage: part by which what inputs have in common, the rest of the second moment, is made smaller; likewise.
         finetune_epochs: after a block is quantized, how often its scales, zeros, codebooks, biases and float32 norms
             are trained over the data to restore the block's original output; 0 for not at all.
         learning_rate: of that training, relative to the size of each tensor.
@@ -42,7 +43,8 @@ class Calibration:
     n_tokens: int = 16_384
     sequence_length: int = 512
     batch_size: int = 4
-    damping: float = 0.1
+    damping: float = 0.05
+    shrinkage: float = 0.3
     finetune_epochs: int = 0
     learning_rate: float = 1e-3
     resume_folder: str | Path | None = None
@@ -52,6 +54,8 @@ class Calibration:
         check_integer("sequence_length", self.sequence_length, at_least=1, at_most=2**24)
         check_integer("batch_size", self.batch_size, at_least=1, at_most=2**20)
         check_number("damping", self.damping, above=0.0, at_most=1e6)
+        if self.shrinkage != 0:
+            check_number("shrinkage", self.shrinkage, above=0.0, at_most=1.0)
         check_integer("finetune_epochs", self.finetune_epochs, at_least=0, at_most=10_000)
         check_number("learning_rate", self.learning_rate, above=0.0, at_most=1.0)
 

@@ -119,7 +119,9 @@ def _visit_in_order(
     start = len(prefix) + 1 if prefix else 0
     for stage in stages(parent, [name[start:] for name in names], calls):
         moment = second_moment(parent, stage[0], calls)
-        hessian = None if moment is None else damped(moment, calibration.damping)
+        hessian = (
+            None if moment is None else damped(moment, damping=calibration.damping, shrinkage=calibration.shrinkage)
+        )
         for inner in stage:
             name = f"{prefix}.{inner}" if prefix else inner
             if hessian is None:
@@ -176,10 +178,15 @@ def second_moment(parent: nn.Module, name: str, calls: list[Call]) -> Tensor | N
     return total.div_(n_tokens) if n_tokens and total.diagonal().sum() > 0 else None
 
 
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """``moment`` with ``damping`` times the mean of its diagonal added to the diagonal."""
-    result = moment.clone()
-    result.diagonal().add_(damping * moment.diagonal().mean())
+def damped(moment: Tensor, *, damping: float, shrinkage: float) -> Tensor:
+    """``moment`` as far as it is trusted.
+
+    What lies beside the diagonal shrinks by the part ``shrinkage``, and ``damping`` times the mean of the diagonal is
+    added to the diagonal.
+    """
+    diagonal = moment.diagonal()
+    result = moment * (1 - shrinkage)
+    result.diagonal().copy_(diagonal + damping * diagonal.mean())
     return result
 
 

@@ -87,7 +87,15 @@ def test_texts_without_a_tokenizer_say_where_to_give_one():
 
 
 @pytest.mark.parametrize(
-    "field", [{"n_tokens": 3}, {"damping": 0.0}, {"batch_size": 0}, {"finetune_epochs": -1}, {"learning_rate": 2.0}]
+    "field",
+    [
+        {"n_tokens": 3},
+        {"damping": 0.0},
+        {"shrinkage": 1.5},
+        {"batch_size": 0},
+        {"finetune_epochs": -1},
+        {"learning_rate": 2.0},
+    ],
 )
 def test_options_that_make_no_sense_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):

@@ -10,7 +10,7 @@ from peft_quantlayers.calibration import BlockWork, Visitor, walk
 from peft_quantlayers.layers.replace import linear_of, quantizable_modules
 
 IDS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))
-DATA = Calibration(data=IDS, n_tokens=160, sequence_length=40, batch_size=2, damping=1e-6)
+DATA = Calibration(data=IDS, n_tokens=160, sequence_length=40, batch_size=2, damping=1e-6, shrinkage=0.0)
 
 
 def inputs_by_layer(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def test_a_model_without_blocks_is_one_block():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     batches = [torch.randn(20, 16), torch.randn(30, 16)]
     recorder = Recorder()
-    walk(model, ["0", "2"], Calibration(data=batches, damping=1e-6), recorder, progress=False)
+    walk(model, ["0", "2"], Calibration(data=batches, damping=1e-6, shrinkage=0.0), recorder, progress=False)
     x = torch.cat(batches)
     torch.testing.assert_close(recorder.hessians["0"], x.t() @ x / 50, rtol=1e-4, atol=1e-5)
     hidden = model[1](model[0](x)).detach()
@@ -118,13 +118,13 @@ def test_a_layer_that_no_data_reaches_is_visited_without_a_hessian(caplog):
     assert "unused" in caplog.text
 
 
-def test_damping_is_added_to_the_diagonal():
-    model, data = nn.Sequential(nn.Linear(4, 4)), [torch.randn(50, 4)]
-    plain, more = Recorder(), Recorder()
-    walk(model, ["0"], Calibration(data=data, damping=1e-9), plain, progress=False)
-    walk(model, ["0"], Calibration(data=data, damping=0.5), more, progress=False)
-    added = more.hessians["0"] - plain.hessians["0"]
-    torch.testing.assert_close(added, 0.5 * plain.hessians["0"].diagonal().mean() * torch.eye(4))
+def test_damping_is_added_to_the_diagonal_and_the_rest_shrinks():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(50, 4)
+    recorder = Recorder()
+    walk(model, ["0"], Calibration(data=[x], damping=0.5, shrinkage=0.25), recorder, progress=False)
+    moment = x.t() @ x / 50
+    expected = 0.75 * moment + torch.diag(0.25 * moment.diagonal() + 0.5 * moment.diagonal().mean())
+    torch.testing.assert_close(recorder.hessians["0"], expected)
 
 
 def test_inputs_that_are_all_zero_are_no_data(caplog):
