@@ -240,6 +240,8 @@ def quantize() -> str:
 
 def aqlm_quantizer() -> str:
     """Seconds and held-out error of each layer, ours and the research code's; the large layer's time and memory."""
+    if not (ROOT / "benchmarks" / "results" / "aqlm_quantizer.json").exists():
+        return "Not measured yet: `python benchmarks/bench_aqlm_quantizer.py --research-code FOLDER`."
     measured = result("aqlm_quantizer")
     makers = list(dict.fromkeys(row["made_by"] for row in measured["rows"]))
     by_key = {(row["layer"], row["made_by"]): row for row in measured["rows"]}
