@@ -62,7 +62,9 @@ MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
 # A change of which less than this arrives has met the end of the range of codes: a new grid may hold more of it.
 MIN_KEPT_ON_GRID = 0.8
 MIN_KEPT_ANEW = 0.95
-# Where fewer bytes of codes than this part have moved, the change is far below a step, and nearest codes lose it.
+# With so few bits, metadata included, a change that moves fewer bytes of codes than this part is far below a step:
+# nearest codes would lose it.
+MAX_FEW_BITS = 5.0
 MIN_MOVED = 0.25
 
 
@@ -109,14 +111,20 @@ def requantize(plan: MergePlan) -> QuantizedWeight:
     """
     base = plan.base
     kept = on_grid(plan)
-    codes = base.spec.codes_name
-    if (kept.tensors[codes] != plan.weight.tensors[codes]).float().mean() < MIN_MOVED:
+    grid_part, grid_error = _kept_and_error(plan, kept)
+    if grid_part >= MIN_KEPT_ON_GRID and _is_far_below_a_step(plan, kept):
         return kept
     anew = base.method.quantize(plan.target, base.spec, name=base.layer_name)
-    (grid_part, grid_error), (anew_part, anew_error) = (_kept_and_error(plan, merged) for merged in (kept, anew))
+    anew_part, anew_error = _kept_and_error(plan, anew)
     if anew_part >= MIN_KEPT_ANEW and anew_error <= grid_error:
         return anew
     return anew if grid_part < MIN_KEPT_ON_GRID and anew_part > grid_part else kept
+
+
+def _is_far_below_a_step(plan: MergePlan, merged: QuantizedWeight) -> bool:
+    codes = plan.weight.spec.codes_name
+    moved = (merged.tensors[codes] != plan.weight.tensors[codes]).float().mean()
+    return plan.weight.bits_per_weight <= MAX_FEW_BITS and bool(moved < MIN_MOVED)
 
 
 def append(plan: MergePlan) -> QuantizedWeight:

@@ -112,8 +112,8 @@ def test_only_the_named_adapters_are_merged():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strategy": "calibrated"}, "needs it"),
-        ({"strategy": "requantize", "calibration": IDS}, "no other strategy"),
+        ({"strategy": "calibrated"}, "needs calibration="),
+        ({"strategy": "requantize", "calibration": IDS}, "takes no calibration data"),
         ({"strategy": "calibrated", "calibration": IDS.flatten()[:50]}, "50 tokens"),
         ({"strategy": "calibrated", "calibration": []}, "empty"),
     ],
