@@ -101,13 +101,29 @@ def merge() -> str:
                 strategy,
                 f"{captured:.3f}",
                 *(f"{loss:.3f}" for loss in means),
+                " / ".join(
+                    f"{statistics.mean(row[which] for row in found):.0%}"
+                    for which in ("score_adapter", "score_merged")
+                    if all(row[which] is not None for row in found)
+                ),
             ]
         )
     options, seeds = measured["training"], sorted({row["seed"] for row in measured["rows"]})
-    head = ["", "seeds", "training", "merge", "capture", "loss: base", "with adapter", "merged"]
+    head = [
+        "",
+        "seeds",
+        "training",
+        "merge",
+        "capture",
+        "loss: base",
+        "with adapter",
+        "merged",
+        "score: adapter / merged",
+    ]
     return (
         table(head, rows)
-        + f"\n\nrank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
+        + "\n\nThe losses of orders count the prompts too, which are not trained on; the score counts answers. "
+        + f"Rank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
         + f"seeds {', '.join(map(str, seeds))}; {options['held_out_tokens']} held-out tokens. "
         + device_line(measured["device"], "python benchmarks/bench_merge.py")
     )
