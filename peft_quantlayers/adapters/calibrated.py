@@ -39,6 +39,8 @@ def merge_calibrated(
                 f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize" or '
                 '"keep". The model is left as it was.'
             )
+        if append:
+            extended_spec(spec, name=name)
     visitor = _MergeVisitor(layers, names, calibration, append)
     walk(peft_model, list(layers), calibration, visitor, progress=progress)
 
@@ -57,7 +59,9 @@ class _MergeVisitor(Visitor):
         def rule(plan: MergePlan) -> QuantizedWeight:
             if hessian is None:
                 return append(plan) if self.append else requantize(plan)
-            spec = extended_spec(plan) if self.append else plan.weight.spec
+            spec = plan.weight.spec
+            if self.append:
+                spec = extended_spec(spec, name=name)
             merged = for_outputs(plan, spec, hessian)
             kept.append(output_kept(plan, merged, hessian))
             return merged

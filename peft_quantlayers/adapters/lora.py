@@ -350,7 +350,8 @@ class LoraQuantizedLinear(LoraLinear):
         change = None
         if any(self._is_qalora(name) for name in names):
             change = self._group_change(names, base.method.shift_group_size(base.spec, in_features=base.in_features))
-        is_aware = bool(names) and all(name in self.aware_adapters for name in names)
+        trained_aware = tuple(name for name in names if name in self.aware_adapters)
+        prints = {self.aware_adapters.get(name) for name in names}
         factor = next(iter(self.lora_A.parameters()))
         return MergePlan(
             adapter_dtype=factor.dtype,
@@ -364,7 +365,8 @@ class LoraQuantizedLinear(LoraLinear):
             left=left,
             right=right,
             group_change=change,
-            is_aware=is_aware and {self.aware_adapters[name] for name in names} == {fingerprint(weight)},
+            is_aware=bool(trained_aware) and prints == {fingerprint(weight)},
+            trained_aware=trained_aware,
         )
 
 
@@ -386,6 +388,7 @@ def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeR
     return layer_report(
         plan.base.layer_name,
         list(plan.adapters),
+        method=plan.weight.spec.method,
         before=plan.before,
         target=plan.target,
         merged=after,

@@ -24,6 +24,7 @@ class LayerMergeReport:
     Fields:
         name: module name of the base layer.
         adapters: adapters whose change is in the merged weight.
+        method: that the layer is quantized with.
         n_weights: of the layer.
         bits_before, bits_after: stored bits per weight.
         weight_norm, change_norm, error_norm: Frobenius norms of the float target ``W + change``, of the change,
@@ -36,6 +37,7 @@ class LayerMergeReport:
 
     name: str
     adapters: tuple[str, ...]
+    method: str
     n_weights: int
     bits_before: float
     bits_after: float
@@ -116,17 +118,16 @@ class MergeReport:
         if kept >= LOW_CAPTURE:
             return None
         said = f"{kept:.2f} of the adapter's {what}."
-        others = [
-            'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
-            "train with QA-LoRA (HQQ, axis=1), which merges exactly",
-            'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
-        ]
+        methods = {layer.method for layer in self.layers}
+        others = ['strategy="keep", which saves the adapter as a low-rank branch and loses nothing']
+        if "aqlm" in methods and self.strategy != "append":
+            others.insert(0, 'strategy="append", which takes a bit per weight more')
+        if self.strategy not in ("exact", "aware"):
+            if "hqq" in methods:
+                others.insert(0, "train with QA-LoRA (axis=1), which merges exactly")
+            others.insert(0, 'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"')
         if self.strategy in ("auto", "requantize"):
             others.insert(0, 'strategy="calibrated" with some text')
-        if self.strategy != "append":
-            others.append('strategy="append" (AQLM), which takes a bit per weight more')
-        if self.strategy in ("exact", "aware"):
-            others = others[2:]
         return f"{said} Instead: " + "; or ".join(others) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +185,7 @@ def layer_report(
     name: str,
     adapters: list[str],
     *,
+    method: str,
     before: Tensor,
     target: Tensor,
     merged: Tensor,
@@ -193,6 +195,7 @@ def layer_report(
     return LayerMergeReport(
         name=name,
         adapters=tuple(adapters),
+        method=method,
         n_weights=target.numel(),
         bits_before=bits[0],
         bits_after=bits[1],

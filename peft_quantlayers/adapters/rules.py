@@ -6,8 +6,10 @@ nothing itself. Applying the result, and taking it back, is the LoRA layer's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch, QuantizedLinear
 from ..layers.replace import dense_in_place_of
 from .report import change_coefficient
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class MergePlan:
         adapter_dtype: of the adapters' parameters.
         caches: PEFT's caches as its own merge leaves them.
         is_aware: all adapters were trained through the rounding of just this ``weight``.
+        trained_aware: the adapters that were trained through a rounding, of this weight or another.
     """
 
     base: QuantizedLinear
@@ -49,6 +54,7 @@ class MergePlan:
     adapter_dtype: torch.dtype
     caches: dict
     is_aware: bool
+    trained_aware: tuple[str, ...]
 
     def change_rows(self, rows: slice) -> Tensor:
         """Rows of the change, (n, in_features), float32; the same bits that merge-aware training computes."""
@@ -135,17 +141,18 @@ def append(plan: MergePlan) -> QuantizedWeight:
     """
     if not (plan.target - plan.before).any():
         return plan.weight
-    return plan.base.method.quantize(plan.target, extended_spec(plan), name=plan.base.layer_name, start=plan.weight)
+    spec = extended_spec(plan.weight.spec, name=plan.base.layer_name)
+    return plan.base.method.quantize(plan.target, spec, name=plan.base.layer_name, start=plan.weight)
 
 
-def extended_spec(plan: MergePlan) -> QuantSpec:
-    """The spec of ``plan.weight`` with room for the change; NotImplementedError with the way out."""
+def extended_spec(spec: QuantSpec, *, name: str) -> QuantSpec:
+    """``spec`` with room for a change to the weight of layer ``name``; NotImplementedError with the way out."""
     try:
-        return plan.weight.spec.extended()
+        return spec.extended()
     except NotImplementedError as error:
         raise NotImplementedError(
-            f'{plan.base.layer_name}: {error} strategy="append" is for AQLM. Use "calibrated" or "requantize", or '
-            '"keep", which holds the change exactly.'
+            f'{name}: {error} strategy="append" is for AQLM. Use "calibrated" or "requantize", or "keep", which holds '
+            "the change exactly."
         ) from None
 
 
@@ -182,7 +189,18 @@ def automatic(plan: MergePlan) -> QuantizedWeight:
     """:func:`exact` or :func:`aware` for adapters made for it, :func:`requantize` for any other."""
     if plan.is_aware:
         return aware(plan)
+    if plan.trained_aware:
+        _warn_of_other_rounding(plan.trained_aware)
     return requantize(plan) if plan.group_change is None else exact(plan)
+
+
+@cache
+def _warn_of_other_rounding(adapters: tuple[str, ...]) -> None:
+    logger.warning(
+        "adapters %s were trained merge-aware, but not all that is merged was, or not on the weights that are there: "
+        "they are merged like any other. strategy='aware' refuses this instead.",
+        list(adapters),
+    )
 
 
 def _kept_and_error(plan: MergePlan, merged: QuantizedWeight) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
 
 # Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
-ROUNDING_VERSION = 1
+ROUNDING_VERSION = 2
 
 
 @dataclass

@@ -76,12 +76,14 @@ class Calibration:
         data = self.data
         if isinstance(data, Tensor) and data.is_floating_point():
             data = [data]
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         if _is_list_of_tensors(data) and data[0].is_floating_point():
+            if vocabulary is not None:
+                raise TypeError(f"a language model's calibration data are token ids, integers; got {data[0].dtype}.")
             if not all(torch.isfinite(batch).all() for batch in data):
                 raise ValueError("the calibration data holds NaN or Inf.")
             return list(data)
         windows = self._windows(token_sequences(data, self.tokenizer, model))
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         low, high = int(windows.min()), int(windows.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             raise ValueError(
@@ -129,6 +131,8 @@ def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[
     if isinstance(data, Tensor):
         if not data.numel():
             raise ValueError("the calibration data is empty.")
+        if not data.dim():
+            raise ValueError("the calibration data is a single number; give token ids, (n_tokens,) or (n, n_tokens).")
         return [row.long().cpu() for row in _as_ids(data).reshape(-1, data.shape[-1])]
     if not isinstance(data, Sequence) and not isinstance(data, Iterable):
         raise TypeError(

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers.adapters import rules
 from peft_quantlayers.adapters.lora import RULES
 
 from .test_lora import Two, assert_same_bits, bits_of, quantized_two, with_adapter
@@ -201,6 +202,8 @@ def test_the_report_recommends_what_keeps_more_where_little_is_kept():
     assert report.capture.capture < 0.9
     assert "enable_merge_aware" in report.recommendation
     assert report.recommendation in str(report)
+    assert "QA-LoRA" in report.recommendation  # and nothing that is for AQLM alone
+    assert "append" not in report.recommendation
     _, lossless = pql.merge_back(tiny_peft_model(), strategy="keep", evaluate_on=token_ids().flatten())
     assert lossless.recommendation is None
     assert lossless.capture.capture == pytest.approx(1.0, abs=1e-4)
@@ -234,10 +237,23 @@ def test_an_appended_codebook_holds_more_of_the_change_in_the_published_format(w
         torch.testing.assert_close(loaded(token_ids()).logits, model(token_ids()).logits)
 
 
+def test_aware_adapters_that_merge_like_any_other_are_named(caplog):
+    model = tiny_peft_model()
+    pql.enable_merge_aware(model)
+    model.add_adapter("plain", LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "plain"])
+    rules._warn_of_other_rounding.cache_clear()
+    with caplog.at_level("WARNING"):
+        pql.merge_back(model)
+    assert [record.message.count("['default'] were trained merge-aware") for record in caplog.records] == [1]
+
+
 def test_appending_to_hqq_and_strategies_with_the_wrong_data_are_refused():
     model = model_for("requantize")
     with pytest.raises(NotImplementedError, match=r"first.*AQLM.*keep"):
         pql.merge_back(model, strategy="append")
+    with pytest.raises(NotImplementedError, match=r"first.*AQLM.*keep"):  # before the data is even looked at
+        pql.merge_back(model, strategy="append", calibration="no data")
     with pytest.raises(ValueError, match="append"):
         pql.merge_back(model, strategy="requantize", calibration=torch.arange(100))
 

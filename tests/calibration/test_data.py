@@ -66,16 +66,25 @@ def test_less_data_than_asked_for_is_used_and_said(caplog):
         (torch.arange(300), "vocabulary has 128"),
         (torch.full((300,), -1), "from -1"),
         (datasets.Dataset.from_dict({"question": ["a"]}), "'question'.*rename_column"),
-        ([torch.full((2, 3), torch.nan)], "NaN"),
+        (torch.tensor(7), "single number"),
     ],
-    ids=["empty", "few ids", "short text", "vocabulary", "negative", "columns", "nan"],
+    ids=["empty", "few ids", "short text", "vocabulary", "negative", "columns", "number"],
 )
 def test_data_that_cannot_be_used_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
         Calibration(data=data, tokenizer=letters).batches(MODEL)
 
 
-@pytest.mark.parametrize("data", [7, object(), [1.5, 2.5], [object()], torch.ones(300, dtype=torch.bool)], ids=repr)
+def test_inputs_of_a_model_without_a_vocabulary_must_be_finite():
+    with pytest.raises(ValueError, match="NaN"):
+        Calibration(data=[torch.full((2, 3), torch.nan)]).batches(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [7, object(), [1.5, 2.5], [object()], torch.ones(300, dtype=torch.bool), torch.ones(300)],
+    ids=["number", "object", "floats", "objects", "bool", "float ids"],
+)
 def test_data_of_another_kind_is_a_type_error(data):
     with pytest.raises(TypeError, match="token ids"):
         Calibration(data=data).batches(MODEL)

@@ -6,7 +6,7 @@ from conftest import COMPILED
 
 from quantlayers_kernels.aqlm import update
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
-from quantlayers_kernels.aqlm.update import updated_codes
+from quantlayers_kernels.aqlm.update import nearest_entries, updated_codes
 
 # num_codebooks, bits, (out_group, in_group)
 SCHEMES = {"2x8": (2, 8, (1, 8)), "1x12": (1, 12, (1, 8)), "3x4 g2x4": (3, 4, (2, 4)), "2x1 g5": (2, 1, (1, 5))}
@@ -53,6 +53,33 @@ def test_a_change_arrives_on_average_and_none_moves_no_code(is_compiled, monkeyp
     assert (arrived * change).sum() / change.square().sum() == pytest.approx(1.0, abs=0.05)
     assert ((moved != codes).sum(-1) <= 1).all()
     assert torch.equal(updated_codes(*weight, lambda rows: torch.zeros_like(change[rows])), codes)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_change_longer_than_the_steps_arrives(is_compiled, monkeypatch):
+    """The last of many codebooks holds short steps: they cost little for what they bring, but bring too little."""
+    if not is_compiled:
+        monkeypatch.setattr(update, "can_dequantize", lambda *tensors: False)
+    codes, _, scales = weight_of("2x8", n_out=512, n_in=64)
+    codebooks = torch.randn(2, 256, 1, 8) * torch.tensor([1.0, 0.05])[:, None, None, None]
+    change = low_rank((codes, codebooks, scales), 0.05)
+    moved = updated_codes(codes, codebooks, scales, lambda rows: change[rows])
+    arrived = dequantize_aqlm_reference(moved, codebooks, scales) - dequantize_aqlm_reference(codes, codebooks, scales)
+    assert (arrived * change).sum() / change.square().sum() == pytest.approx(1.0, abs=0.05)
+
+
+def test_large_codebooks_are_searched_cell_by_cell(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    codebooks = torch.randn(1, 2**13, 1, 4, generator=generator)
+    codebooks[:, ::2] *= 0.1  # cells of very different size
+    found = nearest_entries(codebooks)[0].long()
+    distances = (codebooks[0, :, 0][found] - codebooks[0]).square().sum(2)
+    monkeypatch.setattr(update, "MAX_WHOLE_SEARCH", 2**13)
+    nearest = nearest_entries(codebooks)[0].long()
+    least = (codebooks[0, :, 0][nearest] - codebooks[0]).square().sum(2)
+    assert all(len(set(row)) == update.NEIGHBOURS for row in found.tolist())
+    assert (distances[:, 0] == 0).all()  # itself
+    assert (distances.sum(1) / least.sum(1)).mean() < 1.2
 
 
 def test_rows_are_moved_alike_in_one_tile_and_in_many(monkeypatch):

@@ -2,11 +2,12 @@
 
 An adapter's change is far smaller than the distance between codebook entries, so that coding anew changes nothing.
 Here each group may take another entry from one codebook, and does so with a probability that makes the change right
-on average: the entry whose step ``v`` is shortest for what it brings along the change ``t``, with probability
-``|t|**2 / <t, v>``. Which groups move is fixed by a hash of their position. Only the nearest entries are tried.
+on average: ``|t|**2 / <t, v>`` for the change ``t`` and the entry's step ``v``. Of the steps that reach as far as the
+change, it is the shortest for what it brings along ``t``; where none does, it is the one that reaches farthest. Which
+groups move is fixed by a hash of their position. Only the nearest entries are tried.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from .reference import wrapped_codes
 
 # Entries nearest to the one that a group has; the step that is taken is a short one. A multiple of the widest vector.
 NEIGHBOURS = 32
+# A codebook of more entries is searched cell by cell, the CANDIDATES in the cells around each entry's own.
+MAX_WHOLE_SEARCH = 4096
+CANDIDATES = 4096
+CELL_SIZE = 256
 # Numbers in a buffer of distances, or of steps: 64 MiB of float32.
 MAX_BUFFER = 1 << 24
 
@@ -34,7 +39,8 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
     """
     num_codebooks, size, out_group, in_group = codebooks.shape
     n_out, n_in, _ = codes.shape
-    steps, per_energy, entries = _steps(codebooks.float().flatten(2))
+    entries = nearest_entries(codebooks)
+    steps, per_energy = _steps(codebooks.float().flatten(2), entries)
     moved = codes.contiguous().clone()
     noise = white_noise(n_out * n_in, codes.device)
     is_compiled = can_dequantize(codes, codebooks, scales)
@@ -58,29 +64,62 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
     return moved
 
 
-def _steps(codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From each entry to its nearest ones, for ``codebooks`` (num_codebooks, size, d), float32.
+def nearest_entries(codebooks: Tensor) -> Tensor:
+    """The entries nearest to each one, itself among them, (num_codebooks, size, NEIGHBOURS), int32.
+
+    Of ``codebooks`` (num_codebooks, size, og, ig) with fewer entries, an entry itself fills the rest. Of large ones,
+    most of the nearest are found, and all that are found are near.
+    """
+    num_codebooks, size = codebooks.shape[:2]
+    n = min(NEIGHBOURS, size)
+    itself = torch.arange(size, dtype=torch.int32, device=codebooks.device)
+    nearest = itself[:, None].expand(num_codebooks, size, NEIGHBOURS).clone()
+    for m, codebook in enumerate(codebooks.float().flatten(2)):
+        for entries, candidates in _searches(codebook):
+            order = torch.cdist(codebook[entries], codebook[candidates]).topk(n, largest=False).indices
+            nearest[m, entries, :n] = candidates[order].int()
+    return nearest
+
+
+def _searches(codebook: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries and those among which their neighbours are searched, for ``codebook`` (size, d)."""
+    size, device = len(codebook), codebook.device
+    if size <= MAX_WHOLE_SEARCH:
+        everything = torch.arange(size, device=device)
+        for entries in everything.split(max(1, MAX_BUFFER // size)):
+            yield entries, everything
+        return
+    centres = codebook[::CELL_SIZE].clone()
+    for _ in range(3):
+        cell = torch.cat([torch.cdist(part, centres).argmin(1) for part in codebook.split(MAX_BUFFER // len(centres))])
+        counts = torch.bincount(cell, minlength=len(centres))
+        sums = torch.zeros_like(centres).index_add_(0, cell, codebook)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    members = torch.argsort(cell, stable=True).split(counts.tolist())
+    around = torch.cdist(centres, centres).argsort(1)
+    reach = (counts[around].cumsum(1) < CANDIDATES).sum(1) + 1
+    for entries, cells, n_cells in zip(members, around.tolist(), reach.tolist(), strict=True):
+        candidates = torch.cat([members[other] for other in cells[:n_cells]])
+        for part in entries.split(max(1, MAX_BUFFER // len(candidates))):
+            yield part, candidates
+
+
+def _steps(codebooks: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """The steps from each entry of ``codebooks`` (num_codebooks, size, d), float32, to its neighbours ``entries``.
 
     Returns:
-        The steps (num_codebooks, size, d, n); ``1 / |step|**2``, 0 where there is no step, (num_codebooks, size, n);
-        and the entries, (num_codebooks, size, n), int32.
+        The steps (num_codebooks, size, d, n); and ``1 / |step|**2``, 0 if there is no step, (num_codebooks, size, n).
     """
     num_codebooks, size, d = codebooks.shape
-    n = min(NEIGHBOURS, size)
-    steps = codebooks.new_zeros(num_codebooks, size, d, NEIGHBOURS)
-    per_energy = codebooks.new_zeros(num_codebooks, size, NEIGHBOURS)
-    entries = torch.zeros(num_codebooks, size, NEIGHBOURS, dtype=torch.int32, device=codebooks.device)
-    at_a_time = max(1, MAX_BUFFER // max(size, d * NEIGHBOURS))
+    steps = codebooks.new_empty(num_codebooks, size, d, entries.shape[2])
+    per_energy = codebooks.new_empty(num_codebooks, size, entries.shape[2])
     for m, codebook in enumerate(codebooks):
-        for start in range(0, size, at_a_time):
-            part = slice(start, start + at_a_time)
-            nearest = torch.cdist(codebook[part], codebook).topk(n, largest=False).indices
-            step = codebook[nearest] - codebook[part, None]
+        for part in torch.arange(size, device=codebooks.device).split(max(1, MAX_BUFFER // (d * NEIGHBOURS))):
+            step = codebook[entries[m, part].long()] - codebook[part, None]
             energy = step.square().sum(2)
-            steps[m, part, :, :n] = step.transpose(1, 2)
-            per_energy[m, part, :n] = torch.where(energy > 0, 1 / energy.clamp(min=1e-30), 0.0)
-            entries[m, part, :n] = nearest.int()
-    return steps, per_energy, entries
+            steps[m, part] = step.transpose(1, 2)
+            per_energy[m, part] = torch.where(energy > 0, 1 / energy.clamp(min=1e-30), 0.0)
+    return steps, per_energy
 
 
 def _move(codes: Tensor, change: Tensor, steps: Tensor, per_energy: Tensor, entries: Tensor, noise: Tensor) -> None:
@@ -93,11 +132,15 @@ def _move(codes: Tensor, change: Tensor, steps: Tensor, per_energy: Tensor, entr
         chosen = codes[part].long() % size
         along = torch.stack([(t[:, None] @ steps[m][chosen[:, m]])[:, 0] for m in range(num_codebooks)], dim=1)
         gain = along * torch.stack([per_energy[m][chosen[:, m]] for m in range(num_codebooks)], dim=1)
-        best, where = gain.flatten(1).max(1)
+        energy = t.square().sum(1)
+        reaches = along >= energy[:, None, None]
+        # A step that does not reach as far is worth less than any that does, and the more the farther it reaches.
+        worth = torch.where(reaches, gain, along - energy[:, None, None])
+        where = worth.flatten(1).argmax(1)
         m, k = where // NEIGHBOURS, where % NEIGHBOURS
         row = torch.arange(len(t), device=t.device)
-        probability = t.square().sum(1) / along[row, m, k].clamp(min=1e-30)
-        is_moved = (best > 0) & (noise[part] < probability)
+        best = along[row, m, k]
+        is_moved = (energy > 0) & (best > 0) & (noise[part] < energy / best.clamp(min=1e-30))
         row, m, k = row[is_moved], m[is_moved], k[is_moved]
         entry = entries[m, chosen[row, m], k]
         codes[part][row, m] = wrapped_codes(entry, size, codes.dtype)

@@ -25,7 +25,7 @@ INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) 
         energy += t[j] * t[j];
     if (energy == 0)
         return;
-    floats best = {0}, best_along = {0};
+    floats best = (floats){0} - energy, best_along = {0}; /* the worth of no step */
     ints best_step = {0}; /* codebook * neighbours + the lane's first neighbour of it */
     for (int64_t m = 0; m < u->num_codebooks; m++) {
         const int64_t entry = m * u->size + read_code(u, group * u->num_codebooks + m);
@@ -34,9 +34,11 @@ INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) 
             floats along = {0};
             for (int64_t j = 0; j < d; j++)
                 along += load(steps + j * u->neighbours + k) * t[j];
-            const floats gain = along * load(per_energy + k);
-            const ints is_better = (ints)(gain > best);
-            best = (floats)choose(is_better, (ints)gain, (ints)best);
+            /* A step that does not reach as far as t is worth less than any that does, and the more the farther. */
+            const floats gain = along * load(per_energy + k), lack = along - energy;
+            const floats worth = (floats)choose((ints)(lack >= 0), (ints)gain, (ints)lack);
+            const ints is_better = (ints)(worth > best);
+            best = (floats)choose(is_better, (ints)worth, (ints)best);
             best_along = (floats)choose(is_better, (ints)along, (ints)best_along);
             best_step = choose(is_better, (ints){0} + (int32_t)(m * u->neighbours + k), best_step);
         }
@@ -45,7 +47,7 @@ INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) 
     for (int other = 1; other < LANES; other++)
         if (best[other] > best[lane])
             lane = other;
-    if (best[lane] > 0 && u->noise[group] < energy / best_along[lane]) {
+    if (best_along[lane] > 0 && u->noise[group] < energy / best_along[lane]) {
         const int64_t m = best_step[lane] / u->neighbours, k = best_step[lane] % u->neighbours + lane;
         const int64_t code = group * u->num_codebooks + m;
         write_code(u, code, u->entries[(m * u->size + read_code(u, code)) * u->neighbours + k]);
