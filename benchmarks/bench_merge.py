@@ -60,7 +60,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One merge. Losses are per held-out token, nats; scores are shares of held-out orders without a mistake."""
+    """One merge. Losses are per held-out token, of orders per token of an answer, nats; scores are shares of held-out
+    orders without a mistake."""
 
     setting: str
     task: str
@@ -100,9 +101,12 @@ class TextTask:
     def score(self, model: nn.Module) -> float | None:
         return None
 
+    def losses(self, model: nn.Module, merged: nn.Module, kept: Capture) -> tuple[float, float, float]:
+        return kept.loss_base, kept.loss_adapter, kept.loss_merged
+
 
 class OrdersTask:
-    """The demo's task; the held-out tokens are prompts and answers of orders that were not trained on."""
+    """The demo's task; capture is measured on prompts and answers of orders that were not trained on."""
 
     name = "orders"
 
@@ -122,6 +126,12 @@ class OrdersTask:
 
     def score(self, model: nn.Module) -> float | None:
         return orders_task.exact_match(model, self.tokenizer, self.test)
+
+    def losses(self, model: nn.Module, merged: nn.Module, kept: Capture) -> tuple[float, float, float]:
+        with model.disable_adapter():
+            base = orders_task.answer_loss(model, self.tokenizer, self.test)
+        adapter, after = (orders_task.answer_loss(each, self.tokenizer, self.test) for each in (model, merged))
+        return base, adapter, after
 
 
 TASKS: dict[str, Callable[..., Any]] = {"text": TextTask, "orders": OrdersTask}
@@ -222,6 +232,7 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
             merged, kept, seconds = (
                 merge_by_hqq(model, config, task) if strategy == "peft+hqq" else merge(model, strategy, task)
             )
+            loss_base, loss_adapter, loss_merged = task.losses(model, merged, kept)
             yield Row(
                 setting=setting,
                 task=task.name,
@@ -231,9 +242,9 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
                 trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 adapter_mb=adapter_mb(model),
                 capture=kept.capture,
-                loss_base=kept.loss_base,
-                loss_adapter=kept.loss_adapter,
-                loss_merged=kept.loss_merged,
+                loss_base=loss_base,
+                loss_adapter=loss_adapter,
+                loss_merged=loss_merged,
                 score_adapter=score,
                 score_merged=task.score(merged),
                 seconds_to_merge=seconds,

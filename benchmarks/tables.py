@@ -92,14 +92,15 @@ def merge() -> str:
     rows = []
     for (setting, task, training, strategy), found in groups.items():
         means = [statistics.mean(row[f"loss_{which}"] for row in found) for which in ("base", "adapter", "merged")]
-        captured = statistics.mean(row["capture"] for row in found)
+        captured = [row["capture"] for row in found]
+        spread = f" ({min(captured):.3f} to {max(captured):.3f})" if len(found) > 1 else ""
         rows.append(
             [
                 f"{setting}, {task}",
                 str(len(found)),
                 training,
                 strategy,
-                f"{captured:.3f}",
+                f"{statistics.mean(captured):.3f}{spread}",
                 *(f"{loss:.3f}" for loss in means),
                 " / ".join(
                     f"{statistics.mean(row[which] for row in found):.0%}"
@@ -122,7 +123,8 @@ def merge() -> str:
     ]
     return (
         table(head, rows)
-        + "\n\nThe losses of orders count the prompts too, which are not trained on; the score counts answers. "
+        + "\n\nLosses are those of a token, of orders of a token of an answer; capture is measured on all held-out "
+        + "tokens, of orders on prompts too; the score counts answers without a mistake. "
         + f"Rank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
         + f"seeds {', '.join(map(str, seeds))}; {options['held_out_tokens']} held-out tokens. "
         + device_line(measured["device"], "python benchmarks/bench_merge.py")

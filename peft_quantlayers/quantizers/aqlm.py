@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Choices that are followed where trying all is too slow.
 NARROW_BEAM = 8
+# Of the scales, in their norm: more than this is lost only where their dtype holds no numbers so small.
+MAX_SCALE_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,8 @@ def _stored(found: Additive, spec: AQLMSpec, layout: dict[str, TensorLayout], *,
     codes, size = found.codes, found.codebooks.shape[1]
     codebooks = found.codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
     scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)
-    if not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
+    is_lost = (scales.float().flatten() - found.scales).norm() > MAX_SCALE_ERROR * found.scales.norm()
+    if is_lost or not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
         raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
     return QuantizedWeight(
         spec=spec,
