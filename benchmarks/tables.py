@@ -289,8 +289,8 @@ def aqlm_quantizer() -> str:
     return "\n".join(lines)
 
 
-def demo() -> str:
-    measured = result("demo")
+def demo(name: str = "demo", command: str = "make demo") -> str:
+    measured = result(name)
     rows = [
         [
             stage["name"],
@@ -309,7 +309,7 @@ def demo() -> str:
             table(["stage", "MB", "perplexity", "task score", "task loss", "seconds"], rows),
             "",
             f"{training['seconds_per_step']:.2f} s a training step; {measured['seconds']:.0f} s and "
-            f"{measured['peak_memory_gib']:.1f} GiB in all. `make demo` on {machine['device']} "
+            f"{measured['peak_memory_gib']:.1f} GiB in all. `{command}` on {machine['device']} "
             f"({machine['torch_threads']} threads); torch {machine['torch']}.",
         ]
     )
@@ -349,6 +349,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "quantize": quantize,
         "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,
+        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features},
 }
