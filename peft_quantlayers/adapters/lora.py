@@ -106,8 +106,9 @@ class LoraQuantizedLinear(LoraLinear):
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
                 f'{base.layer_name}: init_lora_weights="loftq" fits the adapter to what quantizing lost, and this '
-                "layer no longer has its float weight: the residual, and with it both matrices, would be zero and "
-                'never train. Use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
+                "layer no longer has its float weight. Leave it at True, and call "
+                "peft_quantlayers.initialize_loftq(peft_model, float_model) before training. Without the float model "
+                'use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
         stamp = stamp_of(config)
         if stamp is not None:

@@ -356,7 +356,7 @@ def test_lora_ga_asks_for_gradients_of_a_weight_that_has_none_and_is_refused(met
     ("fields", "way_out"),
     [
         ({"use_qalora": True}, "plain LoRA|Set qalora_group_size"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "pissa"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "initialize_loftq"),
         ({"use_dora": True, "velora_config": VeloraConfig(num_groups=4)}, "unsupported variant combination"),
     ],
     ids=["qalora", "loftq", "two variants"],
