@@ -308,6 +308,7 @@ def test_unregister_restores_pefts_own_dispatch_and_register_is_idempotent():
     pql.unregister()
     try:
         assert peft.tuners.lora.LoraModel._create_new_module.__module__ == "peft.tuners.lora.model"
+        assert peft.tuners.lora.loraga.estimate_gradients.__module__ == "peft.tuners.lora.loraga"
         assert type(with_adapter(quantized_two()).base_model.model.first) is peft.tuners.lora.Linear
     finally:
         pql.register()

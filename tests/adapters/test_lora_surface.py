@@ -31,7 +31,7 @@ from adapters.surfaces import (
     lora_layers,
     quantized,
 )
-from peft_quantlayers import LoraQuantizedLinear
+from peft_quantlayers import LoraQuantizedLinear, QuantizedLinear
 
 METHODS = sorted(CONFIGS)
 BOTH = ["first", "second"]
@@ -345,11 +345,71 @@ def test_a_quantized_layer_in_modules_to_save_is_refused_by_name(method):
         get_peft_model(quantized(method), LoraConfig(target_modules=["first"], modules_to_save=["second"]))
 
 
-def test_lora_ga_asks_for_gradients_of_a_weight_that_has_none_and_is_refused(method, x):
-    config = LoraConfig(r=4, target_modules=BOTH, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+def lora_ga(targets: list[str], **fields) -> LoraConfig:
+    settings = LoraGAConfig(**fields)
+    return LoraConfig(r=4, target_modules=targets, init_lora_weights="lora_ga", lora_ga_config=settings)
+
+
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale"])
+def test_lora_ga_starts_from_the_gradients_of_the_dense_weights(method, direction, scale):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))  # so that the gradients have full rank
+
+    def make() -> LoraConfig:
+        return lora_ga(BOTH, direction=direction, scale=scale)
+
+    models = [quantized(method).eval(), dense_twin(method).eval()]
+    for model in models:
+
+        def train_step(model=model) -> None:
+            for batch in (x, 2 * x):
+                model(batch).square().sum().backward()
+
+        preprocess_loraga(model, make(), train_step)
+        assert not model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trained[0] == {"first.bias", "second.bias"} == trained[1] - {"first.weight", "second.weight"}
+    for name in BOTH:
+        found, expected = (model.get_submodule(name)._peft_loraga_grad for model in models)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    ours, reference = (adapted(model, make) for model in models)
+    assert_same_adapters(ours, reference)
+    assert_requantized(ours, reference)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_ga_sees_the_gradients_of_a_checkpointed_model_with_dense_layers_too(method, family, tmp_path):
+    targets = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "mlp.c_proj"]}[family]
+    models = [quantized(method, family), dense_twin(method, family)]
+    for number, model in enumerate(models):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def train_step(model=model) -> None:
+            torch.manual_seed(9)  # of dropout
+            model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+
+        preprocess_loraga(model, lora_ga(targets), train_step, cache_file=str(tmp_path / str(number)))
+    compared = 0
+    for name, layer in models[1].named_modules():
+        expected = getattr(layer, "_peft_loraga_grad", None)
+        if expected is not None:
+            found = models[0].get_submodule(name)
+            is_turned = isinstance(found, QuantizedLinear) and found.is_conv1d
+            found = found._peft_loraga_grad.t() if is_turned else found._peft_loraga_grad
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+            compared += 1
+    assert compared == {"llama": 5, "gpt2": 4}[family]
+    cached = quantized(method, family)
+    preprocess_loraga(cached, lora_ga(targets), lambda: None, cache_file=str(tmp_path / "0"))
+    adapted(cached, lambda: lora_ga(targets))
+
+
+def test_lora_ga_names_layers_that_no_gradient_reached(method, x, caplog):
     model = quantized(method)
-    with pytest.raises(NotImplementedError, match=r"first: a quantized weight takes no gradient"):
-        preprocess_loraga(model, config, lambda: model(x).sum().backward())
+    preprocess_loraga(model, lora_ga(BOTH), lambda: model.second(torch.relu(model.first(x)).detach()).sum().backward())
+    assert "no gradient reached 1 of 2 layers, for example first" in caplog.text
+    adapted(model, lambda: lora_ga(BOTH))
 
 
 @pytest.mark.parametrize(
