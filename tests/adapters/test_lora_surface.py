@@ -21,6 +21,7 @@ from peft.tuners.lora import (
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from adapters.surfaces import (
     CONFIGS,
@@ -244,6 +245,16 @@ def test_arrow_routes_between_experts_as_on_the_dense_model(method, tmp_path):
     assert not torch.allclose(outputs[0].logits, quantized(method, "llama")(ids).logits, atol=1e-2)
 
 
+def test_arrow_without_its_experts_is_refused(method):
+    with pytest.raises(ValueError, match=r"first: .*there are no experts\. Use .*create_arrow_model"):
+        get_peft_model(quantized(method), LoraConfig(r=2, target_modules=BOTH, arrow_config=ArrowConfig()))
+    model = adapted(quantized(method), lambda: LoraConfig(r=2, target_modules=["first"]))
+    routing = ArrowConfig(top_k=1)
+    routing.task_adapter_names = ["default"]
+    with pytest.raises(ValueError, match=r"second: .*the experts \['default'\] are not on this layer"):
+        model.add_adapter("router", LoraConfig(r=2, target_modules=BOTH, arrow_config=routing))
+
+
 COMBINATIONS = (
     "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
@@ -294,24 +305,42 @@ def test_generation_with_an_adapter_for_each_row_gives_each_rows_own_text(method
     assert len({tuple(row.tolist()) for row in alone}) > 1
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_adapters_of_other_ranks_hotswap(method, compiled, tmp_path, x):
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_adapters_of_other_ranks_hotswap_without_compiling_again(method, backend, tmp_path, x):
     outputs = {}
-    for rank in (2, 4):
+    for rank, alpha in ((2, 8), (3, 5), (4, 16)):
         torch.manual_seed(rank)
-        model = get_peft_model(
-            quantized(method), LoraConfig(r=rank, target_modules=BOTH, init_lora_weights=False)
-        ).eval()
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=BOTH, init_lora_weights=False)
+        model = get_peft_model(quantized(method), config).eval()
         outputs[rank] = model(x)
         model.save_pretrained(tmp_path / str(rank))
     model = PeftModel.from_pretrained(quantized(method), tmp_path / "2").eval()
     prepare_model_for_compiled_hotswap(model, target_rank=4)
-    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
-    torch.testing.assert_close(run(x), outputs[2])
-    hotswap_adapter(model, tmp_path / "4", adapter_name="default")
-    torch.testing.assert_close(run(x), outputs[4])
-    hotswap_adapter(model, tmp_path / "2", adapter_name="default")
-    torch.testing.assert_close(run(x), outputs[2])
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend) if backend else None
+    run = torch.compile(model, backend=counter, fullgraph=True) if counter else model
+    for number, rank in enumerate((2, 4, 3, 2)):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            if number:
+                hotswap_adapter(model, tmp_path / str(rank), adapter_name="default")
+            torch.testing.assert_close(run(x), outputs[rank])
+    assert counter is None or counter.frame_count == 1
+
+
+def test_swapping_adapters_without_preparing_for_it_compiles_again(method, tmp_path, x):
+    """What the test above would see, were it so there."""
+    for rank in (2, 4):
+        config = LoraConfig(r=rank, target_modules=BOTH, init_lora_weights=False)
+        get_peft_model(quantized(method), config).save_pretrained(tmp_path / str(rank))
+    model = PeftModel.from_pretrained(quantized(method), tmp_path / "2").eval()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    run(x)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path / "4", adapter_name="default")
+    run(x)
+    assert counter.frame_count == 2
 
 
 def test_an_adapter_loads_with_low_cpu_mem_usage(method, tmp_path, x):
