@@ -407,12 +407,16 @@ def test_lora_ga_starts_from_the_gradients_of_the_dense_weights(method, directio
     assert_requantized(ours, reference)
 
 
+@pytest.mark.parametrize("is_reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lora_ga_sees_the_gradients_of_a_checkpointed_model_with_dense_layers_too(method, family, tmp_path):
+def test_lora_ga_sees_the_gradients_of_a_checkpointed_model_with_dense_layers_too(
+    method, family, is_reentrant, tmp_path
+):
     targets = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "mlp.c_proj"]}[family]
     models = [quantized(method, family), dense_twin(method, family)]
     for number, model in enumerate(models):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        model.enable_input_require_grads()
 
         def train_step(model=model) -> None:
             torch.manual_seed(9)  # of dropout
