@@ -101,6 +101,17 @@ def test_a_layer_that_could_only_get_worse_stays_as_it_is(config):
     assert all(result.error_after <= result.error_before for result in results)
 
 
+def test_codes_that_turn_out_worse_are_not_kept(config, monkeypatch):
+    model, once = adapted(config), adapted(config)
+    pql.initialize_loftq(once, float_model(), progress=False)
+    method = type(model.base_model.model.first.get_base_layer().method)
+    quantize = method.quantize
+    monkeypatch.setattr(method, "quantize", lambda self, weight, *args, **kw: quantize(self, -weight, *args, **kw))
+    results = pql.initialize_loftq(model, float_model(), iterations=3, progress=False)
+    assert not any(result.has_new_codes for result in results)
+    assert_same_state(model, state_of(once))
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize(
     "spec", [pql.HQQConfig(nbits=2), pql.HQQConfig(nbits=3), pql.AQLMConfig()], ids=["hqq 2", "hqq 3", "aqlm"]
