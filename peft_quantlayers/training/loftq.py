@@ -75,8 +75,8 @@ def initialize_loftq(
 
     Raises:
         ValueError: ``iterations`` below 1; no such adapter on a quantized layer; one is merged, merge-aware, of a rank
-            above its layer's, or shares its layer with others while codes would change; ``float_model`` lacks a
-            weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
+            above its layer's, or shares its layer with others while codes would change; ``float_model`` is not
+            found, lacks a weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
         NotImplementedError: the adapter is more than plain LoRA. Nothing is changed.
 
     Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is taken for 1.
@@ -229,7 +229,12 @@ def _float_weights(float_model: nn.Module | str | Path, model: nn.Module, names:
         return lambda name: cast(Tensor, modules[name].weight).detach()
     folder = Path(float_model)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(float_model), allow_patterns=["*.safetensors"]))
+        try:
+            folder = Path(snapshot_download(str(float_model), allow_patterns=["*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"float_model={str(float_model)!r} is no folder, and the hub did not give it: {error}"
+            ) from None
     stored = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_checkpoint(str(file)) as opened:

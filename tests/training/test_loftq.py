@@ -191,9 +191,10 @@ def other(model: nn.Module) -> nn.Module:
         (renamed(float_model()), {}, "no weight for 1 of 2 layers, for example 'second'"),
         (other(float_model()), {}, "second: .*is another model"),
         (pql.quantize_model(float_model(), CONFIGS["hqq 3"], progress=False), {}, "first: .*quantized itself"),
-        (nn.ModuleDict({"first": nn.Linear(64, 96), "second": nn.Linear(64, 96)}), {}, "has shape|another model"),
+        (nn.ModuleDict({"first": float_model().first, "second": nn.Linear(64, 96)}), {}, "second: .*has shape"),
+        ("no/such-model", {}, "float_model='no/such-model' is no folder"),
     ],
-    ids=["iterations", "adapter", "nan", "missing", "another model", "quantized", "shape"],
+    ids=["iterations", "adapter", "nan", "missing", "another model", "quantized", "shape", "not found"],
 )
 def test_a_refused_call_leaves_the_model_as_it_was(reference, options, message):
     model = adapted(CONFIGS["hqq 3"])
