@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint conformance patches bench bench-gpu bench-quality tables clean
+.PHONY: demo test lint conformance patches bench bench-gpu bench-quality features tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -46,6 +46,11 @@ bench-gpu: $(if $(findstring command,$(origin RUN)),,$(VENV)/.installed)
 
 bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quality.py
+
+# What PEFT's features do on our layers and on PEFT's own, and docs/peft-features.md from it: about five minutes.
+features: $(VENV)/.installed
+	$(RUN) benchmarks/peft_features.py $(ARGS)
+	$(RUN) benchmarks/tables.py
 
 tables: $(VENV)/.installed
 	$(RUN) benchmarks/tables.py

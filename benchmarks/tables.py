@@ -316,7 +316,7 @@ def demo(name: str = "demo", command: str = "make demo") -> str:
 
 
 def peft_features() -> str:
-    """State of every method of PEFT on our layers and on PEFT's own; why, where it does not simply work."""
+    """State of every feature of PEFT on our layers and on PEFT's own; why, where it does not simply work."""
     measured = result("peft_features")
     bases = [name for name in measured["rows"][0] if name != "method"]
     rows, reasons = [], []
@@ -327,9 +327,9 @@ def peft_features() -> str:
         ]
     return "\n".join(
         [
-            table(["method", *bases], rows),
+            table(["method or feature", *bases], rows),
             "",
-            device_line(measured["device"], "python benchmarks/peft_features.py"),
+            device_line(measured["device"], "make features"),
             "",
             'What stands behind the cells that do not say "works":',
             "",

@@ -76,23 +76,27 @@ def prepared_source(project: str, version: str, scratch: Path) -> Path:
             file.parent.mkdir()
             (file.parent / "__init__.py").touch()
             file.write_text(f"class {mixin}TesterMixin:\n    pass\n")
-    subprocess.run(
-        ["git", "init", "--quiet"], cwd=source, check=True
-    )  # so that git apply sees this folder as its root
+    for command in (["init", "--quiet"], ["add", "--all", "--force"], ["commit", "--quiet", "-m", "released"]):
+        git(source, *command)
     return source
 
 
-def apply(patch: Path, source: Path, *paths: str) -> None:
-    """Apply ``patch``, or only what it does to ``paths``.
-
-    Raises:
-        SystemExit: it does not apply cleanly; names the patch, and says what git said.
-    """
-    chosen = [f"--include={path}" for path in paths]
-    command = ["git", "apply", "--whitespace=nowarn", *chosen, str(patch)]
+def git(source: Path, *arguments: str) -> None:
+    """Run git in ``source``. Raises SystemExit with what it said where it fails."""
+    command = ["git", "-c", "user.name=check", "-c", "user.email=check@example.com", *arguments]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"{patch.name} does not apply to {source.name}: {done.stderr.strip()}")
+        raise SystemExit(f"{source.name}: git {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def apply_tests(patch: Path, source: Path, tests: list[str]) -> None:
+    """Apply what ``patch`` does to ``tests``, and nothing else of it."""
+    git(source, "apply", "--whitespace=nowarn", *(f"--include={test}" for test in tests), str(patch))
+
+
+def apply(patch: Path, source: Path) -> None:
+    """Apply ``patch`` as a maintainer would, from its mail."""
+    git(source, "am", "--quiet", "--whitespace=nowarn", str(patch))
 
 
 def passes(source: Path, tests: list[str], *, root: Path | None = None, may_skip: bool = False) -> tuple[bool, str]:
@@ -148,7 +152,7 @@ def check_patch(patch: Path, source: Path) -> list[str]:
     tests = added_tests(patch.read_text())
     if not tests:
         return [f"{patch.name}: brings no test"]
-    apply(patch, source, *tests)
+    apply_tests(patch, source, tests)
     without, failing = passes(source, tests)
     for test in tests:
         (source / test).unlink()

@@ -33,7 +33,7 @@ from .quantizers import (
     register_method,
     registered_methods,
 )
-from .training import PVTuner, prepare_model_for_kbit_training
+from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "HQQSpec",
     "LayerMergeReport",
     "LayerResult",
+    "LoftQResult",
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
@@ -61,6 +62,7 @@ __all__ = [
     "TensorLayout",
     "dequantize_model",
     "enable_merge_aware",
+    "initialize_loftq",
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",

@@ -103,11 +103,14 @@ class LoraQuantizedLinear(LoraLinear):
         base = self.quantized_base()
         if config.use_qalora:
             check_config(base, config)
+        if config.arrow_config is not None:
+            self._check_experts(config.arrow_config.task_adapter_names)
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(
                 f'{base.layer_name}: init_lora_weights="loftq" fits the adapter to what quantizing lost, and this '
-                "layer no longer has its float weight: the residual, and with it both matrices, would be zero and "
-                'never train. Use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
+                "layer no longer has its float weight. Leave it at True, and call "
+                "peft_quantlayers.initialize_loftq(peft_model, float_model) before training. Without the float model "
+                'use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
         stamp = stamp_of(config)
         if stamp is not None:
@@ -115,6 +118,16 @@ class LoraQuantizedLinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if stamp is not None:
             self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
+
+    def _check_experts(self, names: list[str] | None) -> None:
+        missing = [name for name in names or [] if name not in self.lora_A]
+        if missing or not names:
+            said = f"the experts {missing} are not on this layer" if missing else "there are no experts"
+            raise ValueError(
+                f"{self.quantized_base().layer_name}: arrow_config routes between adapters that are trained already, "
+                f"and {said}. Use peft.tuners.lora.create_arrow_model(model, task_specific_adapter_paths=[...], "
+                "arrow_config=...), which loads them; train each one as plain LoRA first."
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

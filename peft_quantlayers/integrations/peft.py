@@ -5,10 +5,13 @@ models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers
 a registry of dispatchers (``patches/``) is asked to register ours instead, and nothing is wrapped. PEFT's other tuners
 need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a
 registry of quantization backends (``patches/`` again) they are given ours, and a model's status names it.
+
+``preprocess_loraga`` is PEFT's; where it estimates gradients and meets a quantized layer, ours does that.
 """
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -17,6 +20,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
+from peft.tuners.lora import loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
@@ -24,6 +28,7 @@ from torch import nn
 
 from ..adapters import LoraQuantizedLinear, MergeAwareLoraConfig, QuantScalesLayer
 from ..adapters.backend import QuantizedLinearBackend
+from ..adapters.loraga import estimate_gradients
 from ..layers import QuantizedLinear
 from . import scales
 
@@ -37,12 +42,13 @@ NAME = "quantlayers"
 
 _original: Any = None
 _original_unload: Any = None
+_original_estimate: Any = None
 _is_in_registry = False
 
 
 def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
-    global _original, _original_unload, _is_in_registry
+    global _original, _original_unload, _original_estimate, _is_in_registry
     if _original is not None or _is_in_registry:
         return
     version = Version(peft.__version__)
@@ -65,6 +71,7 @@ def register() -> None:
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
     _original_unload, LoraModel._unload_and_optionally_merge = LoraModel._unload_and_optionally_merge, _unload
+    _original_estimate, loraga.estimate_gradients = loraga.estimate_gradients, _estimate_gradients
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -72,7 +79,7 @@ def register() -> None:
 
 def unregister() -> None:
     """Put PEFT's own dispatch back."""
-    global _original, _original_unload, _is_in_registry
+    global _original, _original_unload, _original_estimate, _is_in_registry
     if _is_in_registry:
         lora.unregister_lora_dispatcher(NAME)
     elif _original is not None:
@@ -80,7 +87,8 @@ def unregister() -> None:
     else:
         return
     LoraModel._unload_and_optionally_merge = _original_unload
-    _original, _original_unload, _is_in_registry = None, None, False
+    loraga.estimate_gradients = _original_estimate
+    _original, _original_unload, _original_estimate, _is_in_registry = None, None, None, False
     if hasattr(peft.utils, "unregister_quantization_backend"):
         peft.utils.unregister_quantization_backend(NAME)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
@@ -115,6 +123,14 @@ def _unload(
         return _original_unload(
             self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+
+
+def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable[[], Any]) -> None:
+    targets = dict(loraga.get_target_modules(model, lora_config))
+    if any(isinstance(target, QuantizedLinear) for target in targets.values()):
+        estimate_gradients(model, targets, train_step)
+    else:
+        _original_estimate(model, lora_config, train_step)
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:

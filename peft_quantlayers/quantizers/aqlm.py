@@ -118,6 +118,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     """
 
     spec_type = AQLMSpec
+    improves_start = True
 
     def quantize(
         self,

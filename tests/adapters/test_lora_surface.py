@@ -21,6 +21,7 @@ from peft.tuners.lora import (
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from adapters.surfaces import (
     CONFIGS,
@@ -31,7 +32,7 @@ from adapters.surfaces import (
     lora_layers,
     quantized,
 )
-from peft_quantlayers import LoraQuantizedLinear
+from peft_quantlayers import LoraQuantizedLinear, QuantizedLinear
 
 METHODS = sorted(CONFIGS)
 BOTH = ["first", "second"]
@@ -244,6 +245,16 @@ def test_arrow_routes_between_experts_as_on_the_dense_model(method, tmp_path):
     assert not torch.allclose(outputs[0].logits, quantized(method, "llama")(ids).logits, atol=1e-2)
 
 
+def test_arrow_without_its_experts_is_refused(method):
+    with pytest.raises(ValueError, match=r"first: .*there are no experts\. Use .*create_arrow_model"):
+        get_peft_model(quantized(method), LoraConfig(r=2, target_modules=BOTH, arrow_config=ArrowConfig()))
+    model = adapted(quantized(method), lambda: LoraConfig(r=2, target_modules=["first"]))
+    routing = ArrowConfig(top_k=1)
+    routing.task_adapter_names = ["default"]
+    with pytest.raises(ValueError, match=r"second: .*the experts \['default'\] are not on this layer"):
+        model.add_adapter("router", LoraConfig(r=2, target_modules=BOTH, arrow_config=routing))
+
+
 COMBINATIONS = (
     "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
@@ -294,24 +305,42 @@ def test_generation_with_an_adapter_for_each_row_gives_each_rows_own_text(method
     assert len({tuple(row.tolist()) for row in alone}) > 1
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_adapters_of_other_ranks_hotswap(method, compiled, tmp_path, x):
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_adapters_of_other_ranks_hotswap_without_compiling_again(method, backend, tmp_path, x):
     outputs = {}
-    for rank in (2, 4):
+    for rank, alpha in ((2, 8), (3, 5), (4, 16)):
         torch.manual_seed(rank)
-        model = get_peft_model(
-            quantized(method), LoraConfig(r=rank, target_modules=BOTH, init_lora_weights=False)
-        ).eval()
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=BOTH, init_lora_weights=False)
+        model = get_peft_model(quantized(method), config).eval()
         outputs[rank] = model(x)
         model.save_pretrained(tmp_path / str(rank))
     model = PeftModel.from_pretrained(quantized(method), tmp_path / "2").eval()
     prepare_model_for_compiled_hotswap(model, target_rank=4)
-    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
-    torch.testing.assert_close(run(x), outputs[2])
-    hotswap_adapter(model, tmp_path / "4", adapter_name="default")
-    torch.testing.assert_close(run(x), outputs[4])
-    hotswap_adapter(model, tmp_path / "2", adapter_name="default")
-    torch.testing.assert_close(run(x), outputs[2])
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend) if backend else None
+    run = torch.compile(model, backend=counter, fullgraph=True) if counter else model
+    for number, rank in enumerate((2, 4, 3, 2)):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            if number:
+                hotswap_adapter(model, tmp_path / str(rank), adapter_name="default")
+            torch.testing.assert_close(run(x), outputs[rank])
+    assert counter is None or counter.frame_count == 1
+
+
+def test_swapping_adapters_without_preparing_for_it_compiles_again(method, tmp_path, x):
+    """What the test above would see, were it so there."""
+    for rank in (2, 4):
+        config = LoraConfig(r=rank, target_modules=BOTH, init_lora_weights=False)
+        get_peft_model(quantized(method), config).save_pretrained(tmp_path / str(rank))
+    model = PeftModel.from_pretrained(quantized(method), tmp_path / "2").eval()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    run(x)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path / "4", adapter_name="default")
+    run(x)
+    assert counter.frame_count == 2
 
 
 def test_an_adapter_loads_with_low_cpu_mem_usage(method, tmp_path, x):
@@ -345,18 +374,82 @@ def test_a_quantized_layer_in_modules_to_save_is_refused_by_name(method):
         get_peft_model(quantized(method), LoraConfig(target_modules=["first"], modules_to_save=["second"]))
 
 
-def test_lora_ga_asks_for_gradients_of_a_weight_that_has_none_and_is_refused(method, x):
-    config = LoraConfig(r=4, target_modules=BOTH, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+def lora_ga(targets: list[str], **fields) -> LoraConfig:
+    settings = LoraGAConfig(**fields)
+    return LoraConfig(r=4, target_modules=targets, init_lora_weights="lora_ga", lora_ga_config=settings)
+
+
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale"])
+def test_lora_ga_starts_from_the_gradients_of_the_dense_weights(method, direction, scale):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))  # so that the gradients have full rank
+
+    def make() -> LoraConfig:
+        return lora_ga(BOTH, direction=direction, scale=scale)
+
+    models = [quantized(method).eval(), dense_twin(method).eval()]
+    for model in models:
+
+        def train_step(model=model) -> None:
+            for batch in (x, 2 * x):
+                model(batch).square().sum().backward()
+
+        preprocess_loraga(model, make(), train_step)
+        assert not model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trained[0] == {"first.bias", "second.bias"} == trained[1] - {"first.weight", "second.weight"}
+    for name in BOTH:
+        found, expected = (model.get_submodule(name)._peft_loraga_grad for model in models)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    ours, reference = (adapted(model, make) for model in models)
+    assert_same_adapters(ours, reference)
+    assert_requantized(ours, reference)
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_ga_sees_the_gradients_of_a_checkpointed_model_with_dense_layers_too(
+    method, family, is_reentrant, tmp_path
+):
+    targets = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "mlp.c_proj"]}[family]
+    models = [quantized(method, family), dense_twin(method, family)]
+    for number, model in enumerate(models):
+        model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        model.enable_input_require_grads()
+
+        def train_step(model=model) -> None:
+            torch.manual_seed(9)  # of dropout
+            model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+
+        preprocess_loraga(model, lora_ga(targets), train_step, cache_file=str(tmp_path / str(number)))
+    compared = 0
+    for name, layer in models[1].named_modules():
+        expected = getattr(layer, "_peft_loraga_grad", None)
+        if expected is not None:
+            found = models[0].get_submodule(name)
+            is_turned = isinstance(found, QuantizedLinear) and found.is_conv1d
+            found = found._peft_loraga_grad.t() if is_turned else found._peft_loraga_grad
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+            compared += 1
+    assert compared == {"llama": 5, "gpt2": 4}[family]
+    cached = quantized(method, family)
+    preprocess_loraga(cached, lora_ga(targets), lambda: None, cache_file=str(tmp_path / "0"))
+    adapted(cached, lambda: lora_ga(targets))
+
+
+def test_lora_ga_names_layers_that_no_gradient_reached(method, x, caplog):
     model = quantized(method)
-    with pytest.raises(NotImplementedError, match=r"first: a quantized weight takes no gradient"):
-        preprocess_loraga(model, config, lambda: model(x).sum().backward())
+    preprocess_loraga(model, lora_ga(BOTH), lambda: model.second(torch.relu(model.first(x)).detach()).sum().backward())
+    assert "no gradient reached 1 of 2 layers, for example first" in caplog.text
+    adapted(model, lambda: lora_ga(BOTH))
 
 
 @pytest.mark.parametrize(
     ("fields", "way_out"),
     [
         ({"use_qalora": True}, "plain LoRA|Set qalora_group_size"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "pissa"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "initialize_loftq"),
         ({"use_dora": True, "velora_config": VeloraConfig(num_groups=4)}, "unsupported variant combination"),
     ],
     ids=["qalora", "loftq", "two variants"],

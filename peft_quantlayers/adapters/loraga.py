@@ -1,0 +1,83 @@
+"""LoRA-GA on quantized layers: the gradient of the weight that the codes stand for, which hooks collect.
+
+PEFT's ``preprocess_loraga`` lets the targets' weights take a gradient, and codes take none. The gradient that it wants
+is ``grad_y.T @ x``, of the dense weight; so are the layers here, and no weight has to be trained for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantlayers_kernels.tiled import weight_gradient
+
+logger = logging.getLogger(__name__)
+
+
+def estimate_gradients(model: nn.Module, targets: dict[str, nn.Module], train_step: Callable[[], Any]) -> None:
+    """Leave in every target the mean gradient of its weight over the backward passes of ``train_step``.
+
+    As PEFT's function of this name, of which it takes the place: the attribute is ``_peft_loraga_grad``, in the shape
+    of the weight, and float32 here. All of these gradients are held at once. Parameters take none meanwhile, and
+    the model is in training mode; both are put back. A target that no gradient reached is left without, for which
+    PEFT begins its adapter at random, and named in a warning. A head that shares its weight with the embeddings gets
+    its own part of the gradient; PEFT on plain layers adds that of the embeddings.
+
+    Args:
+        model: with the ``targets`` in it.
+        targets: linear layers and transformers' ``Conv1D``, quantized or not, by name.
+        train_step: runs forward and backward passes.
+    """
+    gradients: dict[str, Tensor] = {}
+    counts = dict.fromkeys(targets, 0)
+    anchor = torch.zeros((), requires_grad=True)
+
+    def watch(name: str) -> Callable[..., Tensor | None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():  # the first pass of a checkpointed block
+                return None
+            x = inputs[0].detach()
+
+            def collect(grad: Tensor) -> None:
+                gradient = weight_gradient(grad, x).float()
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+                counts[name] += 1
+
+            # Nothing before the first layer takes a gradient, so its output would not either.
+            output = output if output.requires_grad else output + anchor.to(output)
+            output.register_hook(collect)
+            return output
+
+        return hook
+
+    was_training = model.training
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in targets.items()]
+    model.train().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            train_step()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            if trained[name]:
+                parameter.requires_grad = True
+        model.train(was_training)
+    for name, gradient in gradients.items():
+        mean = gradient / counts[name]
+        cast(Any, targets[name])._peft_loraga_grad = mean.t() if isinstance(targets[name], Conv1D) else mean
+    missed = [name for name in targets if name not in gradients]
+    if missed:
+        logger.warning(
+            "no gradient reached %d of %d layers, for example %s: their adapters begin at random. train_step must run "
+            "forward and backward passes through them.",
+            len(missed),
+            len(targets),
+            missed[0],
+        )
