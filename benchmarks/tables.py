@@ -338,6 +338,44 @@ def peft_features() -> str:
     )
 
 
+def conformance() -> str:
+    """How PEFT's own tests end on our layers, and why those fail that may."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in result("conformance"):
+        runs.setdefault((run["method"], run["peft"]), []).append(run)
+    counts = ("passed", "passed_on_quantized", "expected_failures", "failed", "skipped", "skipped_for_the_hub")
+    rows = []
+    for (method, version), shards in runs.items():
+        parts = int(shards[0]["shard"].partition("/")[2])
+        total = [sum(shard[name] for shard in shards) for name in counts]
+        is_whole = sorted(shard["shard"] for shard in shards) == [f"{i}/{parts}" for i in range(parts)]
+        said = "" if is_whole else f", {len(shards)} of {parts} parts"
+        rows.append(
+            [f"{method}, PEFT {version}{said}", f"{sum(total[:1] + total[2:4]):,}", *(f"{n:,}" for n in total)]
+        )
+    head = [
+        "",
+        "run",
+        "passed",
+        "of these on quantized layers",
+        "listed exceptions",
+        "failed",
+        "skipped",
+        "need the hub",
+    ]
+    listed: dict[tuple[str, str], int] = {}
+    for (method, _), shards in runs.items():
+        for entry in (entry for shard in shards for entry in shard["exceptions"]):
+            key = (entry["reason"], method)
+            listed[key] = listed.get(key, 0) + entry["failed"]
+    reasons: dict[str, list[str]] = {}
+    for (reason, method), failed in listed.items():
+        if failed:
+            reasons.setdefault(reason, []).append(f"{method} {failed}")
+    lines = [f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()]
+    return "\n".join([table(head, rows), "", "The exceptions, and how many tests they are:", "", *lines])
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "quality": quality,
@@ -351,7 +389,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo": demo,
         "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
-    ROOT / "docs" / "peft-features.md": {"peft_features": peft_features},
+    ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
 }
 
 

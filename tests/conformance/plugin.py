@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 from .exceptions import FILE, ExpectedFailure, read_exceptions
@@ -28,7 +29,7 @@ QUANTIZES_ITSELF = "test_quantization_on_ours.py"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--method", choices=[*SPECS, "dense"], default="hqq", help="what takes the place of nn.Linear")
     parser.addoption("--exceptions", type=Path, default=FILE, help="the list of expected failures")
-    parser.addoption("--summary", type=Path, default=None, help="JSON file to write the counts to")
+    parser.addoption("--summary", type=Path, default=None, help="JSON file to add the counts to")
     parser.addoption("--shard", default="0/1", help="I/N: every Nth test, from the Ith on")
 
 
@@ -110,11 +111,13 @@ class Judge:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         path: Path | None = session.config.getoption("--summary")
         if path is not None:
-            path.write_text(json.dumps(self.summary(), indent=2) + "\n")
+            add_to(path, self.summary())
 
     def summary(self) -> dict[str, Any]:
         return {
+            "peft": peft.__version__,
             "method": self.method,
+            "shard": f"{self._index}/{self._of}",
             **self.counts,
             "unexpected": self.unexpected,
             "stale": [entry.tests for entry in self.stale],
@@ -135,6 +138,15 @@ class Judge:
         terminalreporter.line(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items()))
         for entry in self.stale:
             terminalreporter.line(f"no longer fails, take it off the list: {entry.tests}", red=True)
+
+
+def add_to(path: Path, summary: dict[str, Any]) -> None:
+    """Runs of several methods, versions and shards share a file; a run that was made before is replaced."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    which = ("peft", "method", "shard")
+    others = [run for run in known if any(run[name] != summary[name] for name in which)]
+    runs = sorted([*others, summary], key=lambda run: [run[name] for name in which])
+    path.write_text(json.dumps(runs, indent=2) + "\n")
 
 
 _REPLACEMENT = pytest.StashKey[Replacement | None]()

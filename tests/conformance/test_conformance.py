@@ -14,6 +14,7 @@ from packaging.version import Version
 from upstream import FetchError
 
 from conformance import run as conformance
+from conformance.plugin import add_to
 
 UNDER_TEST = """
 import torch
@@ -64,7 +65,7 @@ def test_pefts_own_tests_pass_on_our_layers(source, method, tmp_path):
         command, cwd=source, env=conformance.environment(source), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert json.loads(summary.read_text())["passed_on_quantized"] >= 80
+    assert json.loads(summary.read_text())[0]["passed_on_quantized"] >= 80
 
 
 def test_the_lowest_version_is_the_one_that_the_package_asks_for():
@@ -85,7 +86,8 @@ def judged(folder, exceptions: str) -> tuple[int, dict]:
         arguments=["--exceptions", str(folder / "exceptions.toml"), "--summary", str(folder / "summary.json")],
     )  # fmt: skip
     done = subprocess.run(command, cwd=folder, env=conformance.environment(folder), capture_output=True, check=False)
-    return done.returncode, json.loads((folder / "summary.json").read_text())
+    *_, summary = json.loads((folder / "summary.json").read_text())
+    return done.returncode, summary
 
 
 def entry(tests: str, error: str) -> str:
@@ -96,6 +98,15 @@ def test_a_failure_that_is_on_the_list_with_its_error_is_no_failure(tmp_path):
     status, counts = judged(tmp_path, entry("test_made_up.py::test_broken", "no such thing"))
     assert status == 0
     assert (counts["passed"], counts["passed_on_quantized"], counts["expected_failures"]) == (1, 1, 1)
+
+
+def test_runs_of_several_shards_share_a_summary_and_one_that_is_repeated_is_replaced(tmp_path):
+    runs = [
+        {"peft": "1", "method": "hqq", "shard": shard, "passed": n} for n, shard in enumerate(["1/2", "0/2", "1/2"])
+    ]
+    for run in runs:
+        add_to(tmp_path / "summary.json", run)
+    assert json.loads((tmp_path / "summary.json").read_text()) == runs[1:]
 
 
 def test_a_failure_with_another_error_than_the_lists_and_an_entry_that_fails_no_more_fail_the_run(tmp_path):
