@@ -12,8 +12,10 @@ from quantlayers_kernels.hqq import cpu, hqq_linear
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
 
 METADATA_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (out_features, in_features, n_groups): groups of 1, of one vector, with a rest, across planes' segments, of a row
+# (out_features, in_features, n_groups): groups of 1, of one vector, with a rest, across planes' segments, of a row;
+# and what is decoded in registers: whole windows, groups shorter than a window, windows cut by slots and groups
 SHAPES = [(1, 1, 1), (63, 100, 25), (100, 63, 3), (30, 576, 9), (30, 1184, 1), (66, 128, 128), (20, 2048, 16)]
+SHAPES += [(9, 512, 8), (7, 1024, 32), (6, 576, 18), (5, 576, 36), (3, 520, 13), (5, 1560, 3)]
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 17)
 
 pytestmark = pytest.mark.parametrize("kernels", COMPILED, indirect=True)
@@ -61,6 +63,36 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
                 assert memory[[0, -1]].isnan().all()
 
 
+@pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
+def test_each_input_meets_its_own_weight(nbits, kernels):
+    """The product with one input that is 1 is a column of the weight, up to one rounding."""
+    for out_features, in_features, n_groups in ((9, 512, 8), (5, 576, 9), (3, 520, 13)):
+        W_q, scale, zero = random_weight(nbits, 1, (out_features, in_features, n_groups), torch.float16)
+        reference = dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features)
+        for n_tokens in (1, 4, 7):
+            for x in torch.eye(in_features).split(n_tokens)[:: 1 if n_tokens > 1 else 7]:
+                y = cpu.linear_few_tokens(x, W_q, scale, zero, None, nbits=nbits)
+                torch.testing.assert_close(y, x @ reference.t(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
+def test_nothing_beside_the_arguments_counts(nbits, kernels):
+    """They lie between NaN, and the codes between others."""
+    for shape in SHAPES:
+        arguments = random_weight(nbits, 1, shape)
+        for n_tokens in (1, 3, 8):
+            x = torch.randn(n_tokens, shape[1])
+            expected = cpu.linear_few_tokens(x, *arguments, None, nbits=nbits)
+            guarded = []
+            for part in (x, *arguments):
+                memory = torch.full(
+                    (3, part.numel()), 255 if part.dtype == torch.uint8 else torch.nan, dtype=part.dtype
+                )
+                memory[1] = part.flatten()
+                guarded.append(memory[1].view(part.shape))
+            assert torch.equal(cpu.linear_few_tokens(*guarded, None, nbits=nbits), expected)
+
+
 def test_special_values_of_half_precision_metadata_are_read_as_torch_reads_them(kernels):
     """Subnormal, largest, infinite and NaN scales."""
     bits = torch.tensor([0, 1, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x7C00, 0x7E00, 0x7F80, 0x7FC0], dtype=torch.int32)
@@ -75,13 +107,16 @@ def test_special_values_of_half_precision_metadata_are_read_as_torch_reads_them(
 
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_an_input_that_is_not_finite_shows_in_every_output_it_reaches(n_tokens, kernels):
-    W_q, scale, zero = random_weight(4, 1, (9, 64, 2))
-    for bad in (torch.nan, torch.inf):
-        x = torch.randn(n_tokens, 64)
-        x[0, 37] = bad
-        y = cpu.linear_few_tokens(x, W_q, scale, zero, None, nbits=4)
-        assert not y[0].isfinite().any()
-        assert y[1:].isfinite().all()
+    for nbits, in_features in ((4, 64), (4, 576), (3, 576), (8, 512)):
+        W_q, scale, zero = random_weight(nbits, 1, (9, in_features, in_features // 32))
+        reference = dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features)
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            x = torch.randn(n_tokens, in_features)
+            x[0, 37] = bad
+            y = cpu.linear_few_tokens(x, W_q, scale, zero, None, nbits=nbits)
+            assert not y[0].isfinite().any()
+            assert torch.equal(y[0].nan_to_num(), F.linear(x, reference)[0].nan_to_num())
+            assert y[1:].isfinite().all()
 
 
 def test_arguments_that_are_not_contiguous_give_the_same_product(kernels):

@@ -57,8 +57,7 @@ int ql_hqq_linear(float *y, const float *x, const uint8_t *packed, const void *s
         .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, 1, kind},
         .product = {y, x, bias, tokens, out_features},
     };
-    const int64_t scratch = BLOCK_ROWS * in_features + hqq_row_floats(&call.weight);
-    return for_rows(multiply_hqq, &call, out_features, scratch, n_threads);
+    return for_rows(multiply_hqq, &call, out_features, hqq_product_floats(&call.weight), n_threads);
 }
 
 /* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */

@@ -1,4 +1,6 @@
-/* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. */
+/* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. Here is
+ * what serves any shape; hqq_registers.h has a faster way for most. */
+#include "hqq_registers.h"
 
 /* Unpacked codes are kept minus the middle of their range, so that they fit int8 and are small against their zero. */
 INLINE int centre_of(int nbits) {
@@ -72,7 +74,14 @@ INLINE void read_row(const struct hqq_weight *w, int64_t row, struct row_parts p
 }
 
 /* out = (code - zero) * scale, rounded as the reference rounds. */
-static TARGET void dequantize_row(const struct hqq_weight *w, int64_t row, struct row_parts parts, float *out) {
+static TARGET void dequantize_row(const struct hqq_weight *w, int64_t row, float *scratch, float *out) {
+#if LANES >= 8
+    if (can_decode_in_registers(w)) {
+        row_in_registers(w, row, scratch, out);
+        return;
+    }
+#endif
+    const struct row_parts parts = row_parts_in(w, scratch);
     const int64_t group_size = w->in_features / w->n_groups;
     const float centre = (float)centre_of(w->nbits);
     read_row(w, row, parts);
@@ -108,7 +117,7 @@ static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct de
     for (int64_t row = begin; row < end; row++) {
         float *out = rows->out + row * w->in_features;
         if (w->axis == 1)
-            dequantize_row(w, rows->first_row + row, row_parts_in(w, scratch), out);
+            dequantize_row(w, rows->first_row + row, scratch, out);
         else
             dequantize_row_of_columns(w, rows->first_row + row, scratch, out);
     }
@@ -131,13 +140,15 @@ INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float ze
 }
 
 /* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
- * vector, but cancels: where the inputs have a common offset it erred more than twice as much. */
-INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x) {
-    const int64_t group_size = w->in_features / w->n_groups;
+ * vector, but cancels: where the inputs have a common offset it erred more than twice as much. The packed row that comes
+ * `next` is fetched meanwhile. */
+INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x, const uint8_t *next) {
+    const int64_t group_size = w->in_features / w->n_groups, bytes_a_group = w->row_bytes / w->n_groups;
     const float centre = (float)centre_of(w->nbits);
     floats total = {0};
     float total_rest = 0;
-    for (int64_t g = 0; g < w->n_groups; g++)
+    for (int64_t g = 0; g < w->n_groups; g++) {
+        __builtin_prefetch(next + g * bytes_a_group);
         for (int64_t begin = 0; begin < group_size; begin += PANEL) {
             const int64_t first = g * group_size + begin, left = group_size - begin;
             float rest;
@@ -145,23 +156,32 @@ INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, c
                                                 parts.zero[g] - centre, &rest);
             total_rest += parts.scale[g] * rest;
         }
+    }
     return sum_of(total) + total_rest;
 }
 
 static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p, int64_t begin,
                                         int64_t end, float *scratch) {
-    const struct row_parts parts = row_parts_in(w, scratch + BLOCK_ROWS * w->in_features);
+#if LANES >= 8
+    if (can_multiply_in_registers(w, p)) {
+        product_in_registers(w, p, begin, end, scratch);
+        return;
+    }
+#endif
+    float *const row_scratch = scratch + BLOCK_ROWS * w->in_features;
     if (p->tokens == 1) {
+        const struct row_parts parts = row_parts_in(w, row_scratch);
         for (int64_t row = begin; row < end; row++) {
             read_row(w, row, parts);
-            p->y[row] = dot_one_token(w, parts, p->x) + (p->bias ? p->bias[row] : 0);
+            p->y[row] = dot_one_token(w, parts, p->x, w->packed + (row + 1) * w->row_bytes) +
+                        (p->bias ? p->bias[row] : 0);
         }
         return;
     }
     for (int64_t row = begin; row < end; row += BLOCK_ROWS) {
         const int rows = (int)(end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS);
         for (int r = 0; r < rows; r++)
-            dequantize_row(w, row + r, parts, scratch + r * w->in_features);
+            dequantize_row(w, row + r, row_scratch, scratch + r * w->in_features);
         dot_rows(scratch, w->in_features, rows, row, p);
     }
 }

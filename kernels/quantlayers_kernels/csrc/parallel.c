@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#define CACHE_LINE 64
+
 typedef void (*parallel_region)(void (*work)(void *), void *shared, unsigned n_threads, unsigned flags);
 
 static parallel_region torch_parallel_region;
@@ -28,11 +30,13 @@ struct shared_rows {
 /* A worker takes the next rows as long as there are some, so that a thread that is held up keeps nobody waiting. */
 static void work_on_rows(void *argument) {
     struct shared_rows *shared = argument;
+    void *memory = NULL;
     float *scratch = NULL;
     if (shared->scratch_floats) {
-        scratch = malloc((size_t)shared->scratch_floats * sizeof(float));
-        if (scratch == NULL)
+        memory = malloc((size_t)shared->scratch_floats * sizeof(float) + CACHE_LINE);
+        if (memory == NULL)
             return; /* the other workers do its rows */
+        scratch = (float *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
     }
     for (;;) {
         int64_t begin = atomic_fetch_add(&shared->next, shared->step);
@@ -41,7 +45,7 @@ static void work_on_rows(void *argument) {
         int64_t end = begin + shared->step < shared->n_rows ? begin + shared->step : shared->n_rows;
         shared->body(shared->context, begin, end, scratch);
     }
-    free(scratch);
+    free(memory);
 }
 
 int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {

@@ -64,8 +64,8 @@ struct aqlm_choice {
     int64_t n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
-/* Kernels work on the rows [begin, end); `scratch` is the worker's own memory. Products want BLOCK_ROWS dense rows of
- * it, and HQQ hqq_row_floats after them. */
+/* Kernels work on the rows [begin, end); `scratch` is the worker's own memory, aligned to a cache line. AQLM's product
+ * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats. */
 struct kernels {
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
@@ -89,6 +89,12 @@ static inline int64_t code_floats(const struct hqq_weight *w) {
  * inputs. */
 static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
     return code_floats(w) + (w->axis == 1 ? 2 * w->n_groups : w->in_features);
+}
+
+/* Scratch memory of the product: dense rows, or the inputs of as many tokens in windows of which half may be empty;
+ * then what one row takes to dequantize, or the scales and zeros of a block of rows. */
+static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
+    return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w);
 }
 
 /* Scores that are held at a time for each of four sums of entries that are compared. */

@@ -17,6 +17,7 @@
 
 VECTOR(floats, float, LANES);
 VECTOR(ints, int32_t, LANES);
+VECTOR(lanes, uint32_t, LANES); /* bits, to shift without a sign */
 /* As many bytes as `floats` has, to shift and to add bytewise. */
 VECTOR(words, uint64_t, LANES / 2);
 VECTOR(bytes, uint8_t, 4 * LANES);
@@ -47,6 +48,30 @@ INLINE floats load_codes(const int8_t *p) {
     const floats down = {1, 0x1p-8f, 0x1p-16f, 0x1p-24f}, centre = {128, 128, 128, 0};
     return __builtin_convertvector(lanes, floats) * down - centre;
 #endif
+}
+
+#if LANES >= 8
+/* LANES bytes, each in a lane of its own. */
+INLINE lanes lanes_of_bytes(const uint8_t *p) {
+#if LANES == 16
+    return (lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    return (lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#endif
+}
+
+/* The lanes of `table` that the lowest bits of each index name. */
+INLINE floats permuted(floats table, lanes index) {
+#if LANES == 16
+    return (floats)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+    return (floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+#endif
+}
+#endif
+
+INLINE floats floats_of(ints v) {
+    return __builtin_convertvector(v, floats);
 }
 
 INLINE floats lower(floats a, floats b) {
@@ -169,15 +194,20 @@ INLINE void dot_tile(const float *weight, const float *x, int64_t n, int rows, i
         }
 }
 
-INLINE void dot_tokens(const float *weight, int64_t n, int rows, int tokens, int64_t first_row, int64_t token,
-                       const struct product *p) {
-    float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
-    dot_tile(weight, p->x + token * n, n, rows, tokens, sums);
+INLINE void write_sums(float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS], int rows, int tokens, int64_t first_row,
+                       int64_t token, const struct product *p) {
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) {
             int64_t row = first_row + r;
             p->y[(token + t) * p->out_features + row] = sums[r][t] + (p->bias ? p->bias[row] : 0);
         }
+}
+
+INLINE void dot_tokens(const float *weight, int64_t n, int rows, int tokens, int64_t first_row, int64_t token,
+                       const struct product *p) {
+    float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
+    dot_tile(weight, p->x + token * n, n, rows, tokens, sums);
+    write_sums(sums, rows, tokens, first_row, token, p);
 }
 
 /* The product of all tokens with up to BLOCK_ROWS dense rows of n inputs. */
