@@ -14,6 +14,8 @@ from .layout import dense_shape, has_documented_layout
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
 # AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
+# Numbers in codebooks that stay in the first cache as float32 too: 16 KiB, what 2x8 has.
+MAX_CACHED_ENTRIES = 4096
 # Entries that the kernel compares at a time, on any instruction set.
 PADDED_SIZE = 32
 # Entries of two codebooks of which all pairs are tried where the beam is as wide: a table of 2**18 float32 is 1 MiB.
@@ -48,8 +50,11 @@ def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tens
 
 
 def _readable(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight's tensors as the kernels want them in memory; float32 codebooks where halves are slow to read."""
-    if native.variant() == 0:
+    """The weight's tensors as the kernels want them in memory; float32 codebooks where halves are slow to read.
+
+    Entries are converted each time they are read, so float32 is better too where it stays in the first cache.
+    """
+    if native.variant() == 0 or codebooks.numel() <= MAX_CACHED_ENTRIES:
         codebooks = codebooks.float()
     return codes.contiguous(), codebooks.contiguous(), scales.contiguous()
 

@@ -10,8 +10,6 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-#define CACHE_LINE 64
-
 typedef void (*parallel_region)(void (*work)(void *), void *shared, unsigned n_threads, unsigned flags);
 
 static parallel_region torch_parallel_region;

@@ -77,6 +77,9 @@ struct kernels {
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
+/* Bytes that memory is fetched in, on most machines. */
+#define CACHE_LINE 64
+
 /* Rows that are dequantized together before they meet several tokens. */
 #define BLOCK_ROWS 4
 
