@@ -187,6 +187,13 @@ INLINE void dot_packed(const struct hqq_block *w, const float *x, int64_t n_wind
             sums[r][t] = sum_of(total[r][t]);
 }
 
+/* The same for one row, of which few are left at the end; not compiled for each count, which would take minutes. */
+static TARGET __attribute__((noinline)) void dot_packed_row(const struct hqq_block *w, const float *x,
+                                                            int64_t n_windows, int tokens, int nbits,
+                                                            float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
+    dot_packed(w, x, n_windows, 1, tokens, nbits, sums);
+}
+
 INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int rows, float *scratch) {
     float *const scale = scratch, *const zero = scratch + rows * w->n_groups;
     convert_floats(w->scale, row * w->n_groups, rows * w->n_groups, w->kind, scale);
@@ -211,7 +218,7 @@ INLINE void multiply_tokens(const struct hqq_weight *w, const struct product *p,
     }
     for (; row < end; row++) {
         const struct hqq_block block = read_block(w, row, 1, metadata);
-        dot_packed(&block, scratch, n_windows, 1, tokens, nbits, sums);
+        dot_packed_row(&block, scratch, n_windows, tokens, nbits, sums);
         write_sums(sums, 1, tokens, row, token, p);
     }
 }
