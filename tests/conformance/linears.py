@@ -20,8 +20,9 @@ def hqq_spec(linear: nn.Linear) -> HQQSpec:
 
 
 def aqlm_spec(linear: nn.Linear) -> AQLMSpec:
-    """A vector is a whole row: 256 entries hold a small layer to float32 rounding."""
-    return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=linear.in_features, scale_dtype="float32")
+    """A vector is a row, or as much of one as a vector may be: 256 entries hold a small layer to float32 rounding."""
+    length = next(n for n in range(min(linear.in_features, 1024), 0, -1) if linear.in_features % n == 0)
+    return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=length, scale_dtype="float32")
 
 
 SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec}
