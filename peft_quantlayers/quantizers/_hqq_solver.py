@@ -22,6 +22,9 @@ matrix rises, and then returns zeros that were never evaluated. Here every group
 gives the same codes whatever else is in the matrix: a group ends where it stops moving or after ``iters``
 steps, and where the shrink is at work, which may raise the error, the best zero seen is kept. (Where it is
 not, each step can only lower the squared error, and the last zero is the best.)
+
+Where the compiled kernels are there, they do the steps without shrink, to the bit, and the refinement, up to rounding:
+``quantlayers_kernels.hqq.solve``.
 """
 
 import math
@@ -29,6 +32,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantlayers_kernels.hqq import solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,27 @@ def _solve_offset(
     ``shifted``: (n_groups, group_size), in steps. ``offset``: the zero to start from. ``steps_per_unit`` tells the
     size of a step in weight units, on which the shrink depends.
     """
+    if not solve.can_solve(shifted):
+        return _iterated_offset(shifted, offset, steps_per_unit, max_code=max_code, options=options)
+    limit = _smallest_threshold(options) * steps_per_unit
+    solved = solve.offsets(shifted, offset, limit, max_code=max_code, iters=options.iters)
+    is_open = solved.isnan().squeeze(1)
+    if is_open.any():
+        rest = (part[is_open] for part in (shifted, offset, steps_per_unit))
+        solved[is_open] = _iterated_offset(*rest, max_code=max_code, options=options)
+    return solved
+
+
+def _smallest_threshold(options: HalfQuadraticOptions) -> float:
+    """The size of a residual up to which no step shrinks any."""
+    growth = math.exp(min(max(0.0, options.iters * math.log(options.kappa)), math.log(MAX_BETA)))
+    return _threshold(options.beta * growth, options)
+
+
+def _iterated_offset(
+    shifted: Tensor, offset: Tensor, steps_per_unit: Tensor, *, max_code: int, options: HalfQuadraticOptions
+) -> Tensor:
+    """As :func:`_solve_offset`, in plain torch."""
     solved = offset.clone()
     best = torch.zeros_like(solved)
     best_error = torch.full_like(solved, torch.inf)
@@ -118,8 +144,7 @@ def _solve_offset(
     mean = shifted.mean(1, keepdim=True)
     buffer = torch.empty_like(shifted)
     beta = options.beta
-    growth = math.exp(min(max(0.0, options.iters * math.log(options.kappa)), math.log(MAX_BETA)))
-    smallest_threshold = _threshold(beta * growth, options)
+    smallest_threshold = _smallest_threshold(options)
     for _ in range(options.iters):
         codes = torch.add(shifted, offset, out=buffer[: shifted.shape[0]]).round_().clamp_(0, max_code)
         moved_to = codes.mean(1, keepdim=True).sub_(mean)
@@ -169,19 +194,22 @@ REFINE_ITERS = 20
 # Where they come to stand depends on the start. A range somewhat inside a group's extremes is the second start: it
 # lowers the error of 4-bit SmolLM2 by 6 %, and a third one by 0.6 % more.
 SECOND_START = 0.9
+# The errors are differences of much larger numbers in float32: what they cannot tell apart is not better.
+REFINE_MARGIN = 4e-6
 
 
 def _refined(
     shifted: Tensor, offset: Tensor, low_steps: Tensor, *, max_code: int, round_zero: bool
 ) -> tuple[Tensor, Tensor]:
     """The better of two refinements, from the half-quadratic solution and from a narrower range; (n_groups, 1)."""
-    slope, offset, error = _fit_slope_and_offset(shifted, torch.ones_like(offset), offset, max_code=max_code)
-    narrow = torch.full_like(slope, SECOND_START)
+    narrow = torch.full_like(offset, SECOND_START)
     zero = max_code / 2 - (low_steps + max_code / 2) / narrow
     start = (zero.round() if round_zero else zero) + low_steps / narrow
+    if solve.can_solve(shifted):
+        return solve.lines(shifted, offset, narrow, start, max_code=max_code, iters=REFINE_ITERS, margin=REFINE_MARGIN)
+    slope, offset, error = _fit_slope_and_offset(shifted, torch.ones_like(offset), offset, max_code=max_code)
     other_slope, other_offset, other_error = _fit_slope_and_offset(shifted, narrow, start, max_code=max_code)
-    # The errors are differences of much larger numbers in float32: what they cannot tell apart is not better.
-    margin = 4e-6 * shifted.var(1, keepdim=True, correction=0)
+    margin = REFINE_MARGIN * shifted.var(1, keepdim=True, correction=0)
     is_better = other_error < error - margin
     return torch.where(is_better, other_slope, slope), torch.where(is_better, other_offset, offset)
 

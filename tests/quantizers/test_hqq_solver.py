@@ -5,6 +5,22 @@ import torch
 
 from peft_quantlayers.quantizers import _hqq_solver
 from peft_quantlayers.quantizers._hqq_solver import HalfQuadraticOptions, encode, solve_groups
+from quantlayers_kernels import native
+from quantlayers_kernels.hqq import solve
+
+PLAIN = "plain torch"
+
+
+@pytest.fixture(autouse=True, params=[*native.VARIANTS, PLAIN])
+def kernels(request, monkeypatch) -> str:
+    """Every test runs with each instruction set, and in plain torch."""
+    if request.param == PLAIN:
+        monkeypatch.setattr(solve, "can_solve", lambda shifted: False)
+    elif not native.is_available() or native.VARIANTS.index(request.param) > native.variant():
+        pytest.skip(f"no compiled kernels for {request.param} here")
+    else:
+        monkeypatch.setattr(native, "variant", lambda: native.VARIANTS.index(request.param))
+    return request.param
 
 
 def plain_hqq(group: torch.Tensor, *, nbits: int, options: HalfQuadraticOptions) -> tuple[float, float, bool]:
@@ -192,6 +208,39 @@ def test_a_working_set_that_shrinks_gives_every_group_its_own_result():
         alone = solve_groups(part, nbits=2, options=options, refine_scale=True)
         assert torch.equal(scale[rows], alone[0])
         assert torch.equal(zero[rows], alone[1])
+
+
+@pytest.mark.parametrize("std", [0.02, 0.3])
+@pytest.mark.parametrize("nbits", [1, 2, 3, 4, 8])
+def test_compiled_and_plain_solvers_agree(nbits, std, kernels, monkeypatch):
+    """To the bit in the published iteration; refining, ties may be broken the other way."""
+    options = HalfQuadraticOptions()
+    for n_groups, size in ((1, 1), (37, 7), (37, 63), (500, 64), (11, 1000), (5, 4096)):
+        groups = random_groups(n_groups, size, std) + 0.01
+        solved, refined = (
+            solve_groups(groups, nbits=nbits, options=options, refine_scale=way) for way in (False, True)
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(solve, "can_solve", lambda shifted: False)
+            plain = solve_groups(groups, nbits=nbits, options=options)
+            plain_refined = solve_groups(groups, nbits=nbits, options=options, refine_scale=True)
+        assert torch.equal(solved[0], plain[0])
+        assert torch.equal(solved[1], plain[1])
+        ours, theirs = (squared_error(groups, *each, nbits).sum() for each in (refined, plain_refined))
+        # A group of 8 bits that comes to stand elsewhere weighs more the fewer there are.
+        assert ours <= theirs * (1 + (1e-2 if nbits == 8 else 1e-3)) + 1e-12 * groups.square().sum()
+
+
+def test_the_kernels_are_used_where_they_can_be(kernels, monkeypatch):
+    calls = []
+    run = native.call
+    monkeypatch.setattr(native, "call", lambda name, *arguments: (calls.append(name), run(name, *arguments)))
+    groups, options = random_groups(8, 16, 0.02), HalfQuadraticOptions()
+    solve_groups(groups, nbits=4, options=options, refine_scale=True)
+    assert calls == ([] if kernels == PLAIN else ["ql_hqq_offsets", "ql_hqq_lines"])
+    calls.clear()
+    solve_groups(groups.double(), nbits=4, options=options, refine_scale=True)
+    assert calls == []
 
 
 def test_the_constants_are_the_published_ones():

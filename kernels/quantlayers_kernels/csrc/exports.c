@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 3;
+    return 4;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -161,4 +161,43 @@ int ql_aqlm_choose(int64_t *codes, float *pull, const float *hessian, const floa
                    out_group, in_group, n_groups * in_group, beam},
     };
     return for_rows(choose_aqlm, &call, n_out, aqlm_choice_floats(&call.choice), n_threads);
+}
+
+struct solver_call {
+    const struct kernels *kernels;
+    struct hqq_groups groups;
+};
+
+static void solve_offsets(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct solver_call *call = context;
+    call->kernels->hqq_offsets(&call->groups, begin, end, scratch);
+}
+
+static void solve_lines(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct solver_call *call = context;
+    call->kernels->hqq_lines(&call->groups, begin, end, scratch);
+}
+
+/* Moves offset (n,) to where the codes of values (n, group_size) stand still; NaN where a residual is over its limit. */
+int ql_hqq_offsets(float *offset, const float *values, const float *mean, const float *limit, int64_t n,
+                   int64_t group_size, int64_t iters, int max_code, int n_threads, int variant) {
+    struct solver_call call = {
+        .kernels = kernels_of(variant),
+        .groups = {.offset = offset, .values = values, .mean = mean, .limit = limit, .group_size = group_size,
+                   .iters = iters, .max_code = (float)max_code},
+    };
+    return for_rows(solve_offsets, &call, n, MAX_LANES * group_size, n_threads);
+}
+
+/* slope and offset (n,) of the better of two fits, from slope 1 and `offset` and from the other two. */
+int ql_hqq_lines(float *slope, float *offset, const float *values, const float *mean, const float *other_slope,
+                 const float *other_offset, const float *margin, int64_t n, int64_t group_size, int64_t iters,
+                 int max_code, int n_threads, int variant) {
+    struct solver_call call = {
+        .kernels = kernels_of(variant),
+        .groups = {.offset = offset, .slope = slope, .values = values, .mean = mean, .other_slope = other_slope,
+                   .other_offset = other_offset, .margin = margin, .group_size = group_size, .iters = iters,
+                   .max_code = (float)max_code, .centre = (float)(max_code / 2)},
+    };
+    return for_rows(solve_lines, &call, n, MAX_LANES * group_size, n_threads);
 }

@@ -7,8 +7,9 @@
 #include "aqlm_kernels.h"
 #include "aqlm_update.h"
 #include "hqq_kernels.h"
+#include "hqq_solve.h"
 
 const struct kernels VARIANT(kernels) = {
     VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows), VARIANT(aqlm_update),
-    VARIANT(aqlm_choose),
+    VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines),
 };

@@ -64,8 +64,18 @@ struct aqlm_choice {
     int64_t n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
+/* Groups of values (n, group_size), shifted and scaled as hqq/solve.py has it; all else (n,). `limit` is read by
+ * hqq_offsets, `slope` and what begins with other_ by hqq_lines. */
+struct hqq_groups {
+    float *offset, *slope; /* changed, and written */
+    const float *values, *mean, *limit, *other_slope, *other_offset;
+    const float *margin; /* one number: how much of its variance the error of the other must be below */
+    int64_t group_size, iters;
+    float max_code, centre; /* the whole number that half of max_code is rounded down to */
+};
+
 /* Kernels work on the rows [begin, end); `scratch` is the worker's own memory, aligned to a cache line. AQLM's product
- * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats. */
+ * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats; the solvers of HQQ want MAX_LANES groups. */
 struct kernels {
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
@@ -73,12 +83,17 @@ struct kernels {
     void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
     void (*aqlm_update)(const struct aqlm_update *, int64_t begin, int64_t end);
     void (*aqlm_choose)(const struct aqlm_choice *, int64_t begin, int64_t end, float *scratch);
+    void (*hqq_offsets)(const struct hqq_groups *, int64_t begin, int64_t end, float *scratch);
+    void (*hqq_lines)(const struct hqq_groups *, int64_t begin, int64_t end, float *scratch);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
 /* Bytes that memory is fetched in, on most machines. */
 #define CACHE_LINE 64
+
+/* Floats in the widest vector. */
+#define MAX_LANES 16
 
 /* Rows that are dequantized together before they meet several tokens. */
 #define BLOCK_ROWS 4

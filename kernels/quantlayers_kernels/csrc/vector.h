@@ -85,6 +85,17 @@ INLINE floats lower(floats a, floats b) {
 #endif
 }
 
+INLINE floats higher(floats a, floats b) {
+#if LANES == 16
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    const ints is_higher = a > b;
+    return (floats)(((ints)a & is_higher) | ((ints)b & ~is_higher));
+#endif
+}
+
 INLINE int any_below(floats v, float bound) {
 #if LANES == 16
     return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_LT_OQ) != 0;

@@ -1,0 +1,155 @@
+/* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve.py. */
+
+/* The groups from `first` on, to be read lane by lane; a last batch repeats the last group. */
+struct lane_groups {
+    int64_t index[LANES];
+};
+
+INLINE struct lane_groups groups_from(int64_t first, int64_t end) {
+    struct lane_groups groups;
+    for (int lane = 0; lane < LANES; lane++)
+        groups.index[lane] = first + lane < end ? first + lane : end - 1;
+    return groups;
+}
+
+INLINE floats gathered(const float *p, struct lane_groups groups) {
+    floats v;
+    for (int lane = 0; lane < LANES; lane++)
+        v[lane] = p[groups.index[lane]];
+    return v;
+}
+
+INLINE void scatter(float *p, struct lane_groups groups, floats v) {
+    for (int lane = 0; lane < LANES; lane++)
+        p[groups.index[lane]] = v[lane];
+}
+
+/* Values of the groups, (group_size, LANES). */
+INLINE void transpose_groups(const struct hqq_groups *g, struct lane_groups groups, float *values) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int64_t k = 0; k < g->group_size; k++)
+            values[k * LANES + lane] = g->values[groups.index[lane] * g->group_size + k];
+}
+
+INLINE floats chosen(ints condition, floats yes, floats no) {
+    return (floats)(((ints)yes & condition) | ((ints)no & ~condition));
+}
+
+INLINE int is_any(ints condition) {
+    return any_below(floats_of(condition), 0);
+}
+
+/* The nearest code, from the whole number `centre`. Both bounds are whole, so that rounding may come after them, and
+ * adding 1.5 * 2^23 rounds. */
+INLINE floats nearest_code(floats v, float max_code, float centre) {
+    const floats none = {0};
+    return (lower(higher(v, none), none + max_code) + 0x1.8p23f) - (0x1.8p23f + centre);
+}
+
+static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+    const float n = (float)g->group_size;
+    for (int64_t first = begin; first < end; first += LANES) {
+        const struct lane_groups groups = groups_from(first, end);
+        transpose_groups(g, groups, values);
+        const floats mean = gathered(g->mean, groups), limit = gathered(g->limit, groups), none = {0};
+        floats offset = gathered(g->offset, groups);
+        ints is_open = {0};
+        for (int64_t t = 0; t < g->iters; t++) {
+            const floats residual = higher(higher(offset, -offset), none + 0.5f) * (1 + 1e-5f);
+            is_open |= residual > limit;
+            floats sum = {0};
+            for (int64_t k = 0; k < g->group_size; k++)
+                sum += nearest_code(load(values + k * LANES) + offset, g->max_code, 0);
+            const floats moved = sum / n - mean;
+            const ints is_moving = (moved != offset) & ~is_open;
+            offset = moved;
+            if (!is_any(is_moving))
+                break;
+        }
+        scatter(g->offset, groups, chosen(is_open, none + __builtin_nanf(""), offset));
+    }
+}
+
+/* A line through the values of a group: slope * (code - offset), and its mean squared error. */
+struct line {
+    floats slope, offset, error;
+};
+
+/* What a line is fitted to. Codes count from the centre of their range, and values from their mean, so that no sum is a
+ * small difference of large ones. */
+struct moments {
+    floats sum, squares, products;
+};
+
+INLINE struct moments added(struct moments a, struct moments b) {
+    return (struct moments){a.sum + b.sum, a.squares + b.squares, a.products + b.products};
+}
+
+INLINE struct moments moments_at(const struct hqq_groups *g, const float *deviation, floats steps, floats first) {
+    const floats v = load(deviation), code = nearest_code(v * steps + first, g->max_code, g->centre);
+    return (struct moments){code, code * code, code * v};
+}
+
+/* Sums over the codes nearest to deviation * steps + first of all values. Two sums in turn, so that none waits for itself,
+ * and begun anew after a while, since a sum errs with its length. */
+INLINE struct moments moments_of_codes(const struct hqq_groups *g, const float *deviations, floats steps, floats first) {
+    const int64_t panel = PANEL / 4;
+    struct moments total = {{0}, {0}, {0}};
+    for (int64_t begin = 0; begin < g->group_size; begin += panel) {
+        const int64_t end = begin + panel < g->group_size ? begin + panel : g->group_size;
+        struct moments even = {{0}, {0}, {0}}, odd = even;
+        int64_t k = begin;
+        for (; k + 2 <= end; k += 2) {
+            even = added(even, moments_at(g, deviations + k * LANES, steps, first));
+            odd = added(odd, moments_at(g, deviations + (k + 1) * LANES, steps, first));
+        }
+        if (k < end)
+            even = added(even, moments_at(g, deviations + k * LANES, steps, first));
+        total = added(total, added(even, odd));
+    }
+    return total;
+}
+
+INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviations, floats mean, floats spread,
+                               struct line line) {
+    const float share = 1 / (float)g->group_size;
+    const floats none = {0};
+    for (int64_t t = 0; t < g->iters; t++) {
+        const floats steps = 1 / line.slope;
+        const struct moments codes = moments_of_codes(g, deviations, steps, mean * steps + line.offset);
+        const floats code_mean = codes.sum * share, covariance = codes.products * share;
+        const floats variance = codes.squares * share - code_mean * code_mean;
+        const ints is_varied = variance > none, is_fitted = is_varied & (covariance > none);
+        const floats slope = chosen(is_fitted, covariance / variance, line.slope);
+        const floats fitted_offset = chosen(is_fitted, code_mean + g->centre - mean / slope, line.offset);
+        /* With one bit all values may be on one code; the plain range has two to start from. */
+        const floats offset = chosen(is_varied, fitted_offset, none);
+        const ints is_moving = (slope != line.slope) | (offset != line.offset);
+        line = (struct line){slope, offset, chosen(is_fitted, spread - covariance * slope, spread)};
+        if (!is_any(is_moving))
+            break;
+    }
+    return line;
+}
+
+static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+    for (int64_t first = begin; first < end; first += LANES) {
+        const struct lane_groups groups = groups_from(first, end);
+        transpose_groups(g, groups, values);
+        const floats mean = gathered(g->mean, groups), none = {0}, one = none + 1;
+        floats spread = {0};
+        for (int64_t k = 0; k < g->group_size; k++) {
+            const floats deviation = load(values + k * LANES) - mean;
+            store(values + k * LANES, deviation);
+            spread += deviation * deviation;
+        }
+        spread /= (float)g->group_size;
+        const struct line wide = {one, gathered(g->offset, groups), none};
+        const struct line narrow = {gathered(g->other_slope, groups), gathered(g->other_offset, groups), none};
+        const struct line a = fitted_line(g, values, mean, spread, wide);
+        const struct line b = fitted_line(g, values, mean, spread, narrow);
+        const ints is_better = b.error < a.error - *g->margin * spread;
+        scatter(g->slope, groups, chosen(is_better, b.slope, a.slope));
+        scatter(g->offset, groups, chosen(is_better, b.offset, a.offset));
+    }
+}
