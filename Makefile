@@ -38,6 +38,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py
 	$(RUN) benchmarks/bench_lora_step.py
 	$(RUN) benchmarks/bench_decode.py
+	$(RUN) benchmarks/bench_aqlm_quantizer.py
 
 # Tests on a GPU, then figures, in less than eight minutes. In an environment that is there already, with pytest in it:
 # make bench-gpu RUN="env PYTHONPATH=.:kernels python"
