@@ -387,6 +387,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "quantize": quantize,
         "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,
+        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
 }

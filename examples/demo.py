@@ -268,8 +268,9 @@ def note(stages: list[Stage]) -> str:
     said = f"{merged.name}: {merged.task_score:.0%} of the orders right, {tuned.task_score:.0%} before the merge."
     if merged.task_score >= 0.9 * tuned.task_score:
         return said
+    calibrate = "" if merged.name.endswith("calibrated") else "merge with --calibrate, or "
     return (
-        f"{said} Instead keep the adapter beside the model, or merge with --calibrate, or train it merge-aware "
+        f"{said} Instead keep the adapter beside the model, or {calibrate}train it merge-aware "
         "(peft_quantlayers.enable_merge_aware)."
     )
 
