@@ -234,11 +234,12 @@ def gpu() -> str:
 def quantize() -> str:
     measured = result("quantize")
     shapes = ([576, 576], [1536, 576], [2048, 2048], [4096, 4096])
+    thread_counts = sorted({row["threads"] for row in measured["rows"]})
     rows = []
     for shape in shapes:
         cells = [f"{shape[0]} x {shape[1]}"]
         for made_by in ("ours", "ours, refine_scale", "hqq"):
-            for threads in (1, 2):
+            for threads in thread_counts:
                 found = [
                     row
                     for row in measured["rows"]
@@ -248,7 +249,9 @@ def quantize() -> str:
                 cells.append(f"{found[0]['million_weights_per_s']:.1f}" if found else "")
         rows.append(cells)
     head = ["million weights/s, 4 bits"]
-    head += [f"{what}, {n}" for what in ("published algorithm", "default", "hqq package") for n in ("1 thread", "2")]
+    head += [
+        f"{what}, {n} thread(s)" for what in ("published algorithm", "default", "hqq package") for n in thread_counts
+    ]
     model = measured["memory"]["model"]
     seconds = statistics.median(run["seconds"] for run in model)
     extra = max(run["extra_peak_mib"] for run in model)
