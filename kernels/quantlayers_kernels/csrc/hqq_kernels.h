@@ -1,5 +1,5 @@
 /* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. Here is
- * what serves any shape; hqq_registers.h has a faster way for most. */
+ * what serves any shape; hqq_registers.h has a faster product for most. */
 #include "hqq_registers.h"
 
 /* Unpacked codes are kept minus the middle of their range, so that they fit int8 and are small against their zero. */
@@ -75,12 +75,6 @@ INLINE void read_row(const struct hqq_weight *w, int64_t row, struct row_parts p
 
 /* out = (code - zero) * scale, rounded as the reference rounds. */
 static TARGET void dequantize_row(const struct hqq_weight *w, int64_t row, float *scratch, float *out) {
-#if LANES >= 8
-    if (can_decode_in_registers(w)) {
-        row_in_registers(w, row, scratch, out);
-        return;
-    }
-#endif
     const struct row_parts parts = row_parts_in(w, scratch);
     const int64_t group_size = w->in_features / w->n_groups;
     const float centre = (float)centre_of(w->nbits);

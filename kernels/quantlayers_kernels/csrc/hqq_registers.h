@@ -1,4 +1,5 @@
-/* HQQ codes decoded in registers, WINDOW columns at a time, where a plane has as many bytes to load.
+/* HQQ products with few tokens: codes decoded in registers, WINDOW columns at a time, where a plane has as many bytes to
+ * load. Dense rows are made faster the other way, with their columns in order.
  *
  * What the codes of a group stand for, (code - zero) * scale, lies in a vector where its lanes are enough, and the
  * codes permute it: no conversion and no arithmetic for each weight. Other codes are converted. Either way a weight
@@ -21,11 +22,6 @@ INLINE struct slots slots_of(int64_t in_features, int nbits) {
     const int high = nbits == 3 || nbits == 5 ? 1 : nbits == 6 ? 2 : 0, low = nbits - high;
     const int n = 8 / (high ? high : low);
     return (struct slots){in_features / n, n, low, high};
-}
-
-INLINE int can_decode_in_registers(const struct hqq_weight *w) {
-    const struct slots slots = slots_of(w->in_features, w->nbits);
-    return w->in_features % slots.n == 0 && slots.columns >= WINDOW;
 }
 
 /* Up to WINDOW columns in one slot and one group: [begin, end) of the slot, in the window that begins `at`. */
@@ -100,25 +96,6 @@ struct hqq_block {
     const float *scale, *zero; /* (rows, n_groups) */
     int64_t row_bytes, n_groups, in_features;
 };
-
-/* Writes one row's weights. */
-INLINE void decode_row(const struct hqq_block *w, int nbits, float *out) {
-    const struct slots slots = slots_of(w->in_features, nbits);
-    for (struct run run = {0}; next_run(slots, w->in_features / w->n_groups, &run);) {
-        const struct group_values values = values_of_group(w->scale[run.group], w->zero[run.group], nbits);
-        uint8_t codes[WINDOW + LANES]; /* what is read beyond the window is not stored */
-        *(lanes_at *)codes = codes_in_window(w->packed, slots, run.slot, run.at);
-        float *const into = out + run.slot * slots.columns;
-        for (int64_t j = run.begin; j < run.end; j += LANES) {
-            const floats weights = weights_of(lanes_of_bytes(codes + j - run.at), values, nbits);
-            if (j + LANES <= run.end)
-                store(into + j, weights);
-            else
-                for (int64_t k = j; k < run.end; k++)
-                    into[k] = weights[k - j];
-        }
-    }
-}
 
 /* Puts the inputs of each window in the order of its codes, (windows, 4, LANES), with zeros outside of the run. */
 INLINE void arrange(const float *x, struct slots slots, int64_t group_size, float *arranged) {
@@ -253,18 +230,12 @@ static TARGET void product_in_registers(const struct hqq_weight *w, const struct
 #undef MULTIPLY
 }
 
-static TARGET void row_in_registers(const struct hqq_weight *w, int64_t row, float *scratch, float *out) {
-    const struct hqq_block block = read_block(w, row, 1, scratch);
-#define DECODE(nbits) decode_row(&block, nbits, out)
-    FOR_NBITS(w->nbits, DECODE);
-#undef DECODE
-}
-
 /* Decoding anew for each block of tokens pays for two of them; the scratch memory holds half-empty windows at most.
  * Arithmetic in AVX2's short vectors gains nothing here. */
 INLINE int can_multiply_in_registers(const struct hqq_weight *w, const struct product *p) {
     const struct slots slots = slots_of(w->in_features, w->nbits);
-    return can_decode_in_registers(w) && (LANES == 16 || is_in_table(w->nbits)) && p->tokens <= 2 * BLOCK_TOKENS &&
+    return w->in_features % slots.n == 0 && slots.columns >= WINDOW && (LANES == 16 || is_in_table(w->nbits)) &&
+           p->tokens <= 2 * BLOCK_TOKENS &&
            number_of_windows(slots, w->in_features / w->n_groups) * WINDOW <= 2 * w->in_features;
 }
 

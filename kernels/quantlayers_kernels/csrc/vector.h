@@ -51,15 +51,6 @@ INLINE floats load_codes(const int8_t *p) {
 }
 
 #if LANES >= 8
-/* LANES bytes, each in a lane of its own. */
-INLINE lanes lanes_of_bytes(const uint8_t *p) {
-#if LANES == 16
-    return (lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-#else
-    return (lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#endif
-}
-
 /* The lanes of `table` that the lowest bits of each index name. */
 INLINE floats permuted(floats table, lanes index) {
 #if LANES == 16
