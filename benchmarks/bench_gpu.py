@@ -165,8 +165,7 @@ class Bench:
         """Run one part and write its result; one that fails, or has no time left, leaves the others alone."""
         left = self.deadline - time.monotonic()
         if left < needs_s:
-            self.found["left_out"].append(f"{name}: {left:.0f} s were left, it needs {needs_s:.0f} s")
-            print(self.found["left_out"][-1], flush=True)
+            self.leave_out(f"{name}: {left:.0f} s were left, it needs {needs_s:.0f} s")
         else:
             print(f"--- {name}, {left:.0f} s left", flush=True)
             try:
@@ -174,9 +173,16 @@ class Bench:
             except Exception as error:
                 traceback.print_exc()
                 self.found["failed"].append(f"{name}: {_short(error)}")
-        self.output.write_text(json.dumps(self.found, indent=2) + "\n")
+        self.write()
         if self.clock.is_gpu:
             torch.cuda.empty_cache()
+
+    def leave_out(self, what: str) -> None:
+        self.found["left_out"].append(what)
+        print(what, flush=True)
+
+    def write(self) -> None:
+        self.output.write_text(json.dumps(self.found, indent=2) + "\n")
 
     def is_good(self) -> bool:
         return not self.found["failed"] and self.found["tests"] in ("passed", "not run")
@@ -186,9 +192,8 @@ class Bench:
         """Inside, the whole program ends at the deadline, with what was found so far in the file."""
 
         def end() -> None:
-            self.found["left_out"].append(f"{name}: not done at the deadline")
-            print(self.found["left_out"][-1], flush=True)
-            self.output.write_text(json.dumps(self.found, indent=2) + "\n")
+            self.leave_out(f"{name}: not done at the deadline")
+            self.write()
             os._exit(0 if self.is_good() else 1)
 
         timer = threading.Timer(max(0.0, self.deadline - time.monotonic()), end)

@@ -311,6 +311,10 @@ def initialize(model: nn.Module, config: peft.PeftConfig) -> None:
         )  # fmt: skip
 
 
+def targets_of(model: nn.Module) -> list[str]:
+    return ["q_proj", "up_proj"] if isinstance(model, PreTrainedModel) else ["first", "second"]
+
+
 def adapted(model: nn.Module, make_config: Callable[[], Configs]) -> nn.Module:
     """``model`` with the method on it, all trainable numbers shifted by the same random ones on every base."""
     torch.manual_seed(1)
@@ -318,8 +322,7 @@ def adapted(model: nn.Module, make_config: Callable[[], Configs]) -> nn.Module:
     configs = made if isinstance(made, tuple) else (made,)
     for config in configs:
         if getattr(config, "target_modules", None) is None and not isinstance(config, peft.XLoraConfig):
-            is_llama = isinstance(model, PreTrainedModel)
-            config.target_modules = {"q_proj", "up_proj"} if is_llama else {"first", "second"}
+            config.target_modules = set(targets_of(model))
     if isinstance(made, tuple):
         model = get_peft_model(model, configs[0], adapter_name="0", mixed=True)
         for number, config in enumerate(configs[1:], start=1):
@@ -463,7 +466,7 @@ def compare(found: Tensor, expected: Tensor, what: str = "the output") -> None:
 
 def with_two(model: nn.Module) -> PeftModel:
     """``model`` with the adapters "default" and "other", both random."""
-    targets = ["q_proj", "up_proj"] if isinstance(model, PreTrainedModel) else ["first", "second"]
+    targets = targets_of(model)
     torch.manual_seed(1)
     model = get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     model.add_adapter("other", peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets[1:], init_lora_weights=False))

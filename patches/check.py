@@ -123,12 +123,12 @@ def passes(source: Path, tests: list[str], *, root: Path | None = None, may_skip
 def conforms(source: Path, method: str) -> tuple[bool, str]:
     """Whether all of PEFT's tests of quantized models pass on our layers, where the list of exceptions names some."""
     conformance.prepare(source)
-    summary = source / "summary.json"
+    summary = source / f"summary-{method}.json"
     arguments = ["--summary", str(summary), "-k", "TestQuantization"]
     command = conformance.pytest_command(source, method, files=[conformance.OURS], arguments=arguments)
     environment = conformance.environment(source)
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    counts = json.loads(summary.read_text()) if summary.exists() else {}
+    [counts] = json.loads(summary.read_text()) if summary.exists() else [{}]
     passed = done.returncode == 0 and counts["passed"] > 0 and counts["expected_failures"] == 0
     return passed, done.stdout[-2000:]
 

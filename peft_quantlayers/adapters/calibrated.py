@@ -59,9 +59,7 @@ class _MergeVisitor(Visitor):
         def rule(plan: MergePlan) -> QuantizedWeight:
             if hessian is None:
                 return append(plan) if self.append else requantize(plan)
-            spec = plan.weight.spec
-            if self.append:
-                spec = extended_spec(spec, name=name)
+            spec = extended_spec(plan.weight.spec, name=name) if self.append else plan.weight.spec
             merged = for_outputs(plan, spec, hessian)
             kept.append(output_kept(plan, merged, hessian))
             return merged

@@ -119,15 +119,16 @@ class MergeReport:
             return None
         said = f"{kept:.2f} of the adapter's {what}."
         methods = {layer.method for layer in self.layers}
-        others = ['strategy="keep", which saves the adapter as a low-rank branch and loses nothing']
-        if "aqlm" in methods and self.strategy != "append":
-            others.insert(0, 'strategy="append", which takes a bit per weight more')
-        if self.strategy not in ("exact", "aware"):
-            if "hqq" in methods:
-                others.insert(0, "train with QA-LoRA (axis=1), which merges exactly")
-            others.insert(0, 'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"')
+        others = []
         if self.strategy in ("auto", "requantize"):
-            others.insert(0, 'strategy="calibrated" with some text')
+            others.append('strategy="calibrated" with some text')
+        if self.strategy not in ("exact", "aware"):
+            others.append('train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"')
+            if "hqq" in methods:
+                others.append("train with QA-LoRA (axis=1), which merges exactly")
+        if "aqlm" in methods and self.strategy != "append":
+            others.append('strategy="append", which takes a bit per weight more')
+        others.append('strategy="keep", which saves the adapter as a low-rank branch and loses nothing')
         return f"{said} Instead: " + "; or ".join(others) + "."
 
     def to_dict(self) -> dict[str, Any]:

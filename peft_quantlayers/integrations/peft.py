@@ -40,16 +40,13 @@ TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
 
-_original: Any = None
-_original_unload: Any = None
-_original_estimate: Any = None
-_is_in_registry = False
+# What of PEFT ours has taken the place of; empty while nothing is registered.
+_originals: dict[str, Any] = {}
 
 
 def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
-    global _original, _original_unload, _original_estimate, _is_in_registry
-    if _original is not None or _is_in_registry:
+    if _originals:
         return
     version = Version(peft.__version__)
     if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
@@ -58,9 +55,8 @@ def register() -> None:
         )
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
-        _is_in_registry = True
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
-        _original = LoraModel._create_new_module
+        _originals["create_new_module"] = LoraModel._create_new_module
         LoraModel._create_new_module = staticmethod(_create_new_module)
     else:
         raise ImportError(
@@ -70,8 +66,10 @@ def register() -> None:
         )
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
-    _original_unload, LoraModel._unload_and_optionally_merge = LoraModel._unload_and_optionally_merge, _unload
-    _original_estimate, loraga.estimate_gradients = loraga.estimate_gradients, _estimate_gradients
+    _originals["unload"] = LoraModel._unload_and_optionally_merge
+    LoraModel._unload_and_optionally_merge = _unload
+    _originals["estimate_gradients"] = loraga.estimate_gradients
+    loraga.estimate_gradients = _estimate_gradients
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -79,16 +77,15 @@ def register() -> None:
 
 def unregister() -> None:
     """Put PEFT's own dispatch back."""
-    global _original, _original_unload, _original_estimate, _is_in_registry
-    if _is_in_registry:
-        lora.unregister_lora_dispatcher(NAME)
-    elif _original is not None:
-        LoraModel._create_new_module = staticmethod(_original)
-    else:
+    if not _originals:
         return
-    LoraModel._unload_and_optionally_merge = _original_unload
-    loraga.estimate_gradients = _original_estimate
-    _original, _original_unload, _original_estimate, _is_in_registry = None, None, None, False
+    if "create_new_module" in _originals:
+        LoraModel._create_new_module = staticmethod(_originals["create_new_module"])
+    else:
+        lora.unregister_lora_dispatcher(NAME)
+    LoraModel._unload_and_optionally_merge = _originals["unload"]
+    loraga.estimate_gradients = _originals["estimate_gradients"]
+    _originals.clear()
     if hasattr(peft.utils, "unregister_quantization_backend"):
         peft.utils.unregister_quantization_backend(NAME)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
@@ -97,7 +94,9 @@ def unregister() -> None:
 
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     new_module = _dispatch(target, adapter_name, config=lora_config, **kwargs)
-    return _original(lora_config, adapter_name, target, **kwargs) if new_module is None else new_module
+    if new_module is None:
+        return _originals["create_new_module"](lora_config, adapter_name, target, **kwargs)
+    return new_module
 
 
 def _unload(
@@ -120,7 +119,7 @@ def _unload(
                     layer.restore(state)
                 raise
             warnings.filterwarnings("ignore", "All adapters are already merged")
-        return _original_unload(
+        return _originals["unload"](
             self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
@@ -130,7 +129,7 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
     if any(isinstance(target, QuantizedLinear) for target in targets.values()):
         estimate_gradients(model, targets, train_step)
     else:
-        _original_estimate(model, lora_config, train_step)
+        _originals["estimate_gradients"](model, lora_config, train_step)
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters import LoraQuantizedLinear
-from ..formats import QuantizedWeight
 from ..integrations.headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
 
@@ -159,12 +158,12 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     scaling = layer.scaling[adapter]
     norm = float(target.norm()) or 1.0
 
-    def error(quantized: QuantizedWeight) -> float:
-        change = scaling * (B.float() @ A.float())
-        return float((target - base.method.dense(quantized) - change).norm()) / norm
+    def change() -> Tensor:
+        return scaling * (B.float() @ A.float())
 
     old = quantized = base.quantized_weight
-    before = least = error(old)
+    lost = target - base.method.dense(old)
+    before = least = float((lost - change()).norm()) / norm
     best = old, A.data, B.data
     if before >= 1:
         raise ValueError(
@@ -174,12 +173,11 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     for iteration in range(iterations):
         if iteration:
             start = quantized if base.method.improves_start else None
-            quantized = base.method.quantize(
-                target - scaling * (B.float() @ A.float()), quantized.spec, name=name, start=start
-            )
-        left, right = _low_rank_approximation((target - base.method.dense(quantized)) / scaling, A.shape[0])
+            quantized = base.method.quantize(target - change(), quantized.spec, name=name, start=start)
+            lost = target - base.method.dense(quantized)
+        left, right = _low_rank_approximation(lost / scaling, A.shape[0])
         A.data, B.data = right.to(A.dtype), left.to(B.dtype)
-        found = error(quantized)
+        found = float((lost - change()).norm()) / norm
         if found < least:
             best, least = (quantized, A.data, B.data), found
     if best[0] is not old:

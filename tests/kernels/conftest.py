@@ -3,11 +3,12 @@
 import os
 
 import pytest
+from implementations import COMPILED, PLAIN, run_with
 
 from quantlayers_kernels import gpu, native
 
-COMPILED = list(native.VARIANTS)
-PLAIN = "plain torch"
+__all__ = ["COMPILED", "FASTEST_AND_PLAIN", "PLAIN"]
+
 # What a user of this machine gets, and what one without a compiler gets.
 FASTEST_AND_PLAIN = [native.VARIANTS[native.variant()], PLAIN]
 
@@ -19,14 +20,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 @pytest.fixture
 def kernels(request, monkeypatch) -> str:
     """Runs the test with the implementation that its parameter names, one of ``COMPILED`` or ``PLAIN``."""
-    if request.param == PLAIN:
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif not native.is_available():
-        pytest.skip("the compiled kernels were not built")
-    elif native.VARIANTS.index(request.param) > native.variant():
-        pytest.skip(f"this CPU has no {request.param}")
-    else:
-        monkeypatch.setattr(native, "variant", lambda: native.VARIANTS.index(request.param))
+    run_with(request.param, monkeypatch)
     return request.param
 
 

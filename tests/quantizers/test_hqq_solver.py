@@ -2,24 +2,18 @@
 
 import pytest
 import torch
+from implementations import COMPILED, PLAIN, run_with
 
 from peft_quantlayers.quantizers import _hqq_solver
 from peft_quantlayers.quantizers._hqq_solver import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels import native
 from quantlayers_kernels.hqq import solve
 
-PLAIN = "plain torch"
 
-
-@pytest.fixture(autouse=True, params=[*native.VARIANTS, PLAIN])
+@pytest.fixture(autouse=True, params=[*COMPILED, PLAIN])
 def kernels(request, monkeypatch) -> str:
     """Every test runs with each instruction set, and in plain torch."""
-    if request.param == PLAIN:
-        monkeypatch.setattr(solve, "can_solve", lambda shifted: False)
-    elif not native.is_available() or native.VARIANTS.index(request.param) > native.variant():
-        pytest.skip(f"no compiled kernels for {request.param} here")
-    else:
-        monkeypatch.setattr(native, "variant", lambda: native.VARIANTS.index(request.param))
+    run_with(request.param, monkeypatch)
     return request.param
 
 

@@ -140,7 +140,7 @@ def _move(codes: Tensor, change: Tensor, steps: Tensor, per_energy: Tensor, entr
         m, k = where // NEIGHBOURS, where % NEIGHBOURS
         row = torch.arange(len(t), device=t.device)
         best = along[row, m, k]
-        is_moved = (energy > 0) & (best > 0) & (noise[part] < energy / best.clamp(min=1e-30))
+        is_moved = (best > 0) & (noise[part] < energy / best.clamp(min=1e-30))
         row, m, k = row[is_moved], m[is_moved], k[is_moved]
         entry = entries[m, chosen[row, m], k]
         codes[part][row, m] = wrapped_codes(entry, size, codes.dtype)

@@ -13,10 +13,6 @@ INLINE void write_code(const struct aqlm_update *u, int64_t i, int32_t code) {
         ((int16_t *)u->codes)[i] = (int16_t)stored;
 }
 
-INLINE ints choose(ints is_first, ints first, ints second) {
-    return (is_first & first) | (~is_first & second);
-}
-
 /* Each lane follows the best of its own steps; the lanes are compared at the end. */
 INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) {
     const float *t = u->change + group * d;
@@ -36,11 +32,11 @@ INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) 
                 along += load(steps + j * u->neighbours + k) * t[j];
             /* A step that does not reach as far as t is worth less than any that does, and the more the farther. */
             const floats gain = along * load(per_energy + k), lack = along - energy;
-            const floats worth = (floats)choose((ints)(lack >= 0), (ints)gain, (ints)lack);
+            const floats worth = chosen((ints)(lack >= 0), gain, lack);
             const ints is_better = (ints)(worth > best);
-            best = (floats)choose(is_better, (ints)worth, (ints)best);
-            best_along = (floats)choose(is_better, (ints)along, (ints)best_along);
-            best_step = choose(is_better, (ints){0} + (int32_t)(m * u->neighbours + k), best_step);
+            best = chosen(is_better, worth, best);
+            best_along = chosen(is_better, along, best_along);
+            best_step = chosen_ints(is_better, (ints){0} + (int32_t)(m * u->neighbours + k), best_step);
         }
     }
     int lane = 0;

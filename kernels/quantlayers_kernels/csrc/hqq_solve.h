@@ -31,10 +31,6 @@ INLINE void transpose_groups(const struct hqq_groups *g, struct lane_groups grou
             values[k * LANES + lane] = g->values[groups.index[lane] * g->group_size + k];
 }
 
-INLINE floats chosen(ints condition, floats yes, floats no) {
-    return (floats)(((ints)yes & condition) | ((ints)no & ~condition));
-}
-
 INLINE int is_any(ints condition) {
     return any_below(floats_of(condition), 0);
 }

@@ -65,14 +65,22 @@ INLINE floats floats_of(ints v) {
     return __builtin_convertvector(v, floats);
 }
 
+INLINE ints chosen_ints(ints condition, ints yes, ints no) {
+    return (yes & condition) | (no & ~condition);
+}
+
+/* Lane by lane: `yes` where the condition is all ones, `no` where it is 0. */
+INLINE floats chosen(ints condition, floats yes, floats no) {
+    return (floats)chosen_ints(condition, (ints)yes, (ints)no);
+}
+
 INLINE floats lower(floats a, floats b) {
 #if LANES == 16
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
 #elif LANES == 8
     return (floats)_mm256_min_ps((__m256)a, (__m256)b);
 #else
-    const ints is_lower = a < b;
-    return (floats)(((ints)a & is_lower) | ((ints)b & ~is_lower));
+    return chosen(a < b, a, b);
 #endif
 }
 
@@ -82,8 +90,7 @@ INLINE floats higher(floats a, floats b) {
 #elif LANES == 8
     return (floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-    const ints is_higher = a > b;
-    return (floats)(((ints)a & is_higher) | ((ints)b & ~is_higher));
+    return chosen(a > b, a, b);
 #endif
 }
 
