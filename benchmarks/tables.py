@@ -83,6 +83,29 @@ def calibration() -> str:
     )
 
 
+def loftq() -> str:
+    measured = result("loftq")
+    rows = [
+        [
+            f"{row['nbits']} bits, group {row['group_size']}",
+            f"{row['iterations']} iterations, {row['seconds']:.0f} s" if row["iterations"] else "none",
+            number(row["perplexity"]),
+            f"{row['kl_to_float']:.3f}",
+        ]
+        for row in measured["rows"]
+    ]
+    return "\n".join(
+        [
+            table(["HQQ without data", "LoftQ", "perplexity", "KL"], rows),
+            "",
+            f"Before any training; adapters of rank {measured['rank']}. Float model: "
+            f"{measured['float_perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} windows of "
+            f"{measured['window_tokens']} tokens. "
+            + device_line(measured["device"], "python benchmarks/bench_loftq.py"),
+        ]
+    )
+
+
 def merge() -> str:
     """What each strategy kept of adapters, means over the seeds."""
     measured = result("merge")
@@ -383,6 +406,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "quality": quality,
         "calibration": calibration,
+        "loftq": loftq,
         "merge": merge,
         "decode": decode,
         "gpu": gpu,
