@@ -144,9 +144,16 @@ def merge() -> str:
         "merged",
         "score: adapter / merged",
     ]
+    steps = "; ".join(
+        f"{step['setting']} {step['time_ratio']:.2f} and {step['memory_ratio']:.2f} "
+        f"({step['batch']} x {step['tokens']} tokens)"
+        for step in measured["steps"]
+    )
     return (
         table(head, rows)
-        + "\n\nLosses are those of a token, of orders of a token of an answer; capture is measured on all held-out "
+        + "\n\nTime and memory of a merge-aware step, that of plain LoRA = 1: "
+        + steps
+        + ".\n\nLosses are those of a token, of orders of a token of an answer; capture is measured on all held-out "
         + "tokens, of orders on prompts too; the score counts answers without a mistake. "
         + f"Rank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
         + f"seeds {', '.join(map(str, seeds))}; {options['held_out_tokens']} held-out tokens. "
