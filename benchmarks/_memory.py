@@ -13,17 +13,24 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _status(entry: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+def resident_bytes(entry: str) -> int:
+    """A line of /proc/self/status, in bytes: VmRSS for what is resident now, VmHWM for the most since the last reset.
+
+    ``resource.getrusage`` will not do in a child: it begins with what its parent had.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"/proc/self/status has no {entry}: memory is measured on Linux only.")
 
 
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
     """Seconds, and MiB that the resident set rose above what it was before the call."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident_bytes("VmRSS")
+    reset_peak()
     seconds = seconds_of(call)
-    return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (_status("VmHWM") - before) / MIB}
+    return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (resident_bytes("VmHWM") - before) / MIB}

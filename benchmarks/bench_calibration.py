@@ -84,18 +84,31 @@ def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[T
     began = time.perf_counter()
     pql.quantize_model(model, config, calibration=calibration, progress=False, on_layer=results.append)
     row: dict[str, Any] = {"name": name, "quantize_s": time.perf_counter() - began, "tuning_s_per_step": None}
-    layers = pql.quantized_modules(model).values()
-    weights = [layer.in_features * layer.out_features for layer in layers]
-    bits = [layer.quantized_weight.bits_per_weight for layer in layers]
-    row["bits_per_weight"] = sum(b * w for b, w in zip(bits, weights, strict=True)) / sum(weights)
     if tuning:
         row["quantize_s"] = None  # its base was quantized for its own row
         tuned = peft.get_peft_model(model, TUNINGS[tuning]())
         row["tuning_s_per_step"] = tune(tuned, text, tuning)
         row["perplexity"], row["kl_to_float"] = evaluate(tuned, windows, kept)
+        row["bits_per_weight"] = tuned_bits_per_weight(tuned)
     else:
         row["perplexity"], row["kl_to_float"] = evaluate(model, windows, kept)
+        row["bits_per_weight"] = bits_per_weight(model)
     return row
+
+
+def bits_per_weight(model: nn.Module, extra_bits: int = 0) -> float:
+    """Of all quantized layers, with ``extra_bits`` beside them."""
+    layers = pql.quantized_modules(model).values()
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    bits = [layer.quantized_weight.bits_per_weight for layer in layers]
+    return (sum(b * w for b, w in zip(bits, weights, strict=True)) + extra_bits) / sum(weights)
+
+
+def tuned_bits_per_weight(tuned: peft.PeftModel) -> float:
+    """Tuned scales are merged, which widens them; LoRA stays beside the model as it is saved."""
+    if isinstance(tuned.active_peft_config, pql.QuantScalesConfig):
+        return bits_per_weight(tuned.merge_and_unload())
+    return bits_per_weight(tuned, 8 * sum(p.nbytes for name, p in tuned.named_parameters() if "lora_" in name))
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import copy
 import itertools
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from _device import describe_device
+from _memory import reset_peak, resident_bytes
 from _peers import peer_weight, quantize_with_hqq
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -322,9 +322,10 @@ def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
 
 def print_peak(setting: str, training: str, batch: int, tokens: int) -> None:
     model = step_model(training, setting)
+    reset_peak()
     for _ in range(2):
         take_step(model, torch.randint(0, 49_000, (batch, tokens)))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(resident_bytes("VmHWM") / 2**30)
 
 
 def show(row: Row) -> None:

@@ -121,8 +121,9 @@ def merge() -> str:
             [
                 f"{setting}, {task}",
                 str(len(found)),
-                training,
+                f"{training}, {found[0]['adapter_mb']:.1f} MB",
                 strategy,
+                f"{statistics.median(row['seconds_to_merge'] for row in found):.0f}",
                 f"{statistics.mean(captured):.3f}{spread}",
                 *(f"{loss:.3f}" for loss in means),
                 " / ".join(
@@ -136,8 +137,9 @@ def merge() -> str:
     head = [
         "",
         "seeds",
-        "training",
+        "training, adapter",
         "merge",
+        "seconds",
         "capture",
         "loss: base",
         "with adapter",
