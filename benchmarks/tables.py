@@ -121,7 +121,7 @@ def merge() -> str:
             [
                 f"{setting}, {task}",
                 str(len(found)),
-                f"{training}, {found[0]['adapter_mb']:.1f} MB",
+                f"{training}, {found[0].get('adapter_mb', 0):.1f} MB",
                 strategy,
                 f"{statistics.median(row['seconds_to_merge'] for row in found):.0f}",
                 f"{statistics.mean(captured):.3f}{spread}",

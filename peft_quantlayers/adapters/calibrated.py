@@ -2,11 +2,13 @@
 
 Rounding a weight with an adapter's change loses most of the change, which is smaller than a step. Chosen together
 under the second moment of the layer's inputs, the codes of a row carry it: what one cannot express, others take over.
+What still does not arrive is asked for again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from peft import PeftModel
 from torch import Tensor
@@ -16,8 +18,13 @@ from ..calibration.finetune import finetune_block
 from ..formats import QuantizedWeight, QuantSpec
 from ..quantizers import get_method
 from .lora import LoraQuantizedLinear
-from .report import LayerMergeReport
+from .report import LayerMergeReport, change_coefficient
 from .rules import MergePlan, append, extended_spec, requantize
+
+# How often codes are chosen for the change, and how much more of it a time may ask for than the one before: with two
+# bits nearly all arrives at once when enough is asked for.
+PASSES = 4
+MAX_GROWTH = 2.0
 
 
 def merge_calibrated(
@@ -54,19 +61,19 @@ class _MergeVisitor(Visitor):
 
     def visit(self, name: str, hessian: Tensor | None) -> None:
         layer = self.layers[name]
-        kept: list[float] = []
+        done: list[tuple[MergePlan, QuantizedWeight]] = []
 
         def rule(plan: MergePlan) -> QuantizedWeight:
             if hessian is None:
                 return append(plan) if self.append else requantize(plan)
             spec = extended_spec(plan.weight.spec, name=name) if self.append else plan.weight.spec
             merged = for_outputs(plan, spec, hessian)
-            kept.append(output_kept(plan, merged, hessian))
+            done.append((plan, merged))
             return merged
 
         layer.merge_with(rule, self.names)
-        if kept and isinstance(layer.merge_report, LayerMergeReport):
-            layer.merge_report = dataclasses.replace(layer.merge_report, output_kept=kept[0])
+        if hessian is not None and done and isinstance(layer.merge_report, LayerMergeReport):
+            layer.merge_report = with_outputs(layer.merge_report, *done[0], hessian)
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
         if self.calibration.finetune_epochs and names:
@@ -79,16 +86,32 @@ class _MergeVisitor(Visitor):
 
 
 def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:
-    """The target quantized from the grid and the codes that the weight has, so that the outputs err least."""
-    if not (plan.target - plan.before).any():
+    """A weight whose outputs carry the whole change under ``hessian``, from the grid and the codes that are there.
+
+    The weight of least error keeps a part of the change only. What one layer lacks the next ones lack too, and it adds
+    up, where noise mostly cancels. Hence more than the change is asked for, until all of it arrives.
+    """
+    change = plan.target - plan.before
+    if not change.any():
         return plan.weight
-    base = plan.base
-    return base.method.quantize(plan.target, spec, name=base.layer_name, hessian=hessian, start=plan.weight)
+    base, found, gain = plan.base, plan.weight, 1.0
+    for _ in range(PASSES):
+        wanted = plan.before + gain * change
+        found = base.method.quantize(wanted, spec, name=base.layer_name, hessian=hessian, start=found, rounds=1)
+        arrived = change_coefficient(plan.before, plan.target, base.method.dense(found), hessian)
+        gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))
+    return found
 
 
-def output_kept(plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> float:
-    """Part of the energy of the outputs' change that is left: ``1 - |error|**2 / |change|**2`` under ``hessian``."""
-    change, error = plan.target - plan.before, plan.base.method.dense(merged) - plan.target
+def with_outputs(
+    report: LayerMergeReport, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor
+) -> LayerMergeReport:
+    """``report`` with what ``merged`` did to the outputs of inputs with the second moment ``hessian``."""
+    after = plan.base.method.dense(merged)
+    kept = change_coefficient(plan.before, plan.target, after, hessian)
+    change = plan.target - plan.before
+    rest = after - plan.before - kept * change
     hessian = hessian.to(change.device)
-    energy = float(((change @ hessian) * change).sum())
-    return 1.0 - float(((error @ hessian) * error).sum()) / energy if energy > 0 else 1.0
+    energies = [float(((part @ hessian) * part).sum()) for part in (change, rest)]
+    noise = math.sqrt(max(0.0, energies[1]) / energies[0]) if energies[0] > 0 else 0.0
+    return dataclasses.replace(report, output_kept=kept, output_noise=noise)

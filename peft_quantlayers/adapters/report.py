@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class LayerMergeReport:
             and of what quantizing the target lost.
         change_kept: the part of the change that is in the merged weight: 1 for all of it, 0 for none. The
             coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
-        output_kept: the part of the energy of the change in the outputs that survived on the calibration inputs,
-            ``1 - |error|**2 / |change|**2``; None without calibration.
+        output_kept: likewise of the change in the outputs, on the calibration inputs; None without calibration.
+        output_noise: norm of what else changed in the outputs, over that of the adapter's change; likewise.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerMergeReport:
     error_norm: float
     change_kept: float
     output_kept: float | None = None
+    output_noise: float | None = None
 
     @property
     def relative_error(self) -> float:
@@ -97,8 +99,12 @@ class MergeReport:
     @property
     def output_kept(self) -> float | None:
         """Mean of the layers' ``output_kept``; None where none has one."""
-        kept = [layer.output_kept for layer in self.layers if layer.output_kept is not None]
-        return sum(kept) / len(kept) if kept else None
+        return _mean(layer.output_kept for layer in self.layers)
+
+    @property
+    def output_noise(self) -> float | None:
+        """Mean of the layers' ``output_noise``; None where none has one."""
+        return _mean(layer.output_noise for layer in self.layers)
 
     @property
     def error_to_change(self) -> float:
@@ -141,6 +147,7 @@ class MergeReport:
             "change_kept": self.change_kept,
             "error_to_change": self.error_to_change,
             "output_kept": self.output_kept,
+            "output_noise": self.output_noise,
             "capture": None
             if self.capture is None
             else dataclasses.asdict(self.capture) | {"capture": self.capture.capture},
@@ -156,20 +163,21 @@ class MergeReport:
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
 
-        def row(name: str, bits: tuple[float, float], *figures: float, output_kept: float | None) -> str:
+        def row(name: str, bits: tuple[float, float], *figures: float, of: LayerMergeReport | MergeReport) -> str:
             relative_error, ratio, kept = figures
+            outputs = "" if of.output_kept is None else f"{of.output_kept:11.2f}  {of.output_noise:5.2f}"
             return (
                 f"{name:{width}}  {bits[0]:11.2f}  {bits[1]:5.2f}  {relative_error:10.4f}  {ratio:12.2f}  {kept:11.2f}"
-                f"  {'' if output_kept is None else f'{output_kept:11.2f}'}"
+                f"  {outputs}"
             )
 
-        rows = [f"{'layer':{width}}  bits before  after  rel. error  error/change  change kept  output kept"]
+        rows = [f"{'layer':{width}}  bits before  after  rel. error  error/change  change kept  output kept  noise"]
         for layer in self.layers:
             bits, ratio = (layer.bits_before, layer.bits_after), layer.error_norm / (layer.change_norm or 1.0)
             figures = layer.relative_error, ratio, layer.change_kept
-            rows.append(row(layer.name, bits, *figures, output_kept=layer.output_kept))
+            rows.append(row(layer.name, bits, *figures, of=layer))
         figures = self.relative_error, self.error_to_change, self.change_kept
-        rows.append(row("total", self.bits, *figures, output_kept=self.output_kept))
+        rows.append(row("total", self.bits, *figures, of=self))
         if self.capture is not None:
             rows.append(
                 f"capture {self.capture.capture:.3f}; loss {self.capture.loss_base:.3f} base, "
@@ -207,12 +215,21 @@ def layer_report(
     )
 
 
-def change_coefficient(before: Tensor, target: Tensor, merged: Tensor) -> float:
-    """The coefficient of ``target - before`` in ``merged - before``, by least squares; 1 without a change."""
+def change_coefficient(before: Tensor, target: Tensor, merged: Tensor, hessian: Tensor | None = None) -> float:
+    """The coefficient of ``target - before`` in ``merged - before``, by least squares; 1 without a change.
+
+    With ``hessian`` (in_features, in_features), the second moment of the inputs, that of the outputs' change.
+    """
     change = target - before
-    energy = change.square().sum()
-    return float(((merged - before) * change).sum() / energy) if energy > 0 else 1.0
+    weighted = change if hessian is None else change @ hessian.to(change.device)
+    energy = (weighted * change).sum()
+    return float(((merged - before) * weighted).sum() / energy) if energy > 0 else 1.0
 
 
 def _norm(norms: Any) -> float:
     return math.sqrt(sum(norm**2 for norm in norms))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

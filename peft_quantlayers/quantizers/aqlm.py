@@ -128,6 +128,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
+        rounds: int | None = None,
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there.
 
@@ -151,7 +152,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             found = _floats_of(start, weight.device)
             found = extended_solution(problem, found, num_codebooks=num_codebooks, generator=generator)
         beam = spec.beam or _default_beam(spec, weight.device)
-        for _ in range(spec.rounds):
+        for _ in range(spec.rounds if rounds is None else rounds):
             found = fitted_codebooks(problem, found)
             found = improved_codes(problem, found, beam=beam)
             found = fitted_scales(problem, found)

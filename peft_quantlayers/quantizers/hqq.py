@@ -119,6 +119,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
         name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
+        rounds: int | None = None,
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`.
 
@@ -136,7 +137,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
         begin = start or self._solved(weight, spec, layout, name=name)
         if hessian is not None:
             hessian = checked_hessian(hessian, weight, name=name)
-            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None)
+            rounds = CALIBRATED_ROUNDS if rounds is None else rounds
+            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None, rounds=rounds)
         return _on_grid_of(begin, weight) if start is not None else begin
 
     def can_use_hessian(self, spec: HQQSpec) -> bool:
@@ -260,7 +262,9 @@ CALIBRATED_ROUNDS = 2
 SWEEPS_PER_ROUND = 3
 
 
-def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool) -> QuantizedWeight:
+def _for_outputs(
+    weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool, rounds: int
+) -> QuantizedWeight:
     """``weight``, float32, with the output error lowered from the grid of ``begin``.
 
     Integer zeros stay where they are, and so does their scale. ``from_start`` begins from the very grid and codes of
@@ -277,7 +281,7 @@ def _for_outputs(weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, fro
         if not spec.integer_zero:
             grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
         codes = grid.nearest_codes(groups)
-    for _ in range(CALIBRATED_ROUNDS):
+    for _ in range(rounds):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ROUND)
         if not spec.integer_zero:
             grid = fitted_grid(groups, codes, grid, hessian)

@@ -41,6 +41,7 @@ class QuantMethod(ABC, Generic[SpecT]):
         name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
+        rounds: int | None = None,
     ) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
@@ -55,6 +56,7 @@ class QuantMethod(ABC, Generic[SpecT]):
                 that cannot use it ignores it.
             start: a quantized weight of the same layer and spec to begin from: what it shares with ``weight`` is
                 kept, its grid or its codes. A method that cannot use it ignores it.
+            rounds: how often codes and the rest are fitted in turn, with ``hessian``; None for the method's own.
 
         Raises:
             ValueError: the shape does not fit the spec, or the weight holds NaN or Inf; names ``name``.

@@ -57,6 +57,7 @@ class AbsmaxMethod(QuantMethod):
         name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
+        rounds: int | None = None,
     ) -> QuantizedWeight:
         weight = weight.detach().float()
         if not torch.isfinite(weight).all():
