@@ -170,13 +170,14 @@ class _ResumeFolder:
         if not file.exists():
             return False
         specs = json.loads(self._metadata(file)["specs"])
+        with safe_open(file, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         for name in names:
             device = linear_of(model, name)[0].device
             place_empty_layer(
                 model, name, spec_from_dict(specs[name]), compute_dtype=config.compute_dtype, device=device
             )
-        with safe_open(file, framework="pt") as stored:
-            model.get_submodule(block).load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+        model.get_submodule(block).load_state_dict(tensors)
         return True
 
     def _file(self, block: str) -> Path:

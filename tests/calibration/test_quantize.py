@@ -9,6 +9,8 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers.calibration import finetune
+from peft_quantlayers.quantizers import get_method
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(1))
@@ -84,6 +86,80 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
     expected, found = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert torch.equal(resumed(IDS).logits, whole(IDS).logits)
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_interrupted_model_saves_and_loads_as_it_is_and_a_second_call_does_the_rest(
+    method, is_calibrated, tmp_path, monkeypatch, caplog
+):
+    config, given = CONFIGS[method], calibration() if is_calibrated else None
+    whole = quantize_model(tiny_model(), config, calibration=given, progress=False)
+    cls, names = type(get_method(method)), []
+    quantize = cls.quantize
+
+    def interrupted(*args, **kwargs):
+        names.append(kwargs["name"])
+        if len(names) == 6:
+            raise KeyboardInterrupt
+        return quantize(*args, **kwargs)
+
+    model = tiny_model()
+    monkeypatch.setattr(cls, "quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, config, calibration=given, progress=False)
+    monkeypatch.setattr(cls, "quantize", quantize)
+    assert set(quantized_modules(model)) == set(names[:5])
+    assert "5 of 14 layers are quantized" in caplog.text
+    pql.save_model(model, tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert set(quantized_modules(loaded)) == set(names[:5])
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+    quantize_model(model, config, calibration=given, progress=False)
+    assert "5 of 14 layers are quantized already" in caplog.text
+    expected, found = whole.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    pql.save_model(model, tmp_path / "whole")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "whole")(IDS).logits, whole(IDS).logits)
+
+
+def test_a_model_that_is_quantized_in_part_is_not_finetuned_or_quantized_to_another_spec():
+    model, config = tiny_model(), CONFIGS["hqq"]
+    quantize_model(model, HQQConfig(nbits=2, group_size=16, skip_modules=["layers.1"]), progress=False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="Load the float model again"):
+        quantize_model(model, config, calibration=calibration(finetune_epochs=1), progress=False)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: the layer is quantized already"):
+        quantize_model(model, HQQConfig(nbits=3, group_size=16), progress=False)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_an_interrupted_finetuning_leaves_the_block_as_it_was_quantized(tmp_path, monkeypatch):
+    model, plain = (
+        tiny_model(),
+        quantize_model(tiny_model(), CONFIGS["aqlm"], calibration=calibration(), progress=False),
+    )
+    calls = []
+
+    def interrupted(work, energy):
+        calls.append(work)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(finetune, "_error", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, CONFIGS["aqlm"], calibration=calibration(finetune_epochs=1), progress=False)
+    layers = quantized_modules(model)
+    assert layers.keys() == {name for name in quantized_modules(plain) if ".layers.0." in name}
+    for name, layer in layers.items():
+        assert all(
+            torch.equal(tensor, plain.state_dict()[f"{name}.{key}"]) for key, tensor in layer.state_dict().items()
+        )
+    pql.save_model(model, tmp_path / "model")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "model")(IDS).logits, model(IDS).logits)
 
 
 def test_a_resumed_layer_in_the_place_of_a_conv1d_is_one_still(tmp_path):

@@ -360,8 +360,9 @@ def test_a_nan_weight_is_refused_by_name_on_both_roads(tmp_path):
 
 def test_quantizing_twice_is_refused(saved):
     model = AutoModelForCausalLM.from_pretrained(saved[0])
-    with pytest.raises(ValueError, match="quantized already"):
-        pql.quantize_model(model, CONFIG, progress=False)
+    for config in (CONFIG, HQQConfig(nbits=3, group_size=32)):
+        with pytest.raises(ValueError, match="quantized already"):
+            pql.quantize_model(model, config, progress=False)
 
 
 def test_save_model_refuses_a_folder_with_files_and_writes_nothing(saved, tmp_path):
