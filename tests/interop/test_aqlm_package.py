@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,19 +59,38 @@ def quantized_model(scheme: str) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package(scheme, tmp_path):
-    pytest.importorskip("aqlm", reason="the peer is not installed")
     model = quantized_model(scheme)
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "aqlm"
     assert {"lm_head", "lm_head.weight"} <= set(config["linear_weights_not_to_quantize"])
+    torch.testing.assert_close(stock_logits(tmp_path / "model"), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def stock_logits(folder: Path) -> torch.Tensor:
+    pytest.importorskip("aqlm", reason="the peer is not installed")
     environment = os.environ | {"NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "model"), str(tmp_path / "logits.pt")],
-        check=True,
-        env=environment,
-    )
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=1e-4, atol=1e-5)
+    command = [sys.executable, "-c", STOCK, str(folder), str(folder / "logits.pt")]
+    subprocess.run(command, check=True, env=environment)
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_widened_among_others_saves_for_the_stock_package_where_its_dtype_can_hold_it(dtype, tmp_path):
+    model = float_model().to(dtype)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = (weight.float() * 1e-6).to(dtype)
+    pql.quantize_model(model, AQLMConfig(rounds=1), progress=False)
+    widths = [layer.spec.scale_dtype for layer in pql.quantized_modules(model).values()]
+    assert sorted(widths) == 13 * ["float16"] + ["float32"]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [layer.spec.scale_dtype for layer in pql.quantized_modules(loaded).values()] == widths
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    method = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert method == ("aqlm" if dtype == torch.float32 else "quantlayers")
+    if dtype == torch.float32:
+        torch.testing.assert_close(stock_logits(tmp_path), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [["lm_head.weight"], ["lm_head"], []], ids=["published", "module", "none"])

@@ -276,15 +276,24 @@ def test_bad_weights_are_refused_with_layer_and_remedy():
             AQLMMethod().quantize(weight_of(8, 16), AQLMSpec(), name="q_proj", hessian=hessian)
 
 
-def test_weights_too_small_for_the_dtype_of_the_scales_are_refused_with_the_remedy():
+def test_weights_too_small_for_the_dtype_of_the_scales_widen_it_with_a_warning(caplog):
     weight = weight_of(16, 64)
     spec = AQLMSpec(nbits_per_codebook=4)
-    with pytest.raises(ValueError, match=r"q_proj: float16 cannot hold.*float32"):
-        AQLMMethod().quantize(1e-9 * weight, spec, name="q_proj")
-    wide = AQLMMethod().quantize(1e-9 * weight, dataclasses.replace(spec, scale_dtype="float32"), name="q_proj")
+    wide = AQLMMethod().quantize(1e-9 * weight, spec, name="q_proj")
+    assert "q_proj: float16 cannot hold" in caplog.text
+    caplog.clear()
+    assert wide.spec == dataclasses.replace(spec, scale_dtype="float32")
+    wide.check("q_proj")
     assert (AQLMMethod().dense(wide) - 1e-9 * weight).norm() < 0.7e-9 * weight.norm()
     weight[3] *= 1e-9  # a dead output beside others is not worth more bits
-    AQLMMethod().quantize(weight, spec, name="q_proj")
+    assert AQLMMethod().quantize(weight, spec, name="q_proj").spec == spec
+    assert not caplog.text
+
+
+def test_scales_that_float32_cannot_hold_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(aqlm, "fitted_codebooks", lambda _, found: dataclasses.replace(found, scales=found.scales / 0))
+    with pytest.raises(ValueError, match=r"q_proj.*float32 cannot.*skip_modules"):
+        AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4, rounds=0), name="q_proj")
 
 
 def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
