@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
+from ..layers.norms import is_norm
 from .walk import BlockWork
 
 
@@ -12,7 +13,8 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms:
     """Lower the squared error of the block's outputs on its own calls; codes stay.
 
     Trained, by Adam with a cosine schedule: all floating tensors of quantized layers, in float32, and with ``norms``
-    what other parameters the block has in float32: norms and biases. A tensor's rate is ``learning_rate`` times its
+    their biases and the block's norm layers, as far as those are float32. Dense weights, routers and experts stay.
+    A tensor's rate is ``learning_rate`` times its
     root mean square, since scales, zeros and codebooks differ in size by orders of magnitude. Ends where it began if
     the error did not fall, and also where it is interrupted.
 
@@ -101,7 +103,12 @@ def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) 
                 parameter = layer.get_parameter(name)
                 parameter.data = parameter.data.float()
                 metadata.append(parameter)
-    return [p for p in block.parameters() if p.dtype == torch.float32] if norms else metadata
+    if not norms:
+        return metadata
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    norm_parameters = [p for module in block.modules() if is_norm(module) for p in module.parameters()]
+    others = [parameter for parameter in biases + norm_parameters if parameter.dtype == torch.float32]
+    return list(dict.fromkeys(metadata + others))
 
 
 def _check_narrow(layer: QuantizedLinear) -> None:

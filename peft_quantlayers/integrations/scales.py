@@ -19,10 +19,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapters.scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm, is_norm
+from ..adapters.scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
 from ..adapters.scales_config import BIASES, NORMS, QuantScalesConfig, QuantScalesType
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
+from ..layers.norms import is_norm
 
 # Modules that an error message names; a model has hundreds.
 SHOWN_NAMES = 3

@@ -6,6 +6,7 @@ import pytest
 import torch
 from integrations.tiny import tiny_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
@@ -134,6 +135,25 @@ def test_a_model_that_is_quantized_in_part_is_not_finetuned_or_quantized_to_anot
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: the layer is quantized already"):
         quantize_model(model, HQQConfig(nbits=3, group_size=16), progress=False)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_finetuning_changes_scales_biases_and_norms_and_leaves_dense_weights_and_routers():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 128}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    model = MixtralForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_parameter("bias", nn.Parameter(torch.full((32,), 0.1)))
+        layer.self_attn.v_proj.register_parameter("bias", nn.Parameter(torch.full((32,), 0.1)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = HQQConfig(nbits=2, group_size=16, skip_modules=["q_proj", "k_proj"])
+    finetuned = calibration(finetune_epochs=2, learning_rate=0.01)
+    quantize_model(model, config, calibration=finetuned, progress=False)
+    changed = {
+        name.removeprefix("model.layers.0.")
+        for name, value in model.state_dict().items()
+        if ".layers.0." in name and name in before and not torch.equal(value, before[name])
+    }
+    assert changed == {"self_attn.v_proj.bias", "input_layernorm.weight", "post_attention_layernorm.weight"}
 
 
 def test_an_interrupted_finetuning_leaves_the_block_as_it_was_quantized(tmp_path, monkeypatch):
