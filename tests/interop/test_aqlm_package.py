@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, AQLMLinear
@@ -181,4 +182,34 @@ def test_a_hostile_config_is_refused(edit, match, tmp_path):
     edit(config["quantization_config"])
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("part", ["codes", "codebooks", "scales"])
+def test_a_checkpoint_that_lacks_a_tensor_of_a_layer_is_refused(part, tmp_path):
+    quantized_model("2x8").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{LAYER}.{part}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensor.*{LAYER}\.{part}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_codes_of_single_experts_are_refused_with_the_reason(tmp_path):
+    sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 2}
+    model = pql.quantize_model(
+        MixtralForCausalLM(MixtralConfig(**sizes)), AQLMConfig(nbits_per_codebook=4, rounds=0), progress=False
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
+    layer = "model.layers.0.self_attn.q_proj"
+    for part in ("codes", "codebooks", "scales"):
+        tensors[f"model.layers.0.block_sparse_moe.experts.1.w2.{part}"] = tensors[f"{layer}.{part}"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.1\.w2: transformers 5 keeps the experts.*transformers 4"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
