@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
 # What a floating tensor of a quantized weight is for, in words that hold for every method.
@@ -53,6 +54,14 @@ class QuantSpec(ABC):
             for name, entry in self.tensor_layout(out_features, in_features).items()
         }
         return bits[self.codes_name], sum(bits.values())
+
+    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+        """What no quantizer writes in ``tensors`` of the right shapes, in words after a layer's name; or nothing.
+
+        A row or group of zeros may have a scale of zero; of a whole layer this says that its scales were lost.
+        """
+        scales = [name for name, role in self.tensor_roles.items() if role == "scales" and not tensors[name].any()]
+        return f".{scales[0]} holds nothing but zeros" if scales else ""
 
     def smaller_metadata(self) -> str:
         """Fields of a spec with about the same codes and less beside them; empty where there is nothing to say."""

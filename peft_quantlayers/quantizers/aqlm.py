@@ -96,6 +96,13 @@ class AQLMSpec(QuantSpec):
             "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
         }
 
+    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+        size = 2**self.nbits_per_codebook
+        low, high = (int(bound) for bound in torch.aminmax(tensors["codes"]))
+        if low < -(size // 2) or high >= size:
+            return f".codes holds codes from {low} to {high}, which codebooks of {size} entries do not have"
+        return super().find_damage(tensors)
+
     def smaller_metadata(self) -> str:
         if self.nbits_per_codebook <= 1:
             return ""

@@ -199,6 +199,27 @@ def test_a_checkpoint_that_lacks_a_tensor_of_a_layer_is_refused(part, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("codebooks", torch.nan, rf"{LAYER}\.codebooks holds NaN or Inf"),
+        ("scales", torch.inf, rf"{LAYER}\.scales holds NaN or Inf"),
+        ("scales", 0, rf"{LAYER}\.scales holds nothing but zeros.*[Dd]ownload"),
+        ("codes", 40, rf"{LAYER}\.codes holds codes from .* to 40.*[Dd]ownload"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_tensors_name(part, value, match, tmp_path):
+    pql.quantize_model(float_model(), AQLMConfig(nbits_per_codebook=4, rounds=0), progress=False).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.{part}"].fill_(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_codes_of_single_experts_are_refused_with_the_reason(tmp_path):
     sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 2}
     model = pql.quantize_model(

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec, _aqlm_solver, aqlm
 from peft_quantlayers.quantizers._aqlm_solver import (
     Additive,
@@ -296,12 +297,30 @@ def test_scales_that_float32_cannot_hold_are_refused_by_name(monkeypatch):
         AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4, rounds=0), name="q_proj")
 
 
+@pytest.mark.parametrize("nbits", [4, 12])
+def test_codes_outside_the_codebook_are_refused_when_they_are_loaded_and_wrapped_or_plain_ones_are_not(nbits):
+    spec, size = AQLMSpec(num_codebooks=1, nbits_per_codebook=nbits, rounds=0), 2**nbits
+    quantized = AQLMMethod().quantize(weight_of(16, 64), spec, name="layer")
+    codes = quantized.tensors["codes"]
+
+    def with_first_code(code: int) -> QuantizedWeight:
+        changed = codes.clone()
+        changed[0, 0, 0] = code
+        return dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": changed})
+
+    for code in (-size // 2, size - 1):
+        with_first_code(code).check("layer")
+    dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes % size}).check("layer")
+    for code in (-size // 2 - 1, size):
+        with pytest.raises(ValueError, match=rf"layer\.codes holds codes from .*{size} entries.*[Dd]ownload"):
+            with_first_code(code).check("layer")
+
+
 def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
     """The published layout stores a byte for a code of 4 bits; what its upper half says must not reach beyond."""
     quantized = AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4), name="layer")
     codes = quantized.tensors["codes"]
     wild = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes + 16 * (codes % 5)})
-    wild.check("layer")
     assert torch.equal(AQLMMethod().dense(wild), AQLMMethod().dense(quantized))
     wider = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes.short()})
     with pytest.raises(ValueError, match=r"layer\.codes: expected torch\.int8"):
