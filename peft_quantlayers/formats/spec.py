@@ -63,8 +63,11 @@ class QuantSpec(ABC):
         scales = [name for name, role in self.tensor_roles.items() if role == "scales" and not tensors[name].any()]
         return f".{scales[0]} holds nothing but zeros" if scales else ""
 
-    def smaller_metadata(self) -> str:
-        """Fields of a spec with about the same codes and less beside them; empty where there is nothing to say."""
+    def smaller_metadata(self, out_features: int, in_features: int) -> str:
+        """Fields of a spec whose codes take about the same room for a weight of this shape, and all else no more.
+
+        Empty where there is no such spec. Raises as :meth:`tensor_layout`.
+        """
         return ""
 
     @property

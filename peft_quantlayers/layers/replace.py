@@ -301,8 +301,8 @@ def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> No
         if total > 2 * codes + 1e-6:
             found.append((name, codes, total))
     if found:
-        name, codes, total = found[0]
-        better = specs[name].smaller_metadata()
+        name, codes, total = max(found, key=lambda entry: entry[2] / entry[1])
+        better = specs[name].smaller_metadata(*linear_shape(_linear_at(model, name)))
         logger.warning(
             "%d layer(s) take more bits for their metadata than for their codes, for example %s: %.1f bits per "
             "weight, of which codes are %.1f.%s",

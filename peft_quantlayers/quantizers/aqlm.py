@@ -103,12 +103,15 @@ class AQLMSpec(QuantSpec):
             return f".codes holds codes from {low} to {high}, which codebooks of {size} entries do not have"
         return super().find_damage(tensors)
 
-    def smaller_metadata(self) -> str:
-        if self.nbits_per_codebook <= 1:
-            return ""
-        nbits = 8 if self.nbits_per_codebook > 8 else self.nbits_per_codebook // 2
-        codebooks = -(-self.num_codebooks * self.nbits_per_codebook // nbits)
-        return f"num_codebooks={codebooks}, nbits_per_codebook={nbits}"
+    def smaller_metadata(self, out_features: int, in_features: int) -> str:
+        """The largest codebooks of up to 8 bits that fit, one for each byte that a group's codes take now."""
+        n_bytes = self.num_codebooks * (1 if self.nbits_per_codebook <= 8 else 2)
+        for nbits in range(min(8, self.nbits_per_codebook), 0, -1):
+            spec = dataclasses.replace(self, num_codebooks=n_bytes, nbits_per_codebook=nbits)
+            codes, total = spec.bits_per_weight(out_features, in_features)
+            if total <= 2 * codes:
+                return f"num_codebooks={n_bytes}, nbits_per_codebook={nbits}"
+        return ""
 
     def extended(self) -> "AQLMSpec":
         return dataclasses.replace(self, num_codebooks=self.num_codebooks + 1)

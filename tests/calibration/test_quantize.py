@@ -1,6 +1,7 @@
 """Quantizing on calibration data: lower output error, the same format, resumable, and nothing lost on refusal."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -240,10 +241,32 @@ def test_a_bfloat16_model_and_its_head_are_calibrated_too():
 
 
 def test_codebooks_that_cost_more_than_the_codes_are_warned_about(caplog):
-    model = nn.Sequential(nn.Linear(64, 64))
-    quantize_model(model, AQLMConfig(num_codebooks=1, nbits_per_codebook=12), progress=False)
-    assert "129.2" not in caplog.text
-    assert "num_codebooks=2, nbits_per_codebook=8" in caplog.text
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64), nn.Linear(64, 64))
+    quantize_model(model, AQLMConfig(num_codebooks=1, nbits_per_codebook=12, rounds=0), progress=False)
+    assert "3 layer(s) take more bits" in caplog.text
+    assert "130.2 bits per weight, of which codes are 2.0" in caplog.text
+    found = re.search(r"use num_codebooks=(\d+), nbits_per_codebook=(\d+)", caplog.text)
+    scheme = dict(zip(("num_codebooks", "nbits_per_codebook"), map(int, found.groups()), strict=True))
+    assert scheme == {"num_codebooks": 2, "nbits_per_codebook": 4}
     caplog.clear()
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64), nn.Linear(64, 64))
+    quantize_model(model, AQLMConfig(**scheme, rounds=0), progress=False)
+    assert "bits per weight" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "found"),
+    [
+        ((576, 576), {"num_codebooks": 1, "nbits_per_codebook": 16}, "num_codebooks=2, nbits_per_codebook=8"),
+        ((64, 64), {"num_codebooks": 1, "nbits_per_codebook": 16}, "num_codebooks=2, nbits_per_codebook=4"),
+        ((64, 64), {"num_codebooks": 2, "nbits_per_codebook": 8}, "num_codebooks=2, nbits_per_codebook=4"),
+        ((8, 8), {"num_codebooks": 1, "nbits_per_codebook": 8}, ""),
+    ],
+)
+def test_the_scheme_that_is_proposed_fits_the_shape_of_the_layer(shape, fields, found):
+    assert AQLMConfig(**fields).spec_for("layer").smaller_metadata(*shape) == found
+
+
+def test_scales_of_small_groups_that_fit_are_not_warned_about(caplog):
     quantize_model(tiny_model(), HQQConfig(group_size=16), progress=False)
     assert "bits per weight" not in caplog.text
