@@ -194,7 +194,20 @@ def test_a_resumed_layer_in_the_place_of_a_conv1d_is_one_still(tmp_path):
     assert torch.equal(models[1](IDS).logits, models[0](IDS).logits)
 
 
-@pytest.mark.parametrize("change", ["config", "data", "weights"])
+def test_a_truncated_block_is_refused_with_the_file_and_the_remedy(tmp_path):
+    given, config = calibration(resume_folder=tmp_path), CONFIGS["hqq"]
+    whole = quantize_model(tiny_model(), config, calibration=given, progress=False)
+    file, model = tmp_path / "model.layers.1.safetensors", tiny_model()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.safetensors is damaged or incomplete.*Delete this file"):
+        quantize_model(model, config, calibration=given, progress=False)
+    assert not quantized_modules(model)
+    file.unlink()
+    quantize_model(model, config, calibration=given, progress=False)
+    assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
+@pytest.mark.parametrize("change", ["config", "data", "weights", "order"])
 def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path):
     config, model = CONFIGS["hqq"], tiny_model()
     quantize_model(tiny_model(), config, calibration=calibration(resume_folder=tmp_path), progress=False)
@@ -203,8 +216,11 @@ def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path)
         config = HQQConfig(nbits=3, group_size=16)
     elif change == "data":
         data = IDS.flip(0)
-    else:
+    elif change == "weights":
         model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    else:
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.data[[0, 1]] = weight.data[[1, 0]]
     given = Calibration(data=data, n_tokens=640, sequence_length=40, damping=0.05, resume_folder=tmp_path)
     with pytest.raises(ValueError, match="another run"):
         quantize_model(model, config, calibration=given, progress=False)
