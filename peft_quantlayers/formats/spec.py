@@ -134,6 +134,13 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name}={value!r} is not supported; choose one of {choices}.")
 
 
+def dtype_name(field: str, value: Any) -> str:
+    """The name of a dtype, given as that or as ``torch.dtype``; ValueError unless it is of :data:`METADATA_DTYPES`."""
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    check_choice(field, name, METADATA_DTYPES)
+    return str(name)
+
+
 def check_number(name: str, value: Any, *, above: float, at_most: float) -> None:
     """Raise unless ``value`` is a real number in (above, at_most]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -16,7 +16,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 from quantlayers_kernels.aqlm.update import updated_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ..formats.spec import check_integer, dtype_name, suggest_divisor
 from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
@@ -70,7 +70,7 @@ class AQLMSpec(QuantSpec):
         check_integer("nbits_per_codebook", self.nbits_per_codebook, at_least=1, at_most=16)
         check_integer("in_group_size", self.in_group_size, at_least=1, at_most=1024)
         check_integer("out_group_size", self.out_group_size, at_least=1, at_most=1024)
-        check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
+        object.__setattr__(self, "scale_dtype", dtype_name("scale_dtype", self.scale_dtype))
         check_integer("rounds", self.rounds, at_least=0, at_most=1000)
         if self.beam is not None:
             check_integer("beam", self.beam, at_least=1, at_most=512)
