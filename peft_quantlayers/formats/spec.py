@@ -136,7 +136,7 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 
 def dtype_name(field: str, value: Any) -> str:
     """The name of a dtype, given as that or as ``torch.dtype``; ValueError unless it is of :data:`METADATA_DTYPES`."""
-    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
     check_choice(field, name, METADATA_DTYPES)
     return str(name)
 
