@@ -33,6 +33,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 layer = model.model.layers[0].mlp.up_proj
 assert type(layer).__module__.startswith("aqlm"), type(layer)
 assert type(model.lm_head) is torch.nn.Linear, type(model.lm_head)
+model.save_pretrained(sys.argv[3])  # before the first product, for which aqlm turns the codes round in place
 ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[2])
@@ -59,7 +60,7 @@ def quantized_model(scheme: str) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package(scheme, tmp_path):
+def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package_and_loads_from_there_again(scheme, tmp_path):
     model = quantized_model(scheme)
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
@@ -67,11 +68,15 @@ def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package(scheme, t
     assert {"lm_head", "lm_head.weight"} <= set(config["linear_weights_not_to_quantize"])
     torch.testing.assert_close(stock_logits(tmp_path / "model"), logits(model), rtol=1e-4, atol=1e-5)
 
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "stock")
+    assert set(pql.quantized_modules(back)) == set(pql.quantized_modules(model))
+    assert torch.equal(logits(back), logits(model))
+
 
 def stock_logits(folder: Path) -> torch.Tensor:
     pytest.importorskip("aqlm", reason="the peer is not installed")
     environment = os.environ | {"NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STOCK, str(folder), str(folder / "logits.pt")]
+    command = [sys.executable, "-c", STOCK, str(folder), str(folder / "logits.pt"), str(folder / "stock")]
     subprocess.run(command, check=True, env=environment)
     return torch.load(folder / "logits.pt")
 
