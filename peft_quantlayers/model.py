@@ -1,9 +1,11 @@
 """Whole models: quantize one that is in memory, and save it so that nothing is lost on the way."""
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from transformers import PreTrainedModel
 from .adapters import has_adapters
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.quantizer import QuantlayersHfQuantizer
-from .layers import quantize_modules, quantized_modules
-from .layers.replace import checked_modules
+from .layers import quantized_modules
+from .layers.replace import checked_modules, finished_modules, quantize_each
 from .quantizers import QuantConfig
+
+logger = logging.getLogger(__name__)
 
 
 def quantize_model(
@@ -32,7 +36,8 @@ def quantize_model(
     """Quantize the linear layers of ``model`` in place, one at a time, and return it.
 
     Every layer is checked before the first is touched, so that a refused call leaves the model as it was. The
-    float weight of a layer is released as soon as its codes are made.
+    float weight of a layer is released as soon as its codes are made. A call that is interrupted leaves a model whose
+    remaining layers are dense; it saves and loads as that, and another call with the same config does the rest.
 
     Args:
         model: any module. A transformers model saves, loads and trains afterwards as a quantized model.
@@ -48,9 +53,10 @@ def quantize_model(
 
     Raises:
         TypeError: ``config`` is no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already; a shape does not
-            fit the config; a pattern matches no module; a weight holds NaN or Inf; too little
-            calibration data. The model is as it was.
+        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already to another spec; a
+            shape does not fit the config; a pattern matches no module; a weight holds NaN or Inf; too little
+            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
+            as it was.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(
@@ -62,21 +68,46 @@ def quantize_model(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
-    if calibration is None:
-        quantize_modules(model, config, device=device, progress=progress)
-    else:
-        quantize_calibrated(
-            model,
-            checked_modules(model, config),
-            config,
-            Calibration.of(calibration, tokenizer),
-            device=device,
-            progress=progress,
-            on_layer=on_layer,
-        )
-    if isinstance(model, PreTrainedModel):
-        QuantlayersHfQuantizer.attached_to(model)
+    specs = checked_modules(model, config)
+    given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    if given is not None and finished_modules(model, config):
+        _refuse_lost_targets(given)
+    with _described(model, n_planned=len(specs)):
+        if given is None:
+            quantize_each(model, specs, config, device=device, progress=progress)
+        else:
+            quantize_calibrated(model, specs, config, given, device=device, progress=progress, on_layer=on_layer)
     return model
+
+
+def _refuse_lost_targets(calibration: Calibration) -> None:
+    """Of a model that is quantized in part the float outputs are gone, and with them what identifies its blocks."""
+    if calibration.finetune_epochs or calibration.resume_folder is not None:
+        raise ValueError(
+            "some layers are quantized already, and block finetuning and resume_folder need the float model; nothing "
+            "was changed. Load the float model again (finished blocks are taken from resume_folder), or go on with "
+            "finetune_epochs=0 and resume_folder=None."
+        )
+
+
+@contextmanager
+def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
+    """Make a transformers model known as quantized with the layers that are, also where an error ends this early."""
+    n_before = len(quantized_modules(model))
+    try:
+        yield
+    except BaseException:
+        if n_done := len(quantized_modules(model)) - n_before:
+            logger.warning(
+                "quantizing was interrupted: %d of %d layers are quantized, the others are dense still. The model "
+                "works, saves and loads as that; quantize_model with the same config goes on with the rest.",
+                n_done,
+                n_planned,
+            )
+        raise
+    finally:
+        if isinstance(model, PreTrainedModel) and len(quantized_modules(model)) > n_before:
+            QuantlayersHfQuantizer.attached_to(model)
 
 
 def save_model(

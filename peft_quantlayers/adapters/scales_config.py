@@ -39,8 +39,8 @@ class QuantScalesConfig(PeftConfig):
         modules_to_save: dense modules to train in full and to save with the adapter.
         layers_to_transform: indices of the blocks to train in; None for all.
         layers_pattern: name of the list that these indices count, where it is not the first one.
-        codes_crc32: written by saving: checksum of the codes of each trained layer. Scales mean nothing for other
-            codes, so an adapter refuses a base whose codes differ.
+        base_crc32: written by saving: checksum of the quantized tensors of each trained layer. Scales mean nothing for
+            other codes, nor for other zeros or codebooks, so an adapter refuses a base where any of these differ.
     """
 
     target_modules: list[str] | set[str] | str | None = "all-linear"
@@ -49,7 +49,7 @@ class QuantScalesConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    codes_crc32: dict[str, int] | None = field(default=None)
+    base_crc32: dict[str, int] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -117,15 +117,10 @@ class Calibration:
 def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[Tensor]:
     """Token ids of whatever ``data`` is, as one-dimensional int64 tensors. Raises as :meth:`Calibration.batches`."""
     if hasattr(data, "column_names"):  # a datasets.Dataset
-        column = next((name for name in ("input_ids", "text") if name in data.column_names), None)
-        if column is None:
-            raise ValueError(
-                f"the calibration dataset has the columns {list(data.column_names)}; it needs 'input_ids' or 'text'. "
-                "Rename one with rename_column."
-            )
+        column = _column(data.column_names, "calibration dataset has the columns", "Rename one with rename_column.")
         data = list(data[column])
     if isinstance(data, Mapping):
-        data = data["input_ids"] if "input_ids" in data else data.get("text", [])
+        data = data[_column(data, "calibration data has the entries", "Rename one.")]
     if isinstance(data, str):
         data = [data]
     if isinstance(data, Tensor):
@@ -142,16 +137,28 @@ def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[
     if not items:
         raise ValueError("the calibration data is empty.")
     if all(isinstance(item, Mapping) for item in items):
-        items = [item["input_ids"] if "input_ids" in item else item.get("text") for item in items]
+        items = [item[_column(item, "calibration data has rows with the entries", "Rename one.")] for item in items]
     if all(isinstance(item, str) for item in items):
         encode = tokenizer or _tokenizer_of(model)
         return [torch.tensor(encode(item)["input_ids"], dtype=torch.int64) for item in items if item.strip()]
+    if any(isinstance(item, (str, Mapping)) for item in items):
+        kinds = sorted({type(item).__name__ for item in items})
+        raise TypeError(f"calibration data must be all texts or all token ids, got a list with {kinds}.")
     if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         return [torch.tensor(items, dtype=torch.int64)]
     try:
         return [_as_ids(torch.as_tensor(item)).flatten().long().cpu() for item in items]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"calibration data must be texts, integer token ids or a dataset: {error}") from None
+
+
+def _column(names: Iterable[str], said: str, remedy: str) -> str:
+    """The one of ``names`` that is read: token ids before texts. ValueError where there is neither."""
+    names = list(names)
+    for column in ("input_ids", "text"):
+        if column in names:
+            return column
+    raise ValueError(f"the {said} {names}; it needs 'input_ids' or 'text'. {remedy}")
 
 
 def _as_ids(ids: Tensor) -> Tensor:

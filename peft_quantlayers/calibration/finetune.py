@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
+from ..layers.norms import is_norm
 from .walk import BlockWork
 
 
@@ -12,12 +13,16 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms:
     """Lower the squared error of the block's outputs on its own calls; codes stay.
 
     Trained, by Adam with a cosine schedule: all floating tensors of quantized layers, in float32, and with ``norms``
-    what other parameters the block has in float32: norms and biases. A tensor's rate is ``learning_rate`` times its
+    their biases and the block's norm layers, as far as those are float32. Dense weights, routers and experts stay.
+    A tensor's rate is ``learning_rate`` times its
     root mean square, since scales, zeros and codebooks differ in size by orders of magnitude. Ends where it began if
-    the error did not fall.
+    the error did not fall, and also where it is interrupted.
 
     Returns:
         Error before and after, relative to the targets' energy.
+
+    Raises:
+        ValueError: the dtype of a layer's spec cannot hold what was trained; names the layer.
 
     Source: Egiazarian et al. 2024 (AQLM), section 3.3; the targets are those of the float model throughout, as in
     Chen et al. 2024 (EfficientQAT).
@@ -30,11 +35,39 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms:
     for parameter in required:
         parameter.requires_grad_(False)
     kept = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    is_better = False
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        energy = sum(float(target.float().square().sum()) for target in work.targets)
+        first = _error(work, energy)
+        _train(work, work.targets, parameters, energy=energy, epochs=epochs, learning_rate=learning_rate)
+        last = _error(work, energy)
+        if last < first:
+            for layer in layers:
+                _check_narrow(layer)
+            is_better = True
+    finally:
+        if not is_better:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data.copy_(value)
+        for parameter, was_required in required.items():
+            parameter.grad = None
+            parameter.requires_grad_(was_required)
+        for layer in layers:
+            _narrow(layer)
+    return first, last if is_better else first
 
-    energy = sum(float(target.float().square().sum()) for target in work.targets)
-    first = _error(work, energy)
+
+def _train(
+    work: BlockWork,
+    targets: list[Tensor],
+    parameters: list[nn.Parameter],
+    *,
+    energy: float,
+    epochs: int,
+    learning_rate: float,
+) -> None:
     groups = [
         {"params": [parameter], "lr": learning_rate * float(parameter.detach().square().mean().sqrt())}
         for parameter in parameters
@@ -42,24 +75,13 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms:
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(work.calls))
     for _ in range(epochs):
-        for call, target in zip(work.calls, work.targets, strict=True):
+        for call, target in zip(work.calls, targets, strict=True):
             difference = call(work.block).float() - target.to(parameters[0].device).float()
             loss = difference.square().sum() / (energy / len(work.calls))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    last = _error(work, energy)
-    if not last < first:
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.data.copy_(value)
-        last = first
-    for parameter, was_required in required.items():
-        parameter.grad = None
-        parameter.requires_grad_(was_required)
-    for layer in layers:
-        _narrow(layer)
-    return first, last
 
 
 @torch.no_grad()
@@ -81,14 +103,23 @@ def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) 
                 parameter = layer.get_parameter(name)
                 parameter.data = parameter.data.float()
                 metadata.append(parameter)
-    return [p for p in block.parameters() if p.dtype == torch.float32] if norms else metadata
+    if not norms:
+        return metadata
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    norm_parameters = [p for module in block.modules() if is_norm(module) for p in module.parameters()]
+    others = [parameter for parameter in biases + norm_parameters if parameter.dtype == torch.float32]
+    return list(dict.fromkeys(metadata + others))
+
+
+def _check_narrow(layer: QuantizedLinear) -> None:
+    """ValueError where the dtypes of the layer's spec cannot hold its tensors."""
+    for name, entry in layer.spec.tensor_layout(layer.out_features, layer.in_features).items():
+        if name != layer.spec.codes_name and not torch.isfinite(layer.get_parameter(name).data.to(entry.dtype)).all():
+            raise ValueError(f"{layer.layer_name}: {entry.dtype} cannot hold the finetuned {name}. Use float32.")
 
 
 def _narrow(layer: QuantizedLinear) -> None:
     """Back to the dtypes of the layer's spec."""
     for name, entry in layer.spec.tensor_layout(layer.out_features, layer.in_features).items():
         parameter = layer.get_parameter(name)
-        narrowed = parameter.data.to(entry.dtype)
-        if narrowed.is_floating_point() and not torch.isfinite(narrowed).all():
-            raise ValueError(f"{layer.layer_name}: {entry.dtype} cannot hold the finetuned {name}. Use float32.")
-        parameter.data = narrowed
+        parameter.data = parameter.data.to(entry.dtype)

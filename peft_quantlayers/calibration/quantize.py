@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -170,13 +170,14 @@ class _ResumeFolder:
         if not file.exists():
             return False
         specs = json.loads(self._metadata(file)["specs"])
+        with safe_open(file, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         for name in names:
             device = linear_of(model, name)[0].device
             place_empty_layer(
                 model, name, spec_from_dict(specs[name]), compute_dtype=config.compute_dtype, device=device
             )
-        with safe_open(file, framework="pt") as stored:
-            model.get_submodule(block).load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+        model.get_submodule(block).load_state_dict(tensors)
         return True
 
     def _file(self, block: str) -> Path:
@@ -184,8 +185,14 @@ class _ResumeFolder:
 
     @staticmethod
     def _metadata(file: Path) -> dict[str, str]:
-        with safe_open(file, framework="pt") as stored:
-            return stored.metadata() or {}
+        try:
+            with safe_open(file, framework="pt") as stored:
+                return stored.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged or incomplete ({error}). Delete this file and call again: its block is quantized "
+                "anew. The model was not changed."
+            ) from None
 
 
 def _fingerprint(
@@ -203,5 +210,6 @@ def _fingerprint(
     for batch in batches:
         digest.update(stored_bytes(batch))
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}: {parameter.detach().double().sum().item()!r}".encode())
+        digest.update(name.encode())
+        digest.update(stored_bytes(parameter.data.reshape(-1)))
     return digest.hexdigest()

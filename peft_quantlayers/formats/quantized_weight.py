@@ -35,7 +35,7 @@ class QuantizedWeight:
         return dataclasses.replace(self, tensors=tensors)
 
     def check(self, name: str) -> None:
-        """Raise ValueError, naming the layer ``name``, unless the invariant holds and all metadata is finite."""
+        """Raise ValueError, naming the layer ``name``, unless the invariant holds and the values make sense."""
         layout = self.spec.tensor_layout(self.out_features, self.in_features)
         if set(layout) != set(self.tensors):
             raise ValueError(f"{name}: expected the tensors {sorted(layout)}, got {sorted(self.tensors)}.")
@@ -48,6 +48,8 @@ class QuantizedWeight:
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
+        if damage := self.spec.find_damage(self.tensors):
+            raise ValueError(f"{name}{damage}: the checkpoint is damaged. Download or save it again.")
 
 
 def stored_bytes(tensor: Tensor) -> memoryview:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
 # What a floating tensor of a quantized weight is for, in words that hold for every method.
@@ -54,8 +55,19 @@ class QuantSpec(ABC):
         }
         return bits[self.codes_name], sum(bits.values())
 
-    def smaller_metadata(self) -> str:
-        """Fields of a spec with about the same codes and less beside them; empty where there is nothing to say."""
+    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+        """What no quantizer writes in ``tensors`` of the right shapes, in words after a layer's name; or nothing.
+
+        A row or group of zeros may have a scale of zero; of a whole layer this says that its scales were lost.
+        """
+        scales = [name for name, role in self.tensor_roles.items() if role == "scales" and not tensors[name].any()]
+        return f".{scales[0]} holds nothing but zeros" if scales else ""
+
+    def smaller_metadata(self, out_features: int, in_features: int) -> str:
+        """Fields of a spec whose codes take about the same room for a weight of this shape, and all else no more.
+
+        Empty where there is no such spec. Raises as :meth:`tensor_layout`.
+        """
         return ""
 
     @property
@@ -120,6 +132,13 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise unless ``value`` is one of ``choices``, of the very type that the choice has."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ValueError(f"{name}={value!r} is not supported; choose one of {choices}.")
+
+
+def dtype_name(field: str, value: Any) -> str:
+    """The name of a dtype, given as that or as ``torch.dtype``; ValueError unless it is of :data:`METADATA_DTYPES`."""
+    name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
+    check_choice(field, name, METADATA_DTYPES)
+    return str(name)
 
 
 def check_number(name: str, value: Any, *, above: float, at_most: float) -> None:

@@ -49,16 +49,31 @@ class UpstreamAqlmHfQuantizer(QuantlayersHfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         dtypes = header_dtypes(checkpoint_files or [])
-        codes = [key.removesuffix(".codes") for key in dtypes if key.endswith(".codes")]
-        if not codes:
-            raise ValueError('the checkpoint says quant_method "aqlm" but holds no codes: it is not quantized.')
-        _refuse_experts(codes)
+        names = _layer_names(dtypes)
+        _refuse_experts(names)
         scheme = self.quantization_config.scheme
         self.quantization_config.specs = {
             name: AQLMSpec(**scheme, scale_dtype=str(dtypes.get(f"{name}.codebooks")).removeprefix("torch."))
-            for name in codes
+            for name in names
         }
         super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
+
+
+def _layer_names(keys: Iterable[str]) -> list[str]:
+    """Names of the layers that a checkpoint holds any AQLM tensor of; ValueError where one lacks another."""
+    parts = ("codes", "codebooks", "scales")
+    stored = [key.rpartition(".") for key in keys]
+    found = {(name, part) for name, _, part in stored if part in parts}
+    if not any(part == "codes" for _, part in found):
+        raise ValueError('the checkpoint says quant_method "aqlm" but holds no codes: it is not quantized.')
+    names = sorted({name for name, _ in found})
+    missing = [f"{name}.{part}" for name in names for part in parts if (name, part) not in found]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensor(s) of quantized layers, for example {missing[:3]}. Download "
+            "or save it again."
+        )
+    return names
 
 
 def _refuse_experts(names: Iterable[str]) -> None:

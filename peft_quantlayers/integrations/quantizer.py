@@ -30,6 +30,7 @@ from ..layers import (
 )
 from ..layers.replace import linear_shape, place_empty_layer
 from ..quantizers import spec_from_dict
+from ..quantizers.aqlm import MAX_SCALE_ERROR
 from .headers import check_headers, model_name, rename_to_model
 
 
@@ -38,7 +39,7 @@ class QuantlayersConfig(QuantizationConfigMixin):
 
     Its JSON form is that of :mod:`peft_quantlayers.formats.checkpoint`, with ``compute_dtype`` where the layers
     compute in another dtype than the model's. A model of AQLM layers of one scheme is written in the published form
-    instead, which the ``aqlm`` package reads.
+    instead, which the ``aqlm`` package reads, unless that package would lose scales (``is_for_stock_aqlm``).
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class QuantlayersConfig(QuantizationConfigMixin):
         compute_dtype: str | None = None,
         dense_linears: tuple[str, ...] = (),
         branches: dict[str, int] | None = None,
+        is_for_stock_aqlm: bool = True,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.specs = specs
         self.compute_dtype = compute_dtype
         self.dense_linears = dense_linears
         self.branches = branches or {}
+        self.is_for_stock_aqlm = is_for_stock_aqlm
 
     @classmethod
     def from_model(cls, model: nn.Module) -> QuantlayersConfig:
@@ -67,7 +70,13 @@ class QuantlayersConfig(QuantizationConfigMixin):
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ]
         branches = {name: layer.branch.rank for name, layer in layers.items() if layer.branch is not None}
-        return cls({name: layer.spec for name, layer in layers.items()}, pinned, tuple(dense), branches)
+        return cls(
+            {name: layer.spec for name, layer in layers.items()},
+            pinned,
+            tuple(dense),
+            branches,
+            all(_fits_in(model.dtype, layer) for layer in layers.values()),
+        )
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -81,6 +90,7 @@ class QuantlayersConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         if (
             self.compute_dtype is None
+            and self.is_for_stock_aqlm
             and not self.branches
             and (published := aqlm_config(self.specs.values(), self.dense_linears))
         ):
@@ -250,6 +260,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _fits_in(dtype: torch.dtype, layer: QuantizedLinear) -> bool:
+    """Whether ``dtype``, to which the ``aqlm`` package casts scales and codebooks, holds those of a layer."""
+    wider = [
+        tensor
+        for name, tensor in layer.quantized_weight.tensors.items()
+        if name != layer.spec.codes_name and dtype == torch.float16 != tensor.dtype and not tensor.is_meta
+    ]
+    return all((tensor.to(dtype).float() - tensor).norm() <= MAX_SCALE_ERROR * tensor.norm() for tensor in wider)
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:

@@ -19,10 +19,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapters.scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm, is_norm
+from ..adapters.scales import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
 from ..adapters.scales_config import BIASES, NORMS, QuantScalesConfig, QuantScalesType
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
+from ..layers.norms import is_norm
 
 # Modules that an error message names; a model has hundreds.
 SHOWN_NAMES = 3
@@ -61,7 +62,7 @@ class QuantScalesModel(BaseTuner):
     def _prepare_model(self, peft_config: QuantScalesConfig, model: nn.Module) -> None:
         """Everything that can be wrong is found here, before the model is changed."""
         peft_config.plan = plan_of(peft_config, model)
-        peft_config.codes_crc32 = _checked_codes(peft_config, model)
+        peft_config.base_crc32 = _checked_base(peft_config, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: QuantScalesConfig, key: str) -> Any:
@@ -204,19 +205,24 @@ def _norms(config: QuantScalesConfig, modules: dict[str, nn.Module]) -> dict[str
     return {name: tuple(parameter_name for parameter_name, _ in norms[name].named_parameters()) for name in names}
 
 
-def _checked_codes(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]:
-    """Checksum of the codes of each planned layer; ValueError where ``config`` was saved with another one."""
-    saved = config.codes_crc32 or {}
+def _checked_base(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]:
+    """Checksum of each planned layer's quantized tensors; ValueError where ``config`` was saved with another one."""
+    saved = config.base_crc32 or {}
     found = {}
     for name in config.plan:
         layer = _base(model.get_submodule(name))
-        if not isinstance(layer, QuantizedLinear) or type(layer.codes.data) is not torch.Tensor or layer.codes.is_meta:
-            continue  # a norm, or codes that are sharded or not there to be read
-        found[name] = zlib.crc32(stored_bytes(layer.codes.data))
+        if not isinstance(layer, QuantizedLinear):
+            continue  # a norm
+        tensors = layer.quantized_weight.tensors
+        if any(type(tensor) is not torch.Tensor or tensor.is_meta for tensor in tensors.values()):
+            continue  # sharded, or not there to be read
+        found[name] = 0
+        for tensor_name in sorted(tensors):
+            found[name] = zlib.crc32(stored_bytes(tensors[tensor_name]), found[name])
         if saved.get(name, found[name]) != found[name]:
             raise ValueError(
-                f"{name}: the adapter was trained on other codes than this base has ({layer.spec}). Scales mean "
-                f"nothing for other codes: load it onto the base that it was trained on "
+                f"{name}: the adapter was trained on other codes, zeros, codebooks or scales than this base has "
+                f"({layer.spec}), for which its own mean nothing: load it onto the base that it was trained on "
                 f"(base_model_name_or_path={config.base_model_name_or_path!r}), quantized in the same way."
             )
     return found

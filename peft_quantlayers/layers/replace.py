@@ -33,11 +33,13 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     """Name and spec of every module that ``config`` means, checked: nothing is changed yet.
 
     Those are all ``nn.Linear`` (no subclass of it, whose forward may differ) and ``Conv1D`` modules but the
-    output head, what ``skip_modules`` names, and modules that share their weight with another one.
+    output head, what ``skip_modules`` names, and modules that share their weight with another one. Layers that a
+    call before this one quantized to the very spec asked for stay as they are, so that a run that was interrupted
+    can go on.
 
     Raises:
-        ValueError: nothing to quantize; a layer is quantized already; a shape does not fit its spec; a pattern
-            in ``skip_modules`` or ``overrides`` matches no module. All layers at fault are named.
+        ValueError: nothing to quantize; a layer is quantized already, to another spec; a shape does not fit its spec;
+            a pattern in ``skip_modules`` or ``overrides`` matches no module. All layers at fault are named.
     """
     if isinstance(model, (nn.Linear, Conv1D)):
         raise ValueError(
@@ -49,8 +51,9 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     shared = _shared_parameters(model)
     specs: dict[str, QuantSpec] = {}
     problems: list[str] = []
+    done = finished_modules(model, config)
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and not config.is_skipped(name):
+        if isinstance(module, QuantizedLinear) and name not in done and not config.is_skipped(name):
             problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
         if type(module) not in (nn.Linear, Conv1D) or name in heads or config.is_skipped(name):
             continue
@@ -65,8 +68,18 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
-    _check_overrides(specs, config)
+    _check_overrides([*specs, *done], config)
     _warn_of_dense_experts(model)
+    if done and not specs:
+        raise ValueError(
+            f"all {len(done)} layers are quantized already as the config says; the model was not changed."
+        )
+    if done:
+        logger.warning(
+            "%d of %d layers are quantized already as the config says, and stay as they are.",
+            len(done),
+            len(done) + len(specs),
+        )
     if not specs:
         raise ValueError(
             "there is nothing to quantize: the model has no plain nn.Linear or Conv1D layer outside its head that "
@@ -74,6 +87,15 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
         )
     _warn_of_large_metadata(model, specs)
     return specs
+
+
+def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Names of the layers that are quantized already, to the spec that ``config`` asks for there."""
+    return [
+        name
+        for name, layer in quantized_modules(model).items()
+        if not config.is_skipped(name) and layer.spec in (config.spec_for(name), config.spec_for(name).widened())
+    ]
 
 
 def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
@@ -100,10 +122,21 @@ def quantize_modules(
     What :func:`peft_quantlayers.quantize_model` does for any module, without making a transformers model known as
     quantized; arguments and errors are the same.
     """
-    specs = checked_modules(model, config)
+    quantize_each(model, checked_modules(model, config), config, device=device, progress=progress)
+    return model
+
+
+def quantize_each(
+    model: nn.Module,
+    specs: dict[str, QuantSpec],
+    config: QuantConfig,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> None:
+    """Quantize the modules ``specs`` of ``model`` in place, one at a time."""
     for name, spec in tqdm(specs.items(), desc="Quantizing", unit="layer", disable=not progress):
         quantize_module(model, name, spec, compute_dtype=config.compute_dtype, device=device)
-    return model
 
 
 def quantize_module(
@@ -250,9 +283,9 @@ def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
                 )
 
 
-def _check_overrides(specs: dict[str, QuantSpec], config: QuantConfig) -> None:
+def _check_overrides(names: list[str], config: QuantConfig) -> None:
     for pattern in config.overrides or ():
-        if specs and not any(matches(name, pattern) for name in specs):
+        if names and not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"overrides: the pattern {pattern!r} matches no layer that is quantized; the model was not changed. "
                 f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
@@ -268,8 +301,8 @@ def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> No
         if total > 2 * codes + 1e-6:
             found.append((name, codes, total))
     if found:
-        name, codes, total = found[0]
-        better = specs[name].smaller_metadata()
+        name, codes, total = max(found, key=lambda entry: entry[2] / entry[1])
+        better = specs[name].smaller_metadata(*linear_shape(_linear_at(model, name)))
         logger.warning(
             "%d layer(s) take more bits for their metadata than for their codes, for example %s: %.1f bits per "
             "weight, of which codes are %.1f.%s",

@@ -16,7 +16,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 from quantlayers_kernels.aqlm.update import updated_codes
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, suggest_divisor
+from ..formats.spec import check_integer, dtype_name, suggest_divisor
 from ._aqlm_moves import moved_codes
 from ._aqlm_solver import (
     Additive,
@@ -45,7 +45,7 @@ class AQLMSpec(QuantSpec):
         num_codebooks: entries that are summed.
         nbits_per_codebook: bits of a code, 1 to 16. Codes up to 8 bits are stored in a byte, others in two.
         in_group_size, out_group_size: shape of a group, inputs by outputs.
-        scale_dtype: dtype of codebooks and scales.
+        scale_dtype: dtype of codebooks and scales. A layer whose scales it cannot hold gets float32.
         rounds: how often codebooks, codes and scales are fitted in turn after the initialisation.
         beam: choices that are followed when the codes of a group are chosen; 1 is the fastest, and with two codebooks
             one as wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8
@@ -70,7 +70,7 @@ class AQLMSpec(QuantSpec):
         check_integer("nbits_per_codebook", self.nbits_per_codebook, at_least=1, at_most=16)
         check_integer("in_group_size", self.in_group_size, at_least=1, at_most=1024)
         check_integer("out_group_size", self.out_group_size, at_least=1, at_most=1024)
-        check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
+        object.__setattr__(self, "scale_dtype", dtype_name("scale_dtype", self.scale_dtype))
         check_integer("rounds", self.rounds, at_least=0, at_most=1000)
         if self.beam is not None:
             check_integer("beam", self.beam, at_least=1, at_most=512)
@@ -96,12 +96,22 @@ class AQLMSpec(QuantSpec):
             "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
         }
 
-    def smaller_metadata(self) -> str:
-        if self.nbits_per_codebook <= 1:
-            return ""
-        nbits = 8 if self.nbits_per_codebook > 8 else self.nbits_per_codebook // 2
-        codebooks = -(-self.num_codebooks * self.nbits_per_codebook // nbits)
-        return f"num_codebooks={codebooks}, nbits_per_codebook={nbits}"
+    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+        size = 2**self.nbits_per_codebook
+        low, high = (int(bound) for bound in torch.aminmax(tensors["codes"]))
+        if low < -(size // 2) or high >= size:
+            return f".codes holds codes from {low} to {high}, which codebooks of {size} entries do not have"
+        return super().find_damage(tensors)
+
+    def smaller_metadata(self, out_features: int, in_features: int) -> str:
+        """The largest codebooks of up to 8 bits that fit, one for each byte that a group's codes take now."""
+        n_bytes = self.num_codebooks * (1 if self.nbits_per_codebook <= 8 else 2)
+        for nbits in range(min(8, self.nbits_per_codebook), 0, -1):
+            spec = dataclasses.replace(self, num_codebooks=n_bytes, nbits_per_codebook=nbits)
+            codes, total = spec.bits_per_weight(out_features, in_features)
+            if total <= 2 * codes:
+                return f"num_codebooks={n_bytes}, nbits_per_codebook={nbits}"
+        return ""
 
     def extended(self) -> "AQLMSpec":
         return dataclasses.replace(self, num_codebooks=self.num_codebooks + 1)
@@ -134,7 +144,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
         Where ``spec`` has more codebooks than ``start``, they begin with what that leaves over.
         """
-        layout = checked_layout(weight, spec, name=name)
+        checked_layout(weight, spec, name=name)
         weight = weight.detach().float().contiguous()
         refuse_not_finite(weight, name=name)
         if hessian is not None:
@@ -156,7 +166,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             found = fitted_codebooks(problem, found)
             found = improved_codes(problem, found, beam=beam)
             found = fitted_scales(problem, found)
-        return _stored(fitted_codebooks(problem, found), spec, layout, name=name)
+        return _stored(fitted_codebooks(problem, found), spec, weight.shape, name=name)
 
     def can_use_hessian(self, spec: AQLMSpec) -> bool:
         return True
@@ -206,17 +216,30 @@ def _floats_of(start: QuantizedWeight, device: torch.device) -> Additive:
     )
 
 
-def _stored(found: Additive, spec: AQLMSpec, layout: dict[str, TensorLayout], *, name: str) -> QuantizedWeight:
+def _stored(found: Additive, spec: AQLMSpec, shape: torch.Size, *, name: str) -> QuantizedWeight:
+    """``found`` in the dtypes of ``spec``, or of the widened one where those cannot hold it."""
+    layout = spec.tensor_layout(*shape)
     codes, size = found.codes, found.codebooks.shape[1]
     codebooks = found.codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
     scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)
     is_lost = (scales.float().flatten() - found.scales).norm() > MAX_SCALE_ERROR * found.scales.norm()
     if is_lost or not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
-        raise ValueError(f"{name}: {spec.scale_dtype} cannot hold the scales. Use scale_dtype='float32'.")
+        if spec.scale_dtype == "float32":
+            raise ValueError(
+                f"{name}: the scales or codebooks hold numbers that float32 cannot. Rescale the weight, or skip the "
+                f"layer with skip_modules=[{name!r}]."
+            )
+        logger.warning(
+            "%s: %s cannot hold the scales and codebooks of this layer (very small or very large weights), so they "
+            "are kept in float32.",
+            name,
+            spec.scale_dtype,
+        )
+        return _stored(found, spec.widened(), shape, name=name)
     return QuantizedWeight(
         spec=spec,
-        out_features=codes.shape[0] * spec.out_group_size,
-        in_features=codes.shape[1] * spec.in_group_size,
+        out_features=shape[0],
+        in_features=shape[1],
         tensors={"codes": wrapped_codes(codes, size, layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
     )
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.spec import METADATA_DTYPES, QuantSpec, check_choice
+from ..formats.spec import QuantSpec, check_choice, dtype_name
 from .aqlm import AQLMSpec
 from .hqq import HQQSpec
 
@@ -38,11 +38,17 @@ class QuantConfig:
     overrides: dict[str, dict[str, Any]] | None = None
     quantize_lm_head: bool = False
 
+    def __new__(cls, **fields: Any) -> Self:
+        """Refuses unknown fields with the names of those that there are."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
+        return super().__new__(cls)
+
     def _check(self) -> None:
         if self.compute_dtype is not None:
-            name = str(self.compute_dtype).removeprefix("torch.")
-            check_choice("compute_dtype", name, METADATA_DTYPES)
-            object.__setattr__(self, "compute_dtype", name)
+            object.__setattr__(self, "compute_dtype", dtype_name("compute_dtype", self.compute_dtype))
         check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
         if self.skip_modules is not None:
             if isinstance(self.skip_modules, str) or not all(isinstance(p, str) for p in self.skip_modules):

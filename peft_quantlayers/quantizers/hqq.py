@@ -15,7 +15,7 @@ from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import METADATA_DTYPES, check_choice, check_integer, check_number, suggest_divisor
+from ..formats.spec import check_choice, check_integer, check_number, dtype_name, suggest_divisor
 from ._hqq_calibrated import Grid, descended_codes, fitted_grid, weighted_grid
 from ._hqq_solver import HalfQuadraticOptions, encode, solve_groups
 from .method import QuantMethod, checked_hessian, checked_layout, refuse_not_finite, register_method
@@ -64,7 +64,7 @@ class HQQSpec(QuantSpec):
     def __post_init__(self) -> None:
         check_choice("nbits", self.nbits, SUPPORTED_NBITS)
         check_choice("axis", self.axis, (0, 1))
-        check_choice("scale_dtype", self.scale_dtype, METADATA_DTYPES)
+        object.__setattr__(self, "scale_dtype", dtype_name("scale_dtype", self.scale_dtype))
         check_choice("integer_zero", self.integer_zero, (False, True))
         check_choice("round_zero", self.round_zero, (False, True))
         check_choice("refine_scale", self.refine_scale, (False, True))

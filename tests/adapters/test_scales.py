@@ -448,6 +448,16 @@ def test_an_adapter_of_another_quantization_is_refused_and_changes_nothing(other
     assert list(second.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize(("method", "part"), [("hqq", "zero"), ("hqq", "scale"), ("aqlm", "codebooks")])
+def test_a_base_with_the_same_codes_and_other_metadata_is_refused(method, part, tmp_path):
+    tuned(quantized(method)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(quantized(method), tmp_path)
+    base = quantized(method)
+    base.model.layers[1].mlp.up_proj.get_parameter(part).data.mul_(1.01)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*base that it was trained on"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
 def test_a_damaged_file_is_refused_with_the_tensor_named(tmp_path):
     model = tuned(quantized(), target_modules=["q_proj"])
     model.save_pretrained(tmp_path)

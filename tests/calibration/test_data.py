@@ -66,9 +66,11 @@ def test_less_data_than_asked_for_is_used_and_said(caplog):
         (torch.arange(300), "vocabulary has 128"),
         (torch.full((300,), -1), "from -1"),
         (datasets.Dataset.from_dict({"question": ["a"]}), "'question'.*rename_column"),
+        ({"foo": ["a text"]}, "entries \\['foo'\\]; it needs 'input_ids' or 'text'"),
+        ([{"foo": [1]}, {"foo": [2]}], "rows with the entries \\['foo'\\]; it needs 'input_ids' or 'text'"),
         (torch.tensor(7), "single number"),
     ],
-    ids=["empty", "few ids", "short text", "vocabulary", "negative", "columns", "number"],
+    ids=["empty", "few ids", "short text", "vocabulary", "negative", "columns", "entries", "rows", "number"],
 )
 def test_data_that_cannot_be_used_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
@@ -82,11 +84,24 @@ def test_inputs_of_a_model_without_a_vocabulary_must_be_finite():
 
 @pytest.mark.parametrize(
     "data",
-    [7, object(), [1.5, 2.5], [object()], torch.ones(300, dtype=torch.bool), torch.ones(300)],
+    [
+        7,
+        object(),
+        [1.5, 2.5],
+        [object()],
+        torch.ones(300, dtype=torch.bool),
+        torch.ones(300),
+    ],
     ids=["number", "object", "floats", "objects", "bool", "float ids"],
 )
 def test_data_of_another_kind_is_a_type_error(data):
     with pytest.raises(TypeError, match="token ids"):
+        Calibration(data=data).batches(MODEL)
+
+
+@pytest.mark.parametrize("data", [["a", torch.arange(300) % 100], [{"input_ids": [1] * 200}, [1, 2]]])
+def test_texts_rows_and_token_ids_in_one_list_are_refused_in_words(data):
+    with pytest.raises(TypeError, match=r"all texts or all token ids, got a list with \['"):
         Calibration(data=data).batches(MODEL)
 
 

@@ -1,14 +1,18 @@
 """Quantizing on calibration data: lower output error, the same format, resumable, and nothing lost on refusal."""
 
 import math
+import re
 
 import pytest
 import torch
 from integrations.tiny import tiny_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers.calibration import finetune
+from peft_quantlayers.quantizers import get_method
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(1))
@@ -86,6 +90,99 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
     assert torch.equal(resumed(IDS).logits, whole(IDS).logits)
 
 
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_interrupted_model_saves_and_loads_as_it_is_and_a_second_call_does_the_rest(
+    method, is_calibrated, tmp_path, monkeypatch, caplog
+):
+    config, given = CONFIGS[method], calibration() if is_calibrated else None
+    whole = quantize_model(tiny_model(), config, calibration=given, progress=False)
+    cls, names = type(get_method(method)), []
+    quantize = cls.quantize
+
+    def interrupted(*args, **kwargs):
+        names.append(kwargs["name"])
+        if len(names) == 6:
+            raise KeyboardInterrupt
+        return quantize(*args, **kwargs)
+
+    model = tiny_model()
+    monkeypatch.setattr(cls, "quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, config, calibration=given, progress=False)
+    monkeypatch.setattr(cls, "quantize", quantize)
+    assert set(quantized_modules(model)) == set(names[:5])
+    assert "5 of 14 layers are quantized" in caplog.text
+    pql.save_model(model, tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert set(quantized_modules(loaded)) == set(names[:5])
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+    quantize_model(model, config, calibration=given, progress=False)
+    assert "5 of 14 layers are quantized already" in caplog.text
+    expected, found = whole.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    pql.save_model(model, tmp_path / "whole")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "whole")(IDS).logits, whole(IDS).logits)
+
+
+def test_a_model_that_is_quantized_in_part_is_not_finetuned_or_quantized_to_another_spec():
+    model, config = tiny_model(), CONFIGS["hqq"]
+    quantize_model(model, HQQConfig(nbits=2, group_size=16, skip_modules=["layers.1"]), progress=False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="Load the float model again"):
+        quantize_model(model, config, calibration=calibration(finetune_epochs=1), progress=False)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: the layer is quantized already"):
+        quantize_model(model, HQQConfig(nbits=3, group_size=16), progress=False)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_finetuning_changes_scales_biases_and_norms_and_leaves_dense_weights_and_routers():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 128}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    model = MixtralForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_parameter("bias", nn.Parameter(torch.full((32,), 0.1)))
+        layer.self_attn.v_proj.register_parameter("bias", nn.Parameter(torch.full((32,), 0.1)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = HQQConfig(nbits=2, group_size=16, skip_modules=["q_proj", "k_proj"])
+    finetuned = calibration(finetune_epochs=2, learning_rate=0.01)
+    quantize_model(model, config, calibration=finetuned, progress=False)
+    changed = {
+        name.removeprefix("model.layers.0.")
+        for name, value in model.state_dict().items()
+        if ".layers.0." in name and name in before and not torch.equal(value, before[name])
+    }
+    assert changed == {"self_attn.v_proj.bias", "input_layernorm.weight", "post_attention_layernorm.weight"}
+
+
+def test_an_interrupted_finetuning_leaves_the_block_as_it_was_quantized(tmp_path, monkeypatch):
+    model, plain = (
+        tiny_model(),
+        quantize_model(tiny_model(), CONFIGS["aqlm"], calibration=calibration(), progress=False),
+    )
+    calls = []
+
+    def interrupted(work, energy):
+        calls.append(work)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(finetune, "_error", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, CONFIGS["aqlm"], calibration=calibration(finetune_epochs=1), progress=False)
+    layers = quantized_modules(model)
+    assert layers.keys() == {name for name in quantized_modules(plain) if ".layers.0." in name}
+    for name, layer in layers.items():
+        assert all(
+            torch.equal(tensor, plain.state_dict()[f"{name}.{key}"]) for key, tensor in layer.state_dict().items()
+        )
+    pql.save_model(model, tmp_path / "model")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "model")(IDS).logits, model(IDS).logits)
+
+
 def test_a_resumed_layer_in_the_place_of_a_conv1d_is_one_still(tmp_path):
     given = calibration(resume_folder=tmp_path)
     models = [quantize_model(tiny_model("gpt2"), CONFIGS["hqq"], calibration=given, progress=False) for _ in range(2)]
@@ -97,7 +194,20 @@ def test_a_resumed_layer_in_the_place_of_a_conv1d_is_one_still(tmp_path):
     assert torch.equal(models[1](IDS).logits, models[0](IDS).logits)
 
 
-@pytest.mark.parametrize("change", ["config", "data", "weights"])
+def test_a_truncated_block_is_refused_with_the_file_and_the_remedy(tmp_path):
+    given, config = calibration(resume_folder=tmp_path), CONFIGS["hqq"]
+    whole = quantize_model(tiny_model(), config, calibration=given, progress=False)
+    file, model = tmp_path / "model.layers.1.safetensors", tiny_model()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.safetensors is damaged or incomplete.*Delete this file"):
+        quantize_model(model, config, calibration=given, progress=False)
+    assert not quantized_modules(model)
+    file.unlink()
+    quantize_model(model, config, calibration=given, progress=False)
+    assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
+@pytest.mark.parametrize("change", ["config", "data", "weights", "order"])
 def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path):
     config, model = CONFIGS["hqq"], tiny_model()
     quantize_model(tiny_model(), config, calibration=calibration(resume_folder=tmp_path), progress=False)
@@ -106,8 +216,11 @@ def test_blocks_of_another_run_are_refused_and_the_model_stays(change, tmp_path)
         config = HQQConfig(nbits=3, group_size=16)
     elif change == "data":
         data = IDS.flip(0)
-    else:
+    elif change == "weights":
         model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    else:
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.data[[0, 1]] = weight.data[[1, 0]]
     given = Calibration(data=data, n_tokens=640, sequence_length=40, damping=0.05, resume_folder=tmp_path)
     with pytest.raises(ValueError, match="another run"):
         quantize_model(model, config, calibration=given, progress=False)
@@ -144,10 +257,32 @@ def test_a_bfloat16_model_and_its_head_are_calibrated_too():
 
 
 def test_codebooks_that_cost_more_than_the_codes_are_warned_about(caplog):
-    model = nn.Sequential(nn.Linear(64, 64))
-    quantize_model(model, AQLMConfig(num_codebooks=1, nbits_per_codebook=12), progress=False)
-    assert "129.2" not in caplog.text
-    assert "num_codebooks=2, nbits_per_codebook=8" in caplog.text
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64), nn.Linear(64, 64))
+    quantize_model(model, AQLMConfig(num_codebooks=1, nbits_per_codebook=12, rounds=0), progress=False)
+    assert "3 layer(s) take more bits" in caplog.text
+    assert "130.2 bits per weight, of which codes are 2.0" in caplog.text
+    found = re.search(r"use num_codebooks=(\d+), nbits_per_codebook=(\d+)", caplog.text)
+    scheme = dict(zip(("num_codebooks", "nbits_per_codebook"), map(int, found.groups()), strict=True))
+    assert scheme == {"num_codebooks": 2, "nbits_per_codebook": 4}
     caplog.clear()
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64), nn.Linear(64, 64))
+    quantize_model(model, AQLMConfig(**scheme, rounds=0), progress=False)
+    assert "bits per weight" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "found"),
+    [
+        ((576, 576), {"num_codebooks": 1, "nbits_per_codebook": 16}, "num_codebooks=2, nbits_per_codebook=8"),
+        ((64, 64), {"num_codebooks": 1, "nbits_per_codebook": 16}, "num_codebooks=2, nbits_per_codebook=4"),
+        ((64, 64), {"num_codebooks": 2, "nbits_per_codebook": 8}, "num_codebooks=2, nbits_per_codebook=4"),
+        ((8, 8), {"num_codebooks": 1, "nbits_per_codebook": 8}, ""),
+    ],
+)
+def test_the_scheme_that_is_proposed_fits_the_shape_of_the_layer(shape, fields, found):
+    assert AQLMConfig(**fields).spec_for("layer").smaller_metadata(*shape) == found
+
+
+def test_scales_of_small_groups_that_fit_are_not_warned_about(caplog):
     quantize_model(tiny_model(), HQQConfig(group_size=16), progress=False)
     assert "bits per weight" not in caplog.text

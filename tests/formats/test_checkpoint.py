@@ -68,6 +68,12 @@ def test_a_weight_as_the_quantizer_made_it_passes_the_check():
     quantized_weight().check("layer")
 
 
+def test_a_row_whose_scales_are_zero_among_others_passes_the_check():
+    scale = quantized_weight().tensors["scale"].clone()
+    scale[3] = 0
+    quantized_weight(scale=scale).check("layer")
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -77,6 +83,7 @@ def test_a_weight_as_the_quantizer_made_it_passes_the_check():
         ({"scale": torch.zeros(8, 2)}, r"layer\.scale: expected torch\.float16"),
         ({"zero": torch.zeros(2, 8, dtype=torch.float16)}, r"layer\.zero: expected"),
         ({"zero": torch.full((8, 2), torch.nan, dtype=torch.float16)}, r"layer\.zero holds NaN"),
+        ({"scale": torch.zeros(8, 2, dtype=torch.float16)}, r"layer\.scale holds nothing but zeros.*[Dd]ownload"),
         ({"scale": torch.full((8, 2), torch.inf, dtype=torch.float16)}, r"layer\.scale holds NaN or Inf"),
     ],
 )

@@ -270,8 +270,9 @@ LAYER = "model.layers.1.mlp.up_proj"
         (lambda t: t.update({f"{LAYER}.W_q": t[f"{LAYER}.W_q"].int()}), rf"{LAYER}\.W_q.*uint8"),
         (lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"].float()}), rf"{LAYER}\.scale.*float16"),
         (lambda t: t[f"{LAYER}.zero"].fill_(float("nan")), rf"{LAYER}\.zero holds NaN"),
+        (lambda t: t[f"{LAYER}.scale"].zero_(), rf"{LAYER}\.scale holds nothing but zeros"),
     ],
-    ids=["missing", "extra", "wrong-shape", "wrong-dtype-codes", "wrong-dtype-scale", "nan"],
+    ids=["missing", "extra", "wrong-shape", "wrong-dtype-codes", "wrong-dtype-scale", "nan", "zero-scales"],
 )
 def test_a_damaged_checkpoint_is_refused_with_the_tensors_name(edit, match, saved):
     folder, _ = saved
@@ -360,8 +361,9 @@ def test_a_nan_weight_is_refused_by_name_on_both_roads(tmp_path):
 
 def test_quantizing_twice_is_refused(saved):
     model = AutoModelForCausalLM.from_pretrained(saved[0])
-    with pytest.raises(ValueError, match="quantized already"):
-        pql.quantize_model(model, CONFIG, progress=False)
+    for config in (CONFIG, HQQConfig(nbits=3, group_size=32)):
+        with pytest.raises(ValueError, match="quantized already"):
+            pql.quantize_model(model, config, progress=False)
 
 
 def test_save_model_refuses_a_folder_with_files_and_writes_nothing(saved, tmp_path):

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, AQLMLinear
@@ -31,6 +33,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 layer = model.model.layers[0].mlp.up_proj
 assert type(layer).__module__.startswith("aqlm"), type(layer)
 assert type(model.lm_head) is torch.nn.Linear, type(model.lm_head)
+model.save_pretrained(sys.argv[3])  # before the first product, for which aqlm turns the codes round in place
 ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[2])
@@ -57,20 +60,43 @@ def quantized_model(scheme: str) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package(scheme, tmp_path):
-    pytest.importorskip("aqlm", reason="the peer is not installed")
+def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package_and_loads_from_there_again(scheme, tmp_path):
     model = quantized_model(scheme)
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "aqlm"
     assert {"lm_head", "lm_head.weight"} <= set(config["linear_weights_not_to_quantize"])
+    torch.testing.assert_close(stock_logits(tmp_path / "model"), logits(model), rtol=1e-4, atol=1e-5)
+
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "stock")
+    assert set(pql.quantized_modules(back)) == set(pql.quantized_modules(model))
+    assert torch.equal(logits(back), logits(model))
+
+
+def stock_logits(folder: Path) -> torch.Tensor:
+    pytest.importorskip("aqlm", reason="the peer is not installed")
     environment = os.environ | {"NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "model"), str(tmp_path / "logits.pt")],
-        check=True,
-        env=environment,
-    )
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=1e-4, atol=1e-5)
+    command = [sys.executable, "-c", STOCK, str(folder), str(folder / "logits.pt"), str(folder / "stock")]
+    subprocess.run(command, check=True, env=environment)
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_widened_among_others_saves_for_the_stock_package_where_its_dtype_can_hold_it(dtype, tmp_path):
+    model = float_model().to(dtype)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = (weight.float() * 1e-6).to(dtype)
+    pql.quantize_model(model, AQLMConfig(rounds=1), progress=False)
+    widths = [layer.spec.scale_dtype for layer in pql.quantized_modules(model).values()]
+    assert sorted(widths) == 13 * ["float16"] + ["float32"]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [layer.spec.scale_dtype for layer in pql.quantized_modules(loaded).values()] == widths
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    method = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert method == ("aqlm" if dtype == torch.float32 else "quantlayers")
+    if dtype == torch.float32:
+        torch.testing.assert_close(stock_logits(tmp_path), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [["lm_head.weight"], ["lm_head"], []], ids=["published", "module", "none"])
@@ -161,4 +187,55 @@ def test_a_hostile_config_is_refused(edit, match, tmp_path):
     edit(config["quantization_config"])
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("part", ["codes", "codebooks", "scales"])
+def test_a_checkpoint_that_lacks_a_tensor_of_a_layer_is_refused(part, tmp_path):
+    quantized_model("2x8").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{LAYER}.{part}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensor.*{LAYER}\.{part}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("codebooks", torch.nan, rf"{LAYER}\.codebooks holds NaN or Inf"),
+        ("scales", torch.inf, rf"{LAYER}\.scales holds NaN or Inf"),
+        ("scales", 0, rf"{LAYER}\.scales holds nothing but zeros.*[Dd]ownload"),
+        ("codes", 40, rf"{LAYER}\.codes holds codes from .* to 40.*[Dd]ownload"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_tensors_name(part, value, match, tmp_path):
+    pql.quantize_model(float_model(), AQLMConfig(nbits_per_codebook=4, rounds=0), progress=False).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.{part}"].fill_(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_codes_of_single_experts_are_refused_with_the_reason(tmp_path):
+    sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 2}
+    model = pql.quantize_model(
+        MixtralForCausalLM(MixtralConfig(**sizes)), AQLMConfig(nbits_per_codebook=4, rounds=0), progress=False
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
+    layer = "model.layers.0.self_attn.q_proj"
+    for part in ("codes", "codebooks", "scales"):
+        tensors[f"model.layers.0.block_sparse_moe.experts.1.w2.{part}"] = tensors[f"{layer}.{part}"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.1\.w2: transformers 5 keeps the experts.*transformers 4"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """A quantized layer as a module: products, gradients, dtypes, copies, state, compilers."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -10,19 +11,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_quantlayers import HQQLinear, HQQSpec
+from peft_quantlayers import AQLMSpec, HQQLinear, HQQSpec
 from peft_quantlayers.layers import QuantizedLinear, layer_type
 
+SPECS = {"hqq": HQQSpec(nbits=4, group_size=8), "aqlm": AQLMSpec(nbits_per_codebook=4, rounds=1)}
+METHODS = list(SPECS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_layer(
-    out_features: int = 8, in_features: int = 48, *, bias: bool = True, dtype: torch.dtype = torch.float32, **fields
-) -> HQQLinear:
+    out_features: int = 8,
+    in_features: int = 48,
+    *,
+    method: str = "hqq",
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **fields,
+) -> QuantizedLinear:
     torch.manual_seed(1)
     dense = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
-    spec = HQQSpec(**{"nbits": 4, "group_size": 8} | fields)
-    return HQQLinear.from_linear(dense, spec, layer_name="model.q_proj")
+    spec = dataclasses.replace(SPECS[method], **fields)
+    return QuantizedLinear.from_linear(dense, spec, layer_name="model.q_proj")
 
 
 def dense_form(layer: QuantizedLinear, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -163,8 +172,9 @@ def test_any_input_dtype_meets_any_compute_dtype(compute_dtype, x_dtype):
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_gives_its_dtype_forward_and_the_inputs_dtype_backward(compute_dtype, dtype, x_dtype):
-    layer = make_layer(dtype=compute_dtype)
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_gives_its_dtype_forward_and_the_inputs_dtype_backward(method, compute_dtype, dtype, x_dtype):
+    layer = make_layer(method=method, dtype=compute_dtype)
     dense = dense_form(layer, torch.float32)
     x = torch.randn(4, 48).to(x_dtype)
     results = []
@@ -212,8 +222,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_layer_compiles_into_one_graph(bias):
-    layer = make_layer(bias=bias)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_layer_compiles_into_one_graph(method, bias):
+    layer = make_layer(method=method, bias=bias)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 48, requires_grad=True)
     y, expected = compiled(x), layer(x)
@@ -223,8 +234,9 @@ def test_the_layer_compiles_into_one_graph(bias):
     assert torch.equal(compiled(torch.randn(7, 48)[:3] * 0 + x), expected)
 
 
-def test_reading_the_weight_compiles_into_one_graph():
-    layer = make_layer()
+@pytest.mark.parametrize("method", METHODS)
+def test_reading_the_weight_compiles_into_one_graph(method):
+    layer = make_layer(method=method)
     norm = torch.compile(
         lambda x: F.linear(x, layer.weight).norm() + layer.weight.norm(), fullgraph=True, backend="aot_eager"
     )
@@ -274,10 +286,11 @@ def test_a_move_to_meta_and_back_keeps_layout_dtypes_and_count():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_is_the_same_layer_and_shares_nothing(copied):
-    layer = make_layer().to(torch.bfloat16).eval()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_is_the_same_layer_and_shares_nothing(method, copied):
+    layer = make_layer(method=method).to(torch.bfloat16).eval()
     other = copied(layer)
-    assert type(other) is HQQLinear
+    assert type(other) is layer_type(method)
     assert_same_state(other, layer)
     assert (other.spec, other.compute_dtype, other.layer_name) == (layer.spec, torch.bfloat16, "model.q_proj")
     assert not other.training
@@ -291,8 +304,9 @@ def test_a_copy_is_the_same_layer_and_shares_nothing(copied):
     assert torch.equal(copied(layer)(x), layer(x))
 
 
-def test_torch_save_gives_the_same_layer_back():
-    layer = make_layer()
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_save_gives_the_same_layer_back(method):
+    layer = make_layer(method=method)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)

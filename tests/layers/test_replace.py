@@ -233,7 +233,7 @@ def with_inf(model: Model) -> None:
 
 
 def with_a_quantized_layer(model: Model) -> None:
-    quantize_module(model, "model.layers.1.q_proj", HQQSpec(group_size=16))
+    quantize_module(model, "model.layers.1.q_proj", HQQSpec(group_size=8))
 
 
 def without_layers(model: Model) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.quantizers import AQLMMethod, AQLMSpec, _aqlm_solver, aqlm
 from peft_quantlayers.quantizers._aqlm_solver import (
     Additive,
@@ -276,15 +277,43 @@ def test_bad_weights_are_refused_with_layer_and_remedy():
             AQLMMethod().quantize(weight_of(8, 16), AQLMSpec(), name="q_proj", hessian=hessian)
 
 
-def test_weights_too_small_for_the_dtype_of_the_scales_are_refused_with_the_remedy():
+def test_weights_too_small_for_the_dtype_of_the_scales_widen_it_with_a_warning(caplog):
     weight = weight_of(16, 64)
     spec = AQLMSpec(nbits_per_codebook=4)
-    with pytest.raises(ValueError, match=r"q_proj: float16 cannot hold.*float32"):
-        AQLMMethod().quantize(1e-9 * weight, spec, name="q_proj")
-    wide = AQLMMethod().quantize(1e-9 * weight, dataclasses.replace(spec, scale_dtype="float32"), name="q_proj")
+    wide = AQLMMethod().quantize(1e-9 * weight, spec, name="q_proj")
+    assert "q_proj: float16 cannot hold" in caplog.text
+    caplog.clear()
+    assert wide.spec == dataclasses.replace(spec, scale_dtype="float32")
+    wide.check("q_proj")
     assert (AQLMMethod().dense(wide) - 1e-9 * weight).norm() < 0.7e-9 * weight.norm()
     weight[3] *= 1e-9  # a dead output beside others is not worth more bits
-    AQLMMethod().quantize(weight, spec, name="q_proj")
+    assert AQLMMethod().quantize(weight, spec, name="q_proj").spec == spec
+    assert not caplog.text
+
+
+def test_scales_that_float32_cannot_hold_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(aqlm, "fitted_codebooks", lambda _, found: dataclasses.replace(found, scales=found.scales / 0))
+    with pytest.raises(ValueError, match=r"q_proj.*float32 cannot.*skip_modules"):
+        AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4, rounds=0), name="q_proj")
+
+
+@pytest.mark.parametrize("nbits", [4, 12])
+def test_codes_outside_the_codebook_are_refused_when_they_are_loaded_and_wrapped_or_plain_ones_are_not(nbits):
+    spec, size = AQLMSpec(num_codebooks=1, nbits_per_codebook=nbits, rounds=0), 2**nbits
+    quantized = AQLMMethod().quantize(weight_of(16, 64), spec, name="layer")
+    codes = quantized.tensors["codes"]
+
+    def with_first_code(code: int) -> QuantizedWeight:
+        changed = codes.clone()
+        changed[0, 0, 0] = code
+        return dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": changed})
+
+    for code in (-size // 2, size - 1):
+        with_first_code(code).check("layer")
+    dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes % size}).check("layer")
+    for code in (-size // 2 - 1, size):
+        with pytest.raises(ValueError, match=rf"layer\.codes holds codes from .*{size} entries.*[Dd]ownload"):
+            with_first_code(code).check("layer")
 
 
 def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
@@ -292,7 +321,6 @@ def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
     quantized = AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4), name="layer")
     codes = quantized.tensors["codes"]
     wild = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes + 16 * (codes % 5)})
-    wild.check("layer")
     assert torch.equal(AQLMMethod().dense(wild), AQLMMethod().dense(quantized))
     wider = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes.short()})
     with pytest.raises(ValueError, match=r"layer\.codes: expected torch\.int8"):

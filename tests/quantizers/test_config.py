@@ -1,11 +1,22 @@
 """What a user asks for: patterns, overrides, strictness, and the registry of methods."""
 
+import copy
+import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 
-from peft_quantlayers.quantizers import HQQConfig, HQQMethod, HQQSpec, get_method, register_method, registered_methods
+from peft_quantlayers.quantizers import (
+    AQLMConfig,
+    HQQConfig,
+    HQQMethod,
+    HQQSpec,
+    get_method,
+    register_method,
+    registered_methods,
+)
 from peft_quantlayers.quantizers.config import matches
 
 
@@ -58,6 +69,12 @@ def test_a_config_survives_json():
 
 def test_a_torch_dtype_is_as_good_as_its_name():
     assert HQQConfig(compute_dtype=torch.bfloat16) == HQQConfig(compute_dtype="bfloat16")
+    for config in (HQQConfig, AQLMConfig):
+        assert config(scale_dtype=torch.float16) == config(scale_dtype="float16")
+        with pytest.raises(ValueError, match=r"scale_dtype=torch\.int8|scale_dtype='int8'"):
+            config(scale_dtype=torch.int8)
+    overrides = {"down_proj": {"scale_dtype": torch.float32}}
+    assert HQQConfig(overrides=overrides).spec_for("down_proj").scale_dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +97,17 @@ def test_a_config_that_makes_no_sense_is_refused_when_it_is_made(fields, error, 
         HQQConfig(**fields)
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match="groupsize"):
+def test_an_unknown_argument_is_refused_with_the_fields_that_there_are():
+    with pytest.raises(TypeError, match=r"HQQConfig has no field \['groupsize'\].*'group_size'.*'nbits'"):
         HQQConfig(groupsize=64)
+    with pytest.raises(TypeError, match=r"AQLMConfig has no field \['nbits'\].*'nbits_per_codebook'"):
+        AQLMConfig(nbits=2)
+
+
+def test_a_config_is_copied_and_pickled_as_it_is():
+    config = AQLMConfig(num_codebooks=3, skip_modules=["a"])
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, rounds=1).num_codebooks == 3
 
 
 def test_hqq_is_registered_and_registering_it_again_is_harmless():
