@@ -21,9 +21,10 @@ from .lora import LoraQuantizedLinear
 from .report import LayerMergeReport, change_coefficient
 from .rules import MergePlan, append, extended_spec, requantize
 
-# How often codes are chosen for the change, and how much more of it a time may ask for than the one before: with two
-# bits nearly all arrives at once when enough is asked for.
-PASSES = 4
+# How often codes are chosen for the change at most, how near to all of it is enough, and how much more of it a time may
+# ask for than the one before: with two bits nearly all arrives at once when enough is asked for.
+MAX_PASSES = 6
+ENOUGH = 0.05
 MAX_GROWTH = 2.0
 
 
@@ -95,10 +96,12 @@ def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedW
     if not change.any():
         return plan.weight
     base, found, gain = plan.base, plan.weight, 1.0
-    for _ in range(PASSES):
+    for _ in range(MAX_PASSES):
         wanted = plan.before + gain * change
         found = base.method.quantize(wanted, spec, name=base.layer_name, hessian=hessian, start=found, rounds=1)
         arrived = change_coefficient(plan.before, plan.target, base.method.dense(found), hessian)
+        if abs(arrived - 1) < ENOUGH:
+            break
         gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))
     return found
 
