@@ -228,7 +228,7 @@ class LoraQuantizedLinear(LoraLinear):
         with torch.no_grad():
             plan = self._plan([name for name in adapter_names if name in self.lora_A])
             merged = rule(plan)
-            report = _report(plan, merged)
+            report = merge_report_of(plan, merged)
         unmerged = self._unmerged or self.merge_state()
         base = plan.base
         if isinstance(merged, QuantizedWeight):
@@ -388,7 +388,7 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
+def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
     if isinstance(merged, QuantizedWeight):
         after, bits = plan.base.method.dense(merged), merged.bits_per_weight
     elif isinstance(merged, QuantizedLinear):

@@ -17,8 +17,10 @@ from ..calibration import Calibration
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
 from .calibrated import merge_calibrated
-from .lora import RULES, LoraQuantizedLinear, MergeState
+from .lora import RULES, LoraQuantizedLinear
 from .report import MergeReport
+from .scales import QuantScalesLayer
+from .tuners import SCALES_STRATEGIES, TUNER_RULES, MergeableLayer, ScalesMerge, TunerMerge, tuner_layers
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def merge_back(
             weight more with eight inputs a group and 8-bit codes, in the published format.
             ``"dense"``: a plain float model, which loses nothing.
             ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
+            PEFT's other tuners (LoHa, OFT, IA3, ...) know ``"auto"``, ``"requantize"`` and ``"dense"``, and tuned
+            scales, which always merge exactly, these and ``"exact"``.
         adapters: names of the adapters to merge; None for the active ones.
         calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
         tokenizer: for texts; None for the model's own.
@@ -71,6 +75,7 @@ def merge_back(
         TypeError: not a PeftModel, or ``adapters`` is no list.
         ValueError: an unknown strategy or adapter, adapters that the strategy is not for, or one that holds NaN or
             Inf; the model is left as it was.
+        NotImplementedError: the tuner cannot merge, or a layer is no match for the strategy; left as it was too.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
@@ -92,7 +97,7 @@ def merge_back(
         )
     names = _checked_names(peft_model, adapters)
     _refuse_broken_adapters(peft_model, names)
-    layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
+    layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)
     score_before = None if metric is None else metric(peft_model)
     before = [layer.merge_state() for layer in layers]
     try:
@@ -102,7 +107,7 @@ def merge_back(
                 merge_calibrated(peft_model, names, data, append=strategy == "append", progress=progress)
         else:
             for layer in layers:
-                layer.merge_with(RULES[strategy], names)
+                _merge(layer, strategy, names)
         captured = None if evaluate_on is None else _captured(peft_model, layers, names, evaluate_on)
     except BaseException:
         _restore(layers, before)
@@ -118,6 +123,9 @@ def merge_back(
             wider[0].bits_after - wider[0].bits_before,
             wider[0].name,
         )
+    for layer in layers:
+        if isinstance(layer, TunerMerge):
+            layer.finish()
     with warnings.catch_warnings():
         # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
         warnings.filterwarnings("ignore", "All adapters are already merged")
@@ -139,9 +147,50 @@ def _checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[st
     return names
 
 
-def _captured(
-    peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str], token_ids: Tensor
-) -> Capture:
+def _layers_to_merge(
+    peft_model: PeftModel, names: list[str], strategy: Strategy, *, is_evaluated: bool
+) -> list[MergeableLayer]:
+    """The quantized layers with one of the adapters, and tuned norms; ValueError if ``strategy`` is not for them."""
+    layers: list[MergeableLayer] = []
+    for name, layer in tuner_layers(peft_model, names).items():
+        if isinstance(layer, LoraQuantizedLinear):
+            layers.append(layer)
+            continue
+        is_scales = isinstance(layer, QuantScalesLayer)
+        possible = SCALES_STRATEGIES if is_scales else tuple(TUNER_RULES)
+        if strategy not in possible:
+            raise ValueError(
+                f"{name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a "
+                f"{type(layer).__name__}. Choose one of {possible}. The model is left as it was."
+            )
+        if layer.merged and (is_evaluated or (strategy == "dense" and not is_scales)):
+            raise ValueError(
+                f"{name}: {layer.merged_adapters} are merged already, and the weight from before is needed for "
+                'evaluate_on and for strategy="dense". Call unmerge_adapter() first, or load the adapter onto its '
+                "base again. The model is left as it was."
+            )
+        if not layer.merged:
+            layers.append(ScalesMerge(layer) if isinstance(layer, QuantScalesLayer) else TunerMerge(layer))
+        elif is_scales:
+            layers.append(ScalesMerge(cast(QuantScalesLayer, layer)))
+    if not layers and strategy not in TUNER_RULES:
+        raise ValueError(
+            f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '
+            "merges them as PEFT does. The model is left as it was."
+        )
+    return layers
+
+
+def _merge(layer: MergeableLayer, strategy: Strategy, names: list[str]) -> None:
+    if isinstance(layer, LoraQuantizedLinear):
+        layer.merge_with(RULES[strategy], names)
+    elif isinstance(layer, TunerMerge):
+        layer.merge_with(TUNER_RULES[strategy], names)
+    elif isinstance(layer, ScalesMerge):
+        layer.merge_with(names)
+
+
+def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str], token_ids: Tensor) -> Capture:
     """Base, adapter and merged model compared, by putting the layers from one state into the other."""
     merged = [layer.merge_state() for layer in layers]
     unmerged = [state.unmerged or state for state in merged]
@@ -169,7 +218,7 @@ def _captured(
 
 
 @contextmanager
-def _only_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> Iterator[None]:
+def _only_active(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str]) -> Iterator[None]:
     """Exactly these adapters active, and what was active and trained before put back. What is merged stays merged."""
     active = list(peft_model.active_adapters)
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
@@ -183,7 +232,7 @@ def _only_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names
                 parameter.requires_grad = name in trained
 
 
-def _set_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> None:
+def _set_active(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str]) -> None:
     """PEFT's ``set_adapter``, which unmerges every layer, without that."""
     states = [layer.merge_state() for layer in layers]
     for layer in layers:
@@ -194,9 +243,7 @@ def _set_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names:
 
 
 @contextmanager
-def _in_state(
-    layers: list[LoraQuantizedLinear], states: list[MergeState], *, back_to: list[MergeState]
-) -> Iterator[None]:
+def _in_state(layers: list[MergeableLayer], states: list[Any], *, back_to: list[Any]) -> Iterator[None]:
     _restore(layers, states)
     try:
         yield
@@ -204,7 +251,7 @@ def _in_state(
         _restore(layers, back_to)
 
 
-def _restore(layers: list[LoraQuantizedLinear], states: list[MergeState]) -> None:
+def _restore(layers: list[MergeableLayer], states: list[Any]) -> None:
     for layer, state in zip(layers, states, strict=True):
         layer.restore(state)
 
