@@ -50,6 +50,7 @@ class MergeState:
     """Everything that a merge changes in a LoRA layer, so that it can be put back bit for bit."""
 
     base: nn.Module
+    parameters: dict[str, nn.Parameter | None]
     weight: QuantizedWeight | None
     bias: Tensor | None
     caches: dict
@@ -92,6 +93,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_strategy = "auto"
         self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
+        self._shares_base = False  # with replicas of its layer
         self._rounded = RoundedWeight()
         self._unmerged: MergeState | None = None
         self._merged_caches: dict = {}  # PEFT's, as its own merge left them
@@ -115,6 +117,7 @@ class LoraQuantizedLinear(LoraLinear):
         stamp = stamp_of(config)
         if stamp is not None:
             check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
+        self._shares_base = self._shares_base or config.layer_replication is not None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if stamp is not None:
             self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
@@ -232,6 +235,8 @@ class LoraQuantizedLinear(LoraLinear):
         unmerged = self._unmerged or self.merge_state()
         base = plan.base
         if isinstance(merged, QuantizedWeight):
+            if self._shares_base:
+                base.own_parameters()
             base.quantized_weight = merged
             if plan.bias is not None:
                 base.bias.data = plan.bias.to(base.bias.dtype)
@@ -266,6 +271,7 @@ class LoraQuantizedLinear(LoraLinear):
         bias = getattr(base, "bias", None)
         return MergeState(
             base=base,
+            parameters=dict(base._parameters) if self._shares_base else {},
             weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
             bias=None if bias is None else bias.data.clone(),
             caches=dict(self._caches),
@@ -278,11 +284,12 @@ class LoraQuantizedLinear(LoraLinear):
         """Put this layer back to where it was when :meth:`merge_state` gave ``state``; on the device it is on now."""
         device = next(self.get_base_layer().parameters()).device
         base = state.base.to(device)
+        bias_dtype = None if state.bias is None else cast(nn.Linear, base).bias.dtype
+        base._parameters.update(state.parameters)
         if state.weight is not None:
             cast(QuantizedLinear, base).quantized_weight = state.weight.to(device)
         if state.bias is not None:
-            bias = cast(nn.Linear, base).bias
-            bias.data = state.bias.to(device, bias.dtype)
+            cast(nn.Linear, base).bias.data = state.bias.to(device, bias_dtype)
         self._put(base)
         self._caches = dict(state.caches)
         self._unmerged, self.merge_report = state.unmerged, state.report

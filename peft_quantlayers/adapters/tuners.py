@@ -125,6 +125,7 @@ class TunerMerge:
         bias = getattr(base, "bias", None)
         return MergeState(
             base=base,
+            parameters={},
             weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
             bias=None if bias is None else bias.data,
             caches={},

@@ -182,6 +182,13 @@ class QuantizedLinear(nn.Linear):
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         self._wrap_codes()
 
+    def own_parameters(self) -> None:
+        """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None:
+                self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
+        self._wrap_codes()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
         return self.method.dequantize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from integrations.tiny import tiny_model, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -149,3 +150,32 @@ def test_a_model_that_is_no_peft_model_and_a_bare_name_are_refused():
         pql.merge_back(quantized_two())
     with pytest.raises(TypeError, match=r"\['default'\]"):
         pql.merge_back(with_adapter(quantized_two()), adapters="default")
+
+
+def replicated(**fields) -> PeftModel:
+    """Three layers made of two, with an adapter of its own on each."""
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=8, group_size=32), progress=False)
+    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | fields
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, layer_replication=[(0, 2), (0, 1)], **fields)).eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_bias": True, "target_modules": ["q_proj"]}], ids=["plain", "lora_bias"])
+def test_replicas_of_a_layer_merge_each_its_own_adapter_and_unmerge_to_the_shared_weight(fields):
+    ids = token_ids()
+    model = replicated(**fields)
+    expected, bits = model(ids).logits, bits_of(model)
+    with model.disable_adapter():
+        base = model(ids).logits
+    layers = [layer.self_attn.q_proj.get_base_layer() for layer in model.base_model.model.model.layers]
+
+    model.merge_adapter()
+    assert (model(ids).logits - expected).norm() < 0.1 * (base - expected).norm()
+    model.unmerge_adapter()
+    assert_same_bits(model, bits)
+    assert torch.equal(model(ids).logits, expected)
+    assert all(mine is other for mine, other in zip(layers[0].parameters(), layers[2].parameters(), strict=True))
+
+    merged, report = pql.merge_back(model)
+    assert len(report.layers) == (3 if "target_modules" in fields else 6)
+    assert (merged(ids).logits - expected).norm() < 0.1 * (base - expected).norm()
