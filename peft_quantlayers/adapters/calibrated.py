@@ -23,7 +23,7 @@ from .rules import MergePlan, append, extended_spec, requantize
 def merge_calibrated(
     peft_model: PeftModel, names: list[str], calibration: Calibration, *, append: bool = False, progress: bool = True
 ) -> None:
-    """Merge ``names`` into every quantized layer of ``peft_model``, whose active adapters they must be.
+    """Merge ``names`` into the quantized layers of ``peft_model`` that have one; they must be its active adapters.
 
     Args:
         append: extend the format of the weights, so that the change finds room in it.
@@ -31,7 +31,11 @@ def merge_calibrated(
     Raises:
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
     """
-    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraQuantizedLinear)}
+    layers = {
+        name: module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraQuantizedLinear) and any(each in module.lora_A for each in names)
+    }
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
         if not get_method(spec.method).can_use_hessian(spec):

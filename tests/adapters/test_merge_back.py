@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import HQQConfig
+from peft_quantlayers import AQLMConfig, HQQConfig
 
 from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
 
@@ -124,6 +124,28 @@ def test_a_layer_that_fails_half_way_leaves_all_layers_unmerged(strategy, x, mon
 def test_an_unknown_strategy_or_adapter_is_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         pql.merge_back(with_adapter(quantized_two()), **arguments)
+
+
+@pytest.mark.parametrize("strategy", ["aware", "exact", "keep", "dense", "requantize", "append", "calibrated"])
+def test_layers_without_the_named_adapters_are_left_alone_and_not_reported(strategy):
+    config = AQLMConfig(nbits_per_codebook=4, rounds=1) if strategy == "append" else HQQConfig(group_size=32)
+    fields = {"use_qalora": True, "qalora_group_size": 32} if strategy == "exact" else {}
+    base = pql.quantize_model(tiny_model(), config, progress=False)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **fields), adapter_name="a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["v_proj"], **fields))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    if strategy == "aware":
+        pql.enable_merge_aware(model, ["a"])
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    tensors = dict(layer.get_base_layer().quantized_weight.tensors)
+    calibration = token_ids().repeat(8, 1) if strategy == "calibrated" else None
+    merged, report = pql.merge_back(model, strategy=strategy, adapters=["a"], calibration=calibration, progress=False)
+    assert [entry.name for entry in report.layers] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    if strategy != "dense":
+        after = merged.model.layers[0].self_attn.v_proj.quantized_weight.tensors
+        assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
 
 
 def test_modules_to_save_keep_their_trained_copy(x):
