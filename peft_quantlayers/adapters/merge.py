@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
-import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
 from .calibrated import merge_calibrated
+from .checks import checked_ids, checked_names, refuse_broken_adapters, score_of
 from .lora import RULES, LoraQuantizedLinear
 from .report import MergeReport
 from .scales import QuantScalesLayer
@@ -38,7 +38,7 @@ def merge_back(
     adapters: list[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
-    evaluate_on: Tensor | None = None,
+    evaluate_on: Tensor | list[int] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, MergeReport]:
@@ -63,18 +63,21 @@ def merge_back(
         adapters: names of the adapters to merge; None for the active ones.
         calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
         tokenizer: for texts; None for the model's own.
-        evaluate_on: held-out token ids, (n_tokens,); with them the report says how much of the adapter's effect on
-            the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
-        metric: any score of a model, a task's accuracy for example; called before and after the merge.
+        evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list; with them the report says how much of
+            the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
+        metric: any score of a model, a task's accuracy for example, as a number; called with ``peft_model`` before
+            the merge, and after it with the merged base model, of which the adapters are not taken off yet.
         progress: show a progress bar while calibrating.
 
     Returns:
         The base model, merged, and the report.
 
     Raises:
-        TypeError: not a PeftModel, or ``adapters`` is no list.
-        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, or one that holds NaN or
-            Inf; the model is left as it was.
+        TypeError: not a PeftModel, ``adapters`` is no list, ``evaluate_on`` holds no token ids, or ``metric`` gave no
+            number; the model is left as it was.
+        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, one that holds NaN or Inf,
+            or too few tokens to evaluate on, or unknown ones; the model is left as it was. So it is after whatever
+            else ``metric`` raises.
         NotImplementedError: the tuner cannot merge, or a layer is no match for the strategy; left as it was too.
     """
     if strategy not in STRATEGIES:
@@ -95,10 +98,14 @@ def merge_back(
             f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do. The model is left as it '
             "was."
         )
-    names = _checked_names(peft_model, adapters)
-    _refuse_broken_adapters(peft_model, names)
+    names = checked_names(peft_model, adapters)
+    refuse_broken_adapters(peft_model, names)
     layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)
-    score_before = None if metric is None else metric(peft_model)
+    held_out = None if evaluate_on is None else checked_ids(peft_model, evaluate_on)
+    scores = None
+    if metric is not None:
+        with _only_active(peft_model, layers, names):
+            scores = (score_of(metric, peft_model), math.nan)
     before = [layer.merge_state() for layer in layers]
     try:
         if calibration is not None:
@@ -108,7 +115,10 @@ def merge_back(
         else:
             for layer in layers:
                 _merge(layer, strategy, names)
-        captured = None if evaluate_on is None else _captured(peft_model, layers, names, evaluate_on)
+        captured = None if held_out is None else _captured(peft_model, layers, names, held_out)
+        if metric is not None and scores is not None:
+            with _only_active(peft_model, layers, names):
+                scores = (scores[0], score_of(metric, peft_model.get_base_model()))
     except BaseException:
         _restore(layers, before)
         raise
@@ -123,6 +133,7 @@ def merge_back(
             wider[0].bits_after - wider[0].bits_before,
             wider[0].name,
         )
+    _set_active(peft_model, layers, names)  # PEFT keeps the modules_to_save of active adapters
     for layer in layers:
         if isinstance(layer, TunerMerge):
             layer.finish()
@@ -132,19 +143,7 @@ def merge_back(
         model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
-    scores = None if metric is None or score_before is None else (score_before, metric(model))
     return model, MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
-
-
-def _checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
-    if isinstance(adapters, str):
-        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
-    names = list(peft_model.active_adapters) if adapters is None else list(adapters)
-    unknown = [name for name in names if name not in peft_model.peft_config]
-    if unknown or not names:
-        said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
-        raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
-    return names
 
 
 def _layers_to_merge(
@@ -254,19 +253,3 @@ def _in_state(layers: list[MergeableLayer], states: list[Any], *, back_to: list[
 def _restore(layers: list[MergeableLayer], states: list[Any]) -> None:
     for layer, state in zip(layers, states, strict=True):
         layer.restore(state)
-
-
-def _refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
-    """Raise, naming the layer, if a parameter of one of the adapters is not finite."""
-    for layer_name, layer in peft_model.named_modules():
-        if not isinstance(cast(object, layer), BaseTunerLayer):
-            continue
-        for parameter_name, parameter in layer.named_parameters():
-            parts = parameter_name.split(".")
-            if parts[0] == "base_layer" or not any(name in parts for name in names):
-                continue
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{layer_name}.{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
-                    "The model is left as it was."
-                )

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
 
 from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
 
@@ -201,3 +201,89 @@ def test_replicas_of_a_layer_merge_each_its_own_adapter_and_unmerge_to_the_share
     merged, report = pql.merge_back(model)
     assert len(report.layers) == (3 if "target_modules" in fields else 6)
     assert (merged(ids).logits - expected).norm() < 0.1 * (base - expected).norm()
+
+
+def language_model() -> PeftModel:
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
+    return with_adapter(base, target_modules=["q_proj"]).eval()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "error", "match"),
+    [
+        ("some text", TypeError, "tokenizer"),
+        (["some", "text"], TypeError, "tokenizer"),
+        (token_ids().flatten().float(), TypeError, "float32"),
+        (token_ids(), ValueError, r"\(2, 9\)"),
+        ([5], ValueError, "2 token"),
+        ([], ValueError, "2 token"),
+        (torch.tensor(5), ValueError, "2 token"),
+        ([5, 128], ValueError, "128"),
+        ([5, -1], ValueError, "-1"),
+    ],
+)
+def test_what_cannot_be_evaluated_on_is_refused_before_anything_is_done(held_out, error, match, monkeypatch):
+    model = language_model()
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    with pytest.raises(error, match=match):
+        pql.merge_back(model, evaluate_on=held_out, metric=lambda model: pytest.fail("scored"))
+
+
+def test_held_out_ids_may_be_a_row_or_a_list():
+    ids = token_ids()[0]
+    captures = [
+        pql.merge_back(language_model(), evaluate_on=given)[1].capture for given in (ids, ids[None], ids.tolist())
+    ]
+    assert captures[0] == captures[1] == captures[2]
+    assert captures[0].n_tokens == 8
+
+
+def test_a_metric_that_fails_after_the_merge_leaves_the_model_as_it_was(x):
+    model = with_adapter(quantized_two())
+    bits, expected = bits_of(model), model(x)
+    for result in (RuntimeError("no more memory"), "high"):
+        results = [1.0, result]
+
+        def metric(model: nn.Module) -> float:
+            value = results.pop(0)  # noqa: B023
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        with pytest.raises((RuntimeError, TypeError), match=r"no more memory|got str"):
+            pql.merge_back(model, metric=metric)
+        assert not results
+        assert_same_bits(model, bits)
+        assert torch.equal(model(x), expected)
+
+
+def test_a_metric_gives_a_number_or_is_refused_before_the_merge(x, monkeypatch):
+    _, report = pql.merge_back(with_adapter(quantized_two(nbits=8)), metric=lambda model: model(x).mean())
+    assert type(report.scores[0]) is type(report.scores[1]) is float
+    assert report.scores[0] == pytest.approx(report.scores[1], abs=0.05)
+    json.dumps(report.to_dict())
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    for value in ({"accuracy": 1.0}, None, torch.ones(2), "1.0"):
+        with pytest.raises(TypeError, match="number"):
+            pql.merge_back(with_adapter(quantized_two()), metric=lambda model, value=value: value)
+
+
+def test_the_metric_sees_the_named_adapters_only(x):
+    model = with_adapter(quantized_two(nbits=8))
+    expected = float(model(x).norm())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.set_adapter("other")
+    merged, report = pql.merge_back(model, adapters=["default"], metric=lambda model: model(x).norm())
+    assert report.scores == (pytest.approx(expected), pytest.approx(float(merged(x).norm())))
+
+
+def test_the_named_adapters_modules_to_save_are_kept_though_another_one_is_active(x):
+    base = nn.Sequential(quantized_two(nbits=8), nn.Linear(64, 3))
+    fields = {"r": 2, "target_modules": ["first"], "modules_to_save": ["1"]}
+    model = get_peft_model(base, LoraConfig(**fields))
+    model.base_model.model[1].modules_to_save["default"].weight.data.add_(1.0)
+    expected = model(x)
+    model.add_adapter("other", LoraConfig(**fields))
+    model.set_adapter("other")
+    merged, _ = pql.merge_back(model, adapters=["default"])
+    torch.testing.assert_close(merged(x), expected)

@@ -1,0 +1,77 @@
+"""What ``merge_back`` looks at before and while it merges; each raises with the way out. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, SupportsFloat, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
+    """The adapters to merge: ``adapters``, or the active ones."""
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
+    names = list(peft_model.active_adapters) if adapters is None else list(adapters)
+    unknown = [name for name in names if name not in peft_model.peft_config]
+    if unknown or not names:
+        said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
+        raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
+    return names
+
+
+def refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
+    """Raise, naming the layer, if a parameter of one of the adapters is not finite."""
+    for layer_name, layer in peft_model.named_modules():
+        if not isinstance(cast(object, layer), BaseTunerLayer):
+            continue
+        for parameter_name, parameter in layer.named_parameters():
+            parts = parameter_name.split(".")
+            if parts[0] == "base_layer" or not any(name in parts for name in names):
+                continue
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"{layer_name}.{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
+                    "The model is left as it was."
+                )
+
+
+def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
+    """``evaluate_on`` as a vector of token ids of the model's vocabulary."""
+    is_list = isinstance(evaluate_on, (list, tuple)) and all(type(each) is int for each in evaluate_on)
+    if not is_list and not isinstance(evaluate_on, Tensor):
+        raise TypeError(
+            f"evaluate_on must be token ids, a vector or a list of integers, got {type(evaluate_on).__name__}. Encode "
+            "text with the model's tokenizer."
+        )
+    ids = torch.as_tensor(evaluate_on)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"evaluate_on must be integer token ids, got {ids.dtype}.")
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or len(ids) < 2:
+        raise ValueError(
+            f"evaluate_on of shape {tuple(ids.shape)} must be one text of at least 2 token ids, (n_tokens,). Join "
+            "several texts into one vector."
+        )
+    vocabulary = getattr(getattr(peft_model, "config", None), "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"evaluate_on holds token ids from {low} to {high}, but the model's vocabulary has {vocabulary}. Use the "
+            "model's own tokenizer."
+        )
+    return ids.long()
+
+
+def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """``metric(model)``, a number."""
+    value = metric(model)
+    if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(
+            f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "
+            "model is left as it was."
+        )
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
