@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, SupportsFloat, cast
+from typing import Any, SupportsFloat
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -24,19 +23,16 @@ def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str
 
 
 def refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
-    """Raise, naming the layer, if a parameter of one of the adapters is not finite."""
-    for layer_name, layer in peft_model.named_modules():
-        if not isinstance(cast(object, layer), BaseTunerLayer):
-            continue
-        for parameter_name, parameter in layer.named_parameters():
-            parts = parameter_name.split(".")
-            if parts[0] == "base_layer" or not any(name in parts for name in names):
-                continue
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{layer_name}.{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
-                    "The model is left as it was."
-                )
+    """Raise, naming the parameter, if one of those that the adapters trained is not finite."""
+    trains_biases = any(getattr(peft_model.peft_config[name], "bias", "none") != "none" for name in names)
+    for parameter_name, parameter in peft_model.named_parameters():
+        parts = parameter_name.split(".")
+        is_trained = any(name in parts for name in names) or (trains_biases and parts[-1] == "bias")
+        if is_trained and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
+                "The model is left as it was."
+            )
 
 
 def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:

@@ -287,3 +287,23 @@ def test_the_named_adapters_modules_to_save_are_kept_though_another_one_is_activ
     model.set_adapter("other")
     merged, _ = pql.merge_back(model, adapters=["default"])
     torch.testing.assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "broken"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default.weight"),
+        ({"bias": "all"}, "layers.1.self_attn.v_proj.bias"),
+        ({"bias": "lora_only"}, "layers.1.self_attn.q_proj.base_layer.bias"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_tokens_delta.default"),
+    ],
+    ids=["modules_to_save", "all biases", "biases", "tokens"],
+)
+def test_what_was_trained_beside_the_adapter_must_be_finite_too(fields, broken):
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
+    model = with_adapter(base, target_modules=["q_proj"], **fields)
+    next(parameter for name, parameter in model.named_parameters() if name.endswith(broken)).data[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{broken} holds NaN"):
+        pql.merge_back(model, strategy="dense")
+    assert len(pql.quantized_modules(model)) == 14
+    assert not any(module.merged for module in model.modules() if isinstance(module, LoraQuantizedLinear))

@@ -185,7 +185,7 @@ def test_capture_compares_base_adapter_and_merged_model(adapters, tmp_path):
     assert f"capture {expected.capture:.3f}" in str(report)
 
 
-def test_too_short_a_text_is_refused_after_the_merge_was_taken_back(x):
+def test_a_refused_evaluation_leaves_the_model_in_training_as_it_was(x):
     model = tiny_peft_model()
     bits = bits_of(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
