@@ -40,8 +40,8 @@ def merge_calibrated(
         spec = layer.quantized_base().spec
         if not get_method(spec.method).can_use_hessian(spec):
             raise ValueError(
-                f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize" or '
-                '"keep". The model is left as it was.'
+                f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize", '
+                'or "keep" for plain LoRA. The model is left as it was.'
             )
         if append:
             extended_spec(spec, name=name)

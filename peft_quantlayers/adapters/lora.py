@@ -26,7 +26,7 @@ from .backend import QuantizedLinearBackend
 from .qalora import MergeableQALoraVariant, check_config, group_change
 from .report import LayerMergeReport, layer_report
 from .rounding import RoundedWeight
-from .rules import MergePlan, MergeRule
+from .rules import MergePlan, MergeRule, fitting_strategies
 from .stamp import check_stamp, fingerprint, stamp_of
 
 RULES: dict[str, MergeRule] = {
@@ -376,6 +376,12 @@ class LoraQuantizedLinear(LoraLinear):
         return MergePlan(
             adapter_dtype=factor.dtype,
             caches=merged_caches,
+            strategies=fitting_strategies(
+                weight.spec,
+                is_plain=is_plain,
+                has_bias=any(self.lora_bias[name] for name in names),
+                is_qalora=change is not None,
+            ),
             base=base.to(device),
             adapters=tuple(names),
             weight=weight,
@@ -413,6 +419,7 @@ def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> Lay
         target=plan.target,
         merged=after,
         bits=(plan.weight.bits_per_weight, bits),
+        strategies=plan.strategies,
     )
 
 

@@ -91,7 +91,7 @@ def merge_back(
     if calibration is None and strategy == "calibrated":
         raise ValueError(
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
-            '"requantize" or "keep". The model is left as it was.'
+            '"requantize", or "keep" for plain LoRA. The model is left as it was.'
         )
     if calibration is not None and strategy not in ("calibrated", "append"):
         raise ValueError(

@@ -107,6 +107,7 @@ class TunerMerge:
             group_change=None,
             adapter_dtype=torch.float32,
             caches={},
+            strategies=(),
             is_aware=False,
             trained_aware=(),
         )
