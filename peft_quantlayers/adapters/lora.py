@@ -115,11 +115,15 @@ class LoraQuantizedLinear(LoraLinear):
                 'use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
         stamp = stamp_of(config)
-        if stamp is not None:
+        # PiSSA and its like write to the base first, as they did before the training.
+        writes_base = isinstance(config.init_lora_weights, str)
+        if stamp is not None and not writes_base:
             check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
         self._shares_base = self._shares_base or config.layer_replication is not None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if stamp is not None:
+            if writes_base:
+                check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
             self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
 
     def _check_experts(self, names: list[str] | None) -> None:

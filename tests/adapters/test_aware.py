@@ -1,5 +1,6 @@
 """Merge-aware training: one function before and after the merge, its gradient, its memory, and its stamp."""
 
+import copy
 import json
 import warnings
 
@@ -339,3 +340,19 @@ def test_the_callback_turns_it_on_at_its_step(start_step, tmp_path):
 def test_the_callback_refuses_a_negative_step():
     with pytest.raises(ValueError, match="start_step"):
         pql.MergeAwareCallback(-1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_weight_from_the_base_loads_on_the_base_as_it_was(init, x, tmp_path):
+    torch.manual_seed(0)
+    base = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
+    other = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
+    model = with_adapter(copy.deepcopy(base), init_lora_weights=init)
+    pql.enable_merge_aware(model)
+    model.base_model.model.first.lora_B["default"].weight.data *= 1.1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    assert pql.merge_back(loaded, strategy="aware")[1].strategy == "aware"
+    with pytest.raises(ValueError, match="another quantized weight"):
+        PeftModel.from_pretrained(other, tmp_path)
