@@ -55,6 +55,7 @@ class _MergeVisitor(Visitor):
     ) -> None:
         self.layers, self.names, self.calibration, self.append = layers, names, calibration, append
         self.needs_targets = calibration.finetune_epochs > 0
+        self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
 
     def visit(self, name: str, hessian: Tensor | None) -> None:
         layer = self.layers[name]
@@ -69,6 +70,8 @@ class _MergeVisitor(Visitor):
             return merged
 
         layer.merge_with(rule, self.names)
+        if self.needs_targets and hessian is not None:
+            self.hessians[name] = hessian
         if kept and isinstance(layer.merge_report, LayerMergeReport):
             layer.merge_report = dataclasses.replace(layer.merge_report, output_kept=kept[0])
 
@@ -80,6 +83,15 @@ class _MergeVisitor(Visitor):
                 learning_rate=self.calibration.learning_rate,
                 norms=False,  # what unmerging does not put back stays as it is
             )
+            for name in names:
+                self._report_again(self.layers[name], self.hessians.pop(name, None))
+
+    def _report_again(self, layer: LoraQuantizedLinear, hessian: Tensor | None) -> None:
+        """Report on the finetuned weight, not on the one that was merged."""
+        plan = layer.report_again()
+        if hessian is not None and layer.merge_report is not None:
+            kept = output_kept(plan, layer.quantized_base().quantized_weight, hessian)
+            layer.merge_report = dataclasses.replace(layer.merge_report, output_kept=kept)
 
 
 def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -19,6 +20,15 @@ def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str
     if unknown or not names:
         said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
         raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapters={names}: an adapter is merged once. Name each one once.")
+    tuners = (module for module in peft_model.modules() if isinstance(cast(object, module), BaseTunerLayer))
+    others = {name for tuner in tuners for name in cast(Any, tuner).merged_adapters} - set(names)
+    if others:
+        raise ValueError(
+            f"{sorted(others)} are merged already, and {names} would be merged without them. Name them too, "
+            "or take them back with unmerge_adapter() first."
+        )
     return names
 
 

@@ -251,6 +251,13 @@ class LoraQuantizedLinear(LoraLinear):
         self._merged_caches, self._merged_n_writes = plan.caches, base.n_writes
         self.merged_adapters[:] = plan.adapters
 
+    @torch.no_grad()
+    def report_again(self) -> MergePlan:
+        """Renew ``merge_report`` after the merged weight was tuned, and give the plan of the merge."""
+        plan = self._plan(list(self.merged_adapters))
+        self.merge_report = merge_report_of(plan, plan.base.quantized_weight)
+        return plan
+
     def unmerge(self) -> None:
         """Put back the quantized weight and the bias from before the first merge, bit for bit.
 

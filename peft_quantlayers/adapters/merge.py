@@ -98,6 +98,11 @@ def merge_back(
             f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do. The model is left as it '
             "was."
         )
+    if isinstance(calibration, Calibration) and calibration.resume_folder is not None:
+        raise ValueError(
+            "resume_folder is for quantize_model: a merge that was cut off begins anew. Leave it out of the "
+            "Calibration. The model is left as it was."
+        )
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)

@@ -307,3 +307,21 @@ def test_what_was_trained_beside_the_adapter_must_be_finite_too(fields, broken):
         pql.merge_back(model, strategy="dense")
     assert len(pql.quantized_modules(model)) == 14
     assert not any(module.merged for module in model.modules() if isinstance(module, LoraQuantizedLinear))
+
+
+def test_an_adapter_named_twice_is_refused():
+    with pytest.raises(ValueError, match="once"):
+        pql.merge_back(with_adapter(quantized_two()), adapters=["default", "default"])
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "dense"])
+def test_an_adapter_that_is_merged_already_is_not_dropped_in_silence(strategy, x):
+    model = with_adapter(quantized_two(nbits=8))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.merge_adapter(["default"])
+    merged = model(x)
+    with pytest.raises(ValueError, match=r"(?s)default.*unmerge_adapter"):
+        pql.merge_back(model, strategy=strategy, adapters=["other"])
+    assert torch.equal(model(x), merged)
+    _, report = pql.merge_back(model, strategy=strategy, adapters=["default", "other"])
+    assert report.layers[0].adapters == ("default", "other")
