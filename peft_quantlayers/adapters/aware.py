@@ -51,8 +51,10 @@ def _checked_stamps(
     layers = _lora_layers(model)
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     names = list(next(tuned).active_adapters) if adapters is None else adapters
+    if isinstance(adapters, str):
+        raise ValueError(f"adapters={adapters!r} must be a list of names; write [{adapters!r}].")
     unknown = [name for name in names if name not in configs]
-    if unknown or isinstance(adapters, str):
+    if unknown:
         raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
     stamps: dict[str, dict[str, str]] = {}
     for name in names:

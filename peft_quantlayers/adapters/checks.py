@@ -6,9 +6,30 @@ from collections.abc import Callable
 from typing import Any, SupportsFloat, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+
+
+def refuse_other_models(peft_model: Any) -> None:
+    """Raise unless it is a PeftModel whose adapters change weights."""
+    if isinstance(peft_model, PeftMixedModel):
+        raise TypeError(
+            "merge_back takes a PeftModel, got a PeftMixedModel, whose adapters are of several kinds. Merge it with "
+            "its own merge_and_unload(), which requantizes."
+        )
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"merge_back takes a PeftModel, got {type(peft_model).__name__}. For adapters added with "
+            "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
+            "PeftModel.from_pretrained(base, folder)."
+        )
+    if not isinstance(peft_model.base_model, BaseTuner):
+        kind = str(getattr(peft_model.active_peft_config.peft_type, "value", "?"))
+        raise TypeError(
+            f"{kind} changes what the model reads and no weight: there is nothing to merge. Save it with its own "
+            "save_pretrained and load it beside the base."
+        )
 
 
 def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:

@@ -451,6 +451,9 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         )
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     if not layers:
-        raise ValueError("the model has no LoRA adapter on a quantized layer: there is nothing to merge.")
+        raise ValueError(
+            "the model has no LoRA adapter on a quantized layer, and strategies are for those. PEFT's other tuners "
+            'merge by requantizing; merge_back(strategy="dense") gives a float model.'
+        )
     for layer in layers:
         layer.merge_strategy = strategy

@@ -16,7 +16,7 @@ from ..calibration import Calibration
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
 from .calibrated import merge_calibrated
-from .checks import checked_ids, checked_names, refuse_broken_adapters, score_of
+from .checks import checked_ids, checked_names, refuse_broken_adapters, refuse_other_models, score_of
 from .lora import RULES, LoraQuantizedLinear
 from .report import MergeReport
 from .scales import QuantScalesLayer
@@ -82,12 +82,7 @@ def merge_back(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
-    if not isinstance(peft_model, PeftModel):
-        raise TypeError(
-            f"merge_back takes a PeftModel, got {type(peft_model).__name__}. For adapters added with "
-            "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
-            "PeftModel.from_pretrained(base, folder)."
-        )
+    refuse_other_models(peft_model)
     if calibration is None and strategy == "calibrated":
         raise ValueError(
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '

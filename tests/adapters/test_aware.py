@@ -371,3 +371,8 @@ def test_an_adapter_that_took_weight_from_the_base_loads_on_the_base_as_it_was(i
     assert pql.merge_back(loaded, strategy="aware")[1].strategy == "aware"
     with pytest.raises(ValueError, match="another quantized weight"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_bare_name_is_told_to_be_a_list():
+    with pytest.raises(ValueError, match=r"write \['default'\]"):
+        pql.enable_merge_aware(with_adapter(pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)), "default")

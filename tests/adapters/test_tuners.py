@@ -14,6 +14,7 @@ from peft import (
     OFTConfig,
     OSFConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
 )
 from torch import nn
@@ -161,3 +162,18 @@ def test_a_layer_that_fails_half_way_leaves_all_layers_unmerged(monkeypatch):
             pql.merge_back(model)
     assert_unchanged(model, before)
     assert torch.equal(logits(model), expected)
+
+
+def test_a_mixed_model_and_prompts_are_told_what_to_do_instead():
+    base = pql.quantize_model(tiny_model(), METHODS["hqq"], progress=False)
+    mixed = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=TARGETS), mixed=True)
+    with pytest.raises(TypeError, match=r"PeftMixedModel.*merge_and_unload"):
+        pql.merge_back(mixed)
+    prompts = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match=r"PROMPT_TUNING.*nothing to merge"):
+        pql.merge_back(prompts)
+
+
+def test_choosing_a_strategy_for_another_tuner_says_that_strategies_are_for_lora():
+    with pytest.raises(ValueError, match="other tuners"):
+        pql.set_merge_strategy(tuned(TUNERS["loha"]()), "keep")
