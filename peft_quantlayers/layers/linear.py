@@ -210,6 +210,8 @@ class QuantizedLinear(nn.Linear):
     def write_weight(self, weight: Tensor) -> None:
         """Quantize ``weight`` (out_features, in_features) into this layer, with the layer's own spec.
 
+        What is there already is not quantized again: it would come out in other codes.
+
         Raises:
             ValueError: another shape, or NaN or Inf in ``weight``; the layer is left as it was.
         """
@@ -222,9 +224,10 @@ class QuantizedLinear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(weight, WriteThroughWeight):
                 weight = weight.dense()
-            self.quantized_weight = self.method.quantize(
-                weight.detach().to(self.codes.device), self.spec, name=self.layer_name
-            )
+            weight = weight.detach().to(self.codes.device)
+            if torch.equal(weight, self.dequantize().to(weight.dtype)):
+                return
+            self.quantized_weight = self.method.quantize(weight, self.spec, name=self.layer_name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

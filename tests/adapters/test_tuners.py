@@ -177,3 +177,20 @@ def test_a_mixed_model_and_prompts_are_told_what_to_do_instead():
 def test_choosing_a_strategy_for_another_tuner_says_that_strategies_are_for_lora():
     with pytest.raises(ValueError, match="other tuners"):
         pql.set_merge_strategy(tuned(TUNERS["loha"]()), "keep")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("merge", ["merge_back", "merge_and_unload", "merge_adapter"])
+def test_an_adapter_without_a_change_moves_no_code(merge, method):
+    base = pql.quantize_model(tiny_model(), METHODS[method], progress=False)
+    before = snapshot(base)
+    model = get_peft_model(base, LoHaConfig(r=4, target_modules=TARGETS))
+    if merge == "merge_back":
+        pql.merge_back(model)
+    elif merge == "merge_and_unload":
+        model.merge_and_unload()
+    else:
+        model.merge_adapter()
+        model.unmerge_adapter()
+        model.unload()
+    assert_unchanged(base, before)
