@@ -413,14 +413,14 @@ def _is_transformed() -> bool:
 
 
 def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
+    own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
     if isinstance(merged, QuantizedWeight):
         after, bits = plan.base.method.dense(merged), merged.bits_per_weight
     elif isinstance(merged, QuantizedLinear):
-        own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
         after, bits = merged.dense_weight(torch.float32) - own_branch, merged.bits_per_weight
     else:
         weight = cast(nn.Linear, merged).weight.data
-        after = (weight.t() if plan.base.is_conv1d else weight).float()
+        after = (weight.t() if plan.base.is_conv1d else weight).float() - own_branch
         bits = 8.0 * weight.dtype.itemsize
     return layer_report(
         plan.base.layer_name,

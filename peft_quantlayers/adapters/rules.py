@@ -197,7 +197,8 @@ def dense(plan: MergePlan) -> nn.Module:
     """A plain float layer in the base's compute dtype."""
     base = plan.base
     bias = None if plan.bias is None else nn.Parameter(plan.bias.to(base.bias.dtype), requires_grad=False)
-    return dense_in_place_of(base, plan.target.to(base.compute_dtype), bias)
+    weight = plan.target if base.branch is None else plan.target + base.branch.dense()
+    return dense_in_place_of(base, weight.to(base.compute_dtype), bias)
 
 
 def keep(plan: MergePlan) -> QuantizedLinear:
