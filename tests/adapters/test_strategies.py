@@ -141,7 +141,7 @@ def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
 def test_an_unknown_strategy_and_a_model_without_adapters_are_refused():
     with pytest.raises(ValueError, match="requantize"):
         pql.set_merge_strategy(model_for("requantize"), "magic")
-    with pytest.raises(ValueError, match="nothing to merge"):
+    with pytest.raises(ValueError, match="no LoRA adapter"):
         pql.set_merge_strategy(quantized_two(), "dense")
     with pytest.raises(ValueError, match="merge_back"):
         pql.set_merge_strategy(model_for("requantize"), "calibrated")
