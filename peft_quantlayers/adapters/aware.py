@@ -37,11 +37,24 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
             changed.
     """
     configs = _configs(model)
-    layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
+    for name, stamp in _checked_stamps(model, configs, adapters).items():
+        configs[name] = stamped(configs[name], stamp)
+        for layer in _lora_layers(model):
+            if name in layer.lora_A:
+                layer.aware_adapters[name] = stamp[layer.quantized_base().layer_name]
+
+
+def _checked_stamps(
+    model: nn.Module, configs: dict[str, Any], adapters: list[str] | None
+) -> dict[str, dict[str, str]]:
+    """What each adapter would be rounded against. Raises as :func:`enable_merge_aware`, and changes nothing."""
+    layers = _lora_layers(model)
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     names = list(next(tuned).active_adapters) if adapters is None else adapters
+    if isinstance(adapters, str):
+        raise ValueError(f"adapters={adapters!r} must be a list of names; write [{adapters!r}].")
     unknown = [name for name in names if name not in configs]
-    if unknown or isinstance(adapters, str):
+    if unknown:
         raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
     stamps: dict[str, dict[str, str]] = {}
     for name in names:
@@ -52,11 +65,7 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
             _check_trainable(layer, name)
         bases = [layer.quantized_base() for layer in concerned]
         stamps[name] = {base.layer_name: fingerprint(base.quantized_weight) for base in bases}
-    for name, stamp in stamps.items():
-        configs[name] = stamped(configs[name], stamp)
-        for layer in layers:
-            if name in layer.lora_A:
-                layer.aware_adapters[name] = stamp[layer.quantized_base().layer_name]
+    return stamps
 
 
 class MergeAwareCallback(TrainerCallback):
@@ -65,6 +74,10 @@ class MergeAwareCallback(TrainerCallback):
     Args:
         start_step: the optimizer step before which it is turned on; 0 for the whole training.
         adapters: as for :func:`enable_merge_aware`.
+
+    Raises:
+        ValueError, NotImplementedError: when the training begins, as :func:`enable_merge_aware`, or because it ends
+            before ``start_step``.
     """
 
     def __init__(self, start_step: int = 0, adapters: list[str] | None = None) -> None:
@@ -74,11 +87,25 @@ class MergeAwareCallback(TrainerCallback):
         self.adapters = adapters
         self.is_on = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer before the first step: what would fail at ``start_step`` fails here."""
+        if self.start_step >= state.max_steps:
+            raise ValueError(
+                f"start_step={self.start_step} is never reached: the training has {state.max_steps} optimizer steps. "
+                "Choose an earlier one, 0 for all of the training."
+            )
+        model = kwargs["model"]
+        _checked_stamps(model, _configs(model), self.adapters)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer before each optimizer step."""
         if not self.is_on and state.global_step >= self.start_step:
             enable_merge_aware(kwargs["model"], self.adapters)
             self.is_on = True
+
+
+def _lora_layers(model: nn.Module) -> list[LoraQuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
 
 
 def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:

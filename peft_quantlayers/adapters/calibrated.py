@@ -21,8 +21,9 @@ from .lora import LoraQuantizedLinear
 from .report import LayerMergeReport, change_coefficient
 from .rules import MergePlan, append, extended_spec, requantize
 
-# How often codes are chosen for the change at most, how near to all of it is enough, and how much more of it a time may
-# ask for than the one before: with two bits nearly all arrives at once when enough is asked for.
+# How often codes are chosen for the change at least and at most, how near to all of it is enough, and how much more of
+# it than the time before a time may ask for: with two bits nearly all arrives at once when enough is asked for.
+MIN_PASSES = 2
 MAX_PASSES = 6
 ENOUGH = 0.05
 MAX_GROWTH = 2.0
@@ -31,7 +32,7 @@ MAX_GROWTH = 2.0
 def merge_calibrated(
     peft_model: PeftModel, names: list[str], calibration: Calibration, *, append: bool = False, progress: bool = True
 ) -> None:
-    """Merge ``names`` into every quantized layer of ``peft_model``, whose active adapters they must be.
+    """Merge ``names`` into the quantized layers of ``peft_model`` that have one; they must be its active adapters.
 
     Args:
         append: extend the format of the weights, so that the change finds room in it.
@@ -39,13 +40,17 @@ def merge_calibrated(
     Raises:
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
     """
-    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraQuantizedLinear)}
+    layers = {
+        name: module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraQuantizedLinear) and any(each in module.lora_A for each in names)
+    }
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
         if not get_method(spec.method).can_use_hessian(spec):
             raise ValueError(
-                f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize" or '
-                '"keep". The model is left as it was.'
+                f'{name}: strategy="calibrated" is not possible for {spec}; HQQ needs axis=1. Use "requantize", '
+                'or "keep" for plain LoRA. The model is left as it was.'
             )
         if append:
             extended_spec(spec, name=name)
@@ -59,6 +64,7 @@ class _MergeVisitor(Visitor):
     ) -> None:
         self.layers, self.names, self.calibration, self.append = layers, names, calibration, append
         self.needs_targets = calibration.finetune_epochs > 0
+        self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
 
     def visit(self, name: str, hessian: Tensor | None) -> None:
         layer = self.layers[name]
@@ -73,17 +79,34 @@ class _MergeVisitor(Visitor):
             return merged
 
         layer.merge_with(rule, self.names)
-        if hessian is not None and done and isinstance(layer.merge_report, LayerMergeReport):
-            layer.merge_report = with_outputs(layer.merge_report, *done[0], hessian)
+        if hessian is None or not done:
+            return
+        [(plan, merged)] = done
+        self._report(layer, plan, merged, hessian)
+        if self.needs_targets and merged is not plan.weight:
+            self.hessians[name] = hessian
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
-        if self.calibration.finetune_epochs and names:
-            finetune_block(
-                work,
-                epochs=self.calibration.finetune_epochs,
-                learning_rate=self.calibration.learning_rate,
-                norms=False,  # what unmerging does not put back stays as it is
-            )
+        """Finetune what was merged; the rest, and the norms, unmerging would not put back."""
+        changed = [self.layers[name] for name in self.hessians]
+        if not changed:
+            return
+        finetune_block(
+            work,
+            epochs=self.calibration.finetune_epochs,
+            learning_rate=self.calibration.learning_rate,
+            layers=[layer.quantized_base() for layer in changed],
+            norms=False,
+        )
+        for layer, hessian in zip(changed, self.hessians.values(), strict=True):
+            plan = layer.report_again()
+            self._report(layer, plan, layer.quantized_base().quantized_weight, hessian)
+        self.hessians.clear()
+
+    @staticmethod
+    def _report(layer: LoraQuantizedLinear, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:
+        if layer.merge_report is not None:
+            layer.merge_report = with_outputs(layer.merge_report, plan, merged, hessian)
 
 
 def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:
@@ -96,11 +119,11 @@ def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedW
     if not change.any():
         return plan.weight
     base, found, gain = plan.base, plan.weight, 1.0
-    for _ in range(MAX_PASSES):
+    for n_passes in range(1, MAX_PASSES + 1):
         wanted = plan.before + gain * change
         found = base.method.quantize(wanted, spec, name=base.layer_name, hessian=hessian, start=found, rounds=1)
         arrived = change_coefficient(plan.before, plan.target, base.method.dense(found), hessian)
-        if abs(arrived - 1) < ENOUGH:
+        if abs(arrived - 1) < ENOUGH and n_passes >= MIN_PASSES:
             break
         gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))
     return found

@@ -26,7 +26,7 @@ from .backend import QuantizedLinearBackend
 from .qalora import MergeableQALoraVariant, check_config, group_change
 from .report import LayerMergeReport, layer_report
 from .rounding import RoundedWeight
-from .rules import MergePlan, MergeRule
+from .rules import MergePlan, MergeRule, fitting_strategies
 from .stamp import check_stamp, fingerprint, stamp_of
 
 RULES: dict[str, MergeRule] = {
@@ -50,6 +50,7 @@ class MergeState:
     """Everything that a merge changes in a LoRA layer, so that it can be put back bit for bit."""
 
     base: nn.Module
+    parameters: dict[str, nn.Parameter | None]
     weight: QuantizedWeight | None
     bias: Tensor | None
     caches: dict
@@ -92,6 +93,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_strategy = "auto"
         self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
+        self._shares_base = False  # with replicas of its layer
         self._rounded = RoundedWeight()
         self._unmerged: MergeState | None = None
         self._merged_caches: dict = {}  # PEFT's, as its own merge left them
@@ -113,10 +115,15 @@ class LoraQuantizedLinear(LoraLinear):
                 'use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
         stamp = stamp_of(config)
-        if stamp is not None:
+        # PiSSA and its like write to the base first, as they did before the training.
+        writes_base = isinstance(config.init_lora_weights, str)
+        if stamp is not None and not writes_base:
             check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
+        self._shares_base = self._shares_base or config.layer_replication is not None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if stamp is not None:
+            if writes_base:
+                check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
             self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
 
     def _check_experts(self, names: list[str] | None) -> None:
@@ -228,10 +235,12 @@ class LoraQuantizedLinear(LoraLinear):
         with torch.no_grad():
             plan = self._plan([name for name in adapter_names if name in self.lora_A])
             merged = rule(plan)
-            report = _report(plan, merged)
+            report = merge_report_of(plan, merged)
         unmerged = self._unmerged or self.merge_state()
         base = plan.base
         if isinstance(merged, QuantizedWeight):
+            if self._shares_base:
+                base.own_parameters()
             base.quantized_weight = merged
             if plan.bias is not None:
                 base.bias.data = plan.bias.to(base.bias.dtype)
@@ -241,6 +250,13 @@ class LoraQuantizedLinear(LoraLinear):
         self._unmerged, self.merge_report = unmerged, report
         self._merged_caches, self._merged_n_writes = plan.caches, base.n_writes
         self.merged_adapters[:] = plan.adapters
+
+    @torch.no_grad()
+    def report_again(self) -> MergePlan:
+        """Renew ``merge_report`` after the merged weight was tuned, and give the plan of the merge."""
+        plan = self._plan(list(self.merged_adapters))
+        self.merge_report = merge_report_of(plan, plan.base.quantized_weight)
+        return plan
 
     def unmerge(self) -> None:
         """Put back the quantized weight and the bias from before the first merge, bit for bit.
@@ -266,6 +282,7 @@ class LoraQuantizedLinear(LoraLinear):
         bias = getattr(base, "bias", None)
         return MergeState(
             base=base,
+            parameters=dict(base._parameters) if self._shares_base else {},
             weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
             bias=None if bias is None else bias.data.clone(),
             caches=dict(self._caches),
@@ -278,11 +295,12 @@ class LoraQuantizedLinear(LoraLinear):
         """Put this layer back to where it was when :meth:`merge_state` gave ``state``; on the device it is on now."""
         device = next(self.get_base_layer().parameters()).device
         base = state.base.to(device)
+        bias_dtype = None if state.bias is None else cast(nn.Linear, base).bias.dtype
+        base._parameters.update(state.parameters)
         if state.weight is not None:
             cast(QuantizedLinear, base).quantized_weight = state.weight.to(device)
         if state.bias is not None:
-            bias = cast(nn.Linear, base).bias
-            bias.data = state.bias.to(device, bias.dtype)
+            cast(nn.Linear, base).bias.data = state.bias.to(device, bias_dtype)
         self._put(base)
         self._caches = dict(state.caches)
         self._unmerged, self.merge_report = state.unmerged, state.report
@@ -369,6 +387,12 @@ class LoraQuantizedLinear(LoraLinear):
         return MergePlan(
             adapter_dtype=factor.dtype,
             caches=merged_caches,
+            strategies=fitting_strategies(
+                weight.spec,
+                is_plain=is_plain,
+                has_bias=any(self.lora_bias[name] for name in names),
+                is_qalora=change is not None,
+            ),
             base=base.to(device),
             adapters=tuple(names),
             weight=weight,
@@ -388,15 +412,15 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
+def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:
+    own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
     if isinstance(merged, QuantizedWeight):
         after, bits = plan.base.method.dense(merged), merged.bits_per_weight
     elif isinstance(merged, QuantizedLinear):
-        own_branch = 0.0 if plan.base.branch is None else plan.base.branch.dense()
         after, bits = merged.dense_weight(torch.float32) - own_branch, merged.bits_per_weight
     else:
         weight = cast(nn.Linear, merged).weight.data
-        after = (weight.t() if plan.base.is_conv1d else weight).float()
+        after = (weight.t() if plan.base.is_conv1d else weight).float() - own_branch
         bits = 8.0 * weight.dtype.itemsize
     return layer_report(
         plan.base.layer_name,
@@ -406,6 +430,7 @@ def _report(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeR
         target=plan.target,
         merged=after,
         bits=(plan.weight.bits_per_weight, bits),
+        strategies=plan.strategies,
     )
 
 
@@ -426,6 +451,9 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         )
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     if not layers:
-        raise ValueError("the model has no LoRA adapter on a quantized layer: there is nothing to merge.")
+        raise ValueError(
+            "the model has no LoRA adapter on a quantized layer, and strategies are for those. PEFT's other tuners "
+            'merge by requantizing; merge_back(strategy="dense") gives a float model.'
+        )
     for layer in layers:
         layer.merge_strategy = strategy

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
-import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
 from .calibrated import merge_calibrated
-from .lora import RULES, LoraQuantizedLinear, MergeState
+from .checks import checked_ids, checked_names, refuse_broken_adapters, refuse_other_models, score_of
+from .lora import RULES, LoraQuantizedLinear
 from .report import MergeReport
+from .scales import QuantScalesLayer
+from .tuners import SCALES_STRATEGIES, TUNER_RULES, MergeableLayer, ScalesMerge, TunerMerge, tuner_layers
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def merge_back(
     adapters: list[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
-    evaluate_on: Tensor | None = None,
+    evaluate_on: Tensor | list[int] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, MergeReport]:
@@ -56,44 +58,54 @@ def merge_back(
             weight more with eight inputs a group and 8-bit codes, in the published format.
             ``"dense"``: a plain float model, which loses nothing.
             ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
+            PEFT's other tuners (LoHa, OFT, IA3, ...) know ``"auto"``, ``"requantize"`` and ``"dense"``, and tuned
+            scales, which always merge exactly, these and ``"exact"``.
         adapters: names of the adapters to merge; None for the active ones.
         calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
         tokenizer: for texts; None for the model's own.
-        evaluate_on: held-out token ids, (n_tokens,); with them the report says how much of the adapter's effect on
-            the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
-        metric: any score of a model, a task's accuracy for example; called before and after the merge.
+        evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list; with them the report says how much of
+            the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
+        metric: any score of a model, a task's accuracy for example, as a number; called with ``peft_model`` before
+            the merge, and after it with the merged base model, of which the adapters are not taken off yet.
         progress: show a progress bar while calibrating.
 
     Returns:
         The base model, merged, and the report.
 
     Raises:
-        TypeError: not a PeftModel, or ``adapters`` is no list.
-        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, or one that holds NaN or
-            Inf; the model is left as it was.
+        TypeError: not a PeftModel, ``adapters`` is no list, ``evaluate_on`` holds no token ids, or ``metric`` gave no
+            number; the model is left as it was.
+        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, one that holds NaN or Inf,
+            or too few tokens to evaluate on, or unknown ones; the model is left as it was. So it is after whatever
+            else ``metric`` raises.
+        NotImplementedError: the tuner cannot merge, or a layer is no match for the strategy; left as it was too.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
-    if not isinstance(peft_model, PeftModel):
-        raise TypeError(
-            f"merge_back takes a PeftModel, got {type(peft_model).__name__}. For adapters added with "
-            "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
-            "PeftModel.from_pretrained(base, folder)."
-        )
+    refuse_other_models(peft_model)
     if calibration is None and strategy == "calibrated":
         raise ValueError(
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
-            '"requantize" or "keep". The model is left as it was.'
+            '"requantize", or "keep" for plain LoRA. The model is left as it was.'
         )
     if calibration is not None and strategy not in ("calibrated", "append"):
         raise ValueError(
             f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do. The model is left as it '
             "was."
         )
-    names = _checked_names(peft_model, adapters)
-    _refuse_broken_adapters(peft_model, names)
-    layers = [module for module in peft_model.modules() if isinstance(module, LoraQuantizedLinear)]
-    score_before = None if metric is None else metric(peft_model)
+    if isinstance(calibration, Calibration) and calibration.resume_folder is not None:
+        raise ValueError(
+            "resume_folder is for quantize_model: a merge that was cut off begins anew. Leave it out of the "
+            "Calibration. The model is left as it was."
+        )
+    names = checked_names(peft_model, adapters)
+    refuse_broken_adapters(peft_model, names)
+    layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)
+    held_out = None if evaluate_on is None else checked_ids(peft_model, evaluate_on)
+    scores = None
+    if metric is not None:
+        with _only_active(peft_model, layers, names):
+            scores = (score_of(metric, peft_model), math.nan)
     before = [layer.merge_state() for layer in layers]
     try:
         if calibration is not None:
@@ -102,8 +114,11 @@ def merge_back(
                 merge_calibrated(peft_model, names, data, append=strategy == "append", progress=progress)
         else:
             for layer in layers:
-                layer.merge_with(RULES[strategy], names)
-        captured = None if evaluate_on is None else _captured(peft_model, layers, names, evaluate_on)
+                _merge(layer, strategy, names)
+        captured = None if held_out is None else _captured(peft_model, layers, names, held_out)
+        if metric is not None and scores is not None:
+            with _only_active(peft_model, layers, names):
+                scores = (scores[0], score_of(metric, peft_model.get_base_model()))
     except BaseException:
         _restore(layers, before)
         raise
@@ -118,30 +133,63 @@ def merge_back(
             wider[0].bits_after - wider[0].bits_before,
             wider[0].name,
         )
+    _set_active(peft_model, layers, names)  # PEFT keeps the modules_to_save of active adapters
+    for layer in layers:
+        if isinstance(layer, TunerMerge):
+            layer.finish()
     with warnings.catch_warnings():
         # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
         warnings.filterwarnings("ignore", "All adapters are already merged")
         model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
-    scores = None if metric is None or score_before is None else (score_before, metric(model))
     return model, MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
 
 
-def _checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
-    if isinstance(adapters, str):
-        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
-    names = list(peft_model.active_adapters) if adapters is None else list(adapters)
-    unknown = [name for name in names if name not in peft_model.peft_config]
-    if unknown or not names:
-        said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
-        raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
-    return names
+def _layers_to_merge(
+    peft_model: PeftModel, names: list[str], strategy: Strategy, *, is_evaluated: bool
+) -> list[MergeableLayer]:
+    """The quantized layers with one of the adapters, and tuned norms; ValueError if ``strategy`` is not for them."""
+    layers: list[MergeableLayer] = []
+    for name, layer in tuner_layers(peft_model, names).items():
+        if isinstance(layer, LoraQuantizedLinear):
+            layers.append(layer)
+            continue
+        is_scales = isinstance(layer, QuantScalesLayer)
+        possible = SCALES_STRATEGIES if is_scales else tuple(TUNER_RULES)
+        if strategy not in possible:
+            raise ValueError(
+                f"{name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a "
+                f"{type(layer).__name__}. Choose one of {possible}. The model is left as it was."
+            )
+        if layer.merged and (is_evaluated or (strategy == "dense" and not is_scales)):
+            raise ValueError(
+                f"{name}: {layer.merged_adapters} are merged already, and the weight from before is needed for "
+                'evaluate_on and for strategy="dense". Call unmerge_adapter() first, or load the adapter onto its '
+                "base again. The model is left as it was."
+            )
+        if not layer.merged:
+            layers.append(ScalesMerge(layer) if isinstance(layer, QuantScalesLayer) else TunerMerge(layer))
+        elif is_scales:
+            layers.append(ScalesMerge(cast(QuantScalesLayer, layer)))
+    if not layers and strategy not in TUNER_RULES:
+        raise ValueError(
+            f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '
+            "merges them as PEFT does. The model is left as it was."
+        )
+    return layers
 
 
-def _captured(
-    peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str], token_ids: Tensor
-) -> Capture:
+def _merge(layer: MergeableLayer, strategy: Strategy, names: list[str]) -> None:
+    if isinstance(layer, LoraQuantizedLinear):
+        layer.merge_with(RULES[strategy], names)
+    elif isinstance(layer, TunerMerge):
+        layer.merge_with(TUNER_RULES[strategy], names)
+    elif isinstance(layer, ScalesMerge):
+        layer.merge_with(names)
+
+
+def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str], token_ids: Tensor) -> Capture:
     """Base, adapter and merged model compared, by putting the layers from one state into the other."""
     merged = [layer.merge_state() for layer in layers]
     unmerged = [state.unmerged or state for state in merged]
@@ -169,7 +217,7 @@ def _captured(
 
 
 @contextmanager
-def _only_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> Iterator[None]:
+def _only_active(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str]) -> Iterator[None]:
     """Exactly these adapters active, and what was active and trained before put back. What is merged stays merged."""
     active = list(peft_model.active_adapters)
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
@@ -183,7 +231,7 @@ def _only_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names
                 parameter.requires_grad = name in trained
 
 
-def _set_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names: list[str]) -> None:
+def _set_active(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str]) -> None:
     """PEFT's ``set_adapter``, which unmerges every layer, without that."""
     states = [layer.merge_state() for layer in layers]
     for layer in layers:
@@ -194,9 +242,7 @@ def _set_active(peft_model: PeftModel, layers: list[LoraQuantizedLinear], names:
 
 
 @contextmanager
-def _in_state(
-    layers: list[LoraQuantizedLinear], states: list[MergeState], *, back_to: list[MergeState]
-) -> Iterator[None]:
+def _in_state(layers: list[MergeableLayer], states: list[Any], *, back_to: list[Any]) -> Iterator[None]:
     _restore(layers, states)
     try:
         yield
@@ -204,22 +250,6 @@ def _in_state(
         _restore(layers, back_to)
 
 
-def _restore(layers: list[LoraQuantizedLinear], states: list[MergeState]) -> None:
+def _restore(layers: list[MergeableLayer], states: list[Any]) -> None:
     for layer, state in zip(layers, states, strict=True):
         layer.restore(state)
-
-
-def _refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
-    """Raise, naming the layer, if a parameter of one of the adapters is not finite."""
-    for layer_name, layer in peft_model.named_modules():
-        if not isinstance(cast(object, layer), BaseTunerLayer):
-            continue
-        for parameter_name, parameter in layer.named_parameters():
-            parts = parameter_name.split(".")
-            if parts[0] == "base_layer" or not any(name in parts for name in names):
-                continue
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{layer_name}.{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
-                    "The model is left as it was."
-                )

@@ -34,6 +34,8 @@ class LayerMergeReport:
             coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
         output_kept: likewise of the change in the outputs, on the calibration inputs; None without calibration.
         output_noise: norm of what else changed in the outputs, over that of the adapter's change; likewise.
+        strategies: that these adapters on this weight can be merged with, beside "requantize" and "dense"; "aware" if
+            such adapters can be trained for it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LayerMergeReport:
     change_kept: float
     output_kept: float | None = None
     output_noise: float | None = None
+    strategies: tuple[str, ...] = ()
 
     @property
     def relative_error(self) -> float:
@@ -124,17 +127,22 @@ class MergeReport:
         if kept >= LOW_CAPTURE:
             return None
         said = f"{kept:.2f} of the adapter's {what}."
-        methods = {layer.method for layer in self.layers}
+        possible = set.intersection(*(set(layer.strategies) for layer in self.layers)) if self.layers else set()
         others = []
-        if self.strategy in ("auto", "requantize"):
+        if "exact" in possible and self.strategy not in ("auto", "exact"):
+            others.append('strategy="exact", which rounds no code')
+        if "calibrated" in possible and self.strategy in ("auto", "requantize"):
             others.append('strategy="calibrated" with some text')
-        if self.strategy not in ("exact", "aware"):
+        if "aware" in possible and self.strategy not in ("exact", "aware"):
             others.append('train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"')
-            if "hqq" in methods:
+            if any(layer.method == "hqq" for layer in self.layers):
                 others.append("train with QA-LoRA (axis=1), which merges exactly")
-        if "aqlm" in methods and self.strategy != "append":
+        if "append" in possible and self.strategy != "append":
             others.append('strategy="append", which takes a bit per weight more')
-        others.append('strategy="keep", which saves the adapter as a low-rank branch and loses nothing')
+        if "keep" in possible:
+            others.append('strategy="keep", which saves the adapter as a low-rank branch and loses nothing')
+        else:
+            others.append('strategy="dense", a float model, which loses nothing')
         return f"{said} Instead: " + "; or ".join(others) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,6 +207,7 @@ def layer_report(
     target: Tensor,
     merged: Tensor,
     bits: tuple[float, float],
+    strategies: tuple[str, ...],
 ) -> LayerMergeReport:
     """The report on a layer whose weight was ``before``, should be ``target`` and became ``merged``; all float32."""
     return LayerMergeReport(
@@ -212,6 +221,7 @@ def layer_report(
         change_norm=float((target - before).norm()),
         error_norm=float((merged - target).norm()),
         change_kept=change_coefficient(before, target, merged),
+        strategies=strategies,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch, QuantizedLinear
 from ..layers.replace import dense_in_place_of
+from ..quantizers import get_method
 from .report import change_coefficient
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class MergePlan:
             change is not constant in the groups.
         adapter_dtype: of the adapters' parameters.
         caches: PEFT's caches as its own merge leaves them.
+        strategies: the rules that fit these adapters, beside those that fit any; see :func:`fitting_strategies`.
         is_aware: all adapters were trained through the rounding of just this ``weight``.
         trained_aware: the adapters that were trained through a rounding, of this weight or another.
     """
@@ -53,6 +55,7 @@ class MergePlan:
     group_change: Tensor | None
     adapter_dtype: torch.dtype
     caches: dict
+    strategies: tuple[str, ...]
     is_aware: bool
     trained_aware: tuple[str, ...]
 
@@ -61,6 +64,11 @@ class MergePlan:
         if self.left is None or self.right is None:
             return self.target[rows] - self.before[rows]
         return self.left[rows] @ self.right
+
+    @property
+    def lossless(self) -> str:
+        """The strategy, quoted, that loses nothing of these adapters."""
+        return '"keep"' if "keep" in self.strategies else '"dense"'
 
 
 MergeRule = Callable[[MergePlan], QuantizedWeight | nn.Module]
@@ -84,9 +92,37 @@ def exact(plan: MergePlan) -> QuantizedWeight:
         raise ValueError(
             f"{plan.base.layer_name}: adapters {list(plan.adapters)} cannot be merged exactly: their change differs "
             "from weight to weight. On HQQ train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>); or "
-            'use strategy="requantize" or "keep".'
+            f'use strategy="requantize" or {plan.lossless}.'
         )
     return plan.base.method.shifted(plan.weight, plan.group_change, name=plan.base.layer_name)
+
+
+def fitting_strategies(spec: QuantSpec, *, is_plain: bool, has_bias: bool, is_qalora: bool) -> tuple[str, ...]:
+    """Strategies beside "requantize" and "dense" that a layer of LoRA can be merged with.
+
+    Args:
+        spec: of the layer's weight.
+        is_plain: the change is the product of two factors.
+        has_bias: an adapter changes the bias (``lora_bias``), which merge-aware training does not know.
+        is_qalora: the change is constant in each group.
+    """
+    method = get_method(spec.method)
+    fitting = {
+        "exact": is_qalora,
+        "aware": is_plain and not has_bias,
+        "keep": is_plain,
+        "calibrated": method.can_use_hessian(spec),
+        "append": _can_be_extended(spec),
+    }
+    return tuple(name for name, fits in fitting.items() if fits)
+
+
+def _can_be_extended(spec: QuantSpec) -> bool:
+    try:
+        spec.extended()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def on_grid(plan: MergePlan) -> QuantizedWeight:
@@ -101,10 +137,11 @@ def aware(plan: MergePlan) -> QuantizedWeight:
         ValueError: an adapter was not trained merge-aware, or on another weight.
     """
     if not plan.is_aware:
+        can_be = "aware" in plan.strategies
+        trained = "Call peft_quantlayers.enable_merge_aware(model) before training them, or m" if can_be else "M"
         raise ValueError(
             f"{plan.base.layer_name}: adapters {list(plan.adapters)} were not trained merge-aware on this weight. "
-            "Call peft_quantlayers.enable_merge_aware(model) before training them, or merge with another strategy: "
-            '"requantize" needs no data, "keep" loses nothing.'
+            f'{trained}erge with another strategy: "requantize" needs no data, {plan.lossless} loses nothing.'
         )
     return on_grid(plan)
 
@@ -151,8 +188,8 @@ def extended_spec(spec: QuantSpec, *, name: str) -> QuantSpec:
         return spec.extended()
     except NotImplementedError as error:
         raise NotImplementedError(
-            f'{name}: {error} strategy="append" is for AQLM. Use "calibrated" or "requantize", or "keep", which holds '
-            "the change exactly."
+            f'{name}: {error} strategy="append" is for AQLM. Use "calibrated" or "requantize"; "keep" holds the '
+            "change of plain LoRA exactly."
         ) from None
 
 
@@ -160,7 +197,8 @@ def dense(plan: MergePlan) -> nn.Module:
     """A plain float layer in the base's compute dtype."""
     base = plan.base
     bias = None if plan.bias is None else nn.Parameter(plan.bias.to(base.bias.dtype), requires_grad=False)
-    return dense_in_place_of(base, plan.target.to(base.compute_dtype), bias)
+    weight = plan.target if base.branch is None else plan.target + base.branch.dense()
+    return dense_in_place_of(base, weight.to(base.compute_dtype), bias)
 
 
 def keep(plan: MergePlan) -> QuantizedLinear:

@@ -9,14 +9,21 @@ from .walk import BlockWork
 
 
 @torch.enable_grad()
-def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms: bool = True) -> tuple[float, float]:
+def finetune_block(
+    work: BlockWork,
+    *,
+    epochs: int,
+    learning_rate: float,
+    layers: list[QuantizedLinear] | None = None,
+    norms: bool = True,
+) -> tuple[float, float]:
     """Lower the squared error of the block's outputs on its own calls; codes stay.
 
-    Trained, by Adam with a cosine schedule: all floating tensors of quantized layers, in float32, and with ``norms``
-    their biases and the block's norm layers, as far as those are float32. Dense weights, routers and experts stay.
-    A tensor's rate is ``learning_rate`` times its
-    root mean square, since scales, zeros and codebooks differ in size by orders of magnitude. Ends where it began if
-    the error did not fall, and also where it is interrupted.
+    Trained, by Adam with a cosine schedule: all floating tensors of ``layers``, by default all quantized ones of the
+    block, in float32, and with ``norms`` their biases and the block's norm layers, as far as those are float32. Dense
+    weights, routers and experts stay. A tensor's rate is ``learning_rate`` times its root mean square, since scales,
+    zeros and codebooks differ in size by orders of magnitude. Ends where it began if the error did not fall, and also
+    where it is interrupted.
 
     Returns:
         Error before and after, relative to the targets' energy.
@@ -29,7 +36,8 @@ def finetune_block(work: BlockWork, *, epochs: int, learning_rate: float, norms:
     """
     if work.targets is None:
         raise ValueError("block finetuning needs targets.")
-    layers = [module for module in work.block.modules() if isinstance(module, QuantizedLinear)]
+    if layers is None:
+        layers = [module for module in work.block.modules() if isinstance(module, QuantizedLinear)]
     parameters = _trainable(work.block, layers, norms=norms)
     required = {parameter: parameter.requires_grad for parameter in work.block.parameters()}
     for parameter in required:

@@ -182,6 +182,13 @@ class QuantizedLinear(nn.Linear):
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         self._wrap_codes()
 
+    def own_parameters(self) -> None:
+        """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None:
+                self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
+        self._wrap_codes()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
         return self.method.dequantize(
@@ -203,6 +210,8 @@ class QuantizedLinear(nn.Linear):
     def write_weight(self, weight: Tensor) -> None:
         """Quantize ``weight`` (out_features, in_features) into this layer, with the layer's own spec.
 
+        What is there already is not quantized again: it would come out in other codes.
+
         Raises:
             ValueError: another shape, or NaN or Inf in ``weight``; the layer is left as it was.
         """
@@ -215,9 +224,10 @@ class QuantizedLinear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(weight, WriteThroughWeight):
                 weight = weight.dense()
-            self.quantized_weight = self.method.quantize(
-                weight.detach().to(self.codes.device), self.spec, name=self.layer_name
-            )
+            weight = weight.detach().to(self.codes.device)
+            if torch.equal(weight, self.dequantize().to(weight.dtype)):
+                return
+            self.quantized_weight = self.method.quantize(weight, self.spec, name=self.layer_name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

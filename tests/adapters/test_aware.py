@@ -1,13 +1,16 @@
 """Merge-aware training: one function before and after the merge, its gradient, its memory, and its stamp."""
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
+from integrations.tiny import tiny_model, training_arguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
@@ -310,9 +313,6 @@ def test_a_nan_in_an_aware_adapter_is_refused_by_name():
 
 @pytest.mark.parametrize("start_step", [0, 3])
 def test_the_callback_turns_it_on_at_its_step(start_step, tmp_path):
-    from integrations.tiny import tiny_model
-    from transformers import Trainer, TrainingArguments
-
     base = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     states = []
@@ -336,6 +336,43 @@ def test_the_callback_turns_it_on_at_its_step(start_step, tmp_path):
         torch.testing.assert_close(merged(ids).logits, trained)
 
 
+@pytest.mark.parametrize(
+    ("fields", "start_step", "match"),
+    [({"lora_dropout": 0.1}, 3, "lora_dropout"), ({}, 5, "start_step=5"), ({"use_dora": True}, 1, "plain LoRA")],
+)
+def test_what_would_fail_at_the_callbacks_step_fails_before_the_first(fields, start_step, match, tmp_path):
+    base = pql.quantize_model(tiny_model(), CONFIGS["hqq4"], progress=False)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **fields))
+    data = [{"input_ids": (ids := torch.randint(3, 128, (9,))), "labels": ids} for _ in range(10)]
+    arguments = training_arguments(tmp_path, steps=5, bf16=False)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[pql.MergeAwareCallback(start_step)])
+    with pytest.raises((ValueError, NotImplementedError), match=match):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not lora_layers(model)[0].aware_adapters
+
+
 def test_the_callback_refuses_a_negative_step():
     with pytest.raises(ValueError, match="start_step"):
         pql.MergeAwareCallback(-1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_weight_from_the_base_loads_on_the_base_as_it_was(init, x, tmp_path):
+    torch.manual_seed(0)
+    base = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
+    other = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
+    model = with_adapter(copy.deepcopy(base), init_lora_weights=init)
+    pql.enable_merge_aware(model)
+    model.base_model.model.first.lora_B["default"].weight.data *= 1.1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    assert pql.merge_back(loaded, strategy="aware")[1].strategy == "aware"
+    with pytest.raises(ValueError, match="another quantized weight"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_bare_name_is_told_to_be_a_list():
+    with pytest.raises(ValueError, match=r"write \['default'\]"):
+        pql.enable_merge_aware(with_adapter(pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)), "default")

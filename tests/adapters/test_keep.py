@@ -58,6 +58,15 @@ def test_a_second_adapter_is_kept_beside_the_first(x):
     torch.testing.assert_close(merged(x), expected)
 
 
+def test_a_dense_merge_onto_a_kept_model_keeps_its_branch(x):
+    kept, _ = pql.merge_back(with_adapter(quantized_two(nbits=2)), strategy="keep")
+    model = get_peft_model(kept, LoraConfig(r=3, target_modules=["first"], init_lora_weights=False))
+    expected = model(x)
+    merged, report = pql.merge_back(model, strategy="dense")
+    torch.testing.assert_close(merged(x), expected)
+    assert report.change_kept == pytest.approx(1.0, abs=1e-4)
+
+
 def test_a_dequantized_model_has_the_branch_in_its_weights(x):
     merged, _ = pql.merge_back(with_adapter(quantized_two(nbits=2)), strategy="keep")
     expected = merged(x)

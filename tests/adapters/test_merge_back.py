@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from integrations.tiny import tiny_model, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import HQQConfig
+from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
 
 from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
 
@@ -125,6 +126,28 @@ def test_an_unknown_strategy_or_adapter_is_refused(arguments, match):
         pql.merge_back(with_adapter(quantized_two()), **arguments)
 
 
+@pytest.mark.parametrize("strategy", ["aware", "exact", "keep", "dense", "requantize", "append", "calibrated"])
+def test_layers_without_the_named_adapters_are_left_alone_and_not_reported(strategy):
+    config = AQLMConfig(nbits_per_codebook=4, rounds=1) if strategy == "append" else HQQConfig(group_size=32)
+    fields = {"use_qalora": True, "qalora_group_size": 32} if strategy == "exact" else {}
+    base = pql.quantize_model(tiny_model(), config, progress=False)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **fields), adapter_name="a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["v_proj"], **fields))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    if strategy == "aware":
+        pql.enable_merge_aware(model, ["a"])
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    tensors = dict(layer.get_base_layer().quantized_weight.tensors)
+    calibration = token_ids().repeat(8, 1) if strategy == "calibrated" else None
+    merged, report = pql.merge_back(model, strategy=strategy, adapters=["a"], calibration=calibration, progress=False)
+    assert [entry.name for entry in report.layers] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    if strategy != "dense":
+        after = merged.model.layers[0].self_attn.v_proj.quantized_weight.tensors
+        assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
+
+
 def test_modules_to_save_keep_their_trained_copy(x):
     class WithHead(nn.Module):
         def __init__(self) -> None:
@@ -149,3 +172,156 @@ def test_a_model_that_is_no_peft_model_and_a_bare_name_are_refused():
         pql.merge_back(quantized_two())
     with pytest.raises(TypeError, match=r"\['default'\]"):
         pql.merge_back(with_adapter(quantized_two()), adapters="default")
+
+
+def replicated(**fields) -> PeftModel:
+    """Three layers made of two, with an adapter of its own on each."""
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=8, group_size=32), progress=False)
+    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | fields
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, layer_replication=[(0, 2), (0, 1)], **fields)).eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_bias": True, "target_modules": ["q_proj"]}], ids=["plain", "lora_bias"])
+def test_replicas_of_a_layer_merge_each_its_own_adapter_and_unmerge_to_the_shared_weight(fields):
+    ids = token_ids()
+    model = replicated(**fields)
+    expected, bits = model(ids).logits, bits_of(model)
+    with model.disable_adapter():
+        base = model(ids).logits
+    layers = [layer.self_attn.q_proj.get_base_layer() for layer in model.base_model.model.model.layers]
+
+    model.merge_adapter()
+    assert (model(ids).logits - expected).norm() < 0.1 * (base - expected).norm()
+    model.unmerge_adapter()
+    assert_same_bits(model, bits)
+    assert torch.equal(model(ids).logits, expected)
+    assert all(mine is other for mine, other in zip(layers[0].parameters(), layers[2].parameters(), strict=True))
+
+    merged, report = pql.merge_back(model)
+    assert len(report.layers) == (3 if "target_modules" in fields else 6)
+    assert (merged(ids).logits - expected).norm() < 0.1 * (base - expected).norm()
+
+
+def language_model() -> PeftModel:
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
+    return with_adapter(base, target_modules=["q_proj"]).eval()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "error", "match"),
+    [
+        ("some text", TypeError, "tokenizer"),
+        (["some", "text"], TypeError, "tokenizer"),
+        (token_ids().flatten().float(), TypeError, "float32"),
+        (token_ids(), ValueError, r"\(2, 9\)"),
+        ([5], ValueError, "2 token"),
+        ([], ValueError, "2 token"),
+        (torch.tensor(5), ValueError, "2 token"),
+        ([5, 128], ValueError, "128"),
+        ([5, -1], ValueError, "-1"),
+    ],
+)
+def test_what_cannot_be_evaluated_on_is_refused_before_anything_is_done(held_out, error, match, monkeypatch):
+    model = language_model()
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    with pytest.raises(error, match=match):
+        pql.merge_back(model, evaluate_on=held_out, metric=lambda model: pytest.fail("scored"))
+
+
+def test_held_out_ids_may_be_a_row_or_a_list():
+    ids = token_ids()[0]
+    captures = [
+        pql.merge_back(language_model(), evaluate_on=given)[1].capture for given in (ids, ids[None], ids.tolist())
+    ]
+    assert captures[0] == captures[1] == captures[2]
+    assert captures[0].n_tokens == 8
+
+
+def test_a_metric_that_fails_after_the_merge_leaves_the_model_as_it_was(x):
+    model = with_adapter(quantized_two())
+    bits, expected = bits_of(model), model(x)
+    for result in (RuntimeError("no more memory"), "high"):
+        results = [1.0, result]
+
+        def metric(model: nn.Module) -> float:
+            value = results.pop(0)  # noqa: B023
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        with pytest.raises((RuntimeError, TypeError), match=r"no more memory|got str"):
+            pql.merge_back(model, metric=metric)
+        assert not results
+        assert_same_bits(model, bits)
+        assert torch.equal(model(x), expected)
+
+
+def test_a_metric_gives_a_number_or_is_refused_before_the_merge(x, monkeypatch):
+    _, report = pql.merge_back(with_adapter(quantized_two(nbits=8)), metric=lambda model: model(x).mean())
+    assert type(report.scores[0]) is type(report.scores[1]) is float
+    assert report.scores[0] == pytest.approx(report.scores[1], abs=0.05)
+    json.dumps(report.to_dict())
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    for value in ({"accuracy": 1.0}, None, torch.ones(2), "1.0"):
+        with pytest.raises(TypeError, match="number"):
+            pql.merge_back(with_adapter(quantized_two()), metric=lambda model, value=value: value)
+
+
+def test_the_metric_sees_the_named_adapters_only(x):
+    model = with_adapter(quantized_two(nbits=8))
+    expected = float(model(x).norm())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.set_adapter("other")
+    merged, report = pql.merge_back(model, adapters=["default"], metric=lambda model: model(x).norm())
+    assert report.scores == (pytest.approx(expected), pytest.approx(float(merged(x).norm())))
+
+
+def test_the_named_adapters_modules_to_save_are_kept_though_another_one_is_active(x):
+    base = nn.Sequential(quantized_two(nbits=8), nn.Linear(64, 3))
+    fields = {"r": 2, "target_modules": ["first"], "modules_to_save": ["1"]}
+    model = get_peft_model(base, LoraConfig(**fields))
+    model.base_model.model[1].modules_to_save["default"].weight.data.add_(1.0)
+    expected = model(x)
+    model.add_adapter("other", LoraConfig(**fields))
+    model.set_adapter("other")
+    merged, _ = pql.merge_back(model, adapters=["default"])
+    torch.testing.assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "broken"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default.weight"),
+        ({"bias": "all"}, "layers.1.self_attn.v_proj.bias"),
+        ({"bias": "lora_only"}, "layers.1.self_attn.q_proj.base_layer.bias"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_tokens_delta.default"),
+    ],
+    ids=["modules_to_save", "all biases", "biases", "tokens"],
+)
+def test_what_was_trained_beside_the_adapter_must_be_finite_too(fields, broken):
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
+    model = with_adapter(base, target_modules=["q_proj"], **fields)
+    next(parameter for name, parameter in model.named_parameters() if name.endswith(broken)).data[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{broken} holds NaN"):
+        pql.merge_back(model, strategy="dense")
+    assert len(pql.quantized_modules(model)) == 14
+    assert not any(module.merged for module in model.modules() if isinstance(module, LoraQuantizedLinear))
+
+
+def test_an_adapter_named_twice_is_refused():
+    with pytest.raises(ValueError, match="once"):
+        pql.merge_back(with_adapter(quantized_two()), adapters=["default", "default"])
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "dense"])
+def test_an_adapter_that_is_merged_already_is_not_dropped_in_silence(strategy, x):
+    model = with_adapter(quantized_two(nbits=8))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.merge_adapter(["default"])
+    merged = model(x)
+    with pytest.raises(ValueError, match=r"(?s)default.*unmerge_adapter"):
+        pql.merge_back(model, strategy=strategy, adapters=["other"])
+    assert torch.equal(model(x), merged)
+    _, report = pql.merge_back(model, strategy=strategy, adapters=["default", "other"])
+    assert report.layers[0].adapters == ("default", "other")

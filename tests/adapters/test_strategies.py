@@ -1,11 +1,12 @@
 """What holds for every strategy of merge_back, and what the report says of the whole model."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from integrations.tiny import tiny_model, token_ids
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
@@ -140,7 +141,7 @@ def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
 def test_an_unknown_strategy_and_a_model_without_adapters_are_refused():
     with pytest.raises(ValueError, match="requantize"):
         pql.set_merge_strategy(model_for("requantize"), "magic")
-    with pytest.raises(ValueError, match="nothing to merge"):
+    with pytest.raises(ValueError, match="no LoRA adapter"):
         pql.set_merge_strategy(quantized_two(), "dense")
     with pytest.raises(ValueError, match="merge_back"):
         pql.set_merge_strategy(model_for("requantize"), "calibrated")
@@ -185,7 +186,7 @@ def test_capture_compares_base_adapter_and_merged_model(adapters, tmp_path):
     assert f"capture {expected.capture:.3f}" in str(report)
 
 
-def test_too_short_a_text_is_refused_after_the_merge_was_taken_back(x):
+def test_a_refused_evaluation_leaves_the_model_in_training_as_it_was(x):
     model = tiny_peft_model()
     bits = bits_of(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -261,3 +262,37 @@ def test_appending_to_hqq_and_strategies_with_the_wrong_data_are_refused():
 def quantized_tiny() -> torch.nn.Module:
     torch.manual_seed(0)
     return pql.quantize_model(tiny_model(), METHODS["aqlm"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "not_named"),
+    [
+        ({}, ["aware", "keep", "calibrated", "QA-LoRA"], ["exact", "append", "dense"]),
+        ({"lora_bias": True}, ["keep", "calibrated"], ["aware", "QA-LoRA"]),
+        ({"use_dora": True}, ["dense", "calibrated"], ["aware", "keep", "QA-LoRA"]),
+        ({"use_qalora": True, "qalora_group_size": 32}, ["exact", "calibrated", "dense"], ["aware", "keep"]),
+    ],
+    ids=["plain", "lora_bias", "dora", "qalora"],
+)
+def test_only_what_works_for_the_adapter_is_recommended(fields, named, not_named):
+    model = with_adapter(quantized_two(nbits=1), **fields)
+    report = pql.merge_back(model, strategy="requantize")[1]
+    report = dataclasses.replace(report, layers=tuple(dataclasses.replace(e, change_kept=0.1) for e in report.layers))
+    assert all(name in report.recommendation for name in named)
+    assert not any(name in report.recommendation.replace("merges exactly", "") for name in not_named)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "aware"])
+def test_the_way_out_of_a_refused_dora_is_one_that_dora_can_take(strategy):
+    with pytest.raises(ValueError, match='"dense"') as caught:
+        pql.merge_back(with_adapter(quantized_two(), use_dora=True), strategy=strategy)
+    assert "keep" not in str(caught.value)
+    assert "enable_merge_aware" not in str(caught.value)
+
+
+def test_no_strategy_of_lora_is_recommended_for_other_tuners():
+    torch.manual_seed(0)
+    model = get_peft_model(quantized_two(nbits=1), LoHaConfig(r=2, target_modules=["first"], init_weights=False))
+    report = pql.merge_back(model)[1]
+    report = dataclasses.replace(report, layers=tuple(dataclasses.replace(e, change_kept=0.1) for e in report.layers))
+    assert report.recommendation.endswith('Instead: strategy="dense", a float model, which loses nothing.')

@@ -1,0 +1,104 @@
+"""What ``merge_back`` looks at before and while it merges; each raises with the way out. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, SupportsFloat, cast
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+
+def refuse_other_models(peft_model: Any) -> None:
+    """Raise unless it is a PeftModel whose adapters change weights."""
+    if isinstance(peft_model, PeftMixedModel):
+        raise TypeError(
+            "merge_back takes a PeftModel, got a PeftMixedModel, whose adapters are of several kinds. Merge it with "
+            "its own merge_and_unload(), which requantizes."
+        )
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"merge_back takes a PeftModel, got {type(peft_model).__name__}. For adapters added with "
+            "model.add_adapter(...) save them with model.save_pretrained(folder) and load them with "
+            "PeftModel.from_pretrained(base, folder)."
+        )
+    if not isinstance(peft_model.base_model, BaseTuner):
+        kind = str(getattr(peft_model.active_peft_config.peft_type, "value", "?"))
+        raise TypeError(
+            f"{kind} changes what the model reads and no weight: there is nothing to merge. Save it with its own "
+            "save_pretrained and load it beside the base."
+        )
+
+
+def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
+    """The adapters to merge: ``adapters``, or the active ones."""
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
+    names = list(peft_model.active_adapters) if adapters is None else list(adapters)
+    unknown = [name for name in names if name not in peft_model.peft_config]
+    if unknown or not names:
+        said = f"no such adapter {unknown}" if unknown else "no adapter to merge"
+        raise ValueError(f"adapters={adapters!r}: {said}; the model has {sorted(peft_model.peft_config)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapters={names}: an adapter is merged once. Name each one once.")
+    tuners = (module for module in peft_model.modules() if isinstance(cast(object, module), BaseTunerLayer))
+    others = {name for tuner in tuners for name in cast(Any, tuner).merged_adapters} - set(names)
+    if others:
+        raise ValueError(
+            f"{sorted(others)} are merged already, and {names} would be merged without them. Name them too, "
+            "or take them back with unmerge_adapter() first."
+        )
+    return names
+
+
+def refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
+    """Raise, naming the parameter, if one of those that the adapters trained is not finite."""
+    trains_biases = any(getattr(peft_model.peft_config[name], "bias", "none") != "none" for name in names)
+    for parameter_name, parameter in peft_model.named_parameters():
+        parts = parameter_name.split(".")
+        is_trained = any(name in parts for name in names) or (trains_biases and parts[-1] == "bias")
+        if is_trained and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{parameter_name} holds NaN or Inf: the adapter is broken and was not merged. "
+                "The model is left as it was."
+            )
+
+
+def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
+    """``evaluate_on`` as a vector of token ids of the model's vocabulary."""
+    is_list = isinstance(evaluate_on, (list, tuple)) and all(type(each) is int for each in evaluate_on)
+    if not is_list and not isinstance(evaluate_on, Tensor):
+        raise TypeError(
+            f"evaluate_on must be token ids, a vector or a list of integers, got {type(evaluate_on).__name__}. Encode "
+            "text with the model's tokenizer."
+        )
+    ids = torch.as_tensor(evaluate_on)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"evaluate_on must be integer token ids, got {ids.dtype}.")
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or len(ids) < 2:
+        raise ValueError(
+            f"evaluate_on of shape {tuple(ids.shape)} must be one text of at least 2 token ids, (n_tokens,). Join "
+            "several texts into one vector."
+        )
+    vocabulary = getattr(getattr(peft_model, "config", None), "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"evaluate_on holds token ids from {low} to {high}, but the model's vocabulary has {vocabulary}. Use the "
+            "model's own tokenizer."
+        )
+    return ids.long()
+
+
+def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """``metric(model)``, a number."""
+    value = metric(model)
+    if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(
+            f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "
+            "model is left as it was."
+        )
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
