@@ -186,7 +186,7 @@ def _merge(layer: MergeableLayer, strategy: Strategy, names: list[str]) -> None:
     elif isinstance(layer, TunerMerge):
         layer.merge_with(TUNER_RULES[strategy], names)
     elif isinstance(layer, ScalesMerge):
-        layer.merge_with(names)
+        layer.merge_with(names, becomes_dense=strategy == "dense")
 
 
 def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str], token_ids: Tensor) -> Capture:

@@ -16,7 +16,7 @@ from torch import nn
 from ..layers import QuantizedLinear
 from . import rules
 from .lora import LoraQuantizedLinear, MergeState, merge_report_of
-from .report import LayerMergeReport
+from .report import LayerMergeReport, layer_report
 from .rules import MergePlan, MergeRule
 from .scales import QuantScalesLayer
 
@@ -173,9 +173,25 @@ class ScalesMerge:
         """Whether an adapter is merged."""
         return self.layer.merged
 
-    def merge_with(self, names: list[str]) -> None:
-        """Merge that of ``names`` which lies on this layer."""
+    def merge_with(self, names: list[str], *, becomes_dense: bool = False) -> None:
+        """Merge that of ``names`` which lies on this layer; ``becomes_dense`` is for the report."""
+        base = self.layer.base_layer
+        if not isinstance(base, QuantizedLinear):  # a norm
+            return self.layer.merge(adapter_names=names)
+        before = base.quantized_weight
         self.layer.merge(adapter_names=names)
+        merged = base.method.dense(base.quantized_weight)
+        bits_after = 8.0 * base.compute_dtype.itemsize if becomes_dense else base.quantized_weight.bits_per_weight
+        self.merge_report = layer_report(
+            base.layer_name,
+            list(self.layer.merged_adapters),
+            method=base.spec.method,
+            before=base.method.dense(before),
+            target=merged,
+            merged=merged,
+            bits=(before.bits_per_weight, bits_after),
+            strategies=("exact",),
+        )
 
     def unmerge(self) -> None:
         """Put back what was there before the merge, bit for bit."""

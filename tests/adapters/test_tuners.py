@@ -115,6 +115,10 @@ def test_tuned_scales_merge_exactly_and_their_capture_is_measured(strategy):
     torch.testing.assert_close(logits(merged), expected)
     assert report.capture.kl_adapter_base > 1e-4
     assert report.capture.capture == pytest.approx(1.0, abs=1e-3)
+    before, after = report.bits
+    assert after == 32 if strategy == "dense" else before < after < 32  # merging widens what was tuned
+    assert report.change_kept == pytest.approx(1.0)
+    assert report.relative_error == 0
 
 
 def test_strategies_of_lora_are_refused_for_tuned_scales():
