@@ -121,7 +121,7 @@ def merge() -> str:
             [
                 f"{setting}, {task}",
                 str(len(found)),
-                f"{training}, {found[0].get('adapter_mb', 0):.1f} MB",
+                training + (f", {found[0]['adapter_mb']:.1f} MB" if "adapter_mb" in found[0] else ""),
                 strategy,
                 f"{statistics.median(row['seconds_to_merge'] for row in found):.0f}",
                 f"{statistics.mean(captured):.3f}{spread}",
