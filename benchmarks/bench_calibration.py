@@ -83,7 +83,12 @@ def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[T
     results: list[pql.LayerResult] = []
     began = time.perf_counter()
     pql.quantize_model(model, config, calibration=calibration, progress=False, on_layer=results.append)
-    row: dict[str, Any] = {"name": name, "quantize_s": time.perf_counter() - began, "tuning_s_per_step": None}
+    row: dict[str, Any] = {
+        "name": name,
+        "quantize_s": time.perf_counter() - began,
+        "threads": torch.get_num_threads(),
+        "tuning_s_per_step": None,
+    }
     if tuning:
         row["quantize_s"] = None  # its base was quantized for its own row
         tuned = peft.get_peft_model(model, TUNINGS[tuning]())
@@ -114,7 +119,7 @@ def tuned_bits_per_weight(tuned: peft.PeftModel) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens to score")
-    parser.add_argument("--rows", nargs="*", default=ROWS, help="parts of the names of rows to make")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows to make, or parts of names")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
     )
@@ -127,7 +132,9 @@ def main() -> None:
     kept: list[Tensor] = []
     float_perplexity, _ = evaluate(float_model, windows, kept)
     rows = {row["name"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
-    for name in [name for name in ROWS if any(part in name for part in args.rows)]:
+    for name in [
+        name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)
+    ]:
         rows[name] = measure(name, folder, text, windows, kept, args.cache)
         print(json.dumps(rows[name]), flush=True)
         result = {

@@ -66,13 +66,13 @@ def calibration() -> str:
     measured = result("calibration")
     rows = []
     for row in measured["rows"]:
-        minutes = "" if row["quantize_s"] is None else f"{row['quantize_s'] / 60:.1f}"
+        minutes = "" if row["quantize_s"] is None else f"{row['quantize_s'] / 60:.1f} ({row['threads']})"
         cells = [row["name"], f"{row['bits_per_weight']:.2f}", number(row["perplexity"]), f"{row['kl_to_float']:.3f}"]
         rows.append([*cells, minutes])
     tuning = measured["tuning"]
     return "\n".join(
         [
-            table(["", "bits per weight", "perplexity", "KL", "minutes"], rows),
+            table(["", "bits per weight", "perplexity", "KL", "minutes (threads)"], rows),
             "",
             f"Float model: {measured['float_perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
             f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; calibration: "
