@@ -18,7 +18,7 @@ from ..calibration.finetune import finetune_block
 from ..formats import QuantizedWeight, QuantSpec
 from ..quantizers import get_method
 from .lora import LoraQuantizedLinear
-from .report import LayerMergeReport, change_coefficient
+from .report import LayerMergeReport, change_coefficient, coefficient
 from .rules import MergePlan, append, extended_spec, requantize
 
 # How often codes are chosen for the change at least and at most, how near to all of it is enough, and how much more of
@@ -118,11 +118,11 @@ def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedW
     change = plan.target - plan.before
     if not change.any():
         return plan.weight
-    base, found, gain = plan.base, plan.weight, 1.0
+    base, found, gain, weighted = plan.base, plan.weight, 1.0, change @ hessian.to(change.device)
     for n_passes in range(1, MAX_PASSES + 1):
         wanted = plan.before + gain * change
         found = base.method.quantize(wanted, spec, name=base.layer_name, hessian=hessian, start=found, rounds=1)
-        arrived = change_coefficient(plan.before, plan.target, base.method.dense(found), hessian)
+        arrived = coefficient(base.method.dense(found) - plan.before, change, weighted)
         if abs(arrived - 1) < ENOUGH and n_passes >= MIN_PASSES:
             break
         gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))

@@ -358,10 +358,7 @@ class LoraQuantizedLinear(LoraLinear):
         device = next(self.get_base_layer().parameters()).device
         weight = cast(QuantizedWeight, unmerged.weight).to(device)
         before = base.method.dense(weight)
-        stand_in = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        stand_in.weight = nn.Parameter(before.clone(), requires_grad=False)
-        if unmerged.bias is not None:
-            stand_in.bias = nn.Parameter(unmerged.bias.to(device, torch.float32), requires_grad=False)
+        stand_in = dense_stand_in(before, unmerged.bias)
         here, caches = self.base_layer, self._caches
         self.base_layer, self._caches = stand_in, dict(unmerged.caches)
         self.merged_adapters.clear()
@@ -410,6 +407,15 @@ class LoraQuantizedLinear(LoraLinear):
 def _is_transformed() -> bool:
     """Whether a compiler or a functorch transform is at work, which an autograd function would stop."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def dense_stand_in(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A float32 layer with copies of both, on the weight's device, for PEFT to merge adapters into."""
+    stand_in = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    stand_in.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        stand_in.bias = nn.Parameter(bias.detach().to(weight.device, torch.float32, copy=True), requires_grad=False)
+    return stand_in
 
 
 def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> LayerMergeReport:

@@ -168,10 +168,10 @@ def _layers_to_merge(
                 'evaluate_on and for strategy="dense". Call unmerge_adapter() first, or load the adapter onto its '
                 "base again. The model is left as it was."
             )
-        if not layer.merged:
-            layers.append(ScalesMerge(layer) if isinstance(layer, QuantScalesLayer) else TunerMerge(layer))
-        elif is_scales:
-            layers.append(ScalesMerge(cast(QuantScalesLayer, layer)))
+        if isinstance(layer, QuantScalesLayer):
+            layers.append(ScalesMerge(layer))
+        elif not layer.merged:
+            layers.append(TunerMerge(layer))
     if not layers and strategy not in TUNER_RULES:
         raise ValueError(
             f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '

@@ -231,9 +231,13 @@ def change_coefficient(before: Tensor, target: Tensor, merged: Tensor, hessian: 
     With ``hessian`` (in_features, in_features), the second moment of the inputs, that of the outputs' change.
     """
     change = target - before
-    weighted = change if hessian is None else change @ hessian.to(change.device)
+    return coefficient(merged - before, change, change if hessian is None else change @ hessian.to(change.device))
+
+
+def coefficient(moved: Tensor, change: Tensor, weighted: Tensor) -> float:
+    """That of ``change`` in ``moved``, where ``weighted`` is the change times what counts; 1 without a change."""
     energy = (weighted * change).sum()
-    return float(((merged - before) * weighted).sum() / energy) if energy > 0 else 1.0
+    return float((moved * weighted).sum() / energy) if energy > 0 else 1.0
 
 
 def _norm(norms: Any) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layers import QuantizedLinear
 from . import rules
-from .lora import LoraQuantizedLinear, MergeState, merge_report_of
+from .lora import LoraQuantizedLinear, MergeState, dense_stand_in, merge_report_of
 from .report import LayerMergeReport, layer_report
 from .rules import MergePlan, MergeRule
 from .scales import QuantScalesLayer
@@ -82,11 +82,7 @@ class TunerMerge:
         """The merge of ``names``. PEFT merges them, into a dense float32 stand-in; nothing else changes."""
         base = cast(QuantizedLinear, self.layer.base_layer)
         before = base.method.dense(base.quantized_weight)
-        stand_in = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        stand_in.weight = nn.Parameter(before.clone(), requires_grad=False)
-        if base.bias is not None:
-            stand_in.bias = nn.Parameter(base.bias.detach().to(torch.float32, copy=True), requires_grad=False)
-        self.layer.base_layer = stand_in
+        self.layer.base_layer = stand_in = dense_stand_in(before, base.bias)
         try:
             self.layer.merge(safe_merge=True, adapter_names=names)
             adapters = tuple(self.layer.merged_adapters)
