@@ -37,18 +37,19 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
             changed.
     """
     configs = _configs(model)
-    for name, stamp in _checked_stamps(model, configs, adapters).items():
+    for name, layers in _checked_layers(model, configs, adapters).items():
+        stamp = {}
+        for layer in layers:
+            base = layer.quantized_base()
+            stamp[base.layer_name] = layer.aware_adapters[name] = fingerprint(base.quantized_weight)
         configs[name] = stamped(configs[name], stamp)
-        for layer in _lora_layers(model):
-            if name in layer.lora_A:
-                layer.aware_adapters[name] = stamp[layer.quantized_base().layer_name]
 
 
-def _checked_stamps(
+def _checked_layers(
     model: nn.Module, configs: dict[str, Any], adapters: list[str] | None
-) -> dict[str, dict[str, str]]:
-    """What each adapter would be rounded against. Raises as :func:`enable_merge_aware`, and changes nothing."""
-    layers = _lora_layers(model)
+) -> dict[str, list[LoraQuantizedLinear]]:
+    """The layers of each adapter. Raises as :func:`enable_merge_aware`, and changes nothing."""
+    layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     names = list(next(tuned).active_adapters) if adapters is None else adapters
     if isinstance(adapters, str):
@@ -56,16 +57,15 @@ def _checked_stamps(
     unknown = [name for name in names if name not in configs]
     if unknown:
         raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
-    stamps: dict[str, dict[str, str]] = {}
+    found: dict[str, list[LoraQuantizedLinear]] = {}
     for name in names:
         concerned = [layer for layer in layers if name in layer.lora_A]
         if not concerned:
             raise ValueError(f"adapter {name!r} lies on no quantized layer: there is no rounding to train through.")
         for layer in concerned:
             _check_trainable(layer, name)
-        bases = [layer.quantized_base() for layer in concerned]
-        stamps[name] = {base.layer_name: fingerprint(base.quantized_weight) for base in bases}
-    return stamps
+        found[name] = concerned
+    return found
 
 
 class MergeAwareCallback(TrainerCallback):
@@ -95,17 +95,13 @@ class MergeAwareCallback(TrainerCallback):
                 "Choose an earlier one, 0 for all of the training."
             )
         model = kwargs["model"]
-        _checked_stamps(model, _configs(model), self.adapters)
+        _checked_layers(model, _configs(model), self.adapters)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer before each optimizer step."""
         if not self.is_on and state.global_step >= self.start_step:
             enable_merge_aware(kwargs["model"], self.adapters)
             self.is_on = True
-
-
-def _lora_layers(model: nn.Module) -> list[LoraQuantizedLinear]:
-    return [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
 
 
 def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
