@@ -66,9 +66,8 @@ def main() -> None:
     options = parser.parse_args()
 
     folder = demo_model_folder()
-    token_ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt", verbose=False).input_ids[
-        0
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    token_ids = tokenizer(TEXT.read_text(), return_tensors="pt", verbose=False).input_ids[0]
     windows = token_ids[: options.windows * WINDOW].view(options.windows, WINDOW)
     kept: list[Tensor] = []
     float_perplexity, _ = evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), windows, kept)
