@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantlayers_kernels.hqq.choice import block_columns, chosen_in_columns
+
 from ._least_squares import conjugate_gradient
 
-# Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product.
-BLOCK_COLUMNS = 128
 GRID_ITERS = 4
 WEIGHTED_FIT_ITERS = 10
 # A fitted scale may leave its start by this factor; beyond it the codes of the group determine no scale.
@@ -72,26 +72,27 @@ def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, 
         grid: stays as it is.
         hessian: (in_features, in_features), float32, with a positive diagonal.
     """
-    out_features, n_groups, group_size = groups.shape
-    in_features = n_groups * group_size
-    # Columns lie contiguous in what follows: (in_features, out_features).
-    scale = grid.scale.t().contiguous()
-    codes = codes.reshape(out_features, in_features).t().contiguous()
-    residual = (groups - grid.values(codes.t().reshape(groups.shape))).view(out_features, in_features).t().contiguous()
-    curvature = hessian.diagonal().tolist()
-    for start in list(range(0, in_features, BLOCK_COLUMNS)) * sweeps:
-        block = slice(start, min(start + BLOCK_COLUMNS, in_features))
-        pull = hessian[block] @ residual
-        for column in range(block.start, block.stop):
-            step = scale[column // group_size]
-            # The zero cancels: what is asked is how many steps to move from the code that is there.
-            wanted = codes[column] + pull[column - start] / (curvature[column] * step)
-            chosen = wanted.round_().clamp_(0, grid.max_code)
-            moved = (chosen - codes[column]) * step
-            codes[column] = chosen
-            residual[column] -= moved
-            pull.addr_(hessian[block, column], moved, alpha=-1)
-    return codes.t().reshape(groups.shape)
+    shape, group_size = groups.shape, groups.shape[2]
+    groups, codes, hessian = groups.flatten(1), codes.flatten(1), hessian.to(groups.device)
+    steps = grid.scale.repeat_interleave(group_size, 1)
+    residual = groups - grid.values(codes.view(shape)).view(groups.shape)
+    width = block_columns(groups)
+    blocks = [slice(start, start + width) for start in range(0, groups.shape[1], width)]
+    # One block takes all its sweeps at once; several of them take turns.
+    turns = 1 if len(blocks) == 1 else sweeps
+    codes = codes.clone()
+    for here in blocks * turns:
+        chosen = chosen_in_columns(
+            residual @ hessian[:, here],
+            codes[:, here],
+            steps[:, here],
+            hessian[here, here],
+            max_code=grid.max_code,
+            sweeps=sweeps // turns,
+        )
+        residual[:, here] -= (chosen - codes[:, here]) * steps[:, here]
+        codes[:, here] = chosen
+    return codes.view(shape)
 
 
 def fitted_grid(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, iters: int = GRID_ITERS) -> Grid:

@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 4;
+    return 5;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -200,4 +200,25 @@ int ql_hqq_lines(float *slope, float *offset, const float *values, const float *
                    .max_code = (float)max_code, .centre = (float)(max_code / 2)},
     };
     return for_rows(solve_lines, &call, n, MAX_LANES * group_size, n_threads);
+}
+
+struct hqq_choice_call {
+    const struct kernels *kernels;
+    struct hqq_choice choice;
+};
+
+static void choose_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct hqq_choice_call *call = context;
+    (void)scratch;
+    call->kernels->hqq_choose(&call->choice, begin, end);
+}
+
+/* Chooses codes (out_features, columns) anew, in place. */
+int ql_hqq_choose(float *codes, float *pull, const float *steps, const float *hessian, const float *curvature,
+                  int64_t out_features, int64_t columns, int64_t sweeps, int max_code, int n_threads, int variant) {
+    struct hqq_choice_call call = {
+        .kernels = kernels_of(variant),
+        .choice = {codes, pull, steps, hessian, curvature, columns, sweeps, (float)max_code},
+    };
+    return for_rows(choose_hqq, &call, out_features, 0, n_threads);
 }

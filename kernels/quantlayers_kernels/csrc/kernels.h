@@ -8,8 +8,10 @@
 #include "aqlm_update.h"
 #include "hqq_kernels.h"
 #include "hqq_solve.h"
+/* needs hqq_solve.h */
+#include "hqq_choice.h"
 
 const struct kernels VARIANT(kernels) = {
     VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows), VARIANT(aqlm_update),
-    VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines),
+    VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines), VARIANT(hqq_choose),
 };

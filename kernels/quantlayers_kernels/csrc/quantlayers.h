@@ -74,6 +74,16 @@ struct hqq_groups {
     float max_code, centre; /* the whole number that half of max_code is rounded down to */
 };
 
+/* HQQ codes to be chosen column after column; see hqq/choice.py. */
+struct hqq_choice {
+    float *codes, *pull;    /* (out_features, columns), changed */
+    const float *steps;     /* (out_features, columns) */
+    const float *hessian;   /* (columns, columns) */
+    const float *curvature; /* its diagonal */
+    int64_t columns, sweeps;
+    float max_code;
+};
+
 /* Kernels work on the rows [begin, end); `scratch` is the worker's own memory, aligned to a cache line. AQLM's product
  * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats; the solvers of HQQ want MAX_LANES groups. */
 struct kernels {
@@ -85,6 +95,7 @@ struct kernels {
     void (*aqlm_choose)(const struct aqlm_choice *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_offsets)(const struct hqq_groups *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_lines)(const struct hqq_groups *, int64_t begin, int64_t end, float *scratch);
+    void (*hqq_choose)(const struct hqq_choice *, int64_t begin, int64_t end);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -1,0 +1,55 @@
+/* HQQ: codes chosen column after column, with all others held. What is chosen, and why, is in hqq/choice.py. */
+
+/* A code that moves changes its row's pull on all columns. Few do after the first sweep: what has to be fast is to see
+ * that LANES codes stay, and rows go through the columns together, so that a column of the Hessian serves them all. */
+#define CHOICE_FLOATS (1 << 16)
+
+INLINE floats load_some(const float *p, int64_t n, float rest) {
+    floats v = (floats){0} + rest;
+    for (int64_t lane = 0; lane < n; lane++)
+        v[lane] = p[lane];
+    return v;
+}
+
+/* Moves the codes of one row in the `n` columns from `first` on. */
+INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first, int64_t n) {
+    float *codes = c->codes + row * c->columns, *pull = c->pull + row * c->columns;
+    const float *steps = c->steps + row * c->columns;
+    const int is_whole = n == LANES;
+    const floats step = is_whole ? load(steps + first) : load_some(steps + first, n, 1);
+    const floats curvature = is_whole ? load(c->curvature + first) : load_some(c->curvature + first, n, 1);
+    const floats per_step = curvature * step;
+    /* A move may make another worth while in a column to the right of it; those to the left wait for the next sweep. */
+    for (int64_t next = 0; next < n;) {
+        const floats code = is_whole ? load(codes + first) : load_some(codes + first, n, 0);
+        const floats wanted = (is_whole ? load(pull + first) : load_some(pull + first, n, 0)) / per_step;
+        const floats best = nearest_code(code + wanted, c->max_code, 0);
+        if (!is_any(best != code))
+            return;
+        while (next < n && best[next] == code[next])
+            next++;
+        if (next == n)
+            return;
+        const int64_t column = first + next;
+        const float moved = (best[next] - code[next]) * step[next], *hessian = c->hessian + column * c->columns;
+        codes[column] = best[next++];
+        int64_t k = 0;
+        for (; k + LANES <= c->columns; k += LANES)
+            store(pull + k, load(pull + k) - load(hessian + k) * moved);
+        for (; k < c->columns; k++)
+            pull[k] -= hessian[k] * moved;
+    }
+}
+
+static TARGET void VARIANT(hqq_choose)(const struct hqq_choice *c, int64_t begin, int64_t end) {
+    const int64_t rows = CHOICE_FLOATS / c->columns + 1;
+    for (int64_t first_row = begin; first_row < end; first_row += rows) {
+        const int64_t last_row = first_row + rows < end ? first_row + rows : end;
+        for (int64_t sweep = 0; sweep < c->sweeps; sweep++)
+            for (int64_t first = 0; first < c->columns; first += LANES) {
+                const int64_t n = first + LANES < c->columns ? LANES : c->columns - first;
+                for (int64_t row = first_row; row < last_row; row++)
+                    choose_codes(c, row, first, n);
+            }
+    }
+}
