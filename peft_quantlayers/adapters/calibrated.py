@@ -86,11 +86,11 @@ class _MergeVisitor(Visitor):
         if self.needs_targets and merged is not plan.weight:
             self.hessians[name] = hessian
 
-    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
         """Finetune what was merged; the rest, and the norms, unmerging would not put back."""
         changed = [self.layers[name] for name in self.hessians]
         if not changed:
-            return
+            return False
         finetune_block(
             work,
             epochs=self.calibration.finetune_epochs,
@@ -102,6 +102,7 @@ class _MergeVisitor(Visitor):
             plan = layer.report_again()
             self._report(layer, plan, layer.quantized_base().quantized_weight, hessian)
         self.hessians.clear()
+        return True
 
     @staticmethod
     def _report(layer: LoraQuantizedLinear, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:

@@ -49,8 +49,8 @@ def find_blocks(model: nn.Module, names: list[str]) -> list[str]:
     return best[1]
 
 
-class _Stop(Exception):
-    """Ends a forward pass early: what was wanted has been seen."""
+class Stop(Exception):
+    """Ends a forward pass early: what was wanted has been seen. Raised by hooks."""
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def record_calls(model: nn.Module, blocks: list[str], batches: list[Tensor]) -> 
                 )
             calls[name].append(call if name == blocks[0] else call.with_hidden(call.hidden.new_empty(0)))
             if name == blocks[-1]:
-                stop()
+                raise Stop
 
         return hook
 
@@ -96,14 +96,9 @@ def model_calls(model: nn.Module, batches: list[Tensor]) -> list[Call]:
 
 
 def run_until(block: nn.Module, call: Call, hooks: dict[str, Callable]) -> None:
-    """Run ``block`` with pre-forward hooks ``(module, args, kwargs)`` by module name; ``stop()`` in one ends it."""
-    with hooked(hooks, block), suppress(_Stop):
+    """Run ``block`` with pre-forward hooks ``(module, args, kwargs)`` by module name; one may raise ``Stop``."""
+    with hooked(hooks, block), suppress(Stop):
         call(block)
-
-
-def stop() -> None:
-    """End the forward pass that calls this hook."""
-    raise _Stop
 
 
 @contextmanager
@@ -129,6 +124,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer that is called so reads."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _as_call(args: tuple, kwargs: dict[str, Any]) -> Call:

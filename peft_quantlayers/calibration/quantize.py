@@ -114,14 +114,16 @@ class _QuantizeVisitor(Visitor):
         if self.on_layer is not None:
             self.on_layer(result)
 
-    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
-        if self.calibration.finetune_epochs and names:
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
+        is_finetuned = bool(self.calibration.finetune_epochs and names)
+        if is_finetuned:
             before, after = finetune_block(
                 work, epochs=self.calibration.finetune_epochs, learning_rate=self.calibration.learning_rate
             )
             logger.info("%s: finetuned, output error %.5f to %.5f", block, before, after)
         if self.folder is not None:
             self.folder.keep(self.model, block, names)
+        return is_finetuned
 
 
 def _layer_result(

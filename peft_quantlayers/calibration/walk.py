@@ -2,20 +2,23 @@
 
 A block's inputs come from the blocks before it as they are by then, quantized or merged. Within a block the layers
 follow in the order in which they run; those that read the same input (q, k and v; gate and up) share one second
-moment, measured after the layers before them were visited. Nothing is kept but hidden states and one second moment.
+moment, measured after the layers before them were visited. Nothing is kept but hidden states, one second moment, and
+on a CPU what the block has computed so far.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Call, evaluating, find_blocks, model_calls, record_calls, run_until, stop
+from .blocks import Call, evaluating, find_blocks, input_of, model_calls, record_calls, run_until
 from .data import Calibration
+from .passes import Passes
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,9 @@ class Visitor:
         """Do the layer ``name``; ``hessian`` is None where the data never reached it."""
         raise NotImplementedError
 
-    def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
-        """After the last layer of a block."""
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
+        """After the last layer of a block. True if this changed the block once more."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def walk(
     """Visit the modules ``names`` of ``model``.
 
     Args:
-        model: any module whose forward takes what ``calibration`` gives. Evaluation mode while this runs.
+        model: any module whose forward takes what ``calibration`` gives. While this runs it is in evaluation mode,
+            and in its own dtype, whatever autocast is on.
         names: modules to visit, each called with its input as first argument.
         calibration: the data; checked before anything is done.
         visitor: what to do.
@@ -83,7 +88,11 @@ def walk(
     visitor.begin(batches)
     blocks = find_blocks(model, names)
     in_blocks = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
-    with evaluating(model), tqdm(total=len(names), desc="Calibrating", unit="layer", disable=not progress) as bar:
+    with (
+        evaluating(model),
+        _without_autocast(model),
+        tqdm(total=len(names), desc="Calibrating", unit="layer", disable=not progress) as bar,
+    ):
         recorded = record_calls(model, blocks, batches) if blocks else {}
         hidden = [call.hidden for call in recorded[blocks[0]]] if blocks else []
         targets = list(hidden) if visitor.needs_targets else None
@@ -96,29 +105,31 @@ def walk(
                 original = [call.with_hidden(h) for call, h in zip(recorded[block_name], targets, strict=True)]
                 targets = [call(block).to(home) for call in original]
             calls = [call.with_hidden(h) for call, h in zip(recorded.pop(block_name), hidden, strict=True)]
-            if visitor.restore_block(block_name, inside):
-                bar.update(len(inside))
-            else:
-                _visit_in_order(block, block_name, inside, calls, calibration, visitor, bar)
-                visitor.finish_block(block_name, inside, BlockWork(block, calls, targets))
-            hidden = [call(block).to(home) for call in calls]
+            with Passes(block, calls) as passes:
+                if visitor.restore_block(block_name, inside):
+                    bar.update(len(inside))
+                else:
+                    _visit_in_order(block_name, inside, passes, calibration, visitor, bar)
+                    if visitor.finish_block(block_name, inside, BlockWork(block, calls, targets)):
+                        passes.close()
+                hidden = [output.to(home) for output in passes.outputs()]
             block.to(home)
         rest = [name for name in names if not any(name in inside for inside in in_blocks.values())]
-        _visit_in_order(model, "", rest, model_calls(model, batches), calibration, visitor, bar)
+        with Passes(model, model_calls(model, batches)) as passes:
+            _visit_in_order("", rest, passes, calibration, visitor, bar)
+
+
+def _without_autocast(model: nn.Module) -> torch.autocast:
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 def _visit_in_order(
-    parent: nn.Module,
-    prefix: str,
-    names: list[str],
-    calls: list[Call],
-    calibration: Calibration,
-    visitor: Visitor,
-    bar: tqdm,
+    prefix: str, names: list[str], passes: Passes, calibration: Calibration, visitor: Visitor, bar: tqdm
 ) -> None:
     start = len(prefix) + 1 if prefix else 0
-    for stage in stages(parent, [name[start:] for name in names], calls):
-        moment = second_moment(parent, stage[0], calls)
+    for stage in stages(passes.block, [name[start:] for name in names], passes.calls):
+        moment = second_moment(passes.inputs(stage))
         hessian = (
             None if moment is None else damped(moment, damping=calibration.damping, shrinkage=calibration.shrinkage)
         )
@@ -144,7 +155,7 @@ def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if any(name in stage for stage in found):
                 return
-            x = _input_of(args, kwargs)
+            x = input_of(args, kwargs)
             same = next((i for i, seen in enumerate(inputs) if seen is x), None)
             if same is None:
                 inputs.append(x)
@@ -158,23 +169,16 @@ def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[
     return found + [[name] for name in names if not any(name in stage for stage in found)]
 
 
-def second_moment(parent: nn.Module, name: str, calls: list[Call]) -> Tensor | None:
-    """Mean of ``x x.T`` over all tokens that reach the module ``name``, float32; None if none does, or only zeros."""
+def second_moment(inputs: Iterable[Tensor]) -> Tensor | None:
+    """Mean of ``x x.T`` over all tokens of ``inputs``, float32; None if there are none, or only zeros."""
     total, n_tokens = torch.zeros(()), 0
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal total, n_tokens
-        tokens = _input_of(args, kwargs).detach()
-        tokens = tokens.reshape(-1, tokens.shape[-1])
+    for x in inputs:
+        tokens = x.detach().reshape(-1, x.shape[-1])
         total = total.to(tokens.device)
         for part in tokens.split(MOMENT_TOKENS):
             part = part.float()
             total = total.addmm_(part.t(), part) if total.dim() else part.t() @ part
         n_tokens += len(tokens)
-        stop()
-
-    for call in calls:
-        run_until(parent, call, {name: hook})
     return total.div_(n_tokens) if n_tokens and total.diagonal().sum() > 0 else None
 
 
@@ -188,7 +192,3 @@ def damped(moment: Tensor, *, damping: float, shrinkage: float) -> Tensor:
     result = moment * (1 - shrinkage)
     result.diagonal().copy_(diagonal + damping * diagonal.mean())
     return result
-
-
-def _input_of(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))

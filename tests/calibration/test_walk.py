@@ -1,12 +1,15 @@
 """The walk: every layer gets the second moment of what it really reads, from the blocks as they are by then."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from integrations.tiny import tiny_model
 from torch import Tensor, nn
 
 from peft_quantlayers import Calibration, HQQConfig
-from peft_quantlayers.calibration import BlockWork, Visitor, walk
+from peft_quantlayers.calibration import BlockWork, Visitor, passes, walk
 from peft_quantlayers.layers.replace import linear_of, quantizable_modules
 
 IDS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -57,18 +60,96 @@ def test_second_moments_are_those_of_a_plain_forward_pass(family):
         torch.testing.assert_close(recorder.hessians[name], x.t() @ x / 160, rtol=1e-3, atol=1e-5)
 
 
-def test_layers_after_a_changed_one_read_what_it_gives_now():
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["changed", "replaced"])
+@pytest.mark.parametrize("max_waiting", [0, 1, 32])
+def test_layers_after_a_changed_one_read_what_it_gives_now(is_replaced, max_waiting, monkeypatch):
     class Halve(Recorder):
         def visit(self, name: str, hessian: Tensor | None) -> None:
             super().visit(name, hessian)
-            model.get_submodule(name).weight.data.mul_(0.5)
+            halved = copy.deepcopy(model.get_submodule(name)) if is_replaced else model.get_submodule(name)
+            halved.weight.data.mul_(0.5)
+            model.set_submodule(name, halved)
 
+    monkeypatch.setattr(passes, "MAX_WAITING", max_waiting)
     model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     halve = Halve()
     walk(model, names, DATA, halve, progress=False)
     for name, x in inputs_by_layer(model, names, IDS).items():
         torch.testing.assert_close(halve.hessians[name], x.t() @ x / 160, rtol=1e-3, atol=1e-6)
+
+
+class Experts(nn.Module):
+    """Three layers in an order of its own for each batch, each only where the batch asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = (self.first, self.second, self.third)
+        for index in x[0, -3:].int().tolist():
+            if index >= 0:
+                x = x + experts[index](x)
+        return x
+
+
+@pytest.mark.parametrize("max_waiting", [0, 32])
+def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatch):
+    """Each layer sees what the layers give that are done by then, as if every pass began anew."""
+
+    class Negate(Recorder):
+        def visit(self, name: str, hessian: Tensor | None) -> None:
+            inputs = []
+            for batch in batches:
+                handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                model(batch)
+                handle.remove()
+            x = torch.cat(inputs)
+            expected = x.t() @ x / len(x)
+            expected.diagonal().add_(1e-6 * expected.diagonal().mean())
+            torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-5)
+            model.get_submodule(name).weight.data.neg_()
+            super().visit(name, hessian)
+
+    monkeypatch.setattr(passes, "MAX_WAITING", max_waiting)
+    torch.manual_seed(0)
+    model, batches = Experts(), [torch.randn(12, 8) for _ in range(5)]
+    for batch, order in zip(batches, [(0, 1, 2), (2, 1, 0), (1, -1, -1), (0, 2, -1), (1, 0, 2)], strict=True):
+        batch[0, -3:] = torch.tensor(order)
+    names, negate = ["first", "second", "third"], Negate()
+    walk(model, names, Calibration(data=batches, damping=1e-6, shrinkage=0.0), negate, progress=False)
+    assert list(negate.hessians) == names
+
+
+def test_passes_that_wait_end_with_the_walk_and_bring_back_what_went_wrong():
+    class Refuses(Recorder):
+        def visit(self, name: str, hessian: Tensor | None) -> None:
+            raise RuntimeError("of the visitor")
+
+    class Fails(Recorder):
+        def visit(self, name: str, hessian: Tensor | None) -> None:
+            model.get_submodule(name).weight.data = torch.zeros(1, 1)
+
+    model, n_threads = tiny_model(), threading.active_count()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    forwards = {name: module.forward.__func__ for name, module in model.named_modules()}
+    with pytest.raises(RuntimeError, match="of the visitor"):
+        walk(model, names, DATA, Refuses(), progress=False)
+    with pytest.raises(RuntimeError, match="shape"):
+        walk(model, names, DATA, Fails(), progress=False)
+    assert threading.active_count() == n_threads
+    assert {name: module.forward.__func__ for name, module in model.named_modules()} == forwards
+
+
+def test_autocast_changes_nothing():
+    model, recorder, plain = tiny_model(), Recorder(), Recorder()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        walk(model, names, DATA, recorder, progress=False)
+    walk(model, names, DATA, plain, progress=False)
+    for name in names:
+        assert torch.equal(recorder.hessians[name], plain.hessians[name])
 
 
 def test_targets_are_the_outputs_of_the_model_as_it_was():

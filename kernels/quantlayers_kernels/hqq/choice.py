@@ -1,8 +1,8 @@
 """Choosing HQQ codes: those that bring a layer's outputs closest, one column after the other with all others held.
 
-The error is ``tr(D H D.T)`` for the difference ``D`` to the wanted weight. With the other columns held it is a parabola
-in one code, whose least place is the code plus ``(D H)[column] / (H[column, column] * step)``. The function here is the
-definition; on a CPU the compiled kernel takes its place, with the same codes but for ties in float32.
+The error is ``tr(D H D.T)`` for the difference ``D`` to the wanted weight. With the other columns held it is a
+parabola in one code, whose least place is the code plus ``(D H)[column] / (H[column, column] * step)``. The function
+here is the definition; on a CPU the compiled kernel takes its place, with the same codes but for ties in float32.
 """
 
 import torch
@@ -68,9 +68,7 @@ def _is_compiled(pull: Tensor) -> bool:
     return pull.device.type == "cpu" and pull.dtype == torch.float32 and native.is_available()
 
 
-def _compiled(
-    pull: Tensor, codes: Tensor, steps: Tensor, hessian: Tensor, *, max_code: int, sweeps: int
-) -> Tensor:
+def _compiled(pull: Tensor, codes: Tensor, steps: Tensor, hessian: Tensor, *, max_code: int, sweeps: int) -> Tensor:
     pull, codes = (part.clone(memory_format=torch.contiguous_format) for part in (pull, codes.float()))
     steps, hessian = steps.float().contiguous(), hessian.float().contiguous()
     curvature = hessian.diagonal().contiguous()
