@@ -15,6 +15,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 
 from .exceptions import FILE, ExpectedFailure, read_exceptions
 from .linears import SPECS, Replacement
@@ -63,6 +64,8 @@ class Judge:
         replacement = Replacement(self.method) if self.method != "dense" else None
         item.stash[_REPLACEMENT] = replacement
         with _no_network(), replacement or contextlib.nullcontext():
+            # Some tests depend on luck: test_training_works fails one time in twenty, on plain linears as well.
+            torch.manual_seed(0)
             if replacement is not None:
                 replacement.kept_dense = _trained_in_full(item)
                 replacement.is_on = item.path.name != QUANTIZES_ITSELF
