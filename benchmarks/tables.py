@@ -194,9 +194,9 @@ def lora_step() -> str:
     )
 
 
-def decode() -> str:
+def decode(name: str = "decode") -> str:
     """Milliseconds, and the rate against dense float32, of one 4096 x 4096 layer for each number of tokens."""
-    measured = result("decode")
+    measured = result(name)
     by_key = {(row["method"], row["tokens"]): row for row in measured["rows"] if row["shape"] == [4096, 4096]}
     tokens = list(dict.fromkeys(n_tokens for _, n_tokens in by_key))
     body = []
@@ -209,6 +209,7 @@ def decode() -> str:
         body.append(cells)
     head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
     command = "python benchmarks/bench_decode.py" + " --one-thread" * (measured["clock"] == "CPU time")
+    command += " --avx2" * (name == "decode_avx2")
     return (
         table(head, body)
         + f"\n\nIn brackets the rate, dense float32 = 1; medians, {measured['clock']}; compiled kernels: "
@@ -418,6 +419,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "loftq": loftq,
         "merge": merge,
         "decode": decode,
+        "decode_avx2": lambda: decode("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
         "quantize": quantize,
