@@ -285,10 +285,13 @@ def quantize() -> str:
     head += [
         f"{what}, {n} thread(s)" for what in ("published algorithm", "default", "hqq package") for n in thread_counts
     ]
-    model = measured["memory"]["model"]
-    seconds = statistics.median(run["seconds"] for run in model)
-    extra = max(run["extra_peak_mib"] for run in model)
-    whole = f"All of SmolLM2-135M, 106 million weights: {seconds:.1f} s, {extra:.0f} MiB above the float model."
+    parts = {"4 bits": "model", "3 bits": "model, 3 bits", "2 bits": "model, 2 bits"}
+    models = {bits: measured["memory"][part] for bits, part in parts.items()}
+    seconds = {bits: statistics.median(run["seconds"] for run in runs) for bits, runs in models.items()}
+    extra = max(run["extra_peak_mib"] for runs in models.values() for run in runs)
+    whole = "All of SmolLM2-135M, 106 million weights: "
+    whole += ", ".join(f"{each:.1f} s at {bits}" for bits, each in seconds.items())
+    whole += f"; {extra:.0f} MiB above the float model."
     return table(head, rows) + f"\n\n{whole} " + device_line(measured["device"], "python benchmarks/bench_quantize.py")
 
 

@@ -31,7 +31,7 @@ SIGNATURES = {
     "ql_aqlm_dequantize": (4, 7, 5),
     "ql_aqlm_update": (6, 5, 3),
     "ql_aqlm_choose": (7, 8, 2),
-    "ql_hqq_offsets": (4, 3, 3),
+    "ql_hqq_offsets": (7, 3, 3),
     "ql_hqq_lines": (7, 3, 3),
     "ql_hqq_choose": (5, 3, 3),
 }

@@ -23,7 +23,7 @@ gives the same codes whatever else is in the matrix: a group ends where it stops
 steps, and where the shrink is at work, which may raise the error, the best zero seen is kept. (Where it is
 not, each step can only lower the squared error, and the last zero is the best.)
 
-Where the compiled kernels are there, they do the steps without shrink, to the bit, and the refinement, up to rounding:
+Where the compiled kernels are there, they do all of it, up to rounding, and without shrink to the bit:
 ``quantlayers_kernels.hqq.solve``.
 """
 
@@ -116,13 +116,20 @@ def _solve_offset(
     """
     if not solve.can_solve(shifted):
         return _iterated_offset(shifted, offset, steps_per_unit, max_code=max_code, options=options)
-    limit = _smallest_threshold(options) * steps_per_unit
-    solved = solve.offsets(shifted, offset, limit, max_code=max_code, iters=options.iters)
-    is_open = solved.isnan().squeeze(1)
-    if is_open.any():
-        rest = (part[is_open] for part in (shifted, offset, steps_per_unit))
-        solved[is_open] = _iterated_offset(*rest, max_code=max_code, options=options)
-    return solved
+    betas = [options.beta]
+    while len(betas) < options.iters:
+        betas.append(min(betas[-1] * options.kappa, MAX_BETA))
+    betas = betas[: options.iters]
+    return solve.offsets(
+        shifted,
+        offset,
+        steps_per_unit,
+        max_code=max_code,
+        betas=betas,
+        thresholds=[_threshold(beta, options) for beta in betas],
+        smallest_threshold=_smallest_threshold(options),
+        lp_norm=options.lp_norm,
+    )
 
 
 def _smallest_threshold(options: HalfQuadraticOptions) -> float:

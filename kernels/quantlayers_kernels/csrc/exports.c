@@ -178,25 +178,29 @@ static void solve_lines(const void *context, int64_t begin, int64_t end, float *
     call->kernels->hqq_lines(&call->groups, begin, end, scratch);
 }
 
-/* Moves offset (n,) to where the codes of values (n, group_size) stand still; NaN where a residual is over its limit. */
-int ql_hqq_offsets(float *offset, const float *values, const float *mean, const float *limit, int64_t n,
-                   int64_t group_size, int64_t iters, int max_code, int n_threads, int variant) {
+/* Moves offset (n,) to where the codes of values (n, group_size) stand still, or to the best one that was seen where the
+ * shrink is at work. `options`: the smallest threshold and the exponent. */
+int ql_hqq_offsets(float *offset, const float *values, const float *mean, const float *steps, const float *betas,
+                   const float *thresholds, const float *options, int64_t n, int64_t group_size, int64_t iters,
+                   int max_code, int n_threads, int variant) {
     struct solver_call call = {
         .kernels = kernels_of(variant),
-        .groups = {.offset = offset, .values = values, .mean = mean, .limit = limit, .group_size = group_size,
-                   .iters = iters, .max_code = (float)max_code},
+        .groups = {.offset = offset, .values = values, .mean = mean, .steps = steps, .betas = betas,
+                   .thresholds = thresholds, .smallest_threshold = options[0], .exponent = options[1],
+                   .group_size = group_size, .iters = iters, .max_code = (float)max_code},
     };
     return for_rows(solve_offsets, &call, n, MAX_LANES * group_size, n_threads);
 }
 
-/* slope and offset (n,) of the better of two fits, from slope 1 and `offset` and from the other two. */
+/* slope and offset (n,) of the better of two fits, from slope 1 and `offset` and from the other two; `margin` points to
+ * one number. */
 int ql_hqq_lines(float *slope, float *offset, const float *values, const float *mean, const float *other_slope,
                  const float *other_offset, const float *margin, int64_t n, int64_t group_size, int64_t iters,
                  int max_code, int n_threads, int variant) {
     struct solver_call call = {
         .kernels = kernels_of(variant),
         .groups = {.offset = offset, .slope = slope, .values = values, .mean = mean, .other_slope = other_slope,
-                   .other_offset = other_offset, .margin = margin, .group_size = group_size, .iters = iters,
+                   .other_offset = other_offset, .margin = *margin, .group_size = group_size, .iters = iters,
                    .max_code = (float)max_code, .centre = (float)(max_code / 2)},
     };
     return for_rows(solve_lines, &call, n, MAX_LANES * group_size, n_threads);

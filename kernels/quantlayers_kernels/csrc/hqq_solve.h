@@ -42,27 +42,78 @@ INLINE floats nearest_code(floats v, float max_code, float centre) {
     return (lower(higher(v, none), none + max_code) + 0x1.8p23f) - (0x1.8p23f + centre);
 }
 
+/* x ** exponent for positive, normal x, to a few units in the last place; the exponent lies between -1 and 0. */
+INLINE floats power(floats x, float exponent) {
+    /* x = m * 2^e with m from sqrt(1/2) to sqrt(2); log2(m) by its series in s = (m - 1) / (m + 1). */
+    const ints bits = (ints)x, e = (bits - 0x3f3504f3) >> 23;
+    const floats m = (floats)(bits - (e << 23)), s = (m - 1) / (m + 1), t = s * s;
+    const floats series = 1 + t * (1.f / 3 + t * (1.f / 5 + t * (1.f / 7 + t * (1.f / 9))));
+    const floats none = {0}, y = (floats_of(e) + s * series * 2.88539008f) * exponent;
+    const floats limited = lower(higher(y, none - 126), none + 126);
+    /* 2^y = 2^whole * e^(f ln 2), f from -1/2 to 1/2. */
+    const floats whole = (limited + 0x1.8p23f) - 0x1.8p23f, f = (limited - whole) * 0.693147181f;
+    const floats raised = 1 + f * (1 + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
+    return (floats)((ints)raised + (__builtin_convertvector(whole, ints) << 23));
+}
+
+/* What a step sums over the values of a group: codes, the sizes of residuals and what the shrink leaves of them. */
+struct shrink_sums {
+    floats codes, sizes, shrunk;
+    ints is_shrunk;
+};
+
+INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *values, floats offset, floats unit,
+                                      int64_t step) {
+    const floats none = {0}, smallest = none + 1e-30f;
+    const float threshold = g->thresholds[step], share = 1 / g->betas[step];
+    struct shrink_sums sums = {{0}, {0}, {0}, {0}};
+    for (int64_t k = 0; k < g->group_size; k++) {
+        const floats v = load(values + k * LANES) + offset, code = nearest_code(v, g->max_code, 0);
+        const floats residual = (v - code) * unit, size = higher(residual, -residual);
+        sums.codes += code;
+        sums.sizes += size;
+        if (!is_any(size > threshold))
+            continue;
+        const floats left = higher(size - power(higher(size, smallest), g->exponent) * share, none);
+        sums.shrunk += chosen(residual < none, -left, left);
+        sums.is_shrunk |= left > none;
+    }
+    return sums;
+}
+
 static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
     const float n = (float)g->group_size;
     for (int64_t first = begin; first < end; first += LANES) {
         const struct lane_groups groups = groups_from(first, end);
         transpose_groups(g, groups, values);
-        const floats mean = gathered(g->mean, groups), limit = gathered(g->limit, groups), none = {0};
-        floats offset = gathered(g->offset, groups);
-        ints is_open = {0};
+        const floats mean = gathered(g->mean, groups), steps = gathered(g->steps, groups), none = {0};
+        const floats unit = 1 / steps, smallest = g->smallest_threshold * steps;
+        floats offset = gathered(g->offset, groups), best = offset, best_error = none + __builtin_inff();
+        ints is_shrunk = {0};
         for (int64_t t = 0; t < g->iters; t++) {
             const floats residual = higher(higher(offset, -offset), none + 0.5f) * (1 + 1e-5f);
-            is_open |= residual > limit;
-            floats sum = {0};
-            for (int64_t k = 0; k < g->group_size; k++)
-                sum += nearest_code(load(values + k * LANES) + offset, g->max_code, 0);
-            const floats moved = sum / n - mean;
-            const ints is_moving = (moved != offset) & ~is_open;
+            const ints is_looked_at = (residual > g->thresholds[t] * steps) | is_shrunk;
+            floats moved;
+            if (is_any(is_looked_at)) {
+                const struct shrink_sums sums = shrunk_sums(g, values, offset, unit, t);
+                is_shrunk |= is_looked_at & sums.is_shrunk;
+                const ints is_better = is_shrunk & (sums.sizes < best_error);
+                best = chosen(is_better, offset, best);
+                best_error = chosen(is_better, sums.sizes, best_error);
+                moved = sums.codes / n - mean + chosen(is_looked_at, sums.shrunk / n * steps, none);
+            } else {
+                floats sum = {0};
+                for (int64_t k = 0; k < g->group_size; k++)
+                    sum += nearest_code(load(values + k * LANES) + offset, g->max_code, 0);
+                moved = sum / n - mean;
+            }
+            /* A group that stands still moves again where a growing beta lets the shrink reach its residuals. */
+            const ints is_moving = (moved != offset) | (residual > smallest);
             offset = moved;
             if (!is_any(is_moving))
                 break;
         }
-        scatter(g->offset, groups, chosen(is_open, none + __builtin_nanf(""), offset));
+        scatter(g->offset, groups, chosen(is_shrunk, best, offset));
     }
 }
 
@@ -144,7 +195,7 @@ static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin,
         const struct line narrow = {gathered(g->other_slope, groups), gathered(g->other_offset, groups), none};
         const struct line a = fitted_line(g, values, mean, spread, wide);
         const struct line b = fitted_line(g, values, mean, spread, narrow);
-        const ints is_better = b.error < a.error - *g->margin * spread;
+        const ints is_better = b.error < a.error - g->margin * spread;
         scatter(g->slope, groups, chosen(is_better, b.slope, a.slope));
         scatter(g->offset, groups, chosen(is_better, b.offset, a.offset));
     }

@@ -64,14 +64,22 @@ struct aqlm_choice {
     int64_t n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
-/* Groups of values (n, group_size), shifted and scaled as hqq/solve.py has it; all else (n,). `limit` is read by
- * hqq_offsets, `slope` and what begins with other_ by hqq_lines. */
+/* Groups of values (n, group_size), shifted and scaled as hqq/solve.py has it; pointers are to (n,) but for those to
+ * what belongs to all groups. */
 struct hqq_groups {
-    float *offset, *slope; /* changed, and written */
-    const float *values, *mean, *limit, *other_slope, *other_offset;
-    const float *margin; /* one number: how much of its variance the error of the other must be below */
+    float *offset; /* changed */
+    const float *values, *mean;
     int64_t group_size, iters;
-    float max_code, centre; /* the whole number that half of max_code is rounded down to */
+    float max_code;
+    /* hqq_offsets: steps in a unit of weight; for all, the beta of each iteration, and the size of a residual up to which
+     * its shrink leaves nothing, the smallest of these, and the exponent of the shrink. */
+    const float *steps, *betas, *thresholds;
+    float smallest_threshold, exponent;
+    /* hqq_lines: what is found, the other start, how much of its variance the other's error must be below, and the whole
+     * number that half of max_code is rounded down to. */
+    float *slope;
+    const float *other_slope, *other_offset;
+    float margin, centre;
 };
 
 /* HQQ codes to be chosen column after column; see hqq/choice.py. */

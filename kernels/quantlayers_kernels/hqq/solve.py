@@ -23,18 +23,35 @@ def can_solve(shifted: Tensor) -> bool:
     )
 
 
-def offsets(shifted: Tensor, offset: Tensor, limit: Tensor, *, max_code: int, iters: int) -> Tensor:
-    """Offsets after up to ``iters`` steps of ``mean(q) - mean(shifted)``; (n_groups, 1).
+def offsets(
+    shifted: Tensor,
+    offset: Tensor,
+    steps_per_unit: Tensor,
+    *,
+    max_code: int,
+    betas: list[float],
+    thresholds: list[float],
+    smallest_threshold: float,
+    lp_norm: float,
+) -> Tensor:
+    """Offsets after up to ``len(betas)`` steps of ``mean(q) - mean(shifted) + mean(shrink(residual))``; (n_groups, 1).
 
-    NaN for a group in which the largest residual has been over ``limit`` (n_groups, 1), so that it shrinks. Others are
-    to the bit those of the plain way, as long as a group's codes add up to less than ``2**24``.
+    To the bit those of the plain way where the shrink is not at work, as long as a group's codes add up to less than
+    ``2**24``; elsewhere the best that was seen, up to rounding.
+
+    Args:
+        steps_per_unit: (n_groups, 1), size of a unit of weight in steps: the shrink is in units of weight.
+        betas, thresholds: of each step its beta, and the size of a residual up to which its shrink leaves nothing.
+        smallest_threshold: the least of these. lp_norm: the exponent of the shrink is one less.
     """
-    shifted, offset, limit = shifted.contiguous(), offset.contiguous().clone(), limit.contiguous()
-    mean = shifted.mean(1)
+    shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
+    mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
+    options = torch.tensor([smallest_threshold, lp_norm - 1])
     native.call(
         "ql_hqq_offsets",
-        *(offset.data_ptr(), shifted.data_ptr(), mean.data_ptr(), limit.data_ptr()),
-        *(*shifted.shape, iters, max_code),
+        *(offset.data_ptr(), shifted.data_ptr(), mean.data_ptr(), steps_per_unit.data_ptr()),
+        *(of_steps[0].data_ptr(), of_steps[1].data_ptr(), options.data_ptr()),
+        *(*shifted.shape, len(betas), max_code),
     )
     return offset
 
