@@ -55,8 +55,9 @@ class Passes:
     def outputs(self) -> Iterator[Tensor]:
         """The block's output for each call, with the layers as they are now."""
         for index, call in enumerate(self.calls):
-            waiting = self.waiting.pop(index, None)
+            waiting = self.waiting.get(index)
             yield call(self.block) if waiting is None else waiting.go_on().output
+            self.waiting.pop(index, None)
 
     def _input(self, index: int, call: Call) -> Tensor | None:
         if index >= self.n_waiting:
@@ -65,12 +66,12 @@ class Passes:
                 call(self.block)
             return self.arrived
         # One that has gone by the layer is of no use any more.
-        waiting = self.waiting.pop(index, None)
+        waiting = self.waiting.get(index)
         if waiting is None or waiting.go_on().is_over:
-            waiting = _Pass(call, self.block).go_on()
+            waiting = self.waiting[index] = _Pass(call, self.block)
+            waiting.go_on()
         if waiting.is_over:
-            return None
-        self.waiting[index] = waiting
+            del self.waiting[index]
         return waiting.arrived
 
     @contextmanager
