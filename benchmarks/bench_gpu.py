@@ -1,7 +1,7 @@
 """What a GPU makes of the kernels: bandwidth of dequantizing, products with few tokens, LoRA training steps.
 
-First the tests of ``tests/gpu`` run; where one fails, nothing is timed. Every product is then compared with that of
-the dense weight it stands for; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
+First the tests of ``tests/gpu`` run, and what they say is kept in the result. Every product is then compared with that
+of the dense weight it stands for; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
 error of one that fails. Then all take turns, each with a flushed level-2 cache, and medians of CUDA events are kept; a
 pause on the GPU before each lets the host run ahead, so that launching is not measured. What it costs the host stands
 beside it.

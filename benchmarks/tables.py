@@ -175,7 +175,7 @@ def lora_step() -> str:
         for row in measured["rows"]
     ]
     head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1"]
-    command = "python benchmarks/bench_lora_step.py"
+    command = "python benchmarks/bench_lora_step.py" + " --one-thread" * (measured["clock"] == "CPU time")
     kinds = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in measured["saved"]))
     kept = {(row["layer"], row["dtype"], row["dropout"]): row for row in measured["saved"]}
     saved = [
@@ -285,6 +285,7 @@ def quantize() -> str:
     head += [
         f"{what}, {n} thread(s)" for what in ("published algorithm", "default", "hqq package") for n in thread_counts
     ]
+    threads = " ".join(map(str, thread_counts))
     parts = {"4 bits": "model", "3 bits": "model, 3 bits", "2 bits": "model, 2 bits"}
     models = {bits: measured["memory"][part] for bits, part in parts.items()}
     seconds = {bits: statistics.median(run["seconds"] for run in runs) for bits, runs in models.items()}
@@ -292,7 +293,11 @@ def quantize() -> str:
     whole = "All of SmolLM2-135M, 106 million weights: "
     whole += ", ".join(f"{each:.1f} s at {bits}" for bits, each in seconds.items())
     whole += f"; {extra:.0f} MiB above the float model."
-    return table(head, rows) + f"\n\n{whole} " + device_line(measured["device"], "python benchmarks/bench_quantize.py")
+    return (
+        table(head, rows)
+        + f"\n\n{whole} "
+        + device_line(measured["device"], f"python benchmarks/bench_quantize.py --threads {threads}")
+    )
 
 
 def aqlm_quantizer() -> str:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "QUANTLAYERS_NO_EXTENSION"
 # What csrc/exports.c says; another number is a library that was built from other sources.
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 VARIANTS = ("baseline", "avx2", "avx512")
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -8,7 +8,7 @@ memory is there, a pass waits in a thread of its own instead; only one thread ru
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from .blocks import Call, Stop, input_of
 
-# Passes that wait at a time: each holds what the block has computed so far, and the threads that torch starts for it.
+# Passes that wait at a time, each with what the block has computed so far; and the threads of all of them together,
+# since torch starts as many for each pass as it uses.
 MAX_WAITING = 32
+MAX_THREADS = 128
 
 
 class Passes:
@@ -28,7 +30,8 @@ class Passes:
     def __init__(self, block: nn.Module, calls: list[Call]) -> None:
         self.block, self.calls = block, calls
         device = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
-        self.n_waiting = min(len(calls), MAX_WAITING) if device.type == "cpu" else 0
+        most = min(len(calls), MAX_WAITING, MAX_THREADS // torch.get_num_threads())
+        self.n_waiting = most if device.type == "cpu" else 0
         self.waiting: dict[int, _Pass] = {}
         self.arrived: Tensor | None = None
 
@@ -44,7 +47,7 @@ class Passes:
             each.end()
         self.waiting.clear()
 
-    def inputs(self, names: list[str]) -> Iterator[Tensor]:
+    def inputs(self, names: list[str]) -> Generator[Tensor]:
         """What the first of the layers ``names`` to run reads in each call; calls that reach none give nothing."""
         with self._paused(names):
             for index, call in enumerate(self.calls):

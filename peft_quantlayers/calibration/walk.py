@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +130,9 @@ def _visit_in_order(
 ) -> None:
     start = len(prefix) + 1 if prefix else 0
     for stage in stages(passes.block, [name[start:] for name in names], passes.calls):
-        moment = second_moment(passes.inputs(stage))
+        # Closed whatever happens: while it is open, the layers' forwards are not their own.
+        with closing(passes.inputs(stage)) as inputs:
+            moment = second_moment(inputs)
         hessian = (
             None if moment is None else damped(moment, damping=calibration.damping, shrinkage=calibration.shrinkage)
         )

@@ -291,6 +291,10 @@ class QuantizedLinear(nn.Linear):
                 f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
                 f"shape {tuple(x.shape)}."
             )
+        if self.codes.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"{self.layer_name}: its weight is on the meta device, without numbers. Load the weights first."
+            )
         dtype, output_dtype = self.compute_dtype, x.dtype
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = output_dtype = torch.get_autocast_dtype(x.device.type)

@@ -186,7 +186,11 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         return aqlm_dequantize(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype)
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
-        return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
+        codes, codebooks, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+        if bias is not None and scales.requires_grad and not codebooks.requires_grad:
+            # The gradient of the scales is read off the product, which a large bias would drown in half precision.
+            return aqlm_linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
+        return aqlm_linear(x, codes, codebooks, scales, bias)
 
 
 def _default_beam(spec: AQLMSpec, device: torch.device) -> int:

@@ -1,7 +1,9 @@
 """The walk: every layer gets the second moment of what it really reads, from the blocks as they are by then."""
 
+import _thread
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -140,6 +142,49 @@ def test_passes_that_wait_end_with_the_walk_and_bring_back_what_went_wrong():
         walk(model, names, DATA, Fails(), progress=False)
     assert threading.active_count() == n_threads
     assert {name: module.forward.__func__ for name, module in model.named_modules()} == forwards
+
+
+def test_an_interrupt_leaves_no_thread_and_no_forward_behind(monkeypatch):
+    """Ctrl-C while the moments are added up, with the exception kept as an interactive session keeps it."""
+    model, n_threads = tiny_model(), threading.active_count()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "addmm_", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            walk(model, names, DATA, Recorder(), progress=False)
+    assert kept.value is not None
+    assert threading.active_count() == n_threads
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_an_interrupt_while_a_pass_runs_ends_it():
+    class Interrupting(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.n_calls = inner, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n_calls += 1
+            if isinstance(threading.current_thread(), passes._Pass) and self.n_calls == 4:
+                _thread.interrupt_main()
+                time.sleep(0.2)
+            return self.inner(x)
+
+    model, n_threads = tiny_model(), threading.active_count()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    model.model.layers[0].mlp.act_fn = Interrupting(model.model.layers[0].mlp.act_fn)
+    with pytest.raises(KeyboardInterrupt):
+        walk(model, names, DATA, Recorder(), progress=False)
+    assert threading.active_count() == n_threads
+
+
+def test_passes_are_few_where_torch_uses_many_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert passes.Passes(tiny_model(), [None] * 100).n_waiting == 2
 
 
 def test_autocast_changes_nothing():

@@ -5,7 +5,7 @@ import torch
 from conftest import FASTEST_AND_PLAIN
 
 from quantlayers_kernels import tiled
-from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
+from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear, op
 from quantlayers_kernels.aqlm.reference import aqlm_linear_reference, dequantize_aqlm_reference, unsigned_codes
 
 pytestmark = [
@@ -117,7 +117,11 @@ def test_opcheck_accepts_the_operators(scheme):
     scales.requires_grad_()
     x, bias = torch.randn(3, IN, requires_grad=True), torch.randn(OUT, requires_grad=True)
     torch.library.opcheck(aqlm_linear, (x, codes, codebooks, scales, bias))
+    torch.library.opcheck(aqlm_linear, (x, codes, codebooks.detach(), scales, bias))
     torch.library.opcheck(aqlm_dequantize, (codes, codebooks, scales, torch.float32))
+    weight = (codes, codebooks.detach(), scales.detach())
+    torch.library.opcheck(op.aqlm_input_gradient, (torch.randn(3, OUT), *weight))
+    torch.library.opcheck(op.aqlm_metadata_gradient, (torch.randn(OUT, IN), *weight))
 
 
 @pytest.mark.parametrize("scheme", [(2, 8, 1, 8), (1, 4, 3, 16)], ids=str)

@@ -60,9 +60,15 @@ def test_after_enough_sweeps_no_single_code_can_do_better(kernels):
 
 
 @every_instruction_set
-def test_rows_do_not_depend_on_each_other_or_on_the_threads(kernels):
+@pytest.mark.parametrize("n_threads", [1, 5])
+def test_rows_do_not_depend_on_each_other_or_on_the_threads(kernels, n_threads):
     pull, codes, steps, hessian = random_problem(200, 48, 3)
-    whole = chosen_in_columns(pull, codes, steps, hessian, max_code=3, sweeps=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        whole = chosen_in_columns(pull, codes, steps, hessian, max_code=3, sweeps=2)
+    finally:
+        torch.set_num_threads(before)
     parts = [
         chosen_in_columns(pull[rows], codes[rows], steps[rows], hessian, max_code=3, sweeps=2)
         for rows in (slice(0, 7), slice(7, 200))
@@ -76,3 +82,10 @@ def test_shapes_that_contradict_each_other_are_refused():
         chosen_in_columns(pull, codes, steps, hessian[:5, :5], max_code=3, sweeps=1)
     with pytest.raises(ValueError, match=r"steps has the shape \(4, 5\)"):
         chosen_in_columns(pull, codes, steps[:, :5], hessian, max_code=3, sweeps=1)
+    with pytest.raises(ValueError, match="one device"):
+        chosen_in_columns(pull, codes.to("meta"), steps, hessian, max_code=3, sweeps=1)
+
+
+def test_no_columns_are_no_work():
+    none = torch.empty(4, 0)
+    assert chosen_in_columns(none, none, none, torch.empty(0, 0), max_code=3, sweeps=1).shape == (4, 0)

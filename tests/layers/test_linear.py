@@ -276,6 +276,8 @@ def test_a_move_to_meta_and_back_keeps_layout_dtypes_and_count():
     assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
     assert layer.weight.device.type == "meta"
     assert layer(torch.randn(2, 48, device="meta")).shape == (2, 8)
+    with pytest.raises(RuntimeError, match=r"meta device, without numbers\. Load the weights"):
+        layer(torch.randn(2, 48))
     assert sum(parameter.numel() for parameter in layer.parameters()) == 8 * 48 + 8
     layer.to_empty(device="cpu")
     layer.load_state_dict(make_layer().state_dict())

@@ -339,3 +339,18 @@ def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
 def test_a_spec_that_makes_no_sense_is_refused(fields, error):
     with pytest.raises(error, match=next(iter(fields))):
         AQLMSpec(**fields)
+
+
+def test_scales_get_a_right_gradient_beside_a_bias_that_is_much_larger_than_the_product():
+    """In bfloat16 such a bias would take the product's last digits, from which the scales' gradient is read."""
+    method, spec = AQLMMethod(), AQLMSpec(num_codebooks=2, nbits_per_codebook=8)
+    quantized = method.quantize(weight_of(32, 64), spec, name="layer")
+    x, grad, bias = torch.randn(16, 64), torch.randn(16, 32), torch.full((32,), 30.0)
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {name: tensor.clone() for name, tensor in quantized.tensors.items()}
+        scales = tensors["scales"] = tensors["scales"].float().requires_grad_()
+        method.linear(x.to(dtype), tensors, spec, bias.to(dtype)).backward(grad.to(dtype))
+        grads[dtype] = scales.grad.flatten()
+    error = (grads[torch.bfloat16] - grads[torch.float32]).norm() / grads[torch.float32].norm()
+    assert error < 1e-2

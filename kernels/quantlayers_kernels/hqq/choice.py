@@ -29,7 +29,7 @@ def chosen_in_columns(
     Args:
         pull: the difference to the wanted weight times the Hessian's columns, (out_features, columns), float32. Not
             changed.
-        codes: where to start, (out_features, columns), float32, whole. Not changed.
+        codes: where to start, (out_features, columns), floating, whole. Not changed.
         steps: weight units per code step, (out_features, columns), float32, not 0.
         hessian: of these columns with each other, (columns, columns), float32, symmetric, with a positive diagonal.
         max_code: codes run from 0 to it.
@@ -39,7 +39,7 @@ def chosen_in_columns(
         New codes, shaped and typed as ``codes``.
 
     Raises:
-        ValueError: shapes contradict each other.
+        ValueError: shapes or devices contradict each other.
     """
     columns = pull.shape[1]
     for name, found, shape in (
@@ -49,8 +49,13 @@ def chosen_in_columns(
     ):
         if tuple(found) != tuple(shape):
             raise ValueError(f"{name} has the shape {tuple(found)}; a pull of {tuple(pull.shape)} wants {shape}.")
+    devices = {part.device for part in (pull, codes, steps, hessian)}
+    if len(devices) > 1:
+        raise ValueError(f"pull, codes, steps and hessian are on {sorted(map(str, devices))}; put them on one device.")
+    if not pull.numel():
+        return codes.clone()
     if _is_compiled(pull):
-        return _compiled(pull, codes, steps, hessian, max_code=max_code, sweeps=sweeps)
+        return _compiled(pull, codes, steps, hessian, max_code=max_code, sweeps=sweeps).to(codes.dtype)
     # Columns lie contiguous in what follows.
     pull, codes, steps = (part.t().clone(memory_format=torch.contiguous_format) for part in (pull, codes, steps))
     curvature = hessian.diagonal().tolist()
