@@ -147,12 +147,11 @@ def _spilled(cubin: bytes) -> int:
 
 
 KERNELS = [("dequantize", 1), ("one_token", 1), ("few_tokens", 16), ("few_tokens", 64)]
-TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT = (2, 8), (1, 16), (8, 8, 32)
-ALL = (1, 2, 3, 4, 8, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)
+ONE_BY_EIGHT, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT = (1, 8), (2, 8), (1, 16), (8, 8, 32)
+ALL = (1, 2, 3, 4, 8, ONE_BY_EIGHT, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)
 CASES = [
     *((scheme, "sm_90", torch.bfloat16) for scheme in ALL),
-    *((scheme, "sm_80", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN)),
-    *((scheme, "sm_89", torch.float16) for scheme in (3, 4, TWO_BY_EIGHT, ONE_BY_SIXTEEN, EIGHT_BY_EIGHT)),
+    *((scheme, target, torch.float16) for scheme in ALL for target in ("sm_80", "sm_89")),
     *((scheme, "sm_90", torch.float32) for scheme in (4, TWO_BY_EIGHT)),
     *((scheme, "gfx942", torch.float16) for scheme in (4, ONE_BY_SIXTEEN)),
 ]
