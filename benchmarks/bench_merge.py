@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.adapters.merge import STRATEGIES
+from peft_quantlayers.adapters.rounding import STEPS_PER_CHOICE
 from peft_quantlayers.evaluate import Capture, capture, demo_model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -273,39 +274,49 @@ def step_model(training: str, setting: str) -> nn.Module:
     return model
 
 
-def take_step(model: nn.Module, ids: Tensor) -> None:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    """A whole step: AQLM chooses codes anew after a few of them, so that the adapter has to change."""
     model(input_ids=ids, labels=ids).loss.backward()
-    model.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Seconds (interleaved) and peak memory (a process each) of a step, plain and merge-aware, for each setting."""
+    """Seconds (interleaved) and peak memory (a process each) of a step, plain and merge-aware, for each setting.
+
+    Means, over whole rounds of the steps that share one choice of AQLM's codes.
+    """
     for setting in options.settings:
         models = {training: step_model(training, setting) for training in ("plain", "aware")}
+        optimizers = {training: optimizer_of(model) for training, model in models.items()}
         for tokens in options.step_tokens:
             ids = torch.randint(0, 49_000, (options.batch, tokens))
             seconds: dict[str, list[float]] = {name: [] for name in models}
             for repeat in range(options.repeats + 1):
                 for name, model in models.items():
                     start = time.perf_counter()
-                    take_step(model, ids)
+                    take_step(model, optimizers[name], ids)
                     if repeat:
                         seconds[name].append(time.perf_counter() - start)
-            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            means = {name: statistics.mean(times) for name, times in seconds.items()}
             peaks = {name: peak_gib(setting, name, options.batch, tokens) for name in models}
             row = {
                 "setting": setting,
                 "batch": options.batch,
                 "tokens": tokens,
-                "median_s": medians,
+                "mean_s": means,
                 "all_s": seconds,
-                "time_ratio": medians["aware"] / medians["plain"],
+                "time_ratio": means["aware"] / means["plain"],
                 "peak_gib": peaks,
                 "memory_ratio": peaks["aware"] / peaks["plain"],
             }
             print(
-                f"{setting:14} {options.batch} x {tokens:4} tokens  step {medians['plain']:.3f} s plain, "
-                f"{medians['aware']:.3f} s aware ({row['time_ratio']:.2f} x); "
+                f"{setting:14} {options.batch} x {tokens:4} tokens  step {means['plain']:.3f} s plain, "
+                f"{means['aware']:.3f} s aware ({row['time_ratio']:.2f} x); "
                 f"peak {peaks['plain']:.2f} GiB plain, {peaks['aware']:.2f} GiB aware "
                 f"({row['memory_ratio']:.2f} x)",
                 flush=True,
@@ -322,9 +333,10 @@ def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
 
 def print_peak(setting: str, training: str, batch: int, tokens: int) -> None:
     model = step_model(training, setting)
+    optimizer = optimizer_of(model)
     reset_peak()
     for _ in range(2):
-        take_step(model, torch.randint(0, 49_000, (batch, tokens)))
+        take_step(model, optimizer, torch.randint(0, 49_000, (batch, tokens)))
     print(resident_bytes("VmHWM") / 2**30)
 
 
@@ -373,7 +385,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--held-out-tokens", type=int, default=4096)
     parser.add_argument("--orders", type=int, default=48, help="held-out orders")
     parser.add_argument("--step-tokens", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2 * STEPS_PER_CHOICE)
     parser.add_argument("--only-steps", action="store_true", help="measure the costs of a step and nothing else")
     parser.add_argument("--skip-steps", action="store_true", help="measure merges only")
     parser.add_argument("--output", type=Path, default=RESULTS)
