@@ -116,10 +116,7 @@ def _solve_offset(
     """
     if not solve.can_solve(shifted):
         return _iterated_offset(shifted, offset, steps_per_unit, max_code=max_code, options=options)
-    betas = [options.beta]
-    while len(betas) < options.iters:
-        betas.append(min(betas[-1] * options.kappa, MAX_BETA))
-    betas = betas[: options.iters]
+    betas = _betas(options)
     return solve.offsets(
         shifted,
         offset,
@@ -130,6 +127,14 @@ def _solve_offset(
         smallest_threshold=_smallest_threshold(options),
         lp_norm=options.lp_norm,
     )
+
+
+def _betas(options: HalfQuadraticOptions) -> list[float]:
+    """The beta of each step."""
+    betas = [options.beta]
+    while len(betas) < options.iters:
+        betas.append(min(betas[-1] * options.kappa, MAX_BETA))
+    return betas[: options.iters]
 
 
 def _smallest_threshold(options: HalfQuadraticOptions) -> float:
@@ -150,9 +155,8 @@ def _iterated_offset(
     index = torch.arange(shifted.shape[0], device=shifted.device)
     mean = shifted.mean(1, keepdim=True)
     buffer = torch.empty_like(shifted)
-    beta = options.beta
     smallest_threshold = _smallest_threshold(options)
-    for _ in range(options.iters):
+    for beta in _betas(options):
         codes = torch.add(shifted, offset, out=buffer[: shifted.shape[0]]).round_().clamp_(0, max_code)
         moved_to = codes.mean(1, keepdim=True).sub_(mean)
 
@@ -183,7 +187,6 @@ def _iterated_offset(
         if n_moving < 0.6 * len(index):
             kept = is_moving.nonzero().squeeze(1)
             index, shifted, offset, mean = (part[kept] for part in (index, shifted, offset, mean))
-        beta = min(beta * options.kappa, MAX_BETA)
     return torch.where(is_shrunk, best, solved)
 
 

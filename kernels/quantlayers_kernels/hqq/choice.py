@@ -58,10 +58,10 @@ def chosen_in_columns(
         return _compiled(pull, codes, steps, hessian, max_code=max_code, sweeps=sweeps).to(codes.dtype)
     # Columns lie contiguous in what follows.
     pull, codes, steps = (part.t().clone(memory_format=torch.contiguous_format) for part in (pull, codes, steps))
-    curvature = hessian.diagonal().tolist()
+    per_step = hessian.diagonal()[:, None] * steps
     for column in list(range(columns)) * sweeps:
         # The zero cancels: what is asked is how many steps to move from the code that is there.
-        wanted = codes[column] + pull[column] / (curvature[column] * steps[column])
+        wanted = codes[column] + pull[column] / per_step[column]
         chosen = wanted.round_().clamp_(0, max_code)
         moved = (chosen - codes[column]) * steps[column]
         codes[column] = chosen

@@ -42,7 +42,7 @@ def offsets(
     Args:
         steps_per_unit: (n_groups, 1), size of a unit of weight in steps: the shrink is in units of weight.
         betas, thresholds: of each step its beta, and the size of a residual up to which its shrink leaves nothing.
-        smallest_threshold: the least of these. lp_norm: the exponent of the shrink is one less.
+        smallest_threshold: no more than the least of these. lp_norm: the exponent of the shrink is one less.
     """
     shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
     mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
