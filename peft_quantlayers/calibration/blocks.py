@@ -20,7 +20,7 @@ class Call:
 
     def __call__(self, block: nn.Module) -> Tensor:
         """The block's output for the same call, its first part where it returns several."""
-        device = next((p.device for p in block.parameters()), self.hidden.device)
+        device = device_of(block, self.hidden.device)
         args, kwargs = _moved((self.args, self.kwargs), device)
         hidden = self.hidden.to(device)
         if isinstance(self.position, int):
@@ -33,6 +33,11 @@ class Call:
     def with_hidden(self, hidden: Tensor) -> "Call":
         """The same call with other hidden states."""
         return replace(self, hidden=hidden.to(self.hidden.device))
+
+
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """Where its first parameter is; ``default`` without any."""
+    return next((parameter.device for parameter in module.parameters()), default)
 
 
 def find_blocks(model: nn.Module, names: list[str]) -> list[str]:

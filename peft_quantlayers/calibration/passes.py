@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Call, Stop, input_of
+from .blocks import Call, Stop, device_of, input_of
 
 # Passes that wait at a time, each with what the block has computed so far; and the threads of all of them together,
 # since torch starts as many for each pass as it uses.
@@ -29,9 +29,8 @@ class Passes:
 
     def __init__(self, block: nn.Module, calls: list[Call]) -> None:
         self.block, self.calls = block, calls
-        device = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         most = min(len(calls), MAX_WAITING, MAX_THREADS // torch.get_num_threads())
-        self.n_waiting = most if device.type == "cpu" else 0
+        self.n_waiting = most if device_of(block, torch.device("cpu")).type == "cpu" else 0
         self.waiting: dict[int, _Pass] = {}
         self.arrived: Tensor | None = None
 

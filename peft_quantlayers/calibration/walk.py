@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Call, evaluating, find_blocks, input_of, model_calls, record_calls, run_until
+from .blocks import Call, device_of, evaluating, find_blocks, input_of, model_calls, record_calls, run_until
 from .data import Calibration
 from .passes import Passes
 
@@ -121,8 +121,7 @@ def walk(
 
 
 def _without_autocast(model: nn.Module) -> torch.autocast:
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device_of(model, torch.device("cpu")).type, enabled=False)
 
 
 def _visit_in_order(

@@ -4,7 +4,10 @@
  * that LANES codes stay, and rows go through the columns together, so that a column of the Hessian serves them all. */
 #define CHOICE_FLOATS (1 << 16)
 
+/* The n floats at p, and `rest` in the lanes beyond. */
 INLINE floats load_some(const float *p, int64_t n, float rest) {
+    if (n == LANES)
+        return load(p);
     floats v = (floats){0} + rest;
     for (int64_t lane = 0; lane < n; lane++)
         v[lane] = p[lane];
@@ -15,14 +18,10 @@ INLINE floats load_some(const float *p, int64_t n, float rest) {
 INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first, int64_t n) {
     float *codes = c->codes + row * c->columns, *pull = c->pull + row * c->columns;
     const float *steps = c->steps + row * c->columns;
-    const int is_whole = n == LANES;
-    const floats step = is_whole ? load(steps + first) : load_some(steps + first, n, 1);
-    const floats curvature = is_whole ? load(c->curvature + first) : load_some(c->curvature + first, n, 1);
-    const floats per_step = curvature * step;
+    const floats step = load_some(steps + first, n, 1), per_step = load_some(c->curvature + first, n, 1) * step;
     /* A move may make another worth while in a column to the right of it; those to the left wait for the next sweep. */
     for (int64_t next = 0; next < n;) {
-        const floats code = is_whole ? load(codes + first) : load_some(codes + first, n, 0);
-        const floats wanted = (is_whole ? load(pull + first) : load_some(pull + first, n, 0)) / per_step;
+        const floats code = load_some(codes + first, n, 0), wanted = load_some(pull + first, n, 0) / per_step;
         const floats best = nearest_code(code + wanted, c->max_code, 0);
         if (!is_any(best != code))
             return;

@@ -31,17 +31,6 @@ INLINE void transpose_groups(const struct hqq_groups *g, struct lane_groups grou
             values[k * LANES + lane] = g->values[groups.index[lane] * g->group_size + k];
 }
 
-INLINE int is_any(ints condition) {
-    return any_below(floats_of(condition), 0);
-}
-
-/* The nearest code, from the whole number `centre`. Both bounds are whole, so that rounding may come after them, and
- * adding 1.5 * 2^23 rounds. */
-INLINE floats nearest_code(floats v, float max_code, float centre) {
-    const floats none = {0};
-    return (lower(higher(v, none), none + max_code) + 0x1.8p23f) - (0x1.8p23f + centre);
-}
-
 /* x ** exponent for positive, normal x, to a few units in the last place; the exponent lies between -1 and 0. */
 INLINE floats power(floats x, float exponent) {
     /* x = m * 2^e with m from sqrt(1/2) to sqrt(2); log2(m) by its series in s = (m - 1) / (m + 1). */

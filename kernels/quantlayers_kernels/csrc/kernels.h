@@ -6,10 +6,9 @@
 #include "aqlm_choice.h"
 #include "aqlm_kernels.h"
 #include "aqlm_update.h"
+#include "hqq_choice.h"
 #include "hqq_kernels.h"
 #include "hqq_solve.h"
-/* needs hqq_solve.h */
-#include "hqq_choice.h"
 
 const struct kernels VARIANT(kernels) = {
     VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows), VARIANT(aqlm_update),

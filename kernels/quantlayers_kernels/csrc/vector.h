@@ -104,6 +104,17 @@ INLINE int any_below(floats v, float bound) {
 #endif
 }
 
+INLINE int is_any(ints condition) {
+    return any_below(floats_of(condition), 0);
+}
+
+/* The nearest code, from the whole number `centre`. Both bounds are whole, so that rounding may come after them, and
+ * adding 1.5 * 2^23 rounds. */
+INLINE floats nearest_code(floats v, float max_code, float centre) {
+    const floats none = {0};
+    return (lower(higher(v, none), none + max_code) + 0x1.8p23f) - (0x1.8p23f + centre);
+}
+
 INLINE float sum_of(floats v) {
     float total = 0;
     for (int i = 0; i < LANES; i++)
