@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "QUANTLAYERS_NO_EXTENSION"
 # What csrc/exports.c says; another number is a library that was built from other sources.
-INTERFACE_VERSION = 6
+INTERFACE_VERSION = 7
 VARIANTS = ("baseline", "avx2", "avx512")
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -27,6 +27,7 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SIGNATURES = {
     "ql_hqq_linear": (6, 5, 4),
     "ql_hqq_dequantize": (4, 5, 5),
+    "ql_hqq_gradient": (6, 5, 4),
     "ql_aqlm_linear": (6, 7, 5),
     "ql_aqlm_dequantize": (4, 7, 5),
     "ql_aqlm_update": (6, 5, 3),

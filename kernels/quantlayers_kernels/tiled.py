@@ -92,6 +92,30 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).to(dtype).t() @ x.reshape(-1, x.shape[-1]).to(dtype)
 
 
+def weight_gradient_tiles(grad: Tensor, x: Tensor, *, multiple: int = 1) -> WeightTiles:
+    """Row ranges of :func:`weight_gradient` with their values, in one buffer that the next range reuses.
+
+    Every range but the last has a multiple of ``multiple`` rows.
+    """
+    dtype = product_dtype(grad.dtype, grad.device)
+    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+    out_features, in_features = flat_grad.shape[1], flat_x.shape[1]
+    step = max(1, rows_per_tile(out_features, in_features, grad.device) // multiple) * multiple
+    buffer = flat_x.new_empty(min(step, out_features), in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - start])
+
+
+def row_tiles(weight: Tensor, *, multiple: int = 1) -> WeightTiles:
+    """Row ranges of a dense matrix, of the same sizes, with views of their values."""
+    out_features, in_features = weight.shape
+    step = max(1, rows_per_tile(out_features, in_features, weight.device) // multiple) * multiple
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        yield rows, weight[rows]
+
+
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of ``grad`` (..., out_features) over all tokens, in float32, given as ``dtype``."""
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)

@@ -54,9 +54,12 @@ def test_the_reference_is_the_published_formula():
     torch.testing.assert_close(weight[o * 2 + a, i * 8 + b], expected)
 
 
+@pytest.mark.parametrize("n_tile_rows", [None, 4], ids=["one tile", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_linear_and_its_gradients_match_the_float64_truth(scheme, dtype):
+def test_linear_and_its_gradients_match_the_float64_truth(scheme, dtype, n_tile_rows, monkeypatch):
+    if n_tile_rows:
+        monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_tile_rows * IN)
     codes, *floats = random_weight(scheme, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(3, 5, IN, generator=generator).to(dtype), torch.randn(OUT, generator=generator).to(dtype)
@@ -122,6 +125,7 @@ def test_opcheck_accepts_the_operators(scheme):
     weight = (codes, codebooks.detach(), scales.detach())
     torch.library.opcheck(op.aqlm_input_gradient, (torch.randn(3, OUT), *weight))
     torch.library.opcheck(op.aqlm_metadata_gradient, (torch.randn(OUT, IN), *weight))
+    torch.library.opcheck(op.aqlm_linear_metadata_gradient, (torch.randn(3, OUT), torch.randn(3, IN), *weight))
 
 
 @pytest.mark.parametrize("scheme", [(2, 8, 1, 8), (1, 4, 3, 16)], ids=str)

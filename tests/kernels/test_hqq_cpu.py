@@ -63,6 +63,30 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
                 assert memory[[0, -1]].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", METADATA_DTYPES, ids=str)
+@pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
+def test_gradients_of_scales_and_zeros_err_no_more_than_twice_what_the_reference_errs(nbits, dtype, kernels):
+    found = []
+    for shape in SHAPES:
+        W_q, scale, zero = random_weight(nbits, 1, shape, dtype)
+        gradient = torch.randn(shape[0], shape[1]) + 0.5
+
+        def through(weight_of, cast, W_q=W_q, metadata=(scale, zero), gradient=gradient):
+            leaves = [part.to(cast).requires_grad_() for part in metadata]
+            weight = weight_of(W_q, *leaves, nbits=nbits, axis=1, in_features=gradient.shape[1])
+            return torch.cat([part.flatten() for part in torch.autograd.grad(weight, leaves, gradient.to(cast))])
+
+        into = torch.full((2, 1 + shape[0], shape[2]), torch.nan)
+        first = shape[0] // 2
+        for rows in (slice(0, first), slice(first, shape[0])):
+            ours = (into[0, 1:], into[1, 1:])
+            cpu.metadata_gradient_of_rows(gradient[rows], W_q, scale, zero, nbits=nbits, rows=rows, into=ours)
+        assert into[:, 0].isnan().all()
+        plain, truth = through(dequantize_hqq_reference, torch.float32), through(dense_weight, torch.float64)
+        found.append((into[:, 1:].flatten(), plain, truth))
+    assert_as_exact_as(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
 def test_each_input_meets_its_own_weight(nbits, kernels):
     """The product with one input that is 1 is a column of the weight, up to one rounding."""

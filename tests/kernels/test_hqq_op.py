@@ -265,6 +265,9 @@ def test_the_other_operators_keep_the_rules_of_torch_library(axis):
     torch.library.opcheck(op.hqq_metadata_gradient, (torch.randn(6, 24), W_q, scale, zero, 3, axis))
     transposed = [part.t().contiguous().t() for part in (scale, zero)]
     torch.library.opcheck(op.hqq_metadata_gradient, (torch.randn(6, 24), W_q, *transposed, 3, axis))
+    of_product = (torch.randn(2, 6), torch.randn(2, 24))
+    torch.library.opcheck(op.hqq_linear_metadata_gradient, (*of_product, W_q, scale, zero, 3, axis))
+    torch.library.opcheck(op.hqq_linear_metadata_gradient, (*of_product, W_q, *transposed, 3, axis))
 
 
 def test_a_compiled_function_is_one_graph_and_gives_the_same_values_and_gradients():

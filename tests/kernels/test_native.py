@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,23 @@ def fresh_library():
 @pytest.mark.skipif(native.SWITCH in os.environ, reason="switched off")
 def test_the_kernels_are_built_where_there_is_a_compiler():
     assert native.is_available(), "build them: pip install -e ., or python setup.py build_ext --inplace"
+
+
+def test_a_build_without_a_compiler_succeeds_without_the_kernels(tmp_path):
+    pytest.importorskip("setuptools")
+    source = Path(__file__).parents[2]
+    built = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *built],
+        cwd=source,
+        env=os.environ | {"CC": "no-such-compiler", "LDSHARED": "no-such-compiler -shared"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no-such-compiler" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize(("value", "is_off"), [("1", True), ("yes", True), ("0", False), ("", False)])

@@ -1,7 +1,7 @@
 """The AQLM operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
 
-Nothing dense is kept between forward and backward. The input is saved only where codebooks or scales want a
-gradient; then the gradient of the dense weight exists for the length of the backward pass.
+Nothing dense is kept between forward and backward, and gradients of the dense weight come tile by tile. The input is
+saved only where codebooks want a gradient; for scales alone the output is enough.
 """
 
 import torch
@@ -11,8 +11,9 @@ from .. import tiled
 from ..gpu import DTYPES
 from ..precision import product_dtype
 from . import cpu, gpu
+from .gradient import metadata_gradient
 from .layout import dense_shape
-from .tiles import flat_index, weight_tiles
+from .tiles import weight_tiles
 
 
 @torch.library.custom_op("quantlayers::aqlm_dequantize", mutates_args=())
@@ -90,23 +91,26 @@ def aqlm_metadata_gradient(
     grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of codebooks and scales from the gradient of the dense weight (out_features, in_features)."""
-    num_codebooks, size, out_group, in_group = codebooks.shape
-    n_out, n_in, _ = codes.shape
-    groups = grad_weight.float().reshape(n_out, out_group, n_in, in_group).permute(0, 2, 1, 3)
-    table = codebooks.float().reshape(num_codebooks * size, -1)
-    index = flat_index(codes, size)
-    unscaled = torch.nn.functional.embedding_bag(index, table, mode="sum").view(n_out, n_in, out_group, in_group)
-    grad_scales = (groups * unscaled).sum((1, 2, 3)).view(scales.shape)
-    scaled = (groups * scales.float()).reshape(n_out * n_in, -1)
-    grad_table = torch.zeros_like(table)
-    for m in range(num_codebooks):
-        grad_table.index_add_(0, index[:, m], scaled)
-    grad_codebooks = grad_table.view(codebooks.shape).to(codebooks.dtype)
-    return grad_codebooks, grad_scales.to(scales.dtype).contiguous()
+    tiles = tiled.row_tiles(grad_weight, multiple=codebooks.shape[2])
+    return metadata_gradient(tiles, codes, codebooks, scales)
 
 
 @aqlm_metadata_gradient.register_fake
 def _(grad_weight, codes, codebooks, scales):
+    return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
+
+
+@torch.library.custom_op("quantlayers::aqlm_linear_metadata_gradient", mutates_args=())
+def aqlm_linear_metadata_gradient(
+    grad: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of codebooks and scales from that of a product (..., out_features) and its ``x``, tile by tile."""
+    tiles = tiled.weight_gradient_tiles(grad, x, multiple=codebooks.shape[2])
+    return metadata_gradient(tiles, codes, codebooks, scales)
+
+
+@aqlm_linear_metadata_gradient.register_fake
+def _(grad, x, codes, codebooks, scales):
     return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
 
 
@@ -146,8 +150,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = aqlm_input_gradient(grad, codes, codebooks, scales)
     if ctx.has_x:
-        grad_weight = tiled.weight_gradient(grad, saved[0])
-        grad_codebooks, grad_scales = aqlm_metadata_gradient(grad_weight, codes, codebooks, scales)
+        grad_codebooks, grad_scales = aqlm_linear_metadata_gradient(grad, *saved, codes, codebooks, scales)
     if ctx.has_output:
         grad_scales = _scale_gradient(grad, saved[0], saved[1], scales)
     if ctx.needs_input_grad[4]:

@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 6;
+    return 7;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -36,6 +36,7 @@ struct hqq_call {
     struct hqq_weight weight;
     struct product product;
     struct dense_rows rows;
+    struct hqq_gradient gradient;
 };
 
 static void multiply_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
@@ -46,6 +47,11 @@ static void multiply_hqq(const void *context, int64_t begin, int64_t end, float 
 static void dequantize_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
     const struct hqq_call *call = context;
     call->kernels->hqq_rows(&call->weight, &call->rows, begin, end, scratch);
+}
+
+static void gather_hqq_gradient(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct hqq_call *call = context;
+    call->kernels->hqq_gradient(&call->weight, &call->gradient, begin, end, scratch);
 }
 
 /* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
@@ -70,6 +76,19 @@ int ql_hqq_dequantize(float *out, const uint8_t *packed, const void *scale, cons
         .rows = {out, first_row},
     };
     return for_rows(dequantize_hqq, &call, n_rows, hqq_row_floats(&call.weight), n_threads);
+}
+
+/* Rows [first_row, first_row + n_rows) of the gradients of scale and zero (out_features, n_groups), from those rows of
+ * the dense weight's, (n_rows, in_features); for groups along the inputs. */
+int ql_hqq_gradient(float *grad_scale, float *grad_zero, const float *grad_weight, const uint8_t *packed,
+                    const void *scale, const void *zero, int64_t first_row, int64_t n_rows, int64_t in_features,
+                    int64_t n_groups, int64_t row_bytes, int nbits, int kind, int n_threads, int variant) {
+    struct hqq_call call = {
+        .kernels = kernels_of(variant),
+        .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, 1, kind},
+        .gradient = {grad_weight, grad_scale, grad_zero, first_row},
+    };
+    return for_rows(gather_hqq_gradient, &call, n_rows, hqq_row_floats(&call.weight), n_threads);
 }
 
 struct aqlm_call {

@@ -133,6 +133,36 @@ INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float ze
     return even + odd;
 }
 
+INLINE float sum_of_row(const float *x, int64_t n) {
+    floats total = {0};
+    float rest = 0;
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        total += load(x + k);
+    for (; k < n; k++)
+        rest += x[k];
+    return sum_of(total) + rest;
+}
+
+/* Of groups along the inputs: sum_j (code_j - zero) * G_j for the scale, -scale * sum_j G_j for the zero. */
+static TARGET void VARIANT(hqq_gradient)(const struct hqq_weight *w, const struct hqq_gradient *gradient,
+                                         int64_t begin, int64_t end, float *scratch) {
+    const struct row_parts parts = row_parts_in(w, scratch);
+    const int64_t group_size = w->in_features / w->n_groups;
+    const float centre = (float)centre_of(w->nbits);
+    for (int64_t row = begin; row < end; row++) {
+        read_row(w, gradient->first_row + row, parts);
+        for (int64_t g = 0; g < w->n_groups; g++) {
+            const int64_t first = g * group_size, at = (gradient->first_row + row) * w->n_groups + g;
+            const float *G = gradient->weight + row * w->in_features + first;
+            float rest;
+            const floats sums = dot_codes(parts.codes + first, G, group_size, parts.zero[g] - centre, &rest);
+            gradient->scale[at] = sum_of(sums) + rest;
+            gradient->zero[at] = -parts.scale[g] * sum_of_row(G, group_size);
+        }
+    }
+}
+
 /* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
  * vector, but cancels: where the inputs have a common offset it erred more than twice as much. The packed row that comes
  * `next` is fetched meanwhile. */

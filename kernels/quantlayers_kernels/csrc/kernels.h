@@ -11,6 +11,6 @@
 #include "hqq_solve.h"
 
 const struct kernels VARIANT(kernels) = {
-    VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(aqlm_product), VARIANT(aqlm_rows), VARIANT(aqlm_update),
-    VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines), VARIANT(hqq_choose),
+    VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(hqq_gradient), VARIANT(aqlm_product), VARIANT(aqlm_rows),
+    VARIANT(aqlm_update), VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines), VARIANT(hqq_choose),
 };

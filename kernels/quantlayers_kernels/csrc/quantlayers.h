@@ -51,6 +51,13 @@ struct dense_rows {
     int64_t first_row;
 };
 
+/* The gradient of rows [first_row, first_row + n) of a dense weight, and what the numbers of its groups get of it. */
+struct hqq_gradient {
+    const float *weight; /* (n, in_features) */
+    float *scale, *zero; /* (out_features, n_groups) */
+    int64_t first_row;
+};
+
 /* Codes to be chosen for neighbouring groups of columns, one group after the other; see aqlm/choice.py. Entries and
  * own are padded to `width`, with infinity in own. */
 struct aqlm_choice {
@@ -97,6 +104,8 @@ struct hqq_choice {
 struct kernels {
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
+    void (*hqq_gradient)(const struct hqq_weight *, const struct hqq_gradient *, int64_t begin, int64_t end,
+                         float *scratch);
     void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
     void (*aqlm_update)(const struct aqlm_update *, int64_t begin, int64_t end);

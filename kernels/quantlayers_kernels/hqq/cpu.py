@@ -70,3 +70,30 @@ def dequantize_rows(
         *(nbits, axis, native.KINDS[scale.dtype]),
     )
     return into
+
+
+def metadata_gradient_of_rows(
+    gradient: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    nbits: int,
+    rows: slice,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """Writes what the rows ``rows`` of the dense weight's ``gradient`` are to scales and zeros with ``axis=1``.
+
+    Args:
+        gradient: (n, in_features), float32, contiguous.
+        W_q, scale, zero, nbits: contiguous, as for :func:`.op.hqq_dequantize`.
+        rows: which n.
+        into: gradients of ``scale`` and ``zero``, (out_features, n_groups), float32, contiguous.
+    """
+    native.call(
+        "ql_hqq_gradient",
+        *(into[0].data_ptr(), into[1].data_ptr(), gradient.data_ptr()),
+        *(W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
+        *(rows.start, len(gradient), gradient.shape[1], scale.shape[1], W_q.shape[1]),
+        *(nbits, native.KINDS[scale.dtype]),
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import tiled
 from ..precision import product_dtype
 from . import cpu, gpu, tiles
-from .reference import _grouped
+from .gradient import metadata_gradient
 
 
 @torch.library.custom_op("quantlayers::hqq_dequantize", mutates_args=())
@@ -92,21 +92,28 @@ def hqq_metadata_gradient(
     grad_weight: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``scale`` and ``zero`` from the gradient of the dense weight (out_features, in_features)."""
-    codes_minus_zero = torch.empty(grad_weight.shape, dtype=torch.float32, device=W_q.device)
-    zero32, scale32 = zero.float(), scale.float()
-    rows = slice(0, W_q.shape[0])
-    tiles.dequantize_rows(
-        W_q, torch.ones_like(zero32), zero32, nbits=nbits, axis=axis, rows=rows, into=codes_minus_zero
+    return metadata_gradient(
+        tiled.row_tiles(grad_weight), W_q, scale, zero, nbits=nbits, axis=axis, in_features=grad_weight.shape[1]
     )
-    group_dim = -1 if axis == 1 else 0
-    grad_groups, _, _ = _grouped(grad_weight.float().contiguous(), scale32, zero32, axis)
-    grad_scale = (grad_groups * codes_minus_zero.view(grad_groups.shape)).sum(group_dim)
-    grad_zero = -scale32 * grad_groups.sum(group_dim)
-    return grad_scale.to(scale.dtype).contiguous(), grad_zero.to(zero.dtype).contiguous()
 
 
 @hqq_metadata_gradient.register_fake
 def _(grad_weight, W_q, scale, zero, nbits, axis):
+    return scale.new_empty(scale.shape), zero.new_empty(zero.shape)
+
+
+@torch.library.custom_op("quantlayers::hqq_linear_metadata_gradient", mutates_args=())
+def hqq_linear_metadata_gradient(
+    grad: Tensor, x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``scale`` and ``zero`` from that of a product (..., out_features) and its ``x``, tile by tile."""
+    return metadata_gradient(
+        tiled.weight_gradient_tiles(grad, x), W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1]
+    )
+
+
+@hqq_linear_metadata_gradient.register_fake
+def _(grad, x, W_q, scale, zero, nbits, axis):
     return scale.new_empty(scale.shape), zero.new_empty(zero.shape)
 
 
@@ -137,8 +144,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = hqq_input_gradient(grad, W_q, scale, zero, ctx.nbits, ctx.axis, ctx.in_features)
     if ctx.has_x:
-        grad_weight = tiled.weight_gradient(grad, saved_x[0])
-        grad_scale, grad_zero = hqq_metadata_gradient(grad_weight, W_q, scale, zero, ctx.nbits, ctx.axis)
+        grad_scale, grad_zero = hqq_linear_metadata_gradient(grad, *saved_x, W_q, scale, zero, ctx.nbits, ctx.axis)
     if ctx.needs_input_grad[4]:
         grad_bias = tiled.bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, grad_scale, grad_zero, grad_bias, None, None

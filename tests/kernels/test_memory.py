@@ -1,0 +1,41 @@
+"""What training the numbers beside the codes allocates: tiles, never a dense matrix."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from quantlayers_kernels import native, tiled
+from quantlayers_kernels.aqlm import aqlm_linear
+from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.hqq import hqq_linear
+
+OUT, IN, TOKENS = 512, 1024, 24
+DENSE_BYTES = 4 * OUT * IN
+
+
+def layer(method: str, axis: int) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """What trains, scales and zeros or codebooks and scales, and the product."""
+    if method == "hqq":
+        W_q = pack(torch.randint(0, 16, (OUT, IN)).byte(), 4)
+        shape = (OUT, IN // 64) if axis == 1 else (OUT // 64, IN)
+        trained = [torch.rand(shape).add_(0.5).requires_grad_() for _ in range(2)]
+        return trained, lambda x: hqq_linear(x, W_q, *trained, None, 4, axis)
+    codes = torch.randint(-128, 128, (OUT, IN // 8, 2), dtype=torch.int8)
+    trained = [torch.randn(2, 256, 1, 8, requires_grad=True), torch.rand(OUT, 1, 1, 1).requires_grad_()]
+    return trained, lambda x: aqlm_linear(x, codes, *trained, None)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "plain"])
+@pytest.mark.parametrize(("method", "axis"), [("hqq", 1), ("hqq", 0), ("aqlm", 1)])
+def test_training_scales_and_codebooks_allocates_nothing_dense(method, axis, is_compiled, monkeypatch):
+    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 32 * IN)
+    if not is_compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    trained, linear = layer(method, axis)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        gradients = torch.autograd.grad(linear(x).sum(), [x, *trained])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert 0 < max(event.self_cpu_memory_usage for event in profiled.events()) < DENSE_BYTES / 4
