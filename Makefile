@@ -34,10 +34,13 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# What the README's tables of kernels and quantizers are made from; about an hour on two cores that nobody else uses.
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py
-	$(RUN) benchmarks/bench_lora_step.py
-	$(RUN) benchmarks/bench_decode.py
+	$(RUN) benchmarks/bench_lora_step.py --one-thread
+	$(RUN) benchmarks/bench_lora_step.py --avx2 --tokens 128
+	$(RUN) benchmarks/bench_decode.py --one-thread
+	$(RUN) benchmarks/bench_decode.py --avx2
 	$(RUN) benchmarks/bench_aqlm_quantizer.py
 
 # Tests on a GPU, then figures, in less than eight minutes. In an environment that is there already, with pytest in it:

@@ -1,4 +1,4 @@
-"""The ``hqq`` package as a peer: the same weight, the same settings, on the CPU."""
+"""The ``hqq`` package as a peer: the same weight, the same settings."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class PeerWeight:
 
 
 def quantize_with_hqq(
-    weight: Tensor, *, nbits: int, group_size: int, axis: int, round_zero: bool | None = None
+    weight: Tensor, *, nbits: int, group_size: int, axis: int, round_zero: bool | None = None, device: str = "cpu"
 ) -> tuple[Tensor, dict]:
     """``hqq``'s packed codes and metadata of ``weight``, solved as its ``HQQLinear`` does; the call that is timed.
 
@@ -32,7 +32,7 @@ def quantize_with_hqq(
     settings = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=axis)["weight_quant_params"]
     if round_zero is not None:
         settings["round_zero"] = round_zero
-    W_q, meta = Quantizer.quantize(weight, device="cpu", compute_dtype=torch.float32, **settings)
+    W_q, meta = Quantizer.quantize(weight, device=device, compute_dtype=torch.float32, **settings)
     return W_q, meta | {"compute_dtype": torch.float32}
 
 

@@ -2,8 +2,9 @@
 
 Every product is first compared with that of the dense weight it stands for; a wrong one of ours ends the run, a wrong
 one of a peer is recorded. Then all take turns, so that none finds its weight in a cache that the others have not been
-through. The limit is the time to read the stored weight once at the memory bandwidth measured in the same run; a
-weight that stays in a cache can beat it.
+through. Two limits stand beside each time, both from what was measured in the same run: to read the stored weight once
+at the memory's bandwidth (a weight that stays in a cache can beat it), and to multiply at the rate of a large product
+in float32 (which bfloat16 can beat).
 
 On a machine that others use as well, the threads of a product wait for each other, and wall-clock times say little:
 ``--one-thread`` takes one thread and counts its CPU time. ``--avx2`` is a machine without AVX-512: everyone leaves it
@@ -12,50 +13,22 @@ unused, as far as their libraries can be told.
 
 import argparse
 import json
-import os
 import random
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import numba
 import torch
+from _cpu import Clock, add_options, clock_of, kernels_in_use, memory_bandwidth, operations_per_second, settle
 from _device import describe_device
 from _linears import Candidate, candidates
 from _shapes import SHAPES
-
-from quantlayers_kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPES = ("SmolLM2-135M q_proj", "SmolLM2-135M gate_proj", "Llama-3-8B q_proj", "Llama-3-8B gate_proj")
 # Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this.
 MAX_WEIGHTS_OF_SLOW_PEERS = 4096 * 4096
-BANDWIDTH_BYTES = 1 << 28
-
-# Read when the libraries are imported.
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-WITHOUT_AVX512 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c",
-}
-
-Clock = Callable[[], float]
-
-
-def memory_bandwidth(repeats: int, clock: Clock) -> float:
-    """Bytes per second that reading a float32 tensor far larger than any cache reaches."""
-    memory = torch.ones(BANDWIDTH_BYTES // 4)
-    seconds = []
-    for _ in range(repeats):
-        start = clock()
-        memory.sum()
-        seconds.append(clock() - start)
-    return BANDWIDTH_BYTES / min(seconds)
 
 
 def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
@@ -102,21 +75,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULT_SHAPES))
-    parser.add_argument("--one-thread", action="store_true", help="one thread, and its CPU time")
-    parser.add_argument("--avx2", action="store_true", help="leave AVX-512 unused")
+    add_options(parser)
     args = parser.parse_args()
-    settings = (ONE_THREAD if args.one_thread else {}) | (WITHOUT_AVX512 if args.avx2 else {})
-    if not settings.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
-    if args.avx2:
-        best = min(native.variant(), native.VARIANTS.index("avx2"))
-        native.variant = lambda: best
+    settle(args)
     torch.manual_seed(0)
     random.seed(0)
-    clock = time.thread_time if args.one_thread else time.perf_counter
+    clock, clock_name = clock_of(args)
     numba.set_num_threads(torch.get_num_threads())
 
     bandwidth = memory_bandwidth(args.repeats, clock)
+    operations = operations_per_second(torch.float32, args.repeats, clock)
     rows = []
     for out_features, in_features in (SHAPES[name] for name in args.shapes):
         ways = dict(
@@ -142,22 +110,26 @@ def main() -> None:
                     "rate_vs_dense_float32": dense / median,
                     "rate_vs_dense_float32_of_minima": min(seconds["dense float32"]) / min(times),
                     "gb_per_s": ways[name].nbytes / median / 1e9,
-                    "limit_s": ways[name].nbytes / bandwidth,
+                    "limit_s": {
+                        "reading": ways[name].nbytes / bandwidth,
+                        "multiplying": 2 * n_tokens * out_features * in_features / operations,
+                    },
                 }
                 rows.append(row)
                 print(
                     f"{out_features:5} x {in_features}  {n_tokens:3} tokens  {name:20}  {1e3 * median:8.3f} ms  "
                     f"(min {1e3 * min(times):8.3f})  {row['rate_vs_dense_float32']:5.2f} x dense  "
-                    f"{row['gb_per_s']:5.1f} GB/s, reading alone {1e3 * row['limit_s']:.3f} ms",
+                    f"{row['gb_per_s']:5.1f} GB/s; limits: "
+                    + ", ".join(f"{what} {1e3 * limit:.3f} ms" for what, limit in row["limit_s"].items()),
                     flush=True,
                 )
-    kernels = native.VARIANTS[native.variant()] if native.is_available() else "plain torch"
-    device = describe_device() | {"hqq": version("hqq"), "aqlm": version("aqlm"), "kernels": kernels}
+    device = describe_device() | {"hqq": version("hqq"), "aqlm": version("aqlm"), "kernels": kernels_in_use()}
     device["bitsandbytes"] = version("bitsandbytes")
     measured = {
         "device": device,
-        "clock": "CPU time" if args.one_thread else "wall clock",
+        "clock": clock_name,
         "memory_gb_per_s": bandwidth / 1e9,
+        "product_gflop_per_s": operations / 1e9,
         "rows": rows,
     }
     path = RESULTS / ("decode_avx2.json" if args.avx2 else "decode.json")

@@ -1,4 +1,4 @@
-"""What a GPU makes of the kernels: bandwidth of dequantizing, products with few tokens, LoRA training steps.
+"""What a GPU makes of the kernels: dequantizing, products with few tokens, LoRA training steps, quantizing.
 
 First the tests of ``tests/gpu`` run, and what they say is kept in the result. Every product is then compared with that
 of the dense weight it stands for; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
@@ -34,16 +34,20 @@ from typing import Any
 import torch
 from _device import describe_device
 from _gpu_linears import PEERS, SLOW_PEERS, aqlm_tensors, hqq_tensors, ours
-from _linears import Candidate
+from _linears import GROUP_SIZE, Candidate
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import QuantizedLinear
+from peft_quantlayers.calibration.walk import damped
+from peft_quantlayers.quantizers import get_method
 from quantlayers_kernels import gpu, tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize
+from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.hqq import hqq_dequantize
+from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -74,6 +78,7 @@ class Sizes:
     vocabulary: int = 2048
     batches: tuple[tuple[int, int], ...] = ((1, 4096), (4, 4096))
     steps: int = 5
+    quantized_shape: tuple[int, int] = (4096, 14336)
 
 
 TINY = Sizes(
@@ -92,6 +97,7 @@ TINY = Sizes(
     vocabulary=64,
     batches=((1, 16),),
     steps=1,
+    quantized_shape=(64, 128),
 )
 
 
@@ -241,16 +247,25 @@ def dequantizing(bench: Bench) -> list[dict[str, Any]]:
                 *tensors, nbits, 1, in_features, torch.float16
             )
             nbytes[f"HQQ {nbits}-bit"] = sum(part.nbytes for part in tensors)
+            truth = dequantize_hqq_reference(*tensors, nbits=nbits, axis=1, in_features=in_features)
+            refuse_wrong_weight(f"HQQ {nbits}-bit", ways[f"HQQ {nbits}-bit"](), truth)
         for name, scheme in {"AQLM 2x8": (2, 8), "AQLM 1x16": (1, 16)}.items():
             tensors = aqlm_tensors(out_features, in_features, *scheme, bench.device)
             ways[name] = lambda tensors=tensors: aqlm_dequantize(*tensors, torch.float16)
             nbytes[name] = sum(part.nbytes for part in tensors)
+            refuse_wrong_weight(name, ways[name](), dequantize_aqlm_reference(*tensors))
+        del truth
         for name, times in bench.clock.seconds(ways, bench.sizes.repeats).items():
             gb_per_s = (nbytes[name] + 2 * out_features * in_features) / statistics.median(times) / 1e9
             rows.append({"shape": [out_features, in_features], "method": name, "gb_per_s": gb_per_s})
             rows[-1] |= statistics_of(times)
             print(f"dequantizing {out_features} x {in_features}  {name:12} {gb_per_s:8.1f} GB/s", flush=True)
     return rows
+
+
+def refuse_wrong_weight(name: str, dense: Tensor, truth: Tensor) -> None:
+    if not torch.equal(dense, truth.to(dense.dtype)):
+        raise WrongResult(f"{name}: the dense weight is not that of the reference")
 
 
 def checked_peers(bench: Bench, peers: dict, shape: tuple[int, int], refused: list[dict]) -> dict[str, tuple]:
@@ -279,10 +294,13 @@ def _without_weight(candidate: Candidate) -> Candidate:
     return dataclasses.replace(candidate, weight=torch.empty(0))
 
 
-def checked_ours(bench: Bench, shape: tuple[int, int], *, only_dense: bool) -> dict[str, tuple]:
+def checked_ours(
+    bench: Bench, shape: tuple[int, int], *, only_dense: bool = False, tokens: tuple[int, ...] | None = None
+) -> dict[str, tuple]:
+    """(dtype, layer) of ours, the dense one first, which are right with each number of ``tokens``."""
     found = {}
     for name, candidate in islice(ours(*shape, bench.device), 1 if only_dense else None):
-        for n_tokens in (*bench.sizes.tokens, gpu.MAX_TOKENS, gpu.MAX_TOKENS + 1):
+        for n_tokens in tokens or (*bench.sizes.tokens, gpu.MAX_TOKENS, gpu.MAX_TOKENS + 1):
             error = relative_error(candidate, torch.randn(n_tokens, shape[1], device=bench.device).half())
             if not error < max(candidate.tolerance, 1e-2):
                 raise WrongResult(f"{name}: the product of {n_tokens} tokens is off by {error:.1e}")
@@ -343,7 +361,11 @@ def switch_points(bench: Bench) -> list[dict[str, Any]]:
     """
     rows = []
     for shape in bench.sizes.shapes:
-        layers = {name: _without_weight(layer) for name, layer in ours(*shape, bench.device)}
+        layers = {}
+        for max_tokens in (0, 1 << 30):  # both ways of each
+            with patched(gpu, "MAX_TOKENS", max_tokens):
+                checked = checked_ours(bench, shape, tokens=bench.sizes.sweep_tokens)
+            layers = {name: layer for name, (_, layer) in checked.items()}
         for n_tokens in bench.sizes.sweep_tokens:
             x = torch.randn(n_tokens, shape[1], device=bench.device).half()
 
@@ -367,7 +389,10 @@ def tile_sizes(bench: Bench) -> list[dict[str, Any]]:
     """Seconds of a large batch by the size of a tile: what ``tiled.DEVICE_TILE_ELEMENTS`` is to be chosen from."""
     rows = []
     for shape in bench.sizes.shapes:
-        layers = {name: _without_weight(layer) for name, layer in ours(*shape, bench.device)}
+        for n_elements in bench.sizes.tile_elements:
+            with patched(tiled, "DEVICE_TILE_ELEMENTS", n_elements):
+                checked = checked_ours(bench, shape, tokens=(bench.sizes.tile_tokens,))
+        layers = {name: layer for name, (_, layer) in checked.items()}
         x = torch.randn(bench.sizes.tile_tokens, shape[1], device=bench.device).half()
 
         def run(candidate: Candidate, n_elements: int, x: Tensor = x) -> Tensor:
@@ -387,6 +412,55 @@ def tile_sizes(bench: Bench) -> list[dict[str, Any]]:
                 flush=True,
             )
     return rows
+
+
+def quantizing(bench: Bench) -> dict[str, Any]:
+    """Weights per second of one large layer, ours without and with a Hessian, and the ``hqq`` package's."""
+    shape = bench.sizes.quantized_shape
+    weight = torch.randn(shape, device=bench.device) / 50
+    inputs = torch.randn(512, shape[1], device=bench.device)
+    hessian = damped(inputs.t() @ inputs / len(inputs), damping=0.05, shrinkage=0.3)
+    rows, refused = [], []
+    for name, config in {
+        "HQQ 4-bit": pql.HQQConfig(nbits=4),
+        "HQQ 3-bit": pql.HQQConfig(nbits=3),
+        "HQQ 2-bit": pql.HQQConfig(nbits=2),
+        "AQLM 2x8": pql.AQLMConfig(),
+    }.items():
+        spec = config.spec_for("weight")
+        method = get_method(spec.method)
+        plain_error = None
+        for suffix, known in {"": None, ", calibrated": hessian}.items():
+
+            def quantize(known: Tensor | None = known, method: Any = method, spec: Any = spec) -> Any:
+                return method.quantize(weight, spec, name="weight", hessian=known)
+
+            found = quantize()
+            dense = method.dequantize(found.tensors, spec, in_features=shape[1], dtype=torch.float32)
+            off = dense - weight
+            error = ((off @ hessian) * off).sum().item() / ((weight @ hessian) * weight).sum().item()
+            if not error < (0.5 if plain_error is None else 1.05 * plain_error):
+                raise WrongResult(f"{name}{suffix}: the outputs of the quantized weight err by {error:.2f}")
+            plain_error = error
+            times = bench.clock.seconds({name: quantize}, 1)[name]
+            rows.append(quantized_row(name + suffix, shape, times))
+    try:
+        from _peers import quantize_with_hqq
+
+        def peer() -> Any:
+            return quantize_with_hqq(weight, nbits=4, group_size=GROUP_SIZE, axis=1, device=bench.device)
+
+        rows.append(quantized_row("hqq package 4-bit", shape, bench.clock.seconds({"": peer}, 1)[""]))
+    except Exception as error:  # whatever a package of others raises is its result
+        refused.append({"method": "hqq package 4-bit", "error": _short(error)})
+    return {"rows": rows, "refused": refused}
+
+
+def quantized_row(name: str, shape: tuple[int, int], times: list[float]) -> dict[str, Any]:
+    row = {"shape": list(shape), "method": name, **statistics_of(times)}
+    row["million_weights_per_s"] = shape[0] * shape[1] / row["median_s"] / 1e6
+    print(f"quantizing {shape}  {name:24} {row['million_weights_per_s']:9.1f} million weights/s", flush=True)
+    return row
 
 
 def stack(bench: Bench) -> nn.Module:
@@ -602,6 +676,7 @@ def main() -> None:
         bench.part("dequantizing", dequantizing, needs_s=10)
     bench.part("training", training, needs_s=40)
     with torch.no_grad():
+        bench.part("quantizing", quantizing, needs_s=40)
         bench.part("switch_points", switch_points, needs_s=30)
         bench.part("tile_sizes", tile_sizes, needs_s=20)
         with bench.ended_in_time("decoding_slow_peers"):

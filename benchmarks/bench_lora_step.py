@@ -1,47 +1,139 @@
-"""Seconds for one LoRA training step on SmolLM2-135M: quantized base against the dense float32 base, interleaved.
+"""Seconds and memory of one LoRA training step on SmolLM2-135M: ours, the peers', and the dense model's, interleaved.
 
-A step is forward, backward and AdamW; LoRA of rank 8 on all linear layers, or scale-only finetuning of them. Before
+A step is forward, backward and AdamW; LoRA of rank 8 on all linear layers, or finetuning of scales only. Before
 anything is timed, loss and gradients of the quantized models are compared with those of their own dequantized copies,
-and a wrong one is refused.
+and a wrong one is refused. Peers are what PEFT makes of the layers of ``hqq`` and bitsandbytes; being slow, they take
+fewer steps.
+
+The limit is what the step's matrix products take at the rate of a large product measured in the same run. A process of
+its own tells how far memory rises above the loaded model in two steps.
 """
 
 import argparse
 import copy
 import json
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _cpu import Clock, add_options, clock_of, kernels_in_use, operations_per_second, settle
 from _device import describe_device
+from _memory import MIB, extra_memory_of
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import demo_model_folder, saved_for_backward
 
-RESULTS = Path(__file__).parent / "results" / "lora_step.json"
-
+RESULTS = Path(__file__).parent / "results"
 
 # The layer whose kept bytes are counted.
 OUT_FEATURES, IN_FEATURES, SAVED_TOKENS, SAVED_RANK = 1536, 576, 512, 16
+RANK = 8
+# Steps that a peer is timed for.
+MAX_PEER_REPEATS = 3
+# Of bfloat16's rounding, and of float32's.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 # Codes as they come: a step takes the same time with better ones.
 AQLM = pql.AQLMConfig(rounds=0, beam=1)
 
 
-def adapted_model(dtype: torch.dtype, config: pql.QuantConfig | None, adapter: PeftConfig | None = None) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=dtype, quantization_config=config)
+def adapted(model: nn.Module, adapter: PeftConfig | None = None) -> nn.Module:
     torch.manual_seed(0)
-    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    lora = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(model, adapter or lora).train()
 
 
+def loaded(dtype: torch.dtype, **options: object) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=dtype, **options)
+
+
+def ours(dtype: torch.dtype, config: pql.QuantConfig | None, adapter: PeftConfig | None = None) -> nn.Module:
+    return adapted(loaded(dtype, quantization_config=config), adapter)
+
+
+def hqq_package(dtype: torch.dtype) -> nn.Module:
+    """The package's layers in a dense model, since transformers 5 does not put them there, and PEFT's LoRA on them."""
+    model = loaded(dtype)
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    settings["weight_quant_params"]["optimize"] = False  # a step takes the same time with better codes
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(parent, name, HQQLinear(linear, settings, compute_dtype=dtype, device="cpu"))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    pql.unregister()
+    try:
+        return adapted(model, LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False))
+    finally:
+        pql.register()
+
+
+def bitsandbytes_nf4(dtype: torch.dtype) -> nn.Module:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return adapted(loaded(dtype, quantization_config=config, device_map={"": "cpu"}))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "dense float32": lambda: ours(torch.float32, None),
+    "HQQ 4-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=4)),
+    "HQQ 3-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=3)),
+    "HQQ 2-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=2)),
+    "AQLM 2x8, float32": lambda: ours(torch.float32, AQLM),
+    "HQQ 4-bit, scales only": lambda: ours(torch.float32, pql.HQQConfig(nbits=4), pql.QuantScalesConfig()),
+    "AQLM 2x8, scales only": lambda: ours(torch.float32, AQLM, pql.QuantScalesConfig()),
+    "dense bfloat16": lambda: ours(torch.bfloat16, None),
+    "HQQ 4-bit, bfloat16": lambda: ours(torch.bfloat16, pql.HQQConfig(nbits=4)),
+}
+PEERS: dict[str, Callable[[], nn.Module]] = {
+    "PEFT + bitsandbytes NF4, float32": lambda: bitsandbytes_nf4(torch.float32),
+    "PEFT + hqq package, float32": lambda: hqq_package(torch.float32),
+    "PEFT + hqq package, bfloat16": lambda: hqq_package(torch.bfloat16),
+}
+BUILDERS = MODELS | PEERS
+
+
+def refusal_of_aqlm_package() -> str:
+    """What the ``aqlm`` package says to a backward pass on a CPU; "" if it takes one."""
+    from aqlm import QuantizedLinear
+
+    layer = QuantizedLinear(IN_FEATURES, OUT_FEATURES, 8, 1, 2, 8, bias=False)
+    layer.codes.data = torch.randint(-128, 128, layer.codes.shape, dtype=torch.int8)
+    layer.codebooks.data, layer.scales.data = torch.randn(layer.codebooks.shape), torch.ones(layer.scales.shape)
+    try:
+        layer(torch.randn(SAVED_TOKENS, IN_FEATURES, requires_grad=True)).sum().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return ""
+
+
+def operations_of_step(model: nn.Module, tokens: int) -> int:
+    """Multiplications and additions of a LoRA step's matrix products, attention's own aside.
+
+    Two products for each frozen weight, forward and for the input's gradient, three for those of the adapters. The
+    first block's q, k and v need no gradient of their input.
+    """
+    config = model.config
+    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    head, first = config.vocab_size * hidden, hidden * (hidden + 2 * kv)
+    shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)] + 3 * [
+        (hidden, config.intermediate_size)
+    ]
+    frozen = config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
+    adapters = config.num_hidden_layers * sum(RANK * (rows + columns) for rows, columns in shapes)
+    return 2 * tokens * (2 * (frozen + head) - first + 3 * adapters)
+
+
 def refuse_wrong_gradients(model: nn.Module, ids: torch.Tensor) -> None:
-    """Compare loss and adapter gradients with those over plain dense layers that hold the dequantized weights."""
+    """Compare loss and LoRA gradients with those over plain dense layers that hold the dequantized weights."""
     dense = pql.dequantize_model(copy.deepcopy(model))
     grads = []
     for candidate in (model, dense):
@@ -51,27 +143,56 @@ def refuse_wrong_gradients(model: nn.Module, ids: torch.Tensor) -> None:
         candidate.zero_grad()
     for ours, reference in zip(*grads, strict=True):
         error = (ours - reference).float().norm() / reference.float().norm()
-        if not error < 1e-3:
+        if not error < TOLERANCES[reference.dtype]:
             raise SystemExit(f"a gradient of the quantized model is off by {error:.2e}: nothing was timed.")
 
 
+def step_of(model: nn.Module) -> Callable[[torch.Tensor], None]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+
+    def step(ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def seconds_per_step(
-    models: dict[str, nn.Module], ids: torch.Tensor, repeats: int, clock: Callable[[], float]
+    models: dict[str, nn.Module], ids: torch.Tensor, repeats: int, clock: Clock
 ) -> dict[str, list[float]]:
-    optimizers = {
-        name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
-        for name, model in models.items()
-    }
+    """Seconds of each, taking turns; the first round warms up."""
+    steps = {name: step_of(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
-        for name, model in models.items():
+        for name, step in steps.items():
+            if name in PEERS and repeat > MAX_PEER_REPEATS:
+                continue
             start = clock()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if repeat:  # the first round warms up
+            step(ids)
+            if repeat:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def memory_in_own_process(name: str, batch: int, tokens: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--memory-of", name, str(batch), str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"measuring the memory of {name} failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_of(name: str, batch: int, tokens: int) -> dict[str, float]:
+    """MiB of the model's tensors, and how far the process rises above the loaded model in two steps."""
+    model = BUILDERS[name]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # transformers maps the file, whose pages would count as they are read
+    step = step_of(model)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+    tensors = {part.data_ptr(): part.nbytes for part in [*model.parameters(), *model.buffers()]}
+    extra = extra_memory_of(lambda: [step(ids) for _ in range(2)])
+    return {"model_mib": sum(tensors.values()) / MIB, "extra_peak_mib": extra["extra_peak_mib"]}
 
 
 def saved_bytes(layer: nn.Module, dtype: torch.dtype, dropout: float) -> int:
@@ -115,35 +236,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 32])
-    parser.add_argument("--one-thread", action="store_true", help="one thread, and its CPU time: on a shared machine")
+    parser.add_argument("--models", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    add_options(parser)
     args = parser.parse_args()
-    if args.one_thread:
-        torch.set_num_threads(1)
+    settle(args)
+    if args.memory_of:
+        name, batch, tokens = args.memory_of
+        print(json.dumps(memory_of(name, int(batch), int(tokens))))
+        return
+    clock, clock_name = clock_of(args)
     saved = saved_rows()
-
-    models = {
-        "dense float32": adapted_model(torch.float32, None),
-        "HQQ 4-bit, float32": adapted_model(torch.float32, pql.HQQConfig(nbits=4)),
-        "HQQ 2-bit, float32": adapted_model(torch.float32, pql.HQQConfig(nbits=2)),
-        "AQLM 2x8, float32": adapted_model(torch.float32, AQLM),
-        "HQQ 4-bit, scales only": adapted_model(torch.float32, pql.HQQConfig(nbits=4), pql.QuantScalesConfig()),
-        "AQLM 2x8, scales only": adapted_model(torch.float32, AQLM, pql.QuantScalesConfig()),
-        "dense bfloat16": adapted_model(torch.bfloat16, None),
-        "HQQ 4-bit, bfloat16": adapted_model(torch.bfloat16, pql.HQQConfig(nbits=4)),
+    operations = {
+        "float32": operations_per_second(torch.float32, args.repeats, clock),
+        "bfloat16": operations_per_second(torch.bfloat16, args.repeats, clock),
     }
+
+    # The dense one is what all others are compared with.
+    models = {name: build() for name, build in BUILDERS.items() if name in {"dense float32", *args.models}}
     torch.manual_seed(0)
-    vocabulary = next(iter(models.values())).config.vocab_size
-    for name in ("HQQ 4-bit, float32", "AQLM 2x8, float32"):
-        refuse_wrong_gradients(models[name], torch.randint(0, vocabulary, (1, 32)))
+    dense_model = models["dense float32"]
+    vocabulary = dense_model.config.vocab_size
+    for name, model in models.items():
+        if name not in PEERS and not name.startswith("dense") and not name.endswith("scales only"):
+            refuse_wrong_gradients(model, torch.randint(0, vocabulary, (1, 32)))
 
     rows = []
     for tokens in args.tokens:
         ids = torch.randint(0, vocabulary, (args.batch, tokens))
-        clock = time.process_time if args.one_thread else time.perf_counter
         seconds = seconds_per_step(models, ids, args.repeats, clock)
         dense = statistics.median(seconds["dense float32"])
         for name, times in seconds.items():
             median = statistics.median(times)
+            memory = memory_in_own_process(name, args.batch, tokens)
+            is_half = name.endswith("bfloat16")
+            limit = operations_of_step(dense_model, ids.numel()) / operations["bfloat16" if is_half else "float32"]
             rows.append(
                 {
                     "model": name,
@@ -153,16 +280,28 @@ def main() -> None:
                     "min_s": min(times),
                     "max_s": max(times),
                     "rate_vs_dense_float32": dense / median,
+                    "rate_vs_dense_float32_of_minima": min(seconds["dense float32"]) / min(times),
+                    "limit_s": limit,
+                    **memory,
                 }
             )
             print(
-                f"{args.batch} x {tokens:4} tokens  {name:20}  {median:6.3f} s  "
-                f"({min(times):.3f} to {max(times):.3f})  {dense / median:5.2f} x the dense float32 rate",
+                f"{args.batch} x {tokens:4} tokens  {name:32}  {median:6.3f} s  "
+                f"({min(times):.3f} to {max(times):.3f})  {dense / median:5.2f} x the dense float32 rate, products "
+                f"alone {limit:.3f} s; {memory['model_mib']:.0f} MiB and {memory['extra_peak_mib']:.0f} MiB more",
                 flush=True,
             )
-    clock_name = "CPU time" if args.one_thread else "wall clock"
-    result = {"device": describe_device(), "clock": clock_name, "rows": rows, "saved": saved}
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    device = describe_device() | {name: version(name) for name in ("hqq", "aqlm", "bitsandbytes")}
+    result = {
+        "device": device | {"kernels": kernels_in_use()},
+        "clock": clock_name,
+        "product_gflop_per_s": {dtype: rate / 1e9 for dtype, rate in operations.items()},
+        "refused": {"aqlm package": refusal_of_aqlm_package()},
+        "rows": rows,
+        "saved": saved,
+    }
+    path = RESULTS / ("lora_step_avx2.json" if args.avx2 else "lora_step.json")
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -163,19 +163,23 @@ def merge() -> str:
     )
 
 
-def lora_step() -> str:
-    measured = result("lora_step")
+def lora_step(name: str = "lora_step") -> str:
+    measured = result(name)
     rows = [
         [
             row["model"],
             f"{row['batch']} x {row['tokens']}",
             f"{row['median_s']:.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})",
             f"{row['rate_vs_dense_float32']:.2f}",
+            f"{row['limit_s'] / row['median_s']:.2f}",
+            f"{row['model_mib']:.0f} + {row['extra_peak_mib']:.0f}",
         ]
         for row in measured["rows"]
     ]
-    head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1"]
+    head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1", "of the limit", "MiB: model + step"]
     command = "python benchmarks/bench_lora_step.py" + " --one-thread" * (measured["clock"] == "CPU time")
+    command += " --avx2" * (name == "lora_step_avx2")
+    refused = "; ".join(f"the {peer} refuses ({error})" for peer, error in measured["refused"].items() if error)
     kinds = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in measured["saved"]))
     kept = {(row["layer"], row["dtype"], row["dropout"]): row for row in measured["saved"]}
     saved = [
@@ -183,19 +187,26 @@ def lora_step() -> str:
         for layer in dict.fromkeys(row["layer"] for row in measured["saved"])
     ]
     columns = [f"{dtype}{f', dropout {dropout}' if dropout else ''}" for dtype, dropout in kinds]
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in measured["product_gflop_per_s"].items())
+    note = (
+        f"Medians, {measured['clock']}; limit: the step's matrix products at the rate of a large one, "
+        f"{rates}; {refused}. {device_line(measured['device'], command)}"
+    )
+    if name != "lora_step":
+        return "\n\n".join([table(head, rows), note])
     return "\n\n".join(
         [
             table(head, rows),
             "What a layer with LoRA keeps for the backward pass, over the least there can be (the input in "
             "its own dtype, its product with `A`, a byte for each dropped number):",
             table(["", *columns], saved),
-            f"Medians, {measured['clock']}. " + device_line(measured["device"], command),
+            note,
         ]
     )
 
 
 def decode(name: str = "decode") -> str:
-    """Milliseconds, and the rate against dense float32, of one 4096 x 4096 layer for each number of tokens."""
+    """Milliseconds of one 4096 x 4096 layer for each number of tokens, the rate against dense float32, the limit."""
     measured = result(name)
     by_key = {(row["method"], row["tokens"]): row for row in measured["rows"] if row["shape"] == [4096, 4096]}
     tokens = list(dict.fromkeys(n_tokens for _, n_tokens in by_key))
@@ -204,15 +215,21 @@ def decode(name: str = "decode") -> str:
         cells = [method]
         for n_tokens in tokens:
             row = by_key.get((method, n_tokens))
-            wrong = "" if row is None or row["is_right"] else ", wrong"
-            cells.append(f"{1e3 * row['median_s']:.2f} ms ({row['rate_vs_dense_float32']:.2f}{wrong})" if row else "")
+            if row is None:
+                cells.append("")
+                continue
+            share = max(row["limit_s"].values()) / row["median_s"]
+            wrong = "" if row["is_right"] else ", wrong"
+            cells.append(f"{1e3 * row['median_s']:.2f} ms ({row['rate_vs_dense_float32']:.2f}; {share:.0%}{wrong})")
         body.append(cells)
     head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
     command = "python benchmarks/bench_decode.py" + " --one-thread" * (measured["clock"] == "CPU time")
     command += " --avx2" * (name == "decode_avx2")
     return (
         table(head, body)
-        + f"\n\nIn brackets the rate, dense float32 = 1; medians, {measured['clock']}; compiled kernels: "
+        + "\n\nIn brackets the rate, dense float32 = 1, and the limit's share of the time: the longer of reading the "
+        + f"stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
+        + f"{measured['product_gflop_per_s']:.0f} GFLOP/s. Medians, {measured['clock']}; compiled kernels: "
         + f"{measured['device']['kernels']}. {device_line(measured['device'], command)}"
     )
 
@@ -259,6 +276,12 @@ def gpu() -> str:
         ]
         layers = f"{measured['training']['layers']} layers of Llama 3 8B"
         parts.append(table([f"a LoRA step, {layers}", "tokens", "time", "model and step"], body))
+    if "quantizing" in measured:
+        body = [
+            [f"{row['method']}, {row['shape'][0]} x {row['shape'][1]}", f"{row['million_weights_per_s']:,.0f}"]
+            for row in measured["quantizing"]["rows"]
+        ]
+        parts.append(table(["quantizing", "million weights/s"], body))
     versions = ", ".join(f"{name} {device[name]}" for name in ("torch", "triton", "bitsandbytes") if name in device)
     note = "In brackets the rate, dense float16 (a step: bfloat16) = 1; medians of GPU time, cold caches."
     return "\n\n".join([*parts, f"{note} `make bench-gpu` on {device['gpu']}; {versions}."])
@@ -430,6 +453,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode_avx2": lambda: decode("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
+        "lora_step_avx2": lambda: lora_step("lora_step_avx2"),
         "quantize": quantize,
         "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,

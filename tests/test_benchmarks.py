@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 BENCH_GPU = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
-PARTS = {"copying", "decoding", "dequantizing", "training", "switch_points", "tile_sizes", "decoding_slow_peers"}
+PARTS = {"copying", "decoding", "dequantizing", "training", "quantizing", "switch_points", "tile_sizes"}
+PARTS |= {"decoding_slow_peers"}
 
 
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):

@@ -5,7 +5,9 @@ A tile stays in cache between being written and being read, and no dense weight 
 maps fresh pages for it each time. What a tile is made from is the affair of each method's ``tiles.py``.
 """
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -28,6 +30,38 @@ def rows_per_tile(out_features: int, in_features: int, device: torch.device) -> 
     return max(1, min(out_features, elements // in_features))
 
 
+class _Spare(threading.local):
+    """A thread's CPU tiles that nothing is in, by dtype."""
+
+    def __init__(self) -> None:
+        self.tiles: dict[torch.dtype, list[Tensor]] = {}
+
+
+_SPARE = _Spare()
+
+
+@contextmanager
+def scratch(n_rows: int, n_columns: int, *, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Memory (n_rows, n_columns) for the length of the context, with anything in it.
+
+    A thread keeps its tiles on a CPU for the next product: fresh memory is in no cache, and its pages are cleared
+    first. On a GPU torch's allocator does as much.
+    """
+    n_elements = n_rows * n_columns
+    if device.type != "cpu" or n_elements > CPU_TILE_ELEMENTS:
+        yield torch.empty(n_rows, n_columns, dtype=dtype, device=device)
+        return
+    spare = _SPARE.tiles.setdefault(dtype, [])
+    tile = spare.pop() if spare else None
+    if tile is None or tile.numel() < n_elements:
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            tile = torch.empty(CPU_TILE_ELEMENTS, dtype=dtype, device=device)
+    try:
+        yield tile[:n_elements].view(n_rows, n_columns)
+    finally:
+        spare.append(tile)
+
+
 class DequantizeRows(Protocol):
     """Writes the dense values of some rows of a weight to memory (n_rows, in_features), and returns it."""
 
@@ -45,17 +79,18 @@ def buffered_tiles(
 ) -> WeightTiles:
     """All rows of a weight as ``dtype``, tile by tile, in one buffer.
 
-    ``dequantize_rows`` writes ``written``; where ``dtype`` is another, there is a second buffer of it. On a GPU
-    torch's allocator gives all layers the same memory for them, one after the other.
+    ``dequantize_rows`` writes ``written``; where ``dtype`` is another, there is a second buffer of it.
     """
     step = rows_per_tile(out_features, in_features, device)
-    buffer = torch.empty(step, in_features, dtype=written, device=device)
-    cast = buffer if dtype == written else torch.empty_like(buffer, dtype=dtype)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
-        n_rows = rows.stop - rows.start
-        tile = dequantize_rows(rows=rows, into=buffer[:n_rows])
-        yield rows, tile if dtype == written else cast[:n_rows].copy_(tile)
+    with (
+        scratch(step, in_features, dtype=written, device=device) as buffer,
+        nullcontext(buffer) if dtype == written else scratch(step, in_features, dtype=dtype, device=device) as cast,
+    ):
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            n_rows = rows.stop - rows.start
+            tile = dequantize_rows(rows=rows, into=buffer[:n_rows])
+            yield rows, tile if dtype == written else cast[:n_rows].copy_(tile)
 
 
 def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor:
@@ -101,10 +136,10 @@ def weight_gradient_tiles(grad: Tensor, x: Tensor, *, multiple: int = 1) -> Weig
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
     out_features, in_features = flat_grad.shape[1], flat_x.shape[1]
     step = max(1, rows_per_tile(out_features, in_features, grad.device) // multiple) * multiple
-    buffer = flat_x.new_empty(min(step, out_features), in_features)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
-        yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - start])
+    with scratch(min(step, out_features), in_features, dtype=dtype, device=grad.device) as buffer:
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - start])
 
 
 def row_tiles(weight: Tensor, *, multiple: int = 1) -> WeightTiles:

@@ -39,3 +39,35 @@ def test_training_scales_and_codebooks_allocates_nothing_dense(method, axis, is_
         gradients = torch.autograd.grad(linear(x).sum(), [x, *trained])
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert 0 < max(event.self_cpu_memory_usage for event in profiled.events()) < DENSE_BYTES / 4
+
+
+def test_tiles_are_used_again_by_the_next_product_also_after_inference_mode(monkeypatch):
+    monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())
+    arguments = (pack(torch.randint(0, 16, (OUT, IN)).byte(), 4), torch.rand(OUT, 16), torch.rand(OUT, 16), None, 4, 1)
+    x = torch.randn(TOKENS, IN)
+    with torch.inference_mode():
+        expected = hqq_linear(x, *arguments)
+    (tile,) = tiled._SPARE.tiles[torch.float32]
+    x.requires_grad_()
+    y = hqq_linear(x, *arguments)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    assert [kept.data_ptr() for kept in tiled._SPARE.tiles[torch.float32]] == [tile.data_ptr()]
+
+
+def test_tiles_that_are_open_at_the_same_time_do_not_share_memory():
+    gradients = tiled.weight_gradient_tiles(torch.randn(3, 40), torch.randn(3, 8))
+    _, first = next(gradients)
+    kept = first.clone()
+    with tiled.scratch(40, 8, dtype=torch.float32, device=torch.device("cpu")) as other:
+        other.zero_()
+    assert torch.equal(first, kept)
+
+
+def test_memory_of_an_interrupted_product_is_given_back(monkeypatch):
+    monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())
+    tiles = tiled.weight_gradient_tiles(torch.randn(3, 40), torch.randn(3, 8))
+    next(tiles)
+    assert not tiled._SPARE.tiles[torch.float32]
+    tiles.close()
+    assert len(tiled._SPARE.tiles[torch.float32]) == 1
