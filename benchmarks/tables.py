@@ -121,7 +121,7 @@ def merge() -> str:
             [
                 f"{setting}, {task}",
                 str(len(found)),
-                training + (f", {found[0]['adapter_mb']:.1f} MB" if "adapter_mb" in found[0] else ""),
+                f"{training}, {found[0]['trained_parameters'] / 1e6:.2f} M",
                 strategy,
                 f"{statistics.median(row['seconds_to_merge'] for row in found):.0f}",
                 f"{statistics.mean(captured):.3f}{spread}",
@@ -137,7 +137,7 @@ def merge() -> str:
     head = [
         "",
         "seeds",
-        "training, adapter",
+        "training, parameters",
         "merge",
         "seconds",
         "capture",

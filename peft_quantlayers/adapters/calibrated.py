@@ -27,6 +27,8 @@ MIN_PASSES = 2
 MAX_PASSES = 6
 ENOUGH = 0.05
 MAX_GROWTH = 2.0
+# A change of this part of the weight's norm may lie better on a grid of its own: both are tried.
+LARGE_CHANGE = 0.25
 
 
 def merge_calibrated(
@@ -114,7 +116,8 @@ def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedW
     """A weight whose outputs carry the whole change under ``hessian``, from the grid and the codes that are there.
 
     The weight of least error keeps a part of the change only. What one layer lacks the next ones lack too, and it adds
-    up, where noise mostly cancels. Hence more than the change is asked for, until all of it arrives.
+    up, where noise mostly cancels. Hence more than the change is asked for, until all of it arrives. Of a large change
+    the outputs are compared with those of a weight that is quantized from the beginning.
     """
     change = plan.target - plan.before
     if not change.any():
@@ -127,7 +130,15 @@ def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedW
         if abs(arrived - 1) < ENOUGH and n_passes >= MIN_PASSES:
             break
         gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))
-    return found
+    if change.norm() < LARGE_CHANGE * plan.before.norm() or spec != plan.weight.spec:
+        return found
+    anew = base.method.quantize(plan.target, spec, name=base.layer_name, hessian=hessian)
+    return min(found, anew, key=lambda weight: output_error(base.method.dense(weight) - plan.target, hessian))
+
+
+def output_error(error: Tensor, hessian: Tensor) -> float:
+    """Mean squared error of the outputs of a weight with ``error``, for inputs of second moment ``hessian``."""
+    return float(((error @ hessian.to(error.device)) * error).sum())
 
 
 def with_outputs(
@@ -138,7 +149,6 @@ def with_outputs(
     kept = change_coefficient(plan.before, plan.target, after, hessian)
     change = plan.target - plan.before
     rest = after - plan.before - kept * change
-    hessian = hessian.to(change.device)
-    energies = [float(((part @ hessian) * part).sum()) for part in (change, rest)]
+    energies = [output_error(part, hessian) for part in (change, rest)]
     noise = math.sqrt(max(0.0, energies[1]) / energies[0]) if energies[0] > 0 else 0.0
     return dataclasses.replace(report, output_kept=kept, output_noise=noise)

@@ -8,6 +8,7 @@ from typing import Any, SupportsFloat, cast
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
@@ -30,12 +31,21 @@ def refuse_other_models(peft_model: Any) -> None:
             f"{kind} changes what the model reads and no weight: there is nothing to merge. Save it with its own "
             "save_pretrained and load it beside the base."
         )
+    if not any(
+        isinstance(cast(object, module), (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in peft_model.modules()
+    ):
+        raise ValueError(
+            "the model has no adapter any more: they were merged and taken off already. Use the model that that merge "
+            "gave, or load base and adapter again."
+        )
 
 
 def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
     """The adapters to merge: ``adapters``, or the active ones."""
     if isinstance(adapters, str):
         raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
+    if adapters is not None and not isinstance(adapters, (list, tuple)):
+        raise TypeError(f"adapters must be a list of names, got {type(adapters).__name__}; write ['default'].")
     names = list(peft_model.active_adapters) if adapters is None else list(adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown or not names:
@@ -83,9 +93,16 @@ def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
             f"evaluate_on of shape {tuple(ids.shape)} must be one text of at least 2 token ids, (n_tokens,). Join "
             "several texts into one vector."
         )
-    vocabulary = getattr(getattr(peft_model, "config", None), "vocab_size", None)
+    config = getattr(peft_model, "config", None)
+    vocabulary = getattr(config, "vocab_size", getattr(getattr(config, "text_config", None), "vocab_size", None))
+    if vocabulary is None:
+        kind = type(peft_model.get_base_model()).__name__
+        raise TypeError(
+            f"evaluate_on compares the predictions of language models, and {kind} has no vocabulary in its config. "
+            "Use metric= for other models. The model is left as it was."
+        )
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
+    if low < 0 or high >= vocabulary:
         raise ValueError(
             f"evaluate_on holds token ids from {low} to {high}, but the model's vocabulary has {vocabulary}. Use the "
             "model's own tokenizer."
@@ -95,6 +112,10 @@ def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
 
 def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
     """``metric(model)``, a number."""
+    if not callable(metric):
+        raise TypeError(
+            f"metric must be a function of a model, got {type(metric).__name__}. The model is left as it was."
+        )
     value = metric(model)
     if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
         raise TypeError(

@@ -23,7 +23,7 @@ from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from . import rules
 from .backend import QuantizedLinearBackend
-from .qalora import MergeableQALoraVariant, check_config, group_change
+from .qalora import MergeableQALoraVariant, can_be_qalora, check_config, group_change
 from .report import LayerMergeReport, layer_report
 from .rounding import RoundedWeight
 from .rules import MergePlan, MergeRule, fitting_strategies
@@ -437,6 +437,8 @@ def merge_report_of(plan: MergePlan, merged: QuantizedWeight | nn.Module) -> Lay
         merged=after,
         bits=(plan.weight.bits_per_weight, bits),
         strategies=plan.strategies,
+        is_aware=plan.is_aware,
+        can_be_qalora=can_be_qalora(plan.base),
     )
 
 
@@ -444,7 +446,8 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
     """Choose what PEFT's own ``merge_adapter`` and ``merge_and_unload`` do with the quantized layers of ``model``.
 
     Args:
-        model: a PEFT model, or a transformers model with adapters.
+        model: a PEFT model, or a transformers model with adapters. Layers that get an adapter later begin with
+            ``"auto"``: call this again after ``add_adapter``.
         strategy: as for :func:`merge_back`; ``"auto"`` is the default.
 
     Raises:
@@ -453,7 +456,8 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
     if strategy not in RULES:
         raise ValueError(
             f"strategy={strategy!r} is not supported here; choose one of {tuple(RULES)}. Calibrated merges need data: "
-            "peft_quantlayers.merge_back."
+            'peft_quantlayers.merge_back(model, strategy="calibrated", calibration=..., unload=False), and '
+            "merge_and_unload() after it."
         )
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     if not layers:

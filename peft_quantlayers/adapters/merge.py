@@ -40,6 +40,7 @@ def merge_back(
     tokenizer: Any = None,
     evaluate_on: Tensor | list[int] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
+    unload: bool = True,
     progress: bool = True,
 ) -> tuple[nn.Module, MergeReport]:
     """Merge adapters into the base model and take the PEFT wrapper off.
@@ -50,14 +51,15 @@ def merge_back(
             ``"auto"``: ``"exact"`` for QA-LoRA, ``"aware"`` for adapters trained so, ``"requantize"`` for others.
             ``"exact"``: QA-LoRA only; the change goes into the float zeros, no code is rounded.
             ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs stay as they are.
-            ``"calibrated"``: any adapter; codes, scales, zeros and codebooks are chosen so that the outputs are right
+            ``"calibrated"``: any LoRA; codes, scales, zeros and codebooks are chosen so that the outputs are right
             on ``calibration``, layer by layer, from the codes that are there.
             ``"requantize"``: without data. The change is rounded into the codes with dither, on the grid that is
             there; or, where nearest codes keep the change and err less, the weight is quantized anew.
             ``"append"``: AQLM only, with or without ``calibration``. One codebook more holds the change: a bit per
             weight more with eight inputs a group and 8-bit codes, in the published format.
-            ``"dense"``: a plain float model, which loses nothing.
-            ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model; loses nothing.
+            ``"dense"``: a plain float model.
+            ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model. Both lose nothing
+            of ordinary adapters; of those that were trained merge-aware they lose what the rounding was to them.
             PEFT's other tuners (LoHa, OFT, IA3, ...) know ``"auto"``, ``"requantize"`` and ``"dense"``, and tuned
             scales, which always merge exactly, these and ``"exact"``.
         adapters: names of the adapters to merge; None for the active ones.
@@ -67,17 +69,19 @@ def merge_back(
             the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
         metric: any score of a model, a task's accuracy for example, as a number; called with ``peft_model`` before
             the merge, and after it with the merged base model, of which the adapters are not taken off yet.
+        unload: take the PEFT wrapper off. False leaves it on, LoRA only: ``unmerge_adapter()`` puts back the very bits
+            from before the merge, whatever the strategy, and ``merge_and_unload()`` gives the merged base model.
         progress: show a progress bar while calibrating.
 
     Returns:
-        The base model, merged, and the report.
+        The base model, merged, or ``peft_model`` without ``unload``; and the report.
 
     Raises:
         TypeError: not a PeftModel, ``adapters`` is no list, ``evaluate_on`` holds no token ids, or ``metric`` gave no
             number; the model is left as it was.
         ValueError: an unknown strategy or adapter, adapters that the strategy is not for, one that holds NaN or Inf,
-            or too few tokens to evaluate on, or unknown ones; the model is left as it was. So it is after whatever
-            else ``metric`` raises.
+            too few tokens to evaluate on, or unknown ones, or no adapter is left; the model is left as it was. So it
+            is after whatever else ``metric`` raises.
         NotImplementedError: the tuner cannot merge, or a layer is no match for the strategy; left as it was too.
     """
     if strategy not in STRATEGIES:
@@ -101,6 +105,11 @@ def merge_back(
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)
+    if not unload and not all(isinstance(layer, LoraQuantizedLinear) for layer in layers):
+        raise ValueError(
+            "unload=False is for LoRA: other tuners' merges into quantized layers are not taken back bit for bit. "
+            "Keep a copy of the model instead. The model is left as it was."
+        )
     held_out = None if evaluate_on is None else checked_ids(peft_model, evaluate_on)
     scores = None
     if metric is not None:
@@ -137,13 +146,17 @@ def merge_back(
     for layer in layers:
         if isinstance(layer, TunerMerge):
             layer.finish()
+    report = MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
     with warnings.catch_warnings():
         # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
-        warnings.filterwarnings("ignore", "All adapters are already merged")
+        warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
+        if not unload:
+            cast(Any, peft_model.base_model).merge_adapter(adapter_names=names)
+            return peft_model, report
         model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
-    return model, MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
+    return model, report
 
 
 def _layers_to_merge(

@@ -54,6 +54,15 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
         )
 
 
+def can_be_qalora(base: QuantizedLinear) -> bool:
+    """Whether some group size would make QA-LoRA possible on ``base``."""
+    try:
+        base.method.shift_group_size(base.spec, in_features=base.in_features)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def group_change(layer: LoraQuantizedLinear, adapter: str) -> Tensor:
     """The change that ``adapter`` makes to all weights of a group, (out_features, n_pooled), float32.
 

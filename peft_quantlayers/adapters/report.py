@@ -36,6 +36,8 @@ class LayerMergeReport:
         output_noise: norm of what else changed in the outputs, over that of the adapter's change; likewise.
         strategies: that these adapters on this weight can be merged with, beside "requantize" and "dense"; "aware" if
             such adapters can be trained for it.
+        is_aware: the adapters were trained through the rounding of this weight, for "aware".
+        can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.
     """
 
     name: str
@@ -51,6 +53,8 @@ class LayerMergeReport:
     output_kept: float | None = None
     output_noise: float | None = None
     strategies: tuple[str, ...] = ()
+    is_aware: bool = False
+    can_be_qalora: bool = False
 
     @property
     def relative_error(self) -> float:
@@ -73,6 +77,12 @@ class MergeReport:
     layers: tuple[LayerMergeReport, ...]
     capture: Capture | None = None
     scores: tuple[float, float] | None = None
+
+    def done(self, layer: LayerMergeReport) -> str:
+        """The strategy that ``layer`` was merged with: what "auto" has chosen for it, else the one asked for."""
+        if self.strategy != "auto":
+            return self.strategy
+        return "aware" if layer.is_aware else "exact" if "exact" in layer.strategies else "requantize"
 
     @property
     def bits(self) -> tuple[float, float]:
@@ -118,32 +128,56 @@ class MergeReport:
     @property
     def recommendation(self) -> str | None:
         """What to try instead, where this merge lost much; None where it did not."""
+        done = {self.done(layer) for layer in self.layers}
         if self.capture is not None:
             kept, what = self.capture.capture, "effect on the predictions is left"
+        elif any(layer.is_aware and self.done(layer) != "aware" for layer in self.layers):
+            return (
+                'The adapters were trained merge-aware, and only strategy="aware" gives the model that was trained: '
+                "without the rounding they compute something else."
+            )
+        elif done == {"aware"}:
+            return None  # its change in the weights is not what it was trained for; its outputs are
         elif self.output_kept is not None:
             kept, what = self.output_kept, "change in the outputs is left"
         else:
             kept, what = self.change_kept, "change is in the weights"
         if kept >= LOW_CAPTURE:
             return None
-        said = f"{kept:.2f} of the adapter's {what}."
+        others = ["more text to calibrate on, or finetune_epochs in the Calibration"] if "calibrated" in done else []
+        others += [way for name, way in self._other_ways().items() if name not in done]
+        return f"{kept:.2f} of the adapter's {what}." + (f" Instead: {'; or '.join(others)}." if others else "")
+
+    def _other_ways(self) -> dict[str, str]:
+        """Strategies that these layers could be merged with, the best first, and how to say so."""
+        if any(layer.is_aware for layer in self.layers):
+            return {"aware": 'strategy="aware", which these adapters were trained for'}
         possible = set.intersection(*(set(layer.strategies) for layer in self.layers)) if self.layers else set()
-        others = []
-        if "exact" in possible and self.strategy not in ("auto", "exact"):
-            others.append('strategy="exact", which rounds no code')
-        if "calibrated" in possible and self.strategy in ("auto", "requantize"):
-            others.append('strategy="calibrated" with some text')
-        if "aware" in possible and self.strategy not in ("exact", "aware"):
-            others.append('train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"')
-            if any(layer.method == "hqq" for layer in self.layers):
-                others.append("train with QA-LoRA (axis=1), which merges exactly")
-        if "append" in possible and self.strategy != "append":
-            others.append('strategy="append", which takes a bit per weight more')
-        if "keep" in possible:
-            others.append('strategy="keep", which saves the adapter as a low-rank branch and loses nothing')
-        else:
-            others.append('strategy="dense", a float model, which loses nothing')
-        return f"{said} Instead: " + "; or ".join(others) + "."
+        ways = {
+            "exact": 'strategy="exact", which rounds no code',
+            "calibrated": 'strategy="calibrated" with some text',
+            "aware": 'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
+            "append": 'strategy="append", which takes a bit per weight more',
+            "keep": 'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
+        }
+        found = {name: way for name, way in ways.items() if name in possible}
+        if "aware" in found and all(layer.can_be_qalora for layer in self.layers):
+            found["qalora"] = "train with QA-LoRA, which merges exactly"
+        if "keep" not in found:
+            found["dense"] = 'strategy="dense", a float model, which loses nothing'
+        return found
+
+    @property
+    def not_measured(self) -> str | None:
+        """What these figures do not tell; None where they tell all, or rounding made little noise."""
+        rounded = [layer for layer in self.layers if self.done(layer) not in ("aware", "exact", "keep", "dense")]
+        noise = self.error_to_change if self.output_noise is None else self.output_noise
+        if self.capture is not None or not rounded or noise**2 < 1 - LOW_CAPTURE:
+            return None
+        return (
+            f"Beside the adapter's change, rounding made noise of {noise:.2f} times its size. What that does to the "
+            "predictions was not measured: give evaluate_on=held-out token ids."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the totals, and one entry for each layer."""
@@ -161,7 +195,11 @@ class MergeReport:
             else dataclasses.asdict(self.capture) | {"capture": self.capture.capture},
             "scores": None if self.scores is None else {"adapter": self.scores[0], "merged": self.scores[1]},
             "recommendation": self.recommendation,
-            "layers": [dataclasses.asdict(layer) | {"relative_error": layer.relative_error} for layer in self.layers],
+            "not_measured": self.not_measured,
+            "layers": [
+                dataclasses.asdict(layer) | {"relative_error": layer.relative_error, "strategy": self.done(layer)}
+                for layer in self.layers
+            ],
         }
 
     def save(self, path: str | Path) -> None:
@@ -179,7 +217,9 @@ class MergeReport:
                 f"  {outputs}"
             )
 
-        rows = [f"{'layer':{width}}  bits before  after  rel. error  error/change  change kept  output kept  noise"]
+        done = ", ".join(sorted({self.done(layer) for layer in self.layers})) or "no quantized layer"
+        rows = [f"merged: {done}"]
+        rows += [f"{'layer':{width}}  bits before  after  rel. error  error/change  change kept  output kept  noise"]
         for layer in self.layers:
             bits, ratio = (layer.bits_before, layer.bits_after), layer.error_norm / (layer.change_norm or 1.0)
             figures = layer.relative_error, ratio, layer.change_kept
@@ -189,12 +229,12 @@ class MergeReport:
         if self.capture is not None:
             rows.append(
                 f"capture {self.capture.capture:.3f}; loss {self.capture.loss_base:.3f} base, "
-                f"{self.capture.loss_adapter:.3f} adapter, {self.capture.loss_merged:.3f} merged"
+                f"{self.capture.loss_adapter:.3f} adapter, {self.capture.loss_merged:.3f} merged; on "
+                f"{self.capture.n_tokens:,} tokens"
             )
         if self.scores is not None:
             rows.append(f"score {self.scores[0]:.3f} adapter, {self.scores[1]:.3f} merged")
-        if self.recommendation is not None:
-            rows.append(self.recommendation)
+        rows += [said for said in (self.not_measured, self.recommendation) if said is not None]
         return "\n".join(rows)
 
 
@@ -208,6 +248,8 @@ def layer_report(
     merged: Tensor,
     bits: tuple[float, float],
     strategies: tuple[str, ...],
+    is_aware: bool = False,
+    can_be_qalora: bool = False,
 ) -> LayerMergeReport:
     """The report on a layer whose weight was ``before``, should be ``target`` and became ``merged``; all float32."""
     return LayerMergeReport(
@@ -222,6 +264,8 @@ def layer_report(
         error_norm=float((merged - target).norm()),
         change_kept=change_coefficient(before, target, merged),
         strategies=strategies,
+        is_aware=is_aware,
+        can_be_qalora=can_be_qalora,
     )
 
 

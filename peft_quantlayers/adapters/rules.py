@@ -68,6 +68,8 @@ class MergePlan:
     @property
     def lossless(self) -> str:
         """The strategy, quoted, that loses nothing of these adapters."""
+        if self.is_aware:
+            return '"aware"'
         return '"keep"' if "keep" in self.strategies else '"dense"'
 
 

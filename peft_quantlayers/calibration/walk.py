@@ -86,6 +86,7 @@ def walk(
         ValueError, TypeError: as :meth:`Calibration.batches`; nothing was changed.
     """
     batches = calibration.batches(model)
+    _warn_of_few(batches, model, names)
     visitor.begin(batches)
     blocks = find_blocks(model, names)
     in_blocks = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
@@ -118,6 +119,24 @@ def walk(
         rest = [name for name in names if not any(name in inside for inside in in_blocks.values())]
         with Passes(model, model_calls(model, batches)) as passes:
             _visit_in_order("", rest, passes, calibration, visitor, bar)
+
+
+def _warn_of_few(batches: list[Tensor], model: nn.Module, names: list[str]) -> None:
+    """Say so where a layer has more inputs than there are tokens, whose second moment cannot tell them apart."""
+    n_tokens = sum(len(batch) if batch.is_floating_point() else batch.numel() for batch in batches)
+    widths = {name: getattr(model.get_submodule(name), "in_features", 0) for name in names}
+    n_wider = sum(width > n_tokens for width in widths.values())
+    if n_wider:
+        widest = max(widths, key=lambda name: widths[name])
+        logger.warning(
+            "%d of %d layers have more inputs (%s: %d) than the %d tokens of the calibration data: what these do not "
+            "show rests on damping. Give more data, or a larger n_tokens.",
+            n_wider,
+            len(names),
+            widest,
+            widths[widest],
+            n_tokens,
+        )
 
 
 def _without_autocast(model: nn.Module) -> torch.autocast:

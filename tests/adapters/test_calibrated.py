@@ -10,7 +10,7 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, QuantizedWeight, quantize_model, quantized_modules
-from peft_quantlayers.adapters.calibrated import for_outputs
+from peft_quantlayers.adapters.calibrated import for_outputs, output_error
 from peft_quantlayers.adapters.report import change_coefficient
 from peft_quantlayers.adapters.rules import MergePlan
 
@@ -89,6 +89,36 @@ def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_p
         layer.unmerge()
     assert kept["least error"] < 0.97
     assert abs(kept["whole"] - 1) < 0.5 * (1 - kept["least error"])
+
+
+def test_a_large_change_errs_no_more_than_on_a_grid_of_its_own():
+    model = adapted(CONFIGS["hqq4"], scale=30.0)
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, pql.LoraQuantizedLinear))
+    inputs = torch.randn(256, layer.in_features, generator=torch.Generator().manual_seed(5))
+    hessian = inputs.t() @ inputs / len(inputs)
+    errors = {}
+
+    def compare(plan: MergePlan) -> QuantizedWeight:
+        method, spec = plan.base.method, plan.weight.spec
+        assert (plan.target - plan.before).norm() > plan.before.norm()
+        merged = for_outputs(plan, spec, hessian)
+        anew = method.quantize(plan.target, spec, name=name, hessian=hessian)
+        for what, weight in {"merged": merged, "anew": anew}.items():
+            errors[what] = output_error(method.dense(weight) - plan.target, hessian)
+        return merged
+
+    layer.merge_with(compare, ["default"])
+    assert errors["merged"] <= errors["anew"]
+
+
+def test_fewer_tokens_than_a_layer_has_inputs_are_said_by_number(caplog):
+    base = quantize_model(nn.Sequential(nn.Linear(64, 64)), CONFIGS["hqq4"], progress=False)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    for n_rows, is_few in ((63, True), (64, False)):
+        caplog.clear()
+        data = [torch.randn(n_rows, 64)]
+        pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=data, progress=False)
+        assert (f"(base_model.model.0: 64) than the {n_rows} tokens" in caplog.text) == is_few
 
 
 def test_finetuning_the_blocks_brings_the_outputs_nearer_and_leaves_the_norms():

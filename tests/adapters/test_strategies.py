@@ -1,5 +1,6 @@
 """What holds for every strategy of merge_back, and what the report says of the whole model."""
 
+import copy
 import dataclasses
 import json
 
@@ -12,6 +13,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
 from peft_quantlayers.adapters import rules
 from peft_quantlayers.adapters.lora import RULES
+from peft_quantlayers.adapters.report import LayerMergeReport
 
 from .test_lora import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 
@@ -296,3 +298,97 @@ def test_no_strategy_of_lora_is_recommended_for_other_tuners():
     report = pql.merge_back(model)[1]
     report = dataclasses.replace(report, layers=tuple(dataclasses.replace(e, change_kept=0.1) for e in report.layers))
     assert report.recommendation.endswith('Instead: strategy="dense", a float model, which loses nothing.')
+
+
+@pytest.mark.parametrize("strategy", ["keep", "dense", "requantize"])
+def test_aware_adapters_are_sent_to_the_merge_that_they_were_trained_for(strategy):
+    model = tiny_peft_model()
+    pql.enable_merge_aware(model)
+    _, aware = pql.merge_back(copy.deepcopy(model))
+    assert aware.to_dict()["strategy"] == "auto"
+    assert {layer["strategy"] for layer in aware.to_dict()["layers"]} == {"aware"}
+    assert str(aware).splitlines()[0] == "merged: aware"
+    assert aware.recommendation is aware.not_measured is None
+    _, other = pql.merge_back(model, strategy=strategy)
+    assert 'only strategy="aware"' in other.recommendation
+    assert "loses nothing" not in str(other)
+
+
+def test_nothing_that_was_just_done_is_recommended():
+    layer = {"name": "first", "adapters": ("default",), "method": "hqq", "n_weights": 4}
+    layer |= {"bits_before": 4.5, "bits_after": 4.5, "weight_norm": 1.0, "change_norm": 1.0, "error_norm": 1.0}
+    layer |= {"change_kept": 0.1, "can_be_qalora": True}
+    possible = ("aware", "keep", "calibrated")
+    for strategy in ("calibrated", "keep", "dense", "requantize"):
+        report = pql.MergeReport(strategy=strategy, layers=(LayerMergeReport(**layer, strategies=possible),))
+        assert f'strategy="{strategy}"' not in report.recommendation
+        assert ("more text" in report.recommendation) == (strategy == "calibrated")
+        assert "QA-LoRA" in report.recommendation
+    integer_zeros = LayerMergeReport(**(layer | {"can_be_qalora": False}), strategies=possible)
+    assert "QA-LoRA" not in pql.MergeReport(strategy="requantize", layers=(integer_zeros,)).recommendation
+
+
+def test_the_report_says_that_noise_was_not_measured_where_there_is_much_of_it():
+    model = tiny_peft_model(nbits=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1
+    _, measured = pql.merge_back(copy.deepcopy(model), evaluate_on=token_ids().flatten())
+    assert measured.not_measured is None
+    _, report = pql.merge_back(model)
+    assert report.error_to_change > 1
+    assert "evaluate_on" in report.not_measured
+    assert report.not_measured in str(report)
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "calibrated", "append", "dense", "keep", "auto"])
+def test_a_merge_without_unloading_is_taken_back_bit_for_bit_and_unloads_later(strategy):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(quantized_tiny(), config) if strategy == "append" else tiny_peft_model()
+    data = {"calibration": torch.randint(3, 128, (512,)), "progress": False} if strategy == "calibrated" else {}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model.eval()(token_ids()).logits
+    merged, report = pql.merge_back(model, strategy=strategy, unload=False, **data)
+    assert merged is model
+    assert len(report.layers) == len(model.get_layer_status())
+    with torch.no_grad():
+        logits = model(token_ids()).logits
+    for _ in range(3):
+        model.unmerge_adapter()
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        with torch.no_grad():
+            assert torch.equal(model(token_ids()).logits, expected)
+        pql.merge_back(model, strategy=strategy, unload=False, **data)
+    base = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(base(token_ids()).logits, logits)
+
+
+def test_a_model_whose_adapters_are_gone_is_refused():
+    model = tiny_peft_model()
+    pql.merge_back(model)
+    with pytest.raises(ValueError, match="no adapter any more"):
+        pql.merge_back(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"adapters": 5}, "adapters must be a list of names, got int"),
+        ({"metric": 3}, "metric must be a function of a model, got int"),
+    ],
+    ids=["adapters", "metric"],
+)
+def test_arguments_of_another_kind_are_refused_by_name(arguments, said):
+    with pytest.raises(TypeError, match=said):
+        pql.merge_back(tiny_peft_model(), **arguments)
+
+
+def test_predictions_of_a_model_without_a_vocabulary_are_not_asked_for():
+    base = pql.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), pql.HQQConfig(nbits=4), progress=False)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match=r"no vocabulary in its config.*metric="):
+        pql.merge_back(model, evaluate_on=[1, 2, 3])
