@@ -8,7 +8,8 @@ or merged.
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -17,6 +18,8 @@ from transformers import TrainerCallback
 from ..layers import QuantizedLinear
 from .lora import LoraQuantizedLinear
 from .stamp import fingerprint, stamped
+
+logger = logging.getLogger(__name__)
 
 
 def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> None:
@@ -36,13 +39,27 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
         NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
             changed.
     """
-    configs = _configs(model)
+    trained = _enable(model, adapters)
+    if trained:
+        logger.warning(
+            "adapters %s are not new: from here on they compute through the rounding. Train them some more before "
+            "the merge, or it is worth no more than one by requantizing.",
+            trained,
+        )
+
+
+def _enable(model: nn.Module, adapters: list[str] | None) -> list[str]:
+    """As :func:`enable_merge_aware`; gives the adapters that change the model already."""
+    configs, trained = _configs(model), []
     for name, layers in _checked_layers(model, configs, adapters).items():
         stamp = {}
+        if any(cast(nn.Linear, layer.lora_B[name]).weight.any() for layer in layers):
+            trained.append(name)
         for layer in layers:
             base = layer.quantized_base()
             stamp[base.layer_name] = layer.aware_adapters[name] = fingerprint(base.quantized_weight)
         configs[name] = stamped(configs[name], stamp)
+    return trained
 
 
 def _checked_layers(
@@ -100,7 +117,7 @@ class MergeAwareCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer before each optimizer step."""
         if not self.is_on and state.global_step >= self.start_step:
-            enable_merge_aware(kwargs["model"], self.adapters)
+            _enable(kwargs["model"], self.adapters)
             self.is_on = True
 
 

@@ -376,3 +376,11 @@ def test_an_adapter_that_took_weight_from_the_base_loads_on_the_base_as_it_was(i
 def test_a_bare_name_is_told_to_be_a_list():
     with pytest.raises(ValueError, match=r"write \['default'\]"):
         pql.enable_merge_aware(with_adapter(pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)), "default")
+
+
+def test_an_adapter_that_was_trained_before_is_named(caplog):
+    for init, is_new in ((True, True), (False, False)):
+        caplog.clear()
+        base = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
+        pql.enable_merge_aware(get_peft_model(base, LoraConfig(target_modules=["first"], init_lora_weights=init)))
+        assert ("are not new" in caplog.text) == (not is_new)
