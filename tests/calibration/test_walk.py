@@ -2,6 +2,7 @@
 
 import _thread
 import copy
+import signal
 import threading
 import time
 
@@ -177,8 +178,13 @@ def test_an_interrupt_while_a_pass_runs_ends_it():
     model, n_threads = tiny_model(), threading.active_count()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     model.model.layers[0].mlp.act_fn = Interrupting(model.model.layers[0].mlp.act_fn)
-    with pytest.raises(KeyboardInterrupt):
-        walk(model, names, DATA, Recorder(), progress=False)
+    # A shell that starts tests in the background has interrupts ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            walk(model, names, DATA, Recorder(), progress=False)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert threading.active_count() == n_threads
 
 
