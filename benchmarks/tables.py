@@ -167,18 +167,18 @@ def lora_step(name: str = "lora_step") -> str:
     measured = result(name)
     rows = [
         [
-            row["model"],
+            row["model"] + ("" if row["is_right"] else ", wrong"),
             f"{row['batch']} x {row['tokens']}",
             f"{row['median_s']:.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})",
             f"{row['rate_vs_dense_float32']:.2f}",
             f"{row['limit_s'] / row['median_s']:.2f}",
-            f"{row['model_mib']:.0f} + {row['extra_peak_mib']:.0f}",
+            f"{row['model_mib']:.0f} + {row['extra_peak_mib']:.0f}" if "model_mib" in row else "",
         ]
         for row in measured["rows"]
     ]
     head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1", "of the limit", "MiB: model + step"]
     command = "python benchmarks/bench_lora_step.py" + " --one-thread" * (measured["clock"] == "CPU time")
-    command += " --avx2" * (name == "lora_step_avx2")
+    command += " --avx2 --tokens 128" * (name == "lora_step_avx2")
     refused = "; ".join(f"the {peer} refuses ({error})" for peer, error in measured["refused"].items() if error)
     kinds = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in measured["saved"]))
     kept = {(row["layer"], row["dtype"], row["dropout"]): row for row in measured["saved"]}
@@ -198,7 +198,7 @@ def lora_step(name: str = "lora_step") -> str:
         [
             table(head, rows),
             "What a layer with LoRA keeps for the backward pass, over the least there can be (the input in "
-            "its own dtype, its product with `A`, a byte for each dropped number):",
+            "its own dtype, its product with `A`, a byte for each number of it with dropout):",
             table(["", *columns], saved),
             note,
         ]

@@ -142,6 +142,12 @@ def weight_gradient_tiles(grad: Tensor, x: Tensor, *, multiple: int = 1) -> Weig
             yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - start])
 
 
+def check_rows(n_rows: int, out_features: int) -> None:
+    """Raise ValueError where a gradient has not the rows of its weight: kernels trust the shapes."""
+    if n_rows != out_features:
+        raise ValueError(f"the gradient is that of {n_rows} outputs, and the weight has {out_features}.")
+
+
 def row_tiles(weight: Tensor, *, multiple: int = 1) -> WeightTiles:
     """Row ranges of a dense matrix, of the same sizes, with views of their values."""
     out_features, in_features = weight.shape

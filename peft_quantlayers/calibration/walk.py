@@ -192,7 +192,7 @@ def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[
 
 def second_moment(inputs: Iterable[Tensor]) -> Tensor | None:
     """Mean of ``x x.T`` over all tokens of ``inputs``, float32; None if there are none, or only zeros."""
-    total, n_tokens = torch.zeros(()), 0
+    total, n_tokens = torch.zeros((), dtype=torch.float32), 0
     for x in inputs:
         tokens = x.detach().reshape(-1, x.shape[-1])
         total = total.to(tokens.device)

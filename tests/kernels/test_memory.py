@@ -71,3 +71,27 @@ def test_memory_of_an_interrupted_product_is_given_back(monkeypatch):
     assert not tiled._SPARE.tiles[torch.float32]
     tiles.close()
     assert len(tiled._SPARE.tiles[torch.float32]) == 1
+
+
+@pytest.mark.parametrize("n_rows", [10, OUT + 1])
+def test_a_gradient_with_other_rows_than_the_weight_is_refused(n_rows):
+    hqq = (pack(torch.randint(0, 16, (OUT, IN)).byte(), 4), torch.rand(OUT, 16), torch.rand(OUT, 16), 4, 1)
+    codes = torch.zeros(OUT, IN // 8, 2, dtype=torch.int8)
+    aqlm = (codes, torch.randn(2, 256, 1, 8), torch.rand(OUT, 1, 1, 1))
+    x, grad, grad_weight = torch.randn(3, IN), torch.randn(3, n_rows), torch.randn(n_rows, IN)
+    for method, weight in {"hqq": hqq, "aqlm": aqlm}.items():
+        with pytest.raises(ValueError, match=f"that of {n_rows} outputs, and the weight has {OUT}"):
+            getattr(torch.ops.quantlayers, f"{method}_metadata_gradient")(grad_weight, *weight)
+        with pytest.raises(ValueError, match=f"that of {n_rows} outputs, and the weight has {OUT}"):
+            getattr(torch.ops.quantlayers, f"{method}_linear_metadata_gradient")(grad, x, *weight)
+
+
+def test_the_gradient_of_aqlms_scales_is_that_of_float32_under_autocast():
+    codes = torch.randint(-128, 128, (OUT, IN // 8, 2), dtype=torch.int8)
+    codebooks, scales = torch.randn(2, 256, 1, 8), torch.rand(OUT, 1, 1, 1).requires_grad_()
+    y = aqlm_linear(torch.randn(40, IN), codes, codebooks, scales, None)
+    weights = torch.randn(y.shape)
+    (expected,) = torch.autograd.grad(y, scales, weights, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(y, scales, weights)
+    torch.testing.assert_close(found, expected)

@@ -78,7 +78,7 @@ def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor
         (n, num_codebooks), int64.
     """
     if cpu.can_choose(wanted, codebooks):
-        hessian = torch.eye(wanted.shape[1]) if block is None else block
+        hessian = torch.eye(wanted.shape[1], dtype=wanted.dtype) if block is None else block
         pull = wanted - entry_sums(codes, codebooks) @ hessian
         return cpu.choose(pull, codes[:, None], codebooks, hessian, out_group=1, beam=beam)[:, 0]
     num_codebooks, size, _ = codebooks.shape
@@ -126,7 +126,7 @@ def chosen_in_columns(
         return cpu.choose(pull, codes, codebooks, hessian, out_group=out_group, beam=beam)
     codes, pull = codes.clone(), pull.clone()
     in_group = codebooks.shape[2] // out_group
-    identity = torch.eye(out_group, device=hessian.device)
+    identity = torch.eye(out_group, dtype=hessian.dtype, device=hessian.device)
     for group in range(codes.shape[1]):
         here = slice(group * in_group, (group + 1) * in_group)
         block = torch.kron(identity, hessian[here, here])

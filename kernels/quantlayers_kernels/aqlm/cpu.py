@@ -121,8 +121,8 @@ def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, o
             raise ValueError(f"{name} has the shape {tuple(found)}; codes of shape {tuple(codes.shape)} want {shape}.")
     blocks = hessian.float().view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     parts = codebooks.view(num_codebooks, size, out_group, in_group)
-    own = torch.empty(n_groups, num_codebooks, size)
-    pairs = torch.empty(n_groups, size, size) if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE else None
+    own = codebooks.new_empty(n_groups, num_codebooks, size)
+    pairs = codebooks.new_empty(n_groups, size, size) if num_codebooks == 2 and beam >= size <= MAX_PAIR_SIZE else None
     for group, block in enumerate(blocks):
         weighted = (parts @ block).flatten(2)
         own[group] = (weighted * codebooks).sum(2)
@@ -141,7 +141,7 @@ def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
         )
     codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
     # Without a Hessian the code that a row comes with does not matter.
-    hessian = torch.zeros(d, d)
+    hessian = entries.new_zeros(d, d)
     return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()
 
 

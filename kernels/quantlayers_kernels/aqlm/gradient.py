@@ -20,7 +20,7 @@ def metadata_gradient(
     num_codebooks, size, out_group, in_group = codebooks.shape
     n_in = codes.shape[1]
     table = codebooks.float().reshape(num_codebooks * size, -1)
-    grad_table, grad_scales = torch.zeros_like(table), torch.empty(len(codes), device=codes.device)
+    grad_table, grad_scales = torch.zeros_like(table), table.new_empty(len(codes))
     for rows, tile in gradient_tiles:
         part = slice(rows.start // out_group, rows.stop // out_group)
         groups = tile.float().reshape(-1, out_group, n_in, in_group).transpose(1, 2).flatten(2)

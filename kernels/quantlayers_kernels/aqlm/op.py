@@ -91,6 +91,7 @@ def aqlm_metadata_gradient(
     grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of codebooks and scales from the gradient of the dense weight (out_features, in_features)."""
+    tiled.check_rows(grad_weight.shape[0], dense_shape(codes, codebooks)[0])
     tiles = tiled.row_tiles(grad_weight, multiple=codebooks.shape[2])
     return metadata_gradient(tiles, codes, codebooks, scales)
 
@@ -105,6 +106,7 @@ def aqlm_linear_metadata_gradient(
     grad: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of codebooks and scales from that of a product (..., out_features) and its ``x``, tile by tile."""
+    tiled.check_rows(grad.shape[-1], dense_shape(codes, codebooks)[0])
     tiles = tiled.weight_gradient_tiles(grad, x, multiple=codebooks.shape[2])
     return metadata_gradient(tiles, codes, codebooks, scales)
 
@@ -129,7 +131,8 @@ def _scale_gradient(grad: Tensor, y: Tensor, bias: Tensor | None, scales: Tensor
     """Gradient of the scales from that of ``y``, each row of which is its scale times a product."""
     grad, y = grad.reshape(-1, grad.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
     products = y if bias is None else y - bias.float()
-    rows = torch.linalg.vecdot(grad, products, dim=0)
+    with torch.autocast(grad.device.type, enabled=False):
+        rows = torch.linalg.vecdot(grad, products, dim=0)
     flat = scales.float().flatten()
     per_scale = rows.view(flat.numel(), -1).sum(1) / torch.where(flat == 0, torch.inf, flat)
     return per_scale.view(scales.shape).to(scales.dtype)

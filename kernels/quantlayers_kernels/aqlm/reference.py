@@ -29,7 +29,7 @@ def dequantize_aqlm_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) 
     """
     num_codebooks, size, out_group, in_group = codebooks.shape
     index = unsigned_codes(codes, size.bit_length() - 1)
-    total = torch.zeros(*codes.shape[:2], out_group, in_group, device=codes.device)
+    total = torch.zeros(*codes.shape[:2], out_group, in_group, dtype=torch.float32, device=codes.device)
     for m in range(num_codebooks):
         total += codebooks[m].float()[index[:, :, m]]
     return (total * scales.float()).permute(0, 2, 1, 3).reshape(codes.shape[0] * out_group, -1)

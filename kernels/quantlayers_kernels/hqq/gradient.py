@@ -17,7 +17,8 @@ def metadata_gradient(
         gradient_tiles: ranges of rows with their part of G, (n_rows, in_features), floating; the first is the largest.
         W_q, scale, zero, nbits, axis, in_features: as for :func:`.op.hqq_dequantize`.
     """
-    grads = (torch.zeros(scale.shape, device=scale.device), torch.zeros(scale.shape, device=scale.device))
+    grad_scale = torch.zeros(scale.shape, dtype=torch.float32, device=scale.device)
+    grads = (grad_scale, torch.zeros_like(grad_scale))
     if axis == 1 and cpu.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
         weight = (W_q.contiguous(), scale.contiguous(), zero.contiguous())
         for rows, tile in gradient_tiles:

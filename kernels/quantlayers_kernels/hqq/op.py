@@ -92,6 +92,7 @@ def hqq_metadata_gradient(
     grad_weight: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``scale`` and ``zero`` from the gradient of the dense weight (out_features, in_features)."""
+    tiled.check_rows(grad_weight.shape[0], W_q.shape[0])
     return metadata_gradient(
         tiled.row_tiles(grad_weight), W_q, scale, zero, nbits=nbits, axis=axis, in_features=grad_weight.shape[1]
     )
@@ -107,6 +108,7 @@ def hqq_linear_metadata_gradient(
     grad: Tensor, x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, nbits: int, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``scale`` and ``zero`` from that of a product (..., out_features) and its ``x``, tile by tile."""
+    tiled.check_rows(grad.shape[-1], W_q.shape[0])
     return metadata_gradient(
         tiled.weight_gradient_tiles(grad, x), W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1]
     )

@@ -46,7 +46,7 @@ def offsets(
     """
     shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
     mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
-    options = torch.tensor([smallest_threshold, lp_norm - 1])
+    options = torch.tensor([smallest_threshold, lp_norm - 1], dtype=torch.float32)
     native.call(
         "ql_hqq_offsets",
         *(offset.data_ptr(), shifted.data_ptr(), mean.data_ptr(), steps_per_unit.data_ptr()),
@@ -73,7 +73,7 @@ def lines(
     """
     shifted, offset = shifted.contiguous(), offset.contiguous().clone()
     other_slope, other_offset = other_slope.contiguous(), other_offset.contiguous()
-    slope, mean, one_margin = torch.empty_like(offset), shifted.mean(1), torch.tensor([margin])
+    slope, mean, one_margin = torch.empty_like(offset), shifted.mean(1), torch.tensor([margin], dtype=torch.float32)
     native.call(
         "ql_hqq_lines",
         *(slope.data_ptr(), offset.data_ptr(), shifted.data_ptr(), mean.data_ptr()),
