@@ -164,6 +164,8 @@ def merge() -> str:
 
 
 def lora_step(name: str = "lora_step") -> str:
+    if not (ROOT / "benchmarks" / "results" / f"{name}.json").exists():
+        return "Not measured yet: `make bench`."
     measured = result(name)
     rows = [
         [
@@ -177,8 +179,6 @@ def lora_step(name: str = "lora_step") -> str:
         for row in measured["rows"]
     ]
     head = ["base", "tokens", "seconds a step", "rate, dense float32 = 1", "of the limit", "MiB: model + step"]
-    command = "python benchmarks/bench_lora_step.py" + " --one-thread" * (measured["clock"] == "CPU time")
-    command += " --avx2 --tokens 128" * (name == "lora_step_avx2")
     refused = "; ".join(f"the {peer} refuses ({error})" for peer, error in measured["refused"].items() if error)
     kinds = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in measured["saved"]))
     kept = {(row["layer"], row["dtype"], row["dropout"]): row for row in measured["saved"]}
@@ -190,7 +190,7 @@ def lora_step(name: str = "lora_step") -> str:
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in measured["product_gflop_per_s"].items())
     note = (
         f"Medians, {measured['clock']}; limit: the step's matrix products at the rate of a large one, "
-        f"{rates}; {refused}. {device_line(measured['device'], command)}"
+        f"{rates}; {refused}. {device_line(measured['device'], measured['command'])}"
     )
     if name != "lora_step":
         return "\n\n".join([table(head, rows), note])
