@@ -246,6 +246,7 @@ def test_aware_adapters_that_merge_like_any_other_are_named(caplog):
     model.add_adapter("plain", LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "plain"])
     rules._warn_of_other_rounding.cache_clear()
+    caplog.clear()  # of what enable_merge_aware says of trained adapters
     with caplog.at_level("WARNING"):
         pql.merge_back(model)
     assert [record.message.count("['default'] were trained merge-aware") for record in caplog.records] == [1]
