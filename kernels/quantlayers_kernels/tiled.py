@@ -86,8 +86,7 @@ def buffered_tiles(
         scratch(step, in_features, dtype=written, device=device) as buffer,
         nullcontext(buffer) if dtype == written else scratch(step, in_features, dtype=dtype, device=device) as cast,
     ):
-        for start in range(0, out_features, step):
-            rows = slice(start, min(start + step, out_features))
+        for rows in _ranges(out_features, step):
             n_rows = rows.stop - rows.start
             tile = dequantize_rows(rows=rows, into=buffer[:n_rows])
             yield rows, tile if dtype == written else cast[:n_rows].copy_(tile)
@@ -135,11 +134,10 @@ def weight_gradient_tiles(grad: Tensor, x: Tensor, *, multiple: int = 1) -> Weig
     dtype = product_dtype(grad.dtype, grad.device)
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
     out_features, in_features = flat_grad.shape[1], flat_x.shape[1]
-    step = max(1, rows_per_tile(out_features, in_features, grad.device) // multiple) * multiple
+    step = _rows_per_step(out_features, in_features, grad.device, multiple)
     with scratch(min(step, out_features), in_features, dtype=dtype, device=grad.device) as buffer:
-        for start in range(0, out_features, step):
-            rows = slice(start, min(start + step, out_features))
-            yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - start])
+        for rows in _ranges(out_features, step):
+            yield rows, torch.mm(flat_grad[:, rows].t(), flat_x, out=buffer[: rows.stop - rows.start])
 
 
 def check_rows(n_rows: int, out_features: int) -> None:
@@ -151,10 +149,18 @@ def check_rows(n_rows: int, out_features: int) -> None:
 def row_tiles(weight: Tensor, *, multiple: int = 1) -> WeightTiles:
     """Row ranges of a dense matrix, of the same sizes, with views of their values."""
     out_features, in_features = weight.shape
-    step = max(1, rows_per_tile(out_features, in_features, weight.device) // multiple) * multiple
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
+    for rows in _ranges(out_features, _rows_per_step(out_features, in_features, weight.device, multiple)):
         yield rows, weight[rows]
+
+
+def _rows_per_step(out_features: int, in_features: int, device: torch.device, multiple: int) -> int:
+    """:func:`rows_per_tile`, rounded to a multiple of ``multiple``."""
+    return max(1, rows_per_tile(out_features, in_features, device) // multiple) * multiple
+
+
+def _ranges(n_rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,6 +46,13 @@ def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def layer_with_inputs(model: nn.Module) -> tuple[str, pql.LoraQuantizedLinear, torch.Tensor]:
+    """The first layer with an adapter: its name, itself, and the second moment of some inputs of it."""
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, pql.LoraQuantizedLinear))
+    inputs = torch.randn(256, layer.in_features, generator=torch.Generator().manual_seed(5))
+    return name, layer, inputs.t() @ inputs / len(inputs)
+
+
 def distance(model: nn.Module, expected: torch.Tensor) -> float:
     with torch.no_grad():
         return float((model(HELD_OUT).logits - expected).square().sum())
@@ -68,9 +75,7 @@ def test_more_of_the_adapter_survives_than_without_data(config):
 def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_part(config):
     """A part that is lacking in every layer adds up; noise does not."""
     model = adapted(config)
-    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, pql.LoraQuantizedLinear))
-    inputs = torch.randn(256, layer.in_features, generator=torch.Generator().manual_seed(5))
-    hessian = inputs.t() @ inputs / len(inputs)
+    name, layer, hessian = layer_with_inputs(model)
     kept = {}
 
     def least_error(plan: MergePlan) -> QuantizedWeight:
@@ -93,9 +98,7 @@ def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_p
 
 def test_a_large_change_errs_no_more_than_on_a_grid_of_its_own():
     model = adapted(CONFIGS["hqq4"], scale=30.0)
-    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, pql.LoraQuantizedLinear))
-    inputs = torch.randn(256, layer.in_features, generator=torch.Generator().manual_seed(5))
-    hessian = inputs.t() @ inputs / len(inputs)
+    name, layer, hessian = layer_with_inputs(model)
     errors = {}
 
     def compare(plan: MergePlan) -> QuantizedWeight:

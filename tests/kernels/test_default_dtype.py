@@ -23,8 +23,7 @@ INPUTS = torch.randn(200, IN, generator=torch.Generator().manual_seed(1))
 HESSIAN = INPUTS.t() @ INPUTS / len(INPUTS) + 0.1 * torch.eye(IN)
 
 
-def gradients(make: Callable[[], tuple[list[Tensor], Callable[..., Tensor]]]) -> list[Tensor]:
-    trained, linear = make()
+def gradients(trained: list[Tensor], linear: Callable[..., Tensor]) -> list[Tensor]:
     leaves = [part.clone().requires_grad_() for part in (INPUTS, *trained)]
     return list(torch.autograd.grad(linear(*leaves), leaves, INPUTS[:, :OUT].contiguous()))
 
@@ -33,7 +32,7 @@ def hqq_product() -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     W_q = pack(torch.randint(0, 16, (OUT, IN), generator=generator).byte(), 4)
     trained = [torch.rand(OUT, 2, generator=generator, dtype=torch.float32) + 0.5 for _ in range(2)]
-    return gradients(lambda: (trained, lambda x, scale, zero: hqq_linear(x, W_q, scale, zero, None, 4, 1)))
+    return gradients(trained, lambda x, scale, zero: hqq_linear(x, W_q, scale, zero, None, 4, 1))
 
 
 def aqlm_product() -> list[Tensor]:
@@ -41,7 +40,7 @@ def aqlm_product() -> list[Tensor]:
     codes = torch.randint(-128, 128, (OUT, IN // 8, 2), generator=generator, dtype=torch.int8)
     codebooks = torch.randn(2, 256, 1, 8, generator=generator, dtype=torch.float32)
     scales = torch.rand(OUT, 1, 1, 1, generator=generator, dtype=torch.float32)
-    return gradients(lambda: ([codebooks, scales], lambda x, *trained: aqlm_linear(x, codes, *trained, None)))
+    return gradients([codebooks, scales], lambda x, *trained: aqlm_linear(x, codes, *trained, None))
 
 
 def quantized(config: pql.QuantConfig, hessian: Tensor | None) -> list[Tensor]:
