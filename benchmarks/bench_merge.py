@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.adapters.merge import STRATEGIES
 from peft_quantlayers.adapters.rounding import STEPS_PER_CHOICE
 from peft_quantlayers.evaluate import Capture, capture, demo_model_folder
 
@@ -55,7 +54,7 @@ SETTINGS: dict[str, pql.QuantConfig] = {
     "AQLM 2x8, calibrated": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
 TRAININGS = ("plain", "aware", "qalora", "scales")
-CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
+CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_merge"
 Batch = dict[str, Tensor]
 
 
@@ -80,6 +79,11 @@ class Row:
     seconds_to_merge: float
 
 
+def training_part(ids: Tensor, options: argparse.Namespace) -> Tensor:
+    """All of the text but the held-out tokens at its end and some before them."""
+    return ids[: -options.held_out_tokens - 1024]
+
+
 class TextTask:
     """Adaptation to a domain: the first part of WikiText-2's test text to train on, the last tokens held out."""
 
@@ -88,7 +92,7 @@ class TextTask:
     def __init__(self, tokenizer: Any, options: argparse.Namespace, seed: int) -> None:
         ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
         self.held_out = ids[-options.held_out_tokens :]
-        self.train = ids[: -options.held_out_tokens - 1024]
+        self.train = training_part(ids, options)
         self.options, self.seed = options, seed
 
     def batches(self) -> Iterator[Batch]:
@@ -218,8 +222,7 @@ def adapter_mb(model: nn.Module) -> float:
 def strategies(training: str, config: pql.QuantConfig) -> list[str]:
     if training != "plain":
         return ["exact" if training == "qalora" else training]
-    known = [strategy for strategy in ("requantize", "calibrated") if strategy in STRATEGIES]
-    return [*known, "peft+hqq"] if isinstance(config, pql.HQQConfig) else [*known, "append"]
+    return ["requantize", "calibrated", "peft+hqq" if isinstance(config, pql.HQQConfig) else "append"]
 
 
 def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -230,6 +233,8 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
         model = train(base, training, task, options, config)
         score = task.score(model)
         for strategy in strategies(training, config):
+            if strategy in options.without:
+                continue
             merged, kept, seconds = (
                 merge_by_hqq(model, config, task) if strategy == "peft+hqq" else merge(model, strategy, task)
             )
@@ -252,21 +257,22 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
             )
 
 
-def quantized_base(setting: str, tokenizer: Any) -> nn.Module:
-    """The float model in the setting's bits; calibrated on the second half of the text where the name says so."""
+def quantized_base(setting: str, tokenizer: Any, options: argparse.Namespace) -> nn.Module:
+    """The float model in the setting's bits; calibrated on training text where the name says so."""
     base = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
     calibration = None
     if "calibrated" in setting:
         ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-        # The same data and folder as bench_calibration.py: what one has quantized, the other finds.
         calibration = pql.Calibration(
-            data=ids[len(ids) // 2 :], n_tokens=CALIBRATION_TOKENS, resume_folder=CACHE / setting.replace(" ", "-")
+            data=training_part(ids, options)[len(ids) // 2 :],
+            n_tokens=CALIBRATION_TOKENS,
+            resume_folder=CACHE / f"{setting.replace(' ', '-')}-{options.held_out_tokens}",
         )
     return pql.quantize_model(base, SETTINGS[setting], calibration=calibration, progress=False)
 
 
-def step_model(training: str, setting: str) -> nn.Module:
-    base = quantized_base(setting, AutoTokenizer.from_pretrained(demo_model_folder()))
+def step_model(training: str, setting: str, options: argparse.Namespace) -> nn.Module:
+    base = quantized_base(setting, AutoTokenizer.from_pretrained(demo_model_folder()), options)
     base.config.use_cache = False
     model = get_peft_model(base, adapter_config("plain", base, SETTINGS[setting])).train()
     if training == "aware":
@@ -291,7 +297,7 @@ def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     Means, over whole rounds of the steps that share one choice of AQLM's codes.
     """
     for setting in options.settings:
-        models = {training: step_model(training, setting) for training in ("plain", "aware")}
+        models = {training: step_model(training, setting, options) for training in ("plain", "aware")}
         optimizers = {training: optimizer_of(model) for training, model in models.items()}
         for tokens in options.step_tokens:
             ids = torch.randint(0, 49_000, (options.batch, tokens))
@@ -303,7 +309,7 @@ def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     if repeat:
                         seconds[name].append(time.perf_counter() - start)
             means = {name: statistics.mean(times) for name, times in seconds.items()}
-            peaks = {name: peak_gib(setting, name, options.batch, tokens) for name in models}
+            peaks = {name: peak_gib(setting, name, tokens, options) for name in models}
             row = {
                 "setting": setting,
                 "batch": options.batch,
@@ -324,19 +330,20 @@ def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def peak_gib(setting: str, training: str, batch: int, tokens: int) -> float:
+def peak_gib(setting: str, training: str, tokens: int, options: argparse.Namespace) -> float:
     """Largest resident size of a process of its own that loads the model and takes two steps."""
-    command = [sys.executable, __file__, "--peak-of", setting, training, str(batch), str(tokens)]
+    command = [sys.executable, __file__, "--peak-of", setting, training, str(tokens)]
+    command += ["--batch", str(options.batch), "--held-out-tokens", str(options.held_out_tokens)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
-def print_peak(setting: str, training: str, batch: int, tokens: int) -> None:
-    model = step_model(training, setting)
+def print_peak(setting: str, training: str, tokens: int, options: argparse.Namespace) -> None:
+    model = step_model(training, setting, options)
     optimizer = optimizer_of(model)
     reset_peak()
     for _ in range(2):
-        take_step(model, optimizer, torch.randint(0, 49_000, (batch, tokens)))
+        take_step(model, optimizer, torch.randint(0, 49_000, (options.batch, tokens)))
     print(resident_bytes("VmHWM") / 2**30)
 
 
@@ -377,6 +384,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument("--without", nargs="+", default=[], help="strategies to leave out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -389,7 +397,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only-steps", action="store_true", help="measure the costs of a step and nothing else")
     parser.add_argument("--skip-steps", action="store_true", help="measure merges only")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.settings, options.seeds, options.steps = options.settings[:1], [0], 10
@@ -401,14 +409,14 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.peak_of:
-        setting, training, batch, tokens = options.peak_of
-        return print_peak(setting, training, int(batch), int(tokens))
+        setting, training, tokens = options.peak_of
+        return print_peak(setting, training, int(tokens), options)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     results = Results(options)
     for step in [] if options.skip_steps else step_costs(options):
         results.add("steps", step)
     for setting in [] if options.only_steps else options.settings:
-        base = quantized_base(setting, tokenizer)
+        base = quantized_base(setting, tokenizer, options)
         for name, seed in itertools.product(options.tasks, options.seeds):
             options.seed = seed
             for row in measure(setting, base, TASKS[name](tokenizer, options, seed), seed, options):

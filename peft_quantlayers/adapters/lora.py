@@ -367,8 +367,7 @@ class LoraQuantizedLinear(LoraLinear):
             merged_caches = self._caches
         except ValueError as error:
             raise ValueError(
-                f"{base.layer_name}: {error}. The layer was left as it was; after merge_adapter() unmerge_adapter() "
-                "puts back those that were merged before it, bit for bit."
+                f"{base.layer_name}: {error}. Nothing was merged. Train the adapter again or load another."
             ) from None
         finally:
             self.base_layer, self._caches = here, caches

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 from peft import PeftModel
@@ -18,6 +19,7 @@ from ..layers import dequantize_model
 from .calibrated import merge_calibrated
 from .checks import checked_ids, checked_names, refuse_broken_adapters, refuse_other_models, score_of
 from .lora import RULES, LoraQuantizedLinear
+from .outputs import OutputChange, watched
 from .report import MergeReport
 from .scales import QuantScalesLayer
 from .tuners import SCALES_STRATEGIES, TUNER_RULES, MergeableLayer, ScalesMerge, TunerMerge, tuner_layers
@@ -66,7 +68,8 @@ def merge_back(
         calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
         tokenizer: for texts; None for the model's own.
         evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list; with them the report says how much of
-            the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`).
+            the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`), and of its
+            change of each layer's outputs.
         metric: any score of a model, a task's accuracy for example, as a number; called with ``peft_model`` before
             the merge, and after it with the merged base model, of which the adapters are not taken off yet.
         unload: take the PEFT wrapper off. False leaves it on, LoRA only: ``unmerge_adapter()`` puts back the very bits
@@ -203,15 +206,19 @@ def _merge(layer: MergeableLayer, strategy: Strategy, names: list[str]) -> None:
 
 
 def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str], token_ids: Tensor) -> Capture:
-    """Base, adapter and merged model compared, by putting the layers from one state into the other."""
+    """Base, adapter and merged model compared, by putting the layers from one state into the other.
+
+    The layers' outputs are compared too, on the way, and noted in their reports.
+    """
     merged = [layer.merge_state() for layer in layers]
     unmerged = [state.unmerged or state for state in merged]
+    changes = [OutputChange() for _ in layers]
 
     def logits(ids: Tensor) -> Tensor:
         return peft_model(input_ids=ids, use_cache=False).logits
 
     def of_adapter(ids: Tensor) -> Tensor:
-        with _in_state(layers, unmerged, back_to=merged):
+        with _in_state(layers, unmerged, back_to=merged), watched(zip(layers, merged, changes, strict=True)):
             return logits(ids)
 
     def of_base(ids: Tensor) -> Tensor:
@@ -222,11 +229,15 @@ def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[s
     peft_model.eval()
     try:
         with _only_active(peft_model, layers, names):
-            return capture(
+            captured = capture(
                 of_adapter, of_base, logits, token_ids.to(peft_model.device), window=min(WINDOW, len(token_ids))
             )
     finally:
         peft_model.train(was_training)
+    for layer, change in zip(layers, changes, strict=True):
+        if layer.merge_report is not None:
+            layer.merge_report = replace(layer.merge_report, output_kept=change.kept, output_noise=change.noise)
+    return captured
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class LayerMergeReport:
             and of what quantizing the target lost.
         change_kept: the part of the change that is in the merged weight: 1 for all of it, 0 for none. The
             coefficient of the change in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
-        output_kept: likewise of the change in the outputs, on the calibration inputs; None without calibration.
+        output_kept: likewise of the change in the outputs, on the tokens of ``evaluate_on``, else on the calibration
+            inputs; None without either.
         output_noise: norm of what else changed in the outputs, over that of the adapter's change; likewise.
         strategies: that these adapters on this weight can be merged with, beside "requantize" and "dense"; "aware" if
             such adapters can be trained for it.

@@ -1,6 +1,7 @@
 """What an adapter was rounded against while it was trained, in its saved config.
 
-The config's class has one field more than PEFT's; PEFT alone ignores it with a warning. May import formats.
+The config's class has one field more than PEFT's; PEFT alone ignores it with a warning. May import formats, layers and
+PEFT's public classes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
+from ..layers import QuantizedLinear
 
 # Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
 ROUNDING_VERSION = 2
+
+WAY_OUT = (
+    'Load it on the base it was trained on, or merge it with strategy="requantize" after deleting "merge_aware" from '
+    "its adapter_config.json."
+)
 
 
 @dataclass
@@ -63,21 +72,33 @@ def stamp_of(config: Any) -> dict[str, Any] | None:
     return getattr(config, "merge_aware", None)
 
 
+def check_rounded_layers(config: Any, model: nn.Module) -> None:
+    """Raise ValueError if a layer of ``model`` is not quantized whose rounding the adapter was trained through."""
+    stamp = stamp_of(config)
+    if stamp is None:
+        return
+    if not isinstance(stamp, dict) or not isinstance(stamp.get("layers"), dict):
+        raise ValueError(f"the adapter's config holds a damaged merge_aware={stamp!r}. {WAY_OUT}")
+    modules = dict(model.named_modules())
+    for name in stamp["layers"]:
+        layer: Any = modules.get(name)
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if layer is not None and not isinstance(base, QuantizedLinear):
+            raise ValueError(
+                f"{name}: the adapter was trained through the rounding of this layer's quantized weight, and here it "
+                f"is a {type(base).__name__}, on which the adapter computes something else. {WAY_OUT}"
+            )
+
+
 def check_stamp(stamp: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
     """Raise ValueError unless the adapter was trained through the rounding of just this weight."""
-    way_out = (
-        'Load it on the base it was trained on, or merge it with strategy="requantize" after deleting "merge_aware" '
-        "from its adapter_config.json."
-    )
-    if not isinstance(stamp, dict) or not isinstance(stamp.get("layers"), dict):
-        raise ValueError(f"adapter {adapter!r}: merge_aware={stamp!r} in its config is damaged. {way_out}")
     if stamp.get("rounding") != ROUNDING_VERSION:
         raise ValueError(
             f"adapter {adapter!r} was trained through version {stamp.get('rounding')!r} of the rounding, and this is "
-            f"version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {way_out}"
+            f"version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {WAY_OUT}"
         )
     if stamp["layers"].get(layer_name) != fingerprint(weight):
         raise ValueError(
             f"{layer_name}: adapter {adapter!r} was trained merge-aware on another quantized weight than this one "
-            f"({weight.spec}). {way_out}"
+            f"({weight.spec}). {WAY_OUT}"
         )

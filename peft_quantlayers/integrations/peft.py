@@ -11,7 +11,8 @@ registry of quantization backends (``patches/`` again) they are given ours, and 
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import peft
@@ -29,6 +30,7 @@ from torch import nn
 from ..adapters import LoraQuantizedLinear, MergeAwareLoraConfig, QuantScalesLayer
 from ..adapters.backend import QuantizedLinearBackend
 from ..adapters.loraga import estimate_gradients
+from ..adapters.stamp import check_rounded_layers
 from ..layers import QuantizedLinear
 from . import scales
 
@@ -40,8 +42,10 @@ TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
 
-# What of PEFT ours has taken the place of; empty while nothing is registered.
-_originals: dict[str, Any] = {}
+# What of PEFT ours has taken the place of, by owner and name: what PEFT calls there, and the owner's own entry, which
+# is _INHERITED where it has none. Empty while nothing is registered.
+_originals: dict[tuple[Any, str], tuple[Any, Any]] = {}
+_INHERITED = object()
 
 
 def register() -> None:
@@ -56,8 +60,7 @@ def register() -> None:
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
-        _originals["create_new_module"] = LoraModel._create_new_module
-        LoraModel._create_new_module = staticmethod(_create_new_module)
+        _take_over(LoraModel, "_create_new_module", staticmethod(_create_new_module))
     else:
         raise ImportError(
             f"peft {version} has no static LoraModel._create_new_module to extend. Install peft>={TESTED_PEFT[0]},"
@@ -66,10 +69,10 @@ def register() -> None:
         )
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
-    _originals["unload"] = LoraModel._unload_and_optionally_merge
-    LoraModel._unload_and_optionally_merge = _unload
-    _originals["estimate_gradients"] = loraga.estimate_gradients
-    loraga.estimate_gradients = _estimate_gradients
+    _take_over(LoraModel, "_prepare_model", _prepare_model)
+    _take_over(LoraModel, "merge_adapter", _merge_adapter)
+    _take_over(LoraModel, "_unload_and_optionally_merge", _unload)
+    _take_over(loraga, "estimate_gradients", _estimate_gradients)
     scales.register()
     # Saved adapters are read with our config, which knows one field more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -79,12 +82,13 @@ def unregister() -> None:
     """Put PEFT's own dispatch back."""
     if not _originals:
         return
-    if "create_new_module" in _originals:
-        LoraModel._create_new_module = staticmethod(_originals["create_new_module"])
-    else:
+    if hasattr(lora, "unregister_lora_dispatcher"):
         lora.unregister_lora_dispatcher(NAME)
-    LoraModel._unload_and_optionally_merge = _originals["unload"]
-    loraga.estimate_gradients = _originals["estimate_gradients"]
+    for (owner, name), (_, own) in _originals.items():
+        if own is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
     _originals.clear()
     if hasattr(peft.utils, "unregister_quantization_backend"):
         peft.utils.unregister_quantization_backend(NAME)
@@ -92,11 +96,31 @@ def unregister() -> None:
     scales.unregister()
 
 
+def _take_over(owner: Any, name: str, ours: Any) -> None:
+    _originals[owner, name] = (getattr(owner, name), vars(owner).get(name, _INHERITED))
+    setattr(owner, name, ours)
+
+
+def _original(owner: Any, name: str) -> Any:
+    return _originals[owner, name][0]
+
+
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     new_module = _dispatch(target, adapter_name, config=lora_config, **kwargs)
     if new_module is None:
-        return _originals["create_new_module"](lora_config, adapter_name, target, **kwargs)
+        return _original(LoraModel, "_create_new_module")(lora_config, adapter_name, target, **kwargs)
     return new_module
+
+
+def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
+    """PEFT's, before which an adapter is refused that was trained through a rounding that is not there."""
+    check_rounded_layers(peft_config, model)
+    _original(LoraModel, "_prepare_model")(self, peft_config, model)
+
+
+def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    with _quantized_layers_merged(self, adapter_names, safe_merge):
+        _original(LoraModel, "merge_adapter")(self, adapter_names, safe_merge)
 
 
 def _unload(
@@ -106,22 +130,29 @@ def _unload(
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
 ) -> Any:
-    """PEFT's, which takes the adapters off layer by layer: here all quantized layers are merged first, or none is."""
-    layers = [module for module in self.model.modules() if isinstance(module, LoraQuantizedLinear)]
-    with warnings.catch_warnings():
-        if merge and layers:
-            states = [layer.merge_state() for layer in layers]
-            try:
-                for layer in layers:
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            except BaseException:
-                for layer, state in zip(layers, states, strict=True):
-                    layer.restore(state)
-                raise
-            warnings.filterwarnings("ignore", "All adapters are already merged")
-        return _originals["unload"](
+    with _quantized_layers_merged(self, adapter_names, safe_merge) if merge else nullcontext():
+        return _original(LoraModel, "_unload_and_optionally_merge")(
             self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+
+
+@contextmanager
+def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
+    """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is."""
+    layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    states = [layer.merge_state() for layer in layers]
+    try:
+        model._check_merge_allowed()
+        for layer in layers:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        with warnings.catch_warnings():
+            if layers:
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+            yield
+    except BaseException:
+        for layer, state in zip(layers, states, strict=True):
+            layer.restore(state)
+        raise
 
 
 def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable[[], Any]) -> None:
@@ -129,7 +160,7 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
     if any(isinstance(target, QuantizedLinear) for target in targets.values()):
         estimate_gradients(model, targets, train_step)
     else:
-        _originals["estimate_gradients"](model, lora_config, train_step)
+        _original(loraga, "estimate_gradients")(model, lora_config, train_step)
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:

@@ -193,6 +193,24 @@ def test_the_stamp_travels_with_the_adapter_and_turns_the_rounding_on_again(x, t
         PeftModel.from_pretrained(base(CONFIGS["hqq4"]), tmp_path)
 
 
+@pytest.mark.parametrize("road", ["load", "load beside another"])
+def test_on_a_base_that_is_not_quantized_it_is_refused_before_the_base_is_changed(road, tmp_path):
+    aware_model().save_pretrained(tmp_path)
+    base = Two()
+    if road == "load":
+        names = list(base.state_dict())
+        with pytest.raises(ValueError, match=r"first.*rounding.*is a Linear.*merge_aware"):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert list(base.state_dict()) == names
+    else:
+        model = get_peft_model(base, LoraConfig(target_modules=["first"]))
+        names = list(model.state_dict())
+        with pytest.raises(ValueError, match=r"first.*rounding.*is a Linear.*merge_aware"):
+            model.load_adapter(tmp_path, "other")
+        assert list(model.state_dict()) == names
+        assert list(model.peft_config) == ["default"]
+
+
 def test_stock_peft_reads_the_config_with_a_warning_and_an_ordinary_one_without(tmp_path):
     aware_model().save_pretrained(tmp_path / "aware")
     with_adapter(pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)).save_pretrained(tmp_path / "plain")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from integrations.tiny import tiny_model, token_ids
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
@@ -227,6 +227,40 @@ def test_what_cannot_be_evaluated_on_is_refused_before_anything_is_done(held_out
     monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
     with pytest.raises(error, match=match):
         pql.merge_back(model, evaluate_on=held_out, metric=lambda model: pytest.fail("scored"))
+
+
+@pytest.mark.parametrize("strategy", ["requantize", "aware", "dense", "keep", "calibrated", "loha"])
+def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tokens(strategy):
+    base = pql.quantize_model(tiny_model(), HQQConfig(nbits=3, group_size=32), progress=False)
+    if strategy == "loha":
+        torch.manual_seed(1)
+        config = LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], init_weights=False)
+        model, strategy = get_peft_model(base, config).eval(), "requantize"
+    else:
+        model = with_adapter(base, target_modules=["q_proj", "down_proj"]).eval()
+    if strategy == "aware":
+        pql.enable_merge_aware(model)
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    ids = token_ids()[:1]
+    inputs = []
+    handle = layer.register_forward_pre_hook(lambda module, args: inputs.extend(args))
+    with torch.no_grad():
+        model(ids)
+        handle.remove()
+        before, adapter = layer.base_layer(inputs[0]), layer(inputs[0])
+        extra = {"calibration": token_ids().repeat(1, 40), "progress": False} if strategy == "calibrated" else {}
+        merged, report = pql.merge_back(model, strategy=strategy, evaluate_on=ids[0], **extra)
+        after = merged.get_submodule("model.layers.1.mlp.down_proj")(inputs[0])
+    change, moved = adapter - before, after - before
+    kept = float((moved * change).sum() / change.square().sum())
+    [entry] = [each for each in report.layers if each.name.endswith("layers.1.mlp.down_proj")]
+    assert entry.output_kept == pytest.approx(kept, rel=1e-3)
+    assert entry.output_noise == pytest.approx(
+        float((moved - kept * change).norm() / change.norm()), rel=1e-2, abs=1e-3
+    )
+    assert "output kept" in str(report)
+    if strategy in ("aware", "dense", "keep"):
+        assert (report.output_kept, report.output_noise) == pytest.approx((1.0, 0.0), abs=1e-3)
 
 
 def test_held_out_ids_may_be_a_row_or_a_list():

@@ -106,6 +106,20 @@ def test_pefts_merge_and_unload_of_a_broken_adapter_changes_nothing_either(strat
     assert torch.equal(model(x), expected)
 
 
+def test_pefts_own_merge_of_a_broken_adapter_leaves_every_layer_as_it_was(x):
+    model = model_for("requantize")
+    lora_B = model.base_model.model.second.lora_B["default"].weight
+    lora_B.data[0, 0] = float("inf")
+    bits = bits_of(model)
+    with pytest.raises(ValueError, match=r"second.*Nothing was merged"):
+        model.merge_adapter()
+    assert_same_bits(model, bits)
+    assert not model.base_model.model.first.merged
+    lora_B.data[0, 0] = 0.0
+    model.merge_adapter()
+    assert model.base_model.model.first.merged
+
+
 @pytest.mark.parametrize("strategy", [name for name in RULES if name != "exact"])
 def test_merging_one_after_the_other_is_merging_the_sum(strategy, x):
     outputs = []
