@@ -113,17 +113,12 @@ def test_a_registry_of_backends_is_used_where_peft_has_one(monkeypatch):
 
 
 def test_unregistering_leaves_no_function_of_ours_in_pefts_lora():
-    classes = (peft.LoraModel, peft.tuners.tuners_utils.BaseTuner)
-    ours = {name for name, value in vars(peft.LoraModel).items() if "quantlayers" in getattr(value, "__module__", "")}
-    assert {"merge_adapter", "_prepare_model", "_unload_and_optionally_merge"} <= ours
+    ours = [name for name, value in vars(peft.LoraModel).items() if "quantlayers" in getattr(value, "__module__", "")]
+    assert {"merge_adapter", "_prepare_model", "_unload_and_optionally_merge"} <= set(ours)
     pql.unregister()
     try:
-        owners = {name: next(owner for owner in classes if name in vars(owner)) for name in ours}
-        assert owners["merge_adapter"] is peft.tuners.tuners_utils.BaseTuner
-        assert {vars(owner)[name].__module__ for name, owner in owners.items()} <= {
-            each.__module__ for each in classes
-        }
-        assert "quantlayers" not in peft.tuners.lora.loraga.estimate_gradients.__module__
+        assert all(getattr(peft.LoraModel, name).__module__.startswith("peft.") for name in ours)
+        assert "merge_adapter" not in vars(peft.LoraModel)
     finally:
         pql.register()
     assert "merge_adapter" in vars(peft.LoraModel)
