@@ -17,19 +17,21 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "QUANTLAYERS_NO_EXTENSION"
 # What csrc/exports.c says; another number is a library that was built from other sources.
-INTERFACE_VERSION = 7
+INTERFACE_VERSION = 8
 VARIANTS = ("baseline", "avx2", "avx512")
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Those of dense rows that they write; any other one is cast from float32.
+WRITTEN = (torch.float32, torch.bfloat16)
 
 # Parameters of each function: pointers, then 64-bit integers, then C integers, the last two of which
 # (threads, variant) come from :func:`call`.
 SIGNATURES = {
     "ql_hqq_linear": (6, 5, 4),
-    "ql_hqq_dequantize": (4, 5, 5),
+    "ql_hqq_dequantize": (4, 5, 6),
     "ql_hqq_gradient": (6, 5, 4),
     "ql_aqlm_linear": (6, 7, 5),
-    "ql_aqlm_dequantize": (4, 7, 5),
+    "ql_aqlm_dequantize": (4, 7, 6),
     "ql_aqlm_update": (6, 5, 3),
     "ql_aqlm_choose": (7, 8, 2),
     "ql_hqq_offsets": (7, 3, 3),

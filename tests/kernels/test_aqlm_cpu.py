@@ -1,5 +1,7 @@
 """The compiled AQLM kernels against the reference and a float64 truth, on every instruction set."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,11 +61,12 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
     for n_out, n_in in GROUPS:
         parts = random_weight(scheme, n_out, n_in, dtype)
         reference = dequantize_aqlm_reference(*parts)
-        for rows in (slice(0, len(reference)), slice(len(reference) // 2, len(reference))):
-            memory = torch.full((2 + reference[rows].numel(),), torch.nan)
+        ranges = (slice(0, len(reference)), slice(len(reference) // 2, len(reference)))
+        for rows, written in product(ranges, native.WRITTEN):
+            memory = torch.full((2 + reference[rows].numel(),), torch.nan, dtype=written)
             into = memory[1:-1].view(-1, reference.shape[1])
             cpu.dequantize_rows(*parts, rows=rows, into=into)
-            assert torch.equal(into, reference[rows])
+            assert torch.equal(into, reference[rows].to(written))
             assert memory[[0, -1]].isnan().all()
 
 

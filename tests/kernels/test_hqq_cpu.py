@@ -1,5 +1,7 @@
 """The compiled HQQ kernels against the reference and a float64 truth, on every instruction set."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from quantlayers_kernels import native, tiled
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS
 from quantlayers_kernels.hqq import cpu, hqq_linear
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
+from quantlayers_kernels.hqq.tiles import weight_tiles
 
 METADATA_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (out_features, in_features, n_groups): groups of 1, of one vector, with a rest, across planes' segments, of a row;
@@ -55,11 +58,12 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
             shape = (out_features, in_features, n_groups) if axis == 1 else (n_groups * 2, in_features, n_groups)
             W_q, scale, zero = random_weight(nbits, axis, shape, dtype)
             reference = dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-            for rows in (slice(0, shape[0]), slice(shape[0] // 2, shape[0])):
-                memory = torch.full((2 + (rows.stop - rows.start) * in_features,), torch.nan)
+            parts = product((slice(0, shape[0]), slice(shape[0] // 2, shape[0])), native.WRITTEN)
+            for rows, written in parts:
+                memory = torch.full((2 + (rows.stop - rows.start) * in_features,), torch.nan, dtype=written)
                 into = memory[1:-1].view(-1, in_features)
                 cpu.dequantize_rows(W_q, scale, zero, nbits=nbits, axis=axis, rows=rows, into=into)
-                assert torch.equal(into, reference[rows])
+                assert torch.equal(into, reference[rows].to(written))
                 assert memory[[0, -1]].isnan().all()
 
 
@@ -124,9 +128,40 @@ def test_special_values_of_half_precision_metadata_are_read_as_torch_reads_them(
         scale = torch.cat([bits, bits + 0x8000]).to(torch.uint16).view(dtype).view(1, -1)
         W_q, zero = torch.full((1, scale.shape[1]), 200, dtype=torch.uint8), torch.zeros_like(scale)
         reference = dequantize_hqq_reference(W_q, scale, zero, nbits=8, axis=1, in_features=scale.shape[1])
-        into = torch.empty_like(reference)
-        cpu.dequantize_rows(W_q, scale, zero, nbits=8, axis=1, rows=slice(0, 1), into=into)
-        torch.testing.assert_close(into, reference, rtol=0, atol=0, equal_nan=True)
+        for written in native.WRITTEN:
+            into = torch.empty_like(reference, dtype=written)
+            cpu.dequantize_rows(W_q, scale, zero, nbits=8, axis=1, rows=slice(0, 1), into=into)
+            torch.testing.assert_close(into, reference.to(written), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bfloat16_rows_are_rounded_to_even_as_torch_rounds_them(kernels):
+    """Halves of a step above even and odd numbers, and numbers beside them: scales of float32, codes of 1."""
+    bits = (torch.arange(-64, 64, dtype=torch.int32) << 15) + torch.tensor([[0], [1], [-1]], dtype=torch.int32)
+    scale = torch.cat(
+        [bits.flatten() + 0x3F800000, bits.flatten() + 0x7F000000, torch.arange(1, 40, dtype=torch.int32)]
+    )
+    scale = scale.view(torch.float32).view(1, -1)
+    W_q, zero = torch.ones(1, scale.shape[1], dtype=torch.uint8), torch.zeros_like(scale)
+    into = torch.empty_like(scale, dtype=torch.bfloat16)
+    cpu.dequantize_rows(W_q, scale, zero, nbits=8, axis=1, rows=slice(0, 1), into=into)
+    assert torch.equal(into, scale.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tiles_of_bfloat16_need_no_memory_of_another_dtype(axis, kernels, monkeypatch):
+    asked, scratch = [], tiled.scratch
+
+    def watched(*shape, dtype, device):
+        asked.append(dtype)
+        return scratch(*shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(tiled, "scratch", watched)
+    W_q, scale, zero = random_weight(4, axis, (60, 64, 4), torch.float16)
+    reference = dequantize_hqq_reference(W_q, scale, zero, nbits=4, axis=axis, in_features=64)
+    for dtype in (torch.bfloat16, torch.float16):
+        tiles = weight_tiles(W_q, scale, zero, nbits=4, axis=axis, in_features=64, dtype=dtype)
+        assert all(torch.equal(tile, reference[rows].to(dtype)) for rows, tile in tiles)
+    assert asked == [torch.bfloat16, torch.float32, torch.float16]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3])

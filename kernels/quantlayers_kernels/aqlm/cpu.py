@@ -84,13 +84,14 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:
-    """The rows ``rows`` of the weight, written to ``into`` (n, in_features), float32 and contiguous."""
+    """The rows ``rows`` of the weight, written to ``into`` (n, in_features), contiguous, one of ``native.WRITTEN``."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
     native.call(
         "ql_aqlm_dequantize",
         *(into.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),
         *(rows.start, rows.stop - rows.start),
         *_shape_arguments(codes, codebooks, scales),
+        native.KINDS[into.dtype],
     )
     return into
 

@@ -7,7 +7,7 @@ saved only where codebooks want a gradient; for scales alone the output is enoug
 import torch
 from torch import Tensor
 
-from .. import tiled
+from .. import native, tiled
 from ..gpu import DTYPES
 from ..precision import product_dtype
 from . import cpu, gpu
@@ -31,7 +31,7 @@ def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: tor
     """
     weight = torch.empty(*dense_shape(codes, codebooks), dtype=dtype, device=codes.device)
     whole = slice(0, weight.shape[0])
-    if dtype == torch.float32 and cpu.can_dequantize(codes, codebooks, scales):
+    if dtype in native.WRITTEN and cpu.can_dequantize(codes, codebooks, scales):
         return cpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)
     if dtype in DTYPES and gpu.can_dequantize(codes, codebooks, scales):
         return gpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .. import native
 from ..gpu import DTYPES
 from ..tiled import WeightTiles, buffered_tiles, rows_per_tile
 from . import cpu, gpu
@@ -50,7 +51,7 @@ def weight_tiles(codes: Tensor, codebooks: Tensor, scales: Tensor, *, dtype: tor
     on_cpu, on_gpu = (where.can_dequantize(codes, codebooks, scales) for where in (cpu, gpu))
     if on_cpu or on_gpu:
         dequantize = partial((cpu if on_cpu else gpu).dequantize_rows, codes, codebooks, scales)
-        written = dtype if on_gpu and dtype in DTYPES else torch.float32
+        written = dtype if dtype in (native.WRITTEN if on_cpu else DTYPES) else torch.float32
         shape = dense_shape(codes, codebooks)
         yield from buffered_tiles(dequantize, *shape, dtype=dtype, device=codes.device, written=written)
         return

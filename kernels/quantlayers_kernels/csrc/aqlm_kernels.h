@@ -121,9 +121,13 @@ static TARGET void dequantize_aqlm_row(const struct aqlm_weight *w, int64_t row,
 }
 
 static TARGET void VARIANT(aqlm_rows)(const struct aqlm_weight *w, const struct dense_rows *rows, int64_t begin,
-                                      int64_t end) {
-    for (int64_t row = begin; row < end; row++)
-        dequantize_aqlm_row(w, rows->first_row + row, rows->out + row * w->in_groups * w->in_group);
+                                      int64_t end, float *scratch) {
+    const int64_t in_features = w->in_groups * w->in_group;
+    for (int64_t row = begin; row < end; row++) {
+        float *out = row_to_write(rows, row, in_features, scratch);
+        dequantize_aqlm_row(w, rows->first_row + row, out);
+        finish_row(rows, row, in_features, out);
+    }
 }
 
 /* One token and up to BLOCK_ROWS neighbouring rows. */

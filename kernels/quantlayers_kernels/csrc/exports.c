@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 7;
+    return 8;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -67,15 +67,15 @@ int ql_hqq_linear(float *y, const float *x, const uint8_t *packed, const void *s
 }
 
 /* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */
-int ql_hqq_dequantize(float *out, const uint8_t *packed, const void *scale, const void *zero, int64_t first_row,
+int ql_hqq_dequantize(void *out, const uint8_t *packed, const void *scale, const void *zero, int64_t first_row,
                       int64_t n_rows, int64_t in_features, int64_t n_groups, int64_t row_bytes, int nbits, int axis,
-                      int kind, int n_threads, int variant) {
+                      int kind, int out_kind, int n_threads, int variant) {
     struct hqq_call call = {
         .kernels = kernels_of(variant),
         .weight = {packed, scale, zero, in_features, n_groups, row_bytes, nbits, axis, kind},
-        .rows = {out, first_row},
+        .rows = {out, first_row, out_kind},
     };
-    return for_rows(dequantize_hqq, &call, n_rows, hqq_row_floats(&call.weight), n_threads);
+    return for_rows(dequantize_hqq, &call, n_rows, in_features + hqq_row_floats(&call.weight), n_threads);
 }
 
 /* Rows [first_row, first_row + n_rows) of the gradients of scale and zero (out_features, n_groups), from those rows of
@@ -105,8 +105,7 @@ static void multiply_aqlm(const void *context, int64_t begin, int64_t end, float
 
 static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
     const struct aqlm_call *call = context;
-    (void)scratch;
-    call->kernels->aqlm_rows(&call->weight, &call->rows, begin, end);
+    call->kernels->aqlm_rows(&call->weight, &call->rows, begin, end, scratch);
 }
 
 /* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias. */
@@ -124,17 +123,17 @@ int ql_aqlm_linear(float *y, const float *x, const void *codes, const void *code
 }
 
 /* out (n_rows, in_features) = rows [first_row, first_row + n_rows) of the weight. */
-int ql_aqlm_dequantize(float *out, const void *codes, const void *codebooks, const void *scales, int64_t first_row,
+int ql_aqlm_dequantize(void *out, const void *codes, const void *codebooks, const void *scales, int64_t first_row,
                        int64_t n_rows, int64_t in_groups, int64_t num_codebooks, int64_t size, int64_t out_group,
-                       int64_t in_group, int code_bytes, int codebook_kind, int scale_kind, int n_threads,
-                       int variant) {
+                       int64_t in_group, int code_bytes, int codebook_kind, int scale_kind, int out_kind,
+                       int n_threads, int variant) {
     struct aqlm_call call = {
         .kernels = kernels_of(variant),
         .weight = {codes, codebooks, scales, in_groups, num_codebooks, size, out_group, in_group, code_bytes,
                    codebook_kind, scale_kind},
-        .rows = {out, first_row},
+        .rows = {out, first_row, out_kind},
     };
-    return for_rows(dequantize_aqlm, &call, n_rows, 0, n_threads);
+    return for_rows(dequantize_aqlm, &call, n_rows, in_groups * in_group, n_threads);
 }
 
 struct update_call {

@@ -108,12 +108,14 @@ static TARGET void dequantize_row_of_columns(const struct hqq_weight *w, int64_t
 
 static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct dense_rows *rows, int64_t begin,
                                      int64_t end, float *scratch) {
+    float *const row_scratch = scratch + w->in_features;
     for (int64_t row = begin; row < end; row++) {
-        float *out = rows->out + row * w->in_features;
+        float *out = row_to_write(rows, row, w->in_features, scratch);
         if (w->axis == 1)
-            dequantize_row(w, rows->first_row + row, scratch, out);
+            dequantize_row(w, rows->first_row + row, row_scratch, out);
         else
-            dequantize_row_of_columns(w, rows->first_row + row, scratch, out);
+            dequantize_row_of_columns(w, rows->first_row + row, row_scratch, out);
+        finish_row(rows, row, w->in_features, out);
     }
 }
 

@@ -45,10 +45,11 @@ struct product {
     int64_t tokens, out_features;
 };
 
-/* Dense rows [first_row, first_row + n) of a weight, float32. */
+/* Dense rows [first_row, first_row + n) of a weight, float32 or bfloat16. */
 struct dense_rows {
-    float *out;
+    void *out;
     int64_t first_row;
+    int kind;
 };
 
 /* The gradient of rows [first_row, first_row + n) of a dense weight, and what the numbers of its groups get of it. */
@@ -100,14 +101,15 @@ struct hqq_choice {
 };
 
 /* Kernels work on the rows [begin, end); `scratch` is the worker's own memory, aligned to a cache line. AQLM's product
- * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats; the solvers of HQQ want MAX_LANES groups. */
+ * wants BLOCK_ROWS dense rows of it, HQQ's hqq_product_floats; dense rows want one, HQQ's hqq_row_floats beside it; the
+ * solvers of HQQ want MAX_LANES groups. */
 struct kernels {
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_gradient)(const struct hqq_weight *, const struct hqq_gradient *, int64_t begin, int64_t end,
                          float *scratch);
     void (*aqlm_product)(const struct aqlm_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
-    void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end);
+    void (*aqlm_rows)(const struct aqlm_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*aqlm_update)(const struct aqlm_update *, int64_t begin, int64_t end);
     void (*aqlm_choose)(const struct aqlm_choice *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_offsets)(const struct hqq_groups *, int64_t begin, int64_t end, float *scratch);

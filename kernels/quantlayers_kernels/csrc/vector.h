@@ -185,6 +185,42 @@ INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float 
         out[j] = float_at(p, i + j, kind);
 }
 
+/* float32 to bfloat16, to the nearest and to even between two, in the lower half of each lane. */
+INLINE lanes bfloat16_of(floats v) {
+    const lanes bits = (lanes)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = (lanes){0} + 0x7fc0;
+    return (lanes)chosen_ints((ints)(v == v), (ints)rounded, (ints)nan);
+}
+
+/* out[0:n] = values as bfloat16. */
+INLINE void write_bfloat16(const float *values, int64_t n, uint16_t *out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const lanes halves = bfloat16_of(load(values + i));
+#if LANES == 16
+        _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtepi32_epi16((__m512i)halves));
+#elif LANES == 8
+        const __m256i packed = _mm256_packus_epi32((__m256i)halves, (__m256i)halves); /* in each half of the vector */
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+        for (int lane = 0; lane < LANES; lane++)
+            out[i + lane] = (uint16_t)halves[lane];
+#endif
+    }
+    for (; i < n; i++)
+        out[i] = (uint16_t)bfloat16_of((floats){0} + values[i])[0];
+}
+
+/* Where row `row` of n inputs is to be written as float32: its place in `rows`, or else `spare`. */
+INLINE float *row_to_write(const struct dense_rows *rows, int64_t row, int64_t n, float *spare) {
+    return rows->kind == KIND_FLOAT32 ? (float *)rows->out + row * n : spare;
+}
+
+/* Puts a row that was written to where row_to_write says into its place. */
+INLINE void finish_row(const struct dense_rows *rows, int64_t row, int64_t n, const float *written) {
+    if (rows->kind == KIND_BFLOAT16)
+        write_bfloat16(written, n, (uint16_t *)rows->out + row * n);
+}
+
 /* BLOCK_TOKENS is what the registers hold; the arrays leave room for the remainders that the switch below names. */
 #define MAX_BLOCK_TOKENS 4
 

@@ -61,13 +61,16 @@ def linear_few_tokens(
 def dequantize_rows(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, rows: slice, into: Tensor
 ) -> Tensor:
-    """The rows ``rows`` of the weight, to the bit those of the reference, written to ``into`` (n, in_features)."""
+    """The rows ``rows`` of the weight, to the bit those of the reference, written to ``into`` (n, in_features).
+
+    ``into`` is contiguous and of one of ``native.WRITTEN``.
+    """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     native.call(
         "ql_hqq_dequantize",
         *(into.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
         *(rows.start, rows.stop - rows.start, into.shape[1], scale.shape[1 if axis == 1 else 0], W_q.shape[1]),
-        *(nbits, axis, native.KINDS[scale.dtype]),
+        *(nbits, axis, native.KINDS[scale.dtype], native.KINDS[into.dtype]),
     )
     return into
 

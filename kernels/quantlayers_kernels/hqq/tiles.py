@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import native
 from ..bitpack import unpack
 from ..gpu import DTYPES
 from ..tiled import WeightTiles, buffered_tiles
@@ -16,8 +17,10 @@ def written_dtype(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int, dtype: torch.dtype
 ) -> torch.dtype:
     """The dtype that :func:`dequantize_rows` is to write where ``dtype`` is wanted: the same, or float32."""
-    is_any = gpu.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-    return dtype if is_any and dtype in DTYPES else torch.float32
+    for where, dtypes in ((gpu, DTYPES), (cpu, native.WRITTEN)):
+        if dtype in dtypes and where.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
+            return dtype
+    return torch.float32
 
 
 def dequantize_rows(
