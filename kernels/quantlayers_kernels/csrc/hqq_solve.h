@@ -61,7 +61,7 @@ INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *v
         const floats residual = (v - code) * unit, size = higher(residual, -residual);
         sums.codes += code;
         sums.sizes += size;
-        if (!is_any(size > threshold))
+        if (!any_above(size, threshold))
             continue;
         const floats left = higher(size - power(higher(size, smallest), g->exponent) * share, none);
         sums.shrunk += chosen(residual < none, -left, left);

@@ -104,6 +104,10 @@ INLINE int any_below(floats v, float bound) {
 #endif
 }
 
+INLINE int any_above(floats v, float bound) {
+    return any_below(-v, -bound);
+}
+
 INLINE int is_any(ints condition) {
     return any_below(floats_of(condition), 0);
 }
