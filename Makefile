@@ -36,7 +36,8 @@ lint: $(VENV)/.installed
 
 # What the README's tables of kernels and quantizers are made from; about an hour on two cores that nobody else uses.
 bench: $(VENV)/.installed
-	$(RUN) benchmarks/bench_quantize.py
+	$(RUN) benchmarks/bench_quantize.py --one-thread
+	$(RUN) benchmarks/bench_quantize.py --one-thread --avx2
 	$(RUN) benchmarks/bench_lora_step.py --one-thread
 	$(RUN) benchmarks/bench_lora_step.py --one-thread --avx2 --tokens 128
 	$(RUN) benchmarks/bench_decode.py --one-thread

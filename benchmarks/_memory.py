@@ -1,17 +1,13 @@
 """Seconds and memory of a call; memory only where the process can ask Linux for its own."""
 
 import ctypes
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 MIB = 1 << 20
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def resident_bytes(entry: str) -> int:
@@ -29,6 +25,14 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def in_own_process(*arguments: str) -> str:
+    """The last line that this script prints when it is run with ``arguments``."""
+    done = subprocess.run([sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
+    return done.stdout.splitlines()[-1]
+
+
 def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
     """Seconds, and MiB that the resident set rose above what it was before the call.
 
@@ -38,5 +42,7 @@ def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
         ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes("VmRSS")
     reset_peak()
-    seconds = seconds_of(call)
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
     return {"seconds": seconds, "before_mib": before / MIB, "extra_peak_mib": (resident_bytes("VmHWM") - before) / MIB}

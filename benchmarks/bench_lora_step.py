@@ -16,7 +16,6 @@ import json
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from _cpu import Clock, add_options, clock_of, kernels_in_use, operations_per_second, settle
 from _device import describe_device
-from _memory import MIB, extra_memory_of
+from _memory import MIB, extra_memory_of, in_own_process
 from bitsandbytes.functional import dequantize_4bit
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -228,14 +227,6 @@ def seconds_per_step(
     return seconds
 
 
-def memory_in_own_process(name: str, batch: int, tokens: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--memory-of", name, str(batch), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"measuring the memory of {name} failed: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, and what the peers keep beside them."""
     found = [*model.parameters(), *model.buffers()]
@@ -341,7 +332,7 @@ def main() -> None:
         for name, times in seconds.items():
             median = statistics.median(times)
             is_first = tokens == args.tokens[0]
-            memory = memory_in_own_process(name, args.batch, tokens) if is_first else {}
+            memory = json.loads(in_own_process("--memory-of", name, str(args.batch), str(tokens))) if is_first else {}
             dtype = "bfloat16" if name.endswith("bfloat16") and has_units else "float32"
             limit = operations_of_step(dense_model, ids.numel()) / operations[dtype]
             rows.append(

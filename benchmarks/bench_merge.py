@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from _device import describe_device
-from _memory import reset_peak, resident_bytes
+from _memory import in_own_process, reset_peak, resident_bytes
 from _peers import peer_weight, quantize_with_hqq
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -332,10 +331,8 @@ def step_costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def peak_gib(setting: str, training: str, tokens: int, options: argparse.Namespace) -> float:
     """Largest resident size of a process of its own that loads the model and takes two steps."""
-    command = [sys.executable, __file__, "--peak-of", setting, training, str(tokens)]
-    command += ["--batch", str(options.batch), "--held-out-tokens", str(options.held_out_tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    shared = ("--batch", str(options.batch), "--held-out-tokens", str(options.held_out_tokens))
+    return float(in_own_process("--peak-of", setting, training, str(tokens), *shared))
 
 
 def print_peak(setting: str, training: str, tokens: int, options: argparse.Namespace) -> None:

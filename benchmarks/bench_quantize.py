@@ -10,15 +10,14 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _cpu import Clock, add_options, clock_of, kernels_in_use, settle
 from _device import describe_device
-from _memory import extra_memory_of, seconds_of
+from _memory import extra_memory_of, in_own_process
 from _peers import peer_weight, quantize_with_hqq
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,7 +27,7 @@ from peft_quantlayers.evaluate import demo_model_folder
 from peft_quantlayers.quantizers import get_method
 from quantlayers_kernels.bitpack import unpack
 
-RESULTS = Path(__file__).parent / "results" / "quantize.json"
+RESULTS = Path(__file__).parent / "results"
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
 WIDTHS = (8, 4, 3, 2)
 GROUP_SIZE = 64
@@ -71,7 +70,7 @@ def refuse_wrong_result(weight: Tensor, nbits: int, axis: int) -> None:
         )
 
 
-def measure(shape: tuple[int, int], nbits: int, axis: int, threads: int, repeats: int) -> list[dict]:
+def measure(shape: tuple[int, int], nbits: int, axis: int, *, threads: int, repeats: int, clock: Clock) -> list[dict]:
     weight = random_weight(shape)
     calls: dict[str, Callable[[], object]] = {}
     for made_by, refine_scale in (("ours", False), ("ours, refine_scale", True)):
@@ -86,7 +85,9 @@ def measure(shape: tuple[int, int], nbits: int, axis: int, threads: int, repeats
     for repeat in range(repeats):
         for made_by, call in calls.items():
             if made_by != "hqq" or repeat < n_peer:
-                seconds[made_by].append(seconds_of(call))
+                start = clock()
+                call()
+                seconds[made_by].append(clock() - start)
     peer = statistics.median(seconds["hqq"]) if seconds["hqq"] else None
     rows = []
     for made_by, times in seconds.items():
@@ -151,26 +152,21 @@ PARTS = {
 }
 
 
-def in_own_process(part: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--part", part]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"measuring the {part} failed: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--part", choices=PARTS, help="measure the memory of this part alone, in this process")
     parser.add_argument("--only-parts", action="store_true", help="measure the parts anew, keep the file's other rows")
+    add_options(parser)
     args = parser.parse_args()
+    settle(args)
     if args.part:
         print(json.dumps(PARTS[args.part]()))
         return
 
-    memory = {part: [in_own_process(part) for _ in range(3)] for part in PARTS}
+    path = RESULTS / ("quantize_avx2.json" if args.avx2 else "quantize.json")
+    options = [name for name, is_on in (("--one-thread", args.one_thread), ("--avx2", args.avx2)) if is_on]
+    memory = {part: [json.loads(in_own_process("--part", part, *options)) for _ in range(3)] for part in PARTS}
     for part, runs in memory.items():
         best = min(runs, key=lambda run: run["seconds"])
         print(
@@ -178,25 +174,32 @@ def main() -> None:
         )
 
     if args.only_parts:
-        RESULTS.write_text(json.dumps(json.loads(RESULTS.read_text()) | {"memory": memory}, indent=2) + "\n")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"memory": memory}, indent=2) + "\n")
         return
 
     for nbits in WIDTHS:
         for axis in (0, 1):
             refuse_wrong_result(random_weight(SHAPES[1]), nbits, axis)
+    clock, clock_name = clock_of(args)
     rows = []
-    for threads in args.threads:
+    for threads in (1,) if args.one_thread else (1, 2):
         torch.set_num_threads(threads)
         for shape in SHAPES:
             for nbits in WIDTHS:
                 for axis in (0, 1):
-                    measured = measure(shape, nbits, axis, threads, args.repeats)
+                    measured = measure(shape, nbits, axis, threads=threads, repeats=args.repeats, clock=clock)
                     for row in measured:
                         show(row)
                     rows += measured
-    described = describe_device() | {"threads": max(args.threads), "hqq": version("hqq")}
-    result = {"device": described, "group_size": GROUP_SIZE, "memory": memory, "rows": rows}
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "device": describe_device() | {"hqq": version("hqq"), "kernels": kernels_in_use()},
+        "command": " ".join(["python benchmarks/bench_quantize.py", *options]),
+        "clock": clock_name,
+        "group_size": GROUP_SIZE,
+        "memory": memory,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
