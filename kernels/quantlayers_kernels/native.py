@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "QUANTLAYERS_NO_EXTENSION"
 # What csrc/exports.c says; another number is a library that was built from other sources.
-INTERFACE_VERSION = 8
+INTERFACE_VERSION = 9
 VARIANTS = ("baseline", "avx2", "avx512")
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -34,7 +34,7 @@ SIGNATURES = {
     "ql_aqlm_dequantize": (4, 7, 6),
     "ql_aqlm_update": (6, 5, 3),
     "ql_aqlm_choose": (7, 8, 2),
-    "ql_hqq_offsets": (7, 3, 3),
+    "ql_hqq_offsets": (8, 3, 3),
     "ql_hqq_lines": (7, 3, 3),
     "ql_hqq_choose": (5, 3, 3),
 }

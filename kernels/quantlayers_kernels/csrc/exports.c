@@ -3,7 +3,7 @@
 
 /* Changes with every change of a signature below; native.py refuses a library that says another number. */
 int ql_interface_version(void) {
-    return 8;
+    return 9;
 }
 
 /* Instruction sets in the order of their speed: 0 baseline, 1 AVX2, 2 AVX-512. */
@@ -197,14 +197,14 @@ static void solve_lines(const void *context, int64_t begin, int64_t end, float *
 }
 
 /* Moves offset (n,) to where the codes of values (n, group_size) stand still, or to the best one that was seen where the
- * shrink is at work. `options`: the smallest threshold and the exponent. */
+ * shrink is at work. `options`: the smallest threshold and the exponent; `order`: that in which groups are taken. */
 int ql_hqq_offsets(float *offset, const float *values, const float *mean, const float *steps, const float *betas,
-                   const float *thresholds, const float *options, int64_t n, int64_t group_size, int64_t iters,
-                   int max_code, int n_threads, int variant) {
+                   const float *thresholds, const float *options, const int64_t *order, int64_t n,
+                   int64_t group_size, int64_t iters, int max_code, int n_threads, int variant) {
     struct solver_call call = {
         .kernels = kernels_of(variant),
         .groups = {.offset = offset, .values = values, .mean = mean, .steps = steps, .betas = betas,
-                   .thresholds = thresholds, .smallest_threshold = options[0], .exponent = options[1],
+                   .thresholds = thresholds, .smallest_threshold = options[0], .exponent = options[1], .order = order,
                    .group_size = group_size, .iters = iters, .max_code = (float)max_code},
     };
     return for_rows(solve_offsets, &call, n, MAX_LANES * group_size, n_threads);

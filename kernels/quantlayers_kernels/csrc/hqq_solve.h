@@ -1,14 +1,16 @@
 /* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve.py. */
 
-/* The groups from `first` on, to be read lane by lane; a last batch repeats the last group. */
+/* The groups from place `first` of `order` on, to be read lane by lane; a last batch repeats the last group. */
 struct lane_groups {
     int64_t index[LANES];
 };
 
-INLINE struct lane_groups groups_from(int64_t first, int64_t end) {
+INLINE struct lane_groups groups_from(const int64_t *order, int64_t first, int64_t end) {
     struct lane_groups groups;
-    for (int lane = 0; lane < LANES; lane++)
-        groups.index[lane] = first + lane < end ? first + lane : end - 1;
+    for (int lane = 0; lane < LANES; lane++) {
+        const int64_t place = first + lane < end ? first + lane : end - 1;
+        groups.index[lane] = order ? order[place] : place;
+    }
     return groups;
 }
 
@@ -73,7 +75,7 @@ INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *v
 static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
     const float n = (float)g->group_size;
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(first, end);
+        const struct lane_groups groups = groups_from(g->order, first, end);
         transpose_groups(g, groups, values);
         const floats mean = gathered(g->mean, groups), steps = gathered(g->steps, groups), none = {0};
         const floats unit = 1 / steps, smallest = g->smallest_threshold * steps;
@@ -170,7 +172,7 @@ INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviatio
 
 static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(first, end);
+        const struct lane_groups groups = groups_from(g->order, first, end);
         transpose_groups(g, groups, values);
         const floats mean = gathered(g->mean, groups), none = {0}, one = none + 1;
         floats spread = {0};

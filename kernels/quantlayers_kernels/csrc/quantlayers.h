@@ -83,6 +83,7 @@ struct hqq_groups {
      * its shrink leaves nothing, the smallest of these, and the exponent of the shrink. */
     const float *steps, *betas, *thresholds;
     float smallest_threshold, exponent;
+    const int64_t *order; /* in which groups are taken, or NULL */
     /* hqq_lines: what is found, the other start, how much of its variance the other's error must be below, and the whole
      * number that half of max_code is rounded down to. */
     float *slope;

@@ -47,10 +47,13 @@ def offsets(
     shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
     mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
     options = torch.tensor([smallest_threshold, lp_norm - 1], dtype=torch.float32)
+    # Neighbours in a vector take as many steps as the slowest of them: those that the shrink may reach come first.
+    may_shrink = (0.5 > smallest_threshold * steps_per_unit).flatten()
+    order = torch.cat([may_shrink.nonzero(), (~may_shrink).nonzero()])
     native.call(
         "ql_hqq_offsets",
         *(offset.data_ptr(), shifted.data_ptr(), mean.data_ptr(), steps_per_unit.data_ptr()),
-        *(of_steps[0].data_ptr(), of_steps[1].data_ptr(), options.data_ptr()),
+        *(of_steps[0].data_ptr(), of_steps[1].data_ptr(), options.data_ptr(), order.data_ptr()),
         *(*shifted.shape, len(betas), max_code),
     )
     return offset
