@@ -1,7 +1,7 @@
 """What merging keeps of an adapter: SmolLM2-135M, two tasks, every strategy, beside the rule of PEFT with ``hqq``.
 
     python benchmarks/bench_merge.py            all settings, three seeds: hours on two cores
-    python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes
+    python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes; kept in merge_quick.json
 
 For each setting, task and seed four adapters are trained with the same data, steps and learning rate: plain LoRA,
 merge-aware LoRA, QA-LoRA with about as many parameters, and the scales alone. Each is merged and compared on held-out
@@ -400,6 +400,8 @@ def parse_options() -> argparse.Namespace:
         options.settings, options.seeds, options.steps = options.settings[:1], [0], 10
         options.batch, options.tokens, options.held_out_tokens, options.orders = 2, 64, 1024, 8
         options.step_tokens, options.repeats = [128], 2
+        if options.output == RESULTS:
+            options.output = Path(tempfile.gettempdir(), "merge_quick.json")
     return options
 
 
@@ -431,9 +433,7 @@ class Results:
         shared = ("steps", "lr", "batch", "tokens", "held_out_tokens", "orders")
         training = {name: getattr(options, name) for name in shared}
         if known and known["training"] != training:
-            raise SystemExit(
-                f"{self.path} holds rows of other options, {known['training']}: give another --output, or delete it."
-            )
+            raise SystemExit(f"{self.path} holds rows of other options, {known['training']}: give another --output.")
         model = "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1"
         self.found: dict[str, Any] = {
             "device": describe_device(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat, cast
 
 import torch
 from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -76,15 +78,40 @@ def refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
             )
 
 
+def refuse_biases_without_a_place(peft_model: PeftModel, names: list[str]) -> None:
+    """Raise where ``lora_bias`` changes the bias of a layer that has none: PEFT finds out in the middle of merging."""
+    for layer_name, module in peft_model.named_modules():
+        if not isinstance(module, LoraLayer) or getattr(module.get_base_layer(), "bias", None) is not None:
+            continue
+        if any(module.lora_bias.get(name, False) for name in names):
+            raise ValueError(
+                f"{layer_name}: lora_bias=True has trained a bias, and this layer has none to merge it into. Keep the "
+                "adapter beside the model, or train it with lora_bias=False. The model is left as it was."
+            )
+
+
+def refuse_tied_weights(peft_model: PeftModel) -> None:
+    """Raise where an adapter lies on one of two layers that share a weight: the other would be changed with it."""
+    tuner = cast(Any, peft_model.base_model)
+    tied = tuner._get_tied_target_modules(tuner.model)
+    if tied and not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
+        raise ValueError(
+            f"{sorted(tied)} has an adapter, and shares its weight with another layer, which a merge would change "
+            "too. Leave it out of target_modules, or train on a model that was loaded with tie_word_embeddings=False. "
+            "The model is left as it was."
+        )
+
+
 def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
     """``evaluate_on`` as a vector of token ids of the model's vocabulary."""
-    is_list = isinstance(evaluate_on, (list, tuple)) and all(type(each) is int for each in evaluate_on)
-    if not is_list and not isinstance(evaluate_on, Tensor):
+    is_encoding = isinstance(evaluate_on, Mapping) and "input_ids" in evaluate_on
+    try:
+        ids = torch.as_tensor(evaluate_on["input_ids"] if is_encoding else evaluate_on)
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"evaluate_on must be token ids, a vector or a list of integers, got {type(evaluate_on).__name__}. Encode "
             "text with the model's tokenizer."
-        )
-    ids = torch.as_tensor(evaluate_on)
+        ) from None
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"evaluate_on must be integer token ids, got {ids.dtype}.")
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
@@ -117,6 +144,8 @@ def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
             f"metric must be a function of a model, got {type(metric).__name__}. The model is left as it was."
         )
     value = metric(model)
+    if isinstance(value, SupportsFloat) and not isinstance(value, Tensor) and math.isnan(float(value)):
+        raise ValueError("metric gave NaN, which compares with nothing. The model is left as it was.")
     if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
         raise TypeError(
             f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "

@@ -233,7 +233,8 @@ class LoraQuantizedLinear(LoraLinear):
             ValueError: the merged weight is not finite; names the layer, which is left as it was.
         """
         with torch.no_grad():
-            plan = self._plan([name for name in adapter_names if name in self.lora_A])
+            # In the order in which they were added: sums of floats depend on it, and so would the codes.
+            plan = self._plan([name for name in self.lora_A if name in adapter_names])
             merged = rule(plan)
             report = merge_report_of(plan, merged)
         unmerged = self._unmerged or self.merge_state()

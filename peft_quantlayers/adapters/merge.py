@@ -10,14 +10,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
-from peft import PeftModel
+from peft import LoraModel, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..calibration import Calibration
+from ..calibration.data import max_length
 from ..evaluate import Capture, capture
 from ..layers import dequantize_model
 from .calibrated import merge_calibrated
-from .checks import checked_ids, checked_names, refuse_broken_adapters, refuse_other_models, score_of
+from .checks import (
+    checked_ids,
+    checked_names,
+    refuse_biases_without_a_place,
+    refuse_broken_adapters,
+    refuse_other_models,
+    refuse_tied_weights,
+    score_of,
+)
 from .lora import RULES, LoraQuantizedLinear
 from .outputs import OutputChange, watched
 from .report import MergeReport
@@ -107,8 +117,11 @@ def merge_back(
         )
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
+    refuse_biases_without_a_place(peft_model, names)
+    refuse_tied_weights(peft_model)
     layers = _layers_to_merge(peft_model, names, strategy, is_evaluated=evaluate_on is not None)
-    if not unload and not all(isinstance(layer, LoraQuantizedLinear) for layer in layers):
+    is_lora = isinstance(peft_model.base_model, LoraModel)
+    if not unload and not (is_lora and all(isinstance(layer, LoraQuantizedLinear) for layer in layers)):
         raise ValueError(
             "unload=False is for LoRA: other tuners' merges into quantized layers are not taken back bit for bit. "
             "Keep a copy of the model instead. The model is left as it was."
@@ -131,6 +144,8 @@ def merge_back(
         if metric is not None and scores is not None:
             with _only_active(peft_model, layers, names):
                 scores = (scores[0], score_of(metric, peft_model.get_base_model()))
+        if is_lora:
+            _merge_dense_layers(peft_model, layers, names)
     except BaseException:
         _restore(layers, before)
         raise
@@ -145,17 +160,14 @@ def merge_back(
             wider[0].bits_after - wider[0].bits_before,
             wider[0].name,
         )
+    report = MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
+    if not unload:
+        return peft_model, report
     _set_active(peft_model, layers, names)  # PEFT keeps the modules_to_save of active adapters
     for layer in layers:
         if isinstance(layer, TunerMerge):
             layer.finish()
-    report = MergeReport(strategy=strategy, layers=reports, capture=captured, scores=scores)
-    with warnings.catch_warnings():
-        # The quantized layers are; what PEFT merges here is the rest, adapters on dense layers.
-        warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
-        if not unload:
-            cast(Any, peft_model.base_model).merge_adapter(adapter_names=names)
-            return peft_model, report
+    with _said_already_merged():
         model = peft_model.merge_and_unload(adapter_names=names)
     if strategy == "dense":
         dequantize_model(model)
@@ -205,6 +217,32 @@ def _merge(layer: MergeableLayer, strategy: Strategy, names: list[str]) -> None:
         layer.merge_with(names, becomes_dense=strategy == "dense")
 
 
+def _merge_dense_layers(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str]) -> None:
+    """PEFT's own merge of LoRA on what is not quantized; taken back where it fails."""
+    ours = {id(layer) for layer in layers}
+    others = [
+        module
+        for module in peft_model.modules()
+        if isinstance(module, LoraLayer) and id(module) not in ours and not module.merged
+    ]
+    try:
+        with _said_already_merged():
+            cast(Any, peft_model.base_model).merge_adapter(adapter_names=names)
+    except BaseException:
+        for module in others:
+            if module.merged:
+                cast(Any, module).unmerge()
+        raise
+
+
+@contextmanager
+def _said_already_merged() -> Iterator[None]:
+    """PEFT says so of every quantized layer, which is merged before its own merge goes through all layers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
+        yield
+
+
 def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[str], token_ids: Tensor) -> Capture:
     """Base, adapter and merged model compared, by putting the layers from one state into the other.
 
@@ -229,9 +267,8 @@ def _captured(peft_model: PeftModel, layers: list[MergeableLayer], names: list[s
     peft_model.eval()
     try:
         with _only_active(peft_model, layers, names):
-            captured = capture(
-                of_adapter, of_base, logits, token_ids.to(peft_model.device), window=min(WINDOW, len(token_ids))
-            )
+            window = min(WINDOW, len(token_ids), max_length(peft_model))
+            captured = capture(of_adapter, of_base, logits, token_ids.to(peft_model.device), window=window)
     finally:
         peft_model.train(was_training)
     for layer, change in zip(layers, changes, strict=True):

@@ -130,7 +130,7 @@ class MergeReport:
     def recommendation(self) -> str | None:
         """What to try instead, where this merge lost much; None where it did not."""
         done = {self.done(layer) for layer in self.layers}
-        if self.capture is not None:
+        if self.capture is not None and self.capture.is_measurable:
             kept, what = self.capture.capture, "effect on the predictions is left"
         elif any(layer.is_aware and self.done(layer) != "aware" for layer in self.layers):
             return (
@@ -228,13 +228,21 @@ class MergeReport:
         figures = self.relative_error, self.error_to_change, self.change_kept
         rows.append(row("total", self.bits, *figures, of=self))
         if self.capture is not None:
+            effect = f"capture {self.capture.capture:.3f}"
+            if not self.capture.is_measurable:
+                effect = f"the adapter's effect, a KL of {self.capture.kl_adapter_base:.0e}, is too small to measure"
             rows.append(
-                f"capture {self.capture.capture:.3f}; loss {self.capture.loss_base:.3f} base, "
+                f"{effect}; loss {self.capture.loss_base:.3f} base, "
                 f"{self.capture.loss_adapter:.3f} adapter, {self.capture.loss_merged:.3f} merged; on "
                 f"{self.capture.n_tokens:,} tokens"
             )
         if self.scores is not None:
             rows.append(f"score {self.scores[0]:.3f} adapter, {self.scores[1]:.3f} merged")
+        if done == "aware":
+            rows.append(
+                "The outputs are those that were trained. Errors and what was kept are those of the change in the "
+                "weights without its rounding, which was not trained."
+            )
         rows += [said for said in (self.not_measured, self.recommendation) if said is not None]
         return "\n".join(rows)
 

@@ -212,8 +212,8 @@ def keep(plan: MergePlan) -> QuantizedLinear:
     base = plan.base
     if plan.left is None or plan.right is None:
         raise NotImplementedError(
-            f'{base.layer_name}: strategy="keep" knows plain LoRA and rsLoRA. Use "exact" for QA-LoRA, "dense" for '
-            "other variants."
+            f'{base.layer_name}: strategy="keep" knows plain LoRA and rsLoRA. Use "exact" for QA-LoRA, '
+            '"requantize", "calibrated" or "dense" for other variants.'
         )
     bias = None if plan.bias is None else plan.bias.to(base.bias.dtype)
     kept = type(base)(plan.weight, bias, compute_dtype=base.compute_dtype, layer_name=base.layer_name)

@@ -1,6 +1,7 @@
 """What a model reads while it is calibrated: texts, token ids or ready inputs, as batches. No model is run here."""
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Calibration:
             floating tensors, each one batch for the model's forward.
         tokenizer: for texts; None for the tokenizer of the model's own name or folder.
         n_tokens: tokens to use; windows are taken evenly from all of ``data``.
-        sequence_length: tokens of a window.
+        sequence_length: tokens of a window; fewer where the model has fewer positions.
         batch_size: windows that go through a block at a time.
         damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. More of it trusts
             the data less.
@@ -83,7 +84,7 @@ class Calibration:
             if not all(torch.isfinite(batch).all() for batch in data):
                 raise ValueError("the calibration data holds NaN or Inf.")
             return list(data)
-        windows = self._windows(token_sequences(data, self.tokenizer, model))
+        windows = self._windows(token_sequences(data, self.tokenizer, model), max_length(model))
         low, high = int(windows.min()), int(windows.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             raise ValueError(
@@ -92,7 +93,7 @@ class Calibration:
             )
         return list(windows.split(self.batch_size))
 
-    def _windows(self, sequences: list[Tensor]) -> Tensor:
+    def _windows(self, sequences: list[Tensor], max_length: int) -> Tensor:
         """(n_windows, length): windows of the joined sequences, spread evenly over them."""
         ids = torch.cat(sequences) if sequences else torch.empty(0, dtype=torch.int64)
         if len(ids) < MIN_TOKENS:
@@ -100,7 +101,7 @@ class Calibration:
                 f"the calibration data has {len(ids)} tokens; at least {MIN_TOKENS} are needed, and {self.n_tokens} "
                 "are better."
             )
-        length = min(self.sequence_length, len(ids), self.n_tokens)
+        length = min(self.sequence_length, len(ids), self.n_tokens, max_length)
         windows = ids[: len(ids) // length * length].view(-1, length)
         wanted = max(1, self.n_tokens // length)
         if len(windows) < wanted:
@@ -112,6 +113,12 @@ class Calibration:
             )
             return windows
         return windows[torch.linspace(0, len(windows) - 1, wanted).round().long()]
+
+
+def max_length(model: nn.Module) -> int:
+    """The most tokens that ``model`` has positions for, so far as its config says."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else sys.maxsize
 
 
 def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[Tensor]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Divergences of float32 logits that differ by rounding only are some 1e-8.
+SMALLEST_KL = 1e-6
+
 # (1, n_tokens) token ids to logits (1, n_tokens, vocabulary).
 Logits = Callable[[Tensor], Tensor]
 
@@ -28,6 +31,11 @@ class Capture:
     loss_adapter: float
     loss_merged: float
     n_tokens: int
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether the adapter changes the predictions by more than rounding does."""
+        return self.kl_adapter_base > SMALLEST_KL
 
     @property
     def capture(self) -> float:

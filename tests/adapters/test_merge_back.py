@@ -229,6 +229,72 @@ def test_what_cannot_be_evaluated_on_is_refused_before_anything_is_done(held_out
         pql.merge_back(model, evaluate_on=held_out, metric=lambda model: pytest.fail("scored"))
 
 
+def test_without_unloading_active_adapters_and_what_is_trained_stay_as_they_were(x):
+    model = with_adapter(quantized_two())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    expected = model(x)
+    merged, _ = pql.merge_back(model, adapters=["other"], unload=False)
+    assert merged is model
+    model.unmerge_adapter()
+    assert model.active_adapters == ["default", "other"]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(x), expected)
+
+
+def test_a_dense_layer_that_fails_in_pefts_merge_leaves_all_layers_unmerged(x, monkeypatch):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    base = pql.quantize_model(dense, HQQConfig(nbits=4, group_size=32, skip_modules=["1", "2"]), progress=False)
+    model = with_adapter(base, target_modules=["0", "1", "2"])
+    expected = model(x)
+    layers = [getattr(model.base_model.model, name) for name in "012"]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(layers[2], "merge", fail)
+    for unload in (True, False):
+        with pytest.raises(RuntimeError, match="no more memory"):
+            pql.merge_back(model, unload=unload)
+        assert not any(layer.merged for layer in layers)
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("unload", [True, False])
+def test_a_dense_layer_that_peft_cannot_merge_leaves_the_model_as_it_was(unload, x):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    base = pql.quantize_model(dense, HQQConfig(nbits=4, group_size=32, skip_modules=["1", "2"]), progress=False)
+    model = with_adapter(base, target_modules=["0", "1", "2"], lora_bias=True)
+    expected, names = model(x), list(model.state_dict())
+    with pytest.raises(ValueError, match=r"\b2: lora_bias"):
+        pql.merge_back(model, unload=unload)
+    assert list(model.state_dict()) == names
+    assert not any(getattr(model.base_model.model, name).merged for name in "012")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_adapter_on_a_weight_that_two_layers_share_is_refused():
+    base = pql.quantize_model(tiny_model("llama-tied"), HQQConfig(nbits=4, group_size=32), progress=False)
+    model = with_adapter(base, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"lm_head.*tie_word_embeddings=False"):
+        pql.merge_back(model, evaluate_on=token_ids()[0])
+    assert isinstance(model, PeftModel)
+
+
+def test_an_effect_that_rounding_hides_is_not_called_lost():
+    model = language_model()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e-7
+    _, report = pql.merge_back(model, strategy="dense", evaluate_on=token_ids()[0])
+    assert "too small to measure" in str(report)
+    assert report.recommendation is None
+
+
 @pytest.mark.parametrize("strategy", ["requantize", "aware", "dense", "keep", "calibrated", "loha"])
 def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tokens(strategy):
     base = pql.quantize_model(tiny_model(), HQQConfig(nbits=3, group_size=32), progress=False)
@@ -266,16 +332,17 @@ def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tok
 def test_held_out_ids_may_be_a_row_or_a_list():
     ids = token_ids()[0]
     captures = [
-        pql.merge_back(language_model(), evaluate_on=given)[1].capture for given in (ids, ids[None], ids.tolist())
+        pql.merge_back(language_model(), evaluate_on=given)[1].capture
+        for given in (ids, ids[None], ids.tolist(), [ids.tolist()], ids.numpy(), {"input_ids": ids[None]})
     ]
-    assert captures[0] == captures[1] == captures[2]
+    assert all(each == captures[0] for each in captures[1:])
     assert captures[0].n_tokens == 8
 
 
 def test_a_metric_that_fails_after_the_merge_leaves_the_model_as_it_was(x):
     model = with_adapter(quantized_two())
     bits, expected = bits_of(model), model(x)
-    for result in (RuntimeError("no more memory"), "high"):
+    for result in (RuntimeError("no more memory"), "high", float("nan")):
         results = [1.0, result]
 
         def metric(model: nn.Module) -> float:
@@ -284,7 +351,7 @@ def test_a_metric_that_fails_after_the_merge_leaves_the_model_as_it_was(x):
                 raise value
             return value
 
-        with pytest.raises((RuntimeError, TypeError), match=r"no more memory|got str"):
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"no more memory|got str|NaN"):
             pql.merge_back(model, metric=metric)
         assert not results
         assert_same_bits(model, bits)

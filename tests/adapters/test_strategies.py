@@ -120,20 +120,23 @@ def test_pefts_own_merge_of_a_broken_adapter_leaves_every_layer_as_it_was(x):
     assert model.base_model.model.first.merged
 
 
-@pytest.mark.parametrize("strategy", [name for name in RULES if name != "exact"])
-def test_merging_one_after_the_other_is_merging_the_sum(strategy, x):
+@pytest.mark.parametrize(("strategy", "method"), CASES)
+def test_merging_one_after_the_other_in_any_order_is_merging_the_sum(strategy, method, x):
     outputs = []
-    for calls in ([["default"], ["other"]], [["default", "other"]]):
-        model = model_for("append" if strategy == "append" else "requantize")
+    for calls in ([["default"], ["other"]], [["default", "other"]], [["other"], ["default"]], [["other", "default"]]):
+        model = model_for(strategy if strategy == "exact" else "requantize", method)
+        fields = {"use_qalora": True, "qalora_group_size": 32} if strategy == "exact" else {"init_lora_weights": False}
         torch.manual_seed(3)
-        model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"], **fields))
+        for layer in (model.base_model.model.first, model.base_model.model.second):
+            torch.nn.init.normal_(layer.lora_B["other"].weight, std=0.1)
         if strategy == "aware":
             pql.enable_merge_aware(model, ["default", "other"])
         pql.set_merge_strategy(model, strategy)
         for names in calls:
             model.merge_adapter(names)
         outputs.append(model(x))
-    assert torch.equal(*outputs)
+    assert all(torch.equal(each, outputs[0]) for each in outputs[1:])
 
 
 def test_small_changes_of_adapters_survive_a_merge_without_data():

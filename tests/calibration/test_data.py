@@ -51,6 +51,13 @@ def test_windows_are_taken_from_all_of_the_data():
     assert ids[-1, -1] == 99
 
 
+def test_windows_are_no_longer_than_the_positions_that_the_model_has():
+    model = tiny_model()
+    model.config.max_position_embeddings = 100
+    batches = Calibration(data=torch.randint(0, 100, (4096,)), n_tokens=1000).batches(model)
+    assert {batch.shape[1] for batch in batches} == {100}
+
+
 def test_less_data_than_asked_for_is_used_and_said(caplog):
     batches = Calibration(data=torch.arange(200) % 100, n_tokens=5000, sequence_length=64).batches(MODEL)
     assert torch.cat(batches).shape == (3, 64)

@@ -48,7 +48,7 @@ def offsets(
     mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
     options = torch.tensor([smallest_threshold, lp_norm - 1], dtype=torch.float32)
     # Neighbours in a vector take as many steps as the slowest of them: those that the shrink may reach come first.
-    may_shrink = (0.5 > smallest_threshold * steps_per_unit).flatten()
+    may_shrink = (smallest_threshold * steps_per_unit < 0.5).flatten()
     order = torch.cat([may_shrink.nonzero(), (~may_shrink).nonzero()])
     native.call(
         "ql_hqq_offsets",
