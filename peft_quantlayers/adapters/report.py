@@ -193,7 +193,8 @@ class MergeReport:
             "output_noise": self.output_noise,
             "capture": None
             if self.capture is None
-            else dataclasses.asdict(self.capture) | {"capture": self.capture.capture},
+            else dataclasses.asdict(self.capture)
+            | {"capture": self.capture.capture if self.capture.is_measurable else None},
             "scores": None if self.scores is None else {"adapter": self.scores[0], "merged": self.scores[1]},
             "recommendation": self.recommendation,
             "not_measured": self.not_measured,

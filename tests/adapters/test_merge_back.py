@@ -292,6 +292,7 @@ def test_an_effect_that_rounding_hides_is_not_called_lost():
             parameter.data *= 1e-7
     _, report = pql.merge_back(model, strategy="dense", evaluate_on=token_ids()[0])
     assert "too small to measure" in str(report)
+    assert report.to_dict()["capture"]["capture"] is None
     assert report.recommendation is None
 
 
