@@ -33,7 +33,9 @@ def source_folder(project: str, version: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         archive = _fetch(project, version, Path(scratch))
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
+            # Python 3.11.3 and older know no filter, and extract an archive of the package index as it is.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(scratch)
         try:
             (Path(scratch) / folder.name).rename(folder)
         except OSError:  # another process was faster
