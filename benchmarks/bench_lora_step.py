@@ -66,6 +66,12 @@ def ours(dtype: torch.dtype, config: pql.QuantConfig | None, adapter: PeftConfig
     return adapted(loaded(dtype, quantization_config=config), adapter)
 
 
+def prepared(dtype: torch.dtype, config: pql.QuantConfig) -> nn.Module:
+    """As the README does it: norms and head in float32."""
+    model = loaded(dtype, quantization_config=config)
+    return adapted(pql.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+
+
 def hqq_package(dtype: torch.dtype) -> nn.Module:
     """The package's layers in a dense model, since transformers 5 does not put them there, and PEFT's LoRA on them."""
     model = loaded(dtype)
@@ -99,6 +105,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "AQLM 2x8, scales only": lambda: ours(torch.float32, AQLM, pql.QuantScalesConfig()),
     "dense bfloat16": lambda: ours(torch.bfloat16, None),
     "HQQ 4-bit, bfloat16": lambda: ours(torch.bfloat16, pql.HQQConfig(nbits=4)),
+    "HQQ 4-bit, prepared bfloat16": lambda: prepared(torch.bfloat16, pql.HQQConfig(nbits=4)),
 }
 PEERS: dict[str, Callable[[], nn.Module]] = {
     "PEFT + bitsandbytes NF4, float32": lambda: bitsandbytes_nf4(torch.float32),
@@ -190,9 +197,10 @@ def gradient_error(name: str, model: nn.Module, ids: Tensor) -> float:
     found = loss_and_gradients(model, ids)
     # Without units torch's own products in bfloat16 err more than what is compared.
     is_emulated = name.endswith("bfloat16") and product_dtype(torch.bfloat16, ids.device) != torch.bfloat16
-    with in_plain_torch() if is_emulated or name.endswith("scales only") else on_dense_layers(model):
+    is_mixed = name.endswith(("scales only", "prepared bfloat16"))
+    with in_plain_torch() if is_emulated or is_mixed else on_dense_layers(model):
         expected = loss_and_gradients(model, ids)
-    dtype = next(model.get_base_model().model.embed_tokens.parameters()).dtype
+    dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
     pairs = [(found[0], expected[0])]
     pairs.append(tuple(torch.cat([each.float().flatten() for each in parts[1:]]) for parts in (found, expected)))
     errors = [((ours - truth).float().norm() / truth.float().norm()).item() for ours, truth in pairs]
