@@ -144,11 +144,12 @@ def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
             f"metric must be a function of a model, got {type(metric).__name__}. The model is left as it was."
         )
     value = metric(model)
-    if isinstance(value, SupportsFloat) and not isinstance(value, Tensor) and math.isnan(float(value)):
-        raise ValueError("metric gave NaN, which compares with nothing. The model is left as it was.")
     if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
         raise TypeError(
             f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "
             "model is left as it was."
         )
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+    score = float(value.detach()) if isinstance(value, Tensor) else float(value)
+    if math.isnan(score):
+        raise ValueError("metric gave NaN, which compares with nothing. The model is left as it was.")
+    return score

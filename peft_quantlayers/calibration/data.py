@@ -93,7 +93,7 @@ class Calibration:
             )
         return list(windows.split(self.batch_size))
 
-    def _windows(self, sequences: list[Tensor], max_length: int) -> Tensor:
+    def _windows(self, sequences: list[Tensor], longest: int) -> Tensor:
         """(n_windows, length): windows of the joined sequences, spread evenly over them."""
         ids = torch.cat(sequences) if sequences else torch.empty(0, dtype=torch.int64)
         if len(ids) < MIN_TOKENS:
@@ -101,7 +101,7 @@ class Calibration:
                 f"the calibration data has {len(ids)} tokens; at least {MIN_TOKENS} are needed, and {self.n_tokens} "
                 "are better."
             )
-        length = min(self.sequence_length, len(ids), self.n_tokens, max_length)
+        length = min(self.sequence_length, len(ids), self.n_tokens, longest)
         windows = ids[: len(ids) // length * length].view(-1, length)
         wanted = max(1, self.n_tokens // length)
         if len(windows) < wanted:

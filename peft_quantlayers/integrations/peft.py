@@ -142,7 +142,6 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
     layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
     states = [layer.merge_state() for layer in layers]
     try:
-        model._check_merge_allowed()
         for layer in layers:
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         with warnings.catch_warnings():

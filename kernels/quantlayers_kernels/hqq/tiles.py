@@ -17,6 +17,8 @@ def written_dtype(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int, dtype: torch.dtype
 ) -> torch.dtype:
     """The dtype that :func:`dequantize_rows` is to write where ``dtype`` is wanted: the same, or float32."""
+    if dtype == torch.float32:
+        return dtype
     for where, dtypes in ((gpu, DTYPES), (cpu, native.WRITTEN)):
         if dtype in dtypes and where.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
             return dtype
