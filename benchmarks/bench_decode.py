@@ -14,7 +14,10 @@ unused, as far as their libraries can be told.
 import argparse
 import json
 import random
+import shlex
 import statistics
+import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,9 +29,19 @@ from _linears import Candidate, candidates
 from _shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
-DEFAULT_SHAPES = ("SmolLM2-135M q_proj", "SmolLM2-135M gate_proj", "Llama-3-8B q_proj", "Llama-3-8B gate_proj")
-# Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this.
-MAX_WEIGHTS_OF_SLOW_PEERS = 4096 * 4096
+DEFAULT_SHAPES = (
+    "SmolLM2-135M q_proj",
+    "SmolLM2-135M gate_proj",
+    "Llama-3-8B q_proj",
+    "Llama-3-8B gate_proj",
+    "Qwen2.5-7B q_proj",
+    "Qwen2.5-7B gate_proj",
+    "Llama-3-70B q_proj",
+    "Llama-3-70B down_proj",
+)
+# Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this; all take fewer turns.
+LARGE_WEIGHT = 4096 * 4096
+MAX_REPEATS_OF_LARGE = 10
 
 
 def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
@@ -87,15 +100,15 @@ def main() -> None:
     operations = operations_per_second(torch.float32, args.repeats, clock)
     rows = []
     for out_features, in_features in (SHAPES[name] for name in args.shapes):
-        ways = dict(
-            candidates(
-                out_features, in_features, with_slow_peers=out_features * in_features <= MAX_WEIGHTS_OF_SLOW_PEERS
-            )
-        )
-        is_right = {name: checked(name, way, in_features) for name, way in ways.items()}
+        is_large = out_features * in_features > LARGE_WEIGHT
+        repeats = min(args.repeats, MAX_REPEATS_OF_LARGE) if is_large else args.repeats
+        ways, is_right = {}, {}
+        for name, way in candidates(out_features, in_features, with_slow_peers=not is_large):
+            is_right[name] = checked(name, way, in_features)
+            ways[name] = replace(way, weight=torch.empty(0))
         for n_tokens in args.tokens:
             timed = {name: way for name, way in ways.items() if n_tokens <= way.max_tokens}
-            seconds = seconds_per_call(timed, torch.randn(n_tokens, in_features), args.repeats, clock)
+            seconds = seconds_per_call(timed, torch.randn(n_tokens, in_features), repeats, clock)
             dense = statistics.median(seconds["dense float32"])
             for name, times in seconds.items():
                 median = statistics.median(times)
@@ -127,6 +140,7 @@ def main() -> None:
     device["bitsandbytes"] = version("bitsandbytes")
     measured = {
         "device": device,
+        "command": shlex.join(["python", "benchmarks/bench_decode.py", *sys.argv[1:]]),
         "clock": clock_name,
         "memory_gb_per_s": bandwidth / 1e9,
         "product_gflop_per_s": operations / 1e9,

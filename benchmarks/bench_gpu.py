@@ -562,6 +562,7 @@ def training(bench: Bench) -> dict[str, Any]:
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense bfloat16": lambda: stack(bench),
         "HQQ 4-bit": lambda: quantized_stack(bench, pql.HQQConfig(nbits=4)),
+        "HQQ 4-bit, fused projections": lambda: quantized_stack(bench, pql.HQQConfig(nbits=4)),
         "AQLM 2x8": lambda: quantized_stack(bench, pql.AQLMConfig()),
         "bitsandbytes NF4": lambda: nf4_stack(bench),
     }
@@ -569,6 +570,8 @@ def training(bench: Bench) -> dict[str, Any]:
     for name, make in makers.items():
         try:
             models[name] = adapted(make())
+            if name.endswith("fused projections"):
+                pql.fuse_projections(models[name])
             ids = torch.randint(0, bench.sizes.vocabulary, (1, 16), device=bench.device)
             models[name](input_ids=ids, labels=ids).loss.backward()
             models[name].zero_grad()
@@ -579,7 +582,7 @@ def training(bench: Bench) -> dict[str, Any]:
             refused.append({"model": name, "error": _short(error)})
             print(f"{name}: {refused[-1]['error']}", flush=True)
         else:
-            if name in ("HQQ 4-bit", "AQLM 2x8"):
+            if name.startswith(("HQQ", "AQLM")):
                 refuse_wrong_gradients(models[name], ids)
     optimizers = {
         name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)

@@ -62,6 +62,11 @@ def loaded(dtype: torch.dtype, **options: object) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=dtype, **options)
 
 
+def fused(model: nn.Module) -> nn.Module:
+    pql.fuse_projections(model)
+    return model
+
+
 def ours(dtype: torch.dtype, config: pql.QuantConfig | None, adapter: PeftConfig | None = None) -> nn.Module:
     return adapted(loaded(dtype, quantization_config=config), adapter)
 
@@ -98,9 +103,11 @@ def bitsandbytes_nf4(dtype: torch.dtype) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "dense float32": lambda: ours(torch.float32, None),
     "HQQ 4-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=4)),
+    "HQQ 4-bit, fused, float32": lambda: fused(ours(torch.float32, pql.HQQConfig(nbits=4))),
     "HQQ 3-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=3)),
     "HQQ 2-bit, float32": lambda: ours(torch.float32, pql.HQQConfig(nbits=2)),
     "AQLM 2x8, float32": lambda: ours(torch.float32, AQLM),
+    "AQLM 2x8, fused, float32": lambda: fused(ours(torch.float32, AQLM)),
     "HQQ 4-bit, scales only": lambda: ours(torch.float32, pql.HQQConfig(nbits=4), pql.QuantScalesConfig()),
     "AQLM 2x8, scales only": lambda: ours(torch.float32, AQLM, pql.QuantScalesConfig()),
     "dense bfloat16": lambda: ours(torch.bfloat16, None),

@@ -221,15 +221,33 @@ def decode(name: str = "decode") -> str:
             cells.append(f"{1e3 * row['median_s']:.2f} ms ({row['rate_vs_dense_float32']:.2f}; {share:.0%}{wrong})")
         body.append(cells)
     head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
-    command = "python benchmarks/bench_decode.py" + " --one-thread" * (measured["clock"] == "CPU time")
-    command += " --avx2" * (name == "decode_avx2")
     return (
         table(head, body)
         + "\n\nIn brackets the rate, dense float32 = 1, and the limit's share of the time: the longer of reading the "
         + f"stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
         + f"{measured['product_gflop_per_s']:.0f} GFLOP/s. Medians, {measured['clock']}; compiled kernels: "
-        + f"{measured['device']['kernels']}. {device_line(measured['device'], command)}"
+        + f"{measured['device']['kernels']}. {device_line(measured['device'], measured['command'])}"
     )
+
+
+def decode_shapes(name: str = "decode") -> str:
+    """The rate of each layer against dense float32 with one token and with the most."""
+    measured = result(name)
+    rows = {(tuple(row["shape"]), row["method"], row["tokens"]): row for row in measured["rows"]}
+    few, many = min(row["tokens"] for row in measured["rows"]), max(row["tokens"] for row in measured["rows"])
+    methods = [
+        method
+        for method in dict.fromkeys(method for _, method, _ in rows)
+        if method.startswith(("HQQ", "AQLM", "torch"))
+    ]
+    body = []
+    for shape in dict.fromkeys(shape for shape, _, _ in rows):
+        cells = [
+            " / ".join(f"{rows[shape, method, n]['rate_vs_dense_float32']:.2f}" for n in (few, many))
+            for method in methods
+        ]
+        body.append([" x ".join(map(str, shape)), *cells])
+    return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
 
 
 def gpu() -> str:
@@ -445,6 +463,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "merge": merge,
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
+        "decode_shapes": decode_shapes,
+        "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
         "lora_step_avx2": lambda: lora_step("lora_step_avx2"),

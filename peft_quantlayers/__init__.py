@@ -12,6 +12,7 @@ from .adapters import (
     MergeReport,
     QuantScalesConfig,
     enable_merge_aware,
+    fuse_projections,
     merge_back,
     set_merge_strategy,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "TensorLayout",
     "dequantize_model",
     "enable_merge_aware",
+    "fuse_projections",
     "initialize_loftq",
     "load_hqq_folder",
     "merge_back",

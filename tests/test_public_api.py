@@ -31,6 +31,7 @@ PUBLIC = [
     "TensorLayout",
     "dequantize_model",
     "enable_merge_aware",
+    "fuse_projections",
     "initialize_loftq",
     "load_hqq_folder",
     "merge_back",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig
@@ -16,11 +16,12 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quantlayers_kernels.low_rank import add_low_rank
+from quantlayers_kernels.lora import Branch, FrozenLinear, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
+from ..layers.linear import has_hooks
 from . import rules
 from .backend import QuantizedLinearBackend
 from .qalora import MergeableQALoraVariant, can_be_qalora, check_config, group_change
@@ -28,6 +29,9 @@ from .report import LayerMergeReport, layer_report
 from .rounding import RoundedWeight
 from .rules import MergePlan, MergeRule, fitting_strategies
 from .stamp import check_stamp, fingerprint, stamp_of
+
+if TYPE_CHECKING:
+    from .projections import SharedInput
 
 RULES: dict[str, MergeRule] = {
     "auto": rules.automatic,
@@ -73,6 +77,7 @@ class LoraQuantizedLinear(LoraLinear):
         aware_adapters: adapters whose forward pass runs through the rounding of the merge, each with the fingerprint
             of the quantized weight that they are rounded against.
         merge_report: what the last merge did to this layer; None while nothing is merged.
+        shared_input: the layers that are computed together with this one; see :func:`fuse_projections`.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class LoraQuantizedLinear(LoraLinear):
         self.merge_strategy = "auto"
         self.aware_adapters: dict[str, str] = {}
         self.merge_report: LayerMergeReport | None = None
+        self.shared_input: SharedInput | None = None
         self._shares_base = False  # with replicas of its layer
         self._rounded = RoundedWeight()
         self._unmerged: MergeState | None = None
@@ -142,15 +148,13 @@ class LoraQuantizedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        frozen = None if args or kwargs else self.as_frozen(x)
+        if frozen is not None:
+            return lora_linears(x, [frozen])[0] if self.shared_input is None else self.shared_input(self, x, frozen)
+        active = self._active_here()
         aware = set(active).intersection(self.aware_adapters)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or not aware:
             return super().forward(x, *args, **kwargs)
-        if not aware:
-            is_ordinary = not (args or kwargs or x.device.type == "meta" or _is_transformed())
-            if not is_ordinary or not all(map(self._is_plain, active)):
-                return super().forward(x, *args, **kwargs)
-            return self._plain_forward(x, active)
         name = self.quantized_base().layer_name
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
@@ -168,6 +172,30 @@ class LoraQuantizedLinear(LoraLinear):
         rounded = self._rounded.tensors(base, *factors, may_lag=self.training)
         return straight_through(base(x, rounded), x, *factors)
 
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def as_frozen(self, x: Tensor) -> FrozenLinear | None:
+        """Base and active adapters where they are a product and plain matrices beside it, and None where not."""
+        names, base = self._active_here(), self.get_base_layer()
+        if (
+            not names
+            or self.disable_adapters
+            or self.merged
+            or self.base_layer is not base  # another tuner's layer lies between
+            or not isinstance(base, QuantizedLinear)
+            or type(x) not in (Tensor, nn.Parameter)  # fake tensors, shards, ...
+            or base.codes.device != x.device
+            or x.is_meta
+            or _is_transformed()
+            or any(name in self.aware_adapters or not self._is_plain(name) for name in names)
+        ):
+            return None
+        branches = [self._branch(name) for name in names]
+        if len({branch.A.dtype for branch in branches}) > 1:
+            return None
+        return base.as_frozen(x, branches)
+
     def _is_plain(self, name: str) -> bool:
         """Whether the adapter is two plain matrices, so that a product with their weights is all that they do."""
         A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
@@ -179,19 +207,15 @@ class LoraQuantizedLinear(LoraLinear):
             and type(A.weight) is type(B.weight) is nn.Parameter
             and A.weight.dtype == B.weight.dtype
             and type(dropout) in (nn.Identity, nn.Dropout)
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in (A, B, dropout))
-            and not any(module._backward_hooks or module._backward_pre_hooks for module in (A, B, dropout))
+            and not (has_hooks(A) or has_hooks(B) or has_hooks(dropout))
             and getattr(self, "cast_input_dtype_enabled", True)
         )
 
-    def _plain_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        y = self.base_layer(x)
-        for name in names:
-            A, B = (cast(nn.Linear, part[name]).weight for part in (self.lora_A, self.lora_B))
-            dropout = self.lora_dropout[name]
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            y = add_low_rank(y, x, A, B, scaling=self.scaling[name], dropout=p)
-        return y
+    def _branch(self, name: str) -> Branch:
+        A, B = (cast(nn.Linear, part[name]).weight for part in (self.lora_A, self.lora_B))
+        dropout = self.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Branch(A=A, B=B, scaling=self.scaling[name], dropout=p)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs) -> LoraVariant | None:
         """PEFT's choice, and QA-LoRA, which PEFT resolves for GPTQ layers only."""

@@ -5,12 +5,13 @@ May import formats, quantizers and the kernels; never PEFT or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from quantlayers_kernels.lora import Branch, FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
@@ -259,6 +260,25 @@ class QuantizedLinear(nn.Linear):
         y = self.method.linear(x.to(dtype), tensors, self.spec, bias)
         return self._with_branch(x, y).to(output_dtype)
 
+    def as_frozen(self, x: Tensor, branches: Sequence[Branch]) -> FrozenLinear | None:
+        """What ``forward`` does to inputs like ``x``, and LoRA's ``branches`` beside it, for an autograd function.
+
+        None where somebody would miss ``forward``: hooks, a branch of the layer's own, tensors that train.
+        """
+        is_replaced = "forward" in self.__dict__ or type(self).forward is not QuantizedLinear.forward
+        tensors = self._tensors()
+        if has_hooks(self) or is_replaced or self.branch is not None or any(t.requires_grad for t in tensors.values()):
+            return None
+        dtype, output_dtype = self._checked_dtypes(x)
+        method, spec, bias, in_features = self.method, self.spec, self.bias, self.in_features
+        return FrozenLinear(
+            multiply=lambda x: method.linear(x.to(dtype), tensors, spec, bias).to(output_dtype).contiguous(),
+            tiles=lambda dtype: method.weight_tiles(tensors, spec, in_features=in_features, dtype=dtype),
+            dtype=dtype,
+            bias=bias,
+            branches=branches,
+        )
+
     def forward_with_update(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """What :meth:`forward` will give once ``left @ right`` is merged into the weight's codes.
 
@@ -373,6 +393,13 @@ class HQQLinear(QuantizedLinear):
 
 class AQLMLinear(QuantizedLinear):
     """A linear layer with an AQLM weight as published: ``codes``, ``codebooks``, ``scales`` and ``bias``."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to know when ``module`` is called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 _layer_types: dict[str, type[QuantizedLinear]] = {"aqlm": AQLMLinear, "hqq": HQQLinear}

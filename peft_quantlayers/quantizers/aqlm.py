@@ -13,7 +13,9 @@ from quantlayers_kernels import native
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.choice import matrix_to_groups
 from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
+from quantlayers_kernels.aqlm.tiles import weight_tiles
 from quantlayers_kernels.aqlm.update import updated_codes
+from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import check_integer, dtype_name, suggest_divisor
@@ -184,6 +186,11 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
     ) -> Tensor:
         return aqlm_dequantize(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype)
+
+    def weight_tiles(
+        self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
+    ) -> WeightTiles:
+        return weight_tiles(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype=dtype)
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
         codes, codebooks, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))

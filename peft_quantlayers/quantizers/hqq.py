@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes, unpack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
+from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
 
@@ -192,6 +193,12 @@ class HQQMethod(QuantMethod[HQQSpec]):
         return hqq_dequantize(
             tensors["W_q"], tensors["scale"], tensors["zero"], spec.nbits, spec.axis, in_features, dtype
         )
+
+    def weight_tiles(
+        self, tensors: Mapping[str, Tensor], spec: HQQSpec, *, in_features: int, dtype: torch.dtype
+    ) -> WeightTiles:
+        W_q, scale, zero = (tensors[part] for part in ("W_q", "scale", "zero"))
+        return weight_tiles(W_q, scale, zero, nbits=spec.nbits, axis=spec.axis, in_features=in_features, dtype=dtype)
 
     def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
         """As :meth:`QuantMethod.merged`: scales and zeros stay, and the change is rounded into the codes with dither.

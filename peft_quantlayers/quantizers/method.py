@@ -81,6 +81,16 @@ class QuantMethod(ABC, Generic[SpecT]):
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
 
+    def weight_tiles(
+        self, tensors: Mapping[str, Tensor], spec: SpecT, *, in_features: int, dtype: torch.dtype
+    ) -> WeightTiles:
+        """Row ranges of the dense weight with their values in ``dtype``, whose memory the next may reuse.
+
+        Here it is all rows at once. A method that dequantizes rows by themselves needs no dense weight for this.
+        """
+        weight = self.dequantize(tensors, spec, in_features=in_features, dtype=dtype)
+        yield slice(0, weight.shape[0]), weight
+
     def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
         """``weight`` plus ``change``, beginning from the codes that it has; no change gives the same bits.
 

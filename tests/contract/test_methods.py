@@ -148,6 +148,17 @@ def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype
     assert (dense.float() - weight).norm() < 0.5 * weight.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_are_the_rows_of_the_dequantized_weight(method, spec, dtype, set_tile_elements):
+    set_tile_elements(6 * SHAPE[1])
+    quantized = method.quantize(random_weight(), spec, name="layer")
+    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
+    tiles = method.weight_tiles(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
+    found = [(range(SHAPE[0])[rows], tile.clone()) for rows, tile in tiles]
+    assert [row for rows, _ in found for row in rows] == list(range(SHAPE[0]))
+    assert torch.equal(torch.cat([tile for _, tile in found]), dense)
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_the_product_with_the_dequantized_weight(method, spec, bias, lead):

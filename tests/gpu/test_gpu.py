@@ -220,11 +220,14 @@ def adapted_model(config: pql.QuantConfig, device: str, **fields: object) -> nn.
 CONFIGS = [pql.HQQConfig(nbits=4, group_size=32), pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4)]
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["alone", "fused"])
 @pytest.mark.parametrize("config", CONFIGS, ids=["hqq", "aqlm"])
-def test_a_training_step_gives_the_loss_and_the_gradients_of_the_cpu(config):
+def test_a_training_step_gives_the_loss_and_the_gradients_of_the_cpu(config, is_fused):
     found = []
     for device in (DEVICE, "cpu"):
         model, ids = adapted_model(config, device).train(), token_ids().to(device)
+        if is_fused and device == DEVICE:
+            pql.fuse_projections(model)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}

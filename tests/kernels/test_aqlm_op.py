@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import FASTEST_AND_PLAIN
 
-from quantlayers_kernels import tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear, op
 from quantlayers_kernels.aqlm.reference import aqlm_linear_reference, dequantize_aqlm_reference, unsigned_codes
 
@@ -38,9 +37,9 @@ def close(ours: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor) -> N
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("n_tile_rows", [None, 4], ids=["one tile", "tiles"])
-def test_dequantize_matches_the_reference(scheme, n_tile_rows, monkeypatch):
+def test_dequantize_matches_the_reference(scheme, n_tile_rows, set_tile_elements):
     if n_tile_rows:
-        monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_tile_rows * IN)
+        set_tile_elements(n_tile_rows * IN)
     weight = random_weight(scheme)
     torch.testing.assert_close(aqlm_dequantize(*weight, torch.float32), dequantize_aqlm_reference(*weight))
 
@@ -57,9 +56,9 @@ def test_the_reference_is_the_published_formula():
 @pytest.mark.parametrize("n_tile_rows", [None, 4], ids=["one tile", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_linear_and_its_gradients_match_the_float64_truth(scheme, dtype, n_tile_rows, monkeypatch):
+def test_linear_and_its_gradients_match_the_float64_truth(scheme, dtype, n_tile_rows, set_tile_elements):
     if n_tile_rows:
-        monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_tile_rows * IN)
+        set_tile_elements(n_tile_rows * IN)
     codes, *floats = random_weight(scheme, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(3, 5, IN, generator=generator).to(dtype), torch.randn(OUT, generator=generator).to(dtype)

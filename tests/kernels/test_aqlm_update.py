@@ -82,11 +82,11 @@ def test_large_codebooks_are_searched_cell_by_cell(monkeypatch):
     assert (distances.sum(1) / least.sum(1)).mean() < 1.2
 
 
-def test_rows_are_moved_alike_in_one_tile_and_in_many(monkeypatch):
+def test_rows_are_moved_alike_in_one_tile_and_in_many(set_tile_elements):
     weight = weight_of("3x4 g2x4")
     change = low_rank(weight, 0.1)
     whole = updated_codes(*weight, lambda rows: change[rows])
-    monkeypatch.setattr(update, "rows_per_tile", lambda *shape: 6)
+    set_tile_elements(6 * change.shape[1])
     assert torch.equal(updated_codes(*weight, lambda rows: change[rows]), whole)
 
 

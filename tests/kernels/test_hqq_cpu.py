@@ -39,10 +39,10 @@ def test_few_tokens_err_no_more_than_twice_what_the_dense_product_errs(nbits, dt
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_many_tokens_and_the_gradient_go_through_the_compiled_dense_rows(axis, kernels, monkeypatch):
+def test_many_tokens_and_the_gradient_go_through_the_compiled_dense_rows(axis, kernels, set_tile_elements):
     W_q, scale, zero = random_weight(3, axis, (60, 63, 3), torch.float16)
     weight = dense_weight(W_q, scale.double(), zero.double(), nbits=3, axis=axis, in_features=63)
-    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 7 * 63)
+    set_tile_elements(7 * 63)
     x, grad = torch.randn(cpu.MAX_TOKENS + 1, 63, requires_grad=True), torch.randn(cpu.MAX_TOKENS + 1, 60)
     y = hqq_linear(x, W_q, scale, zero, None, 3, axis)
     assert_as_exact_as(y, F.linear(x, weight.float()), F.linear(x.double(), weight))

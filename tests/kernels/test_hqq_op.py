@@ -97,10 +97,10 @@ def test_dequantize_gradients_match_autograd_through_the_dense_weight(nbits, axi
 @pytest.mark.parametrize("n_tile_rows", [None, 2], ids=["one tile", "tiles"])
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
 @pytest.mark.parametrize(("nbits", "axis", "shape"), [case for case in CASES if case[2][0] > 2])
-def test_linear_and_its_gradients_match_the_float64_truth(nbits, axis, shape, dtype, n_tile_rows, monkeypatch):
+def test_linear_and_its_gradients_match_the_float64_truth(nbits, axis, shape, dtype, n_tile_rows, set_tile_elements):
     out_features, in_features, _ = shape
     if n_tile_rows:
-        monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_tile_rows * in_features)
+        set_tile_elements(n_tile_rows * in_features)
         assert tiled.rows_per_tile(out_features, in_features, torch.device("cpu")) == n_tile_rows
     W_q, scale, zero = random_weight(nbits, axis, shape, dtype)
     x, bias = torch.randn(4, in_features).to(dtype), torch.randn(out_features).to(dtype)
@@ -196,7 +196,7 @@ def test_metadata_that_is_not_contiguous_gives_the_same_weight_and_gradients():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_every_element_is_written_even_over_memory_full_of_nan(axis, monkeypatch):
+def test_every_element_is_written_even_over_memory_full_of_nan(axis, monkeypatch, set_tile_elements):
     def nan_filled(*shape, **kwargs):
         return torch.full(shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape, torch.nan, **kwargs)
 
@@ -205,7 +205,7 @@ def test_every_element_is_written_even_over_memory_full_of_nan(axis, monkeypatch
     expected = hqq_linear(x, W_q, scale, zero, None, 5, axis)
     monkeypatch.setattr(torch, "empty", nan_filled)
     monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())  # no tiles of earlier products
-    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 400)
+    set_tile_elements(400)
     assert torch.isfinite(hqq_dequantize(W_q, scale, zero, 5, axis, 100, torch.float32)).all()
     torch.testing.assert_close(hqq_linear(x, W_q, scale, zero, None, 5, axis), expected)
 

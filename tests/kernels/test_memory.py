@@ -29,8 +29,10 @@ def layer(method: str, axis: int) -> tuple[list[torch.Tensor], Callable[[torch.T
 
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize(("method", "axis"), [("hqq", 1), ("hqq", 0), ("aqlm", 1)])
-def test_training_scales_and_codebooks_allocates_nothing_dense(method, axis, is_compiled, monkeypatch):
-    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 32 * IN)
+def test_training_scales_and_codebooks_allocates_nothing_dense(
+    method, axis, is_compiled, monkeypatch, set_tile_elements
+):
+    set_tile_elements(32 * IN)
     if not is_compiled:
         monkeypatch.setattr(native, "library", lambda: None)
     x = torch.randn(TOKENS, IN, requires_grad=True)
@@ -53,6 +55,25 @@ def test_tiles_are_used_again_by_the_next_product_also_after_inference_mode(monk
     y.sum().backward()
     assert torch.equal(y, expected)
     assert [kept.data_ptr() for kept in tiled._SPARE.tiles[torch.float32]] == [tile.data_ptr()]
+
+
+def test_a_tile_has_rows_enough_for_a_product_and_few_enough_for_a_cache():
+    cpu = torch.device("cpu")
+    assert tiled.rows_per_tile(10_000, 1024, cpu) == 1024
+    assert tiled.rows_per_tile(10_000, 28672, cpu) == 256
+    assert tiled.rows_per_tile(10_000, 28672, cpu, multiple=24) == 240
+    assert tiled.rows_per_tile(100, 28672, cpu) == 100
+    assert tiled.rows_per_tile(100, 28672, cpu, multiple=200) == 200
+    assert tiled.rows_per_tile(10_000, 28672, torch.device("meta")) == tiled.DEVICE_TILE_ELEMENTS // 28672
+
+
+def test_a_larger_tile_takes_the_place_of_a_smaller_one_and_the_largest_are_not_kept(monkeypatch):
+    monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())
+    cpu, dtype = torch.device("cpu"), torch.float32
+    for rows, kept in ((8, tiled.CPU_TILE_ELEMENTS), (256, 256 * 8192), (4, 256 * 8192), (2000, 256 * 8192)):
+        with tiled.scratch(rows, 8192, dtype=dtype, device=cpu) as tile:
+            assert tile.shape == (rows, 8192)
+        assert [spare.numel() for spare in tiled._SPARE.tiles[dtype]] == [kept]
 
 
 def test_tiles_that_are_open_at_the_same_time_do_not_share_memory():

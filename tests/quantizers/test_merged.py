@@ -59,8 +59,8 @@ def test_a_change_of_a_fiftieth_arrives_on_average_and_moves_codes_only(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS[:4], ids=str)
-def test_the_tiles_are_those_of_the_merged_weight(spec, monkeypatch):
-    monkeypatch.setattr("quantlayers_kernels.tiled.CPU_TILE_ELEMENTS", 192 * 100)  # tiles that end anywhere
+def test_the_tiles_are_those_of_the_merged_weight(spec, set_tile_elements):
+    set_tile_elements(192 * 100)  # tiles that end anywhere
     weight = quantized(spec)
     change = small_change(weight)
     method = get_method(spec.method)

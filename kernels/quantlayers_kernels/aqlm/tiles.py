@@ -58,7 +58,7 @@ def weight_tiles(codes: Tensor, codebooks: Tensor, scales: Tensor, *, dtype: tor
     table = codebooks.float().reshape(num_codebooks * size, out_group * in_group)
     scales = scales.float()
     n_out = codes.shape[0]
-    step = max(1, rows_per_tile(n_out * out_group, codes.shape[1] * in_group, codes.device) // out_group)
+    step = rows_per_tile(*dense_shape(codes, codebooks), codes.device, multiple=out_group) // out_group
     for start in range(0, n_out, step):
         part = slice(start, min(start + step, n_out))
         tile = dequantize_out_groups(codes[part], table, scales[part], size=size, shape=(out_group, in_group))

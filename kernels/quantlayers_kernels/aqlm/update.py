@@ -44,7 +44,7 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
     moved = codes.contiguous().clone()
     noise = white_noise(n_out * n_in, codes.device)
     is_compiled = can_dequantize(codes, codebooks, scales)
-    at_a_time = max(1, rows_per_tile(n_out * out_group, n_in * in_group, codes.device) // out_group)
+    at_a_time = rows_per_tile(n_out * out_group, n_in * in_group, codes.device, multiple=out_group) // out_group
     for start in range(0, n_out, at_a_time):
         part = slice(start, min(start + at_a_time, n_out))
         rows = change(slice(part.start * out_group, part.stop * out_group))

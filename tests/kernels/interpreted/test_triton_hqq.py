@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from rounding import rounded
 from test_hqq_op import assert_as_exact_as, dense_weight, random_weight
 
-from quantlayers_kernels import gpu, tiled
+from quantlayers_kernels import gpu
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS
 from quantlayers_kernels.hqq import gpu as hqq_gpu
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear, op, triton_kernels
@@ -151,8 +151,10 @@ def test_the_kernels_are_used_where_their_predicates_say_so_and_nowhere_else(lau
     assert kernels(few, *random_weight(4, 1, (6, 64, 8))) == ["dequantize"]  # groups of 8
 
 
-def test_many_tokens_are_multiplied_with_tiles_that_were_written_in_their_dtype(launched, monkeypatch):
-    monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", 4 * 64)
+def test_many_tokens_are_multiplied_with_tiles_that_were_written_in_their_dtype(
+    launched, monkeypatch, set_tile_elements
+):
+    set_tile_elements(4 * 64)
     monkeypatch.setattr(op, "product_dtype", lambda dtype, device: dtype)
     written = []
     run = hqq_gpu.dequantize_rows

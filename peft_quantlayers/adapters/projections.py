@@ -1,0 +1,158 @@
+"""LoRA layers that read the same input, computed together when the first of them is called."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlayers_kernels.lora import FrozenLinear, lora_linears
+
+from .lora import LoraQuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+# Names of neighbours that read the same input in the models of transformers.
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+
+
+def fuse_projections(
+    model: nn.Module, groups: Iterable[Sequence[str]] = PROJECTIONS, *, skip: Iterable[str] = ()
+) -> list[tuple[str, ...]]:
+    """Compute layers that read the same input together in training: q, k and v, gate and up.
+
+    The model stays as it is, and so do the names of its modules; the first of a group that is called computes the
+    results of all with one autograd function, and the others find theirs. Results are the same up to rounding. A layer
+    is computed alone as before where its adapter is no plain LoRA, is merged or disabled, where it is called with
+    another input, and where no gradients are wanted. Copies of the model are not fused.
+
+    Args:
+        model: a PEFT model, or a transformers model with adapters, on quantized layers.
+        groups: names of neighbours that share their input, those of transformers by default. It replaces what an
+            earlier call has fused; ``()`` fuses nothing.
+        skip: parts of names of modules to leave alone, such as those of attention to an encoder.
+
+    Returns:
+        Names of the modules in each group that was found.
+
+    Raises:
+        ValueError: no layer of ours with LoRA in the model.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraQuantizedLinear)}
+    if not layers:
+        raise ValueError(
+            "the model has no LoRA adapter on a quantized layer, so nothing can be fused. Call get_peft_model first."
+        )
+    groups, skip = list(groups), list(skip)
+    for layer in layers.values():
+        layer.shared_input = None
+    found = []
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        for group in groups:
+            names = [f"{parent}.{name}".lstrip(".") for name in group]
+            names = [name for name in names if name in layers and not any(part in name for part in skip)]
+            if len(names) > 1 and len({layers[name].in_features for name in names}) == 1:
+                shared = SharedInput([layers[name] for name in names], names)
+                for name in names:
+                    layers[name].shared_input = shared
+                found.append(tuple(names))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    """What was computed for layers that have not been called yet.
+
+    Fields:
+        x: the input, if it is still there.
+        version: of the input's values.
+        results: by layer, with the state that they were computed in.
+    """
+
+    x: weakref.ref[Tensor]
+    version: int
+    results: dict[int, tuple[Any, Tensor]]
+
+
+class SharedInput:
+    """Layers that are computed together. Copies of it are None, since it names layers and not their copies."""
+
+    def __init__(self, layers: Sequence[LoraQuantizedLinear], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._layers = tuple(weakref.ref(layer) for layer in layers)
+        self._waiting: _Waiting | None = None
+        self._has_warned = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __call__(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor:
+        """The result of ``layer``, whose :meth:`as_frozen` is ``frozen``; the first that is called computes all."""
+        layers = [ref() for ref in self._layers]
+        # Without gradients there is little to share. Inference tensors have no version that would tell of a write.
+        if not torch.is_grad_enabled() or x.is_inference() or not any(each is layer for each in layers):
+            return lora_linears(x, [frozen])[0]
+        y = self._found(layer, x, frozen)
+        if y is not None:
+            return y
+        members = {layer: frozen}
+        for other in layers:
+            if other is not None and other is not layer:
+                its = other.as_frozen(x)
+                if its is not None and _kind(its) == _kind(frozen):
+                    members[other] = its
+        results = dict(zip(members, lora_linears(x, list(members.values())), strict=True))
+        y = results.pop(layer)
+        self._waiting = _Waiting(
+            x=weakref.ref(x),
+            version=x._version,
+            results={id(each): (_state_of(each, members[each]), its) for each, its in results.items()},
+        )
+        return y
+
+    def _found(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor | None:
+        """What was computed for ``layer`` already, if nothing has changed since."""
+        waiting = self._waiting
+        if waiting is None:
+            return None
+        if waiting.x() is x and waiting.version == x._version:
+            state, y = waiting.results.pop(id(layer), (None, None))
+            if state == _state_of(layer, frozen):
+                return y
+        self._waiting = None
+        if waiting.results and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s are fused, but the results of some were computed and never asked for: they do not all read the "
+                "same input. If that is always so, leave them out: fuse_projections(model, skip=[...]).",
+                ", ".join(self.names),
+            )
+        return None
+
+
+def _kind(frozen: FrozenLinear) -> tuple[torch.dtype, torch.dtype]:
+    """What layers that are computed together have in common."""
+    return frozen.dtype, frozen.branches[0].A.dtype
+
+
+def _state_of(layer: LoraQuantizedLinear, frozen: FrozenLinear) -> tuple[Any, ...]:
+    """What the result depends on beside the input."""
+    factors = [factor for branch in frozen.branches for factor in (branch.A, branch.B)]
+    return (
+        torch.is_autocast_enabled(frozen.branches[0].A.device.type),
+        frozen.dtype,
+        layer.quantized_base().n_writes,
+        *((branch.scaling, branch.dropout) for branch in frozen.branches),
+        *((id(factor), -1 if factor.is_inference() else factor._version) for factor in factors),
+    )
