@@ -21,7 +21,7 @@ from quantlayers_kernels.straight_through import straight_through
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
-from ..layers.linear import has_hooks
+from ..layers.linear import is_watched
 from . import rules
 from .backend import QuantizedLinearBackend
 from .qalora import MergeableQALoraVariant, can_be_qalora, check_config, group_change
@@ -194,6 +194,8 @@ class LoraQuantizedLinear(LoraLinear):
         branches = [self._branch(name) for name in names]
         if len({branch.A.dtype for branch in branches}) > 1:
             return None
+        if any(factor.device != x.device for branch in branches for factor in (branch.A, branch.B)):
+            return None
         return base.as_frozen(x, branches)
 
     def _is_plain(self, name: str) -> bool:
@@ -207,7 +209,7 @@ class LoraQuantizedLinear(LoraLinear):
             and type(A.weight) is type(B.weight) is nn.Parameter
             and A.weight.dtype == B.weight.dtype
             and type(dropout) in (nn.Identity, nn.Dropout)
-            and not (has_hooks(A) or has_hooks(B) or has_hooks(dropout))
+            and not (is_watched(A) or is_watched(B) or is_watched(dropout))
             and getattr(self, "cast_input_dtype_enabled", True)
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from quantlayers_kernels.lora import Branch, FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
@@ -265,9 +266,9 @@ class QuantizedLinear(nn.Linear):
 
         None where somebody would miss ``forward``: hooks, a branch of the layer's own, tensors that train.
         """
-        is_replaced = "forward" in self.__dict__ or type(self).forward is not QuantizedLinear.forward
+        is_replaced = is_watched(self) or type(self).forward is not QuantizedLinear.forward
         tensors = self._tensors()
-        if has_hooks(self) or is_replaced or self.branch is not None or any(t.requires_grad for t in tensors.values()):
+        if is_replaced or self.branch is not None or any(t.requires_grad for t in tensors.values()):
             return None
         dtype, output_dtype = self._checked_dtypes(x)
         method, spec, bias, in_features = self.method, self.spec, self.bias, self.in_features
@@ -395,10 +396,15 @@ class AQLMLinear(QuantizedLinear):
     """A linear layer with an AQLM weight as published: ``codes``, ``codebooks``, ``scales`` and ``bias``."""
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to know when ``module`` is called."""
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when ``module`` is called: by hooks, or in place of its ``forward``."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 

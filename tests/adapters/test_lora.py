@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, LoraQuantizedLinear, QuantizedLinear
@@ -116,6 +117,17 @@ def test_hooks_and_wrapped_matrices_of_an_adapter_are_called_as_by_peft(x):
     torch.testing.assert_close(model(x), expected)
     assert calls == [1]
     handle.remove()
+
+    A = layer.lora_A["default"]
+    A.forward = lambda x: calls.append(2) or nn.Linear.forward(A, x)
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1, 2]
+    del A.forward
+
+    handle = register_module_forward_hook(lambda module, *args: calls.append(module))
+    torch.testing.assert_close(model(x), expected)
+    handle.remove()
+    assert {A, layer.get_base_layer()} <= set(calls[2:])
 
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

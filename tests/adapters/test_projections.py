@@ -1,13 +1,16 @@
 """Layers that share their input, computed together: the numbers of layers computed alone, whatever happens between."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from integrations.tiny import token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
@@ -20,12 +23,14 @@ from .surfaces import quantized
 class Attention(nn.Module):
     """Projections under the names that transformers gives them."""
 
+    order = "qkv"
+
     def __init__(self) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 96), nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        return torch.cat([getattr(self, f"{name}_proj")(x) for name in self.order], -1)
 
 
 def attention(**fields) -> PeftModel:
@@ -90,8 +95,9 @@ def test_a_language_model_has_the_same_loss_and_gradients(method, checkpointing,
         torch.manual_seed(2)  # of dropout
         found.append(loss_and_gradients(model))
         separate, together = [1] * 7, [3, 1, 2, 1]
-        # The first of two passes through reentrant checkpoints takes no gradients.
-        passes = {None: [together], True: [separate, together], False: [together, together]}[checkpointing]
+        # The first of two passes through reentrant checkpoints takes no gradients; dropout must draw alike in both.
+        first = together if dropout else separate
+        passes = {None: [together], True: [first, together], False: [together, together]}[checkpointing]
         expected = [each if is_fused else separate for each in passes]
         assert calls == [n for each in expected for _ in range(model.config.num_hidden_layers) for n in each]
     for fused, alone in zip(found[1], found[0], strict=True):
@@ -106,6 +112,23 @@ def test_what_is_kept_for_the_backward_pass_is_the_input_once_and_the_hidden_sta
     pql.fuse_projections(model)
     x = torch.randn(512, 64, dtype=torch.bfloat16, requires_grad=True)
     assert saved_for_backward(model, x) <= 1.1 * (x.nbytes + 3 * 512 * 16 * 4)
+
+
+@pytest.mark.parametrize("order", ["qkv", "kvq", "vqk"])
+def test_both_passes_of_a_checkpoint_drop_the_same_numbers_whatever_the_order(order, x):
+    found = []
+    for use_reentrant in (False, True):
+        model = attention(lora_dropout=0.3).train()
+        model.base_model.model.order = order
+        pql.fuse_projections(model)
+        inner = model.base_model.model
+        start = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = checkpoint(lambda x, inner=inner: inner(x).sin(), start, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        found.append([y.detach(), start.grad, *[p.grad for p in model.parameters() if p.grad is not None]])
+    for reentrant, other in zip(*found, strict=True):
+        torch.testing.assert_close(reentrant, other)
 
 
 def test_only_neighbours_with_adapters_are_fused_and_skipped_ones_are_not(x, calls):
@@ -134,6 +157,35 @@ def test_layers_of_different_input_sizes_are_not_fused():
 def test_a_model_without_our_adapters_is_refused():
     with pytest.raises(ValueError, match="Call get_peft_model first"):
         pql.fuse_projections(Attention())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": ("q_proj", "k_proj")}, "groups wants several names"),
+        ({"groups": "q_proj"}, "groups wants several names"),
+        ({"groups": None}, "groups wants several names"),
+        ({"skip": "k_proj"}, "skip wants several names"),
+    ],
+)
+def test_a_name_in_place_of_several_is_refused_and_what_is_fused_stays(arguments, message):
+    model = attention()
+    pql.fuse_projections(model)
+    with pytest.raises(TypeError, match=message):
+        pql.fuse_projections(model, **arguments)
+    assert all(layer.shared_input is not None for layer in parts(model))
+
+
+def test_finding_nothing_is_said_and_attention_to_an_encoder_is_left_alone(caplog):
+    model = attention()
+    assert pql.fuse_projections(model, groups=()) == []
+    assert not caplog.records
+    assert pql.fuse_projections(model, groups=[("to_q", "to_k")]) == []
+    assert "nothing was fused" in caplog.text
+    dense = nn.ModuleDict({"encoder_attn": Attention(), "self_attn": Attention()})
+    model = pql.quantize_model(dense, HQQConfig(nbits=4, group_size=32), progress=False)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert [{name.split(".")[-2] for name in group} for group in pql.fuse_projections(model)] == [{"self_attn"}]
 
 
 def alone(model: PeftModel, layer: nn.Module, x: Tensor) -> Tensor:
@@ -174,12 +226,20 @@ def merge(model: PeftModel, x: Tensor) -> None:
     model.merge_adapter()
 
 
+def write_to_bias(model: PeftModel, x: Tensor) -> None:
+    with torch.no_grad():
+        for layer in parts(model)[:2]:
+            layer.get_base_layer().bias.add_(1)
+
+
 def write_to_weight(model: PeftModel, x: Tensor) -> None:
     for layer in parts(model):
         layer.get_base_layer().weight = torch.ones(layer.out_features, layer.in_features)
 
 
-@pytest.mark.parametrize("change", [write_to_input, step, scale, switch, disable, merge, write_to_weight])
+@pytest.mark.parametrize(
+    "change", [write_to_input, step, scale, switch, disable, merge, write_to_bias, write_to_weight]
+)
 def test_what_changes_between_two_of_a_group_is_seen(change, x):
     model = attention()
     pql.fuse_projections(model)
@@ -219,8 +279,28 @@ def test_layers_that_read_something_else_are_right_and_the_waste_is_said_once(x,
         for y, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(y, truth)
     (record,) = caplog.records
-    assert "fuse_projections(model, skip=[...])" in record.message
-    assert "q_proj" in record.message
+    assert "fuse_projections(model, skip=['model', ...])" in record.message
+    assert "model.q_proj, " in record.message
+
+
+def test_what_waits_holds_no_graph_longer_than_to_the_next_layer(x):
+    first, second = attention(), attention()
+    for model in (first, second):
+        pql.fuse_projections(model)
+    start = x.clone().requires_grad_() * 1
+    died = weakref.ref(start)
+    parts(first)[0](start)  # and the pass ends here
+    del start
+    gc.collect()
+    assert died() is not None
+    with torch.no_grad():
+        second(x)
+    gc.collect()
+    assert died() is None
+    model = attention()
+    pql.fuse_projections(model)
+    model(x)
+    assert projections._PENDING.waiting is None
 
 
 def test_hooks_of_a_layer_or_its_base_are_called(x, calls):

@@ -141,9 +141,10 @@ static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
 }
 
 /* Scratch memory of the product: dense rows, or the inputs of as many tokens in windows of which half may be empty;
- * then what one row takes to dequantize, or the scales and zeros of a block of rows. */
+ * then what one row takes to dequantize, or the scales and zeros of a block of rows, which are loaded a vector at a
+ * time. */
 static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
-    return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w);
+    return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w) + MAX_LANES;
 }
 
 /* Scores that are held at a time for each of four sums of entries that are compared. */
