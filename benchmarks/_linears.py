@@ -41,10 +41,10 @@ class Candidate:
     max_tokens: int = 1 << 20
 
 
-def _hqq(out_features: int, in_features: int, nbits: int) -> Candidate:
+def _hqq(out_features: int, in_features: int, nbits: int, group_size: int = GROUP_SIZE) -> Candidate:
     codes = torch.randint(0, 2**nbits, (out_features, in_features), dtype=torch.uint8)
     W_q = pack(codes, nbits)
-    scale = (0.01 + 0.01 * torch.rand(out_features, in_features // GROUP_SIZE)).half()
+    scale = (0.01 + 0.01 * torch.rand(out_features, in_features // group_size)).half()
     zero = ((2**nbits - 1) * torch.rand(scale.shape)).half()
     return Candidate(
         multiply=lambda x: hqq_linear(x, W_q, scale, zero, None, nbits, 1),
@@ -139,12 +139,24 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     )
     for nbits in (4, 3, 2, 8):
         yield f"HQQ {nbits}-bit", _hqq(out_features, in_features, nbits)
+    yield "HQQ 2-bit g16", _hqq(out_features, in_features, 2, group_size=16)
     two_by_eight = _aqlm_tensors(out_features, in_features, 2, 8)
     one_by_sixteen = _aqlm_tensors(out_features, in_features, 1, 16)
     yield "AQLM 2x8", _aqlm(two_by_eight)
     yield "AQLM 1x16", _aqlm(one_by_sixteen)
     yield "torch int4, bfloat16", _torch_int4(out_features, in_features)
     if with_slow_peers:
+        half = dense.bfloat16()  # emulated where the CPU has no units for it
+        yield (
+            "dense bfloat16",
+            Candidate(
+                multiply=lambda x: linear(x.bfloat16(), half).float(),
+                weight=dense,
+                nbytes=half.nbytes,
+                is_ours=True,
+                tolerance=2e-2,
+            ),
+        )
         yield "bitsandbytes NF4", _bitsandbytes_nf4(dense)
         yield "hqq package 4-bit", _hqq_package(out_features, in_features)
         yield "aqlm package 2x8", _aqlm_package(two_by_eight)

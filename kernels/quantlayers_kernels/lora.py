@@ -183,11 +183,11 @@ class _LoraLinears(torch.autograd.Function):
                 if wants_bias[at]:
                     grad_biases[at] = tiled.bias_gradient(grad, bias.dtype)
                 if wants_x:
-                    is_first = grad_x is None
+                    is_first, rows = grad_x is None, _rows(grad, base_dtype)
                     if grad_x is None:
-                        grad_x = x.new_empty(len(rows), x.shape[-1], dtype=base_dtype)
-                    tiles = layer.tiles(base_dtype)
-                    tiled.add_input_gradient(_rows(grad, base_dtype), tiles, grad_x, is_first=is_first)
+                        n_summed = sum(each.shape[-1] for each in grads if each is not None)
+                        grad_x = tiled.empty_input_gradient(rows, x.shape[-1], n_summed)
+                    tiled.add_input_gradient(rows, layer.tiles(base_dtype), grad_x, is_first=is_first)
             rows = _rows(x, dtype)
             for block, mask in zip(blocks, kept, strict=True):
                 part, its = grad_hidden[:, block.columns], As[block.branches]

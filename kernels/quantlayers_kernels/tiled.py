@@ -23,6 +23,8 @@ CPU_TILE_ROWS = 256
 DEVICE_TILE_ELEMENTS = 1 << 26
 # 32 MiB of float32: the widest layers of models of 70B parameters.
 MAX_KEPT_ELEMENTS = 1 << 23
+# A half's relative rounding grows with the root of the number of sums: twice, at most, what one product has.
+MAX_HALF_SUMS = 4
 
 # Row ranges with the rows' dense values, (n_rows, in_features); a tile's memory may be reused by the next.
 WeightTiles = Iterator[tuple[slice, Tensor]]
@@ -117,9 +119,19 @@ def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int
 def input_gradient(grad: Tensor, tiles: WeightTiles, in_features: int, dtype: torch.dtype) -> Tensor:
     """``grad @ weight``: (..., out_features) to (..., in_features), with tiles of ``dtype``; dtype of ``grad``."""
     flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    grad_x = flat.new_empty(*grad.shape[:-1], in_features)
-    add_input_gradient(flat, tiles, grad_x.view(flat.shape[0], in_features), is_first=True)
-    return grad_x.to(grad.dtype)
+    total = empty_input_gradient(flat, in_features, flat.shape[1])
+    add_input_gradient(flat, tiles, total, is_first=True)
+    return total.view(*grad.shape[:-1], in_features).to(grad.dtype)
+
+
+def empty_input_gradient(grad: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Memory (n_tokens, in_features) for :func:`add_input_gradient`, which is to sum over ``out_features``.
+
+    Sums of a half over many tiles would round at each of them: those of more than ``MAX_HALF_SUMS`` are in float32.
+    """
+    n_tiles = -(-out_features // rows_per_tile(out_features, in_features, grad.device))
+    dtype = torch.promote_types(grad.dtype, torch.float32) if n_tiles > MAX_HALF_SUMS else grad.dtype
+    return grad.new_empty(grad.shape[0], in_features, dtype=dtype)
 
 
 def add_input_gradient(grad: Tensor, tiles: WeightTiles, into: Tensor, *, is_first: bool) -> None:
@@ -128,11 +140,15 @@ def add_input_gradient(grad: Tensor, tiles: WeightTiles, into: Tensor, *, is_fir
     Args:
         grad: (n_tokens, out_features), dtype of the tiles.
         tiles: of the weight.
-        into: (n_tokens, in_features), of the same dtype.
+        into: (n_tokens, in_features), of the same dtype or wider.
         is_first: whether ``into`` holds nothing yet.
     """
     for rows, tile in tiles:
-        if is_first and rows.start == 0:
+        is_empty = is_first and rows.start == 0
+        if into.dtype != tile.dtype:
+            product = grad[:, rows] @ tile
+            into.copy_(product) if is_empty else into.add_(product)
+        elif is_empty:
             torch.mm(grad[:, rows], tile, out=into)
         else:
             into.addmm_(grad[:, rows], tile)

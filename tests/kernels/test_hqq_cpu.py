@@ -19,6 +19,8 @@ METADATA_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # and what is decoded in registers: whole windows, groups shorter than a window, windows cut by slots and groups
 SHAPES = [(1, 1, 1), (63, 100, 25), (100, 63, 3), (30, 576, 9), (30, 1184, 1), (66, 128, 128), (20, 2048, 16)]
 SHAPES += [(9, 512, 8), (7, 1024, 32), (6, 576, 18), (5, 576, 36), (3, 520, 13), (5, 1560, 3)]
+# several groups in a window, the last windows over one another
+SHAPES += [(9, 1024, 64), (5, 1152, 72), (5, 1024, 128), (6, 2048, 512), (7, 1088, 68)]
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 17)
 
 pytestmark = pytest.mark.parametrize("kernels", COMPILED, indirect=True)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from quantlayers_kernels import native, tiled
+from quantlayers_kernels import native, precision, tiled
 from quantlayers_kernels.aqlm import aqlm_linear
 from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import hqq_linear
+from quantlayers_kernels.lora import FrozenLinear, lora_linears
 
 OUT, IN, TOKENS = 512, 1024, 24
 DENSE_BYTES = 4 * OUT * IN
@@ -92,6 +93,33 @@ def test_memory_of_an_interrupted_product_is_given_back(monkeypatch):
     assert not tiled._SPARE.tiles[torch.float32]
     tiles.close()
     assert len(tiled._SPARE.tiles[torch.float32]) == 1
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_input_gradient_of_many_tiles_errs_as_one_product_does(dtype, n_layers, set_tile_elements, monkeypatch):
+    monkeypatch.setattr(precision, "_has_cpu_units", lambda dtype: True)
+    set_tile_elements(8 * IN)
+    weights = [torch.randn(OUT, IN).to(dtype) for _ in range(n_layers)]
+    layers = [
+        FrozenLinear(
+            multiply=lambda x, weight=weight: x @ weight.t(),
+            tiles=lambda dtype, weight=weight: tiled.row_tiles(weight),
+            dtype=dtype,
+            bias=None,
+            branches=[],
+        )
+        for weight in weights
+    ]
+    x = torch.randn(TOKENS, IN).to(dtype).requires_grad_()
+    grads = [torch.randn(TOKENS, OUT).to(dtype) for _ in weights]
+    (found,) = torch.autograd.grad(lora_linears(x, layers), x, grads)
+    alone = sum(tiled.input_gradient(g, tiled.row_tiles(w), IN, dtype) for g, w in zip(grads, weights, strict=True))
+    plain = torch.cat(grads, 1) @ torch.cat(weights)
+    truth = torch.cat(grads, 1).double() @ torch.cat(weights).double()
+    for gradient in (found, alone):
+        assert gradient.dtype == dtype
+        assert (gradient.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
 
 
 @pytest.mark.parametrize("n_rows", [10, OUT + 1])
