@@ -39,7 +39,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py --one-thread
 	$(RUN) benchmarks/bench_quantize.py --one-thread --avx2
 	$(RUN) benchmarks/bench_lora_step.py --one-thread
-	$(RUN) benchmarks/bench_lora_step.py --one-thread --avx2 --tokens 128
+	$(RUN) benchmarks/bench_lora_step.py --avx2 --tokens 128
 	$(RUN) benchmarks/bench_decode.py --one-thread
 	$(RUN) benchmarks/bench_decode.py --avx2
 	$(RUN) benchmarks/bench_aqlm_quantizer.py

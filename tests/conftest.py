@@ -24,5 +24,6 @@ def set_tile_elements(monkeypatch) -> Callable[[int], None]:
     def set_elements(n_elements: int) -> None:
         monkeypatch.setattr(tiled, "CPU_TILE_ELEMENTS", n_elements)
         monkeypatch.setattr(tiled, "CPU_TILE_ROWS", 1)
+        monkeypatch.setattr(tiled, "CPU_ROWS_MULTIPLE", 1)
 
     return set_elements

@@ -73,6 +73,7 @@ def fuse_projections(
         for group in groups:
             names = [f"{parent}.{name}".lstrip(".") for name in group]
             names = [name for name in names if name in layers and not any(part in name for part in skip)]
+            names = [name for name in names if layers[name].shared_input is None]
             if len(names) > 1 and len({layers[name].in_features for name in names}) == 1:
                 shared = SharedInput([layers[name] for name in names], names, waste)
                 for name in names:

@@ -143,7 +143,7 @@ def test_only_neighbours_with_adapters_are_fused_and_skipped_ones_are_not(x, cal
     assert pql.fuse_projections(model, groups=()) == []
     torch.testing.assert_close(model(x), expected)
     assert calls == [1, 2, 1, 1, 1]
-    assert pql.fuse_projections(model, groups=[("v_proj", "k_proj")]) == [
+    assert pql.fuse_projections(model, groups=[("v_proj", "k_proj"), ("q_proj", "k_proj")]) == [
         ("base_model.model.v_proj", "base_model.model.k_proj")
     ]
 

@@ -61,6 +61,7 @@ def test_tiles_are_used_again_by_the_next_product_also_after_inference_mode(monk
 def test_a_tile_has_rows_enough_for_a_product_and_few_enough_for_a_cache():
     cpu = torch.device("cpu")
     assert tiled.rows_per_tile(10_000, 1024, cpu) == 1024
+    assert tiled.rows_per_tile(10_000, 3584, cpu) == 288
     assert tiled.rows_per_tile(10_000, 28672, cpu) == 256
     assert tiled.rows_per_tile(10_000, 28672, cpu, multiple=24) == 240
     assert tiled.rows_per_tile(100, 28672, cpu) == 100

@@ -186,6 +186,33 @@ INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, c
     return sum_of(total) + total_rest;
 }
 
+/* The same for groups of a few vectors, whose number is a constant in every call. */
+INLINE float dot_short_groups(const struct hqq_weight *w, struct row_parts parts, const float *x, const uint8_t *next,
+                              int vectors) {
+    const float centre = (float)centre_of(w->nbits);
+    floats total = {0};
+    for (int64_t b = 0; b < w->row_bytes; b += CACHE_LINE)
+        __builtin_prefetch(next + b);
+    for (int64_t g = 0; g < w->n_groups; g++) {
+        const float zero = parts.zero[g] - centre;
+        floats sum = {0};
+        for (int64_t k = g * vectors * LANES; k < (g + 1) * vectors * LANES; k += LANES)
+            sum += (load_codes(parts.codes + k) - zero) * load(x + k);
+        total += parts.scale[g] * sum;
+    }
+    return sum_of(total);
+}
+
+INLINE float dot_row(const struct hqq_weight *w, struct row_parts parts, const float *x, const uint8_t *next) {
+    const int64_t group_size = w->in_features / w->n_groups;
+    switch (group_size % LANES ? 0 : group_size / LANES) {
+    case 1: return dot_short_groups(w, parts, x, next, 1);
+    case 2: return dot_short_groups(w, parts, x, next, 2);
+    case 4: return dot_short_groups(w, parts, x, next, 4);
+    }
+    return dot_one_token(w, parts, x, next);
+}
+
 static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p, int64_t begin,
                                         int64_t end, float *scratch) {
 #if LANES >= 8
@@ -199,8 +226,7 @@ static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct
         const struct row_parts parts = row_parts_in(w, row_scratch);
         for (int64_t row = begin; row < end; row++) {
             read_row(w, row, parts);
-            p->y[row] = dot_one_token(w, parts, p->x, w->packed + (row + 1) * w->row_bytes) +
-                        (p->bias ? p->bias[row] : 0);
+            p->y[row] = dot_row(w, parts, p->x, w->packed + (row + 1) * w->row_bytes) + (p->bias ? p->bias[row] : 0);
         }
         return;
     }

@@ -279,8 +279,8 @@ INLINE int can_multiply_in_registers(const struct hqq_weight *w, const struct pr
     const int64_t group_size = w->in_features / w->n_groups;
     if (w->in_features % slots.n != 0 || slots.columns < WINDOW || !(LANES == 16 || is_in_table(w->nbits)))
         return 0;
-    if (has_short_groups(slots, group_size, w->nbits))
-        return p->tokens <= BLOCK_TOKENS;
+    if (has_short_groups(slots, group_size, w->nbits)) /* with AVX2 unpacking is faster for one token */
+        return p->tokens <= BLOCK_TOKENS && (LANES == 16 || p->tokens > 1 || group_size < 2 * LANES);
     return p->tokens <= 2 * BLOCK_TOKENS && number_of_windows(slots, group_size) * WINDOW <= 2 * w->in_features;
 }
 
