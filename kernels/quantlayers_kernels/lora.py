@@ -4,6 +4,9 @@ Composed of modules such a layer keeps its input several times: cast to the adap
 dropout. Here it is the input itself, once for all layers, its products with each ``A``, and a boolean for each
 dropped number. The layers' ``A`` are multiplied together, and what each layer gives to the input's gradient is added
 up where it is computed; autograd would write each to memory of its own, and add them in passes over all of it.
+
+The hidden state lies transposed, (r, n_tokens): on a CPU a product with few rows takes a half to a ninth of the time
+of one with few columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,29 +92,28 @@ class _Block(NamedTuple):
 
     Fields:
         branches: which.
-        columns: theirs of the hidden state.
+        ranks: their rows of the hidden state.
         dropout: theirs.
     """
 
     branches: slice
-    columns: slice
+    ranks: slice
     dropout: float
 
 
 def _blocks(branches: Sequence[Branch]) -> list[_Block]:
     blocks: list[_Block] = []
-    columns = _columns(branches)
-    for i, (branch, part) in enumerate(zip(branches, columns, strict=True)):
+    for i, (branch, part) in enumerate(zip(branches, _ranks(branches), strict=True)):
         if blocks and blocks[-1].dropout == branch.dropout == 0:
             last = blocks.pop()
-            blocks.append(_Block(slice(last.branches.start, i + 1), slice(last.columns.start, part.stop), 0.0))
+            blocks.append(_Block(slice(last.branches.start, i + 1), slice(last.ranks.start, part.stop), 0.0))
         else:
             blocks.append(_Block(slice(i, i + 1), part, branch.dropout))
     return blocks
 
 
-def _columns(branches: Sequence[Branch]) -> list[slice]:
-    """Where each branch lies in the hidden state (n_tokens, sum of all r)."""
+def _ranks(branches: Sequence[Branch]) -> list[slice]:
+    """Where each branch lies in the hidden state (sum of all r, n_tokens)."""
     ends = list(accumulate((branch.A.shape[0] for branch in branches), initial=0))
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
@@ -120,20 +122,20 @@ def _results(
     x: Tensor, layers: Sequence[FrozenLinear], branches: list[Branch], dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], Tensor, list[_Block], list[Tensor | None]]:
     """What :func:`lora_linears` gives, and for its gradient the hidden state and what dropout has kept."""
-    blocks, columns = _blocks(branches), _columns(branches)
+    blocks, ranks = _blocks(branches), _ranks(branches)
     with _without_autocast(x):
         rows = _rows(x, dtype)
         kept = [_coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
-        hidden = rows.new_empty(rows.shape[0], columns[-1].stop if columns else 0)
+        hidden = rows.new_empty(ranks[-1].stop if ranks else 0, rows.shape[0])
         for block, mask in zip(blocks, kept, strict=True):
             A = _stacked([branch.A for branch in branches[block.branches]], dtype)
-            torch.mm(_dropped(rows, mask, block.dropout), A.t(), out=hidden[:, block.columns])
-        results, places = [], iter(columns)
+            torch.mm(A, _dropped(rows, mask, block.dropout).t(), out=hidden[block.ranks])
+        results, places = [], iter(ranks)
         for layer in layers:
             y = layer.multiply(x)
             flat = y.view(-1, y.shape[-1])
             for branch in layer.branches:
-                _add_product(flat, hidden[:, next(places)], branch.B.to(dtype).t(), scaling=branch.scaling)
+                _add_product(flat, hidden[next(places)].t(), branch.B.to(dtype).t(), scaling=branch.scaling)
             results.append(y)
     return tuple(results), hidden, blocks, kept
 
@@ -156,7 +158,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layers, blocks = ctx.layers, ctx.blocks
         branches = [(at, branch) for at, layer in enumerate(layers) for branch in layer.branches]
-        columns = _columns([branch for _, branch in branches])
+        ranks = _ranks([branch for _, branch in branches])
         ends = (len(layers), len(layers) + len(branches))
         x, hidden, *saved = ctx.saved_tensors
         kept, floats = saved[: len(blocks)], saved[len(blocks) :]
@@ -177,9 +179,9 @@ class _LoraLinears(torch.autograd.Function):
                 rows = _rows(grad, dtype)
                 for i in (i for i, (owner, _) in enumerate(branches) if owner == at):
                     scaling = branches[i][1].scaling
-                    torch.mm(rows, Bs[i].to(dtype) * scaling, out=grad_hidden[:, columns[i]])
+                    torch.mm((Bs[i].to(dtype) * scaling).t(), rows.t(), out=grad_hidden[ranks[i]])
                     if wants_B[i]:
-                        grad_Bs[i] = (rows.t() @ hidden[:, columns[i]]).mul_(scaling).to(Bs[i].dtype)
+                        grad_Bs[i] = (hidden[ranks[i]] @ rows).mul_(scaling).t().to(Bs[i].dtype)
                 if wants_bias[at]:
                     grad_biases[at] = tiled.bias_gradient(grad, bias.dtype)
                 if wants_x:
@@ -190,16 +192,16 @@ class _LoraLinears(torch.autograd.Function):
                     tiled.add_input_gradient(rows, layer.tiles(base_dtype), grad_x, is_first=is_first)
             rows = _rows(x, dtype)
             for block, mask in zip(blocks, kept, strict=True):
-                part, its = grad_hidden[:, block.columns], As[block.branches]
+                part, its = grad_hidden[block.ranks], As[block.branches]
                 if any(wants_A[block.branches]):
-                    pieces = (part.t() @ _dropped(rows, mask, block.dropout)).split([len(A) for A in its])
+                    pieces = (part @ _dropped(rows, mask, block.dropout)).split([len(A) for A in its])
                     for i, piece in enumerate(pieces, start=block.branches.start):
                         if wants_A[i] and grads[branches[i][0]] is not None:
                             grad_As[i] = piece.to(As[i].dtype)
                 if grad_x is not None and mask is None:
-                    _add_product(grad_x, part, _stacked(its, dtype))
+                    _add_product(grad_x, part.t(), _stacked(its, dtype))
                 elif grad_x is not None:
-                    grad_x.add_(_dropped(part @ _stacked(its, dtype), mask, block.dropout))
+                    grad_x.add_(_dropped(part.t() @ _stacked(its, dtype), mask, block.dropout))
         grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
         return grad_x, None, None, None, *grad_biases, *grad_As, *grad_Bs
 
