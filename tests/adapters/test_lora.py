@@ -13,7 +13,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, LoraQuantizedLinear, QuantizedLinear
 from peft_quantlayers.evaluate import saved_for_backward
 
-from .surfaces import Two, quantized
+from .surfaces import Two, assert_same_gradient, quantized
 
 
 def quantized_two(nbits: int = 4) -> Two:
@@ -71,7 +71,7 @@ def test_outputs_and_gradients_equal_those_on_the_dequantized_dense_model(fields
     torch.testing.assert_close(model(x), dense(x))
     ours, reference = dict(model.named_parameters()), dict(dense.named_parameters())
     for name in trained:
-        torch.testing.assert_close(ours[name].grad, reference[name].grad, rtol=1e-4, atol=1e-4)
+        assert_same_gradient(ours[name].grad, reference[name].grad)
 
 
 @pytest.mark.parametrize("method", ["hqq", "aqlm"])

@@ -28,6 +28,7 @@ from adapters.surfaces import (
     adapted,
     assert_requantized,
     assert_same_adapters,
+    assert_same_gradient,
     dense_twin,
     lora_layers,
     quantized,
@@ -110,7 +111,7 @@ def test_outputs_gradients_and_merge_are_those_of_the_dense_model(feature, metho
     assert trained == [name for name, parameter in reference.named_parameters() if parameter.requires_grad]
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4)
+            assert_same_gradient(parameter.grad, expected[name].grad)
 
     ours.eval()
     reference.eval()
@@ -158,7 +159,7 @@ def test_features_of_whole_models_are_those_of_the_dense_model(feature, method):
     found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+        assert_same_gradient(found[name], gradient)
     assert ours.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
 
 

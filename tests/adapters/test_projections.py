@@ -17,7 +17,7 @@ from peft_quantlayers import HQQConfig
 from peft_quantlayers.adapters import lora, projections
 from peft_quantlayers.evaluate import saved_for_backward
 
-from .surfaces import quantized
+from .surfaces import assert_same_gradient, quantized
 
 
 class Attention(nn.Module):
@@ -101,7 +101,7 @@ def test_a_language_model_has_the_same_loss_and_gradients(method, checkpointing,
         expected = [each if is_fused else separate for each in passes]
         assert calls == [n for each in expected for _ in range(model.config.num_hidden_layers) for n in each]
     for fused, alone in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(fused, alone, rtol=1e-4, atol=1e-5)
+        assert_same_gradient(fused, alone)
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_input_once_and_the_hidden_states():
