@@ -101,9 +101,9 @@ class _Block(NamedTuple):
     dropout: float
 
 
-def _blocks(branches: Sequence[Branch]) -> list[_Block]:
+def _blocks(branches: Sequence[Branch], ranks: Sequence[slice]) -> list[_Block]:
     blocks: list[_Block] = []
-    for i, (branch, part) in enumerate(zip(branches, _ranks(branches), strict=True)):
+    for i, (branch, part) in enumerate(zip(branches, ranks, strict=True)):
         if blocks and blocks[-1].dropout == branch.dropout == 0:
             last = blocks.pop()
             blocks.append(_Block(slice(last.branches.start, i + 1), slice(last.ranks.start, part.stop), 0.0))
@@ -122,7 +122,8 @@ def _results(
     x: Tensor, layers: Sequence[FrozenLinear], branches: list[Branch], dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], Tensor, list[_Block], list[Tensor | None]]:
     """What :func:`lora_linears` gives, and for its gradient the hidden state and what dropout has kept."""
-    blocks, ranks = _blocks(branches), _ranks(branches)
+    ranks = _ranks(branches)
+    blocks = _blocks(branches, ranks)
     with _without_autocast(x):
         rows = _rows(x, dtype)
         kept = [_coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
