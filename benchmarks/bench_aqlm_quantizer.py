@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_quantlayers as pql
 from peft_quantlayers.calibration.walk import damped
 from peft_quantlayers.evaluate import demo_model_folder
-from peft_quantlayers.quantizers import get_method
+from peft_quantlayers.methods import get_method
 from quantlayers_kernels import native
 
 RESULTS = Path(__file__).parent / "results" / "aqlm_quantizer.json"

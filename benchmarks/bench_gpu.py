@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_quantlayers as pql
 from peft_quantlayers import QuantizedLinear
 from peft_quantlayers.calibration.walk import damped
-from peft_quantlayers.quantizers import get_method
+from peft_quantlayers.methods import get_method
 from quantlayers_kernels import gpu, tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.adapters.rounding import STEPS_PER_CHOICE
 from peft_quantlayers.evaluate import Capture, capture, demo_model_folder
+from peft_quantlayers.lora.rounded_weight import STEPS_PER_CHOICE
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import demo_model_folder
-from peft_quantlayers.quantizers import get_method
+from peft_quantlayers.methods import get_method
 from quantlayers_kernels.bitpack import unpack
 
 RESULTS = Path(__file__).parent / "results"

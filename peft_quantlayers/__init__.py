@@ -5,26 +5,16 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 
 import os
 
-from .adapters import (
-    LayerMergeReport,
-    LoraQuantizedLinear,
-    MergeAwareCallback,
-    MergeReport,
-    QuantScalesConfig,
-    enable_merge_aware,
-    fuse_projections,
-    merge_back,
-    set_merge_strategy,
-)
 from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .integrations import peft as _peft
-from .integrations import transformers as _transformers
-from .integrations.hqq_folder import load_hqq_folder
-from .integrations.scales import QuantScalesModel
+from .integrations import transformers_registry as _transformers
+from .integrations.hqq_package_folder import load_hqq_folder
+from .integrations.peft_scales import QuantScalesModel
 from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
-from .model import quantize_model, save_model
-from .quantizers import (
+from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
+from .merging.report import LayerMergeReport, MergeReport
+from .methods import (
     AQLMConfig,
     AQLMSpec,
     HQQConfig,
@@ -34,6 +24,9 @@ from .quantizers import (
     register_method,
     registered_methods,
 )
+from .model import quantize_model, save_model
+from .model_merge import merge_back
+from .scales import QuantScalesConfig
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import has_adapters
 from .calibration import Calibration, LayerResult, quantize_calibrated
-from .integrations.quantizer import QuantlayersHfQuantizer
+from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
 from .layers.replace import checked_modules, finished_modules, quantize_each
-from .quantizers import QuantConfig
+from .lora import has_adapters
+from .methods import QuantConfig
 
 logger = logging.getLogger(__name__)
 

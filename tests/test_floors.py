@@ -15,17 +15,19 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FLOORS = [
     {"quantlayers_kernels", "evaluate"},
     {"formats"},
-    {"quantizers"},
+    {"methods"},
     {"layers"},
     {"calibration"},
-    {"adapters"},
+    {"merging"},
+    {"lora", "scales"},
+    {"model_merge"},
     {"integrations"},
     {"model", "training"},
     {"export", "report"},
     {"cli"},
     {"peft_quantlayers"},  # the package's own __init__: the public surface
 ]
-MAY_IMPORT_PEFT = {"adapters", "integrations", "training"}
+MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "training"}
 MAY_USE_PRIVATE_NAMES = {"integrations"}
 PEERS = ("peft", "transformers")
 
@@ -126,14 +128,14 @@ def test_evaluate_imports_none_of_ours():
 @pytest.mark.parametrize(
     ("module", "source", "upward"),
     [
-        ("peft_quantlayers.formats.spec", "from ..quantizers import hqq", ["peft_quantlayers.quantizers"]),
+        ("peft_quantlayers.formats.spec", "from ..methods import hqq", ["peft_quantlayers.methods"]),
         ("peft_quantlayers.formats.spec", "def f():\n    from .. import layers", ["peft_quantlayers.layers"]),
         ("peft_quantlayers.layers.__init__", "from .linear import HQQLinear", []),
-        ("peft_quantlayers.layers.__init__", "from ..adapters import x", ["peft_quantlayers.adapters"]),
+        ("peft_quantlayers.layers.__init__", "from ..lora import x", ["peft_quantlayers.lora"]),
         ("peft_quantlayers.layers.linear", "import peft_quantlayers", ["peft_quantlayers"]),
         ("quantlayers_kernels.hqq.op", "import peft_quantlayers.formats", ["peft_quantlayers.formats"]),
         ("quantlayers_kernels.hqq.op", "from ..bitpack import unpack", []),
-        ("peft_quantlayers.adapters.lora", "from ..layers import HQQLinear", []),
+        ("peft_quantlayers.lora.layer", "from ..layers import HQQLinear", []),
     ],
 )
 def test_the_walk_sees_upward_imports(module, source, upward):

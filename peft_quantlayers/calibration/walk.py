@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .blocks import Call, device_of, evaluating, find_blocks, input_of, model_calls, record_calls, run_until
 from .data import Calibration
-from .passes import Passes
+from .waiting_passes import Passes
 
 logger = logging.getLogger(__name__)
 

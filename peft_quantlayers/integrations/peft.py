@@ -27,12 +27,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from ..adapters import LoraQuantizedLinear, MergeAwareLoraConfig, QuantScalesLayer
-from ..adapters.backend import QuantizedLinearBackend
-from ..adapters.loraga import estimate_gradients
-from ..adapters.stamp import check_rounded_layers
 from ..layers import QuantizedLinear
-from . import scales
+from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
+from ..lora.loraga import estimate_gradients
+from ..lora.merge_aware_config import check_rounded_layers
+from ..lora.quantization_backend import QuantizedLinearBackend
+from ..scales import QuantScalesLayer
+from . import peft_scales as scales
 
 logger = logging.getLogger(__name__)
 

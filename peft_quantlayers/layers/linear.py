@@ -1,6 +1,6 @@
 """Linear layers whose weight is quantized. What a weight means is the method's; here is what a layer does.
 
-May import formats, quantizers and the kernels; never PEFT or transformers.
+May import formats, methods and the kernels; never PEFT or transformers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from quantlayers_kernels.lora import Branch, FrozenLinear
+from quantlayers_kernels.frozen_linear import Branch, FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec
-from ..quantizers import QuantMethod, get_method
-from .branch import LowRankBranch
+from ..methods import QuantMethod, get_method
+from .low_rank_branch import LowRankBranch
 from .write_through import WriteThroughWeight
 
 # Of a layer's spec, what its repr shows.

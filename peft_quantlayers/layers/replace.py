@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..formats import QuantSpec
-from ..quantizers import QuantConfig
-from ..quantizers.config import matches
+from ..methods import QuantConfig
+from ..methods.config import matches
 from .linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)

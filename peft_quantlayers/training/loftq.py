@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapters import LoraQuantizedLinear
-from ..integrations.headers import model_name, open_checkpoint
+from ..integrations.checkpoint_headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
+from ..lora import LoraQuantizedLinear
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Full finetuning of AQLM models: codebooks and scales by AdamW, codes by moves down the gradient of the weight.
 
 Here are the hooks, the buffers and the optimizer's surface; the choice of the codes is in
-``quantizers/_aqlm_moves.py``.
+``methods/aqlm/code_moves.py``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from quantlayers_kernels.tiled import weight_gradient
 
-from ..integrations.quantizer import QuantlayersHfQuantizer
+from ..integrations.transformers_quantizer import QuantlayersHfQuantizer
 from ..layers import AQLMLinear, quantized_modules
-from ..quantizers import move_aqlm_codes
+from ..methods import move_aqlm_codes
 
 
 class PVTuner(torch.optim.AdamW):

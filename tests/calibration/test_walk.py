@@ -12,7 +12,8 @@ from integrations.tiny import tiny_model
 from torch import Tensor, nn
 
 from peft_quantlayers import Calibration, HQQConfig
-from peft_quantlayers.calibration import BlockWork, Visitor, passes, walk
+from peft_quantlayers.calibration import BlockWork, Visitor, walk
+from peft_quantlayers.calibration import waiting_passes as passes
 from peft_quantlayers.layers.replace import linear_of, quantizable_modules
 
 IDS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conformance.linears import SPECS
 from peft_quantlayers import AQLMConfig, HQQConfig
-from peft_quantlayers.adapters.backend import QuantizedLinearBackend
+from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 
 from . import test_quantization as upstream
 

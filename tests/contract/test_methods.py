@@ -27,8 +27,8 @@ from peft_quantlayers.formats import spec as spec_module
 from peft_quantlayers.formats.checkpoint import specs_from_json, specs_to_json
 from peft_quantlayers.layers import layer_type
 from peft_quantlayers.layers import linear as linear_module
-from peft_quantlayers.quantizers import method as method_module
-from peft_quantlayers.quantizers import registered_methods, spec_from_dict
+from peft_quantlayers.methods import registered_methods, spec_from_dict
+from peft_quantlayers.methods import registry as method_module
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, HqqConfig
 
 import peft_quantlayers as pql
-from peft_quantlayers.formats.upstream_hqq import read_hqq_layer
+from peft_quantlayers.formats.published_hqq import read_hqq_layer
 from quantlayers_kernels.bitpack import unpack
 
 WIDTHS = [8, 6, 5, 4, 3, 2, 1.58, 1]

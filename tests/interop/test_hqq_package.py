@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_quantlayers import HQQSpec
 from peft_quantlayers.evaluate import demo_model_folder
-from peft_quantlayers.quantizers import get_method
+from peft_quantlayers.methods import get_method
 
 GROUP_SIZE = 64
 ITERS, BETA, LP_NORM = 20, 10.0, 0.7

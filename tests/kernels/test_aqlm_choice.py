@@ -8,13 +8,7 @@ import torch
 from conftest import COMPILED, FASTEST_AND_PLAIN, PLAIN
 
 from quantlayers_kernels import native
-from quantlayers_kernels.aqlm.choice import (
-    best_entries,
-    chosen_codes,
-    chosen_in_columns,
-    entry_sums,
-    groups_to_matrix,
-)
+from quantlayers_kernels.aqlm.choice import best_entries, chosen_codes, chosen_in_columns, entry_sums, groups_to_matrix
 
 # (num_codebooks, nbits_per_codebook, out_group_size, in_group_size), beam: published schemes, then odd ones
 SCHEMES = [

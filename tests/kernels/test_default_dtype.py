@@ -8,7 +8,7 @@ from conftest import FASTEST_AND_PLAIN
 from torch import Tensor
 
 import peft_quantlayers as pql
-from peft_quantlayers.quantizers import get_method
+from peft_quantlayers.methods import get_method
 from quantlayers_kernels.aqlm import aqlm_linear
 from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import hqq_linear

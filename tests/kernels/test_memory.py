@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from quantlayers_kernels import native, precision, tiled
 from quantlayers_kernels.aqlm import aqlm_linear
 from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 from quantlayers_kernels.hqq import hqq_linear
-from quantlayers_kernels.lora import FrozenLinear, lora_linears
 
 OUT, IN, TOKENS = 512, 1024, 24
 DENSE_BYTES = 4 * OUT * IN

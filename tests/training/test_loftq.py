@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from adapters.surfaces import Two, lora_layers
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
+from lora.surfaces import Two, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn

@@ -1,6 +1,6 @@
 """Zeros and scales of HQQ groups with the compiled kernels, one group in each lane. See ``csrc/hqq_solve.h``.
 
-The definition, and the way where the kernels are not there, is ``peft_quantlayers/quantizers/_hqq_solver.py``, whose
+The definition, and the way where the kernels are not there, is ``peft_quantlayers/methods/hqq/solver.py``, whose
 names these are. Groups are shifted to start at 0 and scaled to a step of 1.
 """
 

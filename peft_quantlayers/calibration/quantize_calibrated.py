@@ -1,0 +1,217 @@
+"""Quantize a model on calibration data, block by block, with the error of each layer; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..formats import QuantSpec
+from ..formats.quantized_weight import stored_bytes
+from ..layers import QuantizedLinear, quantized_modules
+from ..layers.replace import linear_of, place_empty_layer, quantize_module
+from ..methods import QuantConfig, get_method, spec_from_dict
+from .data import Calibration
+from .finetune import finetune_block
+from .walk import BlockWork, Visitor, walk
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """What quantizing one layer did.
+
+    Fields:
+        name: of the module.
+        bits_per_weight: stored bits, metadata included.
+        weight_error: squared norm of the weight's change over that of the weight.
+        output_error: the same for the outputs on the calibration inputs; None where no input reached the layer.
+        seconds: time it took, without the collection of inputs.
+    """
+
+    name: str
+    bits_per_weight: float
+    weight_error: float
+    output_error: float | None
+    seconds: float
+
+
+def quantize_calibrated(
+    model: nn.Module,
+    specs: dict[str, QuantSpec],
+    config: QuantConfig,
+    calibration: Calibration,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    on_layer: Callable[[LayerResult], None] | None = None,
+) -> None:
+    """Put quantized layers in the place of the modules ``specs``, in place; see :func:`walk`.
+
+    Raises:
+        ValueError, TypeError: the calibration data is refused, a spec cannot use it, or a resume folder belongs to
+            another run; the model is as it was.
+    """
+    unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
+    if unfit:
+        raise ValueError(
+            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). HQQ needs "
+            "axis=1. Or quantize without calibration. The model was not changed."
+        )
+    visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
+    walk(model, list(specs), calibration, visitor, device=device, progress=progress)
+
+
+class _QuantizeVisitor(Visitor):
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: dict[str, QuantSpec],
+        config: QuantConfig,
+        calibration: Calibration,
+        device: torch.device | str | None,
+        on_layer: Callable[[LayerResult], None] | None,
+    ) -> None:
+        self.model, self.specs, self.config, self.calibration = model, specs, config, calibration
+        self.device, self.on_layer = device, on_layer
+        self.folder: _ResumeFolder | None = None
+        self.needs_targets = calibration.finetune_epochs > 0
+
+    def begin(self, batches: list[Tensor]) -> None:
+        folder = self.calibration.resume_folder
+        if folder is not None:
+            fingerprint = _fingerprint(self.model, self.specs, self.calibration, batches)
+            self.folder = _ResumeFolder(Path(folder), fingerprint)
+
+    def restore_block(self, block: str, names: list[str]) -> bool:
+        return self.folder is not None and self.folder.restore(self.model, block, names, self.config)
+
+    def visit(self, name: str, hessian: Tensor | None) -> None:
+        weight = linear_of(self.model, name)[0].detach().clone()
+        began = time.perf_counter()
+        layer = quantize_module(
+            self.model,
+            name,
+            self.specs[name],
+            compute_dtype=self.config.compute_dtype,
+            device=self.device,
+            hessian=hessian,
+        )
+        seconds = time.perf_counter() - began
+        result = _layer_result(name, weight, layer, hessian, seconds)
+        logger.info("%s", result)
+        if self.on_layer is not None:
+            self.on_layer(result)
+
+    def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
+        is_finetuned = bool(self.calibration.finetune_epochs and names)
+        if is_finetuned:
+            before, after = finetune_block(
+                work, epochs=self.calibration.finetune_epochs, learning_rate=self.calibration.learning_rate
+            )
+            logger.info("%s: finetuned, output error %.5f to %.5f", block, before, after)
+        if self.folder is not None:
+            self.folder.keep(self.model, block, names)
+        return is_finetuned
+
+
+def _layer_result(
+    name: str, weight: Tensor, layer: QuantizedLinear, hessian: Tensor | None, seconds: float
+) -> LayerResult:
+    weight = weight.float()
+    difference = layer.dequantize(torch.float32).to(weight.device) - weight
+
+    def ratio(moment: Tensor | None) -> float:
+        lost, kept = (part if moment is None else part @ moment.to(part.device) for part in (difference, weight))
+        return float((lost * difference).sum() / (kept * weight).sum().clamp(min=1e-30))
+
+    return LayerResult(
+        name=name,
+        bits_per_weight=layer.quantized_weight.bits_per_weight,
+        weight_error=ratio(None),
+        output_error=None if hessian is None else ratio(hessian),
+        seconds=seconds,
+    )
+
+
+class _ResumeFolder:
+    """Finished blocks as safetensors files, each with the fingerprint of the run that it belongs to."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*.safetensors"):
+            if self._metadata(file).get("fingerprint") != fingerprint:
+                raise ValueError(
+                    f"{file} belongs to another run: another model, config or calibration. Choose another "
+                    "resume_folder, or delete this one. The model was not changed."
+                )
+
+    def keep(self, model: nn.Module, block: str, names: list[str]) -> None:
+        layers = quantized_modules(model)
+        specs = {name: layers[name].spec.to_dict() for name in names}
+        tensors = {key: value.contiguous() for key, value in model.get_submodule(block).state_dict().items()}
+        metadata = {"fingerprint": self.fingerprint, "specs": json.dumps(specs)}
+        written = self._file(block).with_suffix(".part")
+        save_file(tensors, written, metadata=metadata)
+        written.replace(self._file(block))
+
+    def restore(self, model: nn.Module, block: str, names: list[str], config: QuantConfig) -> bool:
+        file = self._file(block)
+        if not file.exists():
+            return False
+        specs = json.loads(self._metadata(file)["specs"])
+        with safe_open(file, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        for name in names:
+            device = linear_of(model, name)[0].device
+            place_empty_layer(
+                model, name, spec_from_dict(specs[name]), compute_dtype=config.compute_dtype, device=device
+            )
+        model.get_submodule(block).load_state_dict(tensors)
+        return True
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    @staticmethod
+    def _metadata(file: Path) -> dict[str, str]:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                return stored.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged or incomplete ({error}). Delete this file and call again: its block is quantized "
+                "anew. The model was not changed."
+            ) from None
+
+
+def _fingerprint(
+    model: nn.Module, specs: dict[str, QuantSpec], calibration: Calibration, batches: list[Tensor]
+) -> str:
+    """A digest of all that decides the result: weights, specs, data, and how the data is used."""
+    digest = hashlib.sha256()
+    options = {
+        field.name: getattr(calibration, field.name)
+        for field in dataclasses.fields(calibration)
+        if field.name not in ("data", "tokenizer", "resume_folder")
+    }
+    described = {"specs": {name: spec.to_dict() for name, spec in specs.items()}, "options": options}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for batch in batches:
+        digest.update(stored_bytes(batch))
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(stored_bytes(parameter.data.reshape(-1)))
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""Loads a folder that the ``hqq`` package saved (``AutoHQQHFModel.save_quantized``): config.json and qmodel.pt.
+
+``qmodel.pt`` maps module names to their entries: a quantized layer's as :mod:`..formats.published_hqq` describes
+them, any other module's as tensors by parameter name. It is a pickle, of which only tensors and plain values are
+read; a folder in the layout of transformers 4 (safetensors) is loaded with ``from_pretrained`` instead.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..layers import QuantizedLinear
+from .published_hqq import linear_from_upstream
+from .transformers_quantizer import QuantlayersHfQuantizer
+
+WEIGHTS = "qmodel.pt"
+
+
+def load_hqq_folder(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The causal language model that the ``hqq`` package saved in ``folder``, its quantized layers as HQQLinear.
+
+    Codes, scales and zeros are those of the file. The model trains, saves and reloads as any quantized one.
+
+    Args:
+        folder: holds config.json and qmodel.pt.
+        dtype: of all that is not quantized, and of the layers' dense face; None for the dtype in the file.
+        device: where the model goes; None for the CPU.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: qmodel.pt is damaged, asks for code to be run, or does not belong to config.json; names the
+            layer at fault.
+    """
+    folder = Path(folder)
+    for file in ("config.json", WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{folder / file} is not there. A folder of the hqq package has config.json and {WEIGHTS}; a model in "
+                "safetensors loads with AutoModelForCausalLM.from_pretrained."
+            )
+    modules = _read_modules(folder / WEIGHTS)
+    floats = {
+        f"{name}.{entry}": tensor
+        for name, entries in modules.items()
+        for entry, tensor in entries.items()
+        if isinstance(tensor, Tensor) and ("W_q" not in entries or entry == "bias")
+    }
+    dtype = dtype or next((tensor.dtype for tensor in floats.values() if tensor.is_floating_point()), torch.float16)
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _load_floats(model, floats, modules, dtype)
+    for name, entries in modules.items():
+        if "W_q" in entries:
+            model.set_submodule(name, linear_from_upstream(entries, _linear(model, name), name=name, dtype=dtype))
+    if isinstance(model.get_output_embeddings(), QuantizedLinear):
+        model.config.tie_word_embeddings = False  # tying would write the embeddings into the codes
+    model.tie_weights()
+    _check_complete(model)
+    model.to(device or "cpu").eval()
+    QuantlayersHfQuantizer.attached_to(model)
+    return model
+
+
+def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
+    try:
+        modules = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} was not read: it holds more than tensors and plain values, and loading that may run code that "
+            f"somebody put there, or it is damaged. torch says: {str(error).splitlines()[0]}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or incomplete ({error}). Download or save it again.") from None
+    is_mapping = isinstance(modules, Mapping) and all(
+        isinstance(name, str) and isinstance(entries, Mapping) for name, entries in modules.items()
+    )
+    if not is_mapping:
+        raise ValueError(f"{file} does not map module names to their tensors: the hqq package did not write it.")
+    if not any("W_q" in entries for entries in modules.values()):
+        raise ValueError(f"{file} holds no W_q tensor: it is not quantized.")
+    return modules
+
+
+def _load_floats(
+    model: nn.Module, floats: dict[str, Tensor], modules: dict[str, Mapping[str, Any]], dtype: torch.dtype
+) -> None:
+    """Everything that is not quantized, cast to ``dtype``; one tensor for those that share their storage."""
+    expected = model.state_dict()
+    for name, tensor in floats.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{name}: the file holds a tensor of shape {tuple(tensor.shape)}, the model wants "
+                f"{tuple(expected[name].shape)}. {WEIGHTS} does not belong to this config.json."
+            )
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in floats.items()}
+    unexpected = model.load_state_dict(cast, strict=False, assign=True).unexpected_keys
+    unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
+    if unexpected:
+        raise ValueError(
+            f"{WEIGHTS} holds {len(unexpected)} tensor(s) that the model of config.json has no place for, for example "
+            f"{unexpected[:3]}."
+        )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name}: {WEIGHTS} holds a quantized layer of that name, and the model of config.json has no linear "
+            "layer there."
+        )
+    return module
+
+
+def _check_complete(model: nn.Module) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(
+            f"{WEIGHTS} lacks {len(missing)} tensor(s) of the model, for example {missing[:3]}. Download or save it "
+            "again."
+        )

@@ -1,0 +1,39 @@
+"""Makes transformers use our quantizers, and takes that back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from ..formats.checkpoint import QUANT_METHOD
+from .published_aqlm import UpstreamAqlmConfig, UpstreamAqlmHfQuantizer
+from .published_hqq import UpstreamHqqConfig, UpstreamHqqHfQuantizer
+from .transformers_quantizer import QuantlayersConfig, QuantlayersHfQuantizer
+
+_taken_over: dict[str, tuple[Any, Any]] = {}
+
+
+def register() -> None:
+    """Make transformers use our quantizers for "quantlayers", "hqq" and "aqlm"; done once only."""
+    if _taken_over:
+        return
+    for name, config, quantizer in (
+        (QUANT_METHOD, QuantlayersConfig, QuantlayersHfQuantizer),
+        ("hqq", UpstreamHqqConfig, UpstreamHqqHfQuantizer),
+        ("aqlm", UpstreamAqlmConfig, UpstreamAqlmHfQuantizer),
+    ):
+        _taken_over[name] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(name), AUTO_QUANTIZER_MAPPING.get(name))
+        AUTO_QUANTIZATION_CONFIG_MAPPING[name] = config
+        AUTO_QUANTIZER_MAPPING[name] = quantizer
+
+
+def unregister() -> None:
+    """Put transformers' own quantizers back."""
+    for name, (config, quantizer) in _taken_over.items():
+        for mapping, original in ((AUTO_QUANTIZATION_CONFIG_MAPPING, config), (AUTO_QUANTIZER_MAPPING, quantizer)):
+            if original is None:
+                mapping.pop(name, None)
+            else:
+                mapping[name] = original
+    _taken_over.clear()

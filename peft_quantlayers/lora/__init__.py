@@ -1,0 +1,16 @@
+"""LoRA on quantized layers: the layer, fused projections, QA-LoRA and merge-aware training."""
+
+from .fused_projections import fuse_projections
+from .layer import LoraQuantizedLinear, has_adapters, set_merge_strategy
+from .merge_aware import MergeAwareCallback, enable_merge_aware
+from .merge_aware_config import MergeAwareLoraConfig
+
+__all__ = [
+    "LoraQuantizedLinear",
+    "MergeAwareCallback",
+    "MergeAwareLoraConfig",
+    "enable_merge_aware",
+    "fuse_projections",
+    "has_adapters",
+    "set_merge_strategy",
+]

@@ -1,0 +1,150 @@
+"""Merge-aware training: the forward pass runs through the weight that the merge will give.
+
+``enable_merge_aware`` switches adapters over; from then on a layer computes with ``Q(W + change)``, where ``Q`` is the
+rounding of ``QuantMethod.merged``, and merging those adapters changes no output. What was rounded against is written
+into the adapter's config (``stamp.py``), travels with ``save_pretrained``, and is compared when the adapter is loaded
+or merged.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import TrainerCallback
+
+from ..layers import QuantizedLinear
+from .layer import LoraQuantizedLinear
+from .merge_aware_config import fingerprint, stamped
+
+logger = logging.getLogger(__name__)
+
+
+def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> None:
+    """Train adapters through the rounding that merges them, so that merging them loses nothing.
+
+    From here on quantized layers with these adapters compute what the merged layer will, in training and in
+    evaluation alike. Call it before the training, or when a part of it is done (``MergeAwareCallback``); the earlier
+    the better. Layers that are not quantized train as ever. ``merge_back(strategy="aware")`` merges.
+
+    Args:
+        model: a PEFT model, or a transformers model with adapters, on a quantized base.
+        adapters: names; None for the active ones. Adapters that are active together must all be aware.
+
+    Raises:
+        ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
+            merged; nothing was changed.
+        NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
+            changed.
+    """
+    trained = _enable(model, adapters)
+    if trained:
+        logger.warning(
+            "adapters %s are not new: from here on they compute through the rounding. Train them some more before "
+            "the merge, or it is worth no more than one by requantizing.",
+            trained,
+        )
+
+
+def _enable(model: nn.Module, adapters: list[str] | None) -> list[str]:
+    """As :func:`enable_merge_aware`; gives the adapters that change the model already."""
+    configs, trained = _configs(model), []
+    for name, layers in _checked_layers(model, configs, adapters).items():
+        stamp = {}
+        if any(cast(nn.Linear, layer.lora_B[name]).weight.any() for layer in layers):
+            trained.append(name)
+        for layer in layers:
+            base = layer.quantized_base()
+            stamp[base.layer_name] = layer.aware_adapters[name] = fingerprint(base.quantized_weight)
+        configs[name] = stamped(configs[name], stamp)
+    return trained
+
+
+def _checked_layers(
+    model: nn.Module, configs: dict[str, Any], adapters: list[str] | None
+) -> dict[str, list[LoraQuantizedLinear]]:
+    """The layers of each adapter. Raises as :func:`enable_merge_aware`, and changes nothing."""
+    layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
+    tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    names = list(next(tuned).active_adapters) if adapters is None else adapters
+    if isinstance(adapters, str):
+        raise ValueError(f"adapters={adapters!r} must be a list of names; write [{adapters!r}].")
+    unknown = [name for name in names if name not in configs]
+    if unknown:
+        raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
+    found: dict[str, list[LoraQuantizedLinear]] = {}
+    for name in names:
+        concerned = [layer for layer in layers if name in layer.lora_A]
+        if not concerned:
+            raise ValueError(f"adapter {name!r} lies on no quantized layer: there is no rounding to train through.")
+        for layer in concerned:
+            _check_trainable(layer, name)
+        found[name] = concerned
+    return found
+
+
+class MergeAwareCallback(TrainerCallback):
+    """Turns merge-aware training on in a transformers ``Trainer``.
+
+    Args:
+        start_step: the optimizer step before which it is turned on; 0 for the whole training.
+        adapters: as for :func:`enable_merge_aware`.
+
+    Raises:
+        ValueError, NotImplementedError: when the training begins, as :func:`enable_merge_aware`, or because it ends
+            before ``start_step``.
+    """
+
+    def __init__(self, start_step: int = 0, adapters: list[str] | None = None) -> None:
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must be 0 or more.")
+        self.start_step = start_step
+        self.adapters = adapters
+        self.is_on = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer before the first step: what would fail at ``start_step`` fails here."""
+        if self.start_step >= state.max_steps:
+            raise ValueError(
+                f"start_step={self.start_step} is never reached: the training has {state.max_steps} optimizer steps. "
+                "Choose an earlier one, 0 for all of the training."
+            )
+        model = kwargs["model"]
+        _checked_layers(model, _configs(model), self.adapters)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer before each optimizer step."""
+        if not self.is_on and state.global_step >= self.start_step:
+            _enable(kwargs["model"], self.adapters)
+            self.is_on = True
+
+
+def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
+    base = layer.quantized_base()
+    if not isinstance(base, QuantizedLinear):
+        raise ValueError(f"adapter {adapter!r} lies on layers that were dequantized: merging them rounds nothing.")
+    where = f"{base.layer_name}: adapter {adapter!r}"
+    if layer.merged:
+        raise ValueError(
+            f"{where} cannot be trained merge-aware while {layer.merged_adapters} are merged. Unmerge them."
+        )
+    if adapter in layer.lora_variant or layer.lora_bias[adapter]:
+        raise NotImplementedError(
+            f"{where} is more than plain LoRA. Merge-aware training knows plain LoRA and rsLoRA; QA-LoRA merges "
+            "exactly without it, and other variants merge by requantization."
+        )
+    if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+        raise ValueError(
+            f"{where} has lora_dropout: what is dropped at random cannot be rounded into a weight. Set lora_dropout=0."
+        )
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """The adapter configs of ``model``, the very mapping that PEFT saves."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and configs:
+            return configs
+    raise ValueError("the model has no adapter. Add one with peft.get_peft_model(model, LoraConfig(...)).")

@@ -1,0 +1,112 @@
+"""How an AQLM weight is stored, and what a user asks for."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...formats import QuantSpec, TensorLayout
+from ...formats.spec import check_integer, dtype_name, suggest_divisor
+from ..config import QuantConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AQLMSpec(QuantSpec):
+    """An AQLM weight: each group of weights is a row scale times a sum of one entry from each codebook.
+
+    Fields:
+        num_codebooks: entries that are summed.
+        nbits_per_codebook: bits of a code, 1 to 16. Codes up to 8 bits are stored in a byte, others in two.
+        in_group_size, out_group_size: shape of a group, inputs by outputs.
+        scale_dtype: dtype of codebooks and scales. A layer whose scales it cannot hold gets float32.
+        rounds: how often codebooks, codes and scales are fitted in turn after the initialisation.
+        beam: choices that are followed when the codes of a group are chosen; 1 is the fastest, and with two codebooks
+            one as wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8
+            choices elsewhere (also on a CPU without the compiled kernels, where all pairs would take hours).
+        seed: of the random choices in the initialisation.
+    """
+
+    method = "aqlm"
+    codes_name = "codes"
+
+    num_codebooks: int = 2
+    nbits_per_codebook: int = 8
+    in_group_size: int = 8
+    out_group_size: int = 1
+    scale_dtype: str = "float16"
+    rounds: int = 6
+    beam: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("num_codebooks", self.num_codebooks, at_least=1, at_most=64)
+        check_integer("nbits_per_codebook", self.nbits_per_codebook, at_least=1, at_most=16)
+        check_integer("in_group_size", self.in_group_size, at_least=1, at_most=1024)
+        check_integer("out_group_size", self.out_group_size, at_least=1, at_most=1024)
+        object.__setattr__(self, "scale_dtype", dtype_name("scale_dtype", self.scale_dtype))
+        check_integer("rounds", self.rounds, at_least=0, at_most=1000)
+        if self.beam is not None:
+            check_integer("beam", self.beam, at_least=1, at_most=512)
+        check_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
+
+    def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        for side, size, group, field in (
+            ("in_features", in_features, self.in_group_size, "in_group_size"),
+            ("out_features", out_features, self.out_group_size, "out_group_size"),
+        ):
+            if size % group:
+                raise ValueError(
+                    f"{side}={size} is not a multiple of {field}={group}. Use one that divides it (for example "
+                    f"{suggest_divisor(size, group)})."
+                )
+        n_out, n_in = out_features // self.out_group_size, in_features // self.in_group_size
+        codes_dtype = torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
+        dtype = getattr(torch, self.scale_dtype)
+        entries = (self.num_codebooks, 2**self.nbits_per_codebook, self.out_group_size, self.in_group_size)
+        return {
+            "codes": TensorLayout(shape=(n_out, n_in, self.num_codebooks), dtype=codes_dtype),
+            "codebooks": TensorLayout(shape=entries, dtype=dtype),
+            "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
+        }
+
+    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+        size = 2**self.nbits_per_codebook
+        low, high = (int(bound) for bound in torch.aminmax(tensors["codes"]))
+        if low < -(size // 2) or high >= size:
+            return f".codes holds codes from {low} to {high}, which codebooks of {size} entries do not have"
+        return super().find_damage(tensors)
+
+    def smaller_metadata(self, out_features: int, in_features: int) -> str:
+        """The largest codebooks of up to 8 bits that fit, one for each byte that a group's codes take now."""
+        n_bytes = self.num_codebooks * (1 if self.nbits_per_codebook <= 8 else 2)
+        for nbits in range(min(8, self.nbits_per_codebook), 0, -1):
+            spec = dataclasses.replace(self, num_codebooks=n_bytes, nbits_per_codebook=nbits)
+            codes, total = spec.bits_per_weight(out_features, in_features)
+            if total <= 2 * codes:
+                return f"num_codebooks={n_bytes}, nbits_per_codebook={nbits}"
+        return ""
+
+    def extended(self) -> "AQLMSpec":
+        return dataclasses.replace(self, num_codebooks=self.num_codebooks + 1)
+
+    @property
+    def tensor_roles(self) -> Mapping[str, str]:
+        return {"codebooks": "codebooks", "scales": "scales"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AQLMConfig(QuantConfig, AQLMSpec):
+    """Quantize a model with AQLM. Fields: those of :class:`AQLMSpec` and of :class:`QuantConfig`.
+
+    Raises:
+        ValueError: a value that is not supported.
+        TypeError: a value of the wrong type.
+    """
+
+    spec_type = AQLMSpec
+
+    def __post_init__(self) -> None:
+        AQLMSpec.__post_init__(self)
+        self._check()

@@ -1,0 +1,98 @@
+"""What a user asks for: one method for a model, with exceptions by module name."""
+
+import dataclasses
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+from ..formats.checkpoint import QUANT_METHOD
+from ..formats.spec import QuantSpec, check_choice, dtype_name
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name is meant by a pattern: a shell pattern for the whole name, or for its last parts.
+
+    ``"down_proj"`` means every module whose last part is that, ``"layers.0.*"`` everything below any ``layers.0``.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Which modules of a model are quantized, and which of them differ. Mixed into each method's own config.
+
+    Fields:
+        compute_dtype: dtype of the layers' dense face; None for the model's.
+        skip_modules: name patterns of modules to leave as they are, beside the output head.
+        overrides: for each name pattern the fields that differ there; a later pattern wins over an earlier one.
+        quantize_lm_head: quantize the output head too, where it does not share its weight with the embeddings.
+    """
+
+    spec_type: ClassVar[type[QuantSpec]]
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    compute_dtype: str | None = None
+    skip_modules: tuple[str, ...] | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
+    quantize_lm_head: bool = False
+
+    def __new__(cls, **fields: Any) -> Self:
+        """Refuses unknown fields with the names of those that there are."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
+        return super().__new__(cls)
+
+    def _check(self) -> None:
+        if self.compute_dtype is not None:
+            object.__setattr__(self, "compute_dtype", dtype_name("compute_dtype", self.compute_dtype))
+        check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
+        if self.skip_modules is not None:
+            if isinstance(self.skip_modules, str) or not all(isinstance(p, str) for p in self.skip_modules):
+                raise TypeError(f"skip_modules must be a list of name patterns, got {self.skip_modules!r}.")
+            object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
+        if self.overrides is not None:
+            if not isinstance(self.overrides, dict):
+                raise TypeError(f"overrides must map name patterns to fields, got {self.overrides!r}.")
+            for pattern, fields in self.overrides.items():
+                if not isinstance(pattern, str) or not isinstance(fields, dict):
+                    raise TypeError(f"overrides must map name patterns to fields, got {pattern!r}: {fields!r}.")
+                try:
+                    self._spec_with(fields)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"overrides[{pattern!r}]: {error}") from None
+
+    def spec_for(self, module_name: str) -> QuantSpec:
+        """The spec of one module, overrides applied."""
+        fields: dict[str, Any] = {}
+        for pattern, changed in (self.overrides or {}).items():
+            if matches(module_name, pattern):
+                fields |= changed
+        return self._spec_with(fields)
+
+    def is_skipped(self, module_name: str) -> bool:
+        """Whether ``skip_modules`` means this module, or one that it lies in."""
+        parts = module_name.split(".")
+        names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(matches(name, pattern) for pattern in self.skip_modules or () for name in names)
+
+    def _spec_with(self, changed: dict[str, Any]) -> QuantSpec:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self.spec_type)}
+        return self.spec_type.from_dict(own | changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields under transformers' key ``quant_method``."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.skip_modules is not None:
+            fields["skip_modules"] = list(self.skip_modules)
+        return {"quant_method": self.quant_method, "method": self.spec_type.method, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The config that :meth:`to_dict` wrote; raises as a spec's ``from_dict`` does."""
+        return super().from_dict({name: value for name, value in fields.items() if name != "quant_method"})  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`; transformers asks for it when it prints a config."""
+        return self.to_dict()

@@ -1,0 +1,125 @@
+"""HQQ weights that minimise the error of a layer's outputs instead of that of its weight.
+
+Pure arithmetic in float32 on one matrix whose groups lie along the inputs (``axis=1``). With the inputs' second
+moment ``H`` the error of the outputs is ``tr(D H D.T)`` for the difference ``D`` of the weights. It is lowered by
+choosing one column's codes after the other with all others held, and by fitting scales and zeros to the codes.
+
+Sources: the iteration over columns is coordinate descent, as in Behdin et al. 2023 (QuantEase), from nearest codes; on
+layers of SmolLM2 four sweeps of it gave a lower held-out error than the error feedback of Frantar et al. 2022 (GPTQ),
+with no matrix to factor. Scales and zeros are least squares by conjugate gradients.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantlayers_kernels.hqq.choice import block_columns, chosen_in_columns
+
+from ..least_squares import conjugate_gradient
+
+GRID_ITERS = 4
+WEIGHTED_FIT_ITERS = 10
+# A fitted scale may leave its start by this factor; beyond it the codes of the group determine no scale.
+MAX_SCALE_CHANGE = 5.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``(code - zero) * scale``: scale and zero (out_features, n_groups), float32; codes run to ``max_code``."""
+
+    scale: Tensor
+    zero: Tensor
+    max_code: int
+
+    def nearest_codes(self, groups: Tensor) -> Tensor:
+        """Codes of ``groups`` (out_features, n_groups, group_size), as floats."""
+        return (groups / self.scale[..., None] + self.zero[..., None]).round_().clamp_(0, self.max_code)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What ``codes`` (out_features, n_groups, group_size) stand for."""
+        return (codes - self.zero[..., None]) * self.scale[..., None]
+
+
+def weighted_grid(groups: Tensor, grid: Grid, importance: Tensor) -> Grid:
+    """The grid that nearest codes and weighted least squares come to in turn.
+
+    Args:
+        groups: (out_features, n_groups, group_size), float32.
+        grid: where to start.
+        importance: how much an error in each place counts, (n_groups, group_size), positive.
+    """
+    mass = importance.sum(-1)
+    mean_weight = (importance * groups).sum(-1) / mass
+    for _ in range(WEIGHTED_FIT_ITERS):
+        codes = grid.nearest_codes(groups)
+        weighted = importance * codes
+        mean_code = weighted.sum(-1) / mass
+        variance = (weighted * codes).sum(-1) / mass - mean_code.square()
+        covariance = (weighted * groups).sum(-1) / mass - mean_code * mean_weight
+        is_fitted = (variance > 1e-6) & (covariance > 0)
+        scale = torch.where(is_fitted, covariance / variance.clamp(min=1e-6), grid.scale)
+        grid = replace(grid, scale=scale, zero=torch.where(is_fitted, mean_code - mean_weight / scale, grid.zero))
+    return grid
+
+
+def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> Tensor:
+    """Codes after choosing each column's anew with all other columns held, ``sweeps`` times over.
+
+    Args:
+        groups: the weight, (out_features, n_groups, group_size), float32.
+        codes: where to start, the same shape, as floats.
+        grid: stays as it is.
+        hessian: (in_features, in_features), float32, with a positive diagonal.
+    """
+    shape, group_size = groups.shape, groups.shape[2]
+    groups, codes, hessian = groups.flatten(1), codes.flatten(1), hessian.to(groups.device)
+    steps = grid.scale.repeat_interleave(group_size, 1)
+    residual = groups - grid.values(codes.view(shape)).view(groups.shape)
+    width = block_columns(groups)
+    blocks = [slice(start, start + width) for start in range(0, groups.shape[1], width)]
+    # One block takes all its sweeps at once; several of them take turns.
+    turns = 1 if len(blocks) == 1 else sweeps
+    codes = codes.clone()
+    for here in blocks * turns:
+        chosen = chosen_in_columns(
+            residual @ hessian[:, here],
+            codes[:, here],
+            steps[:, here],
+            hessian[here, here],
+            max_code=grid.max_code,
+            sweeps=sweeps // turns,
+        )
+        residual[:, here] -= (chosen - codes[:, here]) * steps[:, here]
+        codes[:, here] = chosen
+    return codes.view(shape)
+
+
+def fitted_grid(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, iters: int = GRID_ITERS) -> Grid:
+    """Scales and zeros of less output error for the given codes, all groups of a row together.
+
+    The values are ``scale * (code - mean code) + offset``, linear in scale and offset, which are nearly independent.
+    """
+    shape = groups.shape
+    mean_code = codes.mean(-1)
+    centred = codes - mean_code[..., None]
+
+    def values(parameters: Tensor) -> Tensor:
+        return parameters[0][..., None] * centred + parameters[1][..., None]
+
+    def gathered(differences: Tensor) -> Tensor:
+        differences = (differences.reshape(shape[0], -1) @ hessian).view(shape)
+        return torch.stack([(differences * centred).sum(-1), differences.sum(-1)])
+
+    importance = hessian.diagonal().view(shape[1:])
+    diagonal = torch.stack([(importance * centred.square()).sum(-1), importance.sum(-1).expand(shape[:2])])
+    inverse = torch.where(diagonal > 0, diagonal.clamp(min=1e-30).reciprocal(), 0.0)
+    current = torch.stack([grid.scale, (mean_code - grid.zero) * grid.scale])
+    step = conjugate_gradient(
+        lambda direction: gathered(values(direction)), gathered(groups - values(current)), inverse, iters=iters
+    )
+    scale, offset = current + step
+    change = scale / grid.scale
+    is_fitted = (change > 1 / MAX_SCALE_CHANGE) & (change < MAX_SCALE_CHANGE)
+    scale = torch.where(is_fitted, scale, grid.scale)
+    return replace(grid, scale=scale, zero=torch.where(is_fitted, mean_code - offset / scale, grid.zero))

@@ -1,0 +1,59 @@
+"""The registry of quantization methods: those of this folder, and those of installed packages."""
+
+import logging
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..formats import QuantSpec
+from .base import QuantMethod
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "peft_quantlayers.methods"
+
+_methods: dict[str, QuantMethod] = {}
+_are_entry_points_loaded = False
+
+
+def register_method(method: QuantMethod) -> None:
+    """Make ``method`` known under its spec's name.
+
+    Raises:
+        ValueError: another method has that name already.
+    """
+    name = method.spec_type.method
+    if name in _methods and type(_methods[name]) is not type(method):
+        raise ValueError(f"a quantization method named {name!r} is registered already: {_methods[name]!r}.")
+    _methods[name] = method
+
+
+def registered_methods() -> dict[str, QuantMethod]:
+    """All methods by name, those of installed packages (entry points) included."""
+    global _are_entry_points_loaded
+    if not _are_entry_points_loaded:
+        _are_entry_points_loaded = True
+        for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                register_method(entry_point.load()())
+            except ImportError as error:
+                logger.warning("method %r was not loaded: %s", entry_point.name, error)
+    return dict(_methods)
+
+
+def get_method(name: str) -> QuantMethod:
+    """The method registered as ``name``.
+
+    Raises:
+        ValueError: nothing is registered under that name.
+    """
+    methods = registered_methods()
+    if name not in methods:
+        raise ValueError(f"unknown quantization method {name!r}; known are {sorted(methods)}.")
+    return methods[name]
+
+
+def spec_from_dict(fields: Any) -> QuantSpec:
+    """The spec of whichever method ``fields["method"]`` names. Raises ValueError or TypeError on anything else."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
+        raise TypeError(f"a spec must be a mapping with a 'method' name, got {fields!r}.")
+    return get_method(fields["method"]).spec_type.from_dict(fields)
