@@ -16,7 +16,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
 from peft_quantlayers.evaluate import saved_for_backward
 
-from .test_lora import Two, assert_same_bits, bits_of, with_adapter
+from .test_layer import Two, assert_same_bits, bits_of, with_adapter
 
 CONFIGS = {
     "hqq4": HQQConfig(nbits=4, group_size=32),

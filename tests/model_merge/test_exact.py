@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from lora.test_layer import Two, assert_same_bits, bits_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
-
-from .test_lora import Two, assert_same_bits, bits_of
 
 
 def qalora_model(*, scale_dtype: str = "float32", nbits: int = 3, size: int = 16, **fields) -> nn.Module:

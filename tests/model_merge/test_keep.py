@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
+from lora.test_layer import assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
-
-from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
 
 # A bfloat16 layer rounds the scaled product elsewhere than PEFT does.
 TOLERANCE = {torch.float32: {}, torch.bfloat16: {"rtol": 0.05, "atol": 0.02}}

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from integrations.tiny import tiny_model, token_ids
+from lora.test_layer import assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
-
-from .test_lora import assert_same_bits, bits_of, quantized_two, with_adapter
 
 
 @pytest.fixture

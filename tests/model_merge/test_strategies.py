@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from integrations.tiny import tiny_model, token_ids
+from lora.test_layer import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
@@ -14,8 +15,6 @@ from peft_quantlayers import AQLMConfig, HQQConfig
 from peft_quantlayers.lora.layer import RULES
 from peft_quantlayers.merging import rules
 from peft_quantlayers.merging.report import LayerMergeReport
-
-from .test_lora import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 
 METHODS = {
     "hqq": HQQConfig(nbits=4, group_size=32),
