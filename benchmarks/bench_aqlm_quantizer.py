@@ -82,7 +82,7 @@ def output_error(quantized: Tensor, weight: Tensor, moment: Tensor) -> float:
 
 def ours(weight: Tensor, hessian: Tensor | None) -> Tensor:
     method = get_method(SPEC.method)
-    return method.dense(method.quantize(weight, SPEC, name="weight", hessian=hessian))
+    return method.dequantize(method.quantize(weight, SPEC, hessian=hessian))
 
 
 def research_code(weight: Tensor, moment: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def measure_large() -> list[dict[str, Any]]:
     method, rows = get_method(SPEC.method), []
     weight = torch.empty(LARGE).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     inputs = torch.randn(512, LARGE[1], generator=torch.Generator().manual_seed(1))
-    method.quantize(weight[:64, :512].contiguous(), SPEC, name="weight")  # code and threads are there now
+    method.quantize(weight[:64, :512].contiguous(), SPEC)  # code and threads are there now
     for is_calibrated in (False, True):
         hessian = damped(inputs.t() @ inputs / len(inputs), damping=0.05, shrinkage=0.3) if is_calibrated else None
         began = time.process_time()
-        measured = extra_memory_of(lambda h=hessian: method.quantize(weight, SPEC, name="weight", hessian=h))
+        measured = extra_memory_of(lambda h=hessian: method.quantize(weight, SPEC, hessian=h))
         row = {
             "is_calibrated": is_calibrated,
             "cpu_seconds": time.process_time() - began,

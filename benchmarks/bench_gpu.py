@@ -437,7 +437,7 @@ def quantizing(bench: Bench) -> dict[str, Any]:
         for suffix, known in {"": None, ", calibrated": hessian}.items():
 
             def quantize(known: Tensor | None = known, method: Any = method, spec: Any = spec) -> Any:
-                return method.quantize(weight, spec, name="weight", hessian=known)
+                return method.quantize(weight, spec, hessian=known)
 
             off = method.dequantize(quantize().tensors, spec, in_features=shape[1], dtype=torch.float32) - weight
             error = ((off @ hessian) * off).sum().item() / ((weight @ hessian) * weight).sum().item()

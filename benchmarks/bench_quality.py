@@ -63,8 +63,8 @@ def quantize(weight: Tensor, made_by: str, nbits: int, group_size: int) -> tuple
         round_zero=made_by == "ours" or nbits == 4,
     )
     method = get_method(spec.method)
-    quantized = method.quantize(weight, spec, name="weight")
-    dense = method.dequantize(quantized.tensors, spec, in_features=weight.shape[1], dtype=torch.float32)
+    quantized = method.quantize(weight, spec)
+    dense = method.dequantize(quantized)
     return dense, quantized.bits_per_weight
 
 

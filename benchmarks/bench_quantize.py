@@ -57,8 +57,8 @@ def refuse_wrong_result(weight: Tensor, nbits: int, axis: int) -> None:
     for refine_scale in (False, True):
         spec = dataclasses.replace(spec_of(nbits, axis, refine_scale), scale_dtype="float32")
         method = get_method(spec.method)
-        quantized = method.quantize(weight, spec, name="weight")
-        dense = method.dequantize(quantized.tensors, spec, in_features=weight.shape[1], dtype=torch.float32)
+        quantized = method.quantize(weight, spec)
+        dense = method.dequantize(quantized)
         errors.append((dense - weight).square().sum().item())
         codes = unpack(quantized.tensors["W_q"], nbits, weight.shape[1]) if codes is None else codes
     n_equal = (codes == peer.codes).float().mean().item()
@@ -75,7 +75,7 @@ def measure(shape: tuple[int, int], nbits: int, axis: int, *, threads: int, repe
     calls: dict[str, Callable[[], object]] = {}
     for made_by, refine_scale in (("ours", False), ("ours, refine_scale", True)):
         spec = spec_of(nbits, axis, refine_scale)
-        calls[made_by] = lambda spec=spec: get_method(spec.method).quantize(weight, spec, name="weight")
+        calls[made_by] = lambda spec=spec: get_method(spec.method).quantize(weight, spec)
     n_peer = PEER_REPEATS[weight.numel()]
     if shape == SHAPES[-1] and nbits not in PEER_WIDTHS_OF_LARGEST:
         n_peer = 0
@@ -131,9 +131,9 @@ def measure_layer() -> dict[str, float]:
     """One float32 layer of 4096 x 4096, 64 MiB, at 4 bits; a small one first, so that code and threads are there."""
     spec = spec_of(4, 1, True)
     method = get_method(spec.method)
-    method.quantize(random_weight((64, 64)), spec, name="weight")
+    method.quantize(random_weight((64, 64)), spec)
     weight = random_weight((4096, 4096))
-    return extra_memory_of(lambda: method.quantize(weight, spec, name="weight"))
+    return extra_memory_of(lambda: method.quantize(weight, spec))
 
 
 def measure_model(nbits: int = 4) -> dict[str, float]:

@@ -314,7 +314,7 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"\nscore: held-out orders written without a mistake; loss: nats per answer token; {WINDOW}-token windows")
     for merge in result["merges"]:
         print(
-            f"merge {merge['strategy']}: {merge['change_kept']:.2f} of the adapter's change kept, "
+            f"merge {merge['strategy']}: {merge['delta_retained']:.2f} of the adapter's change kept, "
             f"relative error of the weights {merge['relative_error']:.4f}"
         )
     for name, check in result["saved"].items():

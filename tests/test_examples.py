@@ -139,7 +139,7 @@ def test_the_demo_runs_on_another_model(options, label, tiny_folder, tmp_path):
     assert sizes[names[-1]] == sizes[f"quantized, {label}"] < sizes["merged, dense"]
     dense = result["merges"][0]
     assert dense["strategy"] == "dense"
-    assert dense["change_kept"] == pytest.approx(1.0, abs=1e-3)
+    assert dense["delta_retained"] == pytest.approx(1.0, abs=1e-3)
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 

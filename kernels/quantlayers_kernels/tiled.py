@@ -41,6 +41,11 @@ def rows_per_tile(out_features: int, in_features: int, device: torch.device, *, 
     return max(1, min(out_features, rows) // multiple) * multiple
 
 
+def row_ranges(out_features: int, in_features: int, device: torch.device, *, multiple: int = 1) -> Iterator[slice]:
+    """The ranges of rows that make the tiles of a weight; see :func:`rows_per_tile`."""
+    return _ranges(out_features, rows_per_tile(out_features, in_features, device, multiple=multiple))
+
+
 class _Spare(threading.local):
     """A thread's CPU tiles that nothing is in, by dtype."""
 

@@ -1,6 +1,8 @@
 """One quantized weight as a value: a spec, a shape and the tensors. No layer, no arithmetic."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,27 +14,92 @@ from .spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A weight (out_features, in_features) in quantized form.
+    """A weight (out_features, in_features), or a stack of them (..., out_features, in_features), in quantized form.
 
-    Invariant: ``tensors`` has exactly the names, shapes and dtypes of
-    ``spec.tensor_layout(out_features, in_features)``.
+    Invariant: ``tensors`` has exactly the names and dtypes of ``spec.tensor_layout(out_features, in_features)``, and
+        its shapes with ``leading`` before them.
+
+    Fields:
+        spec: how it is stored; one for the whole stack.
+        out_features, in_features: of each weight.
+        tensors: by the names of the layout.
+        leading: dimensions of the stack; () for a single weight.
     """
 
     spec: QuantSpec
     out_features: int
     in_features: int
     tensors: dict[str, Tensor]
+    leading: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*leading, out_features, in_features)."""
+        return (*self.leading, self.out_features, self.in_features)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales and all other metadata included."""
-        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        return 8 * nbytes / (self.out_features * self.in_features)
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / math.prod(self.shape)
 
     def to(self, device: torch.device) -> Self:
         """The same weight on ``device``; tensors that are there already are shared."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
+
+    def codes(self) -> Tensor:
+        """The integer codes, unpacked: (*leading, out_features, in_features), or as the spec says where groups of
+        weights share codes."""
+        return self.spec.unpack_codes(self.tensors[self.spec.codes_name], self.in_features)
+
+    def with_codes(self, codes: Tensor) -> Self:
+        """This weight with other codes, shaped as :meth:`codes` gives them."""
+        packed = self.spec.pack_codes(codes)
+        return dataclasses.replace(self, tensors=self.tensors | {self.spec.codes_name: packed})
+
+    @property
+    def row_multiple(self) -> int:
+        """Ranges of :meth:`rows` begin and end at multiples of this."""
+        layout = self.spec.tensor_layout(self.out_features, self.in_features)
+        return math.lcm(*(entry.rows_per_entry or 1 for entry in layout.values()))
+
+    def rows(self, rows: slice) -> Self:
+        """The output rows ``rows`` of each weight; its tensors are views where the layout allows it.
+
+        Raises:
+            ValueError: a step other than 1, no rows, or rows that cut through a group of output rows.
+        """
+        start, stop, step = rows.indices(self.out_features)
+        if step != 1 or stop <= start:
+            raise ValueError(f"{rows} names no range of the {self.out_features} rows.")
+        spec, tensors = self.spec.sliced(
+            self.tensors, slice(start, stop), out_features=self.out_features, in_features=self.in_features
+        )
+        return dataclasses.replace(self, spec=spec, out_features=stop - start, tensors=tensors)
+
+    def __getitem__(self, index: int) -> Self:
+        """One entry of the first leading dimension; its tensors are views.
+
+        Raises:
+            IndexError: a single weight, or an index out of range.
+        """
+        if not self.leading or not -self.leading[0] <= index < self.leading[0]:
+            raise IndexError(f"index {index} is out of range for a stack of the shape {self.leading}.")
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors, leading=self.leading[1:])
+
+    @classmethod
+    def stacked(cls, weights: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """A stack of ``weights`` along a new first dimension; their tensors are copied.
+
+        Raises:
+            ValueError: no weights, or weights of different specs or shapes.
+        """
+        if len({(weight.spec, weight.shape) for weight in weights}) != 1:
+            raise ValueError("only weights of one spec and one shape can be stacked.")
+        first = weights[0]
+        tensors = {name: torch.stack([weight.tensors[name] for weight in weights]) for name in first.tensors}
+        return dataclasses.replace(first, tensors=tensors, leading=(len(weights), *first.leading))
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming the layer ``name``, unless the invariant holds and the values make sense."""
@@ -40,15 +107,15 @@ class QuantizedWeight:
         if set(layout) != set(self.tensors):
             raise ValueError(f"{name}: expected the tensors {sorted(layout)}, got {sorted(self.tensors)}.")
         for tensor_name, expected in layout.items():
-            tensor = self.tensors[tensor_name]
-            if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+            tensor, shape = self.tensors[tensor_name], (*self.leading, *expected.shape)
+            if tuple(tensor.shape) != shape or tensor.dtype != expected.dtype:
                 raise ValueError(
-                    f"{name}.{tensor_name}: expected {expected.dtype} of shape {expected.shape}, got "
+                    f"{name}.{tensor_name}: expected {expected.dtype} of shape {shape}, got "
                     f"{tensor.dtype} of shape {tuple(tensor.shape)}. The file does not match its configuration."
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
-        if damage := self.spec.find_damage(self.tensors):
+        if damage := self.spec.find_damage(self.tensors, layout):
             raise ValueError(f"{name}{damage}: the checkpoint is damaged. Download or save it again.")
 
 

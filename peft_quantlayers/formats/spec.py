@@ -1,7 +1,7 @@
 """What a quantized tensor means, as plain values that go into JSON and come back unchanged.
 
-Here: the base class of all specs and the checks they share. The specs themselves live beside their
-quantizers. May import torch only.
+Here: the base class of all specs and the checks they share. The specs themselves live beside their methods. May import
+torch only.
 """
 
 import dataclasses
@@ -9,22 +9,34 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
-# What a floating tensor of a quantized weight is for, in words that hold for every method.
-TENSOR_ROLES = ("scales", "zeros", "codebooks")
+
+Role = Literal["codes", "scales", "zeros", "codebooks"]
+# Roles of the tensors beside the codes, in words that hold for every method.
+METADATA_ROLES: tuple[Role, ...] = ("scales", "zeros", "codebooks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorLayout:
-    """Shape and dtype that a stored tensor must have."""
+    """Shape, dtype and role that a stored tensor must have.
+
+    Fields:
+        shape: of one weight; a stack of weights has its leading dimensions before it.
+        dtype: integer or floating.
+        role: what the tensor is for.
+        rows_per_entry: how many output rows one entry of the first dimension belongs to; None for a tensor that all
+            rows share.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    role: Role
+    rows_per_entry: int | None = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,17 @@ class QuantSpec(ABC):
     """
 
     method: ClassVar[str]
-    codes_name: ClassVar[str]
-    """Name of the tensor that holds the codes; every other tensor of the layout is floating metadata."""
+    codes_name: ClassVar[str] = "codes"
+    """Name of the tensor that holds the codes."""
+    shown_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that a layer's ``repr`` shows."""
+
+    def __post_init__(self) -> None:  # noqa: B027  a spec may have nothing to check
+        """Subclasses check their fields here."""
 
     @abstractmethod
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        """Name, shape and dtype of every tensor of a weight of this shape.
+        """Name, shape, dtype and role of every tensor of a weight of this shape.
 
         Raises:
             ValueError: a weight of this shape cannot be stored this way; says why and what would fit.
@@ -55,31 +72,77 @@ class QuantSpec(ABC):
         }
         return bits[self.codes_name], sum(bits.values())
 
-    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+    # ---- codes
+
+    @property
+    def max_code(self) -> int | None:
+        """The largest code, where each weight has a code of its own and codes are ordered: along the codes from 0 to
+        it the value of a weight never changes direction. None where a code names an entry of a codebook."""
+        return None
+
+    def unpack_codes(self, codes: Tensor, in_features: int) -> Tensor:
+        """The codes as integers, one by one: (..., out_features, in_features) where each weight has its own.
+
+        Args:
+            codes: the tensor ``codes_name`` as it is stored, with leading dimensions or without.
+            in_features: of the weight.
+        """
+        return codes
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """The inverse of :meth:`unpack_codes`."""
+        return codes
+
+    def sliced(
+        self, tensors: Mapping[str, Tensor], rows: slice, *, out_features: int, in_features: int
+    ) -> tuple[Self, dict[str, Tensor]]:
+        """Spec and tensors (views) of the output rows ``rows``, which has a start, a stop and no step.
+
+        Raises:
+            ValueError: the rows do not begin and end where entries of the tensors do.
+        """
+        found = {}
+        for name, entry in self.tensor_layout(out_features, in_features).items():
+            size = entry.rows_per_entry
+            if size is None:
+                found[name] = tensors[name]
+                continue
+            if rows.start % size or rows.stop % size:
+                raise ValueError(
+                    f"rows {rows.start} to {rows.stop} cut through an entry of {name}, which holds {size} rows."
+                )
+            dim = tensors[name].dim() - len(entry.shape)
+            found[name] = tensors[name].narrow(dim, rows.start // size, (rows.stop - rows.start) // size)
+        return self, found
+
+    # ---- metadata
+
+    def find_damage(self, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> str:
         """What no quantizer writes in ``tensors`` of the right shapes, in words after a layer's name; or nothing.
 
         A row or group of zeros may have a scale of zero; of a whole layer this says that its scales were lost.
         """
-        scales = [name for name, role in self.tensor_roles.items() if role == "scales" and not tensors[name].any()]
-        return f".{scales[0]} holds nothing but zeros" if scales else ""
+        scales = [name for name, entry in layout.items() if entry.role == "scales"]
+        is_lost = bool(scales) and not any(tensors[name].any() for name in scales)
+        return f".{scales[0]} holds nothing but zeros" if is_lost else ""
 
     def smaller_metadata(self, out_features: int, in_features: int) -> str:
-        """Fields of a spec whose codes take about the same room for a weight of this shape, and all else no more.
+        """Fields of a spec whose codes take about as many bytes for a weight of this shape, and its metadata no more.
 
         Empty where there is no such spec. Raises as :meth:`tensor_layout`.
         """
         return ""
 
-    @property
-    def tensor_roles(self) -> Mapping[str, str]:
-        """Name and role, one of :data:`TENSOR_ROLES`, of the tensors that may be trained while the codes stay.
+    def trainable_roles(self, out_features: int, in_features: int) -> dict[str, Role]:
+        """Name and role of the tensors that may be trained while the codes stay: the floating ones, by default.
 
-        Empty by default. ``dequantize`` and ``linear`` of the method must be differentiable in these tensors.
+        ``dequantize`` of the method must be differentiable in these tensors.
         """
-        return {}
+        layout = self.tensor_layout(out_features, in_features)
+        return {name: entry.role for name, entry in layout.items() if entry.dtype.is_floating_point}
 
     def extended(self) -> Self:
-        """A spec of the same format with room for a change beside all that a weight of this one holds.
+        """A spec of the same format with room for a delta beside all that a weight of this one holds.
 
         Raises:
             NotImplementedError: the format has no such room.
@@ -89,7 +152,7 @@ class QuantSpec(ABC):
     def widened(self) -> Self:
         """This spec with floating tensors in float32, so that trained ones are stored unrounded.
 
-        A spec without a field ``scale_dtype`` is given back as it is: it has one dtype for its tensors.
+        A spec without a field ``scale_dtype`` is returned as it is: it has one dtype for its tensors.
         """
         if any(field.name == "scale_dtype" for field in dataclasses.fields(self)):
             return dataclasses.replace(self, scale_dtype="float32")  # type: ignore[call-arg]

@@ -186,7 +186,8 @@ def _refuse_other_adapter(name: str, module: nn.Module) -> None:
 
 def _roles(layer: QuantizedLinear) -> dict[str, str]:
     """Tensor name to role."""
-    return {**layer.spec.tensor_roles, **({} if layer.bias is None else {"bias": BIASES})}
+    roles: dict[str, str] = dict(layer.spec.trainable_roles(layer.out_features, layer.in_features))
+    return roles if layer.bias is None else roles | {"bias": BIASES}
 
 
 def _role(layer: QuantizedLinear, tensor_name: str) -> str:

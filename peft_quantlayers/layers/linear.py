@@ -5,7 +5,7 @@ May import formats, methods and the kernels; never PEFT or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -17,44 +17,19 @@ from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec
-from ..methods import QuantMethod, get_method
+from ..integrations.private_transformers import mark_as_initialized
+from ..methods import QuantMethod, get_method, registered_methods
+from .codes_parameter import CodesParameter
 from .low_rank_branch import LowRankBranch
+from .quantize_weight import quantize_weight
 from .write_through import WriteThroughWeight
 
-# Of a layer's spec, what its repr shows.
-SHOWN_FIELDS = (
-    "nbits", "group_size", "axis", "num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size",
-)  # fmt: skip
-
-
-class CodesParameter(nn.Parameter):
-    """The packed codes of a layer. ``numel()`` counts the weights that they stand for, as users count parameters.
-
-    transformers' ``num_parameters`` and PEFT's trainable percentage add up ``numel()``; packed bytes would halve
-    the model. ``nelement()``, ``shape`` and ``nbytes`` tell the truth about the memory.
-    """
-
-    n_weights: int
-    layer_name: str
-
-    def __new__(cls, codes: Tensor, requires_grad: bool = False) -> CodesParameter:
-        return torch.Tensor._make_subclass(cls, codes.detach(), requires_grad)
-
-    def numel(self) -> int:
-        return getattr(self, "n_weights", self.nelement())
-
-    def requires_grad_(self, requires_grad: bool = True) -> CodesParameter:
-        """Raises NotImplementedError for True: codes are integers, and integers take no gradient."""
-        if requires_grad:
-            raise NotImplementedError(
-                f"{getattr(self, 'layer_name', 'layer')}: a quantized layer takes no gradient, so it can be neither "
-                "unfrozen nor named in modules_to_save. Train an adapter on it, or keep it dense with skip_modules."
-            )
-        return self
+# The dense module that stands in the model where the layer does; see dense_types.py.
+LINEAR, CONV1D = "linear", "conv1d"
 
 
 class QuantizedLinear(nn.Linear):
-    """``x @ weight.T + bias`` with a quantized weight; an ``nn.Linear`` to everybody who asks.
+    """``x @ weight.T + bias`` with a quantized weight; ``isinstance(layer, nn.Linear)`` holds.
 
     Codes and metadata are frozen Parameters under the names of the method's layout. They follow the layer
     between devices and keep their dtypes: ``.to(dtype)`` changes ``compute_dtype`` and the bias alone.
@@ -64,15 +39,17 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         spec: how the weight is stored.
-        compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
-            for a half precision compute in float32 inside). The result comes back in the dtype of the input.
+        compute_dtype: dtype of ``weight``, and of the product (autocast's dtype has precedence; CPUs without units
+            for a half precision compute in float32 inside). The result has the dtype of the input.
         layer_name: the module's name in its model, for messages.
-        is_conv1d: the layer stands where the model has a transformers ``Conv1D``, which keeps its weight transposed.
+        dense_type: the kind of dense module that the architecture has in this place, by its name in ``dense_types``.
         n_writes: how often the weight was written.
+        branch: a low-rank branch whose result is added, or None; no part of ``weight``.
     """
 
     spec: QuantSpec
     n_writes: int = 0
+    branch: LowRankBranch | None
 
     def __init__(
         self,
@@ -81,6 +58,7 @@ class QuantizedLinear(nn.Linear):
         *,
         compute_dtype: torch.dtype,
         layer_name: str = "layer",
+        dense_type: str = LINEAR,
     ) -> None:
         nn.Module.__init__(self)
         if type(self) is not layer_type(quantized.spec.method):
@@ -93,14 +71,16 @@ class QuantizedLinear(nn.Linear):
         self.out_features = quantized.out_features
         self.compute_dtype = compute_dtype
         self.layer_name = layer_name
-        self.is_conv1d = False
+        self.dense_type = dense_type
+        self.register_module("branch", None)
+        self._tensor_names = tuple(quantized.tensors)
         for name, tensor in quantized.tensors.items():
             # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
         self._wrap_codes()
-        # Codes always come from a quantizer or a checkpoint: transformers has nothing to initialise here.
-        self._is_hf_initialized = True
+        mark_as_initialized(self)  # codes always come from a quantizer or a checkpoint
+        self._is_built = True
 
     @staticmethod
     def from_linear(
@@ -115,12 +95,32 @@ class QuantizedLinear(nn.Linear):
         """
         if isinstance(linear, QuantizedLinear):
             raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
-        quantized = get_method(spec.method).quantize(linear.weight, spec, name=layer_name, hessian=hessian)
-        layer = layer_type(spec.method)(
-            quantized, linear.bias, compute_dtype=linear.weight.dtype, layer_name=layer_name
+        layer = QuantizedLinear.from_weight(
+            linear.weight, linear.bias, spec, layer_name=layer_name, hessian=hessian, dense_type=LINEAR
         )
-        layer.bias = linear.bias
         return layer.train(linear.training)
+
+    @staticmethod
+    def from_weight(
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        spec: QuantSpec,
+        *,
+        layer_name: str = "layer",
+        hessian: Tensor | None = None,
+        dense_type: str = LINEAR,
+        compute_dtype: torch.dtype | None = None,
+    ) -> QuantizedLinear:
+        """A layer with ``weight`` (out_features, in_features) quantized; the bias Parameter is shared.
+
+        ``compute_dtype``: None for the dtype of ``weight``. Raises as :meth:`from_linear`.
+        """
+        quantized = quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian)
+        layer = layer_type(spec.method)(
+            quantized, compute_dtype=compute_dtype or weight.dtype, layer_name=layer_name, dense_type=dense_type
+        )
+        layer.register_parameter("bias", bias)
+        return layer
 
     @staticmethod
     def empty(
@@ -140,14 +140,14 @@ class QuantizedLinear(nn.Linear):
         bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         return layer_type(spec.method)(quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name)
 
-    @property
-    def branch(self) -> LowRankBranch | None:
-        """A low-rank branch whose result is added, or None; no part of ``weight``."""
-        return cast("LowRankBranch | None", self._modules.get("branch"))
-
     def add_branch(self, branch: LowRankBranch) -> None:
         """Add the result of ``branch`` to this layer's from now on, in place of an earlier branch."""
-        self._modules["branch"] = branch
+        self.branch = branch
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the architecture has a transformers ``Conv1D`` here, which keeps its weight transposed."""
+        return self.dense_type == CONV1D
 
     @property
     def method(self) -> QuantMethod:
@@ -162,17 +162,14 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
-        tensors = {name: self._parameter(name).data for name in self._tensor_names()}
-        return QuantizedWeight(
-            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
-        )
+        return self._weight_of({name: self._parameter(name).data for name in self._tensor_names})
 
     @quantized_weight.setter
     def quantized_weight(self, quantized: QuantizedWeight) -> None:
-        if (quantized.out_features, quantized.in_features) != (self.out_features, self.in_features):
+        if quantized.shape != (self.out_features, self.in_features):
             raise ValueError(
-                f"{self.layer_name}: a weight of shape {(quantized.out_features, quantized.in_features)} does not "
-                f"fit a layer of shape {(self.out_features, self.in_features)}."
+                f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape "
+                f"{(self.out_features, self.in_features)}."
             )
         self.n_writes += 1
         self.spec = quantized.spec
@@ -184,7 +181,7 @@ class QuantizedLinear(nn.Linear):
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         self._wrap_codes()
 
-    def own_parameters(self) -> None:
+    def unshare_parameters(self) -> None:
         """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
         for name, parameter in list(self._parameters.items()):
             if parameter is not None:
@@ -193,9 +190,7 @@ class QuantizedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
-        return self.method.dequantize(
-            self._tensors(), self.spec, in_features=self.in_features, dtype=dtype or self.compute_dtype
-        )
+        return self.method.dequantize(self._weight_of(self._tensors()), dtype=dtype or self.compute_dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """:meth:`dequantize` with the branch in it: what a plain layer needs to compute the same."""
@@ -229,7 +224,7 @@ class QuantizedLinear(nn.Linear):
             weight = weight.detach().to(self.codes.device)
             if torch.equal(weight, self.dequantize().to(weight.dtype)):
                 return
-            self.quantized_weight = self.method.quantize(weight, self.spec, name=self.layer_name)
+            self.quantized_weight = quantize_weight(weight, self.spec, layer_name=self.layer_name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -241,46 +236,42 @@ class QuantizedLinear(nn.Linear):
             return self.dequantize()
         return WriteThroughWeight(self)
 
-    def forward(self, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features), dtype of ``x``.
 
-        Args:
-            x: (..., in_features), floating.
-            replaced: tensors to compute with in place of the layer's own of the same name (those of the spec's
-                layout, and ``bias``); the result is differentiable in the floating ones.
+        Differentiable in ``x``, in the bias, and in the floating tensors of the weight where they are trained.
 
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
+        return self.forward_with(x, self._weight_of(self._tensors()), self.bias)
+
+    def forward_with(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """What :meth:`forward` gives once the layer has this weight and bias."""
         dtype, output_dtype = self._checked_dtypes(x)
-        tensors: dict[str, Tensor] = self._tensors()
-        bias: Tensor | None = self.bias
-        if replaced:
-            tensors = {name: replaced.get(name, tensor) for name, tensor in tensors.items()}
-            bias = replaced.get("bias", bias)
-        y = self.method.linear(x.to(dtype), tensors, self.spec, bias)
+        y = get_method(weight.spec.method).linear(x.to(dtype), weight, bias)
         return self._with_branch(x, y).to(output_dtype)
 
-    def as_frozen(self, x: Tensor, branches: Sequence[Branch]) -> FrozenLinear | None:
-        """What ``forward`` does to inputs like ``x``, and LoRA's ``branches`` beside it, for an autograd function.
+    def fused_inputs(self, x: Tensor, branches: Sequence[Branch]) -> FrozenLinear | None:
+        """What ``forward`` does to inputs like ``x``, and LoRA's ``branches`` beside it, for one autograd function.
 
-        None where somebody would miss ``forward``: hooks, a branch of the layer's own, tensors that train.
+        None if ``forward`` must be called: hooks, a replaced ``forward``, a low-rank branch, or trainable tensors.
         """
         is_replaced = is_watched(self) or type(self).forward is not QuantizedLinear.forward
         tensors = self._tensors()
         if is_replaced or self.branch is not None or any(t.requires_grad for t in tensors.values()):
             return None
         dtype, output_dtype = self._checked_dtypes(x)
-        method, spec, bias, in_features = self.method, self.spec, self.bias, self.in_features
+        method, weight, bias = self.method, self._weight_of(tensors), self.bias
         return FrozenLinear(
-            multiply=lambda x: method.linear(x.to(dtype), tensors, spec, bias).to(output_dtype).contiguous(),
-            tiles=lambda dtype: method.weight_tiles(tensors, spec, in_features=in_features, dtype=dtype),
+            multiply=lambda x: method.linear(x.to(dtype), weight, bias).to(output_dtype).contiguous(),
+            tiles=lambda dtype: method.weight_tiles(weight, dtype=dtype),
             dtype=dtype,
             bias=bias,
             branches=branches,
         )
 
-    def forward_with_update(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def forward_with_delta(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """What :meth:`forward` will give once ``left @ right`` is merged into the weight's codes.
 
         The gradient of the two factors passes straight through the rounding; see
@@ -292,12 +283,10 @@ class QuantizedLinear(nn.Linear):
             right: (r, in_features), float32.
         """
         dtype, output_dtype = self._checked_dtypes(x)
-        tensors, spec, method, in_features = self._tensors(), self.spec, self.method, self.in_features
+        weight, method = self._weight_of(self._tensors()), self.method
 
         def tiles(left: Tensor, right: Tensor, dtype: torch.dtype) -> WeightTiles:
-            return method.merged_tiles(
-                tensors, spec, lambda rows: left[rows] @ right, in_features=in_features, dtype=dtype
-            )
+            return method.merged_tiles(weight, lambda rows: left[rows] @ right, dtype=dtype)
 
         y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
         return self._with_branch(x, y).to(output_dtype)
@@ -322,16 +311,9 @@ class QuantizedLinear(nn.Linear):
         return dtype, output_dtype
 
     def extra_repr(self) -> str:
-        fields = self.spec.to_dict()
-        shown = [f"{key}={fields[key]}" for key in fields if key in SHOWN_FIELDS]
-        return ", ".join(
-            [
-                f"in_features={self.in_features}",
-                f"out_features={self.out_features}",
-                f"bias={self.bias is not None}",
-                *shown,
-            ]
-        )
+        shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]
+        features = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        return ", ".join([*features, f"bias={self.bias is not None}", *shown])
 
     def reset_parameters(self) -> None:
         """Nothing: codes are never initialised at random."""
@@ -339,23 +321,23 @@ class QuantizedLinear(nn.Linear):
     def _parameter(self, name: str) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[name])
 
-    def _tensor_names(self) -> list[str]:
-        return list(self.spec.tensor_layout(self.out_features, self.in_features))
-
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: self._parameter(name) for name in self._parameters if name != "bias"}
+        parameters = self._parameters
+        return {name: cast(Tensor, parameters[name]) for name in self._tensor_names}
+
+    def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        return QuantizedWeight(
+            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
+        )
 
     def _wrap_codes(self) -> None:
         codes = self.codes
         if type(codes) is nn.Parameter:
-            wrapped = CodesParameter(codes)
-            wrapped.__dict__.update(codes.__dict__)
-            self._parameters[self.spec.codes_name] = codes = wrapped
+            codes = CodesParameter.around(codes)
+            self._parameters[self.spec.codes_name] = codes
         if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
             return
-        metadata = sum(
-            self._parameter(name).nelement() for name in self._parameters if name not in ("bias", self.spec.codes_name)
-        )
+        metadata = sum(self._parameter(name).nelement() for name in self._tensor_names if name != self.spec.codes_name)
         codes.n_weights = self.in_features * self.out_features - metadata
         codes.layer_name = self.layer_name
 
@@ -365,7 +347,7 @@ class QuantizedLinear(nn.Linear):
                 self.write_weight(value)
             return
         super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter) and name != "bias" and "_is_hf_initialized" in self.__dict__:
+        if isinstance(value, nn.Parameter) and name != "bias" and "_is_built" in self.__dict__:
             self._wrap_codes()
 
     def __setstate__(self, state: dict) -> None:
@@ -374,11 +356,11 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
-        metadata = {id(self._parameters[name]) for name in self._tensor_names()}
+        stored = {id(self._parameters[name]) for name in self._tensor_names}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if id(tensor) in metadata and moved.dtype != tensor.dtype:
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
             return moved
 
@@ -397,7 +379,7 @@ class AQLMLinear(QuantizedLinear):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to know when ``module`` is called: by hooks, or in place of its ``forward``."""
+    """Whether a call of ``module`` has effects beside its result: it has hooks, or its ``forward`` is replaced."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -415,5 +397,19 @@ def layer_type(method: str) -> type[QuantizedLinear]:
     """The layer class of a registered method; one is made for a method that brings none."""
     if method not in _layer_types:
         get_method(method)
-        _layer_types[method] = type(f"{method.upper()}Linear", (QuantizedLinear,), {"__module__": __name__})
+        doc = f"A linear layer with a weight of method {method!r}; its parameters are those of the spec's layout."
+        contents = {"__module__": __name__, "__doc__": doc}
+        _layer_types[method] = type(_made_name(method), (QuantizedLinear,), contents)
     return _layer_types[method]
+
+
+def _made_name(method: str) -> str:
+    return f"{method.upper()}Linear"
+
+
+def __getattr__(name: str) -> Any:
+    """Layer classes that :func:`layer_type` makes, by name: pickle looks for them here, also in a new process."""
+    for method in registered_methods():
+        if name == _made_name(method):
+            return layer_type(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,12 @@
-"""A low-rank branch beside a quantized weight: an adapter that stays when everything else of PEFT is gone."""
+"""A low-rank branch beside a quantized weight: an adapter that stays in the model without PEFT."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from ..integrations.private_transformers import mark_as_initialized
 
 
 class LowRankBranch(nn.Module):
@@ -19,7 +21,7 @@ class LowRankBranch(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A.detach(), requires_grad=False)
         self.B = nn.Parameter(B.detach(), requires_grad=False)
-        self._is_hf_initialized = True
+        mark_as_initialized(self)
 
     @classmethod
     def empty(

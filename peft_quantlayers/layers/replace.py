@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..formats import QuantSpec
 from ..methods import QuantConfig
 from ..methods.config import matches
-from .linear import QuantizedLinear
+from .linear import CONV1D, LINEAR, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def quantize_module(
         weight = weight.to(device)
     dense = _linear_over(weight, bias, linear.training)
     layer = QuantizedLinear.from_linear(dense, spec, layer_name=name, hessian=hessian)
-    layer.is_conv1d = isinstance(linear, Conv1D)
+    layer.dense_type = CONV1D if isinstance(linear, Conv1D) else LINEAR
     if device is not None:
         layer.to(home)
     if compute_dtype is not None:
@@ -188,7 +188,7 @@ def place_empty_layer(
     )
     if linear.bias is not None:
         layer.bias = nn.Parameter(torch.empty_like(linear.bias, device=device))
-    layer.is_conv1d = isinstance(linear, Conv1D)
+    layer.dense_type = CONV1D if isinstance(linear, Conv1D) else LINEAR
     model.set_submodule(name, layer.train(linear.training))
     return layer
 

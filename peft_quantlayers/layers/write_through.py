@@ -7,14 +7,30 @@ requantize the layer: a write is never lost.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from .linear import QuantizedLinear
+from ..integrations.private_transformers import mark_as_initialized
+
+
+class QuantizedSource(Protocol):
+    """What owns the quantized weight behind a :class:`WriteThroughWeight`: a quantized linear layer."""
+
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype
+    layer_name: str
+    n_writes: int
+
+    @property
+    def codes(self) -> Tensor: ...
+
+    def dequantize(self) -> Tensor: ...
+
+    def write_weight(self, weight: Tensor) -> None: ...
 
 
 class WriteThroughWeight(Tensor):
@@ -24,16 +40,13 @@ class WriteThroughWeight(Tensor):
     gives the quantized values. It never requires a gradient: adapters train, codes do not.
     """
 
-    # transformers initialises what no checkpoint filled; these weights always come from codes.
-    _is_hf_initialized = True
-
-    _layer: QuantizedLinear
+    _layer: QuantizedSource
     _dense: Tensor | None
     _root: WriteThroughWeight
     _n_writes_seen: int
 
     @staticmethod
-    def __new__(cls, layer: QuantizedLinear) -> WriteThroughWeight:
+    def __new__(cls, layer: QuantizedSource) -> WriteThroughWeight:
         weight = torch.Tensor._make_wrapper_subclass(
             cls,
             (layer.out_features, layer.in_features),
@@ -43,7 +56,7 @@ class WriteThroughWeight(Tensor):
         weight._layer, weight._dense, weight._root = layer, None, weight
         return weight
 
-    def __init__(self, layer: QuantizedLinear) -> None:
+    def __init__(self, layer: QuantizedSource) -> None:
         pass
 
     def _view(self, dense: Tensor) -> WriteThroughWeight:
@@ -66,7 +79,7 @@ class WriteThroughWeight(Tensor):
             self._n_writes_seen = self._layer.n_writes
         return self._dense
 
-    def is_held_by(self, layer: QuantizedLinear) -> bool:
+    def is_held_by(self, layer: QuantizedSource) -> bool:
         """Whether writing this tensor to ``layer`` changes nothing: it was read from it, or written to it last."""
         is_whole = self._root is self and self._layer is layer
         return is_whole and (self._dense is None or self._n_writes_seen == layer.n_writes)
@@ -149,3 +162,6 @@ class WriteThroughWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.dense()!r})"
+
+
+mark_as_initialized(WriteThroughWeight)  # these weights always come from codes

@@ -147,7 +147,7 @@ class SharedInput:
         return type(None), ()
 
     def __call__(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor:
-        """The result of ``layer``, whose :meth:`as_frozen` is ``frozen``; the first that is called computes all."""
+        """The result of ``layer``, whose :meth:`fused_inputs` is ``frozen``; the first that is called computes all."""
         y = self._found(layer, x, frozen)
         if y is not None:
             return y
@@ -158,7 +158,7 @@ class SharedInput:
         members = {layer: frozen}
         for other in layers:
             if other is not None and other is not layer:
-                its = other.as_frozen(x)
+                its = other.fused_inputs(x)
                 if its is not None and _kind(its) == _kind(frozen):
                     members[other] = its
         results = dict(zip(members, lora_linears(x, list(members.values())), strict=True))

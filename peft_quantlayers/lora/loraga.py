@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 from quantlayers_kernels.tiled import weight_gradient
 
+from ..integrations.private_peft import set_loraga_gradient
+
 logger = logging.getLogger(__name__)
 
 
 def estimate_gradients(model: nn.Module, targets: dict[str, nn.Module], train_step: Callable[[], Any]) -> None:
     """Leave in every target the mean gradient of its weight over the backward passes of ``train_step``.
 
-    As PEFT's function of this name, of which it takes the place: the attribute is ``_peft_loraga_grad``, in the shape
-    of the weight, and float32 here. All of these gradients are held at once. Parameters take none meanwhile, and
-    the model is in training mode; both are put back. A target that no gradient reached is left without, for which
-    PEFT begins its adapter at random, and named in a warning. A head that shares its weight with the embeddings gets
-    its own part of the gradient; PEFT on plain layers adds that of the embeddings.
+    Takes the place of PEFT's function of this name: the gradient is where PEFT looks for it, in the shape of the
+    weight, and float32 here. All of these gradients are held at once. Parameters take none meanwhile, and the model is
+    in training mode; both are put back. A target that no gradient reached is left without, for which PEFT begins its
+    adapter at random, and named in a warning. A head that shares its weight with the embeddings gets its own part of
+    the gradient; PEFT on plain layers adds that of the embeddings.
 
     Args:
         model: with the ``targets`` in it.
@@ -71,12 +73,12 @@ def estimate_gradients(model: nn.Module, targets: dict[str, nn.Module], train_st
         model.train(was_training)
     for name, gradient in gradients.items():
         mean = gradient / counts[name]
-        cast(Any, targets[name])._peft_loraga_grad = mean.t() if isinstance(targets[name], Conv1D) else mean
+        set_loraga_gradient(targets[name], mean.t() if isinstance(targets[name], Conv1D) else mean)
     missed = [name for name in targets if name not in gradients]
     if missed:
         logger.warning(
-            "no gradient reached %d of %d layers, for example %s: their adapters begin at random. train_step must run "
-            "forward and backward passes through them.",
+            "no gradient reached %d of %d layers, for example %s: their adapters start at random. train_step "
+            "must run forward and backward passes through them.",
             len(missed),
             len(targets),
             missed[0],

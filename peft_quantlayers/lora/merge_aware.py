@@ -1,9 +1,9 @@
 """Merge-aware training: the forward pass runs through the weight that the merge will give.
 
-``enable_merge_aware`` switches adapters over; from then on a layer computes with ``Q(W + change)``, where ``Q`` is the
-rounding of ``QuantMethod.merged``, and merging those adapters changes no output. What was rounded against is written
-into the adapter's config (``stamp.py``), travels with ``save_pretrained``, and is compared when the adapter is loaded
-or merged.
+``enable_merge_aware`` switches adapters over; from then on a layer computes with ``Q(W + delta)``, where ``Q`` is the
+rounding of ``QuantMethod.merged``, and merging those adapters changes no output. The weight that they are rounded
+against is written into the adapter's config (``merge_aware_config.py``), is saved with it by ``save_pretrained``, and
+is compared when the adapter is loaded or merged.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import copy
 import json
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -59,10 +59,9 @@ def fingerprint(weight: QuantizedWeight) -> str:
 
 
 def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
-    """A copy of ``config`` that says what its adapter is rounded against: name and fingerprint of each layer."""
-    aware = copy.copy(config)
-    aware.__class__ = MergeAwareLoraConfig
-    aware = cast(MergeAwareLoraConfig, aware)
+    """A config like ``config`` that says what its adapter is rounded against: name and fingerprint of each layer."""
+    aware = MergeAwareLoraConfig.__new__(MergeAwareLoraConfig)
+    vars(aware).update(copy.copy(vars(config)))
     aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
     return aware
 

@@ -1,23 +1,21 @@
 """QA-LoRA on quantized layers: an update that is constant in each quantization group, and so merges exactly.
 
 The forward pass is PEFT's, written there for GPTQ, whose integer zeros cannot hold the result. With float zeros they
-can: ``(code - zero) * scale + change = (code - (zero - change / scale)) * scale``. Imports PEFT's public classes.
+can: ``(code - zero) * scale + delta = (code - (zero - delta / scale)) * scale``. Imports PEFT's public classes.
 
 Source: Xu et al. 2023, "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models".
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
-
-if TYPE_CHECKING:
-    from .layer import LoraQuantizedLinear
 
 
 class MergeableQALoraVariant(QALoraLinearVariant):
@@ -41,10 +39,10 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
             f"{name}: use_qalora does not go together with use_dora or lora_bias. Set them False."
         )
     try:
-        group_size = base.method.shift_group_size(base.spec, in_features=base.in_features)
+        group_size = base.method.group_delta_size(base.spec, in_features=base.in_features)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"{name}: use_qalora needs an HQQ weight with a float zero for each group of inputs, so that the adapter "
+            f"{name}: use_qalora needs a weight with a float zero for each group of inputs (HQQ), so that the adapter "
             f"can be merged: {error} Or use plain LoRA (use_qalora=False)."
         ) from None
     if size % group_size or base.in_features % size:
@@ -57,14 +55,14 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
 def can_be_qalora(base: QuantizedLinear) -> bool:
     """Whether some group size would make QA-LoRA possible on ``base``."""
     try:
-        base.method.shift_group_size(base.spec, in_features=base.in_features)
+        base.method.group_delta_size(base.spec, in_features=base.in_features)
     except NotImplementedError:
         return False
     return True
 
 
-def group_change(layer: LoraQuantizedLinear, adapter: str) -> Tensor:
-    """The change that ``adapter`` makes to all weights of a group, (out_features, n_pooled), float32.
+def group_delta(layer: LoraLinear, adapter: str) -> Tensor:
+    """The delta of ``adapter``, the same for all weights of a group: (out_features, n_pooled), float32.
 
     PEFT averages the inputs of a group and multiplies with the number of groups.
     """

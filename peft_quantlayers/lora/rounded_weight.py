@@ -1,6 +1,6 @@
-"""The rounded weight of merge-aware training, for methods that cannot round a change tile by tile.
+"""The rounded weight of merge-aware training, for methods that cannot round a delta tile by tile.
 
-Choosing codes costs more than a product with them. So the codes are kept, and during training they are chosen anew
+Choosing codes costs more than a product with them. So the codes are kept, and during training they are chosen again
 only when the adapters have changed several times; outside of training always, so that what is evaluated is what is
 merged.
 """
@@ -30,14 +30,14 @@ class RoundedWeight:
         return RoundedWeight().__dict__
 
     @torch.compiler.disable
-    def tensors(self, base: QuantizedLinear, left: Tensor, right: Tensor, *, may_lag: bool) -> dict[str, Tensor]:
-        """Tensors of the rounded weight.
+    def weight(self, base: QuantizedLinear, left: Tensor, right: Tensor, *, may_lag: bool) -> QuantizedWeight:
+        """The rounded weight.
 
         Args:
-            base: the layer whose weight is changed.
+            base: the layer that the delta is added to.
             left: (out_features, r), float32.
             right: (r, in_features), float32.
-            may_lag: whether codes of the last ``STEPS_PER_CHOICE`` changes will do.
+            may_lag: whether codes of the last ``STEPS_PER_CHOICE`` changes may be used.
         """
         left, right = left.detach(), right.detach()
         if not self._is_seen(base, left, right):
@@ -45,11 +45,9 @@ class RoundedWeight:
             self._seen = (base.n_writes, left, right)
         if self._weight is None or self._n_changes >= (STEPS_PER_CHOICE if may_lag else 1):
             with torch.no_grad(), torch.autocast(left.device.type, enabled=False):
-                self._weight = base.method.merged(
-                    base.quantized_weight, lambda rows: left[rows] @ right, name=base.layer_name
-                )
+                self._weight = base.method.merged(base.quantized_weight, lambda rows: left[rows] @ right)
             self._n_changes = 0
-        return dict(self._weight.tensors)
+        return self._weight
 
     def _is_seen(self, base: QuantizedLinear, left: Tensor, right: Tensor) -> bool:
         if self._seen is None:

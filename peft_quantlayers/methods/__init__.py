@@ -1,10 +1,13 @@
-"""Quantization methods: from float weights to specs and tensors, and back. Imports formats and kernels only."""
+"""Quantization methods: from float weights to specs and tensors, and back. Imports formats and kernels only.
+
+A method is one file (or folder) here, which registers itself: all of them are imported with this package.
+"""
 
 from .aqlm import AQLMConfig, AQLMMethod, AQLMSpec, move_aqlm_codes
 from .base import QuantMethod
-from .config import QuantConfig
+from .config import QuantConfig, make_config
 from .hqq import HQQConfig, HQQMethod, HQQSpec
-from .registry import get_method, register_method, registered_methods, spec_from_dict
+from .registry import get_method, import_methods, register_method, registered_methods, spec_from_dict
 
 __all__ = [
     "AQLMConfig",
@@ -16,8 +19,11 @@ __all__ = [
     "QuantConfig",
     "QuantMethod",
     "get_method",
+    "make_config",
     "move_aqlm_codes",
     "register_method",
     "registered_methods",
     "spec_from_dict",
 ]
+
+import_methods(__path__, __name__)

@@ -1,29 +1,40 @@
 """What a quantization method is.
 
-A method is one frozen spec, a ``quantize``, a ``dequantize`` and a ``linear``. Layer, LoRA, merging, saving and
-loading, command line and contract tests follow from its registration.
+A method is a frozen spec, a ``quantize`` and a ``dequantize``. Layer, LoRA, merging, saving and loading, tuned scales
+and the contract tests follow from its registration; see ``docs/new_method.md``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.tiled import WeightTiles
+from quantlayers_kernels.tiled import WeightTiles, row_ranges
+from quantlayers_kernels.tiled_linear import tiled_linear
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
+from .dithered_codes import dithered_codes
 
 SpecT = TypeVar("SpecT", bound=QuantSpec)
 
+# Rows of a delta for a range of rows: (n, in_features), float32, finite, in weight units.
+DeltaRows = Callable[[slice], Tensor]
+
 
 class QuantMethod(ABC, Generic[SpecT]):
-    """Quantizes weights of one kind. Stateless: every function takes what it needs and writes into nothing."""
+    """Quantizes weights of one kind. Stateless: every function takes what it needs and changes no argument.
+
+    Functions here know no layer's name; a layer adds its own to the errors that they raise.
+    """
 
     spec_type: ClassVar[type[QuantSpec]]
-    # Whether ``quantize`` with ``start`` betters all of it, its grid too, and so errs less than from scratch.
     improves_start: ClassVar[bool] = False
+    """Whether ``quantize`` with ``start`` also refines the grid, so that its error is lower than from scratch."""
+    calibration_requirement: ClassVar[str] = "This method has no calibrated quantizer."
+    """Why a spec of this method may be unable to use a Hessian, and what to do, in a sentence for error messages."""
 
     @abstractmethod
     def quantize(
@@ -31,143 +42,159 @@ class QuantMethod(ABC, Generic[SpecT]):
         weight: Tensor,
         spec: SpecT,
         *,
-        name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
-        rounds: int | None = None,
+        iterations: int | None = None,
     ) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
-        The spec of the result may differ from ``spec`` where the weight asks for it (wider metadata).
+        The spec of the result may differ from ``spec`` where the weight needs it (wider metadata).
 
         Args:
             weight: what to quantize.
             spec: how.
-            name: the layer's name, for messages.
-            hessian: second moment ``E[x x.T]`` of the layer's inputs, (in_features, in_features), float32. With it
-                the error that counts is that of the outputs, ``tr(D H D.T)``; without, that of the weight. A method
-                that cannot use it ignores it.
-            start: a quantized weight of the same layer and spec to begin from: what it shares with ``weight`` is
+            hessian: second moment ``E[x x.T]`` of the layer's inputs, (in_features, in_features), float32. If given,
+                minimises the output error ``tr(D H D.T)`` instead of the weight error. A method that cannot use it
+                ignores it.
+            start: a quantized weight of the same shape and spec to start from: what it shares with ``weight`` is
                 kept, its grid or its codes. A method that cannot use it ignores it.
-            rounds: how often codes and the rest are fitted in turn, with ``hessian``; None for the method's own.
+            iterations: how often codes and grid are fitted in turn, with ``hessian``; None for the method's default.
 
         Raises:
-            ValueError: the shape does not fit the spec, or the weight holds NaN or Inf; names ``name``.
+            ValueError: the shape does not fit the spec, or the weight holds NaN or Inf.
         """
 
     def can_use_hessian(self, spec: SpecT) -> bool:
-        """Whether :meth:`quantize` makes use of a Hessian for this spec."""
+        """Whether :meth:`quantize` uses a Hessian for this spec."""
         return False
 
     @abstractmethod
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], spec: SpecT, *, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        """The dense weight (out_features, in_features) in ``dtype``, differentiable in the floating tensors."""
+    def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What ``weight``, a single one, stands for: (out_features, in_features) in ``dtype``.
 
-    def dense(self, weight: QuantizedWeight) -> Tensor:
-        """What ``weight`` stands for, (out_features, in_features), float32."""
-        spec = cast(SpecT, weight.spec)
-        return self.dequantize(weight.tensors, spec, in_features=weight.in_features, dtype=torch.float32)
-
-    @abstractmethod
-    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: SpecT, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``."""
-
-    def weight_tiles(
-        self, tensors: Mapping[str, Tensor], spec: SpecT, *, in_features: int, dtype: torch.dtype
-    ) -> WeightTiles:
-        """Row ranges of the dense weight with their values in ``dtype``, whose memory the next may reuse.
-
-        Here it is all rows at once. A method that dequantizes rows by themselves needs no dense weight for this.
+        Differentiable in the tensors that the spec's ``trainable_roles`` names. Rows are dequantized by themselves:
+        ``dequantize(weight.rows(slice(a, b)))``.
         """
-        weight = self.dequantize(tensors, spec, in_features=in_features, dtype=dtype)
-        yield slice(0, weight.shape[0]), weight
 
-    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
-        """``weight`` plus ``change``, beginning from the codes that it has; no change gives the same bits.
+    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: (..., in_features) to (..., out_features), dtype of ``x``.
 
-        Here it is quantized anew with ``weight`` as the start. A method that rounds a change into its codes better
-        than that does so, and offers :meth:`merged_tiles` for training through the same rounding.
+        By default a range of rows is dequantized at a time, again in the backward pass, so that no dense weight is
+        ever in memory.
+        """
+
+        def dequantize_rows(tensors: Mapping[str, Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+            return self.dequantize(_with_tensors(weight, tensors).rows(rows), dtype=dtype)
+
+        return tiled_linear(x, weight.tensors, dequantize_rows, bias, out_features=weight.out_features)
+
+    def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
+        """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""
+        for rows in _row_ranges(weight):
+            yield rows, self.dequantize(weight.rows(rows), dtype=dtype)
+
+    # ---- merging a delta
+
+    def merged(self, weight: QuantizedWeight, delta: DeltaRows) -> QuantizedWeight:
+        """``weight`` plus a delta, on the grid that it has; where the delta is zero, codes stay as they are.
+
+        By default each code is one of the two around the target, chosen by a fixed dither so that the delta is right
+        on average: nearest codes would lose a delta that is much smaller than a step. A method whose codes name
+        entries of a codebook is quantized with ``weight`` as the start instead, unless it overrides this.
 
         Args:
-            weight: what to change; it is left as it is.
-            change: rows of the change for a range of rows, (n, in_features), float32, finite.
-            name: the layer's name, for messages.
+            weight: what to add to; not changed.
+            delta: rows of the delta.
         """
-        whole = change(slice(0, weight.out_features))
-        if not whole.any():
-            return weight
-        return self.quantize(self.dense(weight) + whole, cast(SpecT, weight.spec), name=name, start=weight)
+        if weight.spec.max_code is None:
+            whole = delta(slice(0, weight.out_features))
+            if not whole.any():
+                return weight
+            return self.quantize(self.dequantize(weight) + whole, cast(SpecT, weight.spec), start=weight)
+        codes = weight.codes().clone()
+        for rows in _row_ranges(weight):
+            codes[rows] = dithered_codes(
+                codes[rows],
+                delta(rows),
+                partial(self._values, weight.rows(rows)),
+                max_code=weight.spec.max_code,
+                first_row=rows.start,
+            )
+        return weight.with_codes(codes)
+
+    def _values(self, weight: QuantizedWeight, codes: Tensor) -> Tensor:
+        return self.dequantize(weight.with_codes(codes))
 
     @property
     def rounds_by_tiles(self) -> bool:
-        """Whether :meth:`merged_tiles` is there."""
+        """Whether :meth:`merged_tiles` is implemented."""
         return type(self).merged_tiles is not QuantMethod.merged_tiles
 
-    def merged_tiles(
-        self,
-        tensors: Mapping[str, Tensor],
-        spec: SpecT,
-        change: Callable[[slice], Tensor],
-        *,
-        in_features: int,
-        dtype: torch.dtype,
-    ) -> WeightTiles:
-        """Row ranges of the dense weight that :meth:`merged` gives, with their tiles in ``dtype``, one at a time."""
-        raise NotImplementedError(f"{spec.method} weights are not rounded tile by tile.")
+    def merged_tiles(self, weight: QuantizedWeight, delta: DeltaRows, *, dtype: torch.dtype) -> WeightTiles:
+        """Row ranges of the dense weight that :meth:`merged` gives, with their values in ``dtype``, one at a time.
 
-    def shift_group_size(self, spec: SpecT, *, in_features: int) -> int:
-        """How many neighbouring inputs of a row share an offset that can take any value: see :meth:`shifted`.
+        For merge-aware training, where :meth:`merged` is fast enough to run in every pass.
+        """
+        raise NotImplementedError(f"{weight.spec.method} weights are not rounded tile by tile.")
+
+    def group_delta_size(self, spec: SpecT, *, in_features: int) -> int:
+        """How many neighbouring inputs of a row share an offset that can take any value: see :meth:`with_group_delta`.
 
         Raises:
-            NotImplementedError: weights of ``spec`` have no such offset; says why.
+            NotImplementedError: weights of ``spec`` have no such offset; says why and what to quantize with instead.
         """
         raise NotImplementedError(f"{spec.method} weights have no offset for each group that could take any value.")
 
-    def shifted(self, weight: QuantizedWeight, change: Tensor, *, name: str) -> QuantizedWeight:
-        """``weight`` plus a change that is constant in each group, without rounding any code.
+    def with_group_delta(self, weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight:
+        """``weight`` plus a delta that is constant in each group, folded into the groups' offsets: no code changes.
 
         Args:
-            weight: what to change; it is left as it is.
-            change: weight units, (out_features, n_groups), float32; groups of :meth:`shift_group_size`.
-            name: the layer's name, for messages.
+            weight: what to add to; not changed.
+            delta: weight units, (out_features, n_groups), float32; groups of :meth:`group_delta_size`.
 
         Raises:
-            NotImplementedError: as :meth:`shift_group_size`.
-            ValueError: the change holds NaN or Inf; names ``name``.
+            NotImplementedError: as :meth:`group_delta_size`.
+            ValueError: the delta holds NaN or Inf.
         """
-        raise NotImplementedError(f"{name}: {weight.spec.method} weights cannot be shifted group by group.")
+        raise NotImplementedError(f"{weight.spec.method} weights have no offset for each group.")
 
 
-def checked_layout(weight: Tensor, spec: QuantSpec, *, name: str) -> dict[str, TensorLayout]:
-    """Layout of ``weight`` (out_features, in_features); ValueError with layer and remedy where it does not fit."""
-    try:
-        return spec.tensor_layout(*weight.shape)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error} Or skip the layer with skip_modules=[{name!r}].") from None
+def _row_ranges(weight: QuantizedWeight) -> Iterator[slice]:
+    device = weight.tensors[weight.spec.codes_name].device
+    return row_ranges(weight.out_features, weight.in_features, device, multiple=weight.row_multiple)
 
 
-def refuse_not_finite(weight: Tensor, *, name: str) -> None:
-    """Raise ValueError with layer and remedy where ``weight`` holds NaN or Inf."""
+def _with_tensors(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    return QuantizedWeight(
+        spec=weight.spec,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        tensors=dict(tensors),
+    )
+
+
+def checked_layout(weight: Tensor, spec: QuantSpec) -> dict[str, TensorLayout]:
+    """Layout of ``weight`` (out_features, in_features). Raises ValueError if its shape does not fit."""
+    return spec.tensor_layout(*weight.shape)
+
+
+def refuse_not_finite(weight: Tensor) -> None:
+    """Raise ValueError if ``weight`` holds NaN or Inf."""
     if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"{name}: the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint, or "
-            f"skip the layer with skip_modules=[{name!r}]."
-        )
+        raise ValueError("the weight holds NaN or Inf, which no code can stand for. Repair the checkpoint.")
 
 
-def checked_hessian(hessian: Tensor, weight: Tensor, *, name: str) -> Tensor:
+def checked_hessian(hessian: Tensor, weight: Tensor) -> Tensor:
     """``hessian`` on the device of ``weight``; ValueError unless it is a finite float32 second moment of inputs."""
     in_features = weight.shape[1]
     if tuple(hessian.shape) != (in_features, in_features) or hessian.dtype != torch.float32:
         raise ValueError(
-            f"{name}: the Hessian must be float32 of shape {(in_features, in_features)}, got {hessian.dtype} of shape "
+            f"the Hessian must be float32 of shape {(in_features, in_features)}, got {hessian.dtype} of shape "
             f"{tuple(hessian.shape)}."
         )
     if not (torch.isfinite(hessian).all() and (hessian.diagonal() > 0).all()):
         raise ValueError(
-            f"{name}: the Hessian holds NaN or Inf, or its diagonal a value that is not positive: some input was "
-            "never seen. Calibrate on more text, or with more damping."
+            "the Hessian holds NaN or Inf, or a value on its diagonal that is not positive: some input was never "
+            "seen. Calibrate on more text, or with more damping."
         )
     return hessian.to(weight.device)

@@ -19,7 +19,10 @@ def matches(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Which modules of a model are quantized, and which of them differ. Mixed into each method's own config.
+    """Which modules of a model are quantized, and which of them differ. Mixed into each method's spec.
+
+    A method's config is this class and its spec together: ``make_config(MySpec)``, or a class of two lines. Fields of
+    both are validated when it is made.
 
     Fields:
         compute_dtype: dtype of the layers' dense face; None for the model's.
@@ -44,7 +47,8 @@ class QuantConfig:
             raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
         return super().__new__(cls)
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # the spec's: this class is mixed into one
         if self.compute_dtype is not None:
             object.__setattr__(self, "compute_dtype", dtype_name("compute_dtype", self.compute_dtype))
         check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
@@ -96,3 +100,17 @@ class QuantConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`; transformers asks for it when it prints a config."""
         return self.to_dict()
+
+
+def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:
+    """The config class of a method, named after ``spec_type`` and to be assigned under that name where the spec is.
+
+    ``MyConfig = make_config(MySpec)`` in the module of ``MySpec``.
+    """
+    name = spec_type.__name__.removesuffix("Spec") + "Config"
+    doc = (
+        f"Quantize a model with {spec_type.method}. Fields: those of :class:`{spec_type.__name__}` and of "
+        ":class:`QuantConfig`."
+    )
+    contents = {"__doc__": doc, "__module__": spec_type.__module__, "spec_type": spec_type}
+    return dataclass(frozen=True, kw_only=True)(type(name, (QuantConfig, spec_type), contents))

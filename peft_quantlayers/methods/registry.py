@@ -1,6 +1,9 @@
 """The registry of quantization methods: those of this folder, and those of installed packages."""
 
+import importlib
 import logging
+import pkgutil
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -9,6 +12,7 @@ from .base import QuantMethod
 
 logger = logging.getLogger(__name__)
 
+# An entry point of this group names a class without arguments, a QuantMethod.
 ENTRY_POINT_GROUP = "peft_quantlayers.methods"
 
 _methods: dict[str, QuantMethod] = {}
@@ -25,6 +29,12 @@ def register_method(method: QuantMethod) -> None:
     if name in _methods and type(_methods[name]) is not type(method):
         raise ValueError(f"a quantization method named {name!r} is registered already: {_methods[name]!r}.")
     _methods[name] = method
+
+
+def import_methods(folder: Iterable[str], package: str) -> None:
+    """Import every module and package of ``folder``, so that the methods in them register themselves."""
+    for module in pkgutil.iter_modules(folder):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def registered_methods() -> dict[str, QuantMethod]:
@@ -46,10 +56,12 @@ def get_method(name: str) -> QuantMethod:
     Raises:
         ValueError: nothing is registered under that name.
     """
-    methods = registered_methods()
-    if name not in methods:
-        raise ValueError(f"unknown quantization method {name!r}; known are {sorted(methods)}.")
-    return methods[name]
+    method = _methods.get(name)
+    if method is None:
+        method = registered_methods().get(name)
+    if method is None:
+        raise ValueError(f"unknown quantization method {name!r}; known are {sorted(_methods)}.")
+    return method
 
 
 def spec_from_dict(fields: Any) -> QuantSpec:

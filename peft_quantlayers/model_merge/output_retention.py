@@ -1,19 +1,22 @@
-"""What of an adapter's change of each layer's outputs is left in the merged ones, on the inputs of a forward pass."""
+"""How much of an adapter's delta of each layer's outputs is left after a merge, on the inputs of a forward pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .targets import MergeableLayer
+from ..layers import QuantizedLinear
+from ..merging import Snapshot
+from .targets import MergeTarget
 
 
-class OutputChange:
-    """Sums over a layer's outputs, from which :attr:`kept` and :attr:`noise` follow."""
+class OutputRetention:
+    """Sums over a layer's outputs, from which :attr:`retained` and :attr:`noise` follow."""
 
     def __init__(self) -> None:
         self.energy = self.moved = self.missed = 0.0
@@ -21,42 +24,41 @@ class OutputChange:
     def add(self, base: Tensor, adapter: Tensor, merged: Tensor) -> None:
         """Take in the outputs of the layer without adapter, with it, and merged, for the same inputs."""
         base, adapter, merged = base.float(), adapter.float(), merged.float()
-        change = adapter - base
-        self.energy += float(change.square().sum())
-        self.moved += float(((merged - base) * change).sum())
+        delta = adapter - base
+        self.energy += float(delta.square().sum())
+        self.moved += float(((merged - base) * delta).sum())
         self.missed += float((merged - adapter).square().sum())
 
     @property
-    def kept(self) -> float:
-        """The coefficient of the adapter's change in the merged layer's, by least squares; 1 without a change."""
+    def retained(self) -> float:
+        """The coefficient of the adapter's delta in that of the merged layer, by least squares; 1 without a delta."""
         return self.moved / self.energy if self.energy else 1.0
 
     @property
     def noise(self) -> float:
-        """Norm of what else changed over that of the adapter's change."""
+        """Norm of all else that changed, over that of the adapter's delta."""
         if not self.energy:
             return 0.0
-        return math.sqrt(max(0.0, self.missed / self.energy - (1.0 - self.kept) ** 2))
+        return math.sqrt(max(0.0, self.missed / self.energy - (1.0 - self.retained) ** 2))
 
 
 @contextmanager
-def watched(layers: Iterable[tuple[MergeableLayer, Any, OutputChange]]) -> Iterator[None]:
+def watched(layers: Iterable[tuple[MergeTarget, Snapshot, OutputRetention]]) -> Iterator[None]:
     """Take in what each layer computes in its forward pass, with its adapters and without, and when it is merged.
 
+    The layers themselves are not touched: outputs of the base and of the merged layer are computed from their weights.
+
     Args:
-        layers: each unmerged, with the state in which it is merged, and the sums that its outputs go into.
+        layers: each unmerged, with the snapshot in which it is merged, and the sums that its outputs go into.
     """
 
-    def hook_of(layer: MergeableLayer, merged: Any, change: OutputChange) -> Any:
+    def hook_of(merged: Snapshot, retention: OutputRetention) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            unmerged, base = layer.merge_state(), module.base_layer(args[0])
-            layer.restore(merged)
-            change.add(base, output, module.base_layer(args[0]))
-            layer.restore(unmerged)
+            retention.add(module.base_layer(args[0]), output, _output_in(merged, args[0]))
 
         return hook
 
-    handles = [module_of(layer).register_forward_hook(hook_of(layer, *rest)) for layer, *rest in layers]
+    handles = [target.module.register_forward_hook(hook_of(merged, retention)) for target, merged, retention in layers]
     try:
         yield
     finally:
@@ -64,6 +66,11 @@ def watched(layers: Iterable[tuple[MergeableLayer, Any, OutputChange]]) -> Itera
             handle.remove()
 
 
-def module_of(layer: MergeableLayer) -> nn.Module:
-    """The adapter layer of PEFT that merges as ``layer``."""
-    return layer if isinstance(layer, nn.Module) else cast(Any, layer).layer
+def _output_in(snapshot: Snapshot, x: Tensor) -> Tensor:
+    """What the layer under the adapters gives for ``x`` in a snapshot."""
+    base = snapshot.base
+    if snapshot.weight is not None and isinstance(base, QuantizedLinear):
+        return base.forward_with(x, snapshot.weight, snapshot.tensors.get("bias"))
+    if isinstance(base, nn.Linear):  # dense: its weight is in the module
+        return base(x)
+    return torch.func.functional_call(base, snapshot.tensors, (x,))

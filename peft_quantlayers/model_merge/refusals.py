@@ -1,4 +1,4 @@
-"""What ``merge_back`` looks at before and while it merges; each raises with the way out. Changes nothing."""
+"""What ``merge_back`` refuses, before and while it merges; each check raises with the way out. Changes nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from ..integrations.private_peft import tied_target_modules
 
 
 def refuse_other_models(peft_model: Any) -> None:
@@ -92,8 +94,7 @@ def refuse_biases_without_a_place(peft_model: PeftModel, names: list[str]) -> No
 
 def refuse_tied_weights(peft_model: PeftModel) -> None:
     """Raise where an adapter lies on one of two layers that share a weight: the other would be changed with it."""
-    tuner = cast(Any, peft_model.base_model)
-    tied = tuner._get_tied_target_modules(tuner.model)
+    tied = tied_target_modules(peft_model.base_model)
     if tied and not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
         raise ValueError(
             f"{sorted(tied)} has an adapter, and shares its weight with another layer, which a merge would change "

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from ..formats.spec import TENSOR_ROLES
+from ..formats.spec import METADATA_ROLES
 
 BIASES, NORMS = "biases", "norms"
-TRAINABLE = (*TENSOR_ROLES, BIASES, NORMS)
+TRAINABLE = (*METADATA_ROLES, BIASES, NORMS)
 
 
 class QuantScalesType(str, enum.Enum):  # noqa: UP042 (PEFT's status reads the name from str() of such a class)

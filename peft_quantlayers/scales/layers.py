@@ -1,14 +1,14 @@
 """Layers of scale-only finetuning: a base layer computing with trained copies of some of its floating tensors.
 
-May import layers and PEFT's public classes. Which layers and tensors those are is found in
-``integrations/scales.py``.
+May import layers, merging, and PEFT's public classes. Which layers and tensors those are is found in
+``integrations/peft_scales.py``.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
+from ..merging import AdapterTraits, MergePlan, MergeResult, MergeRule, MergeSource, MergeState
+from ..merging.rules import RULES_FOR_EXACT_WEIGHTS
 
 
 class TunedTensors(nn.Module):
@@ -40,15 +42,17 @@ class TunedTensors(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
-class QuantScalesLayer(nn.Module, BaseTunerLayer):
+class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
     """What all layers of scale-only finetuning share: adapters by name, one of them active, and exact merging.
 
     Attributes:
         quant_scales_tensors: the trained tensors of each adapter.
         layer_name: the module's name in its model, for messages.
+        merging: what is merged into this layer, and the way back.
     """
 
     adapter_layer_names = ("quant_scales_tensors",)
+    merge_rules = RULES_FOR_EXACT_WEIGHTS
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, names: Iterable[str], *, layer_name: str) -> None:
         super().__init__()
@@ -56,7 +60,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer):
         self.layer_name = layer_name
         self.quant_scales_tensors = nn.ModuleDict()
         self.merged_adapters = []
-        self._unmerged: Any = None
+        self.merging = MergeState(self, tuple(name for name, _ in self.tensors_beside_weight()))
         self.update_layer(adapter_name, names)
 
     def update_layer(self, adapter_name: str, names: Iterable[str]) -> None:
@@ -127,21 +131,18 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer):
             ValueError: as :meth:`adapter_to_merge`; the layer is left as it was.
         """
         adapter_name = self.adapter_to_merge(adapter_names)
-        if adapter_name is None:
-            return
-        self._unmerged = self._stored()
-        tuned = self.tuned_tensors(adapter_name)
-        self._store({name: tensor.detach().clone() for name, tensor in tuned.items()})
-        self.merged_adapters.append(adapter_name)
+        if adapter_name is not None:
+            with torch.no_grad():
+                weight, tensors = self.merged_values(adapter_name)
+            result = None if weight is None else MergeResult(strategy="exact", weight=weight)
+            self.merging.write((adapter_name,), result, tensors)
 
     def unmerge(self) -> None:
         """Put back the tensors from before the merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self._restore(self._unmerged)
-        self._unmerged = None
-        self.merged_adapters.clear()
+        self.merging.undo()
 
     @abstractmethod
     def forward_with(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -152,13 +153,28 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer):
         """Dtype in which a merged tensor is stored, and in which it is computed with before, so that both agree."""
 
     @abstractmethod
-    def _stored(self) -> Any: ...
+    def merged_values(self, adapter_name: str) -> tuple[QuantizedWeight | None, dict[str, Tensor]]:
+        """The quantized weight with the adapter's tensors (None for a norm), and the base's other tensors of it."""
 
     @abstractmethod
-    def _store(self, tensors: dict[str, Tensor]) -> None: ...
+    def tensors_beside_weight(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters of the base that a merge may change beside its quantized weight, by name."""
 
-    @abstractmethod
-    def _restore(self, stored: Any) -> None: ...
+    # What MergeState asks of its host.
+
+    def current_base(self) -> nn.Module:
+        """The layer under the adapters as it is now."""
+        return self.base_layer
+
+    def put_base(self, base: nn.Module) -> None:
+        """Make ``base`` the layer under the adapters."""
+        self.base_layer = base
+
+    def host_state(self) -> None:
+        """Nothing else changes here."""
+
+    def set_host_state(self, state: Any) -> None:
+        """Nothing."""
 
 
 class QuantScalesLinear(QuantScalesLayer):
@@ -170,36 +186,54 @@ class QuantScalesLinear(QuantScalesLayer):
         self._merged_dtypes = {name: entry.dtype for name, entry in layout.items()}
 
     def forward_with(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return self.base_layer(*args, replaced=tensors, **kwargs)
+        return torch.func.functional_call(self.base_layer, tensors, args, kwargs)
 
     def merged_dtype(self, name: str) -> torch.dtype:
-        return self._base().bias.dtype if name == "bias" else self._merged_dtypes[name]
+        return self.merging.base.bias.dtype if name == "bias" else self._merged_dtypes[name]
 
-    def _base(self) -> QuantizedLinear:
-        return cast(QuantizedLinear, self.base_layer)
+    def merged_values(self, adapter_name: str) -> tuple[QuantizedWeight | None, dict[str, Tensor]]:
+        tuned = {name: tensor.detach().clone() for name, tensor in self.tuned_tensors(adapter_name).items()}
+        others = {"bias": tuned.pop("bias")} if "bias" in tuned else {}
+        if not tuned:
+            return None, others
+        weight = cast(QuantizedWeight, self.merging.unmerged_or_now.weight)
+        device = next(iter(tuned.values())).device
+        tensors = {
+            name: tuned.get(name, weight.tensors[name].to(device)).to(dtype)
+            for name, dtype in self._merged_dtypes.items()
+        }
+        return replace(weight, spec=weight.spec.widened(), tensors=tensors), others
 
-    def _stored(self) -> tuple[QuantizedWeight, Tensor | None]:
-        base = self._base()
-        return base.quantized_weight, None if base.bias is None else base.bias.data
+    def tensors_beside_weight(self) -> Iterable[tuple[str, nn.Parameter]]:
+        bias = cast(QuantizedLinear, self.base_layer).bias
+        return [] if bias is None else [("bias", bias)]
 
-    def _store(self, tensors: dict[str, Tensor]) -> None:
-        base = self._base()
-        tensors = dict(tensors)
-        if "bias" in tensors:
-            base.bias.data = tensors.pop("bias")
-        if tensors:
-            old = base.quantized_weight
-            merged = {
-                name: tensors.get(name, old.tensors[name]).to(dtype) for name, dtype in self._merged_dtypes.items()
-            }
-            base.quantized_weight = replace(old, spec=base.spec.widened(), tensors=merged)
+    def plan(self, names: Sequence[str]) -> MergePlan:
+        """As :meth:`MergeSource.plan`; the target is the weight with the tuned tensors, unrounded.
 
-    def _restore(self, stored: tuple[QuantizedWeight, Tensor | None]) -> None:
-        base, (weight, bias) = self._base(), stored
-        device = base.codes.device
-        base.quantized_weight = weight.to(device)
-        if bias is not None:
-            base.bias.data = bias.to(device)
+        Raises:
+            ValueError: as :meth:`adapter_to_merge`.
+        """
+        base, state = self.merging.base, self.merging.unmerged_or_now
+        before = cast(QuantizedWeight, state.weight)
+        present = [name for name in names if name in self.quant_scales_tensors]
+        if present != self.merged_adapters:
+            self.adapter_to_merge(present)
+        exact, tensors = before, dict[str, Tensor]()
+        for name in present:
+            merged, tensors = self.merged_values(name)
+            exact = before if merged is None else merged
+        return MergePlan(
+            layer_name=base.layer_name,
+            adapters=AdapterTraits(names=tuple(present), strategies=("exact",)),
+            weight=before,
+            before=base.method.dequantize(before),
+            target=base.method.dequantize(exact),
+            exact=exact,
+            tensors=tensors,
+            compute_dtype=base.compute_dtype,
+            branch=base.branch,
+        )
 
 
 class QuantScalesNorm(QuantScalesLayer):
@@ -211,14 +245,20 @@ class QuantScalesNorm(QuantScalesLayer):
     def merged_dtype(self, name: str) -> torch.dtype:
         return self.base_layer.get_parameter(name).dtype
 
-    def _stored(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self.base_layer.named_parameters()}
+    def merged_values(self, adapter_name: str) -> tuple[QuantizedWeight | None, dict[str, Tensor]]:
+        return None, {name: tensor.detach().clone() for name, tensor in self.tuned_tensors(adapter_name).items()}
 
-    def _store(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.base_layer.get_parameter(name).data = tensor
+    def tensors_beside_weight(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.base_layer.named_parameters()
 
-    def _restore(self, stored: dict[str, Tensor]) -> None:
-        for name, tensor in stored.items():
-            parameter = self.base_layer.get_parameter(name)
-            parameter.data = tensor.to(parameter.device)
+    @property
+    def is_mergeable(self) -> bool:
+        return True
+
+    def plan(self, names: Sequence[str]) -> MergePlan:
+        """Raises NotImplementedError: a norm has no quantized weight, and is merged without a plan."""
+        raise NotImplementedError(f"{self.layer_name} is a norm, which has no quantized weight.")
+
+    def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
+        """Merge the adapter, whatever the rule: nothing is rounded."""
+        self.merge(adapter_names=list(names))

@@ -1,4 +1,4 @@
-"""LoftQ: adapters that begin with what quantizing lost. The float weights come from outside: layers hold codes."""
+"""LoftQ: adapters initialised from the quantization error. The float weights come from outside: layers hold codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..integrations.checkpoint_headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
+from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -158,12 +159,12 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     scaling = layer.scaling[adapter]
     norm = float(target.norm()) or 1.0
 
-    def change() -> Tensor:
+    def delta() -> Tensor:
         return scaling * (B.float() @ A.float())
 
     old = quantized = base.quantized_weight
-    lost = target - base.method.dense(old)
-    before = least = float((lost - change()).norm()) / norm
+    lost = target - base.method.dequantize(old)
+    before = least = float((lost - delta()).norm()) / norm
     best = old, A.data, B.data
     if before >= 1:
         raise ValueError(
@@ -173,11 +174,11 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     for iteration in range(iterations):
         if iteration:
             start = quantized if base.method.improves_start else None
-            quantized = base.method.quantize(target - change(), quantized.spec, name=name, start=start)
-            lost = target - base.method.dense(quantized)
+            quantized = quantize_weight(target - delta(), quantized.spec, layer_name=name, start=start)
+            lost = target - base.method.dequantize(quantized)
         left, right = _low_rank_approximation(lost / scaling, A.shape[0])
         A.data, B.data = right.to(A.dtype), left.to(B.dtype)
-        found = float((lost - change()).norm()) / norm
+        found = float((lost - delta()).norm()) / norm
         if found < least:
             best, least = (quantized, A.data, B.data), found
     if best[0] is not old:

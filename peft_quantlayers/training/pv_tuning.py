@@ -185,15 +185,13 @@ class PVTuner(torch.optim.AdamW):
 
     def _move(self, name: str) -> int:
         layer = self.layers[name]
-        old = layer.quantized_weight
-        codes, n_changed = move_aqlm_codes(
-            old.tensors,
+        layer.quantized_weight, n_changed = move_aqlm_codes(
+            layer.quantized_weight,
             self._gradients.pop(name),
             step=self.code_lr,
             max_change=self.max_code_change,
             trust_ratio=self.trust_ratio,
         )
-        layer.quantized_weight = replace(old, tensors=old.tensors | {"codes": codes})
         return n_changed
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,12 +36,11 @@ class AbsmaxSpec(QuantSpec):
 
     method: ClassVar[str] = "toy_absmax"
     codes_name: ClassVar[str] = "codes"
-    tensor_roles: ClassVar[Mapping[str, str]] = {"scale": "scales"}
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
-            "codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8),
-            "scale": TensorLayout(shape=(out_features, 1), dtype=torch.float32),
+            "codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8, role="codes"),
+            "scale": TensorLayout(shape=(out_features, 1), dtype=torch.float32, role="scales"),
         }
 
 
@@ -54,26 +52,19 @@ class AbsmaxMethod(QuantMethod):
         weight: Tensor,
         spec: QuantSpec,
         *,
-        name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
-        rounds: int | None = None,
+        iterations: int | None = None,
     ) -> QuantizedWeight:
         weight = weight.detach().float()
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: the weight holds NaN or Inf.")
+            raise ValueError("the weight holds NaN or Inf.")
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         tensors = {"codes": (weight / scale).round().to(torch.int8), "scale": scale}
         return QuantizedWeight(spec=spec, out_features=weight.shape[0], in_features=weight.shape[1], tensors=tensors)
 
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], spec: QuantSpec, *, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        return (tensors["codes"] * tensors["scale"]).to(dtype)
-
-    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: QuantSpec, bias: Tensor | None) -> Tensor:
-        weight = self.dequantize(tensors, spec, in_features=x.shape[-1], dtype=x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (weight.tensors["codes"] * weight.tensors["scale"]).to(dtype)
 
 
 METHODS = sorted({*registered_methods(), "toy_absmax"})
@@ -116,16 +107,17 @@ def test_the_default_spec_survives_json(method, spec):
 def test_quantizing_keeps_the_layout_and_the_weight(method, spec, dtype):
     weight = random_weight(dtype)
     before = weight.clone()
-    quantized = method.quantize(weight, spec, name="layer")
+    quantized = method.quantize(weight, spec)
     quantized.check("layer")
     assert (quantized.out_features, quantized.in_features) == SHAPE
     assert spec.codes_name in quantized.tensors
     assert not quantized.tensors[spec.codes_name].is_floating_point()
-    assert all(t.is_floating_point() for name, t in quantized.tensors.items() if name != spec.codes_name)
+    layout = quantized.spec.tensor_layout(*SHAPE)
+    assert [name for name, entry in layout.items() if entry.role == "codes"] == [spec.codes_name]
     nbytes = sum(tensor.nbytes for tensor in quantized.tensors.values())
     assert quantized.bits_per_weight == 8 * nbytes / weight.numel()
     assert torch.equal(weight, before)
-    again = method.quantize(weight, spec, name="layer")
+    again = method.quantize(weight, spec)
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in quantized.tensors.items())
 
 
@@ -133,16 +125,16 @@ def test_a_weight_that_lies_transposed_in_memory_gets_the_same_codes(method, spe
     weight = random_weight()
     transposed = weight.t().contiguous().t()
     assert not transposed.is_contiguous()
-    expected = method.quantize(weight, spec, name="layer")
-    found = method.quantize(transposed, spec, name="layer")
+    expected = method.quantize(weight, spec)
+    found = method.quantize(transposed, spec)
     assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in expected.tensors.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype):
     weight = random_weight()
-    quantized = method.quantize(weight, spec, name="layer")
-    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
+    quantized = method.quantize(weight, spec)
+    dense = method.dequantize(quantized, dtype=dtype)
     assert dense.shape == SHAPE
     assert dense.dtype == dtype
     assert (dense.float() - weight).norm() < 0.5 * weight.norm()
@@ -151,9 +143,9 @@ def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_are_the_rows_of_the_dequantized_weight(method, spec, dtype, set_tile_elements):
     set_tile_elements(6 * SHAPE[1])
-    quantized = method.quantize(random_weight(), spec, name="layer")
-    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
-    tiles = method.weight_tiles(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=dtype)
+    quantized = method.quantize(random_weight(), spec)
+    dense = method.dequantize(quantized, dtype=dtype)
+    tiles = method.weight_tiles(quantized, dtype=dtype)
     found = [(range(SHAPE[0])[rows], tile.clone()) for rows, tile in tiles]
     assert [row for rows, _ in found for row in rows] == list(range(SHAPE[0]))
     assert torch.equal(torch.cat([tile for _, tile in found]), dense)
@@ -162,27 +154,27 @@ def test_tiles_are_the_rows_of_the_dequantized_weight(method, spec, dtype, set_t
 @pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_the_product_with_the_dequantized_weight(method, spec, bias, lead):
-    quantized = method.quantize(random_weight(), spec, name="layer")
-    dense = method.dequantize(quantized.tensors, quantized.spec, in_features=SHAPE[1], dtype=torch.float32)
+    quantized = method.quantize(random_weight(), spec)
+    dense = method.dequantize(quantized)
     bias = torch.randn(SHAPE[0]) if bias else None
     x = torch.randn(*lead, SHAPE[1])
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = method.linear(x1, quantized.tensors, quantized.spec, bias)
+    y = method.linear(x1, quantized, bias)
     expected = F.linear(x2, dense, bias)
     torch.testing.assert_close(y, expected)
     y.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(x1.grad, x2.grad)
-    half = method.linear(x.bfloat16(), quantized.tensors, quantized.spec, bias)
+    half = method.linear(x.bfloat16(), quantized, bias)
     assert half.dtype == torch.bfloat16
     assert half.shape == expected.shape
 
 
 def test_a_quantized_weight_is_its_own_best_successor(method, spec):
-    first = method.quantize(random_weight(), spec, name="layer")
-    dense = method.dequantize(first.tensors, first.spec, in_features=SHAPE[1], dtype=torch.float32)
-    second = method.quantize(dense, first.spec, name="layer", start=first)
-    again = method.dequantize(second.tensors, second.spec, in_features=SHAPE[1], dtype=torch.float32)
+    first = method.quantize(random_weight(), spec)
+    dense = method.dequantize(first)
+    second = method.quantize(dense, first.spec, start=first)
+    again = method.dequantize(second)
     torch.testing.assert_close(again, dense, rtol=1e-3, atol=1e-4)
 
 
@@ -191,7 +183,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(method, spec, bad):
     weight = random_weight()
     weight[3, 3] = bad
     with pytest.raises(ValueError, match=r"model\.q_proj"):
-        method.quantize(weight, spec, name="model.q_proj")
+        QuantizedLinear.from_weight(weight, None, spec, layer_name="model.q_proj")
 
 
 def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
@@ -203,7 +195,7 @@ def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
 
     written = random_weight()
     layer.weight.data.copy_(written)
-    expected = method.quantize(written, spec, name="layer")
+    expected = method.quantize(written, spec)
     assert all(torch.equal(layer.get_parameter(name), tensor) for name, tensor in expected.tensors.items())
 
     empty = QuantizedLinear.empty(
@@ -219,15 +211,16 @@ def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
 
 
 def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(method, spec):
-    assert spec.tensor_roles
-    assert set(spec.tensor_roles.values()) <= set(spec_module.TENSOR_ROLES)
-    assert set(spec.tensor_roles) == set(spec.tensor_layout(*SHAPE)) - {spec.codes_name}
+    roles = spec.trainable_roles(*SHAPE)
+    assert roles
+    assert set(roles.values()) <= set(spec_module.METADATA_ROLES)
+    assert spec.codes_name not in roles
     layer = QuantizedLinear.from_linear(nn.Linear(SHAPE[1], SHAPE[0]), spec, layer_name="0")
     codes, x, wanted = layer.codes.clone(), torch.randn(8, SHAPE[1]), torch.randn(8, SHAPE[0])
-    config = QuantScalesConfig(target_modules=["0"], train=tuple(spec.tensor_roles.values()))
+    config = QuantScalesConfig(target_modules=["0"], train=tuple(roles.values()))
     model = get_peft_model(nn.Sequential(layer), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(trained) == len(spec.tensor_roles)
+    assert len(trained) == len(roles)
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     losses = []
     for _ in range(5):

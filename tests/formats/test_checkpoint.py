@@ -60,7 +60,7 @@ def test_json_that_makes_no_sense_is_refused(fields, error, text):
 
 
 def quantized_weight(**changes):
-    quantized = HQQMethod().quantize(torch.randn(8, 64), HQQSpec(group_size=32), name="layer")
+    quantized = HQQMethod().quantize(torch.randn(8, 64), HQQSpec(group_size=32))
     return dataclasses.replace(quantized, tensors=quantized.tensors | changes)
 
 

@@ -94,8 +94,8 @@ def run_ours(matrix: Tensor, nbits: int, axis: int) -> Tensor:
         kappa=1.0,  # the release reads kappa and never applies it
     )
     method = get_method("hqq")
-    quantized = method.quantize(matrix, spec, name="weight")
-    return method.dequantize(quantized.tensors, spec, in_features=matrix.shape[1], dtype=torch.float32)
+    quantized = method.quantize(matrix, spec)
+    return method.dequantize(quantized)
 
 
 def steps_apart(ours: Tensor, theirs: Tensor, steps_per_unit: Tensor, axis: int) -> Tensor:

@@ -45,7 +45,7 @@ def aqlm_product() -> list[Tensor]:
 
 def quantized(config: pql.QuantConfig, hessian: Tensor | None) -> list[Tensor]:
     spec = config.spec_for("weight")
-    found = get_method(spec.method).quantize(WEIGHT, spec, name="weight", hessian=hessian)
+    found = get_method(spec.method).quantize(WEIGHT, spec, hessian=hessian)
     return [found.tensors[name] for name in sorted(found.tensors)]
 
 

@@ -31,7 +31,7 @@ def has_bits(layer: QuantizedLinear, expected: dict[str, torch.Tensor]) -> bool:
 
 
 def quantized_form(layer: QuantizedLinear, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    return layer.method.quantize(weight, layer.spec, name="expected").tensors
+    return layer.method.quantize(weight, layer.spec).tensors
 
 
 def assert_holds(layer: QuantizedLinear, weight: torch.Tensor) -> None:

@@ -82,10 +82,10 @@ def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
     for name, layer in layers.items():
         base = layer.get_base_layer()
         target = dense[name].get_base_layer().weight.detach()
-        candidates = [base.method.quantize(target, base.spec, name=name)]
-        if layer._unmerged is not None:
-            change = target - dense_form(base, layer._unmerged.weight)
-            candidates.append(base.method.merged(layer._unmerged.weight, lambda rows, c=change: c[rows], name=name))
+        candidates = [base.method.quantize(target, base.spec)]
+        if layer.merging.unmerged is not None:
+            change = target - dense_form(base, layer.merging.unmerged.weight)
+            candidates.append(base.method.merged(layer.merging.unmerged.weight, lambda rows, c=change: c[rows]))
         # Codes on the edge between two may fall either way, since float rounding differs in the last bit, and k-means
         # ends elsewhere then: as near to the target is as good.
         found = base.dequantize(torch.float32)
@@ -98,4 +98,4 @@ def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
 
 
 def dense_form(base: QuantizedLinear, weight: QuantizedWeight) -> Tensor:
-    return base.method.dequantize(weight.tensors, weight.spec, in_features=base.in_features, dtype=torch.float32)
+    return base.method.dequantize(weight)

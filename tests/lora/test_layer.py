@@ -243,18 +243,18 @@ def test_the_merged_weight_is_the_quantized_float_sum():
     layer = model.base_model.model.first
     base = layer.get_base_layer()
     target = base.dequantize(torch.float32) + layer.get_delta_weight("default").detach()
-    expected = base.method.quantize(target, base.spec, name="first")
+    expected = base.method.quantize(target, base.spec)
     layer.merge()
     for name, tensor in expected.tensors.items():
         assert torch.equal(base.quantized_weight.tensors[name], tensor)
 
 
-def test_a_zero_adapter_merges_with_no_change_kept_to_report():
+def test_a_zero_adapter_merges_with_no_delta_retained_to_report():
     model = with_adapter(quantized_two(nbits=8), init_lora_weights=True)
     layer = model.base_model.model.first
     layer.merge()
-    assert layer.merge_report.change_norm == 0.0
-    assert layer.merge_report.change_kept == 1.0
+    assert layer.merge_report.delta_norm == 0.0
+    assert layer.merge_report.delta_retained == 1.0
 
 
 def test_disabling_a_merged_adapter_gives_the_base_bit_for_bit(x):

@@ -68,7 +68,7 @@ def test_the_change_arrives_on_average_and_no_change_moves_no_code(x):
     base, change = layer.get_base_layer(), layer.get_delta_weight("default").detach()
     before = base.dequantize(torch.float32)
     layer.merge()
-    assert layer.merge_report.change_kept == pytest.approx(1.0, abs=0.15)
+    assert layer.merge_report.delta_retained == pytest.approx(1.0, abs=0.15)
     moved = base.dequantize(torch.float32) - before
     assert moved.mean() == pytest.approx(change.mean().item(), abs=0.1 * change.abs().mean().item())
     layer.unmerge()

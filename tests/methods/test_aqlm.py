@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peft_quantlayers.formats import QuantizedWeight
+from peft_quantlayers.layers.quantize_weight import quantize_weight
 from peft_quantlayers.methods import AQLMMethod, AQLMSpec
 from peft_quantlayers.methods.aqlm import method as aqlm
 from peft_quantlayers.methods.aqlm import solver as _aqlm_solver
@@ -29,8 +30,8 @@ def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def relative_error(weight: torch.Tensor, spec: AQLMSpec) -> float:
     method = AQLMMethod()
-    quantized = method.quantize(weight, spec, name="layer")
-    dense = method.dequantize(quantized.tensors, spec, in_features=weight.shape[1], dtype=torch.float32)
+    quantized = method.quantize(weight, spec)
+    dense = method.dequantize(quantized)
     return float((dense - weight).norm() / weight.norm())
 
 
@@ -161,8 +162,8 @@ def test_a_hessian_lowers_the_error_of_the_outputs():
     spec = AQLMSpec(nbits_per_codebook=5)
 
     def output_error(hessian_given: torch.Tensor | None) -> float:
-        quantized = method.quantize(weight, spec, name="layer", hessian=hessian_given)
-        difference = method.dequantize(quantized.tensors, spec, in_features=128, dtype=torch.float32) - weight
+        quantized = method.quantize(weight, spec, hessian=hessian_given)
+        difference = method.dequantize(quantized) - weight
         return float(((difference @ hessian) * difference).sum())
 
     assert output_error(hessian) < 0.6 * output_error(None)
@@ -179,9 +180,7 @@ def test_without_a_beam_all_pairs_of_two_codebooks_are_tried(monkeypatch):
     weight, method = weight_of(64, 64), AQLMMethod()
 
     def codes(**fields) -> torch.Tensor:
-        return method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, **fields), name="layer").tensors[
-            "codes"
-        ]
+        return method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, **fields)).tensors["codes"]
 
     wide = codes(beam=32)
     assert torch.equal(codes(), wide if native.is_available() else codes(beam=8))
@@ -193,7 +192,7 @@ def test_without_the_compiled_kernels_the_beam_is_narrow_and_said_to_be(monkeypa
     aqlm._warn_of_narrow_beam.cache_clear()
     weight, method = weight_of(64, 64), AQLMMethod()
     found, narrow = (
-        [method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, beam=beam), name="w") for _ in range(2)][1]
+        [method.quantize(weight, AQLMSpec(nbits_per_codebook=5, rounds=1, beam=beam)) for _ in range(2)][1]
         for beam in (None, 8)
     )
     assert torch.equal(found.tensors["codes"], narrow.tensors["codes"])
@@ -204,9 +203,9 @@ def test_without_the_compiled_kernels_the_beam_is_narrow_and_said_to_be(monkeypa
 def test_the_solver_is_the_same_in_small_tiles_of_rows(is_calibrated, monkeypatch):
     weight, spec = weight_of(50, 64), AQLMSpec(nbits_per_codebook=4, rounds=2)
     hessian = second_moment(64) if is_calibrated else None
-    whole = AQLMMethod().dense(AQLMMethod().quantize(weight, spec, name="layer", hessian=hessian))
+    whole = AQLMMethod().dequantize(AQLMMethod().quantize(weight, spec, hessian=hessian))
     monkeypatch.setattr(_aqlm_solver, "TILE_WEIGHTS", 7 * 64)
-    tiled = AQLMMethod().dense(AQLMMethod().quantize(weight, spec, name="layer", hessian=hessian))
+    tiled = AQLMMethod().dequantize(AQLMMethod().quantize(weight, spec, hessian=hessian))
     # A sum over tiles rounds differently, and a tie may fall the other way.
     assert (tiled - whole).norm() < 0.05 * whole.norm()
     assert abs((tiled - weight).norm() / (whole - weight).norm() - 1) < 0.01
@@ -226,8 +225,8 @@ def test_quantizing_is_deterministic_under_its_seed_and_leaves_its_input():
     weight = weight_of(64, 64)
     before, method = weight.clone(), AQLMMethod()
     spec = AQLMSpec(nbits_per_codebook=5)
-    first, second = (method.quantize(weight, spec, name="layer").tensors for _ in range(2))
-    other = method.quantize(weight, AQLMSpec(nbits_per_codebook=5, seed=1), name="layer").tensors
+    first, second = (method.quantize(weight, spec).tensors for _ in range(2))
+    other = method.quantize(weight, AQLMSpec(nbits_per_codebook=5, seed=1)).tensors
     assert torch.equal(weight, before)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["codes"], other["codes"])
@@ -244,7 +243,7 @@ def test_quantizing_is_deterministic_under_its_seed_and_leaves_its_input():
     ids=str,
 )
 def test_every_scheme_keeps_its_layout(spec):
-    quantized = AQLMMethod().quantize(weight_of(32, 64), spec, name="layer")
+    quantized = AQLMMethod().quantize(weight_of(32, 64), spec)
     quantized.check("layer")
 
 
@@ -255,54 +254,54 @@ def test_every_scheme_keeps_its_layout(spec):
 )
 def test_hard_weights_stay_finite_and_close(weight):
     method, spec = AQLMMethod(), AQLMSpec(nbits_per_codebook=6)
-    quantized = method.quantize(weight, spec, name="layer")
-    dense = method.dequantize(quantized.tensors, spec, in_features=64, dtype=torch.float32)
+    quantized = method.quantize(weight, spec)
+    dense = method.dequantize(quantized)
     assert torch.isfinite(dense).all()
     assert (dense - weight).norm() <= 0.5 * weight.norm()
 
 
 def test_bits_per_weight_count_the_codebooks():
-    quantized = AQLMMethod().quantize(weight_of(64, 128), AQLMSpec(nbits_per_codebook=4), name="layer")
+    quantized = AQLMMethod().quantize(weight_of(64, 128), AQLMSpec(nbits_per_codebook=4))
     codes, codebooks, scales = 64 * 16 * 2 * 8, 2 * 16 * 8 * 16, 64 * 16
     assert quantized.bits_per_weight == (codes + codebooks + scales) / (64 * 128)
 
 
 def test_bad_weights_are_refused_with_layer_and_remedy():
     with pytest.raises(ValueError, match=r"q_proj.*in_group_size=8.*skip_modules"):
-        AQLMMethod().quantize(weight_of(8, 20), AQLMSpec(), name="q_proj")
+        quantize_weight(weight_of(8, 20), AQLMSpec(), layer_name="q_proj")
     broken = weight_of(8, 16)
     broken[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"q_proj.*NaN or Inf"):
-        AQLMMethod().quantize(broken, AQLMSpec(), name="q_proj")
+        quantize_weight(broken, AQLMSpec(), layer_name="q_proj")
     for hessian in (torch.full((16, 16), torch.nan), torch.zeros(16, 16)):
         with pytest.raises(ValueError, match=r"q_proj.*Hessian.*damping"):
-            AQLMMethod().quantize(weight_of(8, 16), AQLMSpec(), name="q_proj", hessian=hessian)
+            quantize_weight(weight_of(8, 16), AQLMSpec(), hessian=hessian, layer_name="q_proj")
 
 
 def test_weights_too_small_for_the_dtype_of_the_scales_widen_it_with_a_warning(caplog):
     weight = weight_of(16, 64)
     spec = AQLMSpec(nbits_per_codebook=4)
-    wide = AQLMMethod().quantize(1e-9 * weight, spec, name="q_proj")
+    wide = quantize_weight(1e-9 * weight, spec, layer_name="q_proj")
     assert "q_proj: float16 cannot hold" in caplog.text
     caplog.clear()
     assert wide.spec == dataclasses.replace(spec, scale_dtype="float32")
     wide.check("q_proj")
-    assert (AQLMMethod().dense(wide) - 1e-9 * weight).norm() < 0.7e-9 * weight.norm()
+    assert (AQLMMethod().dequantize(wide) - 1e-9 * weight).norm() < 0.7e-9 * weight.norm()
     weight[3] *= 1e-9  # a dead output beside others is not worth more bits
-    assert AQLMMethod().quantize(weight, spec, name="q_proj").spec == spec
+    assert quantize_weight(weight, spec, layer_name="q_proj").spec == spec
     assert not caplog.text
 
 
 def test_scales_that_float32_cannot_hold_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(aqlm, "fitted_codebooks", lambda _, found: dataclasses.replace(found, scales=found.scales / 0))
     with pytest.raises(ValueError, match=r"q_proj.*float32 cannot.*skip_modules"):
-        AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4, rounds=0), name="q_proj")
+        quantize_weight(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4, rounds=0), layer_name="q_proj")
 
 
 @pytest.mark.parametrize("nbits", [4, 12])
 def test_codes_outside_the_codebook_are_refused_when_they_are_loaded_and_wrapped_or_plain_ones_are_not(nbits):
     spec, size = AQLMSpec(num_codebooks=1, nbits_per_codebook=nbits, rounds=0), 2**nbits
-    quantized = AQLMMethod().quantize(weight_of(16, 64), spec, name="layer")
+    quantized = AQLMMethod().quantize(weight_of(16, 64), spec)
     codes = quantized.tensors["codes"]
 
     def with_first_code(code: int) -> QuantizedWeight:
@@ -320,10 +319,10 @@ def test_codes_outside_the_codebook_are_refused_when_they_are_loaded_and_wrapped
 
 def test_codes_that_no_codebook_has_are_read_as_their_low_bits():
     """The published layout stores a byte for a code of 4 bits; what its upper half says must not reach beyond."""
-    quantized = AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4), name="layer")
+    quantized = AQLMMethod().quantize(weight_of(16, 64), AQLMSpec(nbits_per_codebook=4))
     codes = quantized.tensors["codes"]
     wild = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes + 16 * (codes % 5)})
-    assert torch.equal(AQLMMethod().dense(wild), AQLMMethod().dense(quantized))
+    assert torch.equal(AQLMMethod().dequantize(wild), AQLMMethod().dequantize(quantized))
     wider = dataclasses.replace(quantized, tensors=quantized.tensors | {"codes": codes.short()})
     with pytest.raises(ValueError, match=r"layer\.codes: expected torch\.int8"):
         wider.check("layer")
@@ -346,13 +345,14 @@ def test_a_spec_that_makes_no_sense_is_refused(fields, error):
 def test_scales_get_a_right_gradient_beside_a_bias_that_is_much_larger_than_the_product():
     """In bfloat16 such a bias would take the product's last digits, from which the scales' gradient is read."""
     method, spec = AQLMMethod(), AQLMSpec(num_codebooks=2, nbits_per_codebook=8)
-    quantized = method.quantize(weight_of(32, 64), spec, name="layer")
+    quantized = method.quantize(weight_of(32, 64), spec)
     x, grad, bias = torch.randn(16, 64), torch.randn(16, 32), torch.full((32,), 30.0)
     grads = {}
     for dtype in (torch.float32, torch.bfloat16):
         tensors = {name: tensor.clone() for name, tensor in quantized.tensors.items()}
         scales = tensors["scales"] = tensors["scales"].float().requires_grad_()
-        method.linear(x.to(dtype), tensors, spec, bias.to(dtype)).backward(grad.to(dtype))
+        weight = dataclasses.replace(quantized, tensors=tensors)
+        method.linear(x.to(dtype), weight, bias.to(dtype)).backward(grad.to(dtype))
         grads[dtype] = scales.grad.flatten()
     error = (grads[torch.bfloat16] - grads[torch.float32]).norm() / grads[torch.float32].norm()
     assert error < 1e-2

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_quantlayers.formats import QuantizedWeight
+from peft_quantlayers.layers.quantize_weight import quantize_weight
 from peft_quantlayers.methods import HQQMethod, HQQSpec, spec_from_dict
 from peft_quantlayers.methods.hqq import method as hqq
 from peft_quantlayers.methods.hqq.solver import HalfQuadraticOptions, encode, solve_groups
@@ -18,11 +19,11 @@ METHOD = HQQMethod()
 
 
 def quantize(weight: torch.Tensor, **fields) -> QuantizedWeight:
-    return METHOD.quantize(weight, HQQSpec(**fields), name="model.layers.0.q_proj")
+    return quantize_weight(weight, HQQSpec(**fields), layer_name="model.layers.0.q_proj")
 
 
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return METHOD.dequantize(quantized.tensors, quantized.spec, in_features=quantized.in_features, dtype=dtype)
+    return METHOD.dequantize(quantized, dtype=dtype)
 
 
 def random_weight(out_features: int = 24, in_features: int = 96, std: float = 0.02) -> torch.Tensor:

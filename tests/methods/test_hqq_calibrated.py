@@ -91,10 +91,10 @@ def test_a_hessian_lowers_the_error_of_the_outputs_and_keeps_the_format(fields, 
     spec = HQQSpec(group_size=GROUP, **fields)
     errors = []
     for given in (None, hessian):
-        quantized = method.quantize(weight, spec, name="layer", hessian=given)
+        quantized = method.quantize(weight, spec, hessian=given)
         quantized.check("layer")
         assert quantized.spec == spec
-        dense = method.dequantize(quantized.tensors, spec, in_features=IN, dtype=torch.float32)
+        dense = method.dequantize(quantized)
         errors.append(output_error(weight.float(), dense, hessian))
         if spec.integer_zero:
             assert torch.equal(quantized.tensors["zero"], quantized.tensors["zero"].round())
@@ -103,10 +103,10 @@ def test_a_hessian_lowers_the_error_of_the_outputs_and_keeps_the_format(fields, 
 
 def test_a_weight_on_the_grid_stays_there():
     method, spec = HQQMethod(), HQQSpec(nbits=3, group_size=GROUP)
-    first = method.quantize(random_weight(), spec, name="layer")
-    dense = method.dequantize(first.tensors, spec, in_features=IN, dtype=torch.float32)
+    first = method.quantize(random_weight(), spec)
+    dense = method.dequantize(first)
     for hessian in (None, second_moment()):
-        again = method.quantize(dense, spec, name="layer", hessian=hessian, start=first)
+        again = method.quantize(dense, spec, hessian=hessian, start=first)
         assert torch.equal(again.tensors["W_q"], first.tensors["W_q"])
         torch.testing.assert_close(again.tensors["scale"], first.tensors["scale"], rtol=2e-3, atol=0)
 
@@ -114,7 +114,7 @@ def test_a_weight_on_the_grid_stays_there():
 @pytest.mark.parametrize(
     ("hessian", "message"),
     [
-        (torch.eye(IN - 1), r"q_proj.*shape \(192, 192\)"),
+        (torch.eye(IN - 1), r"shape \(192, 192\)"),
         (torch.eye(IN).double(), "float32"),
         (torch.zeros(IN, IN), "never seen"),
         (torch.full((IN, IN), torch.nan), "NaN"),
@@ -123,9 +123,9 @@ def test_a_weight_on_the_grid_stays_there():
 )
 def test_a_hessian_that_makes_no_sense_is_refused(hessian, message):
     with pytest.raises(ValueError, match=message):
-        HQQMethod().quantize(random_weight(), HQQSpec(), name="q_proj", hessian=hessian)
+        HQQMethod().quantize(random_weight(), HQQSpec(), hessian=hessian)
 
 
 def test_groups_across_the_outputs_cannot_be_calibrated_and_say_so():
-    with pytest.raises(NotImplementedError, match=r"q_proj.*axis=1"):
-        HQQMethod().quantize(random_weight(), HQQSpec(axis=0, group_size=8), name="q_proj", hessian=second_moment())
+    with pytest.raises(NotImplementedError, match="axis=1"):
+        HQQMethod().quantize(random_weight(), HQQSpec(axis=0, group_size=8), hessian=second_moment())

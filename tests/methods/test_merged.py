@@ -20,16 +20,16 @@ SPECS = [
 
 def quantized(spec: QuantSpec, shape: tuple[int, int] = (320, 192)) -> QuantizedWeight:
     weight = 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return get_method(spec.method).quantize(weight, spec, name="w")
+    return get_method(spec.method).quantize(weight, spec)
 
 
 def dense(weight: QuantizedWeight) -> torch.Tensor:
     method = get_method(weight.spec.method)
-    return method.dequantize(weight.tensors, weight.spec, in_features=weight.in_features, dtype=torch.float32)
+    return method.dequantize(weight)
 
 
 def merged(weight: QuantizedWeight, change: torch.Tensor) -> QuantizedWeight:
-    return get_method(weight.spec.method).merged(weight, lambda rows: change[rows], name="w")
+    return get_method(weight.spec.method).merged(weight, lambda rows: change[rows])
 
 
 def small_change(weight: QuantizedWeight, size: float = 0.02) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_the_tiles_are_those_of_the_merged_weight(spec, set_tile_elements):
     weight = quantized(spec)
     change = small_change(weight)
     method = get_method(spec.method)
-    tiles = method.merged_tiles(weight.tensors, spec, lambda rows: change[rows], in_features=192, dtype=torch.float32)
+    tiles = method.merged_tiles(weight, lambda rows: change[rows], dtype=torch.float32)
     whole = torch.full((320, 192), float("nan"))
     for rows, tile in tiles:
         whole[rows] = tile

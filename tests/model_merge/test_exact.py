@@ -74,8 +74,8 @@ def test_float16_zeros_stay_where_they_hold_the_change():
         layer.lora_B["default"].weight.data *= 30
     merged, report = pql.merge_back(model, strategy="exact")
     assert merged.first.spec.scale_dtype == "float16"
-    assert report.change_kept == pytest.approx(1.0, abs=1e-3)
-    assert all(layer.error_norm < 0.01 * layer.change_norm for layer in report.layers)
+    assert report.delta_retained == pytest.approx(1.0, abs=1e-3)
+    assert all(layer.error_norm < 0.01 * layer.delta_norm for layer in report.layers)
 
 
 def test_ten_merges_and_unmerges_leave_the_same_bits_and_dtypes(x):

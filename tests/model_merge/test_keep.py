@@ -31,7 +31,7 @@ def test_the_kept_branch_computes_what_the_adapters_did(lora_bias, x):
     assert merged.first.branch.rank == 6
     assert merged.second.branch.rank == 4
     torch.testing.assert_close(merged(x), expected)
-    assert report.change_kept == pytest.approx(1.0, abs=1e-5)
+    assert report.delta_retained == pytest.approx(1.0, abs=1e-5)
     assert report.layers[0].bits_after == pytest.approx(report.layers[0].bits_before + 32 * 6 * (64 + 96) / (64 * 96))
 
 
@@ -53,7 +53,7 @@ def test_a_second_adapter_is_kept_beside_the_first(x):
     expected = model(x)
     merged, report = pql.merge_back(model, strategy="keep")
     assert merged.first.branch.rank == 7
-    assert report.change_kept == pytest.approx(1.0, abs=1e-4)
+    assert report.delta_retained == pytest.approx(1.0, abs=1e-4)
     torch.testing.assert_close(merged(x), expected)
 
 
@@ -63,7 +63,7 @@ def test_a_dense_merge_onto_a_kept_model_keeps_its_branch(x):
     expected = model(x)
     merged, report = pql.merge_back(model, strategy="dense")
     torch.testing.assert_close(merged(x), expected)
-    assert report.change_kept == pytest.approx(1.0, abs=1e-4)
+    assert report.delta_retained == pytest.approx(1.0, abs=1e-4)
 
 
 def test_a_dequantized_model_has_the_branch_in_its_weights(x):

@@ -24,7 +24,7 @@ def test_dense_gives_a_plain_model_that_computes_what_the_adapter_did(x):
     merged, report = pql.merge_back(model, strategy="dense")
     assert type(merged.first) is nn.Linear
     torch.testing.assert_close(merged(x), expected)
-    assert report.change_kept == pytest.approx(1.0, abs=1e-5)
+    assert report.delta_retained == pytest.approx(1.0, abs=1e-5)
     assert report.relative_error == pytest.approx(0.0, abs=1e-6)
     assert [layer.bits_after for layer in report.layers] == [32.0, 32.0]
 
@@ -55,18 +55,18 @@ def test_requantize_reports_each_layer_and_the_total(x, tmp_path):
     layer = report.layers[0]
     error = merged.first.dequantize(torch.float32) - (before + change)
     assert [entry.name for entry in report.layers] == ["first", "second"]
-    assert layer.change_norm == pytest.approx(change.norm().item(), rel=1e-5)
+    assert layer.delta_norm == pytest.approx(change.norm().item(), rel=1e-5)
     assert layer.error_norm == pytest.approx(error.norm().item(), rel=1e-5)
     kept = ((merged.first.dequantize(torch.float32) - before) * change).sum() / change.square().sum()
-    assert layer.change_kept == pytest.approx(kept.item(), rel=1e-4)
-    assert 0.9 < report.change_kept < 1.1
+    assert layer.delta_retained == pytest.approx(kept.item(), rel=1e-4)
+    assert 0.9 < report.delta_retained < 1.1
     total_error = sum(entry.error_norm**2 for entry in report.layers) ** 0.5
     total_weight = sum(entry.weight_norm**2 for entry in report.layers) ** 0.5
     assert report.relative_error == pytest.approx(total_error / total_weight)
 
     report.save(tmp_path / "report.json")
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert stored["change_kept"] == report.change_kept
+    assert stored["delta_retained"] == report.delta_retained
     assert len(stored["layers"]) == 2
     assert str(report).splitlines()[-1].startswith("total")
 
@@ -223,7 +223,7 @@ def language_model() -> PeftModel:
 )
 def test_what_cannot_be_evaluated_on_is_refused_before_anything_is_done(held_out, error, match, monkeypatch):
     model = language_model()
-    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_by", lambda *args: pytest.fail("merged"))
     with pytest.raises(error, match=match):
         pql.merge_back(model, evaluate_on=held_out, metric=lambda model: pytest.fail("scored"))
 
@@ -320,13 +320,13 @@ def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tok
     change, moved = adapter - before, after - before
     kept = float((moved * change).sum() / change.square().sum())
     [entry] = [each for each in report.layers if each.name.endswith("layers.1.mlp.down_proj")]
-    assert entry.output_kept == pytest.approx(kept, rel=1e-3)
+    assert entry.output_retained == pytest.approx(kept, rel=1e-3)
     assert entry.output_noise == pytest.approx(
         float((moved - kept * change).norm() / change.norm()), rel=1e-2, abs=1e-3
     )
     assert "output kept" in str(report)
     if strategy in ("aware", "dense", "keep"):
-        assert (report.output_kept, report.output_noise) == pytest.approx((1.0, 0.0), abs=1e-3)
+        assert (report.output_retained, report.output_noise) == pytest.approx((1.0, 0.0), abs=1e-3)
 
 
 def test_held_out_ids_may_be_a_row_or_a_list():
@@ -363,7 +363,7 @@ def test_a_metric_gives_a_number_or_is_refused_before_the_merge(x, monkeypatch):
     assert type(report.scores[0]) is type(report.scores[1]) is float
     assert report.scores[0] == pytest.approx(report.scores[1], abs=0.05)
     json.dumps(report.to_dict())
-    monkeypatch.setattr(LoraQuantizedLinear, "merge_with", lambda *args: pytest.fail("merged"))
+    monkeypatch.setattr(LoraQuantizedLinear, "merge_by", lambda *args: pytest.fail("merged"))
     for value in ({"accuracy": 1.0}, None, torch.ones(2), "1.0"):
         with pytest.raises(TypeError, match="number"):
             pql.merge_back(with_adapter(quantized_two()), metric=lambda model, value=value: value)

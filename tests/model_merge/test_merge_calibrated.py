@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, QuantizedWeight, quantize_model, quantized_modules
-from peft_quantlayers.merging.report import change_coefficient
-from peft_quantlayers.merging.rules import MergePlan
-from peft_quantlayers.model_merge.calibrated import for_outputs, output_error
+from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers.merging import MergePlan, MergeResult
+from peft_quantlayers.merging.coefficients import output_error, retained_fraction
+from peft_quantlayers.model_merge.calibrated import for_outputs
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(1))
@@ -66,8 +66,8 @@ def test_more_of_the_adapter_survives_than_without_data(config):
     rounded, _ = pql.merge_back(copy.deepcopy(model), strategy="requantize")
     merged, report = pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=calibration())
     assert distance(merged, expected) < 0.9 * distance(rounded, expected)
-    assert "output kept" in str(report)
-    assert report.to_dict()["output_kept"] == report.output_kept
+    assert "output retained" in str(report)
+    assert report.to_dict()["output_retained"] == report.output_retained
     assert report.to_dict()["output_noise"] == report.output_noise > 0
 
 
@@ -75,22 +75,22 @@ def test_more_of_the_adapter_survives_than_without_data(config):
 def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_part(config):
     """A part that is lacking in every layer adds up; noise does not."""
     model = adapted(config)
-    name, layer, hessian = layer_with_inputs(model)
+    _, layer, hessian = layer_with_inputs(model)
     kept = {}
 
-    def least_error(plan: MergePlan) -> QuantizedWeight:
-        method, spec = plan.base.method, plan.weight.spec
-        merged = method.quantize(plan.target, spec, name=name, hessian=hessian, start=plan.weight)
-        kept["least error"] = change_coefficient(plan.before, plan.target, method.dense(merged), hessian)
-        return merged
+    def least_error(plan: MergePlan) -> MergeResult:
+        method, spec = plan.method, plan.weight.spec
+        merged = method.quantize(plan.target, spec, hessian=hessian, start=plan.weight)
+        kept["least error"] = retained_fraction(plan.before, plan.target, method.dequantize(merged), hessian)
+        return MergeResult(strategy="least error", weight=merged)
 
-    def whole(plan: MergePlan) -> QuantizedWeight:
+    def whole(plan: MergePlan) -> MergeResult:
         merged = for_outputs(plan, plan.weight.spec, hessian)
-        kept["whole"] = change_coefficient(plan.before, plan.target, plan.base.method.dense(merged), hessian)
-        return merged
+        kept["whole"] = retained_fraction(plan.before, plan.target, plan.method.dequantize(merged), hessian)
+        return MergeResult(strategy="whole", weight=merged)
 
     for rule in (least_error, whole):
-        layer.merge_with(rule, ["default"])
+        layer.merge_by(rule, ["default"])
         layer.unmerge()
     assert kept["least error"] < 0.97
     assert abs(kept["whole"] - 1) < 0.5 * (1 - kept["least error"])
@@ -98,19 +98,19 @@ def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_p
 
 def test_a_large_change_errs_no_more_than_on_a_grid_of_its_own():
     model = adapted(CONFIGS["hqq4"], scale=30.0)
-    name, layer, hessian = layer_with_inputs(model)
+    _, layer, hessian = layer_with_inputs(model)
     errors = {}
 
-    def compare(plan: MergePlan) -> QuantizedWeight:
-        method, spec = plan.base.method, plan.weight.spec
+    def compare(plan: MergePlan) -> MergeResult:
+        method, spec = plan.method, plan.weight.spec
         assert (plan.target - plan.before).norm() > plan.before.norm()
         merged = for_outputs(plan, spec, hessian)
-        anew = method.quantize(plan.target, spec, name=name, hessian=hessian)
+        anew = method.quantize(plan.target, spec, hessian=hessian)
         for what, weight in {"merged": merged, "anew": anew}.items():
-            errors[what] = output_error(method.dense(weight) - plan.target, hessian)
-        return merged
+            errors[what] = output_error(method.dequantize(weight) - plan.target, hessian)
+        return MergeResult(strategy="compare", weight=merged)
 
-    layer.merge_with(compare, ["default"])
+    layer.merge_by(compare, ["default"])
     assert errors["merged"] <= errors["anew"]
 
 
@@ -150,7 +150,7 @@ def test_the_report_is_on_the_finetuned_weights():
         error = found - dense.get_submodule(layer.name).weight
         assert layer.error_norm == pytest.approx(error.norm().item(), rel=1e-4)
     assert all(was_tuned)
-    assert all(layer.output_kept is not None for layer in report.layers)
+    assert all(layer.output_retained is not None for layer in report.layers)
 
 
 def test_a_zero_adapter_changes_no_bit():
@@ -159,7 +159,7 @@ def test_a_zero_adapter_changes_no_bit():
     merged, report = pql.merge_back(model, strategy="calibrated", calibration=calibration())
     after = bits_of(merged)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert report.output_kept == 1.0
+    assert report.output_retained == 1.0
 
 
 def test_only_the_named_adapters_are_merged():

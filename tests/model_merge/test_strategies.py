@@ -74,7 +74,7 @@ def test_a_zero_adapter_changes_no_bit(strategy, method):
         assert all(
             torch.equal(tensor, weight.tensors[name]) for name, tensor in layer.quantized_weight.tensors.items()
         )
-    assert report.change_kept == 1.0
+    assert report.delta_retained == 1.0
 
 
 @pytest.mark.parametrize("strategy", list(RULES))
@@ -143,8 +143,8 @@ def test_small_changes_of_adapters_survive_a_merge_without_data():
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.lora_B["default"].weight.data *= 0.2
     _, report = pql.merge_back(model, strategy="requantize")
-    assert all(layer.change_norm < 0.05 * layer.weight_norm for layer in report.layers)
-    assert report.change_kept == pytest.approx(1.0, abs=0.3)  # 0.0 to 0.2 when quantized anew
+    assert all(layer.delta_norm < 0.05 * layer.weight_norm for layer in report.layers)
+    assert report.delta_retained == pytest.approx(1.0, abs=0.3)  # 0.0 to 0.2 when quantized anew
 
 
 def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
@@ -153,7 +153,7 @@ def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
     scale = base.scale.clone()
     _, report = pql.merge_back(model, strategy="requantize")
     assert not torch.equal(base.scale, scale)
-    assert report.change_kept > 0.9
+    assert report.delta_retained > 0.9
 
 
 def test_an_unknown_strategy_and_a_model_without_adapters_are_refused():
@@ -245,7 +245,7 @@ def test_an_appended_codebook_holds_more_of_the_change_in_the_published_format(w
     )
     error, report, model = merged("append", **data)
     assert error < 0.5 * merged("requantize")[0]
-    assert report.change_kept > 0.5  # with half a bit a weight; requantizing adds noise of several times the change
+    assert report.delta_retained > 0.5  # with half a bit a weight; requantizing adds noise of several times the change
     bits_more = report.bits[1] - report.bits[0]
     assert bits_more == pytest.approx(4 / 8 + 16 * 8 * 16 / (64 * 64), rel=0.5)  # codes, and a small layer's codebook
     layer = next(iter(pql.quantized_modules(model).values()))
@@ -296,7 +296,9 @@ def quantized_tiny() -> torch.nn.Module:
 def test_only_what_works_for_the_adapter_is_recommended(fields, named, not_named):
     model = with_adapter(quantized_two(nbits=1), **fields)
     report = pql.merge_back(model, strategy="requantize")[1]
-    report = dataclasses.replace(report, layers=tuple(dataclasses.replace(e, change_kept=0.1) for e in report.layers))
+    report = dataclasses.replace(
+        report, layers=tuple(dataclasses.replace(e, delta_retained=0.1) for e in report.layers)
+    )
     assert all(name in report.recommendation for name in named)
     assert not any(name in report.recommendation.replace("merges exactly", "") for name in not_named)
 
@@ -313,7 +315,9 @@ def test_no_strategy_of_lora_is_recommended_for_other_tuners():
     torch.manual_seed(0)
     model = get_peft_model(quantized_two(nbits=1), LoHaConfig(r=2, target_modules=["first"], init_weights=False))
     report = pql.merge_back(model)[1]
-    report = dataclasses.replace(report, layers=tuple(dataclasses.replace(e, change_kept=0.1) for e in report.layers))
+    report = dataclasses.replace(
+        report, layers=tuple(dataclasses.replace(e, delta_retained=0.1) for e in report.layers)
+    )
     assert report.recommendation.endswith('Instead: strategy="dense", a float model, which loses nothing.')
 
 
@@ -333,8 +337,8 @@ def test_aware_adapters_are_sent_to_the_merge_that_they_were_trained_for(strateg
 
 def test_nothing_that_was_just_done_is_recommended():
     layer = {"name": "first", "adapters": ("default",), "method": "hqq", "n_weights": 4}
-    layer |= {"bits_before": 4.5, "bits_after": 4.5, "weight_norm": 1.0, "change_norm": 1.0, "error_norm": 1.0}
-    layer |= {"change_kept": 0.1, "can_be_qalora": True}
+    layer |= {"bits_before": 4.5, "bits_after": 4.5, "weight_norm": 1.0, "delta_norm": 1.0, "error_norm": 1.0}
+    layer |= {"delta_retained": 0.1, "can_be_qalora": True}
     possible = ("aware", "keep", "calibrated")
     for strategy in ("calibrated", "keep", "dense", "requantize"):
         report = pql.MergeReport(strategy=strategy, layers=(LayerMergeReport(**layer, strategies=possible),))
@@ -353,7 +357,7 @@ def test_the_report_says_that_noise_was_not_measured_where_there_is_much_of_it()
     _, measured = pql.merge_back(copy.deepcopy(model), evaluate_on=token_ids().flatten())
     assert measured.not_measured is None
     _, report = pql.merge_back(model)
-    assert report.error_to_change > 1
+    assert report.error_to_delta > 1
     assert "evaluate_on" in report.not_measured
     assert report.not_measured in str(report)
 

@@ -117,7 +117,7 @@ def test_tuned_scales_merge_exactly_and_their_capture_is_measured(strategy):
     assert report.capture.capture == pytest.approx(1.0, abs=1e-3)
     before, after = report.bits
     assert after == 32 if strategy == "dense" else before < after < 32  # merging widens what was tuned
-    assert report.change_kept == pytest.approx(1.0)
+    assert report.delta_retained == pytest.approx(1.0)
     assert report.relative_error == 0
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -11,13 +10,12 @@ from torch import Tensor
 from quantlayers_kernels import native
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.choice import matrix_to_groups
-from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 from quantlayers_kernels.aqlm.tiles import weight_tiles
 from quantlayers_kernels.aqlm.update import updated_codes
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight
-from ..base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
+from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
 from .code_moves import moved_codes
 from .solver import (
@@ -33,9 +31,9 @@ from .spec import AQLMSpec
 
 logger = logging.getLogger(__name__)
 
-# Choices that are followed where trying all is too slow.
+# Choices of codes that are followed where trying all is too slow.
 NARROW_BEAM = 8
-# Of the scales, in their norm: more than this is lost only where their dtype holds no numbers so small.
+# Fraction of the scales' norm: more than this is lost only where their dtype holds no numbers so small.
 MAX_SCALE_ERROR = 0.01
 
 
@@ -53,20 +51,19 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         weight: Tensor,
         spec: AQLMSpec,
         *,
-        name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
-        rounds: int | None = None,
+        iterations: int | None = None,
     ) -> QuantizedWeight:
-        """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are improved from there.
+        """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are refined from there.
 
-        Where ``spec`` has more codebooks than ``start``, they begin with what that leaves over.
+        Where ``spec`` has more codebooks than ``start``, they start from the residual.
         """
-        checked_layout(weight, spec, name=name)
+        checked_layout(weight, spec)
         weight = weight.detach().float().contiguous()
-        refuse_not_finite(weight, name=name)
+        refuse_not_finite(weight)
         if hessian is not None:
-            hessian = checked_hessian(hessian, weight, name=name)
+            hessian = checked_hessian(hessian, weight)
         problem = Problem(
             target=matrix_to_groups(weight, spec.out_group_size, spec.in_group_size),
             hessian=hessian,
@@ -77,43 +74,43 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         if start is None:
             found = initial_solution(problem, num_codebooks=num_codebooks, size=size, generator=generator)
         else:
-            found = _floats_of(start, weight.device)
+            found = _floats_of(start.to(weight.device))
             found = extended_solution(problem, found, num_codebooks=num_codebooks, generator=generator)
         beam = spec.beam or _default_beam(spec, weight.device)
-        for _ in range(spec.rounds if rounds is None else rounds):
+        for _ in range(spec.rounds if iterations is None else iterations):
             found = fitted_codebooks(problem, found)
             found = improved_codes(problem, found, beam=beam)
             found = fitted_scales(problem, found)
-        return _stored(fitted_codebooks(problem, found), spec, weight.shape, name=name)
+        return _stored(fitted_codebooks(problem, found), spec, weight.shape)
 
     def can_use_hessian(self, spec: AQLMSpec) -> bool:
         return True
 
-    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
+    def merged(self, weight: QuantizedWeight, delta: DeltaRows) -> QuantizedWeight:
         """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move with a probability.
 
         The rule is in ``quantlayers_kernels.aqlm.update``.
         """
-        codes, codebooks, scales = (weight.tensors[part] for part in ("codes", "codebooks", "scales"))
-        codes = updated_codes(codes, codebooks, scales, change)
+        codes = updated_codes(*_parts(weight), delta)
         return dataclasses.replace(weight, tensors=weight.tensors | {"codes": codes})
 
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        return aqlm_dequantize(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype)
+    def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return aqlm_dequantize(*_parts(weight), dtype)
 
-    def weight_tiles(
-        self, tensors: Mapping[str, Tensor], spec: AQLMSpec, *, in_features: int, dtype: torch.dtype
-    ) -> WeightTiles:
-        return weight_tiles(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype=dtype)
+    def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
+        return weight_tiles(*_parts(weight), dtype=dtype)
 
-    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: AQLMSpec, bias: Tensor | None) -> Tensor:
-        codes, codebooks, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        codes, codebooks, scales = _parts(weight)
         if bias is not None and scales.requires_grad and not codebooks.requires_grad:
-            # The gradient of the scales is read off the product, which a large bias would drown in half precision.
+            # The gradient of the scales is computed from the product, in which a large bias would drown them in half
+            # precision.
             return aqlm_linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
         return aqlm_linear(x, codes, codebooks, scales, bias)
+
+
+def _parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    return weight.tensors["codes"], weight.tensors["codebooks"], weight.tensors["scales"]
 
 
 def _default_beam(spec: AQLMSpec, device: torch.device) -> int:
@@ -128,74 +125,59 @@ def _default_beam(spec: AQLMSpec, device: torch.device) -> int:
 @cache
 def _warn_of_narrow_beam() -> None:
     logger.warning(
-        "the compiled kernels are missing: AQLM follows %d choices of codes instead of all pairs, and errs a few "
-        "percent more. Reinstall with a C compiler, or set beam=256 and wait.",
+        "the compiled kernels are missing: AQLM follows %d choices of codes instead of all pairs, which raises its "
+        "error by a few percent. Reinstall with a C compiler, or set beam=256 and wait.",
         NARROW_BEAM,
     )
 
 
-def _floats_of(start: QuantizedWeight, device: torch.device) -> Additive:
-    codes, codebooks, scales = (start.tensors[part].to(device) for part in ("codes", "codebooks", "scales"))
-    return Additive(
-        codes=unsigned_codes(codes, codebooks.shape[1].bit_length() - 1),
-        codebooks=codebooks.float().flatten(2),
-        scales=scales.float().flatten(),
-    )
+def _floats_of(start: QuantizedWeight) -> Additive:
+    _, codebooks, scales = _parts(start)
+    return Additive(codes=start.codes(), codebooks=codebooks.float().flatten(2), scales=scales.float().flatten())
 
 
-def _stored(found: Additive, spec: AQLMSpec, shape: torch.Size, *, name: str) -> QuantizedWeight:
+def _stored(found: Additive, spec: AQLMSpec, shape: torch.Size) -> QuantizedWeight:
     """``found`` in the dtypes of ``spec``, or of the widened one where those cannot hold it."""
     layout = spec.tensor_layout(*shape)
-    codes, size = found.codes, found.codebooks.shape[1]
     codebooks = found.codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
     scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)
     is_lost = (scales.float().flatten() - found.scales).norm() > MAX_SCALE_ERROR * found.scales.norm()
     if is_lost or not (torch.isfinite(codebooks).all() and torch.isfinite(scales).all()):
         if spec.scale_dtype == "float32":
-            raise ValueError(
-                f"{name}: the scales or codebooks hold numbers that float32 cannot. Rescale the weight, or skip the "
-                f"layer with skip_modules=[{name!r}]."
-            )
-        logger.warning(
-            "%s: %s cannot hold the scales and codebooks of this layer (very small or very large weights), so they "
-            "are kept in float32.",
-            name,
-            spec.scale_dtype,
-        )
-        return _stored(found, spec.widened(), shape, name=name)
+            raise ValueError("the scales or codebooks hold numbers that float32 cannot. Rescale the weight.")
+        return _stored(found, spec.widened(), shape)
     return QuantizedWeight(
         spec=spec,
         out_features=shape[0],
         in_features=shape[1],
-        tensors={"codes": wrapped_codes(codes, size, layout["codes"].dtype), "codebooks": codebooks, "scales": scales},
+        tensors={"codes": spec.pack_codes(found.codes), "codebooks": codebooks, "scales": scales},
     )
 
 
 def move_aqlm_codes(
-    tensors: Mapping[str, Tensor], gradient: Tensor, *, step: float, max_change: float, trust_ratio: float
-) -> tuple[Tensor, int]:
-    """New codes for the groups of an AQLM weight that its gradient wants to move most.
+    weight: QuantizedWeight, gradient: Tensor, *, step: float, max_change: float, trust_ratio: float
+) -> tuple[QuantizedWeight, int]:
+    """New codes for the groups of an AQLM weight whose gradient is largest.
 
     Args:
-        tensors: ``codes``, ``codebooks`` and ``scales`` of the weight. Not changed.
+        weight: not changed.
         gradient: of the loss with respect to the weight, (out_features, in_features), float32.
         step, max_change, trust_ratio: as for :func:`.code_moves.moved_codes`.
 
     Returns:
-        The codes as they are stored, and the number of groups that have new ones.
+        The weight with its new codes, and the number of groups that have new ones.
     """
-    size = tensors["codebooks"].shape[1]
-    codes = unsigned_codes(tensors["codes"], size.bit_length() - 1)
+    codes, (_, codebooks, scales) = weight.codes(), _parts(weight)
     moved = moved_codes(
         codes,
-        tensors["codebooks"].float(),
-        tensors["scales"].float().flatten(),
+        codebooks.float(),
+        scales.float().flatten(),
         gradient,
         step=step,
         max_change=max_change,
         trust_ratio=trust_ratio,
     )
-    return wrapped_codes(moved, size, tensors["codes"].dtype), int((moved != codes).any(-1).sum())
+    return weight.with_codes(moved), int((moved != codes).any(-1).sum())
 
 
 register_method(AQLMMethod())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
+
 from ...formats import QuantSpec, TensorLayout
 from ...formats.spec import check_integer, dtype_name, suggest_divisor
 from ..config import QuantConfig
@@ -29,7 +31,7 @@ class AQLMSpec(QuantSpec):
     """
 
     method = "aqlm"
-    codes_name = "codes"
+    shown_fields = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
 
     num_codebooks: int = 2
     nbits_per_codebook: int = 8
@@ -65,18 +67,29 @@ class AQLMSpec(QuantSpec):
         codes_dtype = torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
         dtype = getattr(torch, self.scale_dtype)
         entries = (self.num_codebooks, 2**self.nbits_per_codebook, self.out_group_size, self.in_group_size)
+        rows = self.out_group_size
         return {
-            "codes": TensorLayout(shape=(n_out, n_in, self.num_codebooks), dtype=codes_dtype),
-            "codebooks": TensorLayout(shape=entries, dtype=dtype),
-            "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype),
+            "codes": TensorLayout(
+                shape=(n_out, n_in, self.num_codebooks), dtype=codes_dtype, role="codes", rows_per_entry=rows
+            ),
+            "codebooks": TensorLayout(shape=entries, dtype=dtype, role="codebooks", rows_per_entry=None),
+            "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype, role="scales", rows_per_entry=rows),
         }
 
-    def find_damage(self, tensors: Mapping[str, Tensor]) -> str:
+    def unpack_codes(self, codes: Tensor, in_features: int) -> Tensor:
+        """Indices into the codebooks, (..., out_groups, in_groups, num_codebooks), int64."""
+        return unsigned_codes(codes, self.nbits_per_codebook)
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        dtype = torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
+        return wrapped_codes(codes, 2**self.nbits_per_codebook, dtype)
+
+    def find_damage(self, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> str:
         size = 2**self.nbits_per_codebook
         low, high = (int(bound) for bound in torch.aminmax(tensors["codes"]))
         if low < -(size // 2) or high >= size:
             return f".codes holds codes from {low} to {high}, which codebooks of {size} entries do not have"
-        return super().find_damage(tensors)
+        return super().find_damage(tensors, layout)
 
     def smaller_metadata(self, out_features: int, in_features: int) -> str:
         """The largest codebooks of up to 8 bits that fit, one for each byte that a group's codes take now."""
@@ -91,10 +104,6 @@ class AQLMSpec(QuantSpec):
     def extended(self) -> "AQLMSpec":
         return dataclasses.replace(self, num_codebooks=self.num_codebooks + 1)
 
-    @property
-    def tensor_roles(self) -> Mapping[str, str]:
-        return {"codebooks": "codebooks", "scales": "scales"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AQLMConfig(QuantConfig, AQLMSpec):
@@ -106,7 +115,3 @@ class AQLMConfig(QuantConfig, AQLMSpec):
     """
 
     spec_type = AQLMSpec
-
-    def __post_init__(self) -> None:
-        AQLMSpec.__post_init__(self)
-        self._check()

@@ -1,34 +1,31 @@
 """HQQ: the method that makes and reads HQQ weights."""
 
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping
+import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.bitpack import pack, unpack
+from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight, TensorLayout
-from ..base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
+from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
 from .calibrated import Grid, descended_codes, fitted_grid, weighted_grid
 from .solver import HalfQuadraticOptions, encode, solve_groups
 from .spec import HQQSpec
 
-logger = logging.getLogger(__name__)
-
 # A million float32 weights and two buffers of that size stay within the last-level cache; other devices want
 # large launches, and 2**26 weights make a workspace of less than 1 GiB.
 CPU_CHUNK_WEIGHTS = 1 << 20
 DEVICE_CHUNK_WEIGHTS = 1 << 26
-# Part of a shift, by norm, that rounding the zeros may lose. Its square is what a divergence of outputs loses: 1e-4.
-MAX_SHIFT_LOST = 1e-2
+# Fraction of a group delta, by norm, that rounding the zeros may lose. A divergence of outputs loses its square, 1e-4.
+MAX_DELTA_LOST = 1e-2
 
 
 class HQQMethod(QuantMethod[HQQSpec]):
@@ -36,144 +33,142 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     spec_type = HQQSpec
 
+    calibration_requirement = "Calibrated HQQ needs groups along the inputs: quantize with axis=1."
+
     def quantize(
         self,
         weight: Tensor,
         spec: HQQSpec,
         *,
-        name: str,
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
-        rounds: int | None = None,
+        iterations: int | None = None,
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`.
 
-        With ``start`` alone its scales and zeros stay, and only the codes are new. With ``hessian`` they are where the
-        fit begins. Calibrated weights need groups along the inputs: NotImplementedError for ``axis=0``.
+        With ``start`` alone its scales and zeros stay, and only the codes are new. With ``hessian`` the fit starts
+        from them. Calibrated weights need groups along the inputs: NotImplementedError for ``axis=0``.
         """
-        layout = checked_layout(weight, spec, name=name)
+        layout = checked_layout(weight, spec)
         weight = weight.detach()
         if hessian is not None and not self.can_use_hessian(spec):
-            raise NotImplementedError(
-                f"{name}: calibration needs groups along the inputs. Use axis=1, or quantize without calibration."
-            )
+            raise NotImplementedError(f"{self.calibration_requirement} Or quantize without calibration.")
         if start is not None:
-            refuse_not_finite(weight, name=name)
-        begin = start or self._solved(weight, spec, layout, name=name)
+            refuse_not_finite(weight)
+        begin = _solved(weight, spec, layout) if start is None else start
         if hessian is not None:
-            hessian = checked_hessian(hessian, weight, name=name)
-            rounds = CALIBRATED_ROUNDS if rounds is None else rounds
-            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None, rounds=rounds)
+            hessian = checked_hessian(hessian, weight)
+            iterations = CALIBRATED_ITERATIONS if iterations is None else iterations
+            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None, iterations=iterations)
         return _on_grid_of(begin, weight) if start is not None else begin
 
     def can_use_hessian(self, spec: HQQSpec) -> bool:
         return spec.axis == 1
 
-    def _solved(self, weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout], *, name: str) -> QuantizedWeight:
-        out_features, in_features = weight.shape
-        n_per_group = weight.numel() // layout["scale"].shape[0] // layout["scale"].shape[1]
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        scale = torch.empty(layout["scale"].shape, dtype=torch.float32, device=weight.device)
-        zero = torch.empty_like(scale)
-        dtype = getattr(torch, spec.scale_dtype)
-        max_code = 2**spec.nbits - 1
+    def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        spec, (W_q, scale, zero) = _parts(weight)
+        return hqq_dequantize(W_q, scale, zero, spec.nbits, spec.axis, weight.in_features, dtype)
 
-        weight_groups, code_groups = (_by_group(part, spec.axis, n_per_group) for part in (weight, codes))
-        flat_scale, flat_zero = scale.view(-1, 1), zero.view(-1, 1)
-        chunk = CPU_CHUNK_WEIGHTS if weight.device.type == "cpu" else DEVICE_CHUNK_WEIGHTS
-        step = max(1, chunk // n_per_group)
-        for start in range(0, weight_groups.shape[0], step):
-            part = slice(start, start + step)
-            groups = weight_groups[part].to(torch.float32).contiguous()
-            if not torch.isfinite(groups.sum()):  # cheaper than looking at each; the sum of large ones overflows too
-                refuse_not_finite(groups, name=name)
-            group_scale, group_zero = solve_groups(
-                groups,
-                nbits=spec.nbits,
-                options=HalfQuadraticOptions(iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa),
-                integer_zero=spec.integer_zero,
-                round_zero=spec.round_zero,
-                refine_scale=spec.refine_scale,
-            )
-            if dtype != torch.float32:
-                stored_scale, stored_zero = group_scale.to(dtype), group_zero.to(dtype)
-                if not _can_store(group_scale, group_zero, stored_scale, stored_zero, max_code):
-                    logger.warning(
-                        "%s: %s cannot hold the scales and zeros of this layer (very small weights, or a large "
-                        "common offset), so they are kept in float32.",
-                        name,
-                        spec.scale_dtype,
-                    )
-                    return self._solved(weight, spec.widened(), layout, name=name)
-                group_scale, group_zero = stored_scale.float(), stored_zero.float()
-            flat_scale[part], flat_zero[part] = group_scale, group_zero
-            code_groups[part] = encode(groups, group_scale, group_zero, max_code=max_code).to(torch.uint8)
-        tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.to(dtype), "zero": zero.to(dtype)}
-        return QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
-
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], spec: HQQSpec, *, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        return hqq_dequantize(
-            tensors["W_q"], tensors["scale"], tensors["zero"], spec.nbits, spec.axis, in_features, dtype
+    def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
+        spec, (W_q, scale, zero) = _parts(weight)
+        return weight_tiles(
+            W_q, scale, zero, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features, dtype=dtype
         )
 
-    def weight_tiles(
-        self, tensors: Mapping[str, Tensor], spec: HQQSpec, *, in_features: int, dtype: torch.dtype
-    ) -> WeightTiles:
-        W_q, scale, zero = (tensors[part] for part in ("W_q", "scale", "zero"))
-        return weight_tiles(W_q, scale, zero, nbits=spec.nbits, axis=spec.axis, in_features=in_features, dtype=dtype)
-
-    def merged(self, weight: QuantizedWeight, change: Callable[[slice], Tensor], *, name: str) -> QuantizedWeight:
-        """As :meth:`QuantMethod.merged`: scales and zeros stay, and the change is rounded into the codes with dither.
+    def merged(self, weight: QuantizedWeight, delta: DeltaRows) -> QuantizedWeight:
+        """As :meth:`QuantMethod.merged`: scales and zeros stay, and the delta is rounded into the codes with dither.
 
         The rounding is defined in ``quantlayers_kernels.hqq.update``.
         """
-        spec, (W_q, scale) = cast(HQQSpec, weight.spec), (weight.tensors[part] for part in ("W_q", "scale"))
-        codes = updated_codes(W_q, scale, change, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features)
+        spec, (W_q, scale, _) = _parts(weight)
+        codes = updated_codes(W_q, scale, delta, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features)
         return dataclasses.replace(weight, tensors=weight.tensors | {"W_q": codes})
 
-    def merged_tiles(
-        self,
-        tensors: Mapping[str, Tensor],
-        spec: HQQSpec,
-        change: Callable[[slice], Tensor],
-        *,
-        in_features: int,
-        dtype: torch.dtype,
-    ) -> WeightTiles:
-        W_q, scale, zero = (tensors[part] for part in ("W_q", "scale", "zero"))
+    def merged_tiles(self, weight: QuantizedWeight, delta: DeltaRows, *, dtype: torch.dtype) -> WeightTiles:
+        spec, (W_q, scale, zero) = _parts(weight)
         return updated_tiles(
-            W_q, scale, zero, change, nbits=spec.nbits, axis=spec.axis, in_features=in_features, dtype=dtype
+            W_q, scale, zero, delta, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features, dtype=dtype
         )
 
-    def shift_group_size(self, spec: HQQSpec, *, in_features: int) -> int:
+    def group_delta_size(self, spec: HQQSpec, *, in_features: int) -> int:
         if spec.axis != 1:
             raise NotImplementedError("the groups run along the outputs (axis=0). Quantize with axis=1.")
         if spec.integer_zero:
-            raise NotImplementedError("the zeros are whole codes. Quantize with integer_zero=False.")
+            raise NotImplementedError("the zeros are integers. Quantize with integer_zero=False.")
         return spec.group_size or in_features
 
-    def shifted(self, weight: QuantizedWeight, change: Tensor, *, name: str) -> QuantizedWeight:
-        """As :meth:`QuantMethod.shifted`: ``(code - (zero - change / scale)) * scale``.
+    def with_group_delta(self, weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight:
+        """As :meth:`QuantMethod.with_group_delta`: ``(code - (zero - delta / scale)) * scale``.
 
-        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_SHIFT_LOST`` of the change.
+        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_DELTA_LOST`` of the delta.
         """
-        spec = cast(HQQSpec, weight.spec)
-        self.shift_group_size(spec, in_features=weight.in_features)
-        scale, zero = (weight.tensors[part].float() for part in ("scale", "zero"))
-        shifted = zero - change / scale
+        spec, (_, scale, zero) = _parts(weight)
+        self.group_delta_size(spec, in_features=weight.in_features)
+        scale = scale.float()
+        shifted = zero.float() - delta / scale
         if not torch.isfinite(shifted).all():
-            raise ValueError(f"{name}: the shifted zeros hold NaN or Inf. The adapter seems to be broken.")
-        stored = shifted.to(weight.tensors["zero"].dtype)
+            raise ValueError("the zeros with the delta folded in hold NaN or Inf. The adapter seems to be broken.")
+        stored = shifted.to(zero.dtype)
         lost = ((stored.float() - shifted) * scale).norm()
-        if lost <= MAX_SHIFT_LOST * change.norm():
+        if lost <= MAX_DELTA_LOST * delta.norm():
             return dataclasses.replace(weight, tensors=weight.tensors | {"zero": stored})
         tensors = weight.tensors | {"scale": scale, "zero": shifted}
         return dataclasses.replace(weight, spec=spec.widened(), tensors=tensors)
 
-    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HQQSpec, bias: Tensor | None) -> Tensor:
-        return hqq_linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        spec, (W_q, scale, zero) = _parts(weight)
+        return hqq_linear(x, W_q, scale, zero, bias, spec.nbits, spec.axis)
+
+
+def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
+    tensors = weight.tensors
+    return cast(HQQSpec, weight.spec), (tensors["W_q"], tensors["scale"], tensors["zero"])
+
+
+def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight:
+    """The published iteration; scales and zeros have the spec's dtype, or float32 where that cannot hold them."""
+    for stored_as in dict.fromkeys((spec, spec.widened())):
+        solved = _solved_in_dtype(weight, stored_as, layout)
+        if solved is not None:
+            return solved
+    raise AssertionError("float32 holds every scale and zero.")
+
+
+def _solved_in_dtype(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight | None:
+    out_features, in_features = weight.shape
+    n_per_group = weight.numel() // math.prod(layout["scale"].shape)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(layout["scale"].shape, dtype=torch.float32, device=weight.device)
+    zero = torch.empty_like(scale)
+    dtype = getattr(torch, spec.scale_dtype)
+    options = HalfQuadraticOptions(iters=spec.iters, lp_norm=spec.lp_norm, beta=spec.beta, kappa=spec.kappa)
+
+    weight_groups, code_groups = (_by_group(part, spec.axis, n_per_group) for part in (weight, codes))
+    flat_scale, flat_zero = scale.view(-1, 1), zero.view(-1, 1)
+    chunk = CPU_CHUNK_WEIGHTS if weight.device.type == "cpu" else DEVICE_CHUNK_WEIGHTS
+    step = max(1, chunk // n_per_group)
+    for start in range(0, weight_groups.shape[0], step):
+        part = slice(start, start + step)
+        groups = weight_groups[part].to(torch.float32).contiguous()
+        if not torch.isfinite(groups.sum()):  # cheaper than looking at each; the sum of large ones overflows too
+            refuse_not_finite(groups)
+        group_scale, group_zero = solve_groups(
+            groups,
+            nbits=spec.nbits,
+            options=options,
+            integer_zero=spec.integer_zero,
+            round_zero=spec.round_zero,
+            refine_scale=spec.refine_scale,
+        )
+        if dtype != torch.float32:
+            stored_scale, stored_zero = group_scale.to(dtype), group_zero.to(dtype)
+            if not _can_store(group_scale, group_zero, stored_scale, stored_zero, spec.max_code):
+                return None
+            group_scale, group_zero = stored_scale.float(), stored_zero.float()
+        flat_scale[part], flat_zero[part] = group_scale, group_zero
+        code_groups[part] = encode(groups, group_scale, group_zero, max_code=spec.max_code).to(torch.uint8)
+    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.to(dtype), "zero": zero.to(dtype)}
+    return QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
 
 
 def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
@@ -183,18 +178,18 @@ def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     groups = _by_group(weight.float(), spec.axis, weight.numel() // scale.numel())
     flat = (scale.float().reshape(-1, 1), zero.float().reshape(-1, 1))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    _by_group(codes, spec.axis, groups.shape[1]).copy_(encode(groups, *flat, max_code=2**spec.nbits - 1))
+    _by_group(codes, spec.axis, groups.shape[1]).copy_(encode(groups, *flat, max_code=spec.max_code))
     tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.clone(), "zero": zero.clone()}
     return dataclasses.replace(start, tensors=tensors)
 
 
 # Sweeps over the codes and a fit of the grid, in turn; twice as many lower the held-out error by 2 %.
-CALIBRATED_ROUNDS = 2
-SWEEPS_PER_ROUND = 3
+CALIBRATED_ITERATIONS = 2
+SWEEPS_PER_ITERATION = 3
 
 
 def _for_outputs(
-    weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool, rounds: int
+    weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool, iterations: int
 ) -> QuantizedWeight:
     """``weight``, float32, with the output error lowered from the grid of ``begin``.
 
@@ -205,15 +200,15 @@ def _for_outputs(
     dtype = getattr(torch, spec.scale_dtype)
     scale, zero = (begin.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
     groups = weight.view(*scale.shape, -1)
-    grid = Grid(scale, zero, max_code=2**spec.nbits - 1)
+    grid = Grid(scale, zero, max_code=spec.max_code)
     if from_start:
-        codes = unpack(begin.tensors["W_q"].to(weight.device), spec.nbits, weight.shape[1]).float().view(groups.shape)
+        codes = begin.codes().to(weight.device).float().view(groups.shape)
     else:
         if not spec.integer_zero:
             grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
         codes = grid.nearest_codes(groups)
-    for _ in range(rounds):
-        codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ROUND)
+    for _ in range(iterations):
+        codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ITERATION)
         if not spec.integer_zero:
             grid = fitted_grid(groups, codes, grid, hessian)
     scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)

@@ -1,14 +1,16 @@
 """How an HQQ weight is stored, and what a user asks for."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from quantlayers_kernels.bitpack import SUPPORTED_NBITS, packed_row_bytes
+from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes, unpack
 
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import check_choice, check_integer, check_number, dtype_name, suggest_divisor
+from ...formats.spec import Role, check_choice, check_integer, check_number, dtype_name, suggest_divisor
 from ..config import QuantConfig
 
 MAX_GROUP_SIZE = 1 << 24
@@ -31,6 +33,7 @@ class HQQSpec(QuantSpec):
 
     method = "hqq"
     codes_name = "W_q"
+    shown_fields = ("nbits", "group_size", "axis")
 
     nbits: int = 4
     group_size: int | None = 64
@@ -75,17 +78,42 @@ class HQQSpec(QuantSpec):
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         n_groups = self.n_groups(out_features, in_features)
         shape = (out_features, n_groups) if self.axis == 1 else (n_groups, in_features)
-        metadata = TensorLayout(shape=shape, dtype=getattr(torch, self.scale_dtype))
-        row_bytes = packed_row_bytes(in_features, self.nbits)
+        # With axis=0 the rows of a group lie n_groups apart; ``sliced`` takes care of it.
+        metadata = {"shape": shape, "dtype": getattr(torch, self.scale_dtype)}
         return {
-            "W_q": TensorLayout(shape=(out_features, row_bytes), dtype=torch.uint8),
-            "scale": metadata,
-            "zero": metadata,
+            "W_q": TensorLayout(
+                shape=(out_features, packed_row_bytes(in_features, self.nbits)), dtype=torch.uint8, role="codes"
+            ),
+            "scale": TensorLayout(**metadata, role="scales"),
+            "zero": TensorLayout(**metadata, role="zeros"),
         }
 
     @property
-    def tensor_roles(self) -> Mapping[str, str]:
-        # Training would not keep whole zeros whole.
+    def max_code(self) -> int:
+        return 2**self.nbits - 1
+
+    def unpack_codes(self, codes: Tensor, in_features: int) -> Tensor:
+        unpacked = unpack(codes.reshape(-1, codes.shape[-1]), self.nbits, in_features)
+        return unpacked.view(*codes.shape[:-1], in_features)
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        packed = pack(codes.reshape(-1, codes.shape[-1]).to(torch.uint8), self.nbits)
+        return packed.view(*codes.shape[:-1], packed.shape[-1])
+
+    def sliced(
+        self, tensors: Mapping[str, Tensor], rows: slice, *, out_features: int, in_features: int
+    ) -> tuple["HQQSpec", dict[str, Tensor]]:
+        """As :meth:`QuantSpec.sliced`; with ``axis=0`` each row gets its own scales and zeros (``group_size=1``)."""
+        if self.axis == 1:
+            return super().sliced(tensors, rows, out_features=out_features, in_features=in_features)
+        n_groups = self.n_groups(out_features, in_features)
+        groups = torch.arange(rows.start, rows.stop, device=tensors["scale"].device) % n_groups
+        found = {"W_q": tensors["W_q"].narrow(-2, rows.start, rows.stop - rows.start)}
+        found |= {name: tensors[name].index_select(-2, groups) for name in ("scale", "zero")}
+        return dataclasses.replace(self, group_size=1), found
+
+    def trainable_roles(self, out_features: int, in_features: int) -> dict[str, Role]:
+        # Training would not keep integer zeros integer.
         return {"scale": "scales"} if self.integer_zero else {"scale": "scales", "zero": "zeros"}
 
 
@@ -102,7 +130,3 @@ class HQQConfig(QuantConfig, HQQSpec):
     """
 
     spec_type = HQQSpec
-
-    def __post_init__(self) -> None:
-        HQQSpec.__post_init__(self)
-        self._check()

@@ -1,0 +1,50 @@
+"""Quantizing one layer's weight: the method's arithmetic, with the layer's name in what it says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..formats import QuantizedWeight, QuantSpec
+from ..methods import get_method
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def named_errors(layer_name: str, *, remedy: str = "") -> Iterator[None]:
+    """Put ``layer_name`` before, and ``remedy`` after, what a ValueError or NotImplementedError inside says."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if type(error) not in (ValueError, NotImplementedError) or str(error).startswith(layer_name):
+            raise
+        raise type(error)(f"{layer_name}: {error}{remedy}") from None
+
+
+def quantize_weight(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    layer_name: str,
+    hessian: Tensor | None = None,
+    start: QuantizedWeight | None = None,
+) -> QuantizedWeight:
+    """``weight`` (out_features, in_features) of the layer ``layer_name`` quantized; see :meth:`QuantMethod.quantize`.
+
+    Raises:
+        ValueError: as the method does, with the layer's name and how to skip it.
+    """
+    with named_errors(layer_name, remedy=f" Or skip the layer with skip_modules=[{layer_name!r}]."):
+        quantized = get_method(spec.method).quantize(weight, spec, hessian=hessian, start=start)
+    if quantized.spec != spec and quantized.spec == spec.widened():
+        logger.warning(
+            "%s: %s cannot hold the scales and other metadata of this layer (very small or very large weights, or a "
+            "large common offset), so they are kept in float32.",
+            layer_name,
+            getattr(spec, "scale_dtype", "the spec's dtype"),
+        )
+    return quantized

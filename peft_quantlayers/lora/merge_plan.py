@@ -1,0 +1,139 @@
+"""The plan of merging LoRA adapters: PEFT merges them into a dense float32 stand-in for the quantized layer.
+
+So every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules. May import PEFT's public classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight
+from ..integrations.private_peft import set_variant_caches, variant_caches
+from ..layers import QuantizedLinear
+from ..merging import AdapterTraits, MergePlan, MergeState
+from ..merging.rules import fitting_strategies
+from ..methods import get_method
+from .merge_aware_config import fingerprint
+from .qalora import MergeableQALoraVariant, can_be_qalora, group_delta
+
+
+def lora_plan(
+    layer: Any, names: Sequence[str], *, merge: Callable[..., None], merge_aware: dict[str, str]
+) -> MergePlan:
+    """The merge of the adapters ``names`` of a LoRA layer, in the place of what is merged. Changes nothing.
+
+    Args:
+        layer: PEFT's LoRA layer, with ``merging``.
+        names: in the order in which they are summed.
+        merge: PEFT's own merge of ``layer``.
+        merge_aware: fingerprint of the quantized weight that a merge-aware adapter is rounded against, by adapter.
+
+    Raises:
+        ValueError: the merged weight is not finite.
+    """
+    state: MergeState = layer.merging
+    base, unmerged = state.base, state.unmerged_or_now
+    device = next(layer.get_base_layer().parameters()).device
+    weight = cast(QuantizedWeight, unmerged.weight).to(device)
+    before = get_method(weight.spec.method).dequantize(weight)
+    stand_in = dense_stand_in(before, unmerged.tensors.get("bias"))
+    with _stands_in(layer, stand_in, unmerged.host_state) as found:
+        try:
+            merge(safe_merge=True, adapter_names=list(names))
+        except ValueError as error:
+            raise ValueError(f"{error}. Nothing was merged. Train the adapter again or load another.") from None
+        found.caches = variant_caches(layer)
+    is_plain = bool(names) and not any(name in layer.lora_variant for name in names)
+    left, right = lora_factors(layer, names) if is_plain else (None, None)
+    delta_of_groups = _sum_of_group_deltas(layer, base, names)
+    return MergePlan(
+        layer_name=base.layer_name,
+        adapters=AdapterTraits(
+            names=tuple(names),
+            dtype=next(iter(layer.lora_A.parameters())).dtype,
+            strategies=fitting_strategies(
+                weight.spec,
+                is_plain=is_plain,
+                has_bias=any(layer.lora_bias[name] for name in names),
+                is_qalora=delta_of_groups is not None,
+            ),
+            is_merge_aware=_is_rounded_against(weight, [merge_aware.get(name) for name in names]),
+            trained_merge_aware=tuple(name for name in names if name in merge_aware),
+            can_be_qalora=can_be_qalora(base),
+        ),
+        weight=weight,
+        before=before,
+        target=stand_in.weight.data,
+        tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},
+        left=left,
+        right=right,
+        group_delta=delta_of_groups,
+        compute_dtype=base.compute_dtype,
+        branch=base.branch,
+        host_state=found.caches,
+    )
+
+
+def dense_stand_in(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A float32 layer with copies of both, on the weight's device, for PEFT to merge adapters into."""
+    stand_in = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    stand_in.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        stand_in.bias = nn.Parameter(bias.detach().to(weight.device, torch.float32, copy=True), requires_grad=False)
+    return stand_in
+
+
+def lora_factors(layer: LoraLinear, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(out_features, r) and (r, in_features), float32, whose product is the sum of the deltas of plain LoRA."""
+    left = [cast(nn.Linear, layer.lora_B[name]).weight.float() * layer.scaling[name] for name in names]
+    right = [cast(nn.Linear, layer.lora_A[name]).weight.float() for name in names]
+    return torch.cat(left, dim=1), torch.cat(right)
+
+
+class _stands_in:
+    """A dense layer under the adapters of ``layer`` for the length of the context, with nothing merged.
+
+    Attributes:
+        caches: to be set inside; what PEFT's merge left.
+    """
+
+    def __init__(self, layer: Any, stand_in: nn.Module, caches: dict[str, Any]) -> None:
+        self.layer, self.stand_in, self.caches = layer, stand_in, caches
+
+    def __enter__(self) -> _stands_in:
+        layer = self.layer
+        self.before = layer.base_layer, variant_caches(layer), list(layer.merged_adapters)
+        layer.base_layer = self.stand_in
+        set_variant_caches(layer, self.caches)
+        layer.merged_adapters.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        base_layer, caches, merged = self.before
+        self.layer.base_layer = base_layer
+        set_variant_caches(self.layer, caches)
+        self.layer.merged_adapters[:] = merged
+
+
+def _is_rounded_against(weight: QuantizedWeight, prints: list[str | None]) -> bool:
+    """Whether all fingerprints (at least one is there) are those of ``weight``."""
+    known = {each for each in prints if each is not None}
+    return bool(known) and len(set(prints)) == 1 and known == {fingerprint(weight)}
+
+
+def _sum_of_group_deltas(layer: Any, base: QuantizedLinear, names: Sequence[str]) -> Tensor | None:
+    """Sum of the deltas of each quantization group, (out_features, n_groups); None if not all adapters are QA-LoRA."""
+    is_qalora = [isinstance(layer.lora_variant.get(name), MergeableQALoraVariant) for name in names]
+    if not any(is_qalora):
+        return None
+    group_size = base.method.group_delta_size(base.spec, in_features=base.in_features)
+    if not all(is_qalora):
+        return None
+    n_groups = base.in_features // group_size
+    deltas = [group_delta(layer, name) for name in names]
+    return torch.stack([each.repeat_interleave(n_groups // each.shape[1], dim=1) for each in deltas]).sum(0)

@@ -1,0 +1,85 @@
+"""What to try where a merge lost much of the adapters' delta, and what its figures do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..evaluate import Capture
+from .layer_report import LayerMergeReport
+
+# Below this fraction of the adapter's effect, or of its delta, another strategy is worth its cost.
+LOW_CAPTURE = 0.9
+# Strategies after which no code was rounded by itself.
+WITHOUT_NOISE = ("aware", "exact", "keep", "dense")
+
+
+def recommendation(
+    layers: Sequence[LayerMergeReport],
+    *,
+    capture: Capture | None,
+    output_retained: float | None,
+    delta_retained: float,
+) -> str | None:
+    """What to try instead; None where the merge lost little.
+
+    Args:
+        layers: their reports.
+        capture: measured on held-out text, or None.
+        output_retained, delta_retained: over all layers.
+    """
+    done = {layer.strategy for layer in layers}
+    if capture is not None and capture.is_measurable:
+        retained, what = capture.capture, "effect on the predictions is left"
+    elif any(layer.is_merge_aware and layer.strategy != "aware" for layer in layers):
+        return (
+            'The adapters were trained merge-aware, and only strategy="aware" gives the model that was trained: '
+            "without the rounding they compute something else."
+        )
+    elif done == {"aware"}:
+        return None  # the delta in the weights is not what was trained; the outputs are
+    elif output_retained is not None:
+        retained, what = output_retained, "delta in the outputs is left"
+    else:
+        retained, what = delta_retained, "delta is in the weights"
+    if retained >= LOW_CAPTURE:
+        return None
+    others = ["more text to calibrate on, or finetune_epochs in the Calibration"] if "calibrated" in done else []
+    others += [way for name, way in _other_ways(layers).items() if name not in done]
+    return f"{retained:.2f} of the adapter's {what}." + (f" Instead: {'; or '.join(others)}." if others else "")
+
+
+def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise: float) -> str | None:
+    """What the figures do not tell; None where they tell all, or where rounding added little noise.
+
+    Args:
+        layers: their reports.
+        is_captured: whether predictions were compared.
+        noise: of rounding, over the norm of the delta.
+    """
+    rounded = any(layer.strategy not in WITHOUT_NOISE for layer in layers)
+    if is_captured or not rounded or noise**2 < 1 - LOW_CAPTURE:
+        return None
+    return (
+        f"Rounding added noise {noise:.2f} times as large as the adapter's delta. What that does to the predictions "
+        "was not measured: give evaluate_on=held-out token ids."
+    )
+
+
+def _other_ways(layers: Sequence[LayerMergeReport]) -> dict[str, str]:
+    """Strategies that these layers could be merged with, the best first, and how to say so."""
+    if any(layer.is_merge_aware for layer in layers):
+        return {"aware": 'strategy="aware", which these adapters were trained for'}
+    possible = set.intersection(*(set(layer.strategies) for layer in layers)) if layers else set()
+    ways = {
+        "exact": 'strategy="exact", which rounds no code',
+        "calibrated": 'strategy="calibrated" with some text',
+        "aware": 'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
+        "append": 'strategy="append", which costs one more bit per weight',
+        "keep": 'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
+    }
+    found = {name: way for name, way in ways.items() if name in possible}
+    if "aware" in found and all(layer.can_be_qalora for layer in layers):
+        found["qalora"] = "train with QA-LoRA, which merges exactly"
+    if "keep" not in found:
+        found["dense"] = 'strategy="dense", a float model, which loses nothing'
+    return found

@@ -1,0 +1,113 @@
+"""What a merge did to one layer, in numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..formats import QuantizedWeight
+from ..methods import get_method
+from .coefficients import output_error, retained_fraction
+from .plan import MergePlan, MergeResult
+
+OLD_NAMES = {
+    "change_norm": "delta_norm",
+    "change_kept": "delta_retained",
+    "output_kept": "output_retained",
+    "error_to_change": "error_to_delta",
+    "is_aware": "is_merge_aware",
+}
+
+
+class OldNames:
+    """The names that fields of reports had before; reading one warns and gives the new field."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in OLD_NAMES or not hasattr(type(self), OLD_NAMES[name]):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        warnings.warn(f"{name} is now {OLD_NAMES[name]}; the old name will go.", DeprecationWarning, stacklevel=2)
+        return getattr(self, OLD_NAMES[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMergeReport(OldNames):
+    """What one merge did to one layer.
+
+    Fields:
+        name: module name of the base layer.
+        adapters: adapters whose delta is in the merged weight.
+        method: that the layer is quantized with.
+        strategy: that it was merged with; what "auto" has chosen.
+        n_weights: of the layer.
+        bits_before, bits_after: stored bits per weight.
+        weight_norm, delta_norm, error_norm: Frobenius norms of the float target ``W + delta``, of the delta, and of
+            the difference between the merged weight and the target.
+        delta_retained: the fraction of the delta that is in the merged weight: 1 for all of it, 0 for none. The
+            coefficient of the delta in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
+        output_retained: the same for the outputs, on the tokens of ``evaluate_on``, else on the calibration inputs;
+            None without either.
+        output_noise: norm of all else that changed in the outputs, over that of the delta in them; None likewise.
+        strategies: that these adapters on this weight can be merged with, beside "requantize" and "dense"; "aware" if
+            such adapters can be trained for it.
+        is_merge_aware: the adapters were trained through the rounding of this weight, for "aware".
+        can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    method: str
+    strategy: str
+    n_weights: int
+    bits_before: float
+    bits_after: float
+    weight_norm: float
+    delta_norm: float
+    error_norm: float
+    delta_retained: float
+    output_retained: float | None = None
+    output_noise: float | None = None
+    strategies: tuple[str, ...] = ()
+    is_merge_aware: bool = False
+    can_be_qalora: bool = False
+
+    @property
+    def relative_error(self) -> float:
+        """``error_norm / weight_norm``."""
+        return self.error_norm / self.weight_norm if self.weight_norm else 0.0
+
+
+def layer_report(plan: MergePlan, result: MergeResult) -> LayerMergeReport:
+    """The report on a layer that ``plan`` was for and that becomes ``result``."""
+    merged = result.merged(plan)
+    return LayerMergeReport(
+        name=plan.layer_name,
+        adapters=plan.adapters.names,
+        method=plan.weight.spec.method,
+        strategy=result.strategy,
+        n_weights=plan.target.numel(),
+        bits_before=plan.weight.bits_per_weight,
+        bits_after=result.bits_per_weight,
+        weight_norm=float(plan.target.norm()),
+        delta_norm=float((plan.target - plan.before).norm()),
+        error_norm=float((merged - plan.target).norm()),
+        delta_retained=retained_fraction(plan.before, plan.target, merged),
+        strategies=plan.adapters.strategies,
+        is_merge_aware=plan.adapters.is_merge_aware,
+        can_be_qalora=plan.adapters.can_be_qalora,
+    )
+
+
+def with_outputs(
+    report: LayerMergeReport, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor
+) -> LayerMergeReport:
+    """``report`` with what ``merged`` did to the outputs of inputs with the second moment ``hessian``."""
+    after = get_method(merged.spec.method).dequantize(merged)
+    retained = retained_fraction(plan.before, plan.target, after, hessian)
+    delta = plan.target - plan.before
+    rest = after - plan.before - retained * delta
+    energies = [output_error(part, hessian) for part in (delta, rest)]
+    noise = math.sqrt(max(0.0, energies[1]) / energies[0]) if energies[0] > 0 else 0.0
+    return replace(report, output_retained=retained, output_noise=noise)
