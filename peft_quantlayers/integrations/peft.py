@@ -141,7 +141,7 @@ def _unload(
 def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
     """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is."""
     layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
-    states = [layer.merge_state() for layer in layers]
+    states = [layer.snapshot() for layer in layers]
     try:
         for layer in layers:
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

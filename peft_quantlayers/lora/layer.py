@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
-from ..formats import QuantizedWeight
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..merging import MergePlan, MergeSource, MergeState, Snapshot
+from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
 from .merge_aware_config import check_stamp, fingerprint, stamp_of
 from .merge_plan import lora_factors, lora_plan
@@ -81,7 +80,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         self.merge_strategy = "auto"
         self.aware_adapters: dict[str, str] = {}
         self.shared_input: SharedInput | None = None
-        self.merging = MergeState(self)
+        self.merging = MergeState()
         self._rounded = RoundedWeight()
         super().__init__(base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
         self.quantization_backend = QuantizedLinearBackend(self.quantized_base())
@@ -105,13 +104,13 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         # PiSSA and its like write to the base first, as they did before the training.
         writes_base = isinstance(config.init_lora_weights, str)
         if stamp is not None and not writes_base:
-            check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
+            check_stamp(stamp, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
         self.merging.shares_base = self.merging.shares_base or config.layer_replication is not None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if stamp is not None:
             if writes_base:
-                check_stamp(stamp, base.layer_name, self._unmerged_weight(), adapter=adapter_name)
-            self.aware_adapters[adapter_name] = fingerprint(self._unmerged_weight())
+                check_stamp(stamp, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
+            self.aware_adapters[adapter_name] = fingerprint(self.unmerged_weight())
 
     def _check_experts(self, names: list[str] | None) -> None:
         missing = [name for name in names or [] if name not in self.lora_A]
@@ -208,7 +207,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
             return
-        if self.merging.is_written_by_others:
+        if self.is_written_by_others:
             return super().merge(True, new)
         if self.merging.unmerged is None and not isinstance(self.get_base_layer(), QuantizedLinear):
             return super().merge(safe_merge, new)  # dequantized under its adapters
@@ -221,11 +220,11 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
-        elif self.merging.is_written_by_others:
-            self.merging.forget()
+        elif self.is_written_by_others:
+            self.forget_merge()
             super().unmerge()
         elif self.merging.unmerged is not None:
-            self.merging.undo()
+            self.undo_merge()
         else:
             base = self.get_base_layer()
             if isinstance(base, QuantizedLinear):
@@ -241,22 +240,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         with torch.no_grad():
             return lora_plan(self, ordered, merge=super().merge, merge_aware=self.aware_adapters)
 
-    def quantized_base(self) -> QuantizedLinear:
-        """The quantized layer under the adapters, also while a merge has put a dense one in its place."""
-        return self.merging.base
-
-    def merge_state(self) -> Snapshot:
-        """What :meth:`restore` needs to undo every later merge and unmerge of this layer. Holds tensors, no copies."""
-        return self.merging.snapshot()
-
-    def restore(self, state: Snapshot) -> None:
-        """Put this layer back to where it was when :meth:`merge_state` returned ``state``."""
-        self.merging.restore(state)
-
-    # What MergeState asks of its host.
-
     def current_base(self) -> nn.Module:
-        """The layer under the adapters as it is now."""
         return self.get_base_layer()
 
     def put_base(self, base: nn.Module) -> None:
@@ -269,11 +253,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         return variant_caches(self)
 
     def set_host_state(self, state: dict[str, Any]) -> None:
-        """Put :meth:`host_state` back."""
         set_variant_caches(self, state)
-
-    def _unmerged_weight(self) -> QuantizedWeight:
-        return cast(QuantizedWeight, self.merging.unmerged_or_now.weight)
 
 
 def set_merge_strategy(model: nn.Module, strategy: str) -> None:

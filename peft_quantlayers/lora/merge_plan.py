@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..merging import AdapterTraits, MergePlan, MergeState
+from ..merging import AdapterTraits, MergePlan
 from ..merging.rules import fitting_strategies
 from ..methods import get_method
 from .merge_aware_config import fingerprint
@@ -28,7 +28,7 @@ def lora_plan(
     """The merge of the adapters ``names`` of a LoRA layer, in the place of what is merged. Changes nothing.
 
     Args:
-        layer: PEFT's LoRA layer, with ``merging``.
+        layer: PEFT's LoRA layer, and a :class:`MergeSource`.
         names: in the order in which they are summed.
         merge: PEFT's own merge of ``layer``.
         merge_aware: fingerprint of the quantized weight that a merge-aware adapter is rounded against, by adapter.
@@ -36,8 +36,7 @@ def lora_plan(
     Raises:
         ValueError: the merged weight is not finite.
     """
-    state: MergeState = layer.merging
-    base, unmerged = state.base, state.unmerged_or_now
+    base, unmerged = layer.quantized_base(), layer.unmerged_snapshot()
     device = next(layer.get_base_layer().parameters()).device
     weight = cast(QuantizedWeight, unmerged.weight).to(device)
     before = get_method(weight.spec.method).dequantize(weight)

@@ -1,31 +1,39 @@
-"""Where plans come from: a layer with adapters, of whatever kind, that can be merged."""
+"""A layer with adapters that can be merged, of whatever kind: plans come from it, results are written into it.
+
+Here is the one state machine of merging: apply, undo, snapshot, restore. What differs between kinds of adapters is how
+they plan, and what else their layer keeps.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor, nn
 
+from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import named_errors
+from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
 from .plan import MergePlan, MergeResult, MergeRule
-from .state import MergeState
+from .state import MergeState, Snapshot
 
 
 class MergeSource(ABC):
-    """A layer whose adapters can be merged into it, and taken back to the bit.
+    """A layer whose adapters can be merged into it, and taken back to the bit. It has PEFT's list ``merged_adapters``.
 
     Attributes:
-        merging: what is merged, and the way back.
-        merge_rules: the rules that its adapters can be merged by, by strategy; "calibrated" needs data and is not
-            here.
+        merging: what is merged.
+        merge_rules: by strategy, the rules that its adapters can be merged by; "calibrated" needs data and is no rule.
     """
 
     merging: MergeState
     merge_rules: ClassVar[Mapping[str, MergeRule]]
+
+    # ---- what a kind of adapter says
 
     @abstractmethod
     def plan(self, names: Sequence[str]) -> MergePlan:
@@ -35,6 +43,28 @@ class MergeSource(ABC):
             ValueError: the merged weight is not finite.
         """
 
+    @abstractmethod
+    def current_base(self) -> nn.Module:
+        """The layer under the adapters as it is now."""
+
+    @abstractmethod
+    def put_base(self, base: nn.Module) -> None:
+        """Make ``base`` the layer under the adapters."""
+
+    def host_state(self) -> Any:
+        """What merging changes in the layer of the adapters, beside the base and the list of what is merged."""
+        return None
+
+    def set_host_state(self, state: Any) -> None:  # noqa: B027  most kinds have none
+        """Put :meth:`host_state` back."""
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether there is a quantized weight to merge into. Others are PEFT's to merge."""
+        return isinstance(self.quantized_base(), QuantizedLinear)
+
+    # ---- merging
+
     def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
         """Merge exactly these adapters by ``rule``, in the place of what was merged before.
 
@@ -42,7 +72,7 @@ class MergeSource(ABC):
             ValueError, NotImplementedError: what the plan or the rule refuses, with the layer's name; the layer is
                 left as it was.
         """
-        with torch.no_grad(), named_errors(self.merging.base.layer_name):
+        with torch.no_grad(), named_errors(self.quantized_base().layer_name):
             plan = self.plan(names)
             result = rule(plan)
         self.apply_merge(plan, result)
@@ -51,12 +81,97 @@ class MergeSource(ABC):
         """Make the layer what ``result`` says, and report on it."""
         with torch.no_grad():
             report = layer_report(plan, result)
-            self.merging.apply(plan, result, report)
+            self.write_merge(plan.adapters.names, result, plan.tensors, host_state=plan.host_state)
+        self.merging.report = report
+
+    def write_merge(
+        self,
+        adapters: Sequence[str],
+        result: MergeResult | None,
+        tensors: Mapping[str, Tensor],
+        *,
+        host_state: Any = None,
+    ) -> None:
+        """Write a merged weight (None to leave the weight alone) and other parameters, without a report."""
+        state, unmerged = self.merging, self.unmerged_snapshot()
+        base = unmerged.base.to(next(self.current_base().parameters()).device)
+        if result is not None and result.is_new_layer:
+            self.put_base(_new_layer(cast(QuantizedLinear, base), result, tensors.get("bias")))
+        else:
+            if state.shares_base:
+                cast(QuantizedLinear, base).unshare_parameters()
+            if result is not None and result.weight is not None:
+                cast(QuantizedLinear, base).quantized_weight = result.weight
+            for name, tensor in tensors.items():
+                parameter = base.get_parameter(name)
+                parameter.data = tensor.to(parameter.dtype)
+            self.put_base(base)
+        state.unmerged, state.report = unmerged, None
+        state.host_state, state.n_writes = host_state, getattr(base, "n_writes", -1)
+        self._merged_adapters()[:] = adapters
+
+    def undo_merge(self) -> None:
+        """Put back what was there before the first merge, bit for bit. Does nothing where nothing is merged."""
+        if self.merging.unmerged is not None:
+            self.restore(self.merging.unmerged)
+
+    def forget_merge(self) -> None:
+        """Leave the merge to PEFT, which subtracts the deltas from what the weight is now."""
+        self.set_host_state(self.merging.host_state)
+        self.merging.unmerged, self.merging.report = None, None
+
+    def snapshot(self) -> Snapshot:
+        """What :meth:`restore` needs to undo every later merge of this layer."""
+        base, state = self.current_base(), self.merging
+        tensors = {name: getattr(base, name, None) for name in state.tensor_names}
+        return Snapshot(
+            base=base,
+            weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
+            tensors={name: tensor.data.clone() for name, tensor in tensors.items() if tensor is not None},
+            parameters=dict(base._parameters) if state.shares_base else {},
+            host_state=self.host_state(),
+            merged_adapters=tuple(self._merged_adapters()),
+            report=state.report,
+            unmerged=state.unmerged,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the layer back to where it was at ``snapshot``; on the device that it is on now."""
+        device = next(self.current_base().parameters()).device
+        base = snapshot.base.to(device)
+        dtypes = {name: base.get_parameter(name).dtype for name in snapshot.tensors}
+        base._parameters.update(snapshot.parameters)
+        if snapshot.weight is not None:
+            cast(QuantizedLinear, base).quantized_weight = snapshot.weight.to(device)
+        for name, tensor in snapshot.tensors.items():
+            base.get_parameter(name).data = tensor.to(device, dtypes[name])
+        self.put_base(base)
+        self.set_host_state(snapshot.host_state)
+        self.merging.unmerged, self.merging.report = snapshot.unmerged, snapshot.report
+        self.merging.n_writes = getattr(base, "n_writes", -1)
+        self._merged_adapters()[:] = snapshot.merged_adapters
+
+    # ---- what is merged
+
+    def quantized_base(self) -> QuantizedLinear:
+        """The quantized layer under the adapters, also while a merge has put another one in its place."""
+        unmerged = self.merging.unmerged
+        return cast(QuantizedLinear, self.current_base() if unmerged is None else unmerged.base)
+
+    def unmerged_snapshot(self) -> Snapshot:
+        """The layer without any merge."""
+        return self.merging.unmerged or self.snapshot()
+
+    def unmerged_weight(self) -> QuantizedWeight:
+        """The quantized weight without any merge."""
+        return cast(QuantizedWeight, self.unmerged_snapshot().weight)
 
     @property
-    def is_mergeable(self) -> bool:
-        """Whether there is a quantized weight to merge into. Others are PEFT's to merge."""
-        return isinstance(self.merging.base, QuantizedLinear)
+    def is_written_by_others(self) -> bool:
+        """Whether the merged weight is no longer the one that the last merge wrote."""
+        base, unmerged = self.current_base(), self.merging.unmerged
+        is_ours = unmerged is not None and base is unmerged.base and isinstance(base, QuantizedLinear)
+        return is_ours and cast(QuantizedLinear, base).n_writes != self.merging.n_writes
 
     @property
     def merge_report(self) -> LayerMergeReport | None:
@@ -67,7 +182,31 @@ class MergeSource(ABC):
         """Renew the report after the merged weight was tuned, and return the plan of the merge."""
         strategy = "calibrated" if self.merging.report is None else self.merging.report.strategy
         with torch.no_grad():
-            plan = self.plan(list(self.merging.host.merged_adapters))
-            result = MergeResult(strategy=strategy, weight=self.merging.base.quantized_weight)
+            plan = self.plan(list(self._merged_adapters()))
+            result = MergeResult(strategy=strategy, weight=self.quantized_base().quantized_weight)
             self.merging.report = layer_report(plan, result)
         return plan
+
+    def _merged_adapters(self) -> list[str]:
+        """PEFT's list, which is changed in place."""
+        return cast(Any, self).merged_adapters
+
+
+def _new_layer(base: QuantizedLinear, result: MergeResult, bias: Tensor | None) -> nn.Module:
+    """The layer that takes the place of ``base``; its bias is a copy."""
+    if bias is None and base.bias is not None:
+        bias = base.bias.detach().clone()
+    bias = None if bias is None else bias.to(base.bias.dtype)
+    if result.weight is None:
+        parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return dense_in_place_of(base, cast(Tensor, result.dense), parameter)
+    layer = type(base)(
+        result.weight,
+        bias,
+        compute_dtype=base.compute_dtype,
+        layer_name=base.layer_name,
+        dense_type=base.dense_type,
+    )
+    if result.branch is not None:
+        layer.add_branch(result.branch)
+    return layer.train(base.training)

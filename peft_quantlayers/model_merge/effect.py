@@ -33,7 +33,7 @@ def measured_effect(
         names: of the adapters.
         token_ids: held-out text, (n_tokens,), integer.
     """
-    merged = [target.source.merging.snapshot() for target in targets]
+    merged = [target.source.snapshot() for target in targets]
     unmerged = [snapshot.unmerged or snapshot for snapshot in merged]
     retentions = [OutputRetention() for _ in targets]
 
@@ -77,4 +77,4 @@ def _in_state(
 def restore(targets: Sequence[MergeTarget], snapshots: Sequence[Snapshot]) -> None:
     """Put every layer back to its snapshot."""
     for target, snapshot in zip(targets, snapshots, strict=True):
-        target.source.merging.restore(snapshot)
+        target.source.restore(snapshot)

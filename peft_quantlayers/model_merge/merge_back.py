@@ -199,7 +199,7 @@ def _score(
 @contextmanager
 def _all_or_nothing(targets: Sequence[MergeTarget]) -> Iterator[None]:
     """Every target as it was before if anything fails inside."""
-    before = [target.source.merging.snapshot() for target in targets]
+    before = [target.source.snapshot() for target in targets]
     try:
         yield
     except BaseException:
@@ -250,7 +250,7 @@ def _unloaded(
     set_active(peft_model, targets, names)  # PEFT keeps the modules_to_save of active adapters
     for target in targets:
         if target.is_peft_tuner:  # some of PEFT's tuners (OSF) would merge again what is merged
-            peft_model.set_submodule(target.name, target.source.merging.host.current_base())
+            peft_model.set_submodule(target.name, target.source.current_base())
     with _without_already_merged_warning():
         model = peft_model.merge_and_unload(adapter_names=names)
     return dequantize_model(model) if strategy == "dense" else model

@@ -9,7 +9,6 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..formats import QuantizedWeight
 from ..integrations.private_peft import available_adapters
 from ..layers import QuantizedLinear
 from ..lora.merge_plan import dense_stand_in
@@ -44,7 +43,7 @@ class TunerSource(MergeSource):
 
     def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer: Any = layer
-        self.merging = MergeState(self)
+        self.merging = MergeState()
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -67,7 +66,7 @@ class TunerSource(MergeSource):
         return MergePlan(
             layer_name=base.layer_name,
             adapters=AdapterTraits(names=adapters),
-            weight=cast(QuantizedWeight, self.merging.unmerged_or_now.weight),
+            weight=self.unmerged_weight(),
             before=before,
             target=stand_in.weight.data,
             tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},
@@ -75,21 +74,11 @@ class TunerSource(MergeSource):
             branch=base.branch,
         )
 
-    # What MergeState asks of its host.
-
     def current_base(self) -> nn.Module:
-        """The layer under the adapters as it is now."""
         return self.layer.base_layer
 
     def put_base(self, base: nn.Module) -> None:
-        """Make ``base`` the layer under the adapters."""
         self.layer.base_layer = base
-
-    def host_state(self) -> None:
-        """Nothing else changes here."""
-
-    def set_host_state(self, state: Any) -> None:
-        """Nothing."""
 
 
 def merge_targets(model: nn.Module, names: Sequence[str]) -> list[MergeTarget]:

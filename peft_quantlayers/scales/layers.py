@@ -60,7 +60,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
         self.layer_name = layer_name
         self.quant_scales_tensors = nn.ModuleDict()
         self.merged_adapters = []
-        self.merging = MergeState(self, tuple(name for name, _ in self.tensors_beside_weight()))
+        self.merging = MergeState(tensor_names=tuple(name for name, _ in self.tensors_beside_weight()))
         self.update_layer(adapter_name, names)
 
     def update_layer(self, adapter_name: str, names: Iterable[str]) -> None:
@@ -135,14 +135,14 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
             with torch.no_grad():
                 weight, tensors = self.merged_values(adapter_name)
             result = None if weight is None else MergeResult(strategy="exact", weight=weight)
-            self.merging.write((adapter_name,), result, tensors)
+            self.write_merge((adapter_name,), result, tensors)
 
     def unmerge(self) -> None:
         """Put back the tensors from before the merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.merging.undo()
+        self.undo_merge()
 
     @abstractmethod
     def forward_with(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -160,21 +160,11 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
     def tensors_beside_weight(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The parameters of the base that a merge may change beside its quantized weight, by name."""
 
-    # What MergeState asks of its host.
-
     def current_base(self) -> nn.Module:
-        """The layer under the adapters as it is now."""
         return self.base_layer
 
     def put_base(self, base: nn.Module) -> None:
-        """Make ``base`` the layer under the adapters."""
         self.base_layer = base
-
-    def host_state(self) -> None:
-        """Nothing else changes here."""
-
-    def set_host_state(self, state: Any) -> None:
-        """Nothing."""
 
 
 class QuantScalesLinear(QuantScalesLayer):
@@ -189,14 +179,14 @@ class QuantScalesLinear(QuantScalesLayer):
         return torch.func.functional_call(self.base_layer, tensors, args, kwargs)
 
     def merged_dtype(self, name: str) -> torch.dtype:
-        return self.merging.base.bias.dtype if name == "bias" else self._merged_dtypes[name]
+        return self.quantized_base().bias.dtype if name == "bias" else self._merged_dtypes[name]
 
     def merged_values(self, adapter_name: str) -> tuple[QuantizedWeight | None, dict[str, Tensor]]:
         tuned = {name: tensor.detach().clone() for name, tensor in self.tuned_tensors(adapter_name).items()}
         others = {"bias": tuned.pop("bias")} if "bias" in tuned else {}
         if not tuned:
             return None, others
-        weight = cast(QuantizedWeight, self.merging.unmerged_or_now.weight)
+        weight = self.unmerged_weight()
         device = next(iter(tuned.values())).device
         tensors = {
             name: tuned.get(name, weight.tensors[name].to(device)).to(dtype)
@@ -214,8 +204,7 @@ class QuantScalesLinear(QuantScalesLayer):
         Raises:
             ValueError: as :meth:`adapter_to_merge`.
         """
-        base, state = self.merging.base, self.merging.unmerged_or_now
-        before = cast(QuantizedWeight, state.weight)
+        base, before = self.quantized_base(), self.unmerged_weight()
         present = [name for name in names if name in self.quant_scales_tensors]
         if present != self.merged_adapters:
             self.adapter_to_merge(present)

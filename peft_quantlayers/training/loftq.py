@@ -141,7 +141,7 @@ def _check(name: str, layer: LoraQuantizedLinear, adapter: str, *, changes_codes
 
 
 def _undo(layer: LoraQuantizedLinear, adapter: str) -> Callable[[], None]:
-    state = layer.merge_state()
+    state = layer.snapshot()
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     old_A, old_B = A.data, B.data
 

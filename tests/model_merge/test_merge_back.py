@@ -324,7 +324,7 @@ def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tok
     assert entry.output_noise == pytest.approx(
         float((moved - kept * change).norm() / change.norm()), rel=1e-2, abs=1e-3
     )
-    assert "output kept" in str(report)
+    assert "output retained" in str(report)
     if strategy in ("aware", "dense", "keep"):
         assert (report.output_retained, report.output_noise) == pytest.approx((1.0, 0.0), abs=1e-3)
 

@@ -338,14 +338,13 @@ def test_aware_adapters_are_sent_to_the_merge_that_they_were_trained_for(strateg
 def test_nothing_that_was_just_done_is_recommended():
     layer = {"name": "first", "adapters": ("default",), "method": "hqq", "n_weights": 4}
     layer |= {"bits_before": 4.5, "bits_after": 4.5, "weight_norm": 1.0, "delta_norm": 1.0, "error_norm": 1.0}
-    layer |= {"delta_retained": 0.1, "can_be_qalora": True}
-    possible = ("aware", "keep", "calibrated")
+    layer |= {"delta_retained": 0.1, "can_be_qalora": True, "strategies": ("aware", "keep", "calibrated")}
     for strategy in ("calibrated", "keep", "dense", "requantize"):
-        report = pql.MergeReport(strategy=strategy, layers=(LayerMergeReport(**layer, strategies=possible),))
+        report = pql.MergeReport(strategy=strategy, layers=(LayerMergeReport(**layer, strategy=strategy),))
         assert f'strategy="{strategy}"' not in report.recommendation
         assert ("more text" in report.recommendation) == (strategy == "calibrated")
         assert "QA-LoRA" in report.recommendation
-    integer_zeros = LayerMergeReport(**(layer | {"can_be_qalora": False}), strategies=possible)
+    integer_zeros = LayerMergeReport(**(layer | {"can_be_qalora": False}), strategy="requantize")
     assert "QA-LoRA" not in pql.MergeReport(strategy="requantize", layers=(integer_zeros,)).recommendation
 
 
