@@ -4,6 +4,7 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 """
 
 import os
+from typing import Any
 
 from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
@@ -11,9 +12,9 @@ from .integrations import peft as _peft
 from .integrations import transformers_registry as _transformers
 from .integrations.hqq_package_folder import load_hqq_folder
 from .integrations.peft_scales import QuantScalesModel
-from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, quantized_modules
+from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, layer_type, quantized_modules
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
-from .merging.report import LayerMergeReport, MergeReport
+from .merging import LayerMergeReport, MergeReport
 from .methods import (
     AQLMConfig,
     AQLMSpec,
@@ -21,6 +22,7 @@ from .methods import (
     HQQSpec,
     QuantConfig,
     QuantMethod,
+    config_type,
     register_method,
     registered_methods,
 )
@@ -82,6 +84,16 @@ def unregister() -> None:
     """Put PEFT's and transformers' own dispatch back. Models that exist keep working."""
     _peft.unregister()
     _transformers.unregister()
+
+
+def __getattr__(name: str) -> Any:
+    """Spec, config and layer class of every registered method, by name: ``peft_quantlayers.NF4Config``."""
+    for method in registered_methods().values():
+        spec_type = method.spec_type
+        for found in (spec_type, config_type(spec_type), layer_type(spec_type.method)):
+            if found.__name__ == name:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if not os.environ.get("PEFT_QUANTLAYERS_NO_REGISTER"):

@@ -5,7 +5,7 @@ A method is one file (or folder) here, which registers itself: all of them are i
 
 from .aqlm import AQLMConfig, AQLMMethod, AQLMSpec, move_aqlm_codes
 from .base import QuantMethod
-from .config import QuantConfig, make_config
+from .config import QuantConfig, config_type, make_config
 from .hqq import HQQConfig, HQQMethod, HQQSpec
 from .registry import get_method, import_methods, register_method, registered_methods, spec_from_dict
 
@@ -18,6 +18,7 @@ __all__ = [
     "HQQSpec",
     "QuantConfig",
     "QuantMethod",
+    "config_type",
     "get_method",
     "make_config",
     "move_aqlm_codes",

@@ -17,6 +17,10 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
+# The first config class that was made for a spec.
+_config_types: dict[type[QuantSpec], type["QuantConfig"]] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Which modules of a model are quantized, and which of them differ. Mixed into each method's spec.
@@ -38,6 +42,11 @@ class QuantConfig:
     skip_modules: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     quantize_lm_head: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "spec_type" in vars(cls):
+            _config_types.setdefault(cls.spec_type, cls)
 
     def __new__(cls, **fields: Any) -> Self:
         """Refuses unknown fields with the names of those that there are."""
@@ -114,3 +123,8 @@ def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:
     )
     contents = {"__doc__": doc, "__module__": spec_type.__module__, "spec_type": spec_type}
     return dataclass(frozen=True, kw_only=True)(type(name, (QuantConfig, spec_type), contents))
+
+
+def config_type(spec_type: type[QuantSpec]) -> type[QuantConfig]:
+    """The config class of a method with this spec; one is made where the method brings none."""
+    return _config_types.get(spec_type) or make_config(spec_type)

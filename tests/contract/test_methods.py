@@ -2,91 +2,23 @@
 
 import copy
 import json
-from dataclasses import dataclass
-from typing import ClassVar
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from every_method import AbsmaxSpec, quick_config
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_quantlayers import (
-    QuantConfig,
-    QuantizedLinear,
-    QuantizedWeight,
-    QuantMethod,
-    QuantScalesConfig,
-    QuantSpec,
-    TensorLayout,
-    quantize_model,
-    register_method,
-)
-from peft_quantlayers.formats import spec as spec_module
+import peft_quantlayers
+from peft_quantlayers import QuantizedLinear, QuantizedWeight, QuantScalesConfig, quantize_model
 from peft_quantlayers.formats.checkpoint import specs_from_json, specs_to_json
+from peft_quantlayers.formats.spec import METADATA_ROLES
 from peft_quantlayers.layers import layer_type
-from peft_quantlayers.layers import linear as linear_module
-from peft_quantlayers.methods import registered_methods, spec_from_dict
-from peft_quantlayers.methods import registry as method_module
+from peft_quantlayers.methods import config_type, spec_from_dict
 
-
-@dataclass(frozen=True, kw_only=True)
-class AbsmaxSpec(QuantSpec):
-    """Eight bits and one scale a row: all that a method has to bring."""
-
-    method: ClassVar[str] = "toy_absmax"
-    codes_name: ClassVar[str] = "codes"
-
-    def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        return {
-            "codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8, role="codes"),
-            "scale": TensorLayout(shape=(out_features, 1), dtype=torch.float32, role="scales"),
-        }
-
-
-class AbsmaxMethod(QuantMethod):
-    spec_type = AbsmaxSpec
-
-    def quantize(
-        self,
-        weight: Tensor,
-        spec: QuantSpec,
-        *,
-        hessian: Tensor | None = None,
-        start: QuantizedWeight | None = None,
-        iterations: int | None = None,
-    ) -> QuantizedWeight:
-        weight = weight.detach().float()
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight holds NaN or Inf.")
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        tensors = {"codes": (weight / scale).round().to(torch.int8), "scale": scale}
-        return QuantizedWeight(spec=spec, out_features=weight.shape[0], in_features=weight.shape[1], tensors=tensors)
-
-    def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (weight.tensors["codes"] * weight.tensors["scale"]).to(dtype)
-
-
-METHODS = sorted({*registered_methods(), "toy_absmax"})
 SHAPE = (16, 64)
-
-
-@pytest.fixture(autouse=True)
-def _toy_method(monkeypatch) -> None:
-    registered_methods()
-    monkeypatch.setattr(method_module, "_methods", dict(method_module._methods))
-    monkeypatch.setattr(linear_module, "_layer_types", dict(linear_module._layer_types))
-    register_method(AbsmaxMethod())
-
-
-@pytest.fixture(params=METHODS)
-def method(request, _toy_method) -> QuantMethod:
-    return registered_methods()[request.param]
-
-
-@pytest.fixture
-def spec(method) -> QuantSpec:
-    return method.spec_type()
 
 
 def random_weight(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -151,6 +83,96 @@ def test_tiles_are_the_rows_of_the_dequantized_weight(method, spec, dtype, set_t
     assert torch.equal(torch.cat([tile for _, tile in found]), dense)
 
 
+def test_rows_are_those_of_the_whole_weight(method, spec):
+    quantized = method.quantize(random_weight(), spec)
+    dense = method.dequantize(quantized)
+    step = 2 * quantized.row_multiple
+    for start in range(0, SHAPE[0] - step + 1, step):
+        part = quantized.rows(slice(start, start + step))
+        part.check("part")
+        assert part.shape == (step, SHAPE[1])
+        torch.testing.assert_close(method.dequantize(part), dense[start : start + step], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no range"):
+        quantized.rows(slice(4, 4))
+    with pytest.raises(ValueError, match="no range"):
+        quantized.rows(slice(0, 8, 2))
+
+
+def test_codes_are_integers_that_are_packed_back_to_the_same_bits(method, spec):
+    quantized = method.quantize(random_weight(), spec)
+    codes = quantized.codes()
+    assert not codes.is_floating_point()
+    assert int(codes.min()) >= 0
+    if spec.max_code is not None:
+        assert tuple(codes.shape) == SHAPE
+        assert int(codes.max()) <= spec.max_code
+        # Ordered: along the codes a weight's value never changes direction.
+        values = torch.stack(
+            [method.dequantize(quantized.with_codes(torch.full_like(codes, c))) for c in range(spec.max_code + 1)]
+        )
+        steps = values.diff(dim=0)
+        assert ((steps >= 0).all(0) | (steps <= 0).all(0)).all()
+    again = quantized.with_codes(codes)
+    again.check("again")
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in quantized.tensors.items())
+
+
+def test_a_stack_of_weights_gives_each_of_them_back(method, spec):
+    weights = [method.quantize(random_weight(), spec) for _ in range(3)]
+    stack = QuantizedWeight.stacked(weights)
+    stack.check("stack")
+    assert stack.shape == (3, *SHAPE)
+    assert stack.bits_per_weight == weights[0].bits_per_weight
+    for index, weight in enumerate(weights):
+        assert torch.equal(method.dequantize(stack[index]), method.dequantize(weight))
+        assert torch.equal(stack.codes()[index], weight.codes())
+        half = slice(0, SHAPE[0] // 2)
+        assert torch.equal(method.dequantize(stack.rows(half)[index]), method.dequantize(weight)[half])
+    with pytest.raises(IndexError, match="out of range"):
+        stack[3]
+    with pytest.raises(IndexError, match="out of range"):
+        weights[0][0]
+    with pytest.raises(ValueError, match="one spec and one shape"):
+        QuantizedWeight.stacked([])
+
+
+def second_moment() -> Tensor:
+    x = torch.randn(512, 8) @ torch.randn(8, SHAPE[1]) + 0.3 * torch.randn(512, SHAPE[1])
+    return x.t() @ x / len(x)
+
+
+def test_a_hessian_lowers_the_output_error_or_cannot_be_used(method, spec):
+    weight, hessian = random_weight(), second_moment()
+    if not method.can_use_hessian(spec):
+        assert method.calibration_requirement
+        return
+    errors = []
+    for given in (None, hessian):
+        quantized = method.quantize(weight, spec, hessian=given)
+        quantized.check("layer")
+        difference = method.dequantize(quantized) - weight
+        errors.append(float(((difference @ hessian) * difference).sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_merged_delta_far_below_a_step_is_retained_and_nothing_else_moves(method, spec):
+    quantized = method.quantize(random_weight(), spec)
+    before = method.dequantize(quantized)
+    unchanged = method.merged(quantized, lambda rows: torch.zeros_like(before)[rows])
+    assert all(torch.equal(tensor, unchanged.tensors[name]) for name, tensor in quantized.tensors.items())
+    delta = torch.randn(SHAPE[0], 4) @ torch.randn(4, SHAPE[1])
+    delta *= 0.05 * before.norm() / delta.norm()
+    delta[3] = 0
+    merged = method.merged(quantized, lambda rows: delta[rows])
+    merged.check("layer")
+    moved = method.dequantize(merged) - before
+    assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(1.0, abs=0.4)
+    assert not moved[3].any()
+    assert [name for name in merged.tensors if not torch.equal(merged.tensors[name], quantized.tensors[name])] == [
+        spec.codes_name
+    ]
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_the_product_with_the_dequantized_weight(method, spec, bias, lead):
@@ -213,7 +235,7 @@ def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
 def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(method, spec):
     roles = spec.trainable_roles(*SHAPE)
     assert roles
-    assert set(roles.values()) <= set(spec_module.METADATA_ROLES)
+    assert set(roles.values()) <= set(METADATA_ROLES)
     assert spec.codes_name not in roles
     layer = QuantizedLinear.from_linear(nn.Linear(SHAPE[1], SHAPE[0]), spec, layer_name="0")
     codes, x, wanted = layer.codes.clone(), torch.randn(8, SHAPE[1]), torch.randn(8, SHAPE[0])
@@ -239,18 +261,39 @@ def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(metho
     merged.quantized_weight.check("0")
 
 
-def test_a_method_quantizes_whole_models_by_a_config_of_two_lines():
-    @dataclass(frozen=True, kw_only=True)
-    class AbsmaxConfig(QuantConfig, AbsmaxSpec):
-        spec_type: ClassVar[type[QuantSpec]] = AbsmaxSpec
-
+def test_a_method_quantizes_whole_models_by_a_config_that_is_made_for_it():
+    config = config_type(AbsmaxSpec)
     model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8))
     x = torch.randn(4, 64)
     expected = model(x)
-    quantize_model(model, AbsmaxConfig(skip_modules=["2"]), progress=False)
+    quantize_model(model, config(skip_modules=["2"]), progress=False)
     assert [type(module).__name__ for module in model] == ["TOY_ABSMAXLinear", "ReLU", "Linear"]
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02)
     assert set(model.state_dict()) == {"0.codes", "0.scale", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"compute_dtype": "nonsense"}, ValueError),
+        ({"skip_modules": "abc"}, TypeError),
+        ({"quantize_lm_head": "yes"}, ValueError),
+        ({"overrides": {"q_proj": {"no_such_field": 1}}}, ValueError),
+        ({"no_such_field": 1}, TypeError),
+    ],
+    ids=lambda value: str(value),
+)
+def test_every_config_is_validated(method, fields, error):
+    with pytest.raises(error, match=next(iter(fields)).removeprefix("no_such_")):
+        config_type(method.spec_type)(**fields)
+
+
+def test_spec_config_and_layer_class_are_found_by_name_in_the_package(method):
+    made = (method.spec_type, config_type(method.spec_type), layer_type(method.spec_type.method))
+    for found in made:
+        assert getattr(peft_quantlayers, found.__name__).__name__ == found.__name__
+    with pytest.raises(AttributeError, match="NoSuchConfig"):
+        _ = peft_quantlayers.NoSuchConfig
 
 
 def test_a_class_is_made_for_a_method_that_brings_none():
@@ -259,3 +302,9 @@ def test_a_class_is_made_for_a_method_that_brings_none():
     assert issubclass(toy, QuantizedLinear)
     with pytest.raises(ValueError, match="unknown quantization method"):
         layer_type("no_such_method")
+
+
+def test_a_config_pickles(method):
+    config = quick_config(method.spec_type.method)
+    if method.spec_type is not AbsmaxSpec:  # the toy's is made for it, and belongs to no module
+        assert pickle.loads(pickle.dumps(config)) == config
