@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..formats import QuantSpec
-from ..layers.replace import linear_shape
+from ..layers.dense_types import dense_modules, dense_shape
 from ..methods import registered_methods
 
 _SAFETENSORS_DTYPES = {
@@ -46,9 +45,9 @@ def open_checkpoint(file: str) -> Any:
 
 def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.Module) -> None:
     """Compare names, shapes and dtypes in the files with what the specs ask for, before anything is loaded."""
-    layouts = {name: spec.tensor_layout(*linear_shape(model.get_submodule(name))) for name, spec in specs.items()}
+    layouts = {name: spec.tensor_layout(*dense_shape(model, name)) for name, spec in specs.items()}
     found: dict[str, set[str]] = {name: set() for name in specs}
-    linears = _linear_modules(model)
+    linears = dense_modules(model)
     codes_names = {method.spec_type.codes_name for method in registered_methods().values()}
     is_seen = False
     for file in files:
@@ -92,10 +91,6 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
         )
 
 
-def _linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-
-
 def model_name(stored_name: str, names: Any, model: nn.Module) -> str | None:
     """The module that a name in a file means: the base model's prefix may be there or not."""
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -111,7 +106,7 @@ def rename_to_model(specs: dict[str, QuantSpec], model: nn.Module) -> dict[str, 
     Raises:
         ValueError: a module is not in the model, is no linear layer, or its shape does not fit its spec.
     """
-    linears = _linear_modules(model)
+    linears = dense_modules(model)
     is_headless = getattr(model, "base_model", model) is model
     renamed = {}
     for stored_name, spec in specs.items():
@@ -124,7 +119,7 @@ def rename_to_model(specs: dict[str, QuantSpec], model: nn.Module) -> dict[str, 
                 "name. The config does not belong to this model."
             )
         try:
-            spec.tensor_layout(*linear_shape(linears[name]))
+            spec.tensor_layout(*dense_shape(model, name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         renamed[name] = spec

@@ -28,7 +28,8 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
-from ..layers.replace import linear_shape, place_empty_layer
+from ..layers.dense_types import dense_shape
+from ..layers.replace import place_empty_layer
 from ..methods import spec_from_dict
 from ..methods.aqlm.method import MAX_SCALE_ERROR
 from .checkpoint_headers import check_headers, model_name, rename_to_model
@@ -170,7 +171,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         module_name = param_name.rpartition(".")[0]
         if self.param_needs_quantization(model, param_name):
-            layout = self.specs[module_name].tensor_layout(*linear_shape(model.get_submodule(module_name)))
+            layout = self.specs[module_name].tensor_layout(*dense_shape(model, module_name))
             return sum(_nbytes(entry.shape, entry.dtype) for entry in layout.values()) / param.numel()
         if hasattr(param, "n_weights"):  # codes, whose numel() counts weights
             return param.nelement() * param.element_size() / max(1, param.numel())

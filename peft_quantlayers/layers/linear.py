@@ -18,6 +18,7 @@ from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..methods import QuantMethod, get_method
+from .dense_types import LINEAR
 from .low_rank_branch import LowRankBranch
 from .write_through import WriteThroughWeight
 
@@ -67,6 +68,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: dtype of ``weight``, and of the product (autocast's dtype goes before it; CPUs without units
             for a half precision compute in float32 inside). The result comes back in the dtype of the input.
         layer_name: the module's name in its model, for messages.
+        dense_type: the type of module that the model's architecture has in this place.
         is_conv1d: the layer stands where the model has a transformers ``Conv1D``, which keeps its weight transposed.
         n_writes: how often the weight was written.
     """
@@ -93,7 +95,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features = quantized.out_features
         self.compute_dtype = compute_dtype
         self.layer_name = layer_name
-        self.is_conv1d = False
+        self.dense_type, self.is_conv1d = LINEAR, False
         for name, tensor in quantized.tensors.items():
             # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)

@@ -221,7 +221,7 @@ def keep(plan: MergePlan) -> QuantizedLinear:
     if base.branch is not None:
         left, right = torch.cat([base.branch.B.float(), left], dim=1), torch.cat([base.branch.A.float(), right])
     kept.add_branch(LowRankBranch(right.to(plan.adapter_dtype), left.to(plan.adapter_dtype)))
-    kept.is_conv1d = base.is_conv1d
+    kept.dense_type, kept.is_conv1d = base.dense_type, base.is_conv1d
     return kept.train(base.training)
 
 
