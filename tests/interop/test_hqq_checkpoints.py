@@ -19,10 +19,11 @@ from hqq_models import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, HqqConfig
+from transformers import AutoModel, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.formats.published_hqq import read_hqq_layer
+from peft_quantlayers.formats.published_hqq import describe_hqq_layer, flattened
+from peft_quantlayers.integrations import transformers_quantizer
 from quantlayers_kernels.bitpack import unpack
 
 WIDTHS = [8, 6, 5, 4, 3, 2, 1.58, 1]
@@ -172,6 +173,51 @@ def test_nothing_is_reported_missing_or_unexpected(n_files: int, tmp_path: Path,
     assert not any(word in said for word in ("MISSING", "UNEXPECTED", "MISMATCH", "initialized"))
 
 
+def test_layers_are_built_once_with_their_real_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_like_transformers_4(package_model(5), tmp_path / "model")
+    placed = {}
+    place = transformers_quantizer.place_empty_layer
+
+    def record(model: nn.Module, name: str, spec: pql.QuantSpec, **kwargs) -> pql.QuantizedLinear:
+        layer = place(model, name, spec, **kwargs)
+        placed[name] = (layer, layer.spec)
+        return layer
+
+    monkeypatch.setattr(transformers_quantizer, "place_empty_layer", record)
+    loaded = pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder))
+    assert set(loaded) == set(placed)
+    for name, layer in loaded.items():
+        assert layer is placed[name][0]
+        assert layer.spec == placed[name][1]
+        assert layer.spec.nbits == 5
+
+
+def test_the_base_model_of_a_checkpoint_loads_without_its_head(tmp_path: Path) -> None:
+    model = package_model(4)
+    base = AutoModel.from_pretrained(save_like_transformers_4(model, tmp_path / "model"))
+    theirs = package_layers(model)
+    assert {f"model.{name}" for name in pql.quantized_modules(base)} == set(theirs)
+    for name, layer in pql.quantized_modules(base).items():
+        assert torch.equal(layer.dequantize(), theirs[f"model.{name}"].dequantize())
+
+
+def test_parameters_of_other_modules_that_are_called_scale_are_read_as_they_are(tmp_path: Path) -> None:
+    """The conversion takes the tensors of quantized layers and no others, and does not keep their dtype."""
+    model = package_model(4)
+    entries = safetensors_entries(model) | {"model.norm.scale": torch.full((3,), 7.0, dtype=torch.float16)}
+    folder = save_like_transformers_4(model, tmp_path / "model", entries=entries)
+
+    class WithScale(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.model.norm.scale = nn.Parameter(torch.zeros(3))
+
+    loaded = WithScale.from_pretrained(folder)
+    assert torch.equal(loaded.model.norm.scale, torch.full((3,), 7.0))
+    assert loaded.model.norm.scale.dtype == torch.float32
+    assert_same_tensors(loaded, model, 4)
+
+
 @roads
 def test_lora_trains_on_a_loaded_model_and_merges_back(road: Road, tmp_path: Path) -> None:
     loaded = road(package_model(8), tmp_path / "model")
@@ -271,9 +317,11 @@ def older_layer(*, quant_scale: bool, quant_zero: bool, nbits: int = 4, dtype: t
 
 
 def dequantized(stored: dict) -> Tensor:
-    fields, codes, scale, zero = read_hqq_layer(stored, name="layer")
-    groups = codes.float().view(*scale.shape, fields["group_size"])
-    return ((groups - zero[..., None].float()) * scale[..., None].float()).reshape(codes.shape)
+    entries = flattened(stored, name="layer")
+    layer = describe_hqq_layer(entries, name="layer")
+    W_q, scale, zero = (layer.convert(part, entries[part]) for part in layer.tensor_names)
+    groups = unpack(W_q, layer.nbits, layer.shape[1]).float().view(*scale.shape, layer.group_size)
+    return ((groups - zero[..., None].float()) * scale[..., None].float()).reshape(layer.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
