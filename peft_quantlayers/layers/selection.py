@@ -59,21 +59,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
     _check_overrides([*specs, *done], config)
     _warn_of_dense_experts(model)
-    if done and not specs:
-        raise ValueError(
-            f"all {len(done)} layers are quantized already as the config says; the model was not changed."
-        )
-    if done:
-        logger.warning(
-            "%d of %d layers are quantized already as the config says, and stay as they are.",
-            len(done),
-            len(done) + len(specs),
-        )
-    if not specs:
-        raise ValueError(
-            "there is nothing to quantize: outside its head the model has no nn.Linear, Conv1D or other registered "
-            "layer type that skip_modules does not name."
-        )
+    _check_rest(specs, done)
     _warn_of_large_metadata(model, specs)
     return specs
 
@@ -145,6 +131,25 @@ def _check_overrides(names: list[str], config: QuantConfig) -> None:
                 f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
                 "quantize_lm_head=True only."
             )
+
+
+def _check_rest(specs: dict[str, QuantSpec], done: list[str]) -> None:
+    """Raise ValueError where nothing is left to quantize; say so where a part is quantized already."""
+    if done and not specs:
+        raise ValueError(
+            f"all {len(done)} layers are quantized already as the config says; the model was not changed."
+        )
+    if not specs:
+        raise ValueError(
+            "there is nothing to quantize: outside its head the model has no nn.Linear, Conv1D or other registered "
+            "layer type that skip_modules does not name."
+        )
+    if done:
+        logger.warning(
+            "%d of %d layers are quantized already as the config says, and stay as they are.",
+            len(done),
+            len(done) + len(specs),
+        )
 
 
 def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> None:

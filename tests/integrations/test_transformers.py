@@ -360,7 +360,7 @@ def test_a_hostile_config_is_refused(edit, error, match, saved):
         (HQQConfig(group_size=32, skip_modules=["nonsense"]), "'nonsense' matches no module"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_on_both_roads(config, match, float_folder):
+def test_a_config_that_does_not_fit_is_refused_on_both_routes(config, match, float_folder):
     refused_load(float_folder, match, quantization_config=config)
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -372,7 +372,7 @@ def test_a_config_that_does_not_fit_is_refused_on_both_roads(config, match, floa
     assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
 
 
-def test_a_nan_weight_is_refused_by_name_on_both_roads(tmp_path):
+def test_a_nan_weight_is_refused_by_name_on_both_routes(tmp_path):
     model = tiny_model()
     model.get_submodule(LAYER).weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
