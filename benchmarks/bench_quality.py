@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import demo_model_folder, perplexity
-from peft_quantlayers.layers.replace import quantizable_modules
+from peft_quantlayers.layers import quantizable_modules
 from peft_quantlayers.methods import get_method
 
 TEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"

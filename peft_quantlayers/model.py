@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
-from .layers.replace import checked_modules, finished_modules, quantize_each
+from .layers.replace import quantize_each
+from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
 from .methods import QuantConfig
 

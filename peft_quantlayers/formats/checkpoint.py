@@ -1,19 +1,45 @@
-"""The quantization part of ``config.json``: which module is stored how. Pure JSON, no tensors, no model.
+"""Our own format: the quantization part of ``config.json``, which says how each module is stored.
 
-``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``.
-Version 2 adds ``"branches": {name: rank}``, the layers that have a low-rank branch. Readers accept every format
-version up to their own; writers write the oldest that says everything, so that older readers read what they can.
+``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
+``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
+``"branches": {name: rank}``, the layers that have a low-rank branch. Readers accept every format version up to their
+own; writers write the oldest that says everything, so that older readers read what they can.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .spec import QuantSpec
+from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
+from .spec import METADATA_DTYPES, QuantSpec, check_choice
 
 FORMAT_VERSION = 2
 # The name under which transformers finds our quantizer and our checkpoints.
 QUANT_METHOD = "quantlayers"
 MAX_MODULES = 1_000_000
+
+
+class QuantlayersFormat(CheckpointFormat):
+    """Any model of layers of registered methods."""
+
+    name = QUANT_METHOD
+
+    def can_hold(self, description: ModelDescription) -> str | None:
+        return None
+
+    def write(self, description: ModelDescription) -> dict[str, Any]:
+        fields = specs_to_json(description.specs, description.branches)
+        dtype = description.compute_dtype
+        return fields if dtype is None else fields | {"compute_dtype": dtype}
+
+    def read(
+        self, fields: Mapping[str, Any], tensors: CheckpointTensors, *, spec_from_dict: SpecFromDict
+    ) -> ModelDescription:
+        fields = dict(fields)
+        compute_dtype = fields.pop("compute_dtype", None)
+        if compute_dtype is not None:
+            check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
+        specs = specs_from_json(fields, spec_from_dict)
+        return ModelDescription(specs=specs, compute_dtype=compute_dtype, branches=branches_from_json(fields))
 
 
 def specs_to_json(specs: Mapping[str, QuantSpec], branches: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -28,7 +54,7 @@ def specs_to_json(specs: Mapping[str, QuantSpec], branches: Mapping[str, int] | 
     }
 
 
-def specs_from_json(fields: Any, spec_from_dict: Callable[[Any], QuantSpec]) -> dict[str, QuantSpec]:
+def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, QuantSpec]:
     """Module names and specs from what :func:`specs_to_json` wrote, every value checked.
 
     Args:

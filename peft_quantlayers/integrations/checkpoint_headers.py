@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from ..formats import QuantSpec
-from ..layers.replace import linear_shape
+from ..formats.checkpoint_format import TensorHeader
+from ..layers.dense_types import dense_modules, dense_shape
 from ..methods import registered_methods
 
 _SAFETENSORS_DTYPES = {
@@ -21,14 +22,42 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def header_dtypes(files: Iterable[str]) -> dict[str, torch.dtype | None]:
-    """Names of all tensors in the files with their dtypes; None for a dtype that no layer of ours has."""
-    dtypes = {}
-    for file in files:
-        with open_checkpoint(file) as opened:
+@dataclass(frozen=True, kw_only=True)
+class FileHeader(TensorHeader):
+    """A header with the file that it is from, and the name that the file has for the dtype."""
+
+    file: str
+    stored_dtype: str
+
+    @property
+    def file_name(self) -> str:
+        return Path(self.file).name
+
+
+class CheckpointFiles:
+    """The tensors of some safetensors files: all headers, read at once, and single tensors on request.
+
+    Raises:
+        ValueError: a file is damaged, or no safetensors file.
+    """
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self.headers: dict[str, FileHeader] = {}
+        self._opened = {file: open_checkpoint(file) for file in files}  # opening reads the whole header
+        for file, opened in self._opened.items():
             for key in opened.keys():  # noqa: SIM118
-                dtypes[key] = _SAFETENSORS_DTYPES.get(opened.get_slice(key).get_dtype())
-    return dtypes
+                entry = opened.get_slice(key)
+                stored_dtype = entry.get_dtype()
+                self.headers[key] = FileHeader(
+                    shape=tuple(entry.get_shape()),
+                    dtype=_SAFETENSORS_DTYPES.get(stored_dtype),
+                    file=file,
+                    stored_dtype=stored_dtype,
+                )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU."""
+        return self._opened[self.headers[name].file].get_tensor(name)
 
 
 def open_checkpoint(file: str) -> Any:
@@ -44,44 +73,44 @@ def open_checkpoint(file: str) -> Any:
         raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
-def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.Module) -> None:
-    """Compare names, shapes and dtypes in the files with what the specs ask for, before anything is loaded."""
-    layouts = {name: spec.tensor_layout(*linear_shape(model.get_submodule(name))) for name, spec in specs.items()}
+def check_headers(headers: Mapping[str, FileHeader], specs: dict[str, QuantSpec], model: nn.Module) -> None:
+    """Compare names, shapes and dtypes in the files with what the specs ask for, before anything is loaded.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape or dtype.
+    """
+    layouts = {name: spec.tensor_layout(*dense_shape(model, name)) for name, spec in specs.items()}
     found: dict[str, set[str]] = {name: set() for name in specs}
-    linears = _linear_modules(model)
+    linears = dense_modules(model)
     codes_names = {method.spec_type.codes_name for method in registered_methods().values()}
     is_seen = False
-    for file in files:
-        with open_checkpoint(file) as opened:
-            for key in opened.keys():  # noqa: SIM118
-                stored_name, _, tensor_name = key.rpartition(".")
-                name = model_name(stored_name, specs, model)
-                if name is None:
-                    if tensor_name in codes_names and model_name(stored_name, linears, model) is not None:
-                        raise ValueError(
-                            f"{Path(file).name} holds the codes {key!r}, and config.json does not say how that layer "
-                            "is quantized: it would be filled with random numbers. The config is damaged or belongs "
-                            "to another file."
-                        )
-                    continue
-                is_seen = True
-                if tensor_name == "bias":
-                    continue
-                expected = layouts[name].get(tensor_name)
-                if expected is None:
-                    raise ValueError(
-                        f"{Path(file).name}: unexpected tensor {key!r}; a layer stored as {specs[name]} has "
-                        f"{sorted(layouts[name])}. The file does not belong to this config.json."
-                    )
-                entry = opened.get_slice(key)
-                shape, dtype = tuple(entry.get_shape()), _SAFETENSORS_DTYPES.get(entry.get_dtype())
-                if shape != expected.shape or dtype != expected.dtype:
-                    raise ValueError(
-                        f"{Path(file).name}: {key!r} is {entry.get_dtype()} of shape {shape}, and config.json asks "
-                        f"for {expected.dtype} of shape {expected.shape}. The file does not belong to this "
-                        "config.json, or is damaged."
-                    )
-                found[name].add(tensor_name)
+    for key, header in headers.items():
+        stored_name, _, tensor_name = key.rpartition(".")
+        name = model_name(stored_name, specs, model)
+        if name is None:
+            if tensor_name in codes_names and model_name(stored_name, linears, model) is not None:
+                raise ValueError(
+                    f"{header.file_name} holds the codes {key!r}, and config.json does not say how that layer is "
+                    "quantized: it would be filled with random numbers. The config is damaged or belongs to another "
+                    "file."
+                )
+            continue
+        is_seen = True
+        if tensor_name == "bias":
+            continue
+        expected = layouts[name].get(tensor_name)
+        if expected is None:
+            raise ValueError(
+                f"{header.file_name}: unexpected tensor {key!r}; a layer stored as {specs[name]} has "
+                f"{sorted(layouts[name])}. The file does not belong to this config.json."
+            )
+        if header.shape != expected.shape or header.dtype != expected.dtype:
+            raise ValueError(
+                f"{header.file_name}: {key!r} is {header.stored_dtype} of shape {header.shape}, and config.json asks "
+                f"for {expected.dtype} of shape {expected.shape}. The file does not belong to this config.json, or "
+                "is damaged."
+            )
+        found[name].add(tensor_name)
     if not is_seen:
         return  # names are converted while loading; the loaded tensors are checked instead
     missing = [f"{name}.{tensor}" for name in specs for tensor in layouts[name] if tensor not in found[name]]
@@ -90,10 +119,6 @@ def check_headers(files: Iterable[str], specs: dict[str, QuantSpec], model: nn.M
             f"the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
             f"{missing[:3]}. Download or save it again."
         )
-
-
-def _linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def model_name(stored_name: str, names: Any, model: nn.Module) -> str | None:
@@ -105,29 +130,29 @@ def model_name(stored_name: str, names: Any, model: nn.Module) -> str | None:
     return None
 
 
-def rename_to_model(specs: dict[str, QuantSpec], model: nn.Module) -> dict[str, QuantSpec]:
-    """``specs`` by the module names of ``model``.
+def names_in_model(stored_names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """The module of ``model`` that each stored name of a quantized layer means.
 
     Raises:
-        ValueError: a module is not in the model, is no linear layer, or its shape does not fit its spec.
+        ValueError: the model has no dense layer of that name.
     """
-    linears = _linear_modules(model)
+    linears = dense_modules(model)
     is_headless = getattr(model, "base_model", model) is model
-    renamed = {}
-    for stored_name, spec in specs.items():
+    names = {}
+    for stored_name in stored_names:
         name = model_name(stored_name, linears, model)
-        if name is None:
-            if is_headless:  # AutoModel on a checkpoint with a head: the head is not in this model
-                continue
+        if name is not None:
+            names[stored_name] = name
+        elif ".experts." in stored_name:
             raise ValueError(
-                f"config.json names a quantized module {stored_name!r}, and the model has no linear layer of that "
-                "name. The config does not belong to this model."
+                f"{stored_name}: transformers 5 keeps the experts of a layer in one tensor, for which the codes of "
+                "single experts cannot stand. Such mixture-of-experts checkpoints need transformers 4."
             )
-        try:
-            spec.tensor_layout(*linear_shape(linears[name]))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        renamed[name] = spec
-    if not renamed:
-        raise ValueError("config.json names quantized modules, and the model has none of them.")
-    return renamed
+        elif not is_headless:  # AutoModel on a checkpoint with a head: the head is not in this model
+            raise ValueError(
+                f"the checkpoint has a quantized module {stored_name!r}, and the model has no linear layer of that "
+                "name. The two do not belong together."
+            )
+    if not names:
+        raise ValueError("the checkpoint has quantized modules, and the model has none of them.")
+    return names

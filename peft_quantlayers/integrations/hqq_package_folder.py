@@ -15,8 +15,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..layers import QuantizedLinear
-from .published_hqq import linear_from_upstream
+from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
+from ..layers import QuantizedLinear, quantized_modules
+from ..layers.dense_types import dense_modules, dense_shape
+from ..layers.replace import place_empty_layer
+from ..methods import spec_from_dict
 from .transformers_quantizer import QuantlayersHfQuantizer
 
 WEIGHTS = "qmodel.pt"
@@ -31,7 +34,7 @@ def load_hqq_folder(
 
     Args:
         folder: holds config.json and qmodel.pt.
-        dtype: of all that is not quantized, and of the layers' dense face; None for the dtype in the file.
+        dtype: of all that is not quantized, and the layers' ``compute_dtype``; None for the dtype in the file.
         device: where the model goes; None for the CPU.
 
     Raises:
@@ -57,10 +60,17 @@ def load_hqq_folder(
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _load_floats(model, floats, modules, dtype)
-    for name, entries in modules.items():
-        if "W_q" in entries:
-            model.set_submodule(name, linear_from_upstream(entries, _linear(model, name), name=name, dtype=dtype))
+    stored = {name: flattened(entries, name=name) for name, entries in modules.items() if "W_q" in entries}
+    layers = {name: describe_hqq_layer(entries, name=name) for name, entries in stored.items()}
+    _place_layers(model, layers)
+    converted = {
+        f"{name}.{part}": layer.convert(part, stored[name][part])
+        for name, layer in layers.items()
+        for part in layer.tensor_names
+    }
+    _load_tensors(model, _cast(floats, dtype) | converted)
+    for name, layer in quantized_modules(model).items():
+        layer.quantized_weight.check(name)
     if isinstance(model.get_output_embeddings(), QuantizedLinear):
         model.config.tie_word_embeddings = False  # tying would write the embeddings into the codes
     model.tie_weights()
@@ -75,8 +85,8 @@ def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
         modules = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} was not read: it holds more than tensors and plain values, and loading that may run code that "
-            f"somebody put there, or it is damaged. torch says: {str(error).splitlines()[0]}"
+            f"{file} was not read: it holds more than tensors and plain values, and loading that may run code of "
+            f"whoever made the file, or it is damaged. torch says: {str(error).splitlines()[0]}"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}). Download or save it again.") from None
@@ -90,38 +100,42 @@ def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
     return modules
 
 
-def _load_floats(
-    model: nn.Module, floats: dict[str, Tensor], modules: dict[str, Mapping[str, Any]], dtype: torch.dtype
-) -> None:
-    """Everything that is not quantized, cast to ``dtype``; one tensor for those that share their storage."""
+def _place_layers(model: nn.Module, layers: Mapping[str, StoredHqqLayer]) -> None:
+    """Quantized layers with empty tensors in the place of the modules that ``layers`` names."""
+    linears = dense_modules(model)
+    for name, layer in layers.items():
+        if name not in linears:
+            raise ValueError(
+                f"{name}: {WEIGHTS} holds a quantized layer of that name, and the model of config.json has no linear "
+                "layer there."
+            )
+        if layer.shape != dense_shape(model, name):
+            raise ValueError(
+                f"{name}: the file holds a weight of shape {layer.shape}, the model wants {dense_shape(model, name)}."
+            )
+        place_empty_layer(model, name, layer.make_spec(spec_from_dict), compute_dtype=None, device="meta")
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put ``tensors`` in the place of the model's parameters and buffers of the same names."""
     expected = model.state_dict()
-    for name, tensor in floats.items():
+    for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{name}: the file holds a tensor of shape {tuple(tensor.shape)}, the model wants "
                 f"{tuple(expected[name].shape)}. {WEIGHTS} does not belong to this config.json."
             )
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in floats.items()}
-    unexpected = model.load_state_dict(cast, strict=False, assign=True).unexpected_keys
+    unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if unexpected:
         raise ValueError(
             f"{WEIGHTS} holds {len(unexpected)} tensor(s) that the model of config.json has no place for, for example "
             f"{unexpected[:3]}."
         )
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise ValueError(
-            f"{name}: {WEIGHTS} holds a quantized layer of that name, and the model of config.json has no linear "
-            "layer there."
-        )
-    return module
 
 
 def _check_complete(model: nn.Module) -> None:

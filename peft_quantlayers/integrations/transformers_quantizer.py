@@ -1,8 +1,8 @@
-"""Our quantizer, as transformers sees it. Registered by ``transformers.py`` beside this file.
+"""Our quantizer, as transformers sees it. Registered by ``transformers_registry.py``.
 
 * ``from_pretrained(float_model, quantization_config=HQQConfig(...))`` quantizes each weight as it is read.
-* ``from_pretrained(saved)`` builds the quantized layers first and reads the tensors straight into them.
-* Published checkpoints of other layouts are read by the subclasses in ``hqq.py`` and ``aqlm.py``.
+* ``from_pretrained(saved)`` builds the quantized layers first, each with its real spec, and reads the tensors straight
+  into them. Tensors of a published checkpoint in another layout are converted one by one as they are read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import QuantSpec
-from ..formats.checkpoint import QUANT_METHOD, branches_from_json, specs_from_json, specs_to_json
-from ..formats.published_aqlm import aqlm_config
-from ..formats.spec import METADATA_DTYPES, check_choice
+from ..formats.checkpoint import QUANT_METHOD
+from ..formats.checkpoint_format import ModelDescription
 from ..layers import (
     LowRankBranch,
     QuantizedLinear,
@@ -28,75 +26,12 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
-from ..layers.replace import linear_shape, place_empty_layer
+from ..layers.dense_types import dense_shape
+from ..layers.replace import place_empty_layer
 from ..methods import spec_from_dict
-from ..methods.aqlm.method import MAX_SCALE_ERROR
-from .checkpoint_headers import check_headers, model_name, rename_to_model
-
-
-class QuantlayersConfig(QuantizationConfigMixin):
-    """What a quantized model is: the spec of each of its modules. Made by loading and quantizing, not by hand.
-
-    Its JSON form is that of :mod:`peft_quantlayers.formats.checkpoint`, with ``compute_dtype`` where the layers
-    compute in another dtype than the model's. A model of AQLM layers of one scheme is written in the published form
-    instead, which the ``aqlm`` package reads, unless that package would lose scales (``is_for_stock_aqlm``).
-    """
-
-    def __init__(
-        self,
-        specs: dict[str, QuantSpec],
-        compute_dtype: str | None = None,
-        dense_linears: tuple[str, ...] = (),
-        branches: dict[str, int] | None = None,
-        is_for_stock_aqlm: bool = True,
-    ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.specs = specs
-        self.compute_dtype = compute_dtype
-        self.dense_linears = dense_linears
-        self.branches = branches or {}
-        self.is_for_stock_aqlm = is_for_stock_aqlm
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> QuantlayersConfig:
-        """The config that describes ``model`` as it is now."""
-        layers = quantized_modules(model)
-        dtypes = {layer.compute_dtype for layer in layers.values()}
-        own = dtypes.pop() if len(dtypes) == 1 else None
-        pinned = None if own in (None, model.dtype) else str(own).removeprefix("torch.")
-        dense = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
-        ]
-        branches = {name: layer.branch.rank for name, layer in layers.items() if layer.branch is not None}
-        return cls(
-            {name: layer.spec for name, layer in layers.items()},
-            pinned,
-            tuple(dense),
-            branches,
-            all(_fits_in(model.dtype, layer) for layer in layers.values()),
-        )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        fields = dict(config_dict)
-        compute_dtype = fields.pop("compute_dtype", None)
-        if compute_dtype is not None:
-            check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
-        config = cls(specs_from_json(fields, spec_from_dict), compute_dtype, branches=branches_from_json(fields))
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        if (
-            self.compute_dtype is None
-            and self.is_for_stock_aqlm
-            and not self.branches
-            and (published := aqlm_config(self.specs.values(), self.dense_linears))
-        ):
-            return published
-        fields = specs_to_json(self.specs, self.branches)
-        return fields if self.compute_dtype is None else fields | {"compute_dtype": self.compute_dtype}
+from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .tensor_conversion import StoredLayers, ignore_tensors
+from .transformers_config import QuantlayersConfig
 
 
 class _QuantizeWeight(ConversionOps):
@@ -138,9 +73,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
-        self.compute_dtype: str | None = quantization_config.compute_dtype
-        self.branches: dict[str, int] = getattr(quantization_config, "branches", {})
+        # Of a config to quantize with; a checkpoint's is read with its other fields.
+        self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
         self.failures: list[str] = []
+        self.stored_layers = StoredLayers({}, stored_names={}, failures=self.failures)
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -170,7 +106,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         module_name = param_name.rpartition(".")[0]
         if self.param_needs_quantization(model, param_name):
-            layout = self.specs[module_name].tensor_layout(*linear_shape(model.get_submodule(module_name)))
+            layout = self.specs[module_name].tensor_layout(*dense_shape(model, module_name))
             return sum(_nbytes(entry.shape, entry.dtype) for entry in layout.values()) / param.numel()
         if hasattr(param, "n_weights"):  # codes, whose numel() counts weights
             return param.nelement() * param.element_size() / max(1, param.numel())
@@ -190,25 +126,48 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.specs = quantizable_modules(model, self.quantization_config)
             return
-        self.specs = rename_to_model(self.quantization_config.specs, model)
-        check_headers(checkpoint_files or [], self.specs, model)
-        self._place_empty_layers(model)
-        for stored_name, rank in self.branches.items():
-            name = model_name(stored_name, self.specs, model)
-            if name is not None:  # as in rename_to_model: the head of a model without one
-                layer = cast(QuantizedLinear, model.get_submodule(name))
+        config = cast(QuantlayersConfig, self.quantization_config)
+        files = CheckpointFiles(checkpoint_files or [])
+        description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
+        names = names_in_model(description.specs, model)
+        self.specs = {name: description.specs[stored_name] for stored_name, name in names.items()}
+        self.compute_dtype = description.compute_dtype
+        stored_names = {name: stored_name for stored_name, name in names.items()}
+        stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
+        self.stored_layers = StoredLayers(stored, stored_names=stored_names, failures=self.failures)
+        self.stored_layers.check_shapes(model)
+        self._check_layouts(model)
+        if not stored:  # what is converted was checked when it was described
+            check_headers(files.headers, self.specs, model)
+        self._place_layers(model, description, names)
+        ignore_tensors(model, config.checkpoint_format.setting_names)
+
+    def _check_layouts(self, model: PreTrainedModel) -> None:
+        for name, spec in self.specs.items():
+            try:
+                spec.tensor_layout(*dense_shape(model, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def _place_layers(self, model: PreTrainedModel, description: ModelDescription, names: dict[str, str]) -> None:
+        """Quantized layers with empty tensors, and their branches, in the place of the modules in ``names``."""
+        for stored_name, name in names.items():
+            spec = self.specs[name]
+            layer = place_empty_layer(model, name, spec, compute_dtype=self.compute_dtype, device="meta")
+            rank = description.branches.get(stored_name)
+            if rank is not None:
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
                 layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
-    def _place_empty_layers(self, model: PreTrainedModel) -> None:
-        for name, spec in self.specs.items():
-            place_empty_layer(model, name, spec, compute_dtype=self.compute_dtype, device="meta")
+    def get_weight_conversions(self) -> list[Any]:
+        return self.stored_layers.conversions()
 
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.failures:
             raise ValueError("\n".join(self.failures))
+        self.stored_layers.forget_conversions(model)
         for name, layer in quantized_modules(model).items():
             if self.pre_quantized:
                 _check_loaded(name, layer)
@@ -225,14 +184,13 @@ class QuantlayersHfQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
-        model.hqq_quantized = True  # PEFT's prepare_model_for_kbit_training asks for it
+        mark_for_kbit_training(model)
         model.config.quantization_config = self.quantization_config
         model.config._is_quantized = True
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         super().remove_quantization_config(model)
-        if hasattr(model, "hqq_quantized"):
-            del model.hqq_quantized
+        unmark_for_kbit_training(model)
         model.config._is_quantized = False
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -262,14 +220,20 @@ class QuantlayersHfQuantizer(HfQuantizer):
         return True
 
 
-def _fits_in(dtype: torch.dtype, layer: QuantizedLinear) -> bool:
-    """Whether ``dtype``, to which the ``aqlm`` package casts scales and codebooks, holds those of a layer."""
-    wider = [
-        tensor
-        for name, tensor in layer.quantized_weight.tensors.items()
-        if name != layer.spec.codes_name and dtype == torch.float16 != tensor.dtype and not tensor.is_meta
-    ]
-    return all((tensor.to(dtype).float() - tensor).norm() <= MAX_SCALE_ERROR * tensor.norm() for tensor in wider)
+def mark_for_kbit_training(model: PreTrainedModel) -> None:
+    """Let PEFT's ``prepare_model_for_kbit_training`` treat ``model``, of whatever method, as a quantized one.
+
+    PEFT has no general hook: it knows some methods by name, and HQQ by ``model.hqq_quantized`` too. For such a model
+    it leaves floating parameters in their dtype and turns on gradient checkpointing, which is right for all our
+    layers. For any other it would cast the scales to float32.
+    """
+    cast(Any, model).hqq_quantized = True
+
+
+def unmark_for_kbit_training(model: PreTrainedModel) -> None:
+    """Take back :func:`mark_for_kbit_training`."""
+    if hasattr(model, "hqq_quantized"):
+        del model.hqq_quantized
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:

@@ -1,11 +1,14 @@
 """Quantized linear layers, and putting them into a model. Imports formats and methods; never PEFT."""
 
+from .dense_types import DenseType, register_dense_type
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
-from .replace import dequantize_model, quantizable_modules, quantize_module, quantize_modules, quantized_modules
+from .replace import dequantize_model, quantize_module
+from .selection import quantizable_modules, quantized_modules
 
 __all__ = [
     "AQLMLinear",
+    "DenseType",
     "HQQLinear",
     "LowRankBranch",
     "QuantizedLinear",
@@ -13,6 +16,6 @@ __all__ = [
     "layer_type",
     "quantizable_modules",
     "quantize_module",
-    "quantize_modules",
     "quantized_modules",
+    "register_dense_type",
 ]

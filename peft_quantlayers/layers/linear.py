@@ -20,12 +20,10 @@ from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
 from ..methods import QuantMethod, get_method, registered_methods
 from .codes_parameter import CodesParameter
+from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
 from .quantize_weight import quantize_weight
 from .write_through import WriteThroughWeight
-
-# The dense module that stands in the model where the layer does; see dense_types.py.
-LINEAR, CONV1D = "linear", "conv1d"
 
 
 class QuantizedLinear(nn.Linear):
@@ -42,7 +40,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: dtype of ``weight``, and of the product (autocast's dtype has precedence; CPUs without units
             for a half precision compute in float32 inside). The result has the dtype of the input.
         layer_name: the module's name in its model, for messages.
-        dense_type: the kind of dense module that the architecture has in this place, by its name in ``dense_types``.
+        dense_type: of the module that the architecture has in this place.
         n_writes: how often the weight was written.
         branch: a low-rank branch whose result is added, or None; no part of ``weight``.
     """
@@ -58,7 +56,7 @@ class QuantizedLinear(nn.Linear):
         *,
         compute_dtype: torch.dtype,
         layer_name: str = "layer",
-        dense_type: str = LINEAR,
+        dense_type: DenseType = LINEAR,
     ) -> None:
         nn.Module.__init__(self)
         if type(self) is not layer_type(quantized.spec.method):
@@ -108,7 +106,7 @@ class QuantizedLinear(nn.Linear):
         *,
         layer_name: str = "layer",
         hessian: Tensor | None = None,
-        dense_type: str = LINEAR,
+        dense_type: DenseType = LINEAR,
         compute_dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
         """A layer with ``weight`` (out_features, in_features) quantized; the bias Parameter is shared.
@@ -132,13 +130,16 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: torch.dtype,
         device: torch.device | str,
         layer_name: str = "layer",
+        dense_type: DenseType = LINEAR,
     ) -> QuantizedLinear:
         """A layer of ``spec``'s layout with uninitialised tensors, to load a checkpoint into."""
         layout = spec.tensor_layout(out_features, in_features)
         tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for name, entry in layout.items()}
         quantized = QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
         bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
-        return layer_type(spec.method)(quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name)
+        return layer_type(spec.method)(
+            quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name, dense_type=dense_type
+        )
 
     def add_branch(self, branch: LowRankBranch) -> None:
         """Add the result of ``branch`` to this layer's from now on, in place of an earlier branch."""
@@ -146,8 +147,8 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def is_conv1d(self) -> bool:
-        """Whether the architecture has a transformers ``Conv1D`` here, which keeps its weight transposed."""
-        return self.dense_type == CONV1D
+        """Whether the architecture's module keeps its weight transposed, as transformers' ``Conv1D`` does."""
+        return self.dense_type.is_transposed
 
     @property
     def method(self) -> QuantMethod:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from peft_quantlayers import Calibration, HQQConfig
 from peft_quantlayers.calibration import BlockWork, Visitor, walk
 from peft_quantlayers.calibration import waiting_passes as passes
-from peft_quantlayers.layers.replace import linear_of, quantizable_modules
+from peft_quantlayers.layers import quantizable_modules
+from peft_quantlayers.layers.replace import linear_of
 
 IDS = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))
 DATA = Calibration(data=IDS, n_tokens=160, sequence_length=40, batch_size=2, damping=1e-6, shrinkage=0.0)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, HQQLinear
@@ -60,7 +62,7 @@ def test_loading_quantizes_saves_and_loads_again_bit_for_bit(family, tmp_path):
     linears = [
         name
         for name, module in dense.base_model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and name
+        if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear") and name
     ]
     assert len(layers) == len(linears)
     assert all(type(layer) is HQQLinear for layer in layers.values())
@@ -80,7 +82,7 @@ def test_loading_quantizes_saves_and_loads_again_bit_for_bit(family, tmp_path):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_quantizing_while_loading_equals_quantizing_in_memory(family, tmp_path):
     folder = saved_tiny_model(tmp_path / "float", family)
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIG).state_dict()
@@ -88,6 +90,27 @@ def test_quantizing_while_loading_equals_quantizing_in_memory(family, tmp_path):
     assert loaded.keys() == in_memory.keys()
     for name in loaded:
         assert torch.equal(loaded[name], in_memory[name]), name
+
+
+def test_falcon_trains_an_adapter_merges_back_and_gets_its_own_layers_back():
+    model = pql.quantize_model(tiny_model("falcon"), CONFIG, progress=False)
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = peft_model(input_ids=token_ids(), labels=token_ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    merged, report = pql.merge_back(peft_model)
+    assert len(report.layers) == len(pql.quantized_modules(merged)) == 8
+    quantized = logits(merged)
+    dense = pql.dequantize_model(merged)
+    assert type(dense.transformer.h[0].mlp.dense_h_to_4h) is FalconLinear
+    torch.testing.assert_close(logits(dense), quantized)
 
 
 def test_a_model_quantized_in_memory_saves_and_loads(tmp_path):
@@ -337,7 +360,7 @@ def test_a_hostile_config_is_refused(edit, error, match, saved):
         (HQQConfig(group_size=32, skip_modules=["nonsense"]), "'nonsense' matches no module"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_on_both_roads(config, match, float_folder):
+def test_a_config_that_does_not_fit_is_refused_on_both_routes(config, match, float_folder):
     refused_load(float_folder, match, quantization_config=config)
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -349,7 +372,7 @@ def test_a_config_that_does_not_fit_is_refused_on_both_roads(config, match, floa
     assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
 
 
-def test_a_nan_weight_is_refused_by_name_on_both_roads(tmp_path):
+def test_a_nan_weight_is_refused_by_name_on_both_routes(tmp_path):
     model = tiny_model()
     model.get_submodule(LAYER).weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -44,6 +46,9 @@ FAMILIES = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, bos_token_id=1, eos_token_id=2)
+    ),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, bias=True)
     ),
     "bert": lambda: BertForSequenceClassification(
         BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)

@@ -19,10 +19,11 @@ from hqq_models import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, HqqConfig
+from transformers import AutoModel, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.formats.published_hqq import read_hqq_layer
+from peft_quantlayers.formats.published_hqq import describe_hqq_layer, flattened
+from peft_quantlayers.integrations import transformers_quantizer
 from quantlayers_kernels.bitpack import unpack
 
 WIDTHS = [8, 6, 5, 4, 3, 2, 1.58, 1]
@@ -45,9 +46,9 @@ def from_package_folder(model: nn.Module, folder: Path) -> nn.Module:
     return pql.load_hqq_folder(save_like_the_package(model, folder))
 
 
-Road = Callable[[nn.Module, Path], nn.Module]
-ROADS: list[Road] = [from_safetensors, from_shards, from_package_folder]
-roads = pytest.mark.parametrize("road", ROADS)
+Route = Callable[[nn.Module, Path], nn.Module]
+ROUTES: list[Route] = [from_safetensors, from_shards, from_package_folder]
+routes = pytest.mark.parametrize("route", ROUTES)
 axes = pytest.mark.parametrize("axis", [0, 1])
 
 
@@ -86,74 +87,76 @@ def assert_same_weights(loaded: nn.Module, model: nn.Module) -> None:
             assert ((found.float() - expected.float()).abs() <= bound).all()
 
 
-@roads
+@routes
 @axes
 @pytest.mark.parametrize("nbits", WIDTHS)
-def test_every_width_reads_back_to_the_bit(nbits: float, axis: int, road: Road, tmp_path: Path) -> None:
+def test_every_width_reads_back_to_the_bit(nbits: float, axis: int, route: Route, tmp_path: Path) -> None:
     model = package_model(nbits, axis)
-    loaded = road(model, tmp_path / "model")
+    loaded = route(model, tmp_path / "model")
     assert_same_tensors(loaded, model, nbits)
     assert_same_weights(loaded, model)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("road", [from_safetensors, from_package_folder])
+@pytest.mark.parametrize("route", [from_safetensors, from_package_folder])
 @axes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 1])
 def test_half_precision_checkpoints_keep_their_tensors(
-    nbits: int, dtype: torch.dtype, axis: int, road: Road, tmp_path: Path
+    nbits: int, dtype: torch.dtype, axis: int, route: Route, tmp_path: Path
 ) -> None:
     model = package_model(nbits, axis, dtype=dtype)
-    loaded = road(model, tmp_path / "model")
+    loaded = route(model, tmp_path / "model")
     assert loaded.dtype == dtype
     assert_same_tensors(loaded, model, nbits)
     assert_same_weights(loaded, model)
 
 
-@pytest.mark.parametrize("road", [from_shards, from_package_folder])
+@pytest.mark.parametrize("route", [from_shards, from_package_folder])
 @axes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_codes_viewed_as_floats_read_back(
-    nbits: int, dtype: torch.dtype, axis: int, road: Road, tmp_path: Path
+    nbits: int, dtype: torch.dtype, axis: int, route: Route, tmp_path: Path
 ) -> None:
     model = package_model(nbits, axis, dtype=dtype, view_as_float=True)
-    loaded = road(model, tmp_path / "model")
+    loaded = route(model, tmp_path / "model")
     assert_same_tensors(loaded, model, nbits)
 
 
-@pytest.mark.parametrize("road", [from_safetensors, from_package_folder])
+@pytest.mark.parametrize("route", [from_safetensors, from_package_folder])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
-def test_groups_that_run_over_the_end_of_a_row_read_back_to_the_bit(nbits: int, road: Road, tmp_path: Path) -> None:
+def test_groups_that_run_over_the_end_of_a_row_read_back_to_the_bit(nbits: int, route: Route, tmp_path: Path) -> None:
     model = package_model(nbits, axis=1, hidden_size=96)
-    loaded = road(model, tmp_path / "model")
+    loaded = route(model, tmp_path / "model")
     assert loaded.model.layers[0].self_attn.q_proj.spec.group_size == 32
     assert loaded.model.layers[0].mlp.down_proj.spec.group_size == 64
     assert_same_tensors(loaded, model, nbits)
     assert_same_weights(loaded, model)
 
 
-@pytest.mark.parametrize("road", [from_safetensors, from_package_folder])
-def test_groups_that_mix_columns_are_refused_by_name(road: Road, tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", [from_safetensors, from_package_folder])
+def test_groups_that_mix_columns_are_refused_by_name(route: Route, tmp_path: Path) -> None:
     model = package_model(4, axis=0, hidden_size=96)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.(self_attn|mlp)\.\w+: with axis=0, group_size=64"):
-        road(model, tmp_path / "model")
+        route(model, tmp_path / "model")
 
 
-@roads
-def test_tied_embeddings_stay_tied(road: Road, tmp_path: Path) -> None:
+@routes
+def test_tied_embeddings_stay_tied(route: Route, tmp_path: Path) -> None:
     model = package_model(is_tied=True)
-    loaded = road(model, tmp_path / "model")
+    loaded = route(model, tmp_path / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert_same_tensors(loaded, model, 4)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
 
 
-@roads
+@routes
 @pytest.mark.parametrize(("nbits", "dtype"), [(4, torch.float32), (3, torch.bfloat16), (1.58, torch.float16)])
-def test_a_loaded_model_saves_and_loads_as_ours(nbits: float, dtype: torch.dtype, road: Road, tmp_path: Path) -> None:
-    loaded = road(package_model(nbits, dtype=dtype, is_tied=True), tmp_path / "model")
+def test_a_loaded_model_saves_and_loads_as_ours(
+    nbits: float, dtype: torch.dtype, route: Route, tmp_path: Path
+) -> None:
+    loaded = route(package_model(nbits, dtype=dtype, is_tied=True), tmp_path / "model")
     loaded.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.config.quantization_config.quant_method == "quantlayers"
@@ -172,9 +175,54 @@ def test_nothing_is_reported_missing_or_unexpected(n_files: int, tmp_path: Path,
     assert not any(word in said for word in ("MISSING", "UNEXPECTED", "MISMATCH", "initialized"))
 
 
-@roads
-def test_lora_trains_on_a_loaded_model_and_merges_back(road: Road, tmp_path: Path) -> None:
-    loaded = road(package_model(8), tmp_path / "model")
+def test_layers_are_built_once_with_their_real_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_like_transformers_4(package_model(5), tmp_path / "model")
+    placed = {}
+    place = transformers_quantizer.place_empty_layer
+
+    def record(model: nn.Module, name: str, spec: pql.QuantSpec, **kwargs) -> pql.QuantizedLinear:
+        layer = place(model, name, spec, **kwargs)
+        placed[name] = (layer, layer.spec)
+        return layer
+
+    monkeypatch.setattr(transformers_quantizer, "place_empty_layer", record)
+    loaded = pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder))
+    assert set(loaded) == set(placed)
+    for name, layer in loaded.items():
+        assert layer is placed[name][0]
+        assert layer.spec == placed[name][1]
+        assert layer.spec.nbits == 5
+
+
+def test_the_base_model_of_a_checkpoint_loads_without_its_head(tmp_path: Path) -> None:
+    model = package_model(4)
+    base = AutoModel.from_pretrained(save_like_transformers_4(model, tmp_path / "model"))
+    theirs = package_layers(model)
+    assert {f"model.{name}" for name in pql.quantized_modules(base)} == set(theirs)
+    for name, layer in pql.quantized_modules(base).items():
+        assert torch.equal(layer.dequantize(), theirs[f"model.{name}"].dequantize())
+
+
+def test_parameters_of_other_modules_that_are_called_scale_are_read_as_they_are(tmp_path: Path) -> None:
+    """The conversion takes the tensors of quantized layers and no others, and does not keep their dtype."""
+    model = package_model(4)
+    entries = safetensors_entries(model) | {"model.norm.scale": torch.full((3,), 7.0, dtype=torch.float16)}
+    folder = save_like_transformers_4(model, tmp_path / "model", entries=entries)
+
+    class WithScale(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.model.norm.scale = nn.Parameter(torch.zeros(3))
+
+    loaded = WithScale.from_pretrained(folder)
+    assert torch.equal(loaded.model.norm.scale, torch.full((3,), 7.0))
+    assert loaded.model.norm.scale.dtype == torch.float32
+    assert_same_tensors(loaded, model, 4)
+
+
+@routes
+def test_lora_trains_on_a_loaded_model_and_merges_back(route: Route, tmp_path: Path) -> None:
+    loaded = route(package_model(8), tmp_path / "model")
     peft_model = get_peft_model(loaded, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     assert isinstance(peft_model.base_model.model.model.layers[0].mlp.up_proj, pql.LoraQuantizedLinear)
     peft_model(input_ids=IDS, labels=IDS).loss.backward()
@@ -271,9 +319,11 @@ def older_layer(*, quant_scale: bool, quant_zero: bool, nbits: int = 4, dtype: t
 
 
 def dequantized(stored: dict) -> Tensor:
-    fields, codes, scale, zero = read_hqq_layer(stored, name="layer")
-    groups = codes.float().view(*scale.shape, fields["group_size"])
-    return ((groups - zero[..., None].float()) * scale[..., None].float()).reshape(codes.shape)
+    entries = flattened(stored, name="layer")
+    layer = describe_hqq_layer(entries, name="layer")
+    W_q, scale, zero = (layer.convert(part, entries[part]) for part in layer.tensor_names)
+    groups = unpack(W_q, layer.nbits, layer.shape[1]).float().view(*scale.shape, layer.group_size)
+    return ((groups - zero[..., None].float()) * scale[..., None].float()).reshape(layer.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -318,7 +368,7 @@ def test_an_older_folder_loads(tmp_path: Path) -> None:
     assert_same_weights(loaded, model)
 
 
-# ---- damaged layers, on both roads
+# ---- damaged layers, on both routes
 
 
 def _set(entry: str, value: object) -> Callable[[dict], None]:

@@ -7,8 +7,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_quantlayers import AQLMConfig, HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantized_modules
-from peft_quantlayers.layers import QuantizedLinear, quantizable_modules, quantize_module, quantize_modules
+from peft_quantlayers import (
+    AQLMConfig,
+    HQQConfig,
+    HQQLinear,
+    HQQSpec,
+    dequantize_model,
+    quantize_model,
+    quantized_modules,
+)
+from peft_quantlayers.layers import QuantizedLinear, quantizable_modules, quantize_module
 
 
 class Block(nn.Module):
@@ -61,7 +69,7 @@ IDS = torch.arange(12).view(2, 6)
 
 
 def quantize(model: nn.Module, config: HQQConfig = CONFIG) -> nn.Module:
-    return quantize_modules(model, config, progress=False)
+    return quantize_model(model, config, progress=False)
 
 
 def test_every_linear_and_conv1d_but_the_head_is_quantized_in_place():

@@ -1,0 +1,102 @@
+"""What all checkpoint formats share: the description of a quantized model, and what a format does with it.
+
+A format is about the ``quantization_config`` in ``config.json`` and the tensors that belong to it: it knows neither
+models nor transformers. The list of all formats is in :mod:`.known_formats`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .spec import QuantSpec
+
+SpecFromDict = Callable[[Any], QuantSpec]
+"""Makes the spec of the method that ``fields["method"]`` names; raises ValueError or TypeError on anything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """Shape and dtype of a tensor in a file; ``dtype`` is None for one that no layer has."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class CheckpointTensors(Protocol):
+    """The tensors of a checkpoint: their headers by name, and the values of single ones on request."""
+
+    @property
+    def headers(self) -> Mapping[str, TensorHeader]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class StoredLayer(Protocol):
+    """A layer whose tensors are stored in another layout than that of its spec."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The tensors that are converted: all of the spec's layout."""
+
+    def convert(self, tensor_name: str, stored: Tensor) -> Tensor:
+        """The tensor ``tensor_name`` of the spec's layout, from the stored tensor of the same name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A quantized model as a checkpoint describes it. Names are those of the modules, as the checkpoint spells them.
+
+    Fields:
+        specs: how each quantized layer is stored.
+        compute_dtype: the layers' compute dtype where it is not the model's, as text.
+        branches: rank of the low-rank branch of each layer that has one.
+        dense_linears: modules that a reader of ``nn.Linear`` by type would take for quantized, and that are dense.
+        lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
+        stored_layers: layers that are converted when they are read; all others are read as they are.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    compute_dtype: str | None = None
+    branches: Mapping[str, int] = field(default_factory=dict)
+    dense_linears: tuple[str, ...] = ()
+    lossy_in_model_dtype: tuple[str, ...] = ()
+    stored_layers: Mapping[str, StoredLayer] = field(default_factory=dict)
+
+
+class CheckpointFormat(ABC):
+    """One layout of quantized checkpoints. Stateless.
+
+    Attributes:
+        name: the ``quant_method`` in ``config.json``.
+        setting_names: entries beside the tensors of a layer that hold settings, and belong to no module.
+    """
+
+    name: ClassVar[str]
+    setting_names: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def can_hold(self, description: ModelDescription) -> str | None:
+        """None if a checkpoint of this format holds all of ``description``; otherwise the reason why not."""
+
+    @abstractmethod
+    def write(self, description: ModelDescription) -> dict[str, Any]:
+        """The ``quantization_config``, JSON-able, of a model that this format :meth:`can_hold`."""
+
+    @abstractmethod
+    def read(
+        self, fields: Mapping[str, Any], tensors: CheckpointTensors, *, spec_from_dict: SpecFromDict
+    ) -> ModelDescription:
+        """What ``fields``, a parsed ``quantization_config``, and the headers of ``tensors`` describe.
+
+        Raises:
+            ValueError: a wrong value, or a missing tensor; names the field or the layer.
+            TypeError: a value of the wrong type.
+        """

@@ -1,0 +1,77 @@
+"""The quantization config that our models carry in transformers: a checkpoint format and its JSON fields."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..formats.checkpoint import QUANT_METHOD
+from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
+from ..formats.known_formats import choose_format, known_formats
+from ..layers import QuantizedLinear, quantized_modules
+from ..methods.aqlm.method import MAX_SCALE_ERROR
+
+
+class QuantlayersConfig(QuantizationConfigMixin):
+    """What a quantized checkpoint says about itself. Made by loading and quantizing, not by hand.
+
+    Attributes:
+        checkpoint_format: how the checkpoint is written.
+        fields: the ``quantization_config`` in ``config.json``, in that format.
+        quant_method: the name under which transformers looks for the quantizer of such a model.
+    """
+
+    def __init__(self, checkpoint_format: CheckpointFormat, fields: dict[str, Any]) -> None:
+        self.quant_method = checkpoint_format.name
+        self.checkpoint_format = checkpoint_format
+        self.fields = fields
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> QuantlayersConfig:
+        """The config that describes ``model`` as it is now, in the first format that can hold it."""
+        description = describe_model(model)
+        checkpoint_format = choose_format(description)
+        config = cls(checkpoint_format, checkpoint_format.write(description))
+        config.quant_method = QUANT_METHOD  # in memory the model is ours, in whichever format it is written
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(known_formats()[config_dict["quant_method"]], dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.fields)
+
+
+def describe_model(model: nn.Module) -> ModelDescription:
+    """What a checkpoint has to say about ``model``, a transformers model."""
+    layers = quantized_modules(model)
+    dtypes = {layer.compute_dtype for layer in layers.values()}
+    own = dtypes.pop() if len(dtypes) == 1 else None
+    return ModelDescription(
+        specs={name: layer.spec for name, layer in layers.items()},
+        compute_dtype=None if own in (None, model.dtype) else str(own).removeprefix("torch."),
+        branches={name: layer.branch.rank for name, layer in layers.items() if layer.branch is not None},
+        # By isinstance, as readers of published checkpoints look for the layers that they replace.
+        dense_linears=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
+        ),
+        lossy_in_model_dtype=tuple(name for name, layer in layers.items() if _is_lossy_in(model.dtype, layer)),
+    )
+
+
+def _is_lossy_in(dtype: Any, layer: QuantizedLinear) -> bool:
+    """Whether ``dtype`` is float16 and cannot hold the wider scales and codebooks of a layer."""
+    wider = [
+        tensor
+        for name, tensor in layer.quantized_weight.tensors.items()
+        if name != layer.spec.codes_name and dtype == torch.float16 != tensor.dtype and not tensor.is_meta
+    ]
+    return not all((tensor.to(dtype).float() - tensor).norm() <= MAX_SCALE_ERROR * tensor.norm() for tensor in wider)
