@@ -132,13 +132,14 @@ def test_nothing_beside_the_codes_and_the_pull_is_written(scheme, beam, kernels,
     pull, codes, codebooks, hessian = random_problem(scheme, 7, 3)
     run, guards = native.call, []
 
-    def guarded(name, codes_at, pull_at, *arguments):
+    def guarded(name, choice):
         memory = []
-        for address, nbytes in ((codes_at, 8 * codes.numel()), (pull_at, 4 * pull.numel())):
-            buffer = torch.full((nbytes + 512,), 0x5A, dtype=torch.uint8)
+        for field, nbytes in (("codes", 8 * codes.numel()), ("correlation", 4 * pull.numel())):
+            buffer, address = torch.full((nbytes + 512,), 0x5A, dtype=torch.uint8), getattr(choice, field)
             ctypes.memmove(buffer.data_ptr() + 256, address, nbytes)
             memory.append((buffer, address, nbytes))
-        run(name, *(buffer.data_ptr() + 256 for buffer, _, _ in memory), *arguments)
+            setattr(choice, field, buffer.data_ptr() + 256)
+        run(name, choice)
         for buffer, address, nbytes in memory:
             guards.extend((buffer[:256], buffer[256 + nbytes :]))
             ctypes.memmove(address, buffer.data_ptr() + 256, nbytes)

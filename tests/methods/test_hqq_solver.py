@@ -241,7 +241,7 @@ def test_the_kernels_are_used_where_they_can_be(kernels, monkeypatch):
     monkeypatch.setattr(native, "call", lambda name, *arguments: (calls.append(name), run(name, *arguments)))
     groups, options = random_groups(8, 16, 0.02), HalfQuadraticOptions()
     solve_groups(groups, nbits=4, options=options, refine_scale=True)
-    assert calls == ([] if kernels == PLAIN else ["ql_hqq_offsets", "ql_hqq_lines"])
+    assert calls == ([] if kernels == PLAIN else ["ql_hqq_half_quadratic", "ql_hqq_affine_fit"])
     calls.clear()
     solve_groups(groups.double(), nbits=4, options=options, refine_scale=True)
     assert calls == []

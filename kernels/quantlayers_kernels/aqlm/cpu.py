@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import native
+from ..interface import AQLMChoice, AQLMWeight, DenseRows, Product
 from .layout import dense_shape, has_documented_layout
 
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
@@ -59,11 +60,21 @@ def _readable(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor,
     return codes.contiguous(), codebooks.contiguous(), scales.contiguous()
 
 
-def _shape_arguments(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[int, ...]:
+def _weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> AQLMWeight:
+    """The kernels' view of contiguous tensors."""
     num_codebooks, size, out_group, in_group = codebooks.shape
-    return (
-        *(codes.shape[1], num_codebooks, size, out_group, in_group),
-        *(codes.element_size(), native.KINDS[codebooks.dtype], native.KINDS[scales.dtype]),
+    return AQLMWeight(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        in_groups=codes.shape[1],
+        num_codebooks=num_codebooks,
+        size=size,
+        out_group=out_group,
+        in_group=in_group,
+        code_bytes=codes.element_size(),
+        codebook_kind=native.KINDS[codebooks.dtype],
+        scale_kind=native.KINDS[scales.dtype],
     )
 
 
@@ -73,26 +84,24 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
     flat = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty(*x.shape[:-1], dense_shape(codes, codebooks)[0], dtype=torch.float32)
-    native.call(
-        "ql_aqlm_linear",
-        *(y.data_ptr(), flat.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),
-        None if bias is None else bias.data_ptr(),
-        *(flat.shape[0], y.shape[-1]),
-        *_shape_arguments(codes, codebooks, scales),
+    product = Product(
+        y=y.data_ptr(),
+        x=flat.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        tokens=flat.shape[0],
+        out_features=y.shape[-1],
     )
+    native.call("ql_aqlm_linear", _weight(codes, codebooks, scales), product)
     return y.to(x.dtype)
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:
     """The rows ``rows`` of the weight, written to ``into`` (n, in_features), contiguous, one of ``native.WRITTEN``."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
-    native.call(
-        "ql_aqlm_dequantize",
-        *(into.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),
-        *(rows.start, rows.stop - rows.start),
-        *_shape_arguments(codes, codebooks, scales),
-        native.KINDS[into.dtype],
+    written = DenseRows(
+        out=into.data_ptr(), first_row=rows.start, n_rows=rows.stop - rows.start, kind=native.KINDS[into.dtype]
     )
+    native.call("ql_aqlm_dequantize", _weight(codes, codebooks, scales), written)
     return into
 
 
@@ -168,10 +177,24 @@ def _choose(
         pairs = pad(pairs, padding).view(n_groups, size, -1, PADDED_SIZE).transpose(1, 2).contiguous()
     hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
     codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
-    native.call(
-        "ql_aqlm_choose",
-        *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
-        *(own.data_ptr(), None if pairs is None else pairs.data_ptr()),
-        *(n_out, n_groups, num_codebooks, size, width, out_group, d // out_group, beam),
+    in_group = d // out_group
+    choice = AQLMChoice(
+        codes=codes.data_ptr(),
+        correlation=pull.data_ptr(),
+        hessian=hessian.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        entries=entries.data_ptr(),
+        own=own.data_ptr(),
+        pairs=None if pairs is None else pairs.data_ptr(),
+        n_out=n_out,
+        n_groups=n_groups,
+        num_codebooks=num_codebooks,
+        size=size,
+        width=width,
+        out_group=out_group,
+        in_group=in_group,
+        columns=n_groups * in_group,
+        beam=beam,
     )
+    native.call("ql_aqlm_choose", choice)
     return codes

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import native
 from ..dither import white_noise
+from ..interface import AQLMUpdate
 from ..tiled import rows_per_tile
 from .cpu import can_dequantize
 from .reference import wrapped_codes
@@ -53,12 +54,21 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
         here = moved[part].view(-1, num_codebooks)
         there = noise[part.start * n_in : part.stop * n_in]
         if is_compiled:
-            native.call(
-                "ql_aqlm_update",
-                *(here.data_ptr(), groups.data_ptr(), steps.data_ptr(), per_energy.data_ptr()),
-                *(entries.data_ptr(), there.data_ptr(), len(here), num_codebooks, size, groups.shape[1]),
-                *(steps.shape[-1], codes.element_size()),
+            update = AQLMUpdate(
+                codes=here.data_ptr(),
+                delta=groups.data_ptr(),
+                steps=steps.data_ptr(),
+                per_energy=per_energy.data_ptr(),
+                entries=entries.data_ptr(),
+                noise=there.data_ptr(),
+                n_groups=len(here),
+                num_codebooks=num_codebooks,
+                size=size,
+                d=groups.shape[1],
+                neighbours=steps.shape[-1],
+                code_bytes=codes.element_size(),
             )
+            native.call("ql_aqlm_update", update)
         else:
             _move(here, groups, steps, per_energy, entries, there)
     return moved

@@ -250,7 +250,7 @@ INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int6
             sum_entries(c, states->codes, -1, d, s->rest);
             times_block(c, s->rest, group, s->wanted + r * d);
             for (int64_t i = 0; i < d; i++)
-                s->wanted[r * d + i] += c->pull[((row + r) * c->out_group + i / c->in_group) * c->columns +
+                s->wanted[r * d + i] += c->correlation[((row + r) * c->out_group + i / c->in_group) * c->columns +
                                                 group * c->in_group + i % c->in_group];
         }
         if (c->pairs)
@@ -276,10 +276,10 @@ INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int6
             if (!is_moved || c->n_groups == 1)
                 continue;
             for (int64_t i = 0; i < d; i++) {
-                float *pull = c->pull + ((row + r) * c->out_group + i / c->in_group) * c->columns;
+                float *correlation = c->correlation + ((row + r) * c->out_group + i / c->in_group) * c->columns;
                 const float *hessian = c->hessian + (group * c->in_group + i % c->in_group) * c->columns;
                 for (int64_t k = 0; k < c->columns; k++)
-                    pull[k] -= s->rest[i] * hessian[k];
+                    correlation[k] -= s->rest[i] * hessian[k];
             }
         }
     }

@@ -1,4 +1,4 @@
-/* AQLM: codes that take a small change with a probability. See aqlm/update.py for the rule. */
+/* AQLM: codes that take a small delta with a probability. See aqlm/update.py for the rule. */
 
 INLINE int64_t read_code(const struct aqlm_update *u, int64_t i) {
     const uint32_t code = u->code_bytes == 1 ? ((uint8_t *)u->codes)[i] : ((uint16_t *)u->codes)[i];
@@ -15,7 +15,7 @@ INLINE void write_code(const struct aqlm_update *u, int64_t i, int32_t code) {
 
 /* Each lane follows the best of its own steps; the lanes are compared at the end. */
 INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) {
-    const float *t = u->change + group * d;
+    const float *t = u->delta + group * d;
     float energy = 0;
     for (int64_t j = 0; j < d; j++)
         energy += t[j] * t[j];

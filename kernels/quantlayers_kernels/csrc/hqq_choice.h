@@ -16,12 +16,12 @@ INLINE floats load_some(const float *p, int64_t n, float rest) {
 
 /* Moves the codes of one row in the `n` columns from `first` on. */
 INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first, int64_t n) {
-    float *codes = c->codes + row * c->columns, *pull = c->pull + row * c->columns;
+    float *codes = c->codes + row * c->columns, *correlation = c->correlation + row * c->columns;
     const float *steps = c->steps + row * c->columns;
     const floats step = load_some(steps + first, n, 1), per_step = load_some(c->curvature + first, n, 1) * step;
     /* A move may make another worth while in a column to the right of it; those to the left wait for the next sweep. */
     for (int64_t next = 0; next < n;) {
-        const floats code = load_some(codes + first, n, 0), wanted = load_some(pull + first, n, 0) / per_step;
+        const floats code = load_some(codes + first, n, 0), wanted = load_some(correlation + first, n, 0) / per_step;
         const floats best = nearest_code(code + wanted, c->max_code, 0);
         if (!is_any(best != code))
             return;
@@ -34,9 +34,9 @@ INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first,
         codes[column] = best[next++];
         int64_t k = 0;
         for (; k + LANES <= c->columns; k += LANES)
-            store(pull + k, load(pull + k) - load(hessian + k) * moved);
+            store(correlation + k, load(correlation + k) - load(hessian + k) * moved);
         for (; k < c->columns; k++)
-            pull[k] -= hessian[k] * moved;
+            correlation[k] -= hessian[k] * moved;
     }
 }
 

@@ -53,10 +53,10 @@ struct shrink_sums {
     ints is_shrunk;
 };
 
-INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *values, floats offset, floats unit,
-                                      int64_t step) {
+INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const struct hqq_half_quadratic *h,
+                                      const float *values, floats offset, floats unit, int64_t step) {
     const floats none = {0}, smallest = none + 1e-30f;
-    const float threshold = g->thresholds[step], share = 1 / g->betas[step];
+    const float threshold = h->thresholds[step], share = 1 / h->betas[step];
     struct shrink_sums sums = {{0}, {0}, {0}, {0}};
     for (int64_t k = 0; k < g->group_size; k++) {
         const floats v = load(values + k * LANES) + offset, code = nearest_code(v, g->max_code, 0);
@@ -65,28 +65,29 @@ INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *v
         sums.sizes += size;
         if (!any_above(size, threshold))
             continue;
-        const floats left = higher(size - power(higher(size, smallest), g->exponent) * share, none);
+        const floats left = higher(size - power(higher(size, smallest), h->exponent) * share, none);
         sums.shrunk += chosen(residual < none, -left, left);
         sums.is_shrunk |= left > none;
     }
     return sums;
 }
 
-static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+static TARGET void VARIANT(hqq_half_quadratic)(const struct hqq_groups *g, const struct hqq_half_quadratic *h,
+                                               int64_t begin, int64_t end, float *values) {
     const float n = (float)g->group_size;
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(g->order, first, end);
+        const struct lane_groups groups = groups_from(h->order, first, end);
         transpose_groups(g, groups, values);
-        const floats mean = gathered(g->mean, groups), steps = gathered(g->steps, groups), none = {0};
-        const floats unit = 1 / steps, smallest = g->smallest_threshold * steps;
-        floats offset = gathered(g->offset, groups), best = offset, best_error = none + __builtin_inff();
+        const floats mean = gathered(g->mean, groups), steps = gathered(h->steps_per_unit, groups), none = {0};
+        const floats unit = 1 / steps, smallest = h->smallest_threshold * steps;
+        floats offset = gathered(h->offset, groups), best = offset, best_error = none + __builtin_inff();
         ints is_shrunk = {0};
-        for (int64_t t = 0; t < g->iters; t++) {
+        for (int64_t t = 0; t < h->iters; t++) {
             const floats residual = higher(higher(offset, -offset), none + 0.5f) * (1 + 1e-5f);
-            const ints is_looked_at = (residual > g->thresholds[t] * steps) | is_shrunk;
+            const ints is_looked_at = (residual > h->thresholds[t] * steps) | is_shrunk;
             floats moved;
             if (is_any(is_looked_at)) {
-                const struct shrink_sums sums = shrunk_sums(g, values, offset, unit, t);
+                const struct shrink_sums sums = shrunk_sums(g, h, values, offset, unit, t);
                 is_shrunk |= is_looked_at & sums.is_shrunk;
                 const ints is_better = is_shrunk & (sums.sizes < best_error);
                 best = chosen(is_better, offset, best);
@@ -104,7 +105,7 @@ static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begi
             if (!is_any(is_moving))
                 break;
         }
-        scatter(g->offset, groups, chosen(is_shrunk, best, offset));
+        scatter(h->offset, groups, chosen(is_shrunk, best, offset));
     }
 }
 
@@ -148,11 +149,11 @@ INLINE struct moments moments_of_codes(const struct hqq_groups *g, const float *
     return total;
 }
 
-INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviations, floats mean, floats spread,
-                               struct line line) {
+INLINE struct line fitted_line(const struct hqq_groups *g, int64_t iters, const float *deviations, floats mean,
+                               floats spread, struct line line) {
     const float share = 1 / (float)g->group_size;
     const floats none = {0};
-    for (int64_t t = 0; t < g->iters; t++) {
+    for (int64_t t = 0; t < iters; t++) {
         const floats steps = 1 / line.slope;
         const struct moments codes = moments_of_codes(g, deviations, steps, mean * steps + line.offset);
         const floats code_mean = codes.sum * share, covariance = codes.products * share;
@@ -170,9 +171,10 @@ INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviatio
     return line;
 }
 
-static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+static TARGET void VARIANT(hqq_affine_fit)(const struct hqq_groups *g, const struct hqq_affine_fit *f, int64_t begin,
+                                           int64_t end, float *values) {
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(g->order, first, end);
+        const struct lane_groups groups = groups_from(NULL, first, end);
         transpose_groups(g, groups, values);
         const floats mean = gathered(g->mean, groups), none = {0}, one = none + 1;
         floats spread = {0};
@@ -182,12 +184,12 @@ static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin,
             spread += deviation * deviation;
         }
         spread /= (float)g->group_size;
-        const struct line wide = {one, gathered(g->offset, groups), none};
-        const struct line narrow = {gathered(g->other_slope, groups), gathered(g->other_offset, groups), none};
-        const struct line a = fitted_line(g, values, mean, spread, wide);
-        const struct line b = fitted_line(g, values, mean, spread, narrow);
-        const ints is_better = b.error < a.error - g->margin * spread;
-        scatter(g->slope, groups, chosen(is_better, b.slope, a.slope));
-        scatter(g->offset, groups, chosen(is_better, b.offset, a.offset));
+        const struct line wide = {one, gathered(f->offset, groups), none};
+        const struct line narrow = {gathered(f->other_slope, groups), gathered(f->other_offset, groups), none};
+        const struct line a = fitted_line(g, f->iters, values, mean, spread, wide);
+        const struct line b = fitted_line(g, f->iters, values, mean, spread, narrow);
+        const ints is_better = b.error < a.error - f->margin * spread;
+        scatter(f->slope, groups, chosen(is_better, b.slope, a.slope));
+        scatter(f->offset, groups, chosen(is_better, b.offset, a.offset));
     }
 }

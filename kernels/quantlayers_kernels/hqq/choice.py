@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..interface import HQQChoice
 
 # Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product. A row of
 # the compiled kernel only touches what a code that moves pulls on; plain torch touches all, whatever moves.
@@ -77,9 +78,17 @@ def _compiled(pull: Tensor, codes: Tensor, steps: Tensor, hessian: Tensor, *, ma
     pull, codes = (part.clone(memory_format=torch.contiguous_format) for part in (pull, codes.float()))
     steps, hessian = steps.float().contiguous(), hessian.float().contiguous()
     curvature = hessian.diagonal().contiguous()
-    native.call(
-        "ql_hqq_choose",
-        *(codes.data_ptr(), pull.data_ptr(), steps.data_ptr(), hessian.data_ptr(), curvature.data_ptr()),
-        *(*pull.shape, sweeps, max_code),
+    out_features, columns = pull.shape
+    choice = HQQChoice(
+        codes=codes.data_ptr(),
+        correlation=pull.data_ptr(),
+        steps=steps.data_ptr(),
+        hessian=hessian.data_ptr(),
+        curvature=curvature.data_ptr(),
+        out_features=out_features,
+        columns=columns,
+        sweeps=sweeps,
+        max_code=max_code,
     )
+    native.call("ql_hqq_choose", choice)
     return codes

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..interface import DenseRows, HQQGradient, HQQWeight, Product
 from .layout import has_documented_layout
 
 # Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
@@ -43,18 +44,18 @@ def linear_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
 ) -> Tensor:
     """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
-    in_features, out_features, n_groups = x.shape[-1], W_q.shape[0], scale.shape[1]
-    flat = x.reshape(-1, in_features).float().contiguous()
+    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
-    native.call(
-        "ql_hqq_linear",
-        *(y.data_ptr(), flat.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        None if bias is None else bias.data_ptr(),
-        *(flat.shape[0], out_features, in_features, n_groups, W_q.shape[1]),
-        *(nbits, native.KINDS[scale.dtype]),
+    y = torch.empty(*x.shape[:-1], W_q.shape[0], dtype=torch.float32)
+    product = Product(
+        y=y.data_ptr(),
+        x=flat.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        tokens=flat.shape[0],
+        out_features=W_q.shape[0],
     )
+    native.call("ql_hqq_linear", _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1]), product)
     return y.to(x.dtype)
 
 
@@ -66,12 +67,11 @@ def dequantize_rows(
     ``into`` is contiguous and of one of ``native.WRITTEN``.
     """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
-    native.call(
-        "ql_hqq_dequantize",
-        *(into.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        *(rows.start, rows.stop - rows.start, into.shape[1], scale.shape[1 if axis == 1 else 0], W_q.shape[1]),
-        *(nbits, axis, native.KINDS[scale.dtype], native.KINDS[into.dtype]),
+    written = DenseRows(
+        out=into.data_ptr(), first_row=rows.start, n_rows=rows.stop - rows.start, kind=native.KINDS[into.dtype]
     )
+    weight = _weight(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1])
+    native.call("ql_hqq_dequantize", weight, written)
     return into
 
 
@@ -93,10 +93,27 @@ def metadata_gradient_of_rows(
         rows: which n.
         into: gradients of ``scale`` and ``zero``, (out_features, n_groups), float32, contiguous.
     """
-    native.call(
-        "ql_hqq_gradient",
-        *(into[0].data_ptr(), into[1].data_ptr(), gradient.data_ptr()),
-        *(W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        *(rows.start, len(gradient), gradient.shape[1], scale.shape[1], W_q.shape[1]),
-        *(nbits, native.KINDS[scale.dtype]),
+    of_rows = HQQGradient(
+        weight=gradient.data_ptr(),
+        scale=into[0].data_ptr(),
+        zero=into[1].data_ptr(),
+        first_row=rows.start,
+        n_rows=len(gradient),
+    )
+    weight = _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=gradient.shape[1])
+    native.call("ql_hqq_gradient", weight, of_rows)
+
+
+def _weight(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> HQQWeight:
+    """The kernels' view of contiguous tensors."""
+    return HQQWeight(
+        packed=W_q.data_ptr(),
+        scale=scale.data_ptr(),
+        zero=zero.data_ptr(),
+        in_features=in_features,
+        n_groups=scale.shape[1 if axis == 1 else 0],
+        row_bytes=W_q.shape[1],
+        nbits=nbits,
+        axis=axis,
+        kind=native.KINDS[scale.dtype],
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..interface import HQQAffineFit, HQQGroups, HQQHalfQuadratic
 
 # A worker holds 16 groups, 1 MiB of them at this size.
 MAX_GROUP_SIZE = 1 << 14
@@ -46,16 +47,20 @@ def offsets(
     """
     shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
     mean, of_steps = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
-    options = torch.tensor([smallest_threshold, lp_norm - 1], dtype=torch.float32)
     # Neighbours in a vector take as many steps as the slowest of them: those that the shrink may reach come first.
     may_shrink = (smallest_threshold * steps_per_unit < 0.5).flatten()
     order = torch.cat([may_shrink.nonzero(), (~may_shrink).nonzero()])
-    native.call(
-        "ql_hqq_offsets",
-        *(offset.data_ptr(), shifted.data_ptr(), mean.data_ptr(), steps_per_unit.data_ptr()),
-        *(of_steps[0].data_ptr(), of_steps[1].data_ptr(), options.data_ptr(), order.data_ptr()),
-        *(*shifted.shape, len(betas), max_code),
+    iteration = HQQHalfQuadratic(
+        offset=offset.data_ptr(),
+        steps_per_unit=steps_per_unit.data_ptr(),
+        betas=of_steps[0].data_ptr(),
+        thresholds=of_steps[1].data_ptr(),
+        order=order.data_ptr(),
+        iters=len(betas),
+        smallest_threshold=smallest_threshold,
+        exponent=lp_norm - 1,
     )
+    native.call("ql_hqq_half_quadratic", _groups(shifted, mean, max_code), iteration)
     return offset
 
 
@@ -76,11 +81,26 @@ def lines(
     """
     shifted, offset = shifted.contiguous(), offset.contiguous().clone()
     other_slope, other_offset = other_slope.contiguous(), other_offset.contiguous()
-    slope, mean, one_margin = torch.empty_like(offset), shifted.mean(1), torch.tensor([margin], dtype=torch.float32)
-    native.call(
-        "ql_hqq_lines",
-        *(slope.data_ptr(), offset.data_ptr(), shifted.data_ptr(), mean.data_ptr()),
-        *(other_slope.data_ptr(), other_offset.data_ptr(), one_margin.data_ptr()),
-        *(*shifted.shape, iters, max_code),
+    slope, mean = torch.empty_like(offset), shifted.mean(1)
+    fit = HQQAffineFit(
+        slope=slope.data_ptr(),
+        offset=offset.data_ptr(),
+        other_slope=other_slope.data_ptr(),
+        other_offset=other_offset.data_ptr(),
+        iters=iters,
+        margin=margin,
     )
+    native.call("ql_hqq_affine_fit", _groups(shifted, mean, max_code), fit)
     return slope, offset
+
+
+def _groups(shifted: Tensor, mean: Tensor, max_code: int) -> HQQGroups:
+    n_groups, group_size = shifted.shape
+    return HQQGroups(
+        values=shifted.data_ptr(),
+        mean=mean.data_ptr(),
+        n_groups=n_groups,
+        group_size=group_size,
+        max_code=max_code,
+        centre=max_code // 2,
+    )
