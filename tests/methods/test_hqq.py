@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.methods import HQQMethod, HQQSpec, spec_from_dict
 from peft_quantlayers.methods.hqq import method as hqq
-from peft_quantlayers.methods.hqq.solver import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, unpack
+from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 
 METHOD = HQQMethod()
 

@@ -1,4 +1,4 @@
-/* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve.py. */
+/* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve_reference.py. */
 
 /* The groups from place `first` of `order` on, to be read lane by lane; a last batch repeats the last group. */
 struct lane_groups {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantlayers_kernels.bitpack import pack, unpack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
+from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
@@ -18,7 +19,6 @@ from ...formats import QuantizedWeight, TensorLayout
 from ..base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
 from .calibrated import Grid, descended_codes, fitted_grid, weighted_grid
-from .solver import HalfQuadraticOptions, encode, solve_groups
 from .spec import HQQSpec
 
 logger = logging.getLogger(__name__)
