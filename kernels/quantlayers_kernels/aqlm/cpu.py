@@ -29,7 +29,9 @@ def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
     """
     return (
-        codes.device.type == codebooks.device.type == scales.device.type == "cpu"
+        codes.is_cpu
+        and codebooks.is_cpu
+        and scales.is_cpu
         and codebooks.dtype in native.KINDS
         and scales.dtype in native.KINDS
         and has_documented_layout(codes, codebooks, scales)
@@ -39,14 +41,13 @@ def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
 
 def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
-    n_tokens = x.shape[:-1].numel()
     return (
-        0 < n_tokens <= MAX_TOKENS
-        and x.device.type == "cpu"
+        0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and x.is_cpu
         and x.dtype in native.KINDS
         and can_dequantize(codes, codebooks, scales)
         and x.shape[-1] == codes.shape[1] * codebooks.shape[3]
-        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (dense_shape(codes, codebooks)[0],)))
+        and (bias is None or (bias.is_cpu and tuple(bias.shape) == dense_shape(codes, codebooks)[:1]))
     )
 
 
@@ -81,18 +82,19 @@ def _weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> AQLMWeight:
 def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` from AQLM codes; float32 inside, dtype of ``x`` out."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
-    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+    inputs = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], dense_shape(codes, codebooks)[0], dtype=torch.float32)
+    out_features, in_features = dense_shape(codes, codebooks)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
     product = Product(
         y=y.data_ptr(),
-        x=flat.data_ptr(),
+        x=inputs.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
-        tokens=flat.shape[0],
-        out_features=y.shape[-1],
+        tokens=inputs.numel() // in_features,
+        out_features=out_features,
     )
     native.call("ql_aqlm_linear", _weight(codes, codebooks, scales), product)
-    return y.to(x.dtype)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis
     What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
     """
     return (
-        W_q.device.type == scale.device.type == zero.device.type == "cpu"
+        W_q.is_cpu
+        and scale.is_cpu
+        and zero.is_cpu
         and scale.dtype in native.KINDS
         and has_documented_layout(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
         and native.is_available()
@@ -29,14 +31,14 @@ def can_use_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
-    n_tokens = x.shape[:-1].numel()
+    in_features = x.shape[-1]
     return (
         axis == 1
-        and 0 < n_tokens <= MAX_TOKENS
-        and x.device.type == "cpu"
+        and 0 < x.numel() <= MAX_TOKENS * in_features
+        and x.is_cpu
         and x.dtype in native.KINDS
-        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (W_q.shape[0],)))
-        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1])
+        and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
+        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
     )
 
 
@@ -44,19 +46,20 @@ def linear_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
 ) -> Tensor:
     """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
-    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+    out_features, in_features = W_q.shape[0], x.shape[-1]
+    inputs = x.float().contiguous()
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], W_q.shape[0], dtype=torch.float32)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
     product = Product(
         y=y.data_ptr(),
-        x=flat.data_ptr(),
+        x=inputs.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
-        tokens=flat.shape[0],
-        out_features=W_q.shape[0],
+        tokens=inputs.numel() // in_features,
+        out_features=out_features,
     )
-    native.call("ql_hqq_linear", _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1]), product)
-    return y.to(x.dtype)
+    native.call("ql_hqq_linear", _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features), product)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def dequantize_rows(
