@@ -22,13 +22,13 @@ SWITCH = "QUANTLAYERS_NO_EXTENSION"
 VARIANTS = ("baseline", "avx2", "avx512")
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Those of dense rows that they write; any other one is cast from float32.
+# The dtypes of dense rows that they write; others are cast from float32.
 WRITTEN = (torch.float32, torch.bfloat16)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None where there is none or it is switched off. Looked for once."""
+    """The loaded library, or None if it was not built or is switched off. Looked for once."""
     if os.environ.get(SWITCH, "") not in ("", "0"):
         return None
     spec = importlib.util.find_spec(f"{__package__}._native")
@@ -64,7 +64,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 
 def _parallel_region() -> int | None:
-    """Address of the OpenMP entry point that torch runs its own threads with; None where torch has another kind."""
+    """Address of the OpenMP entry point that torch starts its own threads with; None if torch uses no GOMP."""
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 

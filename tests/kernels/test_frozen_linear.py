@@ -95,7 +95,7 @@ def test_first_derivatives_are_right_and_second_ones_are_refused():
         gradient.sum().backward()
 
 
-def test_a_result_that_nobody_asked_for_and_what_is_frozen_get_no_gradient():
+def test_an_unused_result_and_frozen_tensors_get_no_gradient():
     of, weights = layers(torch.float64, torch.float64)
     x = torch.randn(*TOKENS, IN, dtype=torch.float64, requires_grad=True)
     of[2].branches[0].A.requires_grad_(False)

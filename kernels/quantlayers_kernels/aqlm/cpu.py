@@ -1,7 +1,7 @@
 """AQLM on a CPU with the compiled kernels: products with few tokens, and dense rows. See ``csrc/aqlm_kernels.h``.
 
 Entries are read straight from the codebooks, an entry of eight inputs in one load, whatever the size of the codebook;
-there is no table of the input's products with every entry.
+there is no table of products of the input with every entry.
 """
 
 import torch
@@ -12,21 +12,21 @@ from .. import native
 from ..interface import AQLMChoice, AQLMWeight, DenseRows, Product
 from .layout import dense_shape, has_documented_layout
 
-# Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
-# AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
+# Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
+# tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
-# Numbers in codebooks that stay in the first cache as float32 too: 16 KiB, what 2x8 has.
+# Numbers in codebooks that fit the first-level cache as float32: 16 KiB, the size of 2x8.
 MAX_CACHED_ENTRIES = 4096
 # Entries that the kernel compares at a time, on any instruction set.
 PADDED_SIZE = 32
-# Entries of two codebooks of which all pairs are tried where the beam is as wide: a table of 2**18 float32 is 1 MiB.
+# Largest codebooks of which all pairs of entries are tried, if the beam is as wide: a table of 2**18 float32 is 1 MiB.
 MAX_PAIR_SIZE = 512
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """Whether the kernels read this weight: on a CPU, in the documented layout, floats of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
+    Tensors in another layout take the plain path, which raises; the kernels trust the shapes.
     """
     return (
         codes.is_cpu
@@ -52,9 +52,9 @@ def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tens
 
 
 def _readable(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight's tensors as the kernels want them in memory; float32 codebooks where halves are slow to read.
+    """The weight's tensors, contiguous; codebooks as float32 where reading half precision is slow.
 
-    Entries are converted each time they are read, so float32 is better too where it stays in the first cache.
+    Entries are converted each time they are read, so float32 is also faster if it fits the first-level cache.
     """
     if native.variant() == 0 or codebooks.numel() <= MAX_CACHED_ENTRIES:
         codebooks = codebooks.float()
@@ -118,19 +118,23 @@ def can_choose(wanted: Tensor, entries: Tensor) -> bool:
     )
 
 
-def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int) -> Tensor:
-    """As :func:`.choice.chosen_in_columns`. Raises ValueError where shapes contradict each other."""
+def choose(
+    correlation: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int
+) -> Tensor:
+    """As :func:`.choice.chosen_in_columns`. Raises ValueError if the shapes do not fit together."""
     n_out, n_groups, num_codebooks = codes.shape
     size, d = codebooks.shape[1:]
     in_group = d // out_group
     columns = n_groups * in_group
     for name, found, shape in (
-        ("pull", pull.shape, (n_out * out_group, columns)),
+        ("correlation", correlation.shape, (n_out * out_group, columns)),
         ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
         ("hessian", hessian.shape, (columns, columns)),
     ):
         if tuple(found) != shape:
-            raise ValueError(f"{name} has the shape {tuple(found)}; codes of shape {tuple(codes.shape)} want {shape}.")
+            raise ValueError(
+                f"{name} has the shape {tuple(found)}; it must be {shape} for codes of {tuple(codes.shape)}."
+            )
     blocks = hessian.float().view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     parts = codebooks.view(num_codebooks, size, out_group, in_group)
     own = codebooks.new_empty(n_groups, num_codebooks, size)
@@ -141,24 +145,22 @@ def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, o
         if pairs is not None:
             torch.mm(2 * weighted[0], codebooks[1].t(), out=pairs[group])
     beam = 1 if num_codebooks == 1 or pairs is not None else min(beam, size)
-    return _choose(pull, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
+    return _choose(correlation, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
 
 
 def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
-    """As :func:`.choice.best_entries`. Raises ValueError where shapes contradict each other."""
+    """As :func:`.choice.best_entries`. Raises ValueError if the shapes do not fit together."""
     size, d = entries.shape
     if wanted.shape[1] != d or own.shape != (size,):
-        raise ValueError(
-            f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} contradict each other."
-        )
+        raise ValueError(f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} do not fit together.")
     codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
-    # Without a Hessian the code that a row comes with does not matter.
+    # With a Hessian of zeros the code to start from does not matter.
     hessian = entries.new_zeros(d, d)
     return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()
 
 
 def _choose(
-    pull: Tensor,
+    correlation: Tensor,
     codes: Tensor,
     codebooks: Tensor,
     hessian: Tensor,
@@ -168,7 +170,7 @@ def _choose(
     out_group: int,
     beam: int,
 ) -> Tensor:
-    """Calls the kernel with copies of what it changes, and all else as it wants that in memory."""
+    """Calls the kernel with copies of the tensors that it modifies, and the others padded and contiguous."""
     n_out, n_groups, num_codebooks = codes.shape
     size, d = codebooks.shape[1:]
     width = -(-size // PADDED_SIZE) * PADDED_SIZE
@@ -178,11 +180,11 @@ def _choose(
     if pairs is not None:
         pairs = pad(pairs, padding).view(n_groups, size, -1, PADDED_SIZE).transpose(1, 2).contiguous()
     hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
-    codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
+    codes, correlation = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, correlation))
     in_group = d // out_group
     choice = AQLMChoice(
         codes=codes.data_ptr(),
-        correlation=pull.data_ptr(),
+        correlation=correlation.data_ptr(),
         hessian=hessian.data_ptr(),
         codebooks=codebooks.data_ptr(),
         entries=entries.data_ptr(),

@@ -1,7 +1,7 @@
 """The AQLM operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
 
-Nothing dense is kept between forward and backward, and gradients of the dense weight come tile by tile. The input is
-saved only where codebooks want a gradient; for scales alone the output is enough.
+No dense weight is kept between forward and backward, and gradients of the dense weight come tile by tile. The input is
+saved only if the codebooks require a gradient; for scales alone the output is enough.
 """
 
 import torch

@@ -1,4 +1,4 @@
-/* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve_reference.py. */
+/* HQQ: scales and zero points of groups, one group in each lane. See hqq/solve_reference.py for the definition. */
 
 /* The groups from place `first` of `order` on, to be read lane by lane; a last batch repeats the last group. */
 struct lane_groups {
@@ -47,7 +47,7 @@ INLINE floats power(floats x, float exponent) {
     return (floats)((ints)raised + (__builtin_convertvector(whole, ints) << 23));
 }
 
-/* What a step sums over the values of a group: codes, the sizes of residuals and what the shrink leaves of them. */
+/* Sums over the values of a group in one iteration: codes, absolute residuals, and shrunk residuals. */
 struct shrink_sums {
     floats codes, sizes, shrunk;
     ints is_shrunk;
@@ -99,7 +99,7 @@ static TARGET void VARIANT(hqq_half_quadratic)(const struct hqq_groups *g, const
                     sum += nearest_code(load(values + k * LANES) + offset, g->max_code, 0);
                 moved = sum / n - mean;
             }
-            /* A group that stands still moves again where a growing beta lets the shrink reach its residuals. */
+            /* A group that has converged moves again when a growing beta lets the shrink reach its residuals. */
             const ints is_moving = (moved != offset) | (residual > smallest);
             offset = moved;
             if (!is_any(is_moving))
@@ -109,13 +109,13 @@ static TARGET void VARIANT(hqq_half_quadratic)(const struct hqq_groups *g, const
     }
 }
 
-/* A line through the values of a group: slope * (code - offset), and its mean squared error. */
+/* An affine fit to the values of a group, slope * (code - offset), and its mean squared error. */
 struct line {
     floats slope, offset, error;
 };
 
-/* What a line is fitted to. Codes count from the centre of their range, and values from their mean, so that no sum is a
- * small difference of large ones. */
+/* Sums for a least squares fit. Codes count from the centre of their range, and values from their mean, to avoid
+ * cancellation. */
 struct moments {
     floats sum, squares, products;
 };
@@ -129,8 +129,8 @@ INLINE struct moments moments_at(const struct hqq_groups *g, const float *deviat
     return (struct moments){code, code * code, code * v};
 }
 
-/* Sums over the codes nearest to deviation * steps + first of all values. Two sums in turn, so that none waits for itself,
- * and begun anew after a while, since a sum errs with its length. */
+/* Sums over the codes nearest to deviation * steps + first of all values. Two interleaved sums hide the
+ * latency of an addition; they restart after each panel, since the rounding error of a sum grows with its length. */
 INLINE struct moments moments_of_codes(const struct hqq_groups *g, const float *deviations, floats steps, floats first) {
     const int64_t panel = PANEL / 4;
     struct moments total = {{0}, {0}, {0}};
@@ -161,7 +161,7 @@ INLINE struct line fitted_line(const struct hqq_groups *g, int64_t iters, const 
         const ints is_varied = variance > none, is_fitted = is_varied & (covariance > none);
         const floats slope = chosen(is_fitted, covariance / variance, line.slope);
         const floats fitted_offset = chosen(is_fitted, code_mean + g->centre - mean / slope, line.offset);
-        /* With one bit all values may be on one code; the plain range has two to start from. */
+        /* With one bit all values may be on one code; an offset of 0 starts from two codes. */
         const floats offset = chosen(is_varied, fitted_offset, none);
         const ints is_moving = (slope != line.slope) | (offset != line.offset);
         line = (struct line){slope, offset, chosen(is_fitted, spread - covariance * slope, spread)};

@@ -1,4 +1,4 @@
-/* What the compiled kernels share: argument structs, row-parallel loops, the table of one instruction set's kernels.
+/* Shared by the compiled kernels: argument structs, row-parallel loops, the table of one instruction set's kernels.
  *
  * Plain C with GCC's vector extensions; no torch and no Python headers, so that one build serves all versions of
  * both. Every kernel is written once, in hqq_kernels.h, aqlm_kernels.h and the like, and compiled for each instruction
@@ -14,7 +14,7 @@
 
 enum float_kind { KIND_FLOAT32, KIND_FLOAT16, KIND_BFLOAT16 };
 
-/* Packed HQQ codes (out_features, row_bytes), and scale and zero of `kind`; see hqq/reference.py for the meaning. */
+/* Packed HQQ codes (out_features, row_bytes), and scale and zero of `kind`; see hqq/reference.py for the definition. */
 struct hqq_weight {
     const uint8_t *packed;
     const void *scale, *zero;
@@ -22,7 +22,7 @@ struct hqq_weight {
     int nbits, axis, kind;
 };
 
-/* AQLM codes (out_groups, in_groups, num_codebooks) of code_bytes each; see aqlm/reference.py for the meaning. */
+/* AQLM codes (out_groups, in_groups, num_codebooks) of code_bytes each; see aqlm/reference.py for the definition. */
 struct aqlm_weight {
     const void *codes, *codebooks, *scales;
     int64_t in_groups, num_codebooks, size, out_group, in_group;
@@ -136,7 +136,7 @@ struct kernels {
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-/* Bytes that memory is fetched in, on most machines. */
+/* Bytes of a cache line on most machines. */
 #define CACHE_LINE 64
 
 /* Floats in the widest vector. */
@@ -157,8 +157,7 @@ static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
 }
 
 /* Scratch memory of the product: dense rows, or the inputs of as many tokens in windows of which half may be empty;
- * then what one row takes to dequantize, or the scales and zeros of a block of rows, which are loaded a vector at a
- * time. */
+ * then the scratch to dequantize one row, or the scales and zeros of a block of rows, loaded a vector at a time. */
 static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
     return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w) + MAX_LANES;
 }

@@ -7,15 +7,15 @@ from .. import native
 from ..interface import DenseRows, HQQGradient, HQQWeight, Product
 from .layout import has_documented_layout
 
-# Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
-# AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
+# Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
+# tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
     """Whether the kernels read this weight: on a CPU, in the documented layout, with metadata of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
+    Tensors in another layout take the plain path, which raises; the kernels trust the shapes.
     """
     return (
         W_q.is_cpu
@@ -65,7 +65,7 @@ def linear_few_tokens(
 def dequantize_rows(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, rows: slice, into: Tensor
 ) -> Tensor:
-    """The rows ``rows`` of the weight, to the bit those of the reference, written to ``into`` (n, in_features).
+    """The rows ``rows`` of the weight, with the bits of the reference, written to ``into`` (n, in_features).
 
     ``into`` is contiguous and of one of ``native.WRITTEN``.
     """
@@ -88,12 +88,12 @@ def metadata_gradient_of_rows(
     rows: slice,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes what the rows ``rows`` of the dense weight's ``gradient`` are to scales and zeros with ``axis=1``.
+    """Writes the gradients of scales and zeros (``axis=1``) from rows ``rows`` of the dense weight's ``gradient``.
 
     Args:
         gradient: (n, in_features), float32, contiguous.
         W_q, scale, zero, nbits: contiguous, as for :func:`.op.hqq_dequantize`.
-        rows: which n.
+        rows: the range of rows.
         into: gradients of ``scale`` and ``zero``, (out_features, n_groups), float32, contiguous.
     """
     of_rows = HQQGradient(

@@ -1,7 +1,7 @@
 """The HQQ operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
 
-Nothing dense is kept between forward and backward: the weight is dequantized again, tile by tile. The input
-is saved only where ``scale`` or ``zero`` wants a gradient.
+No dense weight is kept between forward and backward: it is dequantized again, tile by tile. The input is saved only if
+``scale`` or ``zero`` requires a gradient.
 """
 
 import torch
