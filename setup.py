@@ -4,18 +4,24 @@ The library is plain C that Python loads with ctypes, and optional: without a C 
 the same, and computes in plain torch.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-CSRC = Path("kernels", "quantlayers_kernels", "csrc")
+PACKAGE = Path("kernels", "quantlayers_kernels")
+CSRC = PACKAGE / "csrc"
+# The library says which interface it was built for, and Python refuses it when its own is another.
+INTERFACE = PACKAGE / "interface.py"
+interface_number = runpy.run_path(str(INTERFACE))["INTERFACE"]
 
 setup(
     ext_modules=[
         Extension(
             "quantlayers_kernels._native",
             sources=sorted(str(path) for path in CSRC.glob("*.c")),
-            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            depends=[str(INTERFACE), *sorted(str(path) for path in CSRC.glob("*.h"))],
+            define_macros=[("QL_INTERFACE", f"{interface_number}u")],
             extra_compile_args=["-std=gnu11", "-O3", "-Wno-psabi"],
             py_limited_api=True,
             optional=True,

@@ -1,4 +1,4 @@
-"""Numbers that look random and are a function of their position alone: the same on every machine and in every run."""
+"""Pseudorandom numbers that depend on their position alone: the same on every machine and in every run."""
 
 from functools import lru_cache
 

@@ -1,17 +1,18 @@
 """Frozen linear layers and their LoRA branches as one autograd function, for all layers that read the same input.
 
-Composed of modules such a layer keeps its input several times: cast to the adapter's dtype, and once more with
-dropout. Here it is the input itself, once for all layers, its products with each ``A``, and a boolean for each
-dropped number. The layers' ``A`` are multiplied together, and what each layer gives to the input's gradient is added
-up where it is computed; autograd would write each to memory of its own, and add them in passes over all of it.
+Composed of modules, such a layer saves its input several times for the backward pass: cast to the adapter's dtype,
+and once more with dropout. Here the input itself is saved, once for all layers, with its products with each ``A`` and
+one boolean per number for dropout. The layers' ``A`` are multiplied together, and each layer's part of the input's
+gradient is added in place where it is computed; autograd would allocate each part and add them in passes over all of
+it.
 
 The hidden state lies transposed, (r, n_tokens): on a CPU a product with few rows takes a half to a ninth of the time
-of one with few columns.
+of one with few columns. Without gradients nothing of this is needed: see :func:`add_branches`.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,12 @@ class FrozenLinear(NamedTuple):
     """``x @ weight.T + bias`` with a weight that takes no gradient, and the branches that are added to it.
 
     Fields:
-        multiply: x (..., in_features) to (..., out_features), contiguous and in memory of its own, bias included. No
-            gradient is asked of it.
+        multiply: x (..., in_features) to (..., out_features), bias included, contiguous and in memory of its own. Its
+            result takes no gradient.
         tiles: the weight in tiles of a dtype.
         dtype: of the product.
         bias: (out_features,), for its gradient, or None.
-        branches: what is added.
+        branches: low-rank adapter branches to add.
     """
 
     multiply: Callable[[Tensor], Tensor]
@@ -69,31 +70,80 @@ def lora_linears(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...
     Returns:
         (..., out_features) of each layer, as its ``multiply`` gives it.
     """
-    branches = [branch for layer in layers for branch in layer.branches]
+    places = _places(layers)
+    floats = [layer.bias for layer in layers]
+    for place in places:
+        floats += place.branch.A, place.branch.B
+    if not torch.is_grad_enabled() or not (x.requires_grad or any(f is not None and f.requires_grad for f in floats)):
+        return _without_gradients(x, layers, places)
+    dtype = _dtype_of_branches(x, [place.branch for place in places])
+    return _LoraLinears.apply(x, layers, places, dtype, *floats)
+
+
+def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """``y``, in place, with the products of ``x`` and each branch added: the way without gradients.
+
+    Args:
+        y: (..., out_features), floating and contiguous.
+        x: (..., in_features), floating.
+        branches: as for :func:`lora_linears`, without dropout.
+    """
+    dtype = _dtype_of_branches(x, branches)
+    is_one_token = x.numel() == x.shape[-1] and y.dtype == dtype and _can_multiply_vectors(x, dtype)
+    with _without_autocast(x):
+        if is_one_token:
+            token, into = x.reshape(-1).to(dtype), y.view(-1)
+            for A, B, scaling, _ in branches:
+                into.addmv_(B.to(dtype), torch.mv(A.to(dtype), token), alpha=scaling)
+            return y
+        rows, into = _rows(x, dtype), y.view(-1, y.shape[-1])
+        for A, B, scaling, _ in branches:
+            _add_product(into, (A.to(dtype) @ rows.t()).t(), B.to(dtype).t(), scaling=scaling)
+    return y
+
+
+def _can_multiply_vectors(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product with a vector takes half the time of one with a matrix of one row, as it does on a CPU."""
+    return x.is_cpu and dtype in (torch.float32, torch.float64)
+
+
+def _without_gradients(x: Tensor, layers: Sequence[FrozenLinear], places: "list[_Place]") -> tuple[Tensor, ...]:
+    if any(place.branch.dropout > 0 for place in places):
+        return _results(x, layers, places, _dtype_of_branches(x, [place.branch for place in places]))[0]
+    return tuple(add_branches(layer.multiply(x), x, layer.branches) for layer in layers)
+
+
+def _dtype_of_branches(x: Tensor, branches: Sequence[Branch]) -> torch.dtype:
     dtype = branches[0].A.dtype if branches else x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    dtype = product_dtype(dtype, x.device)
-    if not torch.is_grad_enabled():
-        return _results(x, layers, branches, dtype)[0]
-    return _LoraLinears.apply(
-        x,
-        layers,
-        branches,
-        dtype,
-        *(layer.bias for layer in layers),
-        *(branch.A for branch in branches),
-        *(branch.B for branch in branches),
-    )
+    return product_dtype(dtype, x.device)
+
+
+class _Place(NamedTuple):
+    """A branch, the index of its layer, and its rows of the hidden state (sum of all r, n_tokens)."""
+
+    branch: Branch
+    layer: int
+    ranks: slice
+
+
+def _places(layers: Sequence[FrozenLinear]) -> list[_Place]:
+    places, start = [], 0
+    for at, layer in enumerate(layers):
+        for branch in layer.branches:
+            places.append(_Place(branch, at, slice(start, start + branch.A.shape[0])))
+            start += branch.A.shape[0]
+    return places
 
 
 class _Block(NamedTuple):
-    """Branches that read the very same numbers: those without dropout together, each other one alone.
+    """Neighbouring branches that read the same numbers: all without dropout, or one with it.
 
     Fields:
-        branches: which.
+        branches: their range among all branches.
         ranks: their rows of the hidden state.
-        dropout: theirs.
+        dropout: of each.
     """
 
     branches: slice
@@ -101,110 +151,165 @@ class _Block(NamedTuple):
     dropout: float
 
 
-def _blocks(branches: Sequence[Branch], ranks: Sequence[slice]) -> list[_Block]:
+def _blocks(places: Sequence[_Place]) -> list[_Block]:
     blocks: list[_Block] = []
-    for i, (branch, part) in enumerate(zip(branches, ranks, strict=True)):
+    for i, (branch, _, ranks) in enumerate(places):
         if blocks and blocks[-1].dropout == branch.dropout == 0:
             last = blocks.pop()
-            blocks.append(_Block(slice(last.branches.start, i + 1), slice(last.ranks.start, part.stop), 0.0))
+            blocks.append(_Block(slice(last.branches.start, i + 1), slice(last.ranks.start, ranks.stop), 0.0))
         else:
-            blocks.append(_Block(slice(i, i + 1), part, branch.dropout))
+            blocks.append(_Block(slice(i, i + 1), ranks, branch.dropout))
     return blocks
 
 
-def _ranks(branches: Sequence[Branch]) -> list[slice]:
-    """Where each branch lies in the hidden state (sum of all r, n_tokens)."""
-    ends = list(accumulate((branch.A.shape[0] for branch in branches), initial=0))
-    return [slice(start, stop) for start, stop in pairwise(ends)]
-
-
 def _results(
-    x: Tensor, layers: Sequence[FrozenLinear], branches: list[Branch], dtype: torch.dtype
+    x: Tensor, layers: Sequence[FrozenLinear], places: Sequence[_Place], dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], Tensor, list[_Block], list[Tensor | None]]:
-    """What :func:`lora_linears` gives, and for its gradient the hidden state and what dropout has kept."""
-    ranks = _ranks(branches)
-    blocks = _blocks(branches, ranks)
+    """The results of :func:`lora_linears`, and for the gradient the hidden state, its blocks and dropout's masks."""
+    blocks = _blocks(places)
     with _without_autocast(x):
         rows = _rows(x, dtype)
-        kept = [_coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
-        hidden = rows.new_empty(ranks[-1].stop if ranks else 0, rows.shape[0])
-        for block, mask in zip(blocks, kept, strict=True):
-            A = _stacked([branch.A for branch in branches[block.branches]], dtype)
+        masks = [_coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
+        hidden = rows.new_empty(places[-1].ranks.stop if places else 0, rows.shape[0])
+        for block, mask in zip(blocks, masks, strict=True):
+            A = _stacked([place.branch.A for place in places[block.branches]], dtype)
             torch.mm(A, _dropped(rows, mask, block.dropout).t(), out=hidden[block.ranks])
-        results, places = [], iter(ranks)
-        for layer in layers:
-            y = layer.multiply(x)
-            flat = y.view(-1, y.shape[-1])
-            for branch in layer.branches:
-                _add_product(flat, hidden[next(places)].t(), branch.B.to(dtype).t(), scaling=branch.scaling)
-            results.append(y)
-    return tuple(results), hidden, blocks, kept
+        results = tuple(layer.multiply(x) for layer in layers)
+        for branch, at, ranks in places:
+            y = results[at]
+            into = y.view(-1, y.shape[-1])
+            _add_product(into, hidden[ranks].t(), branch.B.to(dtype).t(), scaling=branch.scaling)
+    return results, hidden, blocks, masks
+
+
+@dataclass
+class _BranchGradient:
+    """A branch in the backward pass: its saved factors, which of their gradients are wanted, and what is found."""
+
+    place: _Place
+    A: Tensor
+    B: Tensor
+    wants_A: bool
+    wants_B: bool
+    grad_A: Tensor | None = None
+    grad_B: Tensor | None = None
+
+
+@dataclass
+class _LayerGradient:
+    """A layer in the backward pass: its branches, the gradient of its result, and that of its bias where wanted."""
+
+    layer: FrozenLinear
+    branches: list[_BranchGradient]
+    grad: Tensor | None
+    wants_bias: bool
+    grad_bias: Tensor | None = None
+
+
+def _gradients(
+    layers: Sequence[FrozenLinear],
+    places: Sequence[_Place],
+    grads: Sequence[Tensor | None],
+    floats: Sequence[Tensor],
+    wants: Sequence[bool],
+) -> list[_LayerGradient]:
+    """Records of what the autograd function was given: biases layer by layer, then ``A`` and ``B`` of each branch."""
+    factors = iter(zip(floats[len(layers) :], wants[len(layers) :], strict=True))
+    branches = []
+    for place in places:
+        (A, wants_A), (B, wants_B) = next(factors), next(factors)
+        branches.append(_BranchGradient(place, A, B, wants_A, wants_B))
+    return [
+        _LayerGradient(layer, [each for each in branches if each.place.layer == at], grads[at], wants[at])
+        for at, layer in enumerate(layers)
+    ]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Takes the biases of all layers, then ``A`` and then ``B`` of all branches, layer by layer."""
+    """Takes the biases of all layers, then ``A`` and ``B`` of each branch."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[FrozenLinear], branches: list[Branch], dtype: torch.dtype, *floats: Any
+        ctx: Any, x: Tensor, layers: Sequence[FrozenLinear], places: list[_Place], dtype: torch.dtype, *floats: Any
     ) -> tuple[Tensor, ...]:
-        results, hidden, ctx.blocks, kept = _results(x, layers, branches, dtype)
-        ctx.save_for_backward(x, hidden, *kept, *floats)
-        ctx.layers = layers
+        results, hidden, ctx.blocks, masks = _results(x, layers, places, dtype)
+        ctx.save_for_backward(x, hidden, *masks, *floats)
+        ctx.layers, ctx.places = layers, places
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layers, blocks = ctx.layers, ctx.blocks
-        branches = [(at, branch) for at, layer in enumerate(layers) for branch in layer.branches]
-        ranks = _ranks([branch for _, branch in branches])
-        ends = (len(layers), len(layers) + len(branches))
         x, hidden, *saved = ctx.saved_tensors
-        kept, floats = saved[: len(blocks)], saved[len(blocks) :]
-        biases, As, Bs = floats[: ends[0]], floats[ends[0] : ends[1]], floats[ends[1] :]
-        wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        wants_bias, wants_A, wants_B = wants[: ends[0]], wants[ends[0] : ends[1]], wants[ends[1] :]
-        grad_biases: list[Tensor | None] = [None] * len(biases)
-        grad_As: list[Tensor | None] = [None] * len(As)
-        grad_Bs: list[Tensor | None] = [None] * len(Bs)
-
-        dtype, base_dtype = hidden.dtype, product_dtype(layers[0].dtype, x.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_x: Tensor | None = None
+        masks, floats = saved[: len(ctx.blocks)], saved[len(ctx.blocks) :]
+        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        layers = _gradients(ctx.layers, ctx.places, grads, floats, wants)
+        branches = [branch for layer in layers for branch in layer.branches]
         with _without_autocast(x):
-            for at, (layer, bias, grad) in enumerate(zip(layers, biases, grads, strict=True)):
-                if grad is None:  # nobody used this result
-                    continue
-                rows = _rows(grad, dtype)
-                for i in (i for i, (owner, _) in enumerate(branches) if owner == at):
-                    scaling = branches[i][1].scaling
-                    torch.mm((Bs[i].to(dtype) * scaling).t(), rows.t(), out=grad_hidden[ranks[i]])
-                    if wants_B[i]:
-                        grad_Bs[i] = (hidden[ranks[i]] @ rows).mul_(scaling).t().to(Bs[i].dtype)
-                if wants_bias[at]:
-                    grad_biases[at] = tiled.bias_gradient(grad, bias.dtype)
-                if wants_x:
-                    is_first, rows = grad_x is None, _rows(grad, base_dtype)
-                    if grad_x is None:
-                        n_summed = sum(each.shape[-1] for each in grads if each is not None)
-                        grad_x = tiled.empty_input_gradient(rows, x.shape[-1], n_summed)
-                    tiled.add_input_gradient(rows, layer.tiles(base_dtype), grad_x, is_first=is_first)
-            rows = _rows(x, dtype)
-            for block, mask in zip(blocks, kept, strict=True):
-                part, its = grad_hidden[block.ranks], As[block.branches]
-                if any(wants_A[block.branches]):
-                    pieces = (part @ _dropped(rows, mask, block.dropout)).split([len(A) for A in its])
-                    for i, piece in enumerate(pieces, start=block.branches.start):
-                        if wants_A[i] and grads[branches[i][0]] is not None:
-                            grad_As[i] = piece.to(As[i].dtype)
-                if grad_x is not None and mask is None:
-                    _add_product(grad_x, part.t(), _stacked(its, dtype))
-                elif grad_x is not None:
-                    grad_x.add_(_dropped(part.t() @ _stacked(its, dtype), mask, block.dropout))
+            grad_hidden = torch.zeros_like(hidden)
+            for layer in layers:
+                _add_gradients_of_layer(layer, hidden, grad_hidden)
+            grad_x = _input_gradient_of_weights(x, layers) if wants_x else None
+            rows = _rows(x, hidden.dtype)
+            for block, mask in zip(ctx.blocks, masks, strict=True):
+                its = branches[block.branches]
+                _add_gradients_of_block(block, its, mask, rows, grad_hidden[block.ranks], grad_x, grads)
         grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
-        return grad_x, None, None, None, *grad_biases, *grad_As, *grad_Bs
+        of_factors = (grad for branch in branches for grad in (branch.grad_A, branch.grad_B))
+        return grad_x, None, None, None, *(layer.grad_bias for layer in layers), *of_factors
+
+
+def _add_gradients_of_layer(layer: _LayerGradient, hidden: Tensor, grad_hidden: Tensor) -> None:
+    """Gradients of a layer's bias, of its ``B`` and of its rows of the hidden state."""
+    if layer.grad is None:  # the result was not used
+        return
+    dtype = hidden.dtype
+    rows = _rows(layer.grad, dtype)
+    for each in layer.branches:
+        ranks, scaling = each.place.ranks, each.place.branch.scaling
+        torch.mm((each.B.to(dtype) * scaling).t(), rows.t(), out=grad_hidden[ranks])
+        if each.wants_B:
+            each.grad_B = (hidden[ranks] @ rows).mul_(scaling).t().to(each.B.dtype)
+    if layer.wants_bias and layer.layer.bias is not None:
+        layer.grad_bias = tiled.bias_gradient(layer.grad, layer.layer.bias.dtype)
+
+
+def _input_gradient_of_weights(x: Tensor, layers: Sequence[_LayerGradient]) -> Tensor | None:
+    """Sum over the layers of ``grad @ weight``, (n_tokens, in_features); None if no result was used."""
+    used = [(layer.layer, layer.grad) for layer in layers if layer.grad is not None]
+    dtype = product_dtype(layers[0].layer.dtype, x.device)
+    total: Tensor | None = None
+    for layer, grad in used:
+        rows, is_first = _rows(grad, dtype), total is None
+        if total is None:
+            total = tiled.empty_input_gradient(rows, x.shape[-1], sum(grad.shape[-1] for _, grad in used))
+        tiled.add_input_gradient(rows, layer.tiles(dtype), total, is_first=is_first)
+    return total
+
+
+def _add_gradients_of_block(
+    block: _Block,
+    branches: Sequence[_BranchGradient],
+    mask: Tensor | None,
+    rows: Tensor,
+    grad_hidden: Tensor,
+    grad_x: Tensor | None,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Gradients of a block's ``A``, and its part of the input's gradient, which is added to ``grad_x``."""
+    if any(each.wants_A for each in branches):
+        pieces = (grad_hidden @ _dropped(rows, mask, block.dropout)).split([len(each.A) for each in branches])
+        for each, piece in zip(branches, pieces, strict=True):
+            if each.wants_A and grads[each.place.layer] is not None:
+                each.grad_A = piece.to(each.A.dtype)
+    if grad_x is None:
+        return
+    A = _stacked([each.A for each in branches], rows.dtype)
+    if mask is None:
+        _add_product(grad_x, grad_hidden.t(), A)
+    else:
+        grad_x.add_(_dropped(grad_hidden.t() @ A, mask, block.dropout))
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:
@@ -232,7 +337,7 @@ def _coin_flips(rows: Tensor, probability: float) -> Tensor:
     return torch.empty(rows.shape, dtype=torch.bool, device=rows.device).bernoulli_(probability)
 
 
-def _dropped(rows: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    if kept is None:
+def _dropped(rows: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    if mask is None:
         return rows
-    return rows * kept * (1 / (1 - dropout) if dropout < 1 else 0.0)
+    return rows * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)

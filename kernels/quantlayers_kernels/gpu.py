@@ -1,8 +1,8 @@
 """The Triton kernels: whether they can be used, and how their work is laid out on a GPU.
 
-They are optional. Where Triton is not installed, or they are switched off with ``QUANTLAYERS_NO_TRITON=1`` in the
+They are optional. If Triton is not installed, or they are switched off with ``QUANTLAYERS_NO_TRITON=1`` in the
 environment, :func:`is_available` is False and everything runs in plain torch, with the same results up to rounding.
-What the kernels compute is said in each method's ``triton_kernels.py``, and when to use them in its ``gpu.py``.
+What the kernels compute is documented in each method's ``triton_kernels.py``, and when to use them in its ``gpu.py``.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ DEVICE_TYPES = ("cuda",)  # ROCm's GPUs too: torch calls them so
 # The floating dtypes that the kernels read and write.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# A product with at most so many tokens decodes the weight into registers; with more, the weight is dequantized to
-# memory and multiplied by cuBLAS. To be chosen by measurement: waits for the sweep of benchmarks/bench_gpu.py.
+# A product with at most this many tokens decodes the weight into registers; with more, the weight is dequantized to
+# memory and multiplied by cuBLAS. TODO: choose it by measurement; waits for the sweep of benchmarks/bench_gpu.py.
 MAX_TOKENS = 64
 # Fewest inputs of one step on the tensor cores, and fewest tokens that their tiles are padded to.
 MIN_DOT = 16
-# Programs that a multiprocessor is given where the rows of a weight make fewer, by dividing its inputs.
+# Programs per multiprocessor to aim at, by splitting the inputs, if the rows of a weight make fewer.
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 16
 MIN_STEPS_PER_SPLIT = 4
@@ -54,9 +54,9 @@ def n_processors(device: torch.device) -> int:
 
 
 def splits(n_programs: int, n_steps: int, device: torch.device) -> int:
-    """Into how many parts, a power of two, the ``n_steps`` over the inputs are divided to give a GPU enough programs.
+    """Number of parts, a power of two, to split the ``n_steps`` over the inputs into: enough programs for a GPU.
 
-    Each part is written by itself and all are then added up, always in the same order.
+    Each part is written separately, and they are added up in a fixed order.
     """
     parts = 1
     wanted = PROGRAMS_PER_PROCESSOR * n_processors(device)
@@ -100,7 +100,7 @@ def power_of_two(at_least: int) -> int:
 def product_type(dtype: torch.dtype) -> Any:
     """Triton's type to multiply matrices of ``dtype`` in.
 
-    Its interpreter would take the bits of a bfloat16 for a number, and there it is float32, which holds all operands.
+    Triton's interpreter would read the bits of a bfloat16 as an integer; it gets float32, which holds all operands.
     """
     import triton
     import triton.language as tl

@@ -1,16 +1,23 @@
 """Which floating dtype a product is computed in: what the hardware has units for."""
 
-from functools import cache
-
 import torch
 
 
-@cache
+def _is_supported(name: str) -> bool:
+    query = getattr(torch.ops.mkldnn, name, None)
+    return query is not None and bool(query())
+
+
+# A table, not a cached function: torch.compile reads it as a constant.
+_CPU_UNITS = {
+    torch.bfloat16: _is_supported("_is_mkldnn_bf16_supported"),
+    torch.float16: _is_supported("_is_mkldnn_fp16_supported"),
+}
+
+
 def _has_cpu_units(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a half precision in hardware (AVX512-BF16, AMX, ARM's BF16, ...)."""
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    is_supported = getattr(torch.ops.mkldnn, name, None)
-    return is_supported is not None and bool(is_supported())
+    return _CPU_UNITS[dtype]
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

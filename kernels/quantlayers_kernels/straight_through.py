@@ -1,9 +1,9 @@
-"""Products with a weight that is rounded after a low-rank change, differentiable in the two factors.
+"""Products with a weight that is rounded after a low-rank delta, differentiable in the two factors.
 
 ``y = x @ Q(W + left @ right).T + bias``. The gradient passes straight through the rounding ``Q``: with
 ``G = grad_y.T @ x`` it is ``G @ right.T`` for ``left`` and ``left.T @ G`` for ``right``, computed without ``G``. The
-input's gradient is that of the rounded weight. What is kept for the backward pass is ``x`` and the factors, as for a
-plain low-rank branch.
+input's gradient is that of the rounded weight. Saved for the backward pass are ``x`` and the factors, as for a plain
+low-rank branch.
 
 Source of the estimator: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
 """

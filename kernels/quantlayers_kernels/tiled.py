@@ -2,7 +2,7 @@
 
 A tile stays in cache between being written and being read, and no dense weight is ever allocated: past
 32 MiB such an allocation alone costs more than the product of a few hundred tokens, because the C library
-maps fresh pages for it each time. What a tile is made from is the affair of each method's ``tiles.py``.
+maps fresh pages for it each time. Each method's ``tiles.py`` defines how a tile is dequantized.
 """
 
 import threading
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from .precision import product_dtype
 
-# CPU: 4 MiB of float32, in the last-level cache of any CPU of the last ten years, but rows enough for BLAS: of 28672
-# numbers 36 would go into those, and the product took 1.3 to 1.6 times as long with them as with 256.
-# Elsewhere a launch costs more than a cache miss, and 128 MiB of a half hold all but the largest layers whole.
+# CPU: 4 MiB of float32, in the last-level cache of any CPU of the last ten years, but at least as many rows as BLAS
+# needs: of rows of 28672 numbers 4 MiB hold 36, and the product took 1.3 to 1.6 times as long with 36 as with 256.
+# Elsewhere a launch costs more than a cache miss, and 128 MiB in half precision hold all but the largest layers.
 CPU_TILE_ELEMENTS = 1 << 20
 CPU_TILE_ROWS = 256
-# Of 292 rows instead of 288 some products took 2 to 8 % longer.
+# With 292 rows instead of 288 some products took 2 to 8 % longer.
 CPU_ROWS_MULTIPLE = 16
 DEVICE_TILE_ELEMENTS = 1 << 26
 # 32 MiB of float32: the widest layers of models of 70B parameters.
 MAX_KEPT_ELEMENTS = 1 << 23
-# A half's relative rounding grows with the root of the number of sums: twice, at most, what one product has.
+# In fp16 and bf16 the rounding error grows with the square root of the number of accumulations; 4 of them keep it
+# within twice that of a single GEMM.
 MAX_HALF_SUMS = 4
 
 # Row ranges with the rows' dense values, (n_rows, in_features); a tile's memory may be reused by the next.
@@ -47,7 +48,7 @@ def row_ranges(out_features: int, in_features: int, device: torch.device, *, mul
 
 
 class _Spare(threading.local):
-    """A thread's CPU tiles that nothing is in, by dtype."""
+    """Unused CPU tiles of a thread, by dtype."""
 
     def __init__(self) -> None:
         self.tiles: dict[torch.dtype, list[Tensor]] = {}
@@ -58,10 +59,10 @@ _SPARE = _Spare()
 
 @contextmanager
 def scratch(n_rows: int, n_columns: int, *, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Memory (n_rows, n_columns) for the length of the context, with anything in it.
+    """Uninitialised memory (n_rows, n_columns) for the length of the context.
 
-    A thread keeps its tiles on a CPU for the next product: fresh memory is in no cache, and its pages are cleared
-    first. On a GPU torch's allocator does as much.
+    On a CPU a thread reuses its tiles for the next product: fresh memory is in no cache, and its pages are cleared
+    first. On a GPU torch's allocator does the same.
     """
     n_elements = n_rows * n_columns
     if device.type != "cpu" or n_elements > MAX_KEPT_ELEMENTS:
@@ -70,7 +71,7 @@ def scratch(n_rows: int, n_columns: int, *, dtype: torch.dtype, device: torch.de
     spare = _SPARE.tiles.setdefault(dtype, [])
     tile = spare.pop() if spare else None
     if tile is None or tile.numel() < n_elements:
-        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+        with torch.inference_mode(False):  # an inference tensor cannot be written to outside of that mode
             tile = torch.empty(max(n_elements, CPU_TILE_ELEMENTS), dtype=dtype, device=device)
     try:
         yield tile[:n_elements].view(n_rows, n_columns)
@@ -111,7 +112,7 @@ def buffered_tiles(
 def linear(x: Tensor, tiles: WeightTiles, bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor:
     """``x @ weight.T + bias``: (..., in_features) to (..., out_features), with tiles of ``dtype``; dtype of ``x``."""
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    # No view may leave the operator: callers add to the result in place, which autograd forbids on a view.
+    # The result must not be a view: callers add to it in place, which autograd forbids on a view.
     y = flat.new_empty(*x.shape[:-1], out_features)
     into = y.view(flat.shape[0], out_features)
     bias = None if bias is None else bias.to(dtype)
@@ -132,9 +133,9 @@ def input_gradient(grad: Tensor, tiles: WeightTiles, in_features: int, dtype: to
 
 
 def empty_input_gradient(grad: Tensor, in_features: int, out_features: int) -> Tensor:
-    """Memory (n_tokens, in_features) for :func:`add_input_gradient`, which is to sum over ``out_features``.
+    """Memory (n_tokens, in_features) for :func:`add_input_gradient` to sum over ``out_features``.
 
-    Sums of a half over many tiles would round at each of them: those of more than ``MAX_HALF_SUMS`` are in float32.
+    Half-precision sums round once per tile: sums over more than ``MAX_HALF_SUMS`` tiles are in float32.
     """
     n_tiles = -(-out_features // rows_per_tile(out_features, in_features, grad.device))
     dtype = torch.promote_types(grad.dtype, torch.float32) if n_tiles > MAX_HALF_SUMS else grad.dtype
@@ -142,13 +143,13 @@ def empty_input_gradient(grad: Tensor, in_features: int, out_features: int) -> T
 
 
 def add_input_gradient(grad: Tensor, tiles: WeightTiles, into: Tensor, *, is_first: bool) -> None:
-    """Add ``grad @ weight`` to ``into``, or write it there where ``is_first``: there may be anything in it then.
+    """Add ``grad @ weight`` to ``into``, or write it there if ``is_first``: ``into`` is uninitialised then.
 
     Args:
         grad: (n_tokens, out_features), dtype of the tiles.
         tiles: of the weight.
         into: (n_tokens, in_features), of the same dtype or wider.
-        is_first: whether ``into`` holds nothing yet.
+        is_first: whether ``into`` is uninitialised.
     """
     for rows, tile in tiles:
         is_empty = is_first and rows.start == 0
@@ -182,7 +183,7 @@ def weight_gradient_tiles(grad: Tensor, x: Tensor, *, multiple: int = 1) -> Weig
 
 
 def check_rows(n_rows: int, out_features: int) -> None:
-    """Raise ValueError where a gradient has not the rows of its weight: kernels trust the shapes."""
+    """Raise ValueError if a gradient does not have its weight's number of rows: kernels trust the shapes."""
     if n_rows != out_features:
         raise ValueError(f"the gradient is that of {n_rows} outputs, and the weight has {out_features}.")
 

@@ -17,11 +17,12 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
+from quantlayers_kernels.frozen_linear import FrozenLinear, add_branches, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
+from ..layers.linear import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
 from .merge_aware_config import check_stamp, fingerprint, stamp_of
@@ -144,14 +145,41 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
-        frozen = None if args or kwargs else self.fused_inputs(x)
-        if frozen is not None:
-            return lora_linears(x, [frozen])[0] if self.shared_input is None else self.shared_input(self, x, frozen)
+        if not args and not kwargs:
+            y = self._fused_forward(x) if torch.is_grad_enabled() else self._inference_forward(x)
+            if y is not None:
+                return y
         if self.aware_adapters and not self.disable_adapters and not self.merged:
             active = self._active_here()
             if any(name in self.aware_adapters for name in active):
                 return self._merge_aware_forward(x, active, **kwargs)
         return super().forward(x, *args, **kwargs)
+
+    def _fused_forward(self, x: Tensor) -> Tensor | None:
+        """The result by one autograd function; None where that is not possible."""
+        frozen = self.fused_inputs(x)
+        if frozen is None:
+            return None
+        return lora_linears(x, [frozen])[0] if self.shared_input is None else self.shared_input(self, x, frozen)
+
+    def _inference_forward(self, x: Tensor) -> Tensor | None:
+        """The result without gradients, adapters added in place; None where PEFT's forward must be called."""
+        names, base = self._active_here(), self.base_layer
+        if not names or not self._can_add_branches(x, names) or not isinstance(base, QuantizedLinear):
+            return None
+        branches = plain_branches(self, names, x)
+        # A hook of the base may have kept its result, and so may a replaced forward.
+        if branches is None or is_watched(base) or any(branch.dropout for branch in branches):
+            return None
+        return add_branches(base(x), x, branches)
+
+    def _can_add_branches(self, x: Tensor, names: list[str]) -> bool:
+        return not (
+            self.disable_adapters
+            or self.merged
+            or not is_plain_input(x)
+            or (self.aware_adapters and any(name in self.aware_adapters for name in names))
+        )
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -180,13 +208,10 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         names, base = self._active_here(), self.get_base_layer()
         if (
             not names
-            or self.disable_adapters
-            or self.merged
+            or not self._can_add_branches(x, names)
             or self.base_layer is not base  # another tuner's layer lies between
             or not isinstance(base, QuantizedLinear)
-            or not is_plain_input(x)
             or base.codes.device != x.device
-            or any(name in self.aware_adapters for name in names)
         ):
             return None
         branches = plain_branches(self, names, x)

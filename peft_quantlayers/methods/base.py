@@ -86,7 +86,14 @@ class QuantMethod(ABC, Generic[SpecT]):
         def dequantize_rows(tensors: Mapping[str, Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
             return self.dequantize(_with_tensors(weight, tensors).rows(rows), dtype=dtype)
 
-        return tiled_linear(x, weight.tensors, dequantize_rows, bias, out_features=weight.out_features)
+        return tiled_linear(
+            x,
+            weight.tensors,
+            dequantize_rows,
+            bias,
+            out_features=weight.out_features,
+            multiple=weight.row_multiple,
+        )
 
     def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
         """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""

@@ -43,7 +43,7 @@ def true_weight(codes, codebooks, scales) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_few_tokens_err_no_more_than_twice_what_the_dense_product_errs(scheme, dtype, kernels):
+def test_the_error_of_few_tokens_is_at_most_twice_that_of_the_dense_product(scheme, dtype, kernels):
     for n_out, n_in in GROUPS:
         parts = random_weight(scheme, n_out, n_in, dtype)
         weight = true_weight(*parts)

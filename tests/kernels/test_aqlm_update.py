@@ -1,4 +1,4 @@
-"""Moving AQLM codes along a small change: it arrives on average, whichever way it is computed."""
+"""Moving AQLM codes along a small delta: it arrives on average, whichever way it is computed."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ def low_rank(weight: tuple[torch.Tensor, ...], size: float) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_compiled_kernel_moves_the_same_codes(scheme, kernels, monkeypatch):
     weight = weight_of(scheme)
-    change = low_rank(weight, 0.05)
-    compiled = updated_codes(*weight, lambda rows: change[rows])
+    delta = low_rank(weight, 0.05)
+    compiled = updated_codes(*weight, lambda rows: delta[rows])
     monkeypatch.setattr(update, "can_dequantize", lambda *tensors: False)
-    plain = updated_codes(*weight, lambda rows: change[rows])
+    plain = updated_codes(*weight, lambda rows: delta[rows])
     assert (compiled != plain).float().mean() < 1e-3  # ties up to float32 rounding
     assert (compiled != weight[0]).any()
 
@@ -46,13 +46,13 @@ def test_a_change_arrives_on_average_and_none_moves_no_code(is_compiled, monkeyp
     if not is_compiled:
         monkeypatch.setattr(update, "can_dequantize", lambda *tensors: False)
     weight = weight_of("2x8", n_out=2048, n_in=64)
-    change = low_rank(weight, 0.02)
-    moved = updated_codes(*weight, lambda rows: change[rows])
+    delta = low_rank(weight, 0.02)
+    moved = updated_codes(*weight, lambda rows: delta[rows])
     codes, *grid = weight
     arrived = dequantize_aqlm_reference(moved, *grid) - dequantize_aqlm_reference(codes, *grid)
-    assert (arrived * change).sum() / change.square().sum() == pytest.approx(1.0, abs=0.05)
+    assert (arrived * delta).sum() / delta.square().sum() == pytest.approx(1.0, abs=0.05)
     assert ((moved != codes).sum(-1) <= 1).all()
-    assert torch.equal(updated_codes(*weight, lambda rows: torch.zeros_like(change[rows])), codes)
+    assert torch.equal(updated_codes(*weight, lambda rows: torch.zeros_like(delta[rows])), codes)
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
@@ -62,10 +62,10 @@ def test_a_change_longer_than_the_steps_arrives(is_compiled, monkeypatch):
         monkeypatch.setattr(update, "can_dequantize", lambda *tensors: False)
     codes, _, scales = weight_of("2x8", n_out=512, n_in=64)
     codebooks = torch.randn(2, 256, 1, 8) * torch.tensor([1.0, 0.05])[:, None, None, None]
-    change = low_rank((codes, codebooks, scales), 0.05)
-    moved = updated_codes(codes, codebooks, scales, lambda rows: change[rows])
+    delta = low_rank((codes, codebooks, scales), 0.05)
+    moved = updated_codes(codes, codebooks, scales, lambda rows: delta[rows])
     arrived = dequantize_aqlm_reference(moved, codebooks, scales) - dequantize_aqlm_reference(codes, codebooks, scales)
-    assert (arrived * change).sum() / change.square().sum() == pytest.approx(1.0, abs=0.05)
+    assert (arrived * delta).sum() / delta.square().sum() == pytest.approx(1.0, abs=0.05)
 
 
 def test_large_codebooks_are_searched_cell_by_cell(monkeypatch):
@@ -84,14 +84,14 @@ def test_large_codebooks_are_searched_cell_by_cell(monkeypatch):
 
 def test_rows_are_moved_alike_in_one_tile_and_in_many(set_tile_elements):
     weight = weight_of("3x4 g2x4")
-    change = low_rank(weight, 0.1)
-    whole = updated_codes(*weight, lambda rows: change[rows])
-    set_tile_elements(6 * change.shape[1])
-    assert torch.equal(updated_codes(*weight, lambda rows: change[rows]), whole)
+    delta = low_rank(weight, 0.1)
+    whole = updated_codes(*weight, lambda rows: delta[rows])
+    set_tile_elements(6 * delta.shape[1])
+    assert torch.equal(updated_codes(*weight, lambda rows: delta[rows]), whole)
 
 
 def test_codebooks_with_equal_entries_are_left_alone():
     codes, codebooks, scales = weight_of("2x8")
     codebooks[:] = codebooks[:, :1].clone()
-    change = low_rank((codes, codebooks, scales), 0.1)
-    assert torch.equal(updated_codes(codes, codebooks, scales, lambda rows: change[rows]), codes)
+    delta = low_rank((codes, codebooks, scales), 0.1)
+    assert torch.equal(updated_codes(codes, codebooks, scales, lambda rows: delta[rows]), codes)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quantlayers_kernels.frozen_linear import Branch, FrozenLinear, lora_linears
+from quantlayers_kernels.frozen_linear import Branch, FrozenLinear, add_branches, lora_linears
 
 IN, TOKENS = 16, (3, 5)
 
@@ -95,7 +95,7 @@ def test_first_derivatives_are_right_and_second_ones_are_refused():
         gradient.sum().backward()
 
 
-def test_a_result_that_nobody_asked_for_and_what_is_frozen_get_no_gradient():
+def test_an_unused_result_and_frozen_tensors_get_no_gradient():
     of, weights = layers(torch.float64, torch.float64)
     x = torch.randn(*TOKENS, IN, dtype=torch.float64, requires_grad=True)
     of[2].branches[0].A.requires_grad_(False)
@@ -198,3 +198,66 @@ def test_a_factor_that_was_written_to_since_the_forward_pass_is_refused():
         of[0].branches[0].B.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (), (3, 5), (0, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "factors", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 0.05),
+        (torch.float32, torch.bfloat16, 0.05),
+        (torch.bfloat16, torch.bfloat16, 0.05),
+        (torch.float64, torch.float64, 1e-12),
+    ],
+)
+def test_without_gradients_the_values_are_those_of_the_autograd_function(dtype, factors, tolerance, shape):
+    of, weights = layers(dtype, factors)
+    x = torch.randn(*shape, IN).to(dtype)
+    expected = lora_linears(x, of)
+    with torch.no_grad():
+        found = lora_linears(x, of)
+        alone = [
+            add_branches(linear(x.to(dtype), weight, each.bias), x, each.branches)
+            for each, weight in zip(of, weights, strict=True)
+        ]
+    for y, other, truth in zip(found, alone, expected, strict=True):
+        assert y.dtype == dtype
+        assert not y.requires_grad
+        assert truth.requires_grad or truth.shape[-1] == 8  # the layer without trained parts
+        assert torch.equal(y, other)
+        torch.testing.assert_close(y, truth.detach(), rtol=tolerance, atol=4 * tolerance)
+
+
+def test_one_token_takes_two_products_a_branch_and_no_stacking():
+    of, _ = layers(torch.float32, torch.float32)
+    x = torch.randn(1, 1, IN)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        y = torch.zeros(1, 1, 12)
+        add_branches(y, x, of[2].branches)
+    names = [event.name for event in profiled.events()]
+    assert names.count("aten::mv") == len(of[2].branches) == 2
+    assert not {"aten::mm", "aten::cat", "aten::addmm_"}.intersection(names)
+
+
+def test_adapters_that_are_frozen_need_no_autograd_function():
+    of, weights = layers(torch.float32, torch.float32)
+    for each in trained(of):
+        each.requires_grad_(False)
+    x = torch.randn(*TOKENS, IN)
+    for y, each, weight in zip(lora_linears(x, of), of, weights, strict=True):
+        assert y.grad_fn is None
+        torch.testing.assert_close(y, composed(x, each, weight))
+
+
+def test_dropout_without_gradients_draws_as_with_them():
+    of, _ = layers(torch.float32, torch.float32)
+    of = with_dropout(of, 0.25, 0.0, 0.5)
+    x = torch.randn(40, IN)
+    torch.manual_seed(1)
+    expected = lora_linears(x, of)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = lora_linears(x, of)
+    for y, truth in zip(found, expected, strict=True):
+        assert torch.equal(y, truth.detach())

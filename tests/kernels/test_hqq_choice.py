@@ -11,7 +11,7 @@ every_instruction_set = pytest.mark.parametrize("kernels", COMPILED, indirect=Tr
 
 
 def random_problem(out_features: int, columns: int, max_code: int, seed: int = 0):
-    """pull, codes, steps, hessian"""
+    """correlation, codes, steps, hessian"""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(columns, columns, generator=generator) + torch.randn(columns, 1, generator=generator)
     hessian = inputs.t() @ inputs / columns + 0.05 * torch.eye(columns)
@@ -21,10 +21,10 @@ def random_problem(out_features: int, columns: int, max_code: int, seed: int = 0
     return wrong @ hessian, codes, steps, hessian
 
 
-def gain(codes, pull, before, steps, hessian) -> torch.Tensor:
+def gain(codes, correlation, before, steps, hessian) -> torch.Tensor:
     """By how much each row's error changes when its codes go from ``before`` to ``codes``, float64."""
     moved = (codes - before).double() * steps.double()
-    return ((moved @ hessian.double() - 2 * pull.double()) * moved).sum(1)
+    return ((moved @ hessian.double() - 2 * correlation.double()) * moved).sum(1)
 
 
 @every_instruction_set
@@ -42,17 +42,17 @@ def test_the_compiled_kernel_chooses_as_plain_torch_does(shape, max_code, kernel
         assert torch.equal(found, found.round().clamp(0, max_code))
         # A tie may fall either way, and what follows in that row is another way down.
         assert (found == plain).all(1).float().mean() > 0.9
-        pull, codes, steps, hessian = arguments
-        ours, theirs = (gain(each, pull, codes, steps, hessian) for each in (found, plain))
+        correlation, codes, steps, hessian = arguments
+        ours, theirs = (gain(each, correlation, codes, steps, hessian) for each in (found, plain))
         assert (ours <= 0).all()
         torch.testing.assert_close(ours.sum(), theirs.sum(), rtol=0.02, atol=1e-6)
 
 
 @every_instruction_set
 def test_after_enough_sweeps_no_single_code_can_do_better(kernels):
-    pull, codes, steps, hessian = random_problem(40, 70, 7)
-    found = chosen_in_columns(pull, codes, steps, hessian, max_code=7, sweeps=50)
-    rest = pull - (found - codes) * steps @ hessian
+    correlation, codes, steps, hessian = random_problem(40, 70, 7)
+    found = chosen_in_columns(correlation, codes, steps, hessian, max_code=7, sweeps=50)
+    rest = correlation - (found - codes) * steps @ hessian
     for direction in (-1.0, 1.0):
         worth = 2 * direction * steps * rest - steps.square() * hessian.diagonal()
         moved = found + direction
@@ -62,28 +62,28 @@ def test_after_enough_sweeps_no_single_code_can_do_better(kernels):
 @every_instruction_set
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_rows_do_not_depend_on_each_other_or_on_the_threads(kernels, n_threads):
-    pull, codes, steps, hessian = random_problem(200, 48, 3)
+    correlation, codes, steps, hessian = random_problem(200, 48, 3)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        whole = chosen_in_columns(pull, codes, steps, hessian, max_code=3, sweeps=2)
+        whole = chosen_in_columns(correlation, codes, steps, hessian, max_code=3, sweeps=2)
     finally:
         torch.set_num_threads(before)
     parts = [
-        chosen_in_columns(pull[rows], codes[rows], steps[rows], hessian, max_code=3, sweeps=2)
+        chosen_in_columns(correlation[rows], codes[rows], steps[rows], hessian, max_code=3, sweeps=2)
         for rows in (slice(0, 7), slice(7, 200))
     ]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_shapes_that_contradict_each_other_are_refused():
-    pull, codes, steps, hessian = random_problem(4, 6, 3)
+    correlation, codes, steps, hessian = random_problem(4, 6, 3)
     with pytest.raises(ValueError, match=r"hessian has the shape \(5, 5\)"):
-        chosen_in_columns(pull, codes, steps, hessian[:5, :5], max_code=3, sweeps=1)
+        chosen_in_columns(correlation, codes, steps, hessian[:5, :5], max_code=3, sweeps=1)
     with pytest.raises(ValueError, match=r"steps has the shape \(4, 5\)"):
-        chosen_in_columns(pull, codes, steps[:, :5], hessian, max_code=3, sweeps=1)
+        chosen_in_columns(correlation, codes, steps[:, :5], hessian, max_code=3, sweeps=1)
     with pytest.raises(ValueError, match="one device"):
-        chosen_in_columns(pull, codes.to("meta"), steps, hessian, max_code=3, sweeps=1)
+        chosen_in_columns(correlation, codes.to("meta"), steps, hessian, max_code=3, sweeps=1)
 
 
 def test_no_columns_are_no_work():

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parametrize("kernels", COMPILED, indirect=True)
 
 @pytest.mark.parametrize("dtype", METADATA_DTYPES, ids=str)
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
-def test_few_tokens_err_no_more_than_twice_what_the_dense_product_errs(nbits, dtype, kernels):
+def test_the_error_of_few_tokens_is_at_most_twice_that_of_the_dense_product(nbits, dtype, kernels):
     for out_features, in_features, n_groups in SHAPES:
         W_q, scale, zero = random_weight(nbits, 1, (out_features, in_features, n_groups), dtype)
         bias = torch.randn(out_features)
@@ -71,7 +71,7 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
 
 @pytest.mark.parametrize("dtype", METADATA_DTYPES, ids=str)
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
-def test_gradients_of_scales_and_zeros_err_no_more_than_twice_what_the_reference_errs(nbits, dtype, kernels):
+def test_the_error_of_gradients_of_scales_and_zeros_is_at_most_twice_that_of_the_reference(nbits, dtype, kernels):
     found = []
     for shape in SHAPES:
         W_q, scale, zero = random_weight(nbits, 1, shape, dtype)

@@ -43,7 +43,7 @@ def dense_weight(W_q, scale, zero, *, nbits: int, axis: int, in_features: int) -
 
 
 def assert_as_exact_as(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """``result`` errs at most twice as much as ``plain`` does (or one float32 rounding, where that is exact)."""
+    """The error of ``result`` is at most twice that of ``plain``, or one float32 rounding where that is exact."""
     assert result.shape == truth.shape
     assert torch.isfinite(result).all()
     allowed = 2 * (plain.double() - truth).norm() + 1.2e-7 * truth.norm()

@@ -20,7 +20,7 @@ COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 
 @pytest.fixture
 def fresh_library():
-    """The library is looked for anew in the test, and once more after it."""
+    """The library is looked for again in the test, and once more after it."""
     native.library.cache_clear()
     yield
     native.library.cache_clear()
@@ -73,13 +73,13 @@ print(native.is_available(), *y.flatten().tolist())
     torch.testing.assert_close(torch.tensor([float(number) for number in numbers]), expected.flatten())
 
 
-def test_a_library_from_other_sources_is_refused_with_a_warning(fresh_library, monkeypatch, caplog):
+def test_a_library_of_another_interface_is_refused_with_a_warning(fresh_library, monkeypatch, caplog):
     if not native.is_available():
         pytest.skip("the compiled kernels were not built")
     native.library.cache_clear()
-    monkeypatch.setattr(native, "INTERFACE_VERSION", native.INTERFACE_VERSION + 1)
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE ^ 1)
     assert not native.is_available()
-    assert "built from other sources" in caplog.text
+    assert "built for another interface" in caplog.text
 
 
 def test_a_file_that_does_not_load_is_refused_with_a_warning(fresh_library, monkeypatch, caplog, tmp_path):

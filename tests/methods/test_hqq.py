@@ -12,8 +12,8 @@ from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.layers.quantize_weight import quantize_weight
 from peft_quantlayers.methods import HQQMethod, HQQSpec, spec_from_dict
 from peft_quantlayers.methods.hqq import method as hqq
-from peft_quantlayers.methods.hqq.solver import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, unpack
+from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 
 METHOD = HQQMethod()
 

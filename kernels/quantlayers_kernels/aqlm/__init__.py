@@ -1,5 +1,5 @@
 """Products with AQLM weights: each group of weights is a scaled sum of codebook entries."""
 
-from .op import aqlm_dequantize, aqlm_linear
+from .op import aqlm_dequantize, aqlm_linear, linear
 
-__all__ = ["aqlm_dequantize", "aqlm_linear"]
+__all__ = ["aqlm_dequantize", "aqlm_linear", "linear"]

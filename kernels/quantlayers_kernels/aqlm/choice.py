@@ -1,9 +1,9 @@
-"""Choosing codes: which entries of the codebooks bring a group's outputs closest, with all other groups held.
+"""Choosing AQLM codes: the codebook entries that minimise a group's output error, with all other groups fixed.
 
-The error is ``tr(D H D.T)`` for the difference ``D`` to the wanted weight. With the codes of all groups but one held,
-it is ``sum.T B sum - 2 wanted.T sum`` in the sum of entries of that group, with its block ``B`` of the Hessian, and
-``wanted`` what remains of the weight, pulled through the Hessian. The functions here are the definition; on a CPU the
-compiled kernel takes their place, with the same codes but for ties in float32.
+The output error is ``tr(D H D.T)`` for the difference ``D`` to the target weight. With the codes of all groups but
+one fixed, it is ``sum.T B sum - 2 wanted.T sum`` in the sum of entries of that group, with its block ``B`` of the
+Hessian; ``wanted`` is the residual correlation ``D H`` of the group plus ``B`` times its present sum. The functions
+here are the definition; on a CPU the compiled kernel takes their place, with the same codes up to ties in float32.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import cpu
 
-# Scores of candidates that are held at a time: 2**23 of float32 are 32 MiB. A GPU wants more of them at once.
+# Scores of candidates in memory at a time: 2**23 of float32 are 32 MiB. A GPU needs larger launches.
 MAX_SCORES = 1 << 23
 MAX_SCORES_OF_GPU = 1 << 27
 
 
 def entry_sums(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Sums of the entries that ``codes`` (..., M) name in ``codebooks`` (M, size, d); (..., d)."""
+    """Sums of the entries with the indices ``codes`` (..., M) in ``codebooks`` (M, size, d); (..., d)."""
     total = codebooks[0][codes[..., 0]]
     for m in range(1, codes.shape[-1]):
         total = total + codebooks[m][codes[..., m]]
@@ -41,7 +41,7 @@ def matrix_to_groups(matrix: Tensor, out_group: int, in_group: int) -> Tensor:
 
 
 def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
-    """Index of the entry of least ``own - 2 wanted.T entry`` for each row of ``wanted``.
+    """Index of the entry with the lowest ``own - 2 wanted.T entry`` for each row of ``wanted``.
 
     Args:
         wanted: (n, d), float32.
@@ -64,23 +64,23 @@ def _max_scores(tensor: Tensor) -> int:
 def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor | None, *, beam: int) -> Tensor:
     """Codes that minimise ``sum.T block sum - 2 wanted.T sum`` for sums of entries, one codebook after the other.
 
-    Every codebook's code is chosen anew with the others held; the ``beam`` best choices are followed to the end. The
-    result is never worse than ``codes``.
+    Each codebook's code is chosen again with the others fixed, in a beam search of width ``beam``. The result is never
+    worse than ``codes``.
 
     Args:
         wanted: (n, d), float32.
         codes: where to start, (n, num_codebooks), int64.
         codebooks: (num_codebooks, size, d), float32.
         block: (d, d), float32, symmetric; None for the identity.
-        beam: choices to follow; 1 is iterated conditional modes.
+        beam: width of the beam search; 1 is iterated conditional modes.
 
     Returns:
         (n, num_codebooks), int64.
     """
     if cpu.can_choose(wanted, codebooks):
         hessian = torch.eye(wanted.shape[1], dtype=wanted.dtype) if block is None else block
-        pull = wanted - entry_sums(codes, codebooks) @ hessian
-        return cpu.choose(pull, codes[:, None], codebooks, hessian, out_group=1, beam=beam)[:, 0]
+        correlation = wanted - entry_sums(codes, codebooks) @ hessian
+        return cpu.choose(correlation, codes[:, None], codebooks, hessian, out_group=1, beam=beam)[:, 0]
     num_codebooks, size, _ = codebooks.shape
     projected = codebooks if block is None else codebooks @ block
     own = (projected * codebooks).sum(2)
@@ -106,14 +106,14 @@ def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor
 
 
 def chosen_in_columns(
-    pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int
+    correlation: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int
 ) -> Tensor:
-    """Codes of neighbouring groups, chosen one group after the other with all others held.
+    """Codes of neighbouring groups, chosen one group after the other with all others fixed.
 
     Args:
-        pull: the difference to the wanted weight times the Hessian's columns of these groups, in codebook units,
-            (n_out * out_group, columns), float32. Not changed.
-        codes: where to start, (n_out, n_groups, num_codebooks), int64. Not changed.
+        correlation: ``D H``, the difference to the target weight times the Hessian's columns of these groups, in
+            codebook units, (n_out * out_group, columns), float32. Not modified.
+        codes: where to start, (n_out, n_groups, num_codebooks), int64. Not modified.
         codebooks: (num_codebooks, size, d), float32.
         hessian: of these columns with each other, (columns, columns), float32, symmetric.
         out_group: outputs of a group.
@@ -122,17 +122,17 @@ def chosen_in_columns(
     Returns:
         New codes, shaped as ``codes``.
     """
-    if cpu.can_choose(pull, codebooks):
-        return cpu.choose(pull, codes, codebooks, hessian, out_group=out_group, beam=beam)
-    codes, pull = codes.clone(), pull.clone()
+    if cpu.can_choose(correlation, codebooks):
+        return cpu.choose(correlation, codes, codebooks, hessian, out_group=out_group, beam=beam)
+    codes, correlation = codes.clone(), correlation.clone()
     in_group = codebooks.shape[2] // out_group
     identity = torch.eye(out_group, dtype=hessian.dtype, device=hessian.device)
     for group in range(codes.shape[1]):
         here = slice(group * in_group, (group + 1) * in_group)
         block = torch.kron(identity, hessian[here, here])
         before = entry_sums(codes[:, group], codebooks)
-        wanted = matrix_to_groups(pull[:, here], out_group, in_group)[:, 0] + before @ block
+        wanted = matrix_to_groups(correlation[:, here], out_group, in_group)[:, 0] + before @ block
         codes[:, group] = chosen_codes(wanted, codes[:, group], codebooks, block, beam=beam)
         moved = entry_sums(codes[:, group], codebooks) - before
-        pull -= groups_to_matrix(moved[:, None], out_group) @ hessian[here]
+        correlation -= groups_to_matrix(moved[:, None], out_group) @ hessian[here]
     return codes

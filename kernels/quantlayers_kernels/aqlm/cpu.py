@@ -1,7 +1,7 @@
 """AQLM on a CPU with the compiled kernels: products with few tokens, and dense rows. See ``csrc/aqlm_kernels.h``.
 
 Entries are read straight from the codebooks, an entry of eight inputs in one load, whatever the size of the codebook;
-there is no table of the input's products with every entry.
+there is no table of products of the input with every entry.
 """
 
 import torch
@@ -9,26 +9,29 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import native
+from ..interface import AQLMChoice, AQLMWeight, DenseRows, Product
 from .layout import dense_shape, has_documented_layout
 
-# Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
-# AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
+# Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
+# tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
-# Numbers in codebooks that stay in the first cache as float32 too: 16 KiB, what 2x8 has.
+# Numbers in codebooks that fit the first-level cache as float32: 16 KiB, the size of 2x8.
 MAX_CACHED_ENTRIES = 4096
 # Entries that the kernel compares at a time, on any instruction set.
 PADDED_SIZE = 32
-# Entries of two codebooks of which all pairs are tried where the beam is as wide: a table of 2**18 float32 is 1 MiB.
+# Largest codebooks of which all pairs of entries are tried, if the beam is as wide: a table of 2**18 float32 is 1 MiB.
 MAX_PAIR_SIZE = 512
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """Whether the kernels read this weight: on a CPU, in the documented layout, floats of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
+    Tensors in another layout take the plain path, which raises; the kernels trust the shapes.
     """
     return (
-        codes.device.type == codebooks.device.type == scales.device.type == "cpu"
+        codes.is_cpu
+        and codebooks.is_cpu
+        and scales.is_cpu
         and codebooks.dtype in native.KINDS
         and scales.dtype in native.KINDS
         and has_documented_layout(codes, codebooks, scales)
@@ -38,61 +41,69 @@ def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
 
 def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
-    n_tokens = x.shape[:-1].numel()
     return (
-        0 < n_tokens <= MAX_TOKENS
-        and x.device.type == "cpu"
+        0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and x.is_cpu
         and x.dtype in native.KINDS
         and can_dequantize(codes, codebooks, scales)
         and x.shape[-1] == codes.shape[1] * codebooks.shape[3]
-        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (dense_shape(codes, codebooks)[0],)))
+        and (bias is None or (bias.is_cpu and tuple(bias.shape) == dense_shape(codes, codebooks)[:1]))
     )
 
 
 def _readable(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight's tensors as the kernels want them in memory; float32 codebooks where halves are slow to read.
+    """The weight's tensors, contiguous; codebooks as float32 where reading half precision is slow.
 
-    Entries are converted each time they are read, so float32 is better too where it stays in the first cache.
+    Entries are converted each time they are read, so float32 is also faster if it fits the first-level cache.
     """
     if native.variant() == 0 or codebooks.numel() <= MAX_CACHED_ENTRIES:
         codebooks = codebooks.float()
     return codes.contiguous(), codebooks.contiguous(), scales.contiguous()
 
 
-def _shape_arguments(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[int, ...]:
+def _weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> AQLMWeight:
+    """The kernels' view of contiguous tensors."""
     num_codebooks, size, out_group, in_group = codebooks.shape
-    return (
-        *(codes.shape[1], num_codebooks, size, out_group, in_group),
-        *(codes.element_size(), native.KINDS[codebooks.dtype], native.KINDS[scales.dtype]),
+    return AQLMWeight(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        in_groups=codes.shape[1],
+        num_codebooks=num_codebooks,
+        size=size,
+        out_group=out_group,
+        in_group=in_group,
+        code_bytes=codes.element_size(),
+        codebook_kind=native.KINDS[codebooks.dtype],
+        scale_kind=native.KINDS[scales.dtype],
     )
 
 
 def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` from AQLM codes; float32 inside, dtype of ``x`` out."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
-    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+    inputs = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], dense_shape(codes, codebooks)[0], dtype=torch.float32)
-    native.call(
-        "ql_aqlm_linear",
-        *(y.data_ptr(), flat.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),
-        None if bias is None else bias.data_ptr(),
-        *(flat.shape[0], y.shape[-1]),
-        *_shape_arguments(codes, codebooks, scales),
+    out_features, in_features = dense_shape(codes, codebooks)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
+    product = Product(
+        y=y.data_ptr(),
+        x=inputs.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        tokens=inputs.numel() // in_features,
+        out_features=out_features,
     )
-    return y.to(x.dtype)
+    native.call("ql_aqlm_linear", _weight(codes, codebooks, scales), product)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:
     """The rows ``rows`` of the weight, written to ``into`` (n, in_features), contiguous, one of ``native.WRITTEN``."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
-    native.call(
-        "ql_aqlm_dequantize",
-        *(into.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), scales.data_ptr()),
-        *(rows.start, rows.stop - rows.start),
-        *_shape_arguments(codes, codebooks, scales),
-        native.KINDS[into.dtype],
+    written = DenseRows(
+        out=into.data_ptr(), first_row=rows.start, n_rows=rows.stop - rows.start, kind=native.KINDS[into.dtype]
     )
+    native.call("ql_aqlm_dequantize", _weight(codes, codebooks, scales), written)
     return into
 
 
@@ -107,19 +118,23 @@ def can_choose(wanted: Tensor, entries: Tensor) -> bool:
     )
 
 
-def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int) -> Tensor:
-    """As :func:`.choice.chosen_in_columns`. Raises ValueError where shapes contradict each other."""
+def choose(
+    correlation: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, out_group: int, beam: int
+) -> Tensor:
+    """As :func:`.choice.chosen_in_columns`. Raises ValueError if the shapes do not fit together."""
     n_out, n_groups, num_codebooks = codes.shape
     size, d = codebooks.shape[1:]
     in_group = d // out_group
     columns = n_groups * in_group
     for name, found, shape in (
-        ("pull", pull.shape, (n_out * out_group, columns)),
+        ("correlation", correlation.shape, (n_out * out_group, columns)),
         ("codebooks", codebooks.shape, (num_codebooks, size, out_group * in_group)),
         ("hessian", hessian.shape, (columns, columns)),
     ):
         if tuple(found) != shape:
-            raise ValueError(f"{name} has the shape {tuple(found)}; codes of shape {tuple(codes.shape)} want {shape}.")
+            raise ValueError(
+                f"{name} has the shape {tuple(found)}; it must be {shape} for codes of {tuple(codes.shape)}."
+            )
     blocks = hessian.float().view(n_groups, in_group, n_groups, in_group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     parts = codebooks.view(num_codebooks, size, out_group, in_group)
     own = codebooks.new_empty(n_groups, num_codebooks, size)
@@ -130,24 +145,22 @@ def choose(pull: Tensor, codes: Tensor, codebooks: Tensor, hessian: Tensor, *, o
         if pairs is not None:
             torch.mm(2 * weighted[0], codebooks[1].t(), out=pairs[group])
     beam = 1 if num_codebooks == 1 or pairs is not None else min(beam, size)
-    return _choose(pull, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
+    return _choose(correlation, codes, codebooks, hessian, own, pairs, out_group=out_group, beam=beam)
 
 
 def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
-    """As :func:`.choice.best_entries`. Raises ValueError where shapes contradict each other."""
+    """As :func:`.choice.best_entries`. Raises ValueError if the shapes do not fit together."""
     size, d = entries.shape
     if wanted.shape[1] != d or own.shape != (size,):
-        raise ValueError(
-            f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} contradict each other."
-        )
+        raise ValueError(f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} do not fit together.")
     codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
-    # Without a Hessian the code that a row comes with does not matter.
+    # With a Hessian of zeros the code to start from does not matter.
     hessian = entries.new_zeros(d, d)
     return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()
 
 
 def _choose(
-    pull: Tensor,
+    correlation: Tensor,
     codes: Tensor,
     codebooks: Tensor,
     hessian: Tensor,
@@ -157,7 +170,7 @@ def _choose(
     out_group: int,
     beam: int,
 ) -> Tensor:
-    """Calls the kernel with copies of what it changes, and all else as it wants that in memory."""
+    """Calls the kernel with copies of the tensors that it modifies, and the others padded and contiguous."""
     n_out, n_groups, num_codebooks = codes.shape
     size, d = codebooks.shape[1:]
     width = -(-size // PADDED_SIZE) * PADDED_SIZE
@@ -167,11 +180,25 @@ def _choose(
     if pairs is not None:
         pairs = pad(pairs, padding).view(n_groups, size, -1, PADDED_SIZE).transpose(1, 2).contiguous()
     hessian, codebooks = hessian.float().contiguous(), codebooks.contiguous()
-    codes, pull = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, pull))
-    native.call(
-        "ql_aqlm_choose",
-        *(codes.data_ptr(), pull.data_ptr(), hessian.data_ptr(), codebooks.data_ptr(), entries.data_ptr()),
-        *(own.data_ptr(), None if pairs is None else pairs.data_ptr()),
-        *(n_out, n_groups, num_codebooks, size, width, out_group, d // out_group, beam),
+    codes, correlation = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, correlation))
+    in_group = d // out_group
+    choice = AQLMChoice(
+        codes=codes.data_ptr(),
+        correlation=correlation.data_ptr(),
+        hessian=hessian.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        entries=entries.data_ptr(),
+        own=own.data_ptr(),
+        pairs=None if pairs is None else pairs.data_ptr(),
+        n_out=n_out,
+        n_groups=n_groups,
+        num_codebooks=num_codebooks,
+        size=size,
+        width=width,
+        out_group=out_group,
+        in_group=in_group,
+        columns=n_groups * in_group,
+        beam=beam,
     )
+    native.call("ql_aqlm_choose", choice)
     return codes

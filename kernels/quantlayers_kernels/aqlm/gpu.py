@@ -28,7 +28,7 @@ MAX_CODEBOOKS, MAX_IN_GROUP = 16, 64
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """Whether the kernels read this weight: on a GPU, in the documented layout, floats of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises.
+    Tensors in another layout take the plain path, which raises.
     """
     return (
         gpu.can_hold(codes, codebooks, scales)

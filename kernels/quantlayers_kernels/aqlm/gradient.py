@@ -11,7 +11,7 @@ from .tiles import flat_index
 def metadata_gradient(
     gradient_tiles: WeightTiles, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What each entry and each scale gathers of the gradient, in the dtypes of ``codebooks`` and ``scales``.
+    """Gradients of codebooks and scales, in the dtypes of ``codebooks`` and ``scales``.
 
     Args:
         gradient_tiles: ranges of rows, whole groups of outputs, with their part (n_rows, in_features), floating.

@@ -1,13 +1,14 @@
 """The AQLM operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
 
-Nothing dense is kept between forward and backward, and gradients of the dense weight come tile by tile. The input is
-saved only where codebooks want a gradient; for scales alone the output is enough.
+No dense weight is kept between forward and backward, and gradients of the dense weight come tile by tile. The input is
+saved only if the codebooks require a gradient; for scales alone the output is enough.
 """
 
 import torch
 from torch import Tensor
 
 from .. import native, tiled
+from ..direct_call import can_skip_operator
 from ..gpu import DTYPES
 from ..precision import product_dtype
 from . import cpu, gpu
@@ -58,6 +59,22 @@ def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bia
     Returns:
         (..., out_features), dtype of ``x``.
     """
+    return _multiply(x, codes, codebooks, scales, bias)
+
+
+@aqlm_linear.register_fake
+def _(x, codes, codebooks, scales, bias):
+    return x.new_empty(*x.shape[:-1], dense_shape(codes, codebooks)[0])
+
+
+def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`aqlm_linear`, without the cost of an operator where :func:`can_skip_operator` allows it."""
+    if can_skip_operator(x, codes, codebooks, scales, bias):
+        return _multiply(x, codes, codebooks, scales, bias)
+    return aqlm_linear(x, codes, codebooks, scales, bias)
+
+
+def _multiply(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     if cpu.can_use_few_tokens(x, codes, codebooks, scales, bias):
         return cpu.linear_few_tokens(x, codes, codebooks, scales, bias)
     if gpu.can_use_few_tokens(x, codes, codebooks, scales, bias):
@@ -66,11 +83,6 @@ def aqlm_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bia
     return tiled.linear(
         x, weight_tiles(codes, codebooks, scales, dtype=dtype), bias, dense_shape(codes, codebooks)[0], dtype
     )
-
-
-@aqlm_linear.register_fake
-def _(x, codes, codebooks, scales, bias):
-    return x.new_empty(*x.shape[:-1], dense_shape(codes, codebooks)[0])
 
 
 @torch.library.custom_op("quantlayers::aqlm_input_gradient", mutates_args=())

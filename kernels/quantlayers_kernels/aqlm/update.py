@@ -1,10 +1,10 @@
-"""Add a small change to AQLM codes without data: codebooks and scales stay.
+"""Add a small delta to AQLM codes without data: codebooks and scales stay.
 
-An adapter's change is far smaller than the distance between codebook entries, so that coding anew changes nothing.
-Here each group may take another entry from one codebook, and does so with a probability that makes the change right
-on average: ``|t|**2 / <t, v>`` for the change ``t`` and the entry's step ``v``. Of the steps that reach as far as the
-change, it is the shortest for what it brings along ``t``; where none does, it is the one that reaches farthest. Which
-groups move is fixed by a hash of their position. Only the nearest entries are tried.
+An adapter's delta is far smaller than the distance between codebook entries, so that choosing the nearest entries
+again would change nothing. Here each group may move to another entry of one codebook, with a probability that retains
+the delta on average: ``|t|**2 / <t, v>`` for the delta ``t`` and the entry's step ``v``. Of the steps that reach as
+far as the delta, the one with the least ``|v|**2 / <t, v>`` is taken; if none does, the one that reaches farthest.
+Which groups move is fixed by a hash of their position. Only the nearest entries are tried.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import native
 from ..dither import white_noise
+from ..interface import AQLMUpdate
 from ..tiled import rows_per_tile
 from .cpu import can_dequantize
 from .reference import wrapped_codes
 
-# Entries nearest to the one that a group has; the step that is taken is a short one. A multiple of the widest vector.
+# Nearest entries to try: the best step is a short one. A multiple of the widest vector.
 NEIGHBOURS = 32
 # A codebook of more entries is searched cell by cell, the CANDIDATES in the cells around each entry's own.
 MAX_WHOLE_SEARCH = 4096
@@ -28,14 +29,14 @@ CELL_SIZE = 256
 MAX_BUFFER = 1 << 24
 
 
-def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Callable[[slice], Tensor]) -> Tensor:
-    """New codes for a weight to which ``change`` is added; where that is zero they stay.
+def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, delta: Callable[[slice], Tensor]) -> Tensor:
+    """New codes for a weight to which ``delta`` is added; where it is zero the codes stay.
 
     Args:
-        codes: (out_features / og, in_features / ig, num_codebooks), int8 or int16. Not changed.
+        codes: (out_features / og, in_features / ig, num_codebooks), int8 or int16. Not modified.
         codebooks: (num_codebooks, size, og, ig), floating.
         scales: (out_features / og, 1, 1, 1), floating, not zero.
-        change: rows of the change for a range of rows, (n, in_features), float32.
+        delta: gives the delta of a range of rows, (n, in_features), float32.
     """
     num_codebooks, size, out_group, in_group = codebooks.shape
     n_out, n_in, _ = codes.shape
@@ -47,18 +48,27 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
     at_a_time = rows_per_tile(n_out * out_group, n_in * in_group, codes.device, multiple=out_group) // out_group
     for start in range(0, n_out, at_a_time):
         part = slice(start, min(start + at_a_time, n_out))
-        rows = change(slice(part.start * out_group, part.stop * out_group))
+        rows = delta(slice(part.start * out_group, part.stop * out_group))
         groups = rows.view(-1, out_group, n_in, in_group).transpose(1, 2) / scales[part].float()
         groups = groups.reshape(-1, out_group * in_group)
         here = moved[part].view(-1, num_codebooks)
         there = noise[part.start * n_in : part.stop * n_in]
         if is_compiled:
-            native.call(
-                "ql_aqlm_update",
-                *(here.data_ptr(), groups.data_ptr(), steps.data_ptr(), per_energy.data_ptr()),
-                *(entries.data_ptr(), there.data_ptr(), len(here), num_codebooks, size, groups.shape[1]),
-                *(steps.shape[-1], codes.element_size()),
+            update = AQLMUpdate(
+                codes=here.data_ptr(),
+                delta=groups.data_ptr(),
+                steps=steps.data_ptr(),
+                per_energy=per_energy.data_ptr(),
+                entries=entries.data_ptr(),
+                noise=there.data_ptr(),
+                n_groups=len(here),
+                num_codebooks=num_codebooks,
+                size=size,
+                d=groups.shape[1],
+                neighbours=steps.shape[-1],
+                code_bytes=codes.element_size(),
             )
+            native.call("ql_aqlm_update", update)
         else:
             _move(here, groups, steps, per_energy, entries, there)
     return moved
@@ -67,8 +77,8 @@ def updated_codes(codes: Tensor, codebooks: Tensor, scales: Tensor, change: Call
 def nearest_entries(codebooks: Tensor) -> Tensor:
     """The entries nearest to each one, itself among them, (num_codebooks, size, NEIGHBOURS), int32.
 
-    Of ``codebooks`` (num_codebooks, size, og, ig) with fewer entries, an entry itself fills the rest. Of large ones,
-    most of the nearest are found, and all that are found are near.
+    If ``codebooks`` (num_codebooks, size, og, ig) have fewer entries, the entry itself fills the rest. The search in
+    large codebooks is approximate.
     """
     num_codebooks, size = codebooks.shape[:2]
     n = min(NEIGHBOURS, size)
@@ -122,19 +132,19 @@ def _steps(codebooks: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     return steps, per_energy
 
 
-def _move(codes: Tensor, change: Tensor, steps: Tensor, per_energy: Tensor, entries: Tensor, noise: Tensor) -> None:
-    """Move ``codes`` (n, num_codebooks) in place, for changes (n, d) in codebook units and noise (n,)."""
+def _move(codes: Tensor, delta: Tensor, steps: Tensor, per_energy: Tensor, entries: Tensor, noise: Tensor) -> None:
+    """Move ``codes`` (n, num_codebooks) in place, for deltas (n, d) in codebook units and noise (n,)."""
     num_codebooks, size, d, _ = steps.shape
     at_a_time = max(1, MAX_BUFFER // (d * NEIGHBOURS))
     for start in range(0, len(codes), at_a_time):
         part = slice(start, start + at_a_time)
-        t = change[part]
+        t = delta[part]
         chosen = codes[part].long() % size
         along = torch.stack([(t[:, None] @ steps[m][chosen[:, m]])[:, 0] for m in range(num_codebooks)], dim=1)
         gain = along * torch.stack([per_energy[m][chosen[:, m]] for m in range(num_codebooks)], dim=1)
         energy = t.square().sum(1)
         reaches = along >= energy[:, None, None]
-        # A step that does not reach as far is worth less than any that does, and the more the farther it reaches.
+        # A step that does not reach as far as the delta ranks below any that does, by how far it reaches.
         worth = torch.where(reaches, gain, along - energy[:, None, None])
         where = worth.flatten(1).argmax(1)
         m, k = where // NEIGHBOURS, where % NEIGHBOURS

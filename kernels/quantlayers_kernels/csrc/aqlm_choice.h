@@ -1,12 +1,12 @@
-/* AQLM: the codes of groups of columns that bring the outputs closest. See aqlm/choice.py for the meaning. */
+/* AQLM: the codes of groups of columns with the lowest output error. See aqlm/choice.py for the definition. */
 
-/* The choices of codes that an output group follows, (count, num_codebooks). */
+/* The beam of an output group: its best choices of codes so far, (count, num_codebooks). */
 struct beams {
     int32_t *codes;
     int64_t count;
 };
 
-/* The `wanted` best ways to go on: which choice, and which code in it; costs ascend. */
+/* The up to `wanted` best continuations: which choice (parent), and which code in it; costs ascend. */
 struct candidates {
     float *costs;
     int32_t *parents, *codes;
@@ -92,7 +92,7 @@ INLINE void times_block(const struct aqlm_choice *c, const float *v, int64_t gro
     }
 }
 
-/* out (d) = sum of the entries that `codes` name, but for that of codebook `without`. */
+/* out (d) = sum of the entries with indices `codes`, without that of codebook `without`. */
 INLINE void sum_entries(const struct aqlm_choice *c, const int32_t *codes, int64_t without, int64_t d, float *out) {
     for (int64_t i = 0; i < d; i++)
         out[i] = 0;
@@ -129,7 +129,7 @@ INLINE void cut_choice_scratch(const struct aqlm_choice *c, int64_t d, float *me
     }
 }
 
-/* Chooses codebook m's code anew in all states of all rows, and keeps the best states. */
+/* Chooses codebook m's code again in all states of all rows, and selects the best states. */
 INLINE void choose_codebook(const struct aqlm_choice *c, int64_t group, int64_t m, int rows, int64_t d,
                             struct choice_scratch *s) {
     int64_t n_queries = 0;
@@ -171,7 +171,7 @@ INLINE void choose_codebook(const struct aqlm_choice *c, int64_t group, int64_t 
     }
     for (r = 0; r < rows; r++) {
         const struct candidates *best = s->best + r;
-        if (best->count == 0) /* nothing but NaN: the codes stay */
+        if (best->count == 0) /* all costs are NaN: the codes stay */
             continue;
         for (int64_t i = 0; i < best->count; i++) {
             int32_t *codes = s->next.codes + i * c->num_codebooks;
@@ -186,7 +186,7 @@ INLINE void choose_codebook(const struct aqlm_choice *c, int64_t group, int64_t 
     }
 }
 
-/* The best of all pairs of entries: costs of the left one, of the right one, and of both together. */
+/* The best of all pairs of entries by the costs of the left one, of the right one, and of both together. */
 INLINE void choose_pair(const struct aqlm_choice *c, int64_t group, int rows, int64_t d, struct choice_scratch *s) {
     const float *pairs = c->pairs + group * c->size * c->width;
     float *left = s->pair_costs, *right = left + BLOCK_ROWS * SCORES, lowest[BLOCK_ROWS];
@@ -224,7 +224,7 @@ INLINE void choose_pair(const struct aqlm_choice *c, int64_t group, int rows, in
         }
     }
     for (int r = 0; r < rows; r++) {
-        if (best_right[r] < 0) /* nothing but NaN: the codes stay */
+        if (best_right[r] < 0) /* all costs are NaN: the codes stay */
             continue;
         const int64_t k = best_right[r];
         const float *column = pairs + k / PAIR_COLUMNS * PAIR_COLUMNS * c->size + k % PAIR_COLUMNS;
@@ -250,7 +250,7 @@ INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int6
             sum_entries(c, states->codes, -1, d, s->rest);
             times_block(c, s->rest, group, s->wanted + r * d);
             for (int64_t i = 0; i < d; i++)
-                s->wanted[r * d + i] += c->pull[((row + r) * c->out_group + i / c->in_group) * c->columns +
+                s->wanted[r * d + i] += c->correlation[((row + r) * c->out_group + i / c->in_group) * c->columns +
                                                 group * c->in_group + i % c->in_group];
         }
         if (c->pairs)
@@ -276,10 +276,10 @@ INLINE void choose_tile(const struct aqlm_choice *c, int64_t row, int rows, int6
             if (!is_moved || c->n_groups == 1)
                 continue;
             for (int64_t i = 0; i < d; i++) {
-                float *pull = c->pull + ((row + r) * c->out_group + i / c->in_group) * c->columns;
+                float *correlation = c->correlation + ((row + r) * c->out_group + i / c->in_group) * c->columns;
                 const float *hessian = c->hessian + (group * c->in_group + i % c->in_group) * c->columns;
                 for (int64_t k = 0; k < c->columns; k++)
-                    pull[k] -= s->rest[i] * hessian[k];
+                    correlation[k] -= s->rest[i] * hessian[k];
             }
         }
     }
@@ -295,7 +295,7 @@ INLINE void choose_rows(const struct aqlm_choice *c, int64_t begin, int64_t end,
 
 static TARGET void VARIANT(aqlm_choose)(const struct aqlm_choice *choice, int64_t begin, int64_t end, float *scratch) {
     struct aqlm_choice copy = *choice;
-    if (copy.out_group == 1 && copy.in_group == 8) { /* the published groups, with their size known to the compiler */
+    if (copy.out_group == 1 && copy.in_group == 8) { /* the published scheme, with its group size a compile-time constant */
         copy.out_group = 1, copy.in_group = 8;
         choose_rows(&copy, begin, end, scratch);
     } else

@@ -1,9 +1,9 @@
-/* AQLM: sums of codebook entries to dense rows, and their product with x. See aqlm/reference.py for the meaning. */
+/* AQLM: sums of codebook entries to dense rows, and their product with x. See aqlm/reference.py for the definition. */
 
-/* The functions below are inlined where FOR_SCHEME makes constants of what a published scheme has fixed. */
+/* The functions below are inlined where FOR_SCHEME makes the fields that a published scheme fixes constants. */
 
 INLINE uint32_t code_at(const struct aqlm_weight *w, int64_t i) {
-    /* The mask makes any stored code a valid one: no code reads outside of its codebook. */
+    /* The mask makes any stored code valid: no code reads outside of its codebook. */
     const uint32_t mask = (uint32_t)w->size - 1;
     return (w->code_bytes == 1 ? ((const uint8_t *)w->codes)[i] : ((const uint16_t *)w->codes)[i]) & mask;
 }
@@ -64,7 +64,7 @@ INLINE void prefetch_codes(const struct aqlm_weight *w, int64_t first, int64_t n
         __builtin_prefetch(bytes + b);
 }
 
-/* Sums over all inputs for row `a` of `rows` neighbouring output groups; what they read of x is read once. */
+/* Sums over all inputs for row `a` of `rows` neighbouring output groups, which share their loads of x. */
 INLINE void dot_rows_of(const struct aqlm_weight *w, int64_t out_group, int64_t a, int rows, const float *x,
                         float *sums) {
     const int64_t step = w->in_groups * w->num_codebooks, first = out_group * step;
@@ -96,7 +96,7 @@ INLINE void dequantize_row_of(const struct aqlm_weight *w, int64_t row, float *o
             *(floats8_at *)(out + i * w->in_group + j) = entries(w, first, i, a, j) * scale;
 }
 
-/* For groups that eight does not divide: one number at a time. */
+/* For group sizes that are not multiples of eight: one number at a time. */
 INLINE void dequantize_ragged_row(const struct aqlm_weight *w, int64_t row, float *out) {
     const int64_t first = row / w->out_group * w->in_groups * w->num_codebooks, a = row % w->out_group;
     const float scale = float_at(w->scales, row / w->out_group, w->scale_kind);

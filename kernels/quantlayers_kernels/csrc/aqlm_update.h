@@ -1,4 +1,4 @@
-/* AQLM: codes that take a small change with a probability. See aqlm/update.py for the rule. */
+/* AQLM: codes that move along a small delta with a probability. See aqlm/update.py for the rule. */
 
 INLINE int64_t read_code(const struct aqlm_update *u, int64_t i) {
     const uint32_t code = u->code_bytes == 1 ? ((uint8_t *)u->codes)[i] : ((uint16_t *)u->codes)[i];
@@ -15,13 +15,13 @@ INLINE void write_code(const struct aqlm_update *u, int64_t i, int32_t code) {
 
 /* Each lane follows the best of its own steps; the lanes are compared at the end. */
 INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) {
-    const float *t = u->change + group * d;
+    const float *t = u->delta + group * d;
     float energy = 0;
     for (int64_t j = 0; j < d; j++)
         energy += t[j] * t[j];
     if (energy == 0)
         return;
-    floats best = (floats){0} - energy, best_along = {0}; /* the worth of no step */
+    floats best = (floats){0} - energy, best_along = {0}; /* the worth of not moving */
     ints best_step = {0}; /* codebook * neighbours + the lane's first neighbour of it */
     for (int64_t m = 0; m < u->num_codebooks; m++) {
         const int64_t entry = m * u->size + read_code(u, group * u->num_codebooks + m);
@@ -30,7 +30,7 @@ INLINE void update_group(const struct aqlm_update *u, int64_t group, int64_t d) 
             floats along = {0};
             for (int64_t j = 0; j < d; j++)
                 along += load(steps + j * u->neighbours + k) * t[j];
-            /* A step that does not reach as far as t is worth less than any that does, and the more the farther. */
+            /* A step that does not reach as far as t ranks below any that does, by how far it reaches. */
             const floats gain = along * load(per_energy + k), lack = along - energy;
             const floats worth = chosen((ints)(lack >= 0), gain, lack);
             const ints is_better = (ints)(worth > best);

@@ -1,7 +1,7 @@
-/* HQQ: codes chosen column after column, with all others held. What is chosen, and why, is in hqq/choice.py. */
+/* HQQ: codes chosen column after column, with all others fixed. See hqq/choice.py for the definition. */
 
-/* A code that moves changes its row's pull on all columns. Few do after the first sweep: what has to be fast is to see
- * that LANES codes stay, and rows go through the columns together, so that a column of the Hessian serves them all. */
+/* A code that moves changes its row's residual correlation in all columns. Few codes move after the first sweep, so the
+ * test that LANES codes stay must be fast; rows go through the columns together, to share a column of the Hessian. */
 #define CHOICE_FLOATS (1 << 16)
 
 /* The n floats at p, and `rest` in the lanes beyond. */
@@ -16,12 +16,12 @@ INLINE floats load_some(const float *p, int64_t n, float rest) {
 
 /* Moves the codes of one row in the `n` columns from `first` on. */
 INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first, int64_t n) {
-    float *codes = c->codes + row * c->columns, *pull = c->pull + row * c->columns;
+    float *codes = c->codes + row * c->columns, *correlation = c->correlation + row * c->columns;
     const float *steps = c->steps + row * c->columns;
     const floats step = load_some(steps + first, n, 1), per_step = load_some(c->curvature + first, n, 1) * step;
-    /* A move may make another worth while in a column to the right of it; those to the left wait for the next sweep. */
+    /* A move may cause another one in a column to the right of it; columns to the left wait for the next sweep. */
     for (int64_t next = 0; next < n;) {
-        const floats code = load_some(codes + first, n, 0), wanted = load_some(pull + first, n, 0) / per_step;
+        const floats code = load_some(codes + first, n, 0), wanted = load_some(correlation + first, n, 0) / per_step;
         const floats best = nearest_code(code + wanted, c->max_code, 0);
         if (!is_any(best != code))
             return;
@@ -34,9 +34,9 @@ INLINE void choose_codes(const struct hqq_choice *c, int64_t row, int64_t first,
         codes[column] = best[next++];
         int64_t k = 0;
         for (; k + LANES <= c->columns; k += LANES)
-            store(pull + k, load(pull + k) - load(hessian + k) * moved);
+            store(correlation + k, load(correlation + k) - load(hessian + k) * moved);
         for (; k < c->columns; k++)
-            pull[k] -= hessian[k] * moved;
+            correlation[k] -= hessian[k] * moved;
     }
 }
 

@@ -1,8 +1,8 @@
-/* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. Here is
- * what serves any shape; hqq_registers.h has a faster product for most. */
+/* HQQ: packed codes to dense rows, and their product with x. The layout is defined in bitpack/reference.py. The kernels
+ * here take any shape; hqq_registers.h has a faster product for most. */
 #include "hqq_registers.h"
 
-/* Unpacked codes are kept minus the middle of their range, so that they fit int8 and are small against their zero. */
+/* Unpacked codes are stored minus the middle of their range, so that they fit int8 and are close to their zero point. */
 INLINE int centre_of(int nbits) {
     return 1 << (nbits - 1);
 }
@@ -119,7 +119,7 @@ static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct de
     }
 }
 
-/* sum_j (code_j - zero) * x_j of n neighbours in a group, lane by lane; what fills no vector goes to `rest`. */
+/* sum_j (code_j - zero) * x_j of n neighbours in a group, lane by lane; the remainder of the last vector goes to `rest`. */
 INLINE floats dot_codes(const int8_t *codes, const float *x, int64_t n, float zero, float *rest) {
     floats even = {0}, odd = {0};
     int64_t k = 0;
@@ -166,8 +166,8 @@ static TARGET void VARIANT(hqq_gradient)(const struct hqq_weight *w, const struc
 }
 
 /* sum_g scale_g * sum_j (code_j - zero_g) * x_j. Taking zero_g * sum_j x_j off afterwards would save a subtraction a
- * vector, but cancels: where the inputs have a common offset it erred more than twice as much. The packed row that comes
- * `next` is fetched meanwhile. */
+ * vector, but cancels: for inputs with a common offset its error was more than twice as large. Prefetches the packed row
+ * that comes `next`. */
 INLINE float dot_one_token(const struct hqq_weight *w, struct row_parts parts, const float *x, const uint8_t *next) {
     const int64_t group_size = w->in_features / w->n_groups, bytes_a_group = w->row_bytes / w->n_groups;
     const float centre = (float)centre_of(w->nbits);

@@ -52,8 +52,8 @@ INLINE int next_run(struct slots slots, int64_t group_size, struct run *run) {
     return 1;
 }
 
-/* The codes of a window, one in each byte; what lies above their bits is of others. Shifts are of whole lanes, and
- * what they bring in from the next byte stays above a code too. */
+/* The codes of a window, one in each byte; the bits above a code belong to other codes. Shifts are of whole lanes, and
+ * the bits that they bring in from the next byte stay above a code too. */
 INLINE lanes codes_in_window(const uint8_t *packed, struct slots slots, int slot, int64_t at) {
     const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
     const uint8_t *const low = packed + slot % slots_a_byte * slots.columns + at;
@@ -272,7 +272,7 @@ static TARGET void product_in_registers(const struct hqq_weight *w, const struct
 #undef MULTIPLY
 }
 
-/* Decoding anew for each block of tokens pays for two of them, with short groups for one; the scratch memory holds
+/* Decoding again for each block of tokens pays for two of them, with short groups for one; the scratch memory holds
  * half-empty windows at most. Arithmetic on codes in AVX2's short vectors gains nothing here. */
 INLINE int can_multiply_in_registers(const struct hqq_weight *w, const struct product *p) {
     const struct slots slots = slots_of(w->in_features, w->nbits);

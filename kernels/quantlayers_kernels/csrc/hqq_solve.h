@@ -1,4 +1,4 @@
-/* HQQ: zeros and scales of groups, one group in each lane. What is solved, and why, is in hqq/solve.py. */
+/* HQQ: scales and zero points of groups, one group in each lane. See hqq/solve_reference.py for the definition. */
 
 /* The groups from place `first` of `order` on, to be read lane by lane; a last batch repeats the last group. */
 struct lane_groups {
@@ -47,16 +47,16 @@ INLINE floats power(floats x, float exponent) {
     return (floats)((ints)raised + (__builtin_convertvector(whole, ints) << 23));
 }
 
-/* What a step sums over the values of a group: codes, the sizes of residuals and what the shrink leaves of them. */
+/* Sums over the values of a group in one iteration: codes, absolute residuals, and shrunk residuals. */
 struct shrink_sums {
     floats codes, sizes, shrunk;
     ints is_shrunk;
 };
 
-INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *values, floats offset, floats unit,
-                                      int64_t step) {
+INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const struct hqq_half_quadratic *h,
+                                      const float *values, floats offset, floats unit, int64_t step) {
     const floats none = {0}, smallest = none + 1e-30f;
-    const float threshold = g->thresholds[step], share = 1 / g->betas[step];
+    const float threshold = h->thresholds[step], share = 1 / h->betas[step];
     struct shrink_sums sums = {{0}, {0}, {0}, {0}};
     for (int64_t k = 0; k < g->group_size; k++) {
         const floats v = load(values + k * LANES) + offset, code = nearest_code(v, g->max_code, 0);
@@ -65,28 +65,29 @@ INLINE struct shrink_sums shrunk_sums(const struct hqq_groups *g, const float *v
         sums.sizes += size;
         if (!any_above(size, threshold))
             continue;
-        const floats left = higher(size - power(higher(size, smallest), g->exponent) * share, none);
+        const floats left = higher(size - power(higher(size, smallest), h->exponent) * share, none);
         sums.shrunk += chosen(residual < none, -left, left);
         sums.is_shrunk |= left > none;
     }
     return sums;
 }
 
-static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+static TARGET void VARIANT(hqq_half_quadratic)(const struct hqq_groups *g, const struct hqq_half_quadratic *h,
+                                               int64_t begin, int64_t end, float *values) {
     const float n = (float)g->group_size;
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(g->order, first, end);
+        const struct lane_groups groups = groups_from(h->order, first, end);
         transpose_groups(g, groups, values);
-        const floats mean = gathered(g->mean, groups), steps = gathered(g->steps, groups), none = {0};
-        const floats unit = 1 / steps, smallest = g->smallest_threshold * steps;
-        floats offset = gathered(g->offset, groups), best = offset, best_error = none + __builtin_inff();
+        const floats mean = gathered(g->mean, groups), steps = gathered(h->steps_per_unit, groups), none = {0};
+        const floats unit = 1 / steps, smallest = h->smallest_threshold * steps;
+        floats offset = gathered(h->offset, groups), best = offset, best_error = none + __builtin_inff();
         ints is_shrunk = {0};
-        for (int64_t t = 0; t < g->iters; t++) {
+        for (int64_t t = 0; t < h->iters; t++) {
             const floats residual = higher(higher(offset, -offset), none + 0.5f) * (1 + 1e-5f);
-            const ints is_looked_at = (residual > g->thresholds[t] * steps) | is_shrunk;
+            const ints is_looked_at = (residual > h->thresholds[t] * steps) | is_shrunk;
             floats moved;
             if (is_any(is_looked_at)) {
-                const struct shrink_sums sums = shrunk_sums(g, values, offset, unit, t);
+                const struct shrink_sums sums = shrunk_sums(g, h, values, offset, unit, t);
                 is_shrunk |= is_looked_at & sums.is_shrunk;
                 const ints is_better = is_shrunk & (sums.sizes < best_error);
                 best = chosen(is_better, offset, best);
@@ -98,23 +99,23 @@ static TARGET void VARIANT(hqq_offsets)(const struct hqq_groups *g, int64_t begi
                     sum += nearest_code(load(values + k * LANES) + offset, g->max_code, 0);
                 moved = sum / n - mean;
             }
-            /* A group that stands still moves again where a growing beta lets the shrink reach its residuals. */
+            /* A group that has converged moves again when a growing beta lets the shrink reach its residuals. */
             const ints is_moving = (moved != offset) | (residual > smallest);
             offset = moved;
             if (!is_any(is_moving))
                 break;
         }
-        scatter(g->offset, groups, chosen(is_shrunk, best, offset));
+        scatter(h->offset, groups, chosen(is_shrunk, best, offset));
     }
 }
 
-/* A line through the values of a group: slope * (code - offset), and its mean squared error. */
+/* An affine fit to the values of a group, slope * (code - offset), and its mean squared error. */
 struct line {
     floats slope, offset, error;
 };
 
-/* What a line is fitted to. Codes count from the centre of their range, and values from their mean, so that no sum is a
- * small difference of large ones. */
+/* Sums for a least squares fit. Codes count from the centre of their range, and values from their mean, to avoid
+ * cancellation. */
 struct moments {
     floats sum, squares, products;
 };
@@ -128,8 +129,8 @@ INLINE struct moments moments_at(const struct hqq_groups *g, const float *deviat
     return (struct moments){code, code * code, code * v};
 }
 
-/* Sums over the codes nearest to deviation * steps + first of all values. Two sums in turn, so that none waits for itself,
- * and begun anew after a while, since a sum errs with its length. */
+/* Sums over the codes nearest to deviation * steps + first of all values. Two interleaved sums hide the
+ * latency of an addition; they restart after each panel, since the rounding error of a sum grows with its length. */
 INLINE struct moments moments_of_codes(const struct hqq_groups *g, const float *deviations, floats steps, floats first) {
     const int64_t panel = PANEL / 4;
     struct moments total = {{0}, {0}, {0}};
@@ -148,11 +149,11 @@ INLINE struct moments moments_of_codes(const struct hqq_groups *g, const float *
     return total;
 }
 
-INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviations, floats mean, floats spread,
-                               struct line line) {
+INLINE struct line fitted_line(const struct hqq_groups *g, int64_t iters, const float *deviations, floats mean,
+                               floats spread, struct line line) {
     const float share = 1 / (float)g->group_size;
     const floats none = {0};
-    for (int64_t t = 0; t < g->iters; t++) {
+    for (int64_t t = 0; t < iters; t++) {
         const floats steps = 1 / line.slope;
         const struct moments codes = moments_of_codes(g, deviations, steps, mean * steps + line.offset);
         const floats code_mean = codes.sum * share, covariance = codes.products * share;
@@ -160,7 +161,7 @@ INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviatio
         const ints is_varied = variance > none, is_fitted = is_varied & (covariance > none);
         const floats slope = chosen(is_fitted, covariance / variance, line.slope);
         const floats fitted_offset = chosen(is_fitted, code_mean + g->centre - mean / slope, line.offset);
-        /* With one bit all values may be on one code; the plain range has two to start from. */
+        /* With one bit all values may be on one code; an offset of 0 starts from two codes. */
         const floats offset = chosen(is_varied, fitted_offset, none);
         const ints is_moving = (slope != line.slope) | (offset != line.offset);
         line = (struct line){slope, offset, chosen(is_fitted, spread - covariance * slope, spread)};
@@ -170,9 +171,10 @@ INLINE struct line fitted_line(const struct hqq_groups *g, const float *deviatio
     return line;
 }
 
-static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin, int64_t end, float *values) {
+static TARGET void VARIANT(hqq_affine_fit)(const struct hqq_groups *g, const struct hqq_affine_fit *f, int64_t begin,
+                                           int64_t end, float *values) {
     for (int64_t first = begin; first < end; first += LANES) {
-        const struct lane_groups groups = groups_from(g->order, first, end);
+        const struct lane_groups groups = groups_from(NULL, first, end);
         transpose_groups(g, groups, values);
         const floats mean = gathered(g->mean, groups), none = {0}, one = none + 1;
         floats spread = {0};
@@ -182,12 +184,12 @@ static TARGET void VARIANT(hqq_lines)(const struct hqq_groups *g, int64_t begin,
             spread += deviation * deviation;
         }
         spread /= (float)g->group_size;
-        const struct line wide = {one, gathered(g->offset, groups), none};
-        const struct line narrow = {gathered(g->other_slope, groups), gathered(g->other_offset, groups), none};
-        const struct line a = fitted_line(g, values, mean, spread, wide);
-        const struct line b = fitted_line(g, values, mean, spread, narrow);
-        const ints is_better = b.error < a.error - g->margin * spread;
-        scatter(g->slope, groups, chosen(is_better, b.slope, a.slope));
-        scatter(g->offset, groups, chosen(is_better, b.offset, a.offset));
+        const struct line wide = {one, gathered(f->offset, groups), none};
+        const struct line narrow = {gathered(f->other_slope, groups), gathered(f->other_offset, groups), none};
+        const struct line a = fitted_line(g, f->iters, values, mean, spread, wide);
+        const struct line b = fitted_line(g, f->iters, values, mean, spread, narrow);
+        const ints is_better = b.error < a.error - f->margin * spread;
+        scatter(f->slope, groups, chosen(is_better, b.slope, a.slope));
+        scatter(f->offset, groups, chosen(is_better, b.offset, a.offset));
     }
 }

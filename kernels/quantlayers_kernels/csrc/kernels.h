@@ -11,6 +11,14 @@
 #include "hqq_solve.h"
 
 const struct kernels VARIANT(kernels) = {
-    VARIANT(hqq_product), VARIANT(hqq_rows), VARIANT(hqq_gradient), VARIANT(aqlm_product), VARIANT(aqlm_rows),
-    VARIANT(aqlm_update), VARIANT(aqlm_choose), VARIANT(hqq_offsets), VARIANT(hqq_lines), VARIANT(hqq_choose),
+    .hqq_product = VARIANT(hqq_product),
+    .hqq_rows = VARIANT(hqq_rows),
+    .hqq_gradient = VARIANT(hqq_gradient),
+    .hqq_half_quadratic = VARIANT(hqq_half_quadratic),
+    .hqq_affine_fit = VARIANT(hqq_affine_fit),
+    .hqq_choose = VARIANT(hqq_choose),
+    .aqlm_product = VARIANT(aqlm_product),
+    .aqlm_rows = VARIANT(aqlm_rows),
+    .aqlm_update = VARIANT(aqlm_update),
+    .aqlm_choose = VARIANT(aqlm_choose),
 };

@@ -1,8 +1,8 @@
-/* Rows shared out over the threads of the OpenMP runtime that torch has already started.
+/* Rows distributed over the threads of the OpenMP runtime that torch has already started.
  *
- * Not OpenMP pragmas: they would link a runtime of their own, whose threads fight with torch's, which spin for a while
- * after each operator. GOMP_parallel is the entry point that GCC's and LLVM's runtimes both have; Python hands over
- * its address. Without one the caller's thread does all rows.
+ * Not with OpenMP pragmas: they would link a second runtime, whose threads compete with torch's, which spin for a while
+ * after each operator. GOMP_parallel is the entry point that GCC's and LLVM's runtimes both have; Python passes its
+ * address. Without it the caller's thread does all rows.
  */
 #include "quantlayers.h"
 
@@ -25,7 +25,7 @@ struct shared_rows {
     atomic_llong next;
 };
 
-/* A worker takes the next rows as long as there are some, so that a thread that is held up keeps nobody waiting. */
+/* A worker takes the next rows until none are left, so that a delayed thread does not delay the others. */
 static void work_on_rows(void *argument) {
     struct shared_rows *shared = argument;
     void *memory = NULL;
@@ -47,7 +47,7 @@ static void work_on_rows(void *argument) {
 }
 
 int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
-    /* Eight turns a thread even out a busy machine; whole blocks of rows keep the kernels' fast path. */
+    /* Eight steps per thread balance the load on a busy machine; whole blocks of rows take the kernels' fast path. */
     int64_t step = n_rows / (8 * (int64_t)n_threads) / BLOCK_ROWS * BLOCK_ROWS;
     struct shared_rows shared = {body, context, n_rows, step < BLOCK_ROWS ? BLOCK_ROWS : step, scratch_floats, 0};
     if (n_threads > 1 && torch_parallel_region != NULL && n_rows > BLOCK_ROWS)

@@ -4,6 +4,6 @@
 #define VARIANT(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
-#define BLOCK_TOKENS 2 /* 8 sums, 4 weights and an input are what 16 registers hold */
+#define BLOCK_TOKENS 2 /* 8 sums, 4 weights and an input fit 16 registers */
 #include "kernels.h"
 #endif

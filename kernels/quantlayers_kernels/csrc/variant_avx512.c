@@ -4,6 +4,6 @@
 #define VARIANT(name) name##_avx512
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define LANES 16
-#define BLOCK_TOKENS 4 /* 16 sums, 4 weights and an input are within 32 registers */
+#define BLOCK_TOKENS 4 /* 16 sums, 4 weights and an input fit 32 registers */
 #include "kernels.h"
 #endif

@@ -1,4 +1,4 @@
-/* What every machine runs, whatever its architecture. */
+/* Runs on every machine of any architecture. */
 #define VARIANT(name) name##_baseline
 #define TARGET
 #define LANES 4

@@ -8,7 +8,7 @@
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-/* Every so many inputs a sum is put aside and begun anew: a float32 sum errs with its length. BLAS does the same. */
+/* Inputs per partial sum: the rounding error of a float32 sum grows with its length. BLAS does the same. */
 #define PANEL 512
 
 #define VECTOR(name, type, n)                                                                                       \
@@ -51,7 +51,7 @@ INLINE floats load_codes(const int8_t *p) {
 }
 
 #if LANES >= 8
-/* The lanes of `table` that the lowest bits of each index name. */
+/* The lanes of `table` at the lowest bits of each index. */
 INLINE floats permuted(floats table, lanes index) {
 #if LANES == 16
     return (floats)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
@@ -214,18 +214,18 @@ INLINE void write_bfloat16(const float *values, int64_t n, uint16_t *out) {
         out[i] = (uint16_t)bfloat16_of((floats){0} + values[i])[0];
 }
 
-/* Where row `row` of n inputs is to be written as float32: its place in `rows`, or else `spare`. */
-INLINE float *row_to_write(const struct dense_rows *rows, int64_t row, int64_t n, float *spare) {
-    return rows->kind == KIND_FLOAT32 ? (float *)rows->out + row * n : spare;
+/* Where to write row `row` of n inputs as float32: its place in `rows` if that is float32, else `scratch`. */
+INLINE float *row_to_write(const struct dense_rows *rows, int64_t row, int64_t n, float *scratch) {
+    return rows->kind == KIND_FLOAT32 ? (float *)rows->out + row * n : scratch;
 }
 
-/* Puts a row that was written to where row_to_write says into its place. */
+/* Converts a row from where row_to_write had it written to its place in `rows`, if that is bfloat16. */
 INLINE void finish_row(const struct dense_rows *rows, int64_t row, int64_t n, const float *written) {
     if (rows->kind == KIND_BFLOAT16)
         write_bfloat16(written, n, (uint16_t *)rows->out + row * n);
 }
 
-/* BLOCK_TOKENS is what the registers hold; the arrays leave room for the remainders that the switch below names. */
+/* BLOCK_TOKENS tokens fit the registers; the arrays have room for the remainders in the switch below. */
 #define MAX_BLOCK_TOKENS 4
 
 /* Sums over n inputs of `rows` dense rows and `tokens` rows of x; both counts are constants in every call. */

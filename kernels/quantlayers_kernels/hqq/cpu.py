@@ -4,20 +4,23 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..interface import DenseRows, HQQGradient, HQQWeight, Product
 from .layout import has_documented_layout
 
-# Beyond, dequantized tiles and BLAS are as fast or faster: on one thread the two met between 8 and 32 tokens with
-# AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
+# Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
+# tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
     """Whether the kernels read this weight: on a CPU, in the documented layout, with metadata of a known dtype.
 
-    What contradicts the layout is left to the plain path, which raises; the kernels trust the shapes.
+    Tensors in another layout take the plain path, which raises; the kernels trust the shapes.
     """
     return (
-        W_q.device.type == scale.device.type == zero.device.type == "cpu"
+        W_q.is_cpu
+        and scale.is_cpu
+        and zero.is_cpu
         and scale.dtype in native.KINDS
         and has_documented_layout(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
         and native.is_available()
@@ -28,14 +31,14 @@ def can_use_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
-    n_tokens = x.shape[:-1].numel()
+    in_features = x.shape[-1]
     return (
         axis == 1
-        and 0 < n_tokens <= MAX_TOKENS
-        and x.device.type == "cpu"
+        and 0 < x.numel() <= MAX_TOKENS * in_features
+        and x.is_cpu
         and x.dtype in native.KINDS
-        and (bias is None or (bias.device.type == "cpu" and tuple(bias.shape) == (W_q.shape[0],)))
-        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1])
+        and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
+        and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
     )
 
 
@@ -43,35 +46,35 @@ def linear_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
 ) -> Tensor:
     """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
-    in_features, out_features, n_groups = x.shape[-1], W_q.shape[0], scale.shape[1]
-    flat = x.reshape(-1, in_features).float().contiguous()
+    out_features, in_features = W_q.shape[0], x.shape[-1]
+    inputs = x.float().contiguous()
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
-    native.call(
-        "ql_hqq_linear",
-        *(y.data_ptr(), flat.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        None if bias is None else bias.data_ptr(),
-        *(flat.shape[0], out_features, in_features, n_groups, W_q.shape[1]),
-        *(nbits, native.KINDS[scale.dtype]),
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
+    product = Product(
+        y=y.data_ptr(),
+        x=inputs.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        tokens=inputs.numel() // in_features,
+        out_features=out_features,
     )
-    return y.to(x.dtype)
+    native.call("ql_hqq_linear", _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features), product)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def dequantize_rows(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, rows: slice, into: Tensor
 ) -> Tensor:
-    """The rows ``rows`` of the weight, to the bit those of the reference, written to ``into`` (n, in_features).
+    """The rows ``rows`` of the weight, with the bits of the reference, written to ``into`` (n, in_features).
 
     ``into`` is contiguous and of one of ``native.WRITTEN``.
     """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
-    native.call(
-        "ql_hqq_dequantize",
-        *(into.data_ptr(), W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        *(rows.start, rows.stop - rows.start, into.shape[1], scale.shape[1 if axis == 1 else 0], W_q.shape[1]),
-        *(nbits, axis, native.KINDS[scale.dtype], native.KINDS[into.dtype]),
+    written = DenseRows(
+        out=into.data_ptr(), first_row=rows.start, n_rows=rows.stop - rows.start, kind=native.KINDS[into.dtype]
     )
+    weight = _weight(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1])
+    native.call("ql_hqq_dequantize", weight, written)
     return into
 
 
@@ -85,18 +88,35 @@ def metadata_gradient_of_rows(
     rows: slice,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes what the rows ``rows`` of the dense weight's ``gradient`` are to scales and zeros with ``axis=1``.
+    """Writes the gradients of scales and zeros (``axis=1``) from rows ``rows`` of the dense weight's ``gradient``.
 
     Args:
         gradient: (n, in_features), float32, contiguous.
         W_q, scale, zero, nbits: contiguous, as for :func:`.op.hqq_dequantize`.
-        rows: which n.
+        rows: the range of rows.
         into: gradients of ``scale`` and ``zero``, (out_features, n_groups), float32, contiguous.
     """
-    native.call(
-        "ql_hqq_gradient",
-        *(into[0].data_ptr(), into[1].data_ptr(), gradient.data_ptr()),
-        *(W_q.data_ptr(), scale.data_ptr(), zero.data_ptr()),
-        *(rows.start, len(gradient), gradient.shape[1], scale.shape[1], W_q.shape[1]),
-        *(nbits, native.KINDS[scale.dtype]),
+    of_rows = HQQGradient(
+        weight=gradient.data_ptr(),
+        scale=into[0].data_ptr(),
+        zero=into[1].data_ptr(),
+        first_row=rows.start,
+        n_rows=len(gradient),
+    )
+    weight = _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=gradient.shape[1])
+    native.call("ql_hqq_gradient", weight, of_rows)
+
+
+def _weight(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> HQQWeight:
+    """The kernels' view of contiguous tensors."""
+    return HQQWeight(
+        packed=W_q.data_ptr(),
+        scale=scale.data_ptr(),
+        zero=zero.data_ptr(),
+        in_features=in_features,
+        n_groups=scale.shape[1 if axis == 1 else 0],
+        row_bytes=W_q.shape[1],
+        nbits=nbits,
+        axis=axis,
+        kind=native.KINDS[scale.dtype],
     )

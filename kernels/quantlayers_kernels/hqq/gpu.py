@@ -13,7 +13,7 @@ from .layout import has_documented_layout
 
 # Weights that a program decodes at a time for one token, and into memory; bytes that a thread reads at once.
 PRODUCT_TILE, DENSE_TILE, VECTOR = 16384, 8192, 16
-# Rows of a program: those of long rows share what was read of x.
+# Rows of a program: with more rows x is read less often.
 MIN_ROWS, MAX_ROWS = 4, 32
 # On the tensor cores: rows of a program, bytes of a row in a step by the codes' slots in a byte, and steps in flight.
 DOT_ROWS, DOT_BYTES, DOT_STAGES = 32, {1: 64, 2: 64, 4: 64, 8: 32}, 3
@@ -34,7 +34,7 @@ def _segment(nbits: int, in_features: int) -> int:
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
     """Whether the kernels read this weight: on a GPU, in the documented layout, with groups along the inputs.
 
-    What contradicts the layout is left to the plain path, which raises. Of two planes, a row of one must be a multiple
+    Tensors in another layout take the plain path, which raises. Of two planes, a row of one must be a multiple
     of a row of the other, as it is wherever eight divides ``in_features``.
     """
     n_segments = sum(PLANES.get(nbits, (0,))) // PLANES.get(nbits, (1,))[-1]

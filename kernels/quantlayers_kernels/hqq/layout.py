@@ -1,4 +1,6 @@
-"""Whether the tensors of an HQQ weight fit together: what the compiled kernels, which trust shapes, ask first."""
+"""Whether the tensors of an HQQ weight fit together: the compiled kernels trust shapes, so this is asked first."""
+
+from functools import lru_cache
 
 from torch import Tensor, uint8
 
@@ -9,16 +11,26 @@ def has_documented_layout(
     W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int
 ) -> bool:
     """Whether shapes and dtypes are those of ``reference.py``, with one dtype for ``scale`` and ``zero``."""
-    out_features = W_q.shape[0]
-    if axis == 1:
-        n_groups, n_per_axis, metadata_shape = scale.shape[-1], in_features, (out_features, scale.shape[-1])
-    else:
-        n_groups, n_per_axis, metadata_shape = scale.shape[0], out_features, (scale.shape[0], in_features)
     return (
         W_q.dtype == uint8
         and scale.dtype == zero.dtype
-        and tuple(scale.shape) == tuple(zero.shape) == metadata_shape
+        and _fit_together(W_q.shape, scale.shape, zero.shape, nbits, axis, in_features)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _fit_together(
+    packed: tuple[int, ...], scale: tuple[int, ...], zero: tuple[int, ...], nbits: int, axis: int, in_features: int
+) -> bool:
+    if len(packed) != 2 or len(scale) != 2 or zero != scale:
+        return False
+    out_features, n_groups = packed[0], scale[1 if axis == 1 else 0]
+    metadata, n_per_axis = (
+        ((out_features, n_groups), in_features) if axis == 1 else ((n_groups, in_features), out_features)
+    )
+    return (
+        scale == metadata
         and n_groups > 0
         and n_per_axis % n_groups == 0
-        and tuple(W_q.shape) == (out_features, packed_row_bytes(in_features, nbits))
+        and packed[1] == packed_row_bytes(in_features, nbits)
     )

@@ -1,13 +1,14 @@
 """The HQQ operators: schema, shape rule, gradient. What they compute is defined in ``reference.py``.
 
-Nothing dense is kept between forward and backward: the weight is dequantized again, tile by tile. The input
-is saved only where ``scale`` or ``zero`` wants a gradient.
+No dense weight is kept between forward and backward: it is dequantized again, tile by tile. The input is saved only if
+``scale`` or ``zero`` requires a gradient.
 """
 
 import torch
 from torch import Tensor
 
 from .. import tiled
+from ..direct_call import can_skip_operator
 from ..precision import product_dtype
 from . import cpu, gpu, tiles
 from .gradient import metadata_gradient
@@ -58,6 +59,24 @@ def hqq_linear(
     Returns:
         (..., out_features), dtype of ``x``.
     """
+    return _multiply(x, W_q, scale, zero, bias, nbits, axis)
+
+
+@hqq_linear.register_fake
+def _(x, W_q, scale, zero, bias, nbits, axis):
+    return x.new_empty(*x.shape[:-1], W_q.shape[0])
+
+
+def linear(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, nbits: int, axis: int) -> Tensor:
+    """:func:`hqq_linear`, without the cost of an operator where :func:`can_skip_operator` allows it."""
+    if can_skip_operator(x, W_q, scale, zero, bias):
+        return _multiply(x, W_q, scale, zero, bias, nbits, axis)
+    return hqq_linear(x, W_q, scale, zero, bias, nbits, axis)
+
+
+def _multiply(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, nbits: int, axis: int
+) -> Tensor:
     if cpu.can_use_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, axis=axis):
         return cpu.linear_few_tokens(x, W_q, scale, zero, bias, nbits=nbits)
     if gpu.can_use_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, axis=axis):
@@ -65,11 +84,6 @@ def hqq_linear(
     dtype = product_dtype(x.dtype, x.device)
     weight = tiles.weight_tiles(W_q, scale, zero, nbits=nbits, axis=axis, in_features=x.shape[-1], dtype=dtype)
     return tiled.linear(x, weight, bias, W_q.shape[0], dtype)
-
-
-@hqq_linear.register_fake
-def _(x, W_q, scale, zero, bias, nbits, axis):
-    return x.new_empty(*x.shape[:-1], W_q.shape[0])
 
 
 @torch.library.custom_op("quantlayers::hqq_input_gradient", mutates_args=())

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantlayers_kernels import native
-from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
+from quantlayers_kernels import aqlm, native
+from quantlayers_kernels.aqlm import aqlm_dequantize
 from quantlayers_kernels.aqlm.choice import matrix_to_groups
 from quantlayers_kernels.aqlm.tiles import weight_tiles
 from quantlayers_kernels.aqlm.update import updated_codes
@@ -105,8 +105,8 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         if bias is not None and scales.requires_grad and not codebooks.requires_grad:
             # The gradient of the scales is computed from the product, in which a large bias would drown them in half
             # precision.
-            return aqlm_linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
-        return aqlm_linear(x, codes, codebooks, scales, bias)
+            return aqlm.linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
+        return aqlm.linear(x, codes, codebooks, scales, bias)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear
+from quantlayers_kernels.hqq import hqq_dequantize
+from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
@@ -17,7 +19,6 @@ from ...formats import QuantizedWeight, TensorLayout
 from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
 from .calibrated import Grid, descended_codes, fitted_grid, weighted_grid
-from .solver import HalfQuadraticOptions, encode, solve_groups
 from .spec import HQQSpec
 
 # A million float32 weights and two buffers of that size stay within the last-level cache; other devices want
@@ -29,7 +30,7 @@ MAX_DELTA_LOST = 1e-2
 
 
 class HQQMethod(QuantMethod[HQQSpec]):
-    """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is in ``solver.py``."""
+    """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is ``quantlayers_kernels.hqq.solve``."""
 
     spec_type = HQQSpec
 
@@ -117,7 +118,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         spec, (W_q, scale, zero) = _parts(weight)
-        return hqq_linear(x, W_q, scale, zero, bias, spec.nbits, spec.axis)
+        return hqq.linear(x, W_q, scale, zero, bias, spec.nbits, spec.axis)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:

@@ -40,7 +40,7 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_a_product_errs_no_more_than_twice_what_the_dense_product_errs(scheme, dtype):
+def test_the_error_of_a_product_is_at_most_twice_that_of_the_dense_one(scheme, dtype):
     for n_out, n_in in GROUPS:
         parts = random_weight(scheme, n_out, n_in, torch.float16)
         dense = dequantize_aqlm_reference(*parts)

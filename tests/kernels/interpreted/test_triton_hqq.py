@@ -46,7 +46,7 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
-def test_a_product_errs_no_more_than_twice_what_the_dense_product_errs(nbits, dtype):
+def test_the_error_of_a_product_is_at_most_twice_that_of_the_dense_one(nbits, dtype):
     for shape in SHAPES + RAGGED:
         out_features, in_features, _ = shape
         weight = random_weight(nbits, 1, shape, torch.float16)

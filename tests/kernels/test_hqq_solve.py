@@ -4,10 +4,10 @@ import pytest
 import torch
 from implementations import COMPILED, PLAIN, run_with
 
-from peft_quantlayers.methods.hqq import solver as _hqq_solver
-from peft_quantlayers.methods.hqq.solver import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels import native
-from quantlayers_kernels.hqq import solve
+from quantlayers_kernels.hqq import solve_cpu
+from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
+from quantlayers_kernels.hqq.solve_reference import threshold_of
 
 
 @pytest.fixture(autouse=True, params=[*COMPILED, PLAIN])
@@ -221,7 +221,7 @@ def test_compiled_and_plain_solvers_agree(nbits, std, kernels, monkeypatch):
             solve_groups(groups, nbits=nbits, options=options, refine_scale=way) for way in (False, True)
         )
         with monkeypatch.context() as patch:
-            patch.setattr(solve, "can_solve", lambda shifted: False)
+            patch.setattr(solve_cpu, "can_solve", lambda shifted: False)
             plain = solve_groups(groups, nbits=nbits, options=options)
             plain_refined = solve_groups(groups, nbits=nbits, options=options, refine_scale=True)
         assert torch.equal(solved[0], plain[0])
@@ -241,7 +241,7 @@ def test_the_kernels_are_used_where_they_can_be(kernels, monkeypatch):
     monkeypatch.setattr(native, "call", lambda name, *arguments: (calls.append(name), run(name, *arguments)))
     groups, options = random_groups(8, 16, 0.02), HalfQuadraticOptions()
     solve_groups(groups, nbits=4, options=options, refine_scale=True)
-    assert calls == ([] if kernels == PLAIN else ["ql_hqq_offsets", "ql_hqq_lines"])
+    assert calls == ([] if kernels == PLAIN else ["ql_hqq_half_quadratic", "ql_hqq_affine_fit"])
     calls.clear()
     solve_groups(groups.double(), nbits=4, options=options, refine_scale=True)
     assert calls == []
@@ -249,4 +249,4 @@ def test_the_kernels_are_used_where_they_can_be(kernels, monkeypatch):
 
 def test_the_constants_are_the_published_ones():
     assert HalfQuadraticOptions() == HalfQuadraticOptions(iters=20, lp_norm=0.7, beta=10.0, kappa=1.01)
-    assert _hqq_solver._threshold(10.0, HalfQuadraticOptions()) == pytest.approx(0.170, abs=1e-3)
+    assert threshold_of(10.0, HalfQuadraticOptions()) == pytest.approx(0.170, abs=1e-3)
