@@ -13,7 +13,7 @@ import math
 from peft import PeftModel
 from torch import Tensor
 
-from ..calibration import BlockWork, Calibration, Visitor, walk
+from ..calibration import BlockWork, Calibration, InputStatistics, Visitor, walk
 from ..calibration.finetune import finetune_block
 from ..formats import QuantizedWeight, QuantSpec
 from ..lora.layer import LoraQuantizedLinear
@@ -61,15 +61,18 @@ def merge_calibrated(
 
 
 class _MergeVisitor(Visitor):
+    statistics = ("second_moment",)
+
     def __init__(
         self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration, append: bool
     ) -> None:
         self.layers, self.names, self.calibration, self.append = layers, names, calibration, append
         self.needs_targets = calibration.finetune_epochs > 0
-        self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
+        self.seen: dict[str, InputStatistics] = {}  # of this block, for the report after its finetuning
 
-    def visit(self, name: str, hessian: Tensor | None) -> None:
+    def visit(self, name: str, statistics: InputStatistics | None) -> None:
         layer = self.layers[name]
+        hessian = None if statistics is None else self._hessian(statistics)
         done: list[tuple[MergePlan, QuantizedWeight]] = []
 
         def rule(plan: MergePlan) -> QuantizedWeight:
@@ -81,16 +84,16 @@ class _MergeVisitor(Visitor):
             return merged
 
         layer.merge_with(rule, self.names)
-        if hessian is None or not done:
+        if statistics is None or hessian is None or not done:
             return
         [(plan, merged)] = done
         self._report(layer, plan, merged, hessian)
         if self.needs_targets and merged is not plan.weight:
-            self.hessians[name] = hessian
+            self.seen[name] = statistics
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
         """Finetune what was merged; the rest, and the norms, unmerging would not put back."""
-        changed = [self.layers[name] for name in self.hessians]
+        changed = [self.layers[name] for name in self.seen]
         if not changed:
             return False
         finetune_block(
@@ -100,11 +103,14 @@ class _MergeVisitor(Visitor):
             layers=[layer.quantized_base() for layer in changed],
             norms=False,
         )
-        for layer, hessian in zip(changed, self.hessians.values(), strict=True):
+        for layer, statistics in zip(changed, self.seen.values(), strict=True):
             plan = layer.report_again()
-            self._report(layer, plan, layer.quantized_base().quantized_weight, hessian)
-        self.hessians.clear()
+            self._report(layer, plan, layer.quantized_base().quantized_weight, self._hessian(statistics))
+        self.seen.clear()
         return True
+
+    def _hessian(self, statistics: InputStatistics) -> Tensor:
+        return statistics.hessian(damping=self.calibration.damping, shrinkage=self.calibration.shrinkage)
 
     @staticmethod
     def _report(layer: LoraQuantizedLinear, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:
