@@ -99,8 +99,9 @@ class ModelBlocks:
         if sorted(order) != sorted(self.blocks):
             wrong = [name for name in self.blocks if order.count(name) != 1]
             raise ValueError(
-                f"cannot calibrate block by block: {wrong[:3]} do not run exactly once in a forward pass. Nothing was "
-                "changed."
+                f"cannot calibrate block by block: {wrong[:3]} do not run exactly once in a forward pass. If this "
+                "data does not reach them (a vision tower), leave their layers out with "
+                f"skip_modules=[{_parent(wrong[0])!r}]. Nothing was changed."
             )
         self.blocks = order
         for call in self.calls[1:]:
@@ -179,6 +180,11 @@ class ModelBlocks:
             with suppress(Stop):
                 call.run(self.model)
         return order
+
+
+def _parent(block: str) -> str:
+    """Name of the list that a block is in."""
+    return block.rpartition(".")[0]
 
 
 def _output_embeddings(model: nn.Module) -> Any:

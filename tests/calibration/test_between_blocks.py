@@ -9,12 +9,14 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     RwkvConfig,
     RwkvForCausalLM,
 )
 
-from peft_quantlayers import Calibration, HQQConfig, quantize_model
-from peft_quantlayers.calibration import BlockWork, InputStatistics, Visitor, walk
+from peft_quantlayers import Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers.calibration import BlockWork, InputStatistics, Visitor, layer_passes, walk
 
 WIDTH = 8
 
@@ -166,10 +168,12 @@ def layers_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+@pytest.mark.parametrize("max_waiting", [0, 2, 32])
 @pytest.mark.parametrize("factor", [1.0, 0.5], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("toy", TOYS)
-def test_a_block_reads_what_the_model_made_of_the_last_ones_output(toy, factor):
+def test_a_block_reads_what_the_model_made_of_the_last_ones_output(toy, factor, max_waiting, monkeypatch):
     """With every layer changed after it was visited, as the layers before it are by then."""
+    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
     model = toy().eval()
     recorder = Recorder(model, factor)
     walk(model, layers_of(model), DATA, recorder, progress=False)
@@ -231,6 +235,19 @@ def test_targets_are_the_outputs_of_the_unchanged_models_blocks():
         torch.testing.assert_close(targets[index], torch.cat(expected))
 
 
+def test_blocks_that_a_model_runs_in_inference_mode_can_be_finetuned():
+    model = WithoutGradients().eval()
+    with torch.no_grad():
+        expected = [model(batch) for batch in BATCHES]
+    errors = []
+    for n_epochs in (0, 20):
+        data = Calibration(data=BATCHES, finetune_epochs=n_epochs, learning_rate=0.01)
+        model = quantize_model(WithoutGradients().eval(), HQQConfig(nbits=3, group_size=8), calibration=data)
+        with torch.no_grad():
+            errors.append(sum((model(x) - y).square().sum() for x, y in zip(BATCHES, expected, strict=True)))
+    assert errors[1] < errors[0]
+
+
 def test_hooks_on_a_block_act_once():
     model = Blocks()
     model.forward = lambda x: model.head(model.blocks[2](model.blocks[1](model.blocks[0](x))))
@@ -241,6 +258,34 @@ def test_hooks_on_a_block_act_once():
     walk(model, layers_of(model), DATA, recorder, progress=False)
     for name, moment in moments_of_a_plain_pass(model, layers_of(model), BATCHES).items():
         torch.testing.assert_close(recorder.moments[name], moment)
+
+
+def test_a_pass_that_takes_another_way_once_layers_were_changed_is_an_error():
+    class Depends(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            for block in self.blocks[1:] if self.blocks[0].up.weight.sum() == total else reversed(self.blocks[1:]):
+                x = block(x)
+            return self.head(x)
+
+    model = Depends().eval()
+    total = model.blocks[0].up.weight.sum()
+    with pytest.raises(ValueError, match=r"came to blocks\.2 where it came to blocks\.1"):
+        walk(model, layers_of(model), DATA, Recorder(model, 0.5), progress=False)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_tower_that_no_data_reaches_is_refused_with_the_way_to_leave_it_out():
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e4}
+    tower = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=tower)).eval()
+    with pytest.raises(ValueError, match="exactly once") as refused:
+        quantize_model(model, HQQConfig(group_size=16), calibration=TEXT, progress=False)
+    skipped = str(refused.value).split("skip_modules=['")[1].split("'")[0]
+    config = HQQConfig(group_size=16, skip_modules=[skipped.rpartition(".")[0]])
+    assert quantized_modules(quantize_model(model, config, calibration=TEXT, progress=False))
 
 
 class Twice(Blocks):

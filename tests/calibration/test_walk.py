@@ -12,7 +12,15 @@ from integrations.tiny import tiny_model
 from torch import Tensor, nn
 
 from peft_quantlayers import Calibration, HQQConfig
-from peft_quantlayers.calibration import BlockWork, InputGroup, InputStatistics, Visitor, layer_passes, walk
+from peft_quantlayers.calibration import (
+    BlockWork,
+    InputGroup,
+    InputStatistics,
+    Visitor,
+    block_source,
+    layer_passes,
+    walk,
+)
 from peft_quantlayers.calibration.paused_pass import Pass
 from peft_quantlayers.layers.replace import linear_of, quantizable_modules
 
@@ -203,6 +211,51 @@ def test_passes_wait_on_a_cpu_only_and_so_many_as_memory_allows():
     assert layer_passes.LayerPasses(block, calls).n_waiting == layer_passes.MAX_WAITING
     assert layer_passes.LayerPasses(block, calls[:3]).n_waiting == 3
     assert layer_passes.LayerPasses(block.to("meta"), calls).n_waiting == 0
+
+
+class Regions(nn.Module):
+    """Runs each of its layers under settings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, fifth = self.layers
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = second(first(x))  # the cast of a weight that needs a gradient is kept by autocast
+        with torch.enable_grad():
+            x = third(x.float())
+            assert x.requires_grad
+            with torch.no_grad():
+                x = x + fourth(x)
+        with torch.inference_mode():
+            x = fifth(x)
+        assert x.is_inference()
+        return x
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1, 32])
+def test_settings_that_a_block_makes_are_its_own_while_it_waits(max_waiting, monkeypatch):
+    class Halve(Recorder):
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
+            super().visit(name, statistics)
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+            model.get_submodule(name).weight.mul_(0.5)
+
+    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    model, batches = Regions(), [torch.randn(20, 8) for _ in range(3)]
+    names = [f"layers.{index}" for index in range(5)]
+    data = Calibration(data=batches, damping=1e-6, shrinkage=0.0)
+    halve = Halve(data)
+    monkeypatch.setattr(block_source, "find_blocks", lambda model, names: [])  # the layers are no blocks
+    walk(model, names, data, halve, progress=False)
+    for name, x in inputs_by_layer(model, names, torch.cat(batches)).items():
+        x = x.float()
+        torch.testing.assert_close(halve.hessians[name], x.t() @ x / 60, rtol=1e-3, atol=1e-4)
 
 
 def test_autocast_changes_nothing():
