@@ -117,7 +117,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("max_waiting", [0, 32])
 def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatch):
-    """Each layer sees what the layers give that are done by then, as if every pass began anew."""
+    """Each layer sees what the layers give that are done by then, as if every pass started from the beginning."""
 
     class Negate(Recorder):
         def visit(self, name: str, statistics: InputStatistics | None) -> None:
