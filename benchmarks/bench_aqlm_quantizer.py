@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.calibration.walk import damped
+from peft_quantlayers.calibration import InputStatistics
 from peft_quantlayers.evaluate import demo_model_folder
 from peft_quantlayers.methods import get_method
 from quantlayers_kernels import native
@@ -128,7 +128,8 @@ def measure_layers(names: list[str], folder: Path | None, repeats: int) -> list[
     for name, path in paths.items():
         weight = model.get_submodule(path).weight.detach().clone()
         moment, other = moments[path], held_out_moments[path]
-        hessian = damped(moment, damping=calibration.damping, shrinkage=calibration.shrinkage)
+        statistics = InputStatistics(n_tokens=calibration.n_tokens, second_moment=moment)
+        hessian = statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
         ways: dict[str, tuple[Callable[[], Tensor], int]] = {
             "ours": (lambda w=weight, h=hessian: ours(w, h), repeats),
             "ours, without calibration": (lambda w=weight: ours(w, None), repeats),
@@ -153,7 +154,8 @@ def measure_large() -> list[dict[str, Any]]:
     inputs = torch.randn(512, LARGE[1], generator=torch.Generator().manual_seed(1))
     method.quantize(weight[:64, :512].contiguous(), SPEC)  # code and threads are there now
     for is_calibrated in (False, True):
-        hessian = damped(inputs.t() @ inputs / len(inputs), damping=0.05, shrinkage=0.3) if is_calibrated else None
+        statistics = InputStatistics(n_tokens=len(inputs), second_moment=inputs.t() @ inputs / len(inputs))
+        hessian = statistics.hessian(damping=0.05, shrinkage=0.3) if is_calibrated else None
         began = time.process_time()
         measured = extra_memory_of(lambda h=hessian: method.quantize(weight, SPEC, hessian=h))
         row = {

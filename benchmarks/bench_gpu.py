@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import QuantizedLinear
-from peft_quantlayers.calibration.walk import damped
+from peft_quantlayers.calibration import InputStatistics
 from peft_quantlayers.methods import get_method
 from quantlayers_kernels import gpu, tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize
@@ -422,7 +422,8 @@ def quantizing(bench: Bench) -> dict[str, Any]:
     shape = bench.sizes.quantized_shape
     weight = torch.randn(shape, device=bench.device) / 50
     inputs = torch.randn(512, shape[1], device=bench.device)
-    hessian = damped(inputs.t() @ inputs / len(inputs), damping=0.05, shrinkage=0.3)
+    statistics = InputStatistics(n_tokens=len(inputs), second_moment=inputs.t() @ inputs / len(inputs))
+    hessian = statistics.hessian(damping=0.05, shrinkage=0.3)
     refused: list[dict[str, Any]] = []
     ways: dict[str, Callable[[], Any]] = {}
     for name, config in {

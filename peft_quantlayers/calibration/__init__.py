@@ -1,7 +1,17 @@
-"""Calibration: what a model reads while it is quantized or merged, and the walk that shows each layer its inputs."""
+"""Calibration: what a model reads while it is quantized or merged, and the walk that measures each layer's inputs."""
 
 from .data import Calibration
 from .quantize_calibrated import LayerResult, quantize_calibrated
-from .walk import BlockWork, Visitor, walk
+from .statistics import InputStatistics
+from .walk import BlockWork, InputGroup, Visitor, walk
 
-__all__ = ["BlockWork", "Calibration", "LayerResult", "Visitor", "quantize_calibrated", "walk"]
+__all__ = [
+    "BlockWork",
+    "Calibration",
+    "InputGroup",
+    "InputStatistics",
+    "LayerResult",
+    "Visitor",
+    "quantize_calibrated",
+    "walk",
+]

@@ -1,8 +1,8 @@
-"""A model as a row of blocks: find them, record what they are called with, run one of them alone."""
+"""A model as a row of blocks: find them, and what a block is called with."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +11,50 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block: its hidden states, and all else it was given. ``position``: which argument they are."""
+    """One call of a block, or of a whole model.
 
-    hidden: Tensor
+    Fields:
+        args: as the caller gave them.
+        kwargs: likewise.
+        autocast: the dtype of the autocast region that the call was made in; None outside of one.
+        runs_hooks: whether the module's own forward hooks run too. Those of a block run once only, where the model
+            calls it: before its arguments are taken, and on the output that is given back.
+    """
+
     args: tuple
     kwargs: dict[str, Any]
-    position: int | str
+    autocast: torch.dtype | None = None
+    runs_hooks: bool = False
 
-    def __call__(self, block: nn.Module) -> Tensor:
-        """The block's output for the same call, its first part where it returns several."""
-        device = device_of(block, self.hidden.device)
-        args, kwargs = _moved((self.args, self.kwargs), device)
-        hidden = self.hidden.to(device)
-        if isinstance(self.position, int):
-            args = (*args[: self.position], hidden, *args[self.position + 1 :])
-        else:
-            kwargs = kwargs | {self.position: hidden}
-        output = block(*args, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output
+    @property
+    def hidden(self) -> Tensor:
+        """Its hidden states: the first tensor among the positional arguments, else among those by keyword.
 
-    def with_hidden(self, hidden: Tensor) -> "Call":
-        """The same call with other hidden states."""
-        return replace(self, hidden=hidden.to(self.hidden.device))
+        Raises:
+            ValueError: there is none.
+        """
+        for value in (*self.args[:1], *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                return value
+        raise ValueError("cannot calibrate: a block is called without a tensor.")
+
+    def run(self, module: nn.Module) -> Any:
+        """All that ``module`` returns for this call, on the module's device."""
+        device = device_of(module, self.hidden.device)
+        args, kwargs = moved(self.args, device), {name: moved(value, device) for name, value in self.kwargs.items()}
+        with nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast):
+            return module(*args, **kwargs) if self.runs_hooks else module.forward(*args, **kwargs)
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        """The hidden states that ``module`` returns: the first part of its output where it returns several."""
+        return hidden_of(self.run(module))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returned."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def device_of(module: nn.Module, default: torch.device) -> torch.device:
@@ -58,52 +80,20 @@ class Stop(Exception):
     """Ends a forward pass early: what was wanted has been seen. Raised by hooks."""
 
 
-@torch.no_grad()
-def record_calls(model: nn.Module, blocks: list[str], batches: list[Tensor]) -> dict[str, list[Call]]:
-    """How each block is called in a forward pass over each batch; hidden states are kept for the first block only.
-
-    Raises:
-        ValueError: a block was not called, or more than once in a pass; hidden states that are not finite.
-    """
-    calls: dict[str, list[Call]] = {name: [] for name in blocks}
-
-    def record(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = _as_call(args, kwargs)
-            if call.hidden.is_floating_point() and not torch.isfinite(call.hidden).all():
-                raise ValueError(
-                    f"the inputs of {name} hold NaN or Inf on the calibration data: the model is broken, or overflows "
-                    f"in {call.hidden.dtype}. Nothing was changed."
-                )
-            calls[name].append(call if name == blocks[0] else call.with_hidden(call.hidden.new_empty(0)))
-            if name == blocks[-1]:
-                raise Stop
-
-        return hook
-
-    hooks = {name: record(name) for name in blocks}
-    for call in model_calls(model, batches):
-        run_until(model, call, hooks)
-    wrong = [name for name, made in calls.items() if len(made) != len(batches)]
-    if wrong:
-        raise ValueError(f"cannot calibrate block by block: {wrong[:3]} do not run exactly once in a forward pass.")
-    return calls
-
-
 def model_calls(model: nn.Module, batches: list[Tensor]) -> list[Call]:
     """Calls of the whole model, seen as one block."""
     keyword = getattr(model, "main_input_name", None)
     takes_cache = getattr(getattr(model, "config", None), "use_cache", False)
     kwargs = {"use_cache": False} if takes_cache else {}
     if keyword is None:
-        return [Call(batch, (None,), kwargs, 0) for batch in batches]
-    return [Call(batch, (), kwargs, keyword) for batch in batches]
+        return [Call((batch,), kwargs, runs_hooks=True) for batch in batches]
+    return [Call((), {keyword: batch, **kwargs}, runs_hooks=True) for batch in batches]
 
 
 def run_until(block: nn.Module, call: Call, hooks: dict[str, Callable]) -> None:
     """Run ``block`` with pre-forward hooks ``(module, args, kwargs)`` by module name; one may raise ``Stop``."""
     with hooked(hooks, block), suppress(Stop):
-        call(block)
+        call.run(block)
 
 
 @contextmanager
@@ -136,20 +126,20 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _as_call(args: tuple, kwargs: dict[str, Any]) -> Call:
-    if args and isinstance(args[0], Tensor):
-        return Call(args[0], args, kwargs, 0)
-    keyword = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
-    if keyword is None:
-        raise ValueError("cannot calibrate: a block is called without a tensor.")
-    return Call(kwargs[keyword], args, {name: value for name, value in kwargs.items() if name != keyword}, keyword)
+def moved(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``, and those made in inference mode as ordinary ones.
 
-
-def _moved(value: Any, device: torch.device) -> Any:
+    A list or dict in which nothing moves stays the same object: some blocks hand states on by writing into one.
+    """
     if isinstance(value, Tensor):
-        return value.to(device)
+        is_foreign = value.is_inference() and not torch.is_inference_mode_enabled()
+        return (value.clone() if is_foreign else value).to(device)
     if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
+        items = [moved(item, device) for item in value]
+        if all(item is old for item, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        entries = {key: moved(item, device) for key, item in value.items()}
+        return value if all(entries[key] is value[key] for key in value) else type(value)(entries)
     return value

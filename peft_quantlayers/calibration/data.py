@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.spec import check_integer, check_number
+from ..integrations.private_transformers import name_or_path
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Calibration:
         batch_size: windows that go through a block at a time.
         damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. More of it trusts
             the data less.
-        shrinkage: part by which what inputs have in common, the rest of the second moment, is made smaller; likewise.
+        shrinkage: fraction by which off-diagonal entries of the second moment are shrunk towards zero; more of it,
+            likewise.
         finetune_epochs: after a block is quantized, how often its scales, zeros, codebooks, biases and float32 norms
             are trained over the data to restore the block's original output; 0 for not at all.
         learning_rate: of that training, relative to the size of each tensor.
@@ -106,8 +108,7 @@ class Calibration:
         wanted = max(1, self.n_tokens // length)
         if len(windows) < wanted:
             logger.warning(
-                "calibrating on %d tokens instead of %d, which is all there are: layers with more inputs than that "
-                "rely on damping.",
+                "calibrating on %d tokens instead of %d: the data has no more.",
                 windows.numel(),
                 self.n_tokens,
             )
@@ -181,7 +182,7 @@ def _is_list_of_tensors(data: Any) -> bool:
 def _tokenizer_of(model: nn.Module | None) -> Any:
     from transformers import AutoTokenizer
 
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = name_or_path(model)
     try:
         if not name:
             raise OSError("the model has no name")

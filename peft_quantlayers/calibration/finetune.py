@@ -107,8 +107,8 @@ def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) 
     metadata = []
     for layer in layers:
         for name in layer.quantized_weight.tensors:
-            if name != layer.spec.codes_name:
-                parameter = layer.get_parameter(name)
+            parameter = layer.get_parameter(name)
+            if parameter.is_floating_point():  # codes and integer metadata stay
                 parameter.data = parameter.data.float()
                 metadata.append(parameter)
     if not norms:
@@ -122,7 +122,7 @@ def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) 
 def _check_narrow(layer: QuantizedLinear) -> None:
     """ValueError where the dtypes of the layer's spec cannot hold its tensors."""
     for name, entry in layer.spec.tensor_layout(layer.out_features, layer.in_features).items():
-        if name != layer.spec.codes_name and not torch.isfinite(layer.get_parameter(name).data.to(entry.dtype)).all():
+        if entry.dtype.is_floating_point and not torch.isfinite(layer.get_parameter(name).data.to(entry.dtype)).all():
             raise ValueError(f"{layer.layer_name}: {entry.dtype} cannot hold the finetuned {name}. Use float32.")
 
 

@@ -23,7 +23,7 @@ from ..layers.replace import linear_of, place_empty_layer, quantize_module
 from ..methods import QuantConfig, get_method, spec_from_dict
 from .data import Calibration
 from .finetune import finetune_block
-from .walk import BlockWork, Visitor, walk
+from .walk import BlockWork, InputGroup, Visitor, walk
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,17 @@ def quantize_calibrated(
     unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
     if unfit:
         raise ValueError(
-            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). HQQ needs "
-            "axis=1. Or quantize without calibration. The model was not changed."
+            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). "
+            f"{get_method(specs[unfit[0]].method).calibration_requirement} Or quantize without calibration. The model "
+            "was not changed."
         )
     visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     walk(model, list(specs), calibration, visitor, device=device, progress=progress)
 
 
 class _QuantizeVisitor(Visitor):
+    statistics = ("second_moment",)
+
     def __init__(
         self,
         model: nn.Module,
@@ -97,7 +100,12 @@ class _QuantizeVisitor(Visitor):
     def restore_block(self, block: str, names: list[str]) -> bool:
         return self.folder is not None and self.folder.restore(self.model, block, names, self.config)
 
-    def visit(self, name: str, hessian: Tensor | None) -> None:
+    def visit_group(self, group: InputGroup) -> None:
+        hessian = group.hessian(self.calibration)
+        for name in group.names:
+            self._quantize(name, hessian)
+
+    def _quantize(self, name: str, hessian: Tensor | None) -> None:
         weight = linear_of(self.model, name)[0].detach().clone()
         began = time.perf_counter()
         layer = quantize_module(
@@ -193,7 +201,7 @@ class _ResumeFolder:
         except SafetensorError as error:
             raise ValueError(
                 f"{file} is damaged or incomplete ({error}). Delete this file and call again: its block is quantized "
-                "anew. The model was not changed."
+                "from scratch. The model was not changed."
             ) from None
 
 

@@ -1,34 +1,58 @@
-"""Walk through a model block by block, and give each layer the second moment of its inputs.
+"""Walk through a model block by block, and give each layer statistics of its inputs.
 
-A block's inputs come from the blocks before it as they are by then, quantized or merged. Within a block the layers
-follow in the order in which they run; those that read the same input (q, k and v; gate and up) share one second
-moment, measured after the layers before them were visited. Nothing is kept but hidden states, one second moment, and
-on a CPU what the block has computed so far.
+A block's inputs are what the model makes of the outputs of the blocks before it, quantized or merged as they are by
+then. Within a block the layers follow in the order in which they run; those that read the same input (q, k and v; gate
+and up) share its statistics, collected after the layers before them were visited. Nothing is kept but the states of
+the model's forward passes, one group's statistics, and on a CPU what the block has computed so far.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Call, device_of, evaluating, find_blocks, input_of, model_calls, record_calls, run_until
+from .block_source import BlockSource, ModelBlocks
+from .blocks import Call, hidden_of, input_of, moved, run_until
 from .data import Calibration
-from .waiting_passes import Passes
+from .layer_passes import LayerPasses
+from .model_passes import ModelPasses
+from .statistics import InputStatistics, Statistic, check_statistics, collect
 
 logger = logging.getLogger(__name__)
 
-# Tokens whose outer products are formed at a time, which bounds the float32 copy of half-precision inputs.
-MOMENT_TOKENS = 8192
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers that read one and the same input.
+
+    Fields:
+        names: of the layers, in the order in which they run.
+        block: name of the block that they are in; empty outside of the blocks.
+        statistics: of that input; None where the data never reached it.
+    """
+
+    names: tuple[str, ...]
+    block: str
+    statistics: InputStatistics | None
+
+    def hessian(self, calibration: Calibration) -> Tensor | None:
+        """The second moment, damped and shrunk as ``calibration`` says, in memory of its own; None without data."""
+        if self.statistics is None:
+            return None
+        return self.statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
 
 
 class Visitor:
     """What is done with the layers on the way. Every method may change the model at the place it is told of."""
+
+    statistics: tuple[Statistic, ...] = ()
+    """What is collected of each input; see :class:`InputStatistics`."""
 
     needs_targets = False
     """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
@@ -40,8 +64,13 @@ class Visitor:
         """Put a block in its final state from elsewhere. True if so: its layers are not visited."""
         return False
 
-    def visit(self, name: str, hessian: Tensor | None) -> None:
-        """Do the layer ``name``; ``hessian`` is None where the data never reached it."""
+    def visit_group(self, group: InputGroup) -> None:
+        """Do the layers that read one input; by default each for itself, in order."""
+        for name in group.names:
+            self.visit(name, group.statistics)
+
+    def visit(self, name: str, statistics: InputStatistics | None) -> None:
+        """Do the layer ``name``; ``statistics`` is None where the data never reached it."""
         raise NotImplementedError
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
@@ -61,7 +90,6 @@ class BlockWork:
     targets: list[Tensor] | None
 
 
-@torch.no_grad()
 def walk(
     model: nn.Module,
     names: list[str],
@@ -79,46 +107,58 @@ def walk(
         names: modules to visit, each called with its input as first argument.
         calibration: the data; checked before anything is done.
         visitor: what to do.
-        device: where blocks run and Hessians live; None for where each block is.
+        device: where blocks run and statistics live; None for where each block is.
         progress: show a progress bar.
 
     Raises:
-        ValueError, TypeError: as :meth:`Calibration.batches`; nothing was changed.
+        ValueError, TypeError: as :meth:`Calibration.batches`, and as :meth:`BlockSource.check`; nothing was changed.
     """
+    check_statistics(visitor.statistics)
     batches = calibration.batches(model)
     _warn_of_few(batches, model, names)
     visitor.begin(batches)
-    blocks = find_blocks(model, names)
-    in_blocks = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
-    with (
-        evaluating(model),
-        _without_autocast(model),
-        tqdm(total=len(names), desc="Calibrating", unit="layer", disable=not progress) as bar,
-    ):
-        recorded = record_calls(model, blocks, batches) if blocks else {}
-        hidden = [call.hidden for call in recorded[blocks[0]]] if blocks else []
-        targets = list(hidden) if visitor.needs_targets else None
-        for block_name in blocks:
-            block = model.get_submodule(block_name)
-            home = next(block.parameters()).device
-            block.to(device or home)
-            inside = in_blocks[block_name]
-            if targets is not None:
-                original = [call.with_hidden(h) for call, h in zip(recorded[block_name], targets, strict=True)]
-                targets = [call(block).to(home) for call in original]
-            calls = [call.with_hidden(h) for call, h in zip(recorded.pop(block_name), hidden, strict=True)]
-            with Passes(block, calls) as passes:
-                if visitor.restore_block(block_name, inside):
-                    bar.update(len(inside))
-                else:
-                    _visit_in_order(block_name, inside, passes, calibration, visitor, bar)
-                    if visitor.finish_block(block_name, inside, BlockWork(block, calls, targets)):
-                        passes.close()
-                hidden = [output.to(home) for output in passes.outputs()]
-            block.to(home)
-        rest = [name for name in names if not any(name in inside for inside in in_blocks.values())]
-        with Passes(model, model_calls(model, batches)) as passes:
-            _visit_in_order("", rest, passes, calibration, visitor, bar)
+    walk_blocks(ModelBlocks(model, names, batches, device=device), visitor, progress=progress)
+
+
+@torch.no_grad()
+def walk_blocks(source: BlockSource, visitor: Visitor, *, progress: bool = True) -> None:
+    """Visit the layers of ``source``; see :func:`walk`."""
+    with source.ready(), ExitStack() as stack:
+        source.check()
+        n_layers = len(source.rest) + sum(len(source.layers(block)) for block in source.blocks)
+        bar = stack.enter_context(tqdm(total=n_layers, desc="Calibrating", unit="layer", disable=not progress))
+        with source.passes() as passes, source.passes() as originals:
+            for block in source.blocks:
+                _walk_block(source, block, passes, originals if visitor.needs_targets else None, visitor, bar)
+        model, calls = source.whole()
+        with LayerPasses(model, calls) as waiting:
+            _visit_in_order("", list(source.rest), waiting, visitor, bar)
+
+
+def _walk_block(
+    source: BlockSource, name: str, passes: ModelPasses, originals: ModelPasses | None, visitor: Visitor, bar: tqdm
+) -> None:
+    """Visit the layers of one block, and let ``passes`` have its outputs.
+
+    ``originals`` are passes of the model as it was: they come to this block before it is changed.
+    """
+    names, home = source.layers(name), source.home(name)
+    with source.opened(name) as block:
+        targets = None
+        if originals is not None:
+            outputs = [moved(call.run(block), home) for call in originals.arrive(name)]
+            originals.give(outputs)
+            targets = [hidden_of(output) for output in outputs]
+        calls = passes.arrive(name)
+        with LayerPasses(block, calls) as waiting:
+            if visitor.restore_block(name, names):
+                bar.update(len(names))
+            else:
+                _visit_in_order(name, names, waiting, visitor, bar)
+                if visitor.finish_block(name, names, BlockWork(block, calls, targets)):
+                    waiting.close()
+            if name != source.blocks[-1]:
+                passes.give(moved(output, home) for output in waiting.outputs())
 
 
 def _warn_of_few(batches: list[Tensor], model: nn.Module, names: list[str]) -> None:
@@ -139,30 +179,23 @@ def _warn_of_few(batches: list[Tensor], model: nn.Module, names: list[str]) -> N
         )
 
 
-def _without_autocast(model: nn.Module) -> torch.autocast:
-    return torch.autocast(device_of(model, torch.device("cpu")).type, enabled=False)
-
-
-def _visit_in_order(
-    prefix: str, names: list[str], passes: Passes, calibration: Calibration, visitor: Visitor, bar: tqdm
-) -> None:
-    start = len(prefix) + 1 if prefix else 0
-    for stage in stages(passes.block, [name[start:] for name in names], passes.calls):
+def _visit_in_order(block: str, names: list[str], passes: LayerPasses, visitor: Visitor, bar: tqdm) -> None:
+    start = len(block) + 1 if block else 0
+    for inside in layers_by_input(passes.block, [name[start:] for name in names], passes.calls):
         # Closed whatever happens: while it is open, the layers' forwards are not their own.
-        with closing(passes.inputs(stage)) as inputs:
-            moment = second_moment(inputs)
-        hessian = (
-            None if moment is None else damped(moment, damping=calibration.damping, shrinkage=calibration.shrinkage)
-        )
-        for inner in stage:
-            name = f"{prefix}.{inner}" if prefix else inner
-            if hessian is None:
-                logger.warning("%s: no calibration data but zeros reaches this layer; it is done without.", name)
-            visitor.visit(name, hessian)
-            bar.update()
+        with closing(passes.inputs(inside)) as inputs:
+            statistics = collect(inputs, visitor.statistics)
+        group = InputGroup(tuple(f"{block}.{name}" if block else name for name in inside), block, statistics)
+        if statistics is None:
+            for name in group.names:
+                logger.warning(
+                    "%s: this layer received only zeros during calibration; it is quantized without calibration.", name
+                )
+        visitor.visit_group(group)
+        bar.update(len(group.names))
 
 
-def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[str]]:
+def layers_by_input(parent: nn.Module, names: Sequence[str], calls: list[Call]) -> list[list[str]]:
     """Names in the order in which their modules run, those with one and the same input together.
 
     Modules that the first call does not reach come last, each for itself.
@@ -174,7 +207,7 @@ def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[
 
     def recorder(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if any(name in stage for stage in found):
+            if any(name in group for group in found):
                 return
             x = input_of(args, kwargs)
             same = next((i for i, seen in enumerate(inputs) if seen is x), None)
@@ -187,29 +220,4 @@ def stages(parent: nn.Module, names: list[str], calls: list[Call]) -> list[list[
         return hook
 
     run_until(parent, calls[0], {name: recorder(name) for name in names})
-    return found + [[name] for name in names if not any(name in stage for stage in found)]
-
-
-def second_moment(inputs: Iterable[Tensor]) -> Tensor | None:
-    """Mean of ``x x.T`` over all tokens of ``inputs``, float32; None if there are none, or only zeros."""
-    total, n_tokens = torch.zeros((), dtype=torch.float32), 0
-    for x in inputs:
-        tokens = x.detach().reshape(-1, x.shape[-1])
-        total = total.to(tokens.device)
-        for part in tokens.split(MOMENT_TOKENS):
-            part = part.float()
-            total = total.addmm_(part.t(), part) if total.dim() else part.t() @ part
-        n_tokens += len(tokens)
-    return total.div_(n_tokens) if n_tokens and total.diagonal().sum() > 0 else None
-
-
-def damped(moment: Tensor, *, damping: float, shrinkage: float) -> Tensor:
-    """``moment`` as far as it is trusted.
-
-    What lies beside the diagonal shrinks by the part ``shrinkage``, and ``damping`` times the mean of the diagonal is
-    added to the diagonal.
-    """
-    diagonal = moment.diagonal()
-    result = moment * (1 - shrinkage)
-    result.diagonal().copy_(diagonal + damping * diagonal.mean())
-    return result
+    return found + [[name] for name in names if not any(name in group for group in found)]

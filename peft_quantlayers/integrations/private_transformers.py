@@ -14,3 +14,8 @@ def mark_as_initialized(holder: Any) -> None:
 def is_marked_as_initialized(holder: Any) -> bool:
     """Whether :func:`mark_as_initialized`, or transformers' loader, has said so."""
     return getattr(holder, "_is_hf_initialized", False)
+
+
+def name_or_path(model: Any) -> str:
+    """The hub name or folder that a model was loaded from; empty where there is none."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import Tensor
 
-from ..calibration import BlockWork, Calibration, Visitor, walk
+from ..calibration import BlockWork, Calibration, InputGroup, Visitor, walk
 from ..calibration.finetune import finetune_block
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers.quantize_weight import named_errors
@@ -63,6 +63,8 @@ def merge_calibrated(
 
 
 class _MergeVisitor(Visitor):
+    statistics = ("second_moment",)
+
     def __init__(
         self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration, strategy: str
     ) -> None:
@@ -70,7 +72,12 @@ class _MergeVisitor(Visitor):
         self.needs_targets = calibration.finetune_epochs > 0
         self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
 
-    def visit(self, name: str, hessian: Tensor | None) -> None:
+    def visit_group(self, group: InputGroup) -> None:
+        hessian = group.hessian(self.calibration)
+        for name in group.names:
+            self._merge(name, hessian)
+
+    def _merge(self, name: str, hessian: Tensor | None) -> None:
         layer = self.layers[name]
         if hessian is None:
             return layer.merge_by(append if self.strategy == "append" else requantize, self.names)

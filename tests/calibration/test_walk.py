@@ -1,9 +1,9 @@
-"""The walk: every layer gets the second moment of what it really reads, from the blocks as they are by then."""
+"""The walk: every layer gets statistics of what it really reads, from the blocks as they are by then."""
 
 import _thread
 import copy
+import gc
 import signal
-import threading
 import time
 
 import pytest
@@ -12,8 +12,16 @@ from integrations.tiny import tiny_model
 from torch import Tensor, nn
 
 from peft_quantlayers import Calibration, HQQConfig
-from peft_quantlayers.calibration import BlockWork, Visitor, walk
-from peft_quantlayers.calibration import waiting_passes as passes
+from peft_quantlayers.calibration import (
+    BlockWork,
+    InputGroup,
+    InputStatistics,
+    Visitor,
+    block_source,
+    layer_passes,
+    walk,
+)
+from peft_quantlayers.calibration.paused_pass import Pass
 from peft_quantlayers.layers import quantizable_modules
 from peft_quantlayers.layers.replace import linear_of
 
@@ -38,15 +46,24 @@ def inputs_by_layer(model: nn.Module, names: list[str], ids: Tensor) -> dict[str
 
 
 class Recorder(Visitor):
-    def __init__(self) -> None:
+    statistics = ("second_moment",)
+
+    def __init__(self, calibration: Calibration = DATA) -> None:
+        self.calibration = calibration
         self.hessians: dict[str, Tensor | None] = {}
         self.blocks: list[str] = []
 
-    def visit(self, name: str, hessian: Tensor | None) -> None:
-        self.hessians[name] = hessian
+    def visit(self, name: str, statistics: InputStatistics | None) -> None:
+        options = {"damping": self.calibration.damping, "shrinkage": self.calibration.shrinkage}
+        self.hessians[name] = None if statistics is None else statistics.hessian(**options)
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
         self.blocks.append(block)
+
+
+def waiting_passes() -> list[Pass]:
+    """Passes that have not come to an end anywhere in this process."""
+    return [each for each in gc.get_objects() if type(each) is Pass and each]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "bert"])
@@ -69,13 +86,13 @@ def test_second_moments_are_those_of_a_plain_forward_pass(family):
 @pytest.mark.parametrize("max_waiting", [0, 1, 32])
 def test_layers_after_a_changed_one_read_what_it_gives_now(is_replaced, max_waiting, monkeypatch):
     class Halve(Recorder):
-        def visit(self, name: str, hessian: Tensor | None) -> None:
-            super().visit(name, hessian)
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
+            super().visit(name, statistics)
             halved = copy.deepcopy(model.get_submodule(name)) if is_replaced else model.get_submodule(name)
             halved.weight.data.mul_(0.5)
             model.set_submodule(name, halved)
 
-    monkeypatch.setattr(passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
     model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     halve = Halve()
@@ -101,10 +118,10 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("max_waiting", [0, 32])
 def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatch):
-    """Each layer sees what the layers give that are done by then, as if every pass began anew."""
+    """Each layer sees what the layers give that are done by then, as if every pass started from the beginning."""
 
     class Negate(Recorder):
-        def visit(self, name: str, hessian: Tensor | None) -> None:
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
             inputs = []
             for batch in batches:
                 handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -113,11 +130,11 @@ def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatc
             x = torch.cat(inputs)
             expected = x.t() @ x / len(x)
             expected.diagonal().add_(1e-6 * expected.diagonal().mean())
-            torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-5)
+            super().visit(name, statistics)
+            torch.testing.assert_close(self.hessians[name], expected, rtol=1e-4, atol=1e-5)
             model.get_submodule(name).weight.data.neg_()
-            super().visit(name, hessian)
 
-    monkeypatch.setattr(passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
     torch.manual_seed(0)
     model, batches = Experts(), [torch.randn(12, 8) for _ in range(5)]
     for batch, order in zip(batches, [(0, 1, 2), (2, 1, 0), (1, -1, -1), (0, 2, -1), (1, 0, 2)], strict=True):
@@ -129,27 +146,27 @@ def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatc
 
 def test_passes_that_wait_end_with_the_walk_and_bring_back_what_went_wrong():
     class Refuses(Recorder):
-        def visit(self, name: str, hessian: Tensor | None) -> None:
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
             raise RuntimeError("of the visitor")
 
     class Fails(Recorder):
-        def visit(self, name: str, hessian: Tensor | None) -> None:
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
             model.get_submodule(name).weight.data = torch.zeros(1, 1)
 
-    model, n_threads = tiny_model(), threading.active_count()
+    model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     forwards = {name: module.forward.__func__ for name, module in model.named_modules()}
     with pytest.raises(RuntimeError, match="of the visitor"):
         walk(model, names, DATA, Refuses(), progress=False)
     with pytest.raises(RuntimeError, match="shape"):
         walk(model, names, DATA, Fails(), progress=False)
-    assert threading.active_count() == n_threads
+    assert not waiting_passes()
     assert {name: module.forward.__func__ for name, module in model.named_modules()} == forwards
 
 
-def test_an_interrupt_leaves_no_thread_and_no_forward_behind(monkeypatch):
+def test_an_interrupt_leaves_no_pass_and_no_forward_behind(monkeypatch):
     """Ctrl-C while the moments are added up, with the exception kept as an interactive session keeps it."""
-    model, n_threads = tiny_model(), threading.active_count()
+    model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
 
     def interrupted(*arguments: object) -> None:
@@ -160,7 +177,7 @@ def test_an_interrupt_leaves_no_thread_and_no_forward_behind(monkeypatch):
         with pytest.raises(KeyboardInterrupt) as kept:
             walk(model, names, DATA, Recorder(), progress=False)
     assert kept.value is not None
-    assert threading.active_count() == n_threads
+    assert not waiting_passes()
     assert torch.isfinite(model(IDS).logits).all()
 
 
@@ -172,12 +189,12 @@ def test_an_interrupt_while_a_pass_runs_ends_it():
 
         def forward(self, x: Tensor) -> Tensor:
             self.n_calls += 1
-            if isinstance(threading.current_thread(), passes._Pass) and self.n_calls == 4:
+            if Pass.current() is not None and self.n_calls == 4:
                 _thread.interrupt_main()
                 time.sleep(0.2)
             return self.inner(x)
 
-    model, n_threads = tiny_model(), threading.active_count()
+    model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     model.model.layers[0].mlp.act_fn = Interrupting(model.model.layers[0].mlp.act_fn)
     # A shell that starts tests in the background has interrupts ignored.
@@ -187,12 +204,59 @@ def test_an_interrupt_while_a_pass_runs_ends_it():
             walk(model, names, DATA, Recorder(), progress=False)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert threading.active_count() == n_threads
+    assert not waiting_passes()
 
 
-def test_passes_are_few_where_torch_uses_many_threads(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert passes.Passes(tiny_model(), [None] * 100).n_waiting == 2
+def test_passes_wait_on_a_cpu_only_and_so_many_as_memory_allows():
+    block, calls = nn.Linear(2, 2), [None] * 100
+    assert layer_passes.LayerPasses(block, calls).n_waiting == layer_passes.MAX_WAITING
+    assert layer_passes.LayerPasses(block, calls[:3]).n_waiting == 3
+    assert layer_passes.LayerPasses(block.to("meta"), calls).n_waiting == 0
+
+
+class Regions(nn.Module):
+    """Runs each of its layers under settings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, fifth = self.layers
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = second(first(x))  # the cast of a weight that needs a gradient is kept by autocast
+        with torch.enable_grad():
+            x = third(x.float())
+            assert x.requires_grad
+            with torch.no_grad():
+                x = x + fourth(x)
+        with torch.inference_mode():
+            x = fifth(x)
+        assert x.is_inference()
+        return x
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1, 32])
+def test_settings_that_a_block_makes_are_its_own_while_it_waits(max_waiting, monkeypatch):
+    class Halve(Recorder):
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
+            super().visit(name, statistics)
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+            model.get_submodule(name).weight.mul_(0.5)
+
+    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    model, batches = Regions(), [torch.randn(20, 8) for _ in range(3)]
+    names = [f"layers.{index}" for index in range(5)]
+    data = Calibration(data=batches, damping=1e-6, shrinkage=0.0)
+    halve = Halve(data)
+    monkeypatch.setattr(block_source, "find_blocks", lambda model, names: [])  # the layers are no blocks
+    walk(model, names, data, halve, progress=False)
+    for name, x in inputs_by_layer(model, names, torch.cat(batches)).items():
+        x = x.float()
+        torch.testing.assert_close(halve.hessians[name], x.t() @ x / 60, rtol=1e-3, atol=1e-4)
 
 
 def test_autocast_changes_nothing():
@@ -210,7 +274,7 @@ def test_targets_are_the_outputs_of_the_model_as_it_was():
         needs_targets = True
         targets: list[Tensor] = []
 
-        def visit(self, name: str, hessian: Tensor | None) -> None:
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
             model.get_submodule(name).weight.data.zero_()
 
         def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
@@ -254,8 +318,9 @@ def test_a_layer_that_no_data_reaches_is_visited_without_a_hessian(caplog):
 
 def test_damping_is_added_to_the_diagonal_and_the_rest_shrinks():
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(50, 4)
-    recorder = Recorder()
-    walk(model, ["0"], Calibration(data=[x], damping=0.5, shrinkage=0.25), recorder, progress=False)
+    data = Calibration(data=[x], damping=0.5, shrinkage=0.25)
+    recorder = Recorder(data)
+    walk(model, ["0"], data, recorder, progress=False)
     moment = x.t() @ x / 50
     expected = 0.75 * moment + torch.diag(0.25 * moment.diagonal() + 0.5 * moment.diagonal().mean())
     torch.testing.assert_close(recorder.hessians["0"], expected)
@@ -279,3 +344,48 @@ def test_a_model_that_overflows_is_refused_before_anything_is_visited():
 def test_weights_of_linear_and_conv1d_come_out_in_x_out_order():
     assert linear_of(tiny_model("gpt2"), "transformer.h.0.attn.c_attn")[0].shape == (192, 64)
     assert linear_of(tiny_model(), "model.layers.0.mlp.up_proj")[0].shape == (96, 64)
+
+
+def test_layers_that_read_the_same_input_are_given_together():
+    class Groups(Recorder):
+        groups: list[InputGroup] = []
+
+        def visit_group(self, group: InputGroup) -> None:
+            self.groups.append(group)
+            super().visit_group(group)
+
+    model, groups = tiny_model(), Groups()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16, quantize_lm_head=True)))
+    walk(model, names, DATA, groups, progress=False)
+    assert [(group.block, group.names) for group in groups.groups[:4]] == [
+        ("model.layers.0", tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")),
+        ("model.layers.0", ("model.layers.0.self_attn.o_proj",)),
+        ("model.layers.0", ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")),
+        ("model.layers.0", ("model.layers.0.mlp.down_proj",)),
+    ]
+    assert (groups.groups[-1].block, groups.groups[-1].names) == ("", ("lm_head",))
+    assert groups.groups[0].statistics.n_tokens == 160
+    assert list(groups.hessians) == [name for group in groups.groups for name in group.names]
+
+
+def test_a_visitor_gets_just_the_statistics_that_it_asks_for():
+    class Largest(Recorder):
+        statistics = ("max_abs",)
+
+        def visit(self, name: str, statistics: InputStatistics | None) -> None:
+            assert statistics.second_moment is None
+            self.hessians[name] = statistics.max_abs
+
+    model, largest = tiny_model(), Largest()
+    names = list(quantizable_modules(model, HQQConfig(group_size=16)))
+    walk(model, names, DATA, largest, progress=False)
+    for name, x in inputs_by_layer(model, names, IDS).items():
+        torch.testing.assert_close(largest.hessians[name], x.abs().amax(0))
+
+
+def test_an_unknown_statistic_is_refused_before_anything_is_visited():
+    class Median(Recorder):
+        statistics = ("median",)
+
+    with pytest.raises(ValueError, match="'median' is no statistic"):
+        walk(tiny_model(), ["model.layers.0.mlp.up_proj"], DATA, Median(), progress=False)

@@ -1,0 +1,102 @@
+"""Passes over one block that wait at a layer until it was changed, and go on from there.
+
+Layers are changed one after the other, and each must see what those before it give by then. To start from the block's
+beginning for each would run most of the block several times over. On a CPU, where that is most of the time and memory
+is there, a pass waits instead. On a GPU nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Call, Stop, device_of, input_of
+from .paused_pass import Pass, replaced_forwards
+
+# Passes that wait at a time, each with what the block has computed so far.
+MAX_WAITING = 32
+
+
+class LayerPasses:
+    """All calls of one block. Layers are asked for in the order in which they run; close it in the end."""
+
+    def __init__(self, block: nn.Module, calls: list[Call]) -> None:
+        self.block, self.calls = block, calls
+        is_on_cpu = device_of(block, torch.device("cpu")).type == "cpu"
+        self.n_waiting = min(len(calls), MAX_WAITING) if is_on_cpu else 0
+        self.waiting: dict[int, Pass] = {}
+        self.arrived: Tensor | None = None
+
+    def __enter__(self) -> LayerPasses:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all passes that wait; every call starts from the block's beginning then."""
+        with ExitStack() as stack:
+            for each in self.waiting.values():
+                stack.callback(each.close)
+        self.waiting.clear()
+
+    def inputs(self, names: list[str]) -> Generator[Tensor]:
+        """What the first of the layers ``names`` to run reads in each call; calls that reach none give nothing."""
+        with self._paused(names):
+            for index, call in enumerate(self.calls):
+                found = self._input(index, call)
+                if found is not None:
+                    yield found
+
+    def outputs(self) -> Iterator[Any]:
+        """All that the block returns for each call, with the layers as they are now."""
+        for index, call in enumerate(self.calls):
+            waiting = self.waiting.get(index)
+            yield call.run(self.block) if waiting is None else waiting.resume()
+            self.waiting.pop(index, None)
+
+    def _input(self, index: int, call: Call) -> Tensor | None:
+        if index >= self.n_waiting:
+            self.arrived = None
+            with suppress(Stop):
+                call.run(self.block)
+            return self.arrived
+        waiting = self.waiting.get(index)
+        found = None if waiting is None else waiting.resume()
+        # One that has gone by the layer is of no use any more.
+        if waiting is None or waiting.dead:
+            waiting = self.waiting[index] = Pass(partial(call.run, self.block))
+            found = waiting.resume()
+        if waiting.dead:
+            del self.waiting[index]
+            return None
+        return found
+
+    @contextmanager
+    def _paused(self, names: list[str]) -> Iterator[None]:
+        """While this is open, a pass that comes to one of ``names`` waits there, once."""
+        modules = {name: self.block.get_submodule(name) for name in names}
+        held: set[Pass] = set()
+
+        def paused(name: str, module: nn.Module, own_forward: Callable) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                x, current = input_of(args, kwargs), Pass.current()
+                if current is None:
+                    self.arrived = x
+                    raise Stop
+                if current not in held:
+                    held.add(current)
+                    current.pause(x)
+                # Another module may stand in its place by now.
+                now = self.block.get_submodule(name)
+                return own_forward(*args, **kwargs) if now is module else now(*args, **kwargs)
+
+            return forward
+
+        with replaced_forwards({module: paused(name, module, module.forward) for name, module in modules.items()}):
+            yield

@@ -1,0 +1,130 @@
+"""A forward pass that can be paused from within and resumed later, and what it is paused with. Knows no blocks.
+
+Each pass is a greenlet: a call stack of its own in the same thread, of which one runs at a time. Hence torch's
+settings of the thread (gradients, autocast, ...) are exchanged whenever a pass starts to run or stops.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    """The settings of a thread that a forward pass may change while it runs. ``autocast``: enabled and dtype."""
+
+    is_grad_enabled: bool
+    is_inference: bool
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+    is_autocast_cached: bool
+    function_modes: tuple[Any, ...]
+
+    @classmethod
+    def now(cls) -> TorchSettings:
+        """Those of this thread."""
+        return cls(
+            is_grad_enabled=torch.is_grad_enabled(),
+            is_inference=torch.is_inference_mode_enabled(),
+            autocast=tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES),
+            is_autocast_cached=torch.is_autocast_cache_enabled(),
+            function_modes=tuple(_get_current_function_mode_stack()),
+        )
+
+    def restore(self) -> None:
+        """Set all but the inference mode, which :class:`Pass` enters and leaves."""
+        torch.set_grad_enabled(self.is_grad_enabled)
+        for device, (is_enabled, dtype) in zip(AUTOCAST_DEVICES, self.autocast, strict=True):
+            torch.set_autocast_enabled(device, is_enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.is_autocast_cached)
+        # Casts of weights that autocast keeps; they may be changed before the pass runs again.
+        torch.clear_autocast_cache()
+        if tuple(_get_current_function_mode_stack()) != self.function_modes:
+            for _ in _get_current_function_mode_stack():
+                _pop_mode()
+            for mode in self.function_modes:
+                _push_mode(mode)
+
+
+class Pass(greenlet):
+    """A computation that gives up control with :meth:`pause` and goes on with :meth:`resume`; ``dead`` once it ended.
+
+    It starts with torch's settings and the context variables of where it was made. What it raises is raised by
+    :meth:`resume`.
+    """
+
+    def __init__(self, computation: Callable[[], Any]) -> None:
+        super().__init__()
+        self.computation = computation
+        self.settings = TorchSettings.now()
+        self.gr_context = contextvars.copy_context()
+
+    def run(self, *_: Any) -> Any:
+        """Called by the first :meth:`resume`."""
+        return self.computation()
+
+    def resume(self, value: Any = None) -> Any:
+        """Run until the next :meth:`pause`, which returned ``value`` inside; what is given there, or the result."""
+        with self._exchanged_settings():
+            return self.switch(value)
+
+    def close(self) -> None:
+        """End a pass that is paused, by an exception where it stands."""
+        if self:  # started, and not ended
+            with self._exchanged_settings():
+                self.throw()
+
+    @staticmethod
+    def current() -> Pass | None:
+        """The pass that runs at the moment."""
+        running = getcurrent()
+        return running if isinstance(running, Pass) else None
+
+    def pause(self, value: Any) -> Any:
+        """Give ``value`` to whoever resumed this pass, from within; returns what the next :meth:`resume` is given."""
+        return self.parent.switch(value)
+
+    @contextmanager
+    def _exchanged_settings(self) -> Iterator[None]:
+        outer = TorchSettings.now()
+        try:
+            # Torch has no setter for this mode. Leaving the region restores what was set where it was entered,
+            # whatever regions were entered or left in between.
+            with torch.inference_mode(self.settings.is_inference):
+                self.settings.restore()
+                try:
+                    yield
+                finally:
+                    self.settings = TorchSettings.now()
+        finally:
+            outer.restore()
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """While this is open, each module's ``forward`` is the given function.
+
+    An attribute of the instance takes precedence over the method of its class; accelerate wraps a forward in the same
+    way. A forward pre-hook would not do: it cannot keep the module's own forward from running.
+    """
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module in forwards:
+            vars(module).pop("forward", None)
+        for module, forward in own.items():
+            vars(module)["forward"] = forward

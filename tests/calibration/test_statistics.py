@@ -1,0 +1,70 @@
+"""Statistics of inputs: each equals its definition, whatever is asked for with it, in bounded memory."""
+
+import pytest
+import torch
+
+from peft_quantlayers.calibration import InputStatistics
+from peft_quantlayers.calibration import statistics as module
+from peft_quantlayers.calibration.statistics import STATISTICS, collect
+
+X = torch.randn(700, 6, generator=torch.Generator().manual_seed(0))
+PARTS = [X[:300].view(3, 100, 6), X[300:301], X[301:].view(3, 133, 6)]
+DEFINITIONS = {
+    "second_moment": X.t() @ X / 700,
+    "mean_square": X.square().mean(0),
+    "max_abs": X.abs().amax(0),
+    "mean_abs": X.abs().mean(0),
+    "inputs": X,
+}
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [7, 8192])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_each_statistic_is_its_definition_and_comes_alone(name, tokens_at_a_time, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_AT_A_TIME", tokens_at_a_time)
+    found = collect(PARTS, (name,))
+    assert found.n_tokens == 700
+    torch.testing.assert_close(getattr(found, name), DEFINITIONS[name], rtol=1e-4, atol=1e-5)
+    assert all(getattr(found, other) is None for other in STATISTICS if other != name)
+    together = collect(PARTS, STATISTICS)
+    assert all(torch.equal(getattr(collect(PARTS, (each,)), each), getattr(together, each)) for each in STATISTICS)
+
+
+def test_half_precision_inputs_are_added_up_in_float32():
+    x = torch.full((5000, 2), 1 + 2**-7, dtype=torch.bfloat16)
+    for name in STATISTICS:
+        found = getattr(collect([x], (name,)), name)
+        assert found.dtype == torch.float32
+        expected = float(x[0, 0]) ** (2 if name in ("second_moment", "mean_square") else 1)
+        torch.testing.assert_close(found, torch.full_like(found, expected))
+
+
+@pytest.mark.parametrize("size", [1, 37, 1000])
+def test_kept_inputs_are_bounded_and_spread_evenly(size, monkeypatch):
+    monkeypatch.setattr(module, "MAX_KEPT_TOKENS", 50)
+    x = torch.arange(1000.0).view(-1, 1) + 1
+    kept = collect(x.split(size), ("inputs",)).inputs.flatten()
+    assert 25 < len(kept) <= 50
+    assert kept[0] == 1
+    assert set(kept.diff().tolist()) == {32.0}
+
+
+@pytest.mark.parametrize("wanted", [(), *[(name,) for name in STATISTICS], STATISTICS])
+def test_no_tokens_and_only_zeros_are_no_statistics(wanted):
+    assert collect([], wanted) is None
+    assert collect([torch.zeros(4, 3), torch.zeros(1, 3)], wanted) is None
+    assert collect([torch.zeros(4, 3), torch.ones(1, 3)], wanted).n_tokens == 5
+
+
+def test_a_hessian_is_damped_and_shrunk_and_leaves_the_moment():
+    moment = DEFINITIONS["second_moment"].clone()
+    statistics = InputStatistics(n_tokens=700, second_moment=moment)
+    hessian = statistics.hessian(damping=0.5, shrinkage=0.25)
+    expected = 0.75 * moment + torch.diag(0.25 * moment.diagonal() + 0.5 * moment.diagonal().mean())
+    torch.testing.assert_close(hessian, expected)
+    assert torch.equal(moment, DEFINITIONS["second_moment"])
+
+
+def test_a_hessian_without_a_second_moment_says_where_to_ask_for_it():
+    with pytest.raises(ValueError, match=r"Visitor\.statistics"):
+        InputStatistics(n_tokens=3).hessian(damping=0.1)
