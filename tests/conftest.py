@@ -1,15 +1,36 @@
-"""Shared by all tests: one thread each, and the same random numbers in every run."""
+"""Shared by all tests: one thread each, the same random numbers in every run, and what a worker runs together."""
 
+import gc
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from selection import CONFORMANCE, is_slow
 
 from quantlayers_kernels import tiled
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow and begin with it. One worker runs all that loads SmolLM2: there is memory for one of it."""
+    for item in items:
+        if item.get_closest_marker("real_model"):
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
+        elif item.nodeid.startswith(CONFORMANCE):
+            item.add_marker(pytest.mark.xdist_group("conformance"))
+        if is_slow(item.nodeid):
+            item.add_marker("slow")
+    items.sort(key=lambda item: not (item.get_closest_marker("real_model") or item.get_closest_marker("slow")))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests are here to stay: garbage collection need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
