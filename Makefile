@@ -15,9 +15,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 demo: $(VENV)/.installed
 	$(RUN) examples/demo.py $(ARGS)
 
-# Each worker, and each process that a test starts, has one thread: more would fight for the cores.
+# Each worker, and each process that a test starts, has one thread: more would fight for the cores. A worker takes
+# whole files, those with slow tests first, so that most of what loads SmolLM2 runs in one of them.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed lint
 	$(PYTEST) $(ARGS)

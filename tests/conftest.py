@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread each, the same random numbers in every run, and what a worker runs together."""
+"""Shared by all tests: one thread each, the same random numbers in every run, and the slow ones first."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from selection import CONFORMANCE, is_slow
+from selection import is_slow
 
 from quantlayers_kernels import tiled
 
@@ -14,17 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow and begin with it. One worker runs all that loads SmolLM2: there is memory for one of it."""
+    """Mark what is slow, and begin with its files: `make test` gives each worker whole files in this order."""
     for item in items:
-        if item.get_closest_marker("real_model"):
-            item.add_marker(pytest.mark.xdist_group("smollm2"))
-        elif item.nodeid.startswith(CONFORMANCE):
-            item.add_marker(pytest.mark.xdist_group("conformance"))
         if is_slow(item.nodeid):
             item.add_marker("slow")
-    items.sort(key=lambda item: not (item.get_closest_marker("real_model") or item.get_closest_marker("slow")))
+    first = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("real_model")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 def pytest_collection_finish() -> None:

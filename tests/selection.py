@@ -1,4 +1,4 @@
-"""Which tests run together, which are slow, and which `make check` runs. Run as a script, prints the last.
+"""Which tests are slow, and which `make check` runs. Run as a script, prints the latter.
 
 Imports nothing of ours, so that `make check` can ask before anything heavy is loaded.
 """
@@ -25,8 +25,6 @@ SLOW = (
     "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
-# The worker that has one of a group runs all of it: conformance prepares one folder of PEFT's tests for all its runs.
-CONFORMANCE = "tests/conformance/"
 
 
 def is_slow(node_id: str) -> bool:
