@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test lint conformance patches bench bench-gpu bench-quality features tables clean
+.PHONY: demo test check lint conformance patches bench bench-gpu bench-quality features tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -15,8 +15,18 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 demo: $(VENV)/.installed
 	$(RUN) examples/demo.py $(ARGS)
 
+# Each worker, and each process that a test starts, has one thread: more would fight for the cores. A worker takes
+# whole files, those with slow tests first, so that most of what loads SmolLM2 runs in one of them.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed lint
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
+# what changed, without the slow ones.
+check: $(VENV)/.installed lint
+	$(PYTEST) -q -m "not slow and not real_model" $$($(VENV)/bin/python tests/selection.py) $(ARGS)
 
 # PEFT's own tests on our layers, all of them: half an hour or more for each method. The newest supported PEFT, or
 # another: make conformance PEFT=0.21.0 METHOD=aqlm ARGS="--shard 0/4"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _memory import extra_memory_of
 from bench_quality import TEXT
@@ -31,7 +32,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.calibration import InputStatistics
-from peft_quantlayers.evaluate import demo_model_folder
 from peft_quantlayers.methods import get_method
 from quantlayers_kernels import native
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import peft
 import torch
+from _demo_model import demo_model_folder
 from _device import describe_device
 from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 N_TOKENS = 16_384

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from _demo_model import demo_model_folder
 from _device import describe_device
 from bench_quality import TEXT, WINDOW, evaluate
 from peft import LoraConfig, get_peft_model
@@ -18,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "loftq.json"
 SETTINGS = ((4, 64), (3, 64), (2, 16))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from _cpu import Clock, add_options, clock_of, kernels_in_use, operations_per_second, settle
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _memory import MIB, extra_memory_of, in_own_process
 from bitsandbytes.functional import dequantize_4bit
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder, saved_for_backward
+from peft_quantlayers.evaluate import saved_for_backward
 from quantlayers_kernels import native
 from quantlayers_kernels.precision import product_dtype
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _memory import in_own_process, reset_peak, resident_bytes
 from _peers import peer_weight, quantize_with_hqq
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import Capture, capture, demo_model_folder
+from peft_quantlayers.evaluate import Capture, capture
 from peft_quantlayers.lora.rounded_weight import STEPS_PER_CHOICE
 
 ROOT = Path(__file__).parents[1]

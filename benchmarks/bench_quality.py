@@ -18,13 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _peers import peer_weight, quantize_with_hqq
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder, perplexity
+from peft_quantlayers.evaluate import perplexity
 from peft_quantlayers.layers import quantizable_modules
 from peft_quantlayers.methods import get_method
 

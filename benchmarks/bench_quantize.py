@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from _cpu import Clock, add_options, clock_of, kernels_in_use, settle
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _memory import extra_memory_of, in_own_process
 from _peers import peer_weight, quantize_with_hqq
@@ -23,7 +24,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 from peft_quantlayers.methods import get_method
 from quantlayers_kernels.bitpack import unpack
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from demo_model import demo_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder, perplexity
+from peft_quantlayers.evaluate import perplexity
 
 folder = demo_model_folder()  # SmolLM2-135M-Instruct; any name on the model hub does as well
 tokenizer = AutoTokenizer.from_pretrained(folder)

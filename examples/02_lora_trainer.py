@@ -2,12 +2,12 @@
 
 import tempfile
 
+from demo_model import demo_model_folder
 from orders_task import OrderCollator, answer_loss, make_orders, tokenize
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 
 set_seed(0)
 folder = demo_model_folder()

@@ -10,11 +10,11 @@ import tempfile
 
 import torch
 from datasets import Dataset
+from demo_model import demo_model_folder
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 
 TOKENS = 1024
 

@@ -27,12 +27,13 @@ import orders_task
 import peft
 import torch
 import transformers
+from demo_model import demo_model_folder
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder, perplexity
+from peft_quantlayers.evaluate import perplexity
 
 WIKITEXT = Path(__file__).parent.parent / "benchmarks" / "data" / "wikitext2-test.txt"
 WINDOW = 512

@@ -1,15 +1,32 @@
-"""Shared by all tests: one thread each, and the same random numbers in every run."""
+"""Shared by all tests: one thread each, the same random numbers in every run, and the slow ones first."""
 
+import gc
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from selection import is_slow
 
 from quantlayers_kernels import tiled
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and begin with its files: `make test` gives each worker whole files in this order."""
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker("slow")
+    first = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("real_model")}
+    items.sort(key=lambda item: item.path not in first)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests are here to stay: garbage collection need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orders_task
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,16 +30,6 @@ def run_example(name: str, *arguments: str) -> str:
 
 def number_after(label: str, output: str) -> float:
     return float(re.search(re.escape(label) + r"\s*([\d.]+)", output).group(1))
-
-
-@pytest.fixture(scope="module")
-def orders_task():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import orders_task
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return orders_task
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +60,22 @@ def tiny_folder(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def test_no_order_is_both_trained_on_and_held_out(orders_task):
+def test_no_order_is_both_trained_on_and_held_out():
     train, held_out = orders_task.make_orders(400, 100)
     assert len({order.answer for order in train + held_out}) == 500
 
 
-def test_orders_are_the_same_every_time(orders_task):
+def test_orders_are_the_same_every_time():
     assert orders_task.make_orders(20, 5) == orders_task.make_orders(20, 5)
 
 
-def test_a_record_says_what_its_sentence_says(orders_task):
+def test_a_record_says_what_its_sentence_says():
     order = orders_task._order(orders_task.SENTENCES[0], "three", "red", "lamp", "Oslo", "Friday")
     assert order.prompt.startswith("Please send three red lamps to Oslo by Friday.\n")
     assert order.answer == " lamp/red*3>oslo@fri"
 
 
-def test_only_the_answer_and_the_end_count_in_the_loss(orders_task, tokenizer):
+def test_only_the_answer_and_the_end_count_in_the_loss(tokenizer):
     train, _ = orders_task.make_orders(4, 1)
     for order, example in zip(train, orders_task.tokenize(train, tokenizer), strict=True):
         counted = [label for label in example["labels"] if label != orders_task.IGNORED]
@@ -92,7 +83,7 @@ def test_only_the_answer_and_the_end_count_in_the_loss(orders_task, tokenizer):
         assert tokenizer.decode(example["input_ids"]) == order.prompt + order.answer + "<|end|>"
 
 
-def test_answer_loss_is_the_loss_transformers_computes(orders_task, tokenizer, tiny_folder):
+def test_answer_loss_is_the_loss_transformers_computes(tokenizer, tiny_folder):
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
     _, orders = orders_task.make_orders(1, 5)
     batch = orders_task.OrderCollator(tokenizer)(orders_task.tokenize(orders, tokenizer))
@@ -101,14 +92,14 @@ def test_answer_loss_is_the_loss_transformers_computes(orders_task, tokenizer, t
     assert orders_task.answer_loss(model, tokenizer, orders, batch_size=2) == pytest.approx(expected, rel=1e-4)
 
 
-def test_exact_match_counts_the_records_without_a_mistake(orders_task, tokenizer, monkeypatch):
+def test_exact_match_counts_the_records_without_a_mistake(tokenizer, monkeypatch):
     _, orders = orders_task.make_orders(1, 4)
     answers = [orders[0].answer.strip(), orders[1].answer.strip(), "lamp", orders[3].answer.strip() + "!"]
     monkeypatch.setattr(orders_task, "write_answers", lambda *args, **kwargs: answers)
     assert orders_task.exact_match(None, tokenizer, orders) == 0.5
 
 
-def test_answers_do_not_depend_on_the_batch(orders_task, tokenizer, tiny_folder):
+def test_answers_do_not_depend_on_the_batch(tokenizer, tiny_folder):
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
     _, orders = orders_task.make_orders(1, 4)
     together = orders_task.write_answers(model, tokenizer, orders)

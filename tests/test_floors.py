@@ -102,9 +102,9 @@ def is_private(name: object) -> bool:
 
 # Private attributes of torch and of Python that we use, for what they have no public name.
 NOT_OF_PEERS = {
-    "_C", "_apply", "_current_level", "_fields", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_functorch",
-    "_get_tracing_state", "_len_torch_dispatch_stack", "_load_from_state_dict", "_make_subclass",
-    "_make_wrapper_subclass", "_modules", "_parameters", "_schema", "_version", "_asdict",
+    "_C", "_apply", "_asdict", "_backward_hooks", "_backward_pre_hooks", "_current_level", "_fields", "_forward_hooks",
+    "_forward_pre_hooks", "_functorch", "_get_tracing_state", "_len_torch_dispatch_stack", "_load_from_state_dict",
+    "_make_subclass", "_make_wrapper_subclass", "_modules", "_parameters", "_schema", "_version",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_model import demo_model_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,8 +21,6 @@ def test_the_tables_are_what_the_benchmarks_wrote():
 
 @pytest.mark.real_model
 def test_the_first_example_runs_as_it_stands(tmp_path):
-    from peft_quantlayers.evaluate import demo_model_folder
-
     example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     example = example.replace("HuggingFaceTB/SmolLM2-135M", str(demo_model_folder()))
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, capture_output=True)

@@ -1,8 +1,7 @@
-"""Measuring models: perplexity, what a merge keeps, and the small real model of examples, tests and benchmarks."""
+"""Measuring models: perplexity, what a merge retains, and the memory that a forward pass saves for backward."""
 
 from .capture import Capture, capture
-from .demo_model import demo_model_folder
 from .memory import saved_for_backward
 from .perplexity import perplexity
 
-__all__ = ["Capture", "capture", "demo_model_folder", "perplexity", "saved_for_backward"]
+__all__ = ["Capture", "capture", "perplexity", "saved_for_backward"]

@@ -5,6 +5,7 @@ is an expected one; every other failure stays a failure, and so is an entry of t
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -58,6 +59,11 @@ class Judge:
         left_out = [item for number, item in enumerate(items) if number % self._of != self._index]
         items[:] = [item for number, item in enumerate(items) if number % self._of == self._index]
         config.hook.pytest_deselected(items=left_out)
+
+    def pytest_collection_finish(self) -> None:
+        """PEFT's tests collect garbage after each of them, which would look at all collected tests every time."""
+        gc.collect()
+        gc.freeze()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from demo_model import demo_model_folder
 from hqq.core.optimize import optimize_weights_proximal_legacy_step, shrink_lp_op
 from hqq.core.quantize import Quantizer
 from safetensors import safe_open
 from torch import Tensor
 
 from peft_quantlayers import HQQSpec
-from peft_quantlayers.evaluate import demo_model_folder
 from peft_quantlayers.methods import get_method
 
 GROUP_SIZE = 64

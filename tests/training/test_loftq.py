@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from demo_model import demo_model_folder
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
 from lora.surfaces import Two, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +13,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.evaluate import demo_model_folder
 
 CONFIGS = {
     "hqq 2": pql.HQQConfig(nbits=2, group_size=32),

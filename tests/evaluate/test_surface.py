@@ -1,0 +1,22 @@
+"""What ``peft_quantlayers.evaluate`` offers, and that the package downloads nothing by itself."""
+
+import ast
+from pathlib import Path
+
+import peft_quantlayers
+from peft_quantlayers import evaluate
+
+PACKAGE = Path(peft_quantlayers.__file__).parent
+
+
+def test_the_public_names_are_these():
+    assert evaluate.__all__ == ["Capture", "capture", "perplexity", "saved_for_backward"]
+
+
+def test_no_file_of_the_package_starts_another_program():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert "subprocess" not in [alias.name for alias in node.names], file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module != "subprocess", file

@@ -1,0 +1,93 @@
+"""Which tests are slow, and which `make check` runs. Run as a script, prints the latter.
+
+Imports nothing of ours, so that `make check` can ask before anything heavy is loaded.
+"""
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).parents[1]
+
+# What `make check` always runs: every method's contract, the files of older versions, and the public surface.
+ALWAYS = ("tests/contract", "tests/formats", "tests/golden", "tests/test_public_api.py", "tests/test_selection.py")
+# Tests that take more than about three seconds, mostly since they start other processes; by the start of their names.
+SLOW = (
+    "tests/conformance/test_conformance.py",
+    "tests/integrations/test_training.py::test_the_whole_model_compiles_without_a_graph_break",
+    "tests/integrations/test_transformers.py::test_a_new_process_computes_identical_logits",
+    "tests/interop/test_aqlm_package.py",
+    "tests/kernels/test_native.py::test_the_environment_switches_them_off",
+    "tests/kernels/test_triton.py",
+    "tests/layers/test_fsdp2.py",
+    "tests/scales/test_scales.py::test_it_compiles_without_a_graph_break",
+    "tests/test_benchmarks.py",
+    "tests/test_examples.py::test_the_demo_runs_on_another_model",
+    "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
+)
+
+
+def is_slow(node_id: str) -> bool:
+    """Whether a test, ``tests/...::test_...``, is one of ``SLOW``."""
+    return node_id.startswith(SLOW)
+
+
+def mirrors_of(changed: str, existing: Iterable[str]) -> list[str]:
+    """The tests that mirror a changed file of the repository.
+
+    A test file is its own; ``peft_quantlayers/lora/layer.py`` has ``tests/lora/test_layer.py``, or all of
+    ``tests/lora`` where there is no such file; ``hqq/cpu.py`` of the kernels has ``tests/kernels/test_hqq_cpu.py``.
+
+    Args:
+        changed: path from the root.
+        existing: paths of all files of the tests.
+    """
+    existing = set(existing)
+    path = PurePosixPath(changed)
+    if path.parts[0] == "tests":
+        return [changed] if changed in existing and path.name.startswith("test_") else []
+    if path.parts[0] == "kernels":
+        room, inner = "kernels", path.parts[2:]
+    elif path.parts[0] == "peft_quantlayers" and len(path.parts) > 2:
+        room, inner = path.parts[1], path.parts[2:]
+    elif path.parts[0] == "peft_quantlayers":
+        room, inner = "", path.parts[1:]
+    else:
+        return []
+    parents, stem = [part for part in inner[:-1] if part != "csrc"], path.stem
+    folder = f"tests/{room}" if room else "tests"
+    for name in ("_".join([*parents, stem]), stem, "_".join(parents)):
+        if f"{folder}/test_{name}.py" in existing:
+            return [f"{folder}/test_{name}.py"]
+    return [folder] if room and any(file.startswith(f"{folder}/test_") for file in existing) else []
+
+
+def changed_files() -> list[str]:
+    """Files that differ from the main branch, committed or not; none without git."""
+    found: list[str] = []
+    for command in (
+        ["git", "merge-base", "HEAD", "main"],
+        ["git", "diff", "--name-only", "HEAD"],
+        ["git", "ls-files", "--others", "--exclude-standard"],
+    ):
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return []
+        lines = done.stdout.splitlines() if done.returncode == 0 else []
+        if command[1] == "merge-base" and lines:
+            since = ["git", "diff", "--name-only", lines[0]]
+            lines = subprocess.run(since, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+        found += lines
+    return sorted(set(found))
+
+
+def selected(changed: Iterable[str]) -> list[str]:
+    """Paths for pytest: ``ALWAYS`` and the tests of the files ``changed``, none inside another."""
+    existing = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("*.py")]
+    paths = sorted({*ALWAYS, *(test for file in changed for test in mirrors_of(file, existing))})
+    return [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]
+
+
+if __name__ == "__main__":
+    print(*selected(changed_files()))
