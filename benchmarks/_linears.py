@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quantlayers_kernels.aqlm import aqlm_linear
+from quantlayers_kernels import aqlm, hqq
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_linear
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
 
 GROUP_SIZE = 64
@@ -47,7 +46,7 @@ def _hqq(out_features: int, in_features: int, nbits: int, group_size: int = GROU
     scale = (0.01 + 0.01 * torch.rand(out_features, in_features // group_size)).half()
     zero = ((2**nbits - 1) * torch.rand(scale.shape)).half()
     return Candidate(
-        multiply=lambda x: hqq_linear(x, W_q, scale, zero, None, nbits, 1),
+        multiply=lambda x: hqq.linear(x, W_q, scale, zero, None, nbits, 1),
         weight=dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features),
         nbytes=W_q.nbytes + scale.nbytes + zero.nbytes,
         is_ours=True,
@@ -65,7 +64,7 @@ def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits
 def _aqlm(tensors: tuple[Tensor, ...]) -> Candidate:
     codes, codebooks, scales = tensors
     return Candidate(
-        multiply=lambda x: aqlm_linear(x, codes, codebooks, scales, None),
+        multiply=lambda x: aqlm.linear(x, codes, codebooks, scales, None),
         weight=dequantize_aqlm_reference(codes, codebooks, scales),
         nbytes=sum(part.nbytes for part in tensors),
         is_ours=True,
@@ -130,6 +129,30 @@ def _bitsandbytes_nf4(weight: Tensor) -> Candidate:
     )
 
 
+def _with_lora(layer: nn.Module, weight: Tensor, nbytes: int, forward: Callable | None = None) -> Candidate:
+    """``layer`` under PEFT with an adapter of rank 8 beside it, without gradients; ``forward`` in place of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    lora = get_peft_model(nn.Sequential(layer), config).eval().base_model.model[0]
+    A, B = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    return Candidate(
+        multiply=lora if forward is None else lambda x: forward(lora, x),
+        weight=weight + lora.scaling["default"] * (B @ A).detach(),
+        nbytes=nbytes + A.nbytes + B.nbytes,
+        is_ours=forward is None,
+    )
+
+
+def _hqq_with_lora(out_features: int, in_features: int, forward: Callable | None = None) -> Candidate:
+    import peft_quantlayers as pql
+
+    dense = nn.Linear(in_features, out_features, bias=False)
+    layer = pql.QuantizedLinear.from_linear(dense, pql.HQQSpec(nbits=4, group_size=GROUP_SIZE, iters=0))
+    nbytes = sum(tensor.nbytes for tensor in layer.quantized_weight.tensors.values())
+    return _with_lora(layer, layer.dequantize(torch.float32), nbytes, forward)
+
+
 def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) -> Iterator[tuple[str, Candidate]]:
     """Names and ways to multiply, the dense one first."""
     dense = torch.randn(out_features, in_features)
@@ -145,6 +168,13 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     yield "AQLM 2x8", _aqlm(two_by_eight)
     yield "AQLM 1x16", _aqlm(one_by_sixteen)
     yield "torch int4, bfloat16", _torch_int4(out_features, in_features)
+    linear_layer = nn.Linear(in_features, out_features, bias=False)
+    linear_layer.weight.data = dense
+    yield "dense float32 + LoRA", _with_lora(linear_layer, dense, dense.nbytes)
+    yield "HQQ 4-bit + LoRA", _hqq_with_lora(out_features, in_features)
+    from peft.tuners.lora import Linear as LoraLinear
+
+    yield "HQQ 4-bit + LoRA, PEFT's forward", _hqq_with_lora(out_features, in_features, LoraLinear.forward)
     if with_slow_peers:
         half = dense.bfloat16()  # emulated where the CPU has no units for it
         yield (

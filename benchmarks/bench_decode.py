@@ -130,7 +130,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{out_features:5} x {in_features}  {n_tokens:3} tokens  {name:20}  {1e3 * median:8.3f} ms  "
+                    f"{out_features:5} x {in_features}  {n_tokens:3} tokens  {name:32}  {1e3 * median:8.3f} ms  "
                     f"(min {1e3 * min(times):8.3f})  {row['rate_vs_dense_float32']:5.2f} x dense  "
                     f"{row['gb_per_s']:5.1f} GB/s; limits: "
                     + ", ".join(f"{what} {1e3 * limit:.3f} ms" for what, limit in row["limit_s"].items()),

@@ -238,7 +238,7 @@ def decode_shapes(name: str = "decode") -> str:
     methods = [
         method
         for method in dict.fromkeys(method for _, method, _ in rows)
-        if method.startswith(("HQQ", "AQLM", "torch"))
+        if method.startswith(("HQQ", "AQLM", "torch")) and "LoRA" not in method
     ]
     body = []
     for shape in dict.fromkeys(shape for shape, _, _ in rows):
@@ -248,6 +248,17 @@ def decode_shapes(name: str = "decode") -> str:
         ]
         body.append([" x ".join(map(str, shape)), *cells])
     return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
+
+
+def decode_lora(name: str = "decode") -> str:
+    """Microseconds of one token through a layer with an adapter of rank 8 beside it, without gradients."""
+    rows = {(tuple(row["shape"]), row["method"]): row for row in result(name)["rows"] if row["tokens"] == 1}
+    methods = [method for method in dict.fromkeys(method for _, method in rows) if "LoRA" in method]
+    body = [
+        [" x ".join(map(str, shape)), *(f"{1e6 * rows[shape, method]['median_s']:.0f}" for method in methods)]
+        for shape in dict.fromkeys(shape for shape, _ in rows)
+    ]
+    return table(["µs of one token, LoRA r=8", *methods], body)
 
 
 def gpu() -> str:
@@ -464,6 +475,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
+        "decode_lora": decode_lora,
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,

@@ -245,13 +245,19 @@ class QuantizedLinear(nn.Linear):
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
-        return self.forward_with(x, self._weight_of(self._tensors()), self.bias)
+        parameters = self._parameters
+        tensors: dict[str, Any] = {name: parameters[name] for name in self._tensor_names}
+        weight = QuantizedWeight(
+            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
+        )
+        return self.forward_with(x, weight, parameters["bias"])
 
     def forward_with(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` gives once the layer has this weight and bias."""
         dtype, output_dtype = self._checked_dtypes(x)
         y = get_method(weight.spec.method).linear(x.to(dtype), weight, bias)
-        return self._with_branch(x, y).to(output_dtype)
+        branch = self._modules["branch"]
+        return (y if branch is None else y + branch(x)).to(output_dtype)
 
     def fused_inputs(self, x: Tensor, branches: Sequence[Branch]) -> FrozenLinear | None:
         """What ``forward`` does to inputs like ``x``, and LoRA's ``branches`` beside it, for one autograd function.
@@ -290,10 +296,7 @@ class QuantizedLinear(nn.Linear):
             return method.merged_tiles(weight, lambda rows: left[rows] @ right, dtype=dtype)
 
         y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
-        return self._with_branch(x, y).to(output_dtype)
-
-    def _with_branch(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.branch is None else y + self.branch(x)
+        return (y if self.branch is None else y + self.branch(x)).to(output_dtype)
 
     def _checked_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Dtypes of the product and of its result."""
@@ -302,7 +305,8 @@ class QuantizedLinear(nn.Linear):
                 f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
                 f"shape {tuple(x.shape)}."
             )
-        if self.codes.is_meta and not x.is_meta:
+        codes = self._parameters[self.spec.codes_name]
+        if codes is not None and codes.is_meta and not x.is_meta:
             raise RuntimeError(
                 f"{self.layer_name}: its weight is on the meta device, without numbers. Load the weights first."
             )
@@ -324,7 +328,7 @@ class QuantizedLinear(nn.Linear):
 
     def _tensors(self) -> dict[str, Tensor]:
         parameters = self._parameters
-        return {name: cast(Tensor, parameters[name]) for name in self._tensor_names}
+        return {name: parameters[name] for name in self._tensor_names}  # type: ignore[misc]
 
     def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
         return QuantizedWeight(

@@ -164,25 +164,27 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
 
     def _inference_forward(self, x: Tensor) -> Tensor | None:
         """The result without gradients, adapters added in place; None where PEFT's forward must be called."""
-        names, base = self._active_here(), self.base_layer
-        if not names or not self._can_add_branches(x, names) or not isinstance(base, QuantizedLinear):
+        base = self._modules["base_layer"]
+        if not isinstance(base, QuantizedLinear) or not self._can_add_branches(x):
             return None
-        branches = plain_branches(self, names, x)
+        names = self._active_here()
         # A hook of the base may have kept its result, and so may a replaced forward.
-        if branches is None or is_watched(base) or any(branch.dropout for branch in branches):
+        branches = None if not names or is_watched(base) else plain_branches(self, names, x)
+        if branches is None:
             return None
-        return add_branches(base(x), x, branches)
+        for branch in branches:
+            if branch.dropout:
+                return None
+        return add_branches(base.forward(x), x, branches)
 
-    def _can_add_branches(self, x: Tensor, names: list[str]) -> bool:
-        return not (
-            self.disable_adapters
-            or self.merged
-            or not is_plain_input(x)
-            or (self.aware_adapters and any(name in self.aware_adapters for name in names))
-        )
+    def _can_add_branches(self, x: Tensor) -> bool:
+        if self.merged_adapters or self.disable_adapters or not is_plain_input(x):
+            return False
+        return not self.aware_adapters or not any(name in self.aware_adapters for name in self._active_here())
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
+        present = self._modules["lora_A"]._modules  # type: ignore[union-attr]
+        return [name for name in self.active_adapters if name in present]
 
     def _merge_aware_forward(self, x: Tensor, active: list[str], **kwargs: Any) -> Tensor:
         base = self.quantized_base()
@@ -208,7 +210,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         names, base = self._active_here(), self.get_base_layer()
         if (
             not names
-            or not self._can_add_branches(x, names)
+            or not self._can_add_branches(x)
             or self.base_layer is not base  # another tuner's layer lies between
             or not isinstance(base, QuantizedLinear)
             or base.codes.device != x.device

@@ -1,31 +1,57 @@
-"""Adapters that are two plain matrices, so that products with their weights are all that they compute."""
+"""Adapters that are two plain matrices, so that products with their weights are all that they compute.
+
+This runs for every token that a model generates, so that modules are read from their parents' dictionaries: each
+attribute of a module costs a call in Python.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from quantlayers_kernels.frozen_linear import Branch
 
-from ..layers.linear import is_watched
 
-
-def plain_branches(layer: LoraLinear, names: Sequence[str], x: Tensor) -> list[Branch] | None:
+def plain_branches(layer: Any, names: Sequence[str], x: Tensor) -> list[Branch] | None:
     """The adapters ``names`` of ``layer`` as matrices, for the input ``x``; None where one of them is more than that.
 
     All are of one dtype, and on the device of ``x``.
     """
-    if not all(_is_plain(layer, name) for name in names):
+    if _has_any_global_hook() or not getattr(layer, "cast_input_dtype_enabled", True):
         return None
-    branches = [_branch(layer, name) for name in names]
-    if len({branch.A.dtype for branch in branches}) > 1:
-        return None
-    if any(factor.device != x.device for branch in branches for factor in (branch.A, branch.B)):
-        return None
+    parts = layer._modules
+    As, Bs, dropouts = (parts[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
+    branches: list[Branch] = []
+    for name in names:
+        A, B, dropout = As[name], Bs[name], dropouts[name]
+        if name in layer.lora_variant or not (type(A) is type(B) is nn.Linear):
+            return None
+        for module in (A, B, dropout):
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return None
+            if module._backward_hooks or module._backward_pre_hooks:
+                return None
+        if type(dropout) is nn.Identity:
+            p = 0.0
+        elif type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+        else:
+            return None
+        left, right = B._parameters, A._parameters
+        weight_A, weight_B = right["weight"], left["weight"]
+        # Wrappers that shard or gather a module's weight work through hooks, or replace its Parameter.
+        if not (type(weight_A) is type(weight_B) is nn.Parameter) or right["bias"] is not None:
+            return None
+        dtype = branches[0].A.dtype if branches else weight_A.dtype
+        if left["bias"] is not None or not weight_A.dtype == weight_B.dtype == dtype:
+            return None
+        if not weight_A.device == weight_B.device == x.device:
+            return None
+        branches.append(Branch(weight_A, weight_B, layer.scaling[name], p))
     return branches
 
 
@@ -37,25 +63,3 @@ def is_plain_input(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-
-
-def _is_plain(layer: Any, name: str) -> bool:
-    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    return (
-        name not in layer.lora_variant
-        and type(A) is type(B) is nn.Linear
-        and A.bias is B.bias is None
-        # Wrappers that shard or gather a module's weight work through hooks, or replace its Parameter.
-        and type(A.weight) is type(B.weight) is nn.Parameter
-        and A.weight.dtype == B.weight.dtype
-        and type(dropout) in (nn.Identity, nn.Dropout)
-        and not (is_watched(A) or is_watched(B) or is_watched(dropout))
-        and getattr(layer, "cast_input_dtype_enabled", True)
-    )
-
-
-def _branch(layer: Any, name: str) -> Branch:
-    A, B = (cast(nn.Linear, part[name]).weight for part in (layer.lora_A, layer.lora_B))
-    dropout = layer.lora_dropout[name]
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return Branch(A=A, B=B, scaling=layer.scaling[name], dropout=p)

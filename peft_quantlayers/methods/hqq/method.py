@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -117,8 +117,9 @@ class HQQMethod(QuantMethod[HQQSpec]):
         return dataclasses.replace(weight, spec=spec.widened(), tensors=tensors)
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        spec, (W_q, scale, zero) = _parts(weight)
-        return hqq.linear(x, W_q, scale, zero, bias, spec.nbits, spec.axis)
+        spec: Any = weight.spec  # no cast: this is called for every token
+        tensors = weight.tensors
+        return hqq.linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
