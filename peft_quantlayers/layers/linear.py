@@ -5,12 +5,11 @@ May import formats, methods and the kernels; never PEFT or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from quantlayers_kernels.frozen_linear import Branch, FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
@@ -19,18 +18,18 @@ from quantlayers_kernels.tiled import WeightTiles
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
 from ..methods import QuantMethod, get_method, registered_methods
-from .codes_parameter import CodesParameter
 from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
 from .quantize_weight import quantize_weight
+from .quantized_storage import QuantizedStorage
+from .watched import is_watched
 from .write_through import WriteThroughWeight
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(QuantizedStorage, nn.Linear):
     """``x @ weight.T + bias`` with a quantized weight; ``isinstance(layer, nn.Linear)`` holds.
 
-    Codes and metadata are frozen Parameters under the names of the method's layout. They follow the layer
-    between devices and keep their dtypes: ``.to(dtype)`` changes ``compute_dtype`` and the bias alone.
+    Codes and metadata are frozen Parameters under the names of the method's layout; see :class:`QuantizedStorage`.
 
     ``weight`` is not stored. Reading it gives the dequantized weight, and writing to it, by assignment or in
     place, quantizes the written values; see :class:`WriteThroughWeight`.
@@ -45,8 +44,6 @@ class QuantizedLinear(nn.Linear):
         branch: a low-rank branch whose result is added, or None; no part of ``weight``.
     """
 
-    spec: QuantSpec
-    n_writes: int = 0
     branch: LowRankBranch | None
 
     def __init__(
@@ -71,14 +68,8 @@ class QuantizedLinear(nn.Linear):
         self.layer_name = layer_name
         self.dense_type = dense_type
         self.register_module("branch", None)
-        self._tensor_names = tuple(quantized.tensors)
-        for name, tensor in quantized.tensors.items():
-            # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
-        self._wrap_codes()
+        self._register_tensors(quantized, bias)
         mark_as_initialized(self)  # codes always come from a quantizer or a checkpoint
-        self._is_built = True
 
     @staticmethod
     def from_linear(
@@ -155,40 +146,6 @@ class QuantizedLinear(nn.Linear):
         """The quantization method of this layer."""
         return get_method(self.spec.method)
 
-    @property
-    def codes(self) -> Tensor:
-        """The packed codes; their device is the layer's."""
-        return self._parameter(self.spec.codes_name)
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
-        return self._weight_of({name: self._parameter(name).data for name in self._tensor_names})
-
-    @quantized_weight.setter
-    def quantized_weight(self, quantized: QuantizedWeight) -> None:
-        if quantized.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape "
-                f"{(self.out_features, self.in_features)}."
-            )
-        self.n_writes += 1
-        self.spec = quantized.spec
-        for name, tensor in quantized.tensors.items():
-            old = self._parameter(name)
-            if old.dtype == tensor.dtype and old.device == tensor.device:
-                old.data = tensor  # the Parameter object stays: an optimizer may hold it
-            else:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        self._wrap_codes()
-
-    def unshare_parameters(self) -> None:
-        """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
-        for name, parameter in list(self._parameters.items()):
-            if parameter is not None:
-                self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
-        self._wrap_codes()
-
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
         return self.method.dequantize(self._weight_of(self._tensors()), dtype=dtype or self.compute_dtype)
@@ -226,10 +183,6 @@ class QuantizedLinear(nn.Linear):
             if torch.equal(weight, self.dequantize().to(weight.dtype)):
                 return
             self.quantized_weight = quantize_weight(weight, self.spec, layer_name=self.layer_name)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.n_writes += 1
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -323,56 +276,12 @@ class QuantizedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: codes are never initialised at random."""
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return cast(nn.Parameter, self._parameters[name])
-
-    def _tensors(self) -> dict[str, Tensor]:
-        parameters = self._parameters
-        return {name: parameters[name] for name in self._tensor_names}  # type: ignore[misc]
-
-    def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
-        return QuantizedWeight(
-            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
-        )
-
-    def _wrap_codes(self) -> None:
-        codes = self.codes
-        if type(codes) is nn.Parameter:
-            codes = CodesParameter.around(codes)
-            self._parameters[self.spec.codes_name] = codes
-        if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
-            return
-        metadata = sum(self._parameter(name).nelement() for name in self._tensor_names if name != self.spec.codes_name)
-        codes.n_weights = self.in_features * self.out_features - metadata
-        codes.layer_name = self.layer_name
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # before nn.Module registers a Parameter of that name
-            if not (isinstance(value, WriteThroughWeight) and value.is_held_by(self)):
-                self.write_weight(value)
-            return
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter) and name != "bias" and "_is_built" in self.__dict__:
-            self._wrap_codes()
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._wrap_codes()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
-        stored = {id(self._parameters[name]) for name in self._tensor_names}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in stored and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(keep_dtype, recurse)
-        self.compute_dtype = probe.dtype
-        self._wrap_codes()
-        return self
+        if name != "weight":
+            super().__setattr__(name, value)
+        # Before nn.Module registers a Parameter of that name.
+        elif not (isinstance(value, WriteThroughWeight) and value.is_held_by(self)):
+            self.write_weight(value)
 
 
 class HQQLinear(QuantizedLinear):
@@ -381,18 +290,6 @@ class HQQLinear(QuantizedLinear):
 
 class AQLMLinear(QuantizedLinear):
     """A linear layer with an AQLM weight as published: ``codes``, ``codebooks``, ``scales`` and ``bias``."""
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` has effects beside its result: it has hooks, or its ``forward`` is replaced."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
 
 
 _layer_types: dict[str, type[QuantizedLinear]] = {"aqlm": AQLMLinear, "hqq": HQQLinear}

@@ -22,7 +22,7 @@ from quantlayers_kernels.straight_through import straight_through
 
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..layers.linear import is_watched
+from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
 from .merge_aware_config import check_stamp, fingerprint, stamp_of

@@ -1,0 +1,132 @@
+"""The tensors of a quantized weight as Parameters of a module: registered, moved, copied and loaded as torch does it.
+
+Here is what torch must not do to them: change their dtypes, or count packed bytes as weights. What the weight means,
+and how it computes, is in ``linear.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight, QuantSpec
+from .codes_parameter import CodesParameter
+
+
+class QuantizedStorage(nn.Module):
+    """Codes and metadata as frozen Parameters under the names of the spec's layout, and a bias.
+
+    They follow the module between devices and keep their dtypes: ``.to(dtype)`` changes ``compute_dtype`` and the bias
+    alone.
+
+    Attributes:
+        spec: how the weight is stored.
+        compute_dtype: dtype of the dense weight.
+        layer_name: the module's name in its model, for messages.
+        n_writes: how often the weight was written.
+    """
+
+    spec: QuantSpec
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype
+    layer_name: str
+    n_writes: int = 0
+
+    def _register_tensors(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
+        """Called once, by the constructor."""
+        self._tensor_names = tuple(quantized.tensors)
+        for name, tensor in quantized.tensors.items():
+            # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
+        self._wrap_codes()
+        self._is_built = True
+
+    @property
+    def codes(self) -> Tensor:
+        """The packed codes; their device is the layer's."""
+        return self._parameter(self.spec.codes_name)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
+        return self._weight_of({name: self._parameter(name).data for name in self._tensor_names})
+
+    @quantized_weight.setter
+    def quantized_weight(self, quantized: QuantizedWeight) -> None:
+        if quantized.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape "
+                f"{(self.out_features, self.in_features)}."
+            )
+        self.n_writes += 1
+        self.spec = quantized.spec
+        for name, tensor in quantized.tensors.items():
+            old = self._parameter(name)
+            if old.dtype == tensor.dtype and old.device == tensor.device:
+                old.data = tensor  # the Parameter object stays: an optimizer may hold it
+            else:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        self._wrap_codes()
+
+    def unshare_parameters(self) -> None:
+        """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None:
+                self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
+        self._wrap_codes()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.n_writes += 1
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parameters = self._parameters
+        return {name: parameters[name] for name in self._tensor_names}  # type: ignore[misc]
+
+    def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        return QuantizedWeight(
+            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
+        )
+
+    def _wrap_codes(self) -> None:
+        codes = self.codes
+        if type(codes) is nn.Parameter:
+            codes = CodesParameter.around(codes)
+            self._parameters[self.spec.codes_name] = codes
+        if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
+            return
+        metadata = sum(self._parameter(name).nelement() for name in self._tensor_names if name != self.spec.codes_name)
+        codes.n_weights = self.in_features * self.out_features - metadata
+        codes.layer_name = self.layer_name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and name != "bias" and "_is_built" in self.__dict__:
+            self._wrap_codes()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._wrap_codes()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
+        stored = {id(self._parameters[name]) for name in self._tensor_names}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_dtype, recurse)
+        self.compute_dtype = probe.dtype
+        self._wrap_codes()
+        return self
