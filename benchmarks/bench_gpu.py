@@ -440,7 +440,7 @@ def quantizing(bench: Bench) -> dict[str, Any]:
             def quantize(known: Tensor | None = known, method: Any = method, spec: Any = spec) -> Any:
                 return method.quantize(weight, spec, hessian=known)
 
-            off = method.dequantize(quantize().tensors, spec, in_features=shape[1], dtype=torch.float32) - weight
+            off = method.dequantize(quantize()) - weight
             error = ((off @ hessian) * off).sum().item() / ((weight @ hessian) * weight).sum().item()
             if not error < (0.5 if plain_error is None else 1.05 * plain_error):
                 raise WrongResult(f"{name}{suffix}: the outputs of the quantized weight err by {error:.2f}")

@@ -250,17 +250,6 @@ def decode_shapes(name: str = "decode") -> str:
     return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
 
 
-def decode_lora(name: str = "decode") -> str:
-    """Microseconds of one token through a layer with an adapter of rank 8 beside it, without gradients."""
-    rows = {(tuple(row["shape"]), row["method"]): row for row in result(name)["rows"] if row["tokens"] == 1}
-    methods = [method for method in dict.fromkeys(method for _, method in rows) if "LoRA" in method]
-    body = [
-        [" x ".join(map(str, shape)), *(f"{1e6 * rows[shape, method]['median_s']:.0f}" for method in methods)]
-        for shape in dict.fromkeys(shape for shape, _ in rows)
-    ]
-    return table(["µs of one token, LoRA r=8", *methods], body)
-
-
 def gpu() -> str:
     """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each beside the dense."""
     measured = result("gpu")
@@ -475,7 +464,6 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
-        "decode_lora": decode_lora,
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,

@@ -146,7 +146,8 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
         if not args and not kwargs:
-            y = self._fused_forward(x) if torch.is_grad_enabled() else self._inference_forward(x)
+            is_inference = not torch.is_grad_enabled() and self.shared_input is None
+            y = self._inference_forward(x) if is_inference else self._fused_forward(x)
             if y is not None:
                 return y
         if self.aware_adapters and not self.disable_adapters and not self.merged:
