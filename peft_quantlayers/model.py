@@ -82,7 +82,7 @@ def quantize_model(
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
-    """Raise ValueError if ``calibration`` needs the float model: a partly quantized model no longer has its outputs."""
+    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs."""
     if calibration.finetune_epochs or calibration.resume_folder is not None:
         raise ValueError(
             "some layers are quantized already, and block finetuning and resume_folder need the float model; nothing "

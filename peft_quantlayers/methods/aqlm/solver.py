@@ -32,7 +32,7 @@ POINTS_PER_CENTROID = 64
 KMEANS_ITERS = 15
 # Columns whose residual correlation is updated while their codes are chosen; one matrix product updates the others.
 BLOCK_COLUMNS = 128
-# With 2 steps the held-out error was the same as with 16 on layers of SmolLM2: the next iteration continues from there.
+# With 2 steps the held-out error was the same as with 16 on layers of SmolLM2, since the next iteration continues.
 CODEBOOK_ITERS = 3
 # Weights per number in the codebooks that these are fitted to. Sampling the rows raises the error by a fraction of
 # about the reciprocal.
