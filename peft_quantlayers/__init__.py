@@ -1,6 +1,6 @@
 """Fine-tune language models on the hardware you have: quantize, train adapters, merge back, save.
 
-Importing this package registers it with PEFT and transformers; :func:`unregister` takes that back.
+Importing this package registers it with PEFT and transformers; :func:`unregister` undoes that.
 """
 
 import os
@@ -75,13 +75,13 @@ __all__ = [
 
 
 def register() -> None:
-    """Register with PEFT's LoRA dispatch and transformers' quantizers. Importing the package does it already."""
+    """Register with PEFT's LoRA dispatch and transformers' quantizers. Importing the package does this."""
     _peft.register()
     _transformers.register()
 
 
 def unregister() -> None:
-    """Put PEFT's and transformers' own dispatch back. Models that exist keep working."""
+    """Restore PEFT's and transformers' own dispatch. Existing models keep working."""
     _peft.unregister()
     _transformers.unregister()
 

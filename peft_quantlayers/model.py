@@ -1,4 +1,4 @@
-"""Whole models: quantize one that is in memory, and save it so that nothing is lost on the way."""
+"""Quantize a whole model that is in memory, and save a quantized model."""
 
 import logging
 import os
@@ -36,21 +36,21 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the linear layers of ``model`` in place, one at a time, and return it.
 
-    Every layer is checked before the first is touched, so that a refused call leaves the model as it was. The
-    float weight of a layer is released as soon as its codes are made. A call that is interrupted leaves a model whose
-    remaining layers are dense; it saves and loads as that, and another call with the same config does the rest.
+    Every layer is checked before the first one changes, so a refused call leaves the model as it was. A layer's float
+    weight is released as soon as the layer is quantized. An interrupted call leaves the remaining layers dense: the
+    model saves and loads in that state, and another call with the same config quantizes the rest.
 
     Args:
         model: any module. A transformers model saves, loads and trains afterwards as a quantized model.
-        config: the method, and exceptions by name; for example ``HQQConfig(nbits=4)``.
-        calibration: texts, token ids, a dataset, or a :class:`Calibration` around them. With it the error that is
-            minimised is that of each layer's outputs on this data instead of that of its weight; the format stays the
-            same. HQQ needs ``axis=1`` for it.
-        tokenizer: for texts, where ``calibration`` is no :class:`Calibration`; None for the model's own.
-        device: where to quantize, for example ``"cuda"`` for a model that lies in CPU memory; the quantized layer
-            goes back to where the weight was. None to quantize each weight where it is.
+        config: the method, and overrides by name; for example ``HQQConfig(nbits=4)``.
+        calibration: texts, token ids, a dataset, or a :class:`Calibration` around them. If given, minimises each
+            layer's output error on this data instead of its weight error; the format stays the same. HQQ then needs
+            ``axis=1``.
+        tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`; None for the model's own.
+        device: where to quantize, for example ``"cuda"`` for a model in CPU memory; the quantized layer returns to
+            the device of the weight. None to quantize each weight on its own device.
         progress: show a progress bar.
-        on_layer: called after each layer with what quantizing did to it; only with ``calibration``.
+        on_layer: called after each layer with its errors; only with ``calibration``.
 
     Raises:
         TypeError: ``config`` is no QuantConfig; calibration data of an unknown kind.
@@ -82,26 +82,26 @@ def quantize_model(
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
-    """Of a model that is quantized in part the float outputs are gone, and with them what identifies its blocks."""
+    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs."""
     if calibration.finetune_epochs or calibration.resume_folder is not None:
         raise ValueError(
             "some layers are quantized already, and block finetuning and resume_folder need the float model; nothing "
-            "was changed. Load the float model again (finished blocks are taken from resume_folder), or go on with "
+            "was changed. Load the float model again (finished blocks are taken from resume_folder), or continue with "
             "finetune_epochs=0 and resume_folder=None."
         )
 
 
 @contextmanager
 def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
-    """Make a transformers model known as quantized with the layers that are, also where an error ends this early."""
+    """Mark a transformers model as quantized, with the layers that are, even if an error ends the run."""
     n_before = len(quantized_modules(model))
     try:
         yield
     except BaseException:
         if n_done := len(quantized_modules(model)) - n_before:
             logger.warning(
-                "quantizing was interrupted: %d of %d layers are quantized, the others are dense still. The model "
-                "works, saves and loads as that; quantize_model with the same config goes on with the rest.",
+                "quantizing was interrupted: %d of %d layers are quantized, the others are still dense. The model "
+                "works, saves and loads in this state; quantize_model with the same config quantizes the rest.",
                 n_done,
                 n_planned,
             )
@@ -114,14 +114,14 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
 def save_model(
     model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
 ) -> None:
-    """Save a quantized model whole or not at all, with a model card that says how to load it.
+    """Save a quantized model, all of it or nothing, with a model card that says how to load it.
 
-    Everything is written beside ``folder`` first and then moved there.
+    Everything is written to a temporary folder next to ``folder`` first, and then moved there.
 
     Args:
         model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
-        folder: where to; must not exist or be empty, unless ``overwrite``.
-        tokenizer: saved along with it, if given.
+        folder: must not exist, or be empty, unless ``overwrite``.
+        tokenizer: saved with the model, if given.
         overwrite: replace the model in ``folder``: files of the same names, and all its safetensors. Others stay.
         kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
 
@@ -132,7 +132,7 @@ def save_model(
     folder = Path(folder)
     if has_adapters(model):
         raise ValueError(
-            "the model carries PEFT adapters, and would be saved as if it had none; nothing was written. Merge them "
+            "the model carries PEFT adapters, which would not be saved; nothing was written. Merge them "
             "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
         )
     if folder.exists() and not folder.is_dir():
@@ -191,8 +191,8 @@ def _model_card(model: PreTrainedModel) -> str:
             "tags: [quantized, quantlayers]",
             "---",
             "",
-            "**Load this model with `peft_quantlayers`; without its import transformers would fill the quantized",
-            "layers with random numbers, and say so only in a warning.**",
+            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
+            "with random numbers and only warns.**",
             "",
             "```python",
             "import peft_quantlayers",

@@ -1,4 +1,4 @@
-"""What a model reads while it is calibrated: texts, token ids or ready inputs, as batches. No model is run here."""
+"""Calibration data: texts, token ids or ready inputs, as batches. No model is run here."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ MIN_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Inputs that stand for what the model will see, and how they are used.
+    """Inputs that are representative of the model's use, and how they are used.
 
     Fields:
         data: a text or a list of texts; token ids, (n,) or (n_sequences, length), or a list of such; a ``datasets``
@@ -31,14 +31,14 @@ class Calibration:
         n_tokens: tokens to use; windows are taken evenly from all of ``data``.
         sequence_length: tokens of a window; fewer where the model has fewer positions.
         batch_size: windows that go through a block at a time.
-        damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. More of it trusts
-            the data less.
-        shrinkage: fraction by which off-diagonal entries of the second moment are shrunk towards zero; more of it,
-            likewise.
-        finetune_epochs: after a block is quantized, how often its scales, zeros, codebooks, biases and float32 norms
-            are trained over the data to restore the block's original output; 0 for not at all.
+        damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. A larger value
+            relies less on the data.
+        shrinkage: fraction by which off-diagonal entries of the second moment are shrunk towards zero. A larger value
+            relies less on the data.
+        finetune_epochs: after a block is quantized, epochs over the data in which its scales, zeros, codebooks, biases
+            and float32 norms are trained to restore the block's original output; 0 for none.
         learning_rate: of that training, relative to the size of each tensor.
-        resume_folder: where finished blocks are kept, so that a run that was cut off goes on there.
+        resume_folder: where finished blocks are stored, so that an interrupted run can continue.
     """
 
     data: Any
@@ -123,7 +123,7 @@ def max_length(model: nn.Module) -> int:
 
 
 def token_sequences(data: Any, tokenizer: Any, model: nn.Module | None) -> list[Tensor]:
-    """Token ids of whatever ``data`` is, as one-dimensional int64 tensors. Raises as :meth:`Calibration.batches`."""
+    """Token ids of ``data`` of any kind, as one-dimensional int64 tensors. Raises as :meth:`Calibration.batches`."""
     if hasattr(data, "column_names"):  # a datasets.Dataset
         column = _column(data.column_names, "calibration dataset has the columns", "Rename one with rename_column.")
         data = list(data[column])

@@ -1,4 +1,4 @@
-"""Passes over one block that wait at a layer until it was changed, and go on from there.
+"""Passes over one block that wait at a layer until it has changed, and continue from there.
 
 Layers are changed one after the other, and each must see what those before it give by then. To start from the block's
 beginning for each would run most of the block several times over. On a CPU, where that is most of the time and memory

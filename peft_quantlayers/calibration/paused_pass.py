@@ -58,7 +58,7 @@ class TorchSettings:
 
 
 class Pass(greenlet):
-    """A computation that gives up control with :meth:`pause` and goes on with :meth:`resume`; ``dead`` once it ended.
+    """A computation that stops at :meth:`pause` and continues with :meth:`resume`; ``dead`` once it has ended.
 
     It starts with torch's settings and the context variables of where it was made. What it raises is raised by
     :meth:`resume`.
@@ -92,7 +92,7 @@ class Pass(greenlet):
         return running if isinstance(running, Pass) else None
 
     def pause(self, value: Any) -> Any:
-        """Give ``value`` to whoever resumed this pass, from within; returns what the next :meth:`resume` is given."""
+        """Give ``value`` to the caller of :meth:`resume`, from within; returns what the next one is given."""
         return self.parent.switch(value)
 
     @contextmanager

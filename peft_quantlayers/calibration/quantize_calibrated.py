@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """What quantizing one layer did.
+    """The errors of one quantized layer.
 
     Fields:
         name: of the module.
         bits_per_weight: stored bits, metadata included.
-        weight_error: squared norm of the weight's change over that of the weight.
-        output_error: the same for the outputs on the calibration inputs; None where no input reached the layer.
-        seconds: time it took, without the collection of inputs.
+        weight_error: squared norm of the weight's error over that of the weight.
+        output_error: the same for the outputs on the calibration inputs; None if no input reached the layer.
+        seconds: time to quantize it, without the collection of inputs.
     """
 
     name: str
@@ -57,7 +57,7 @@ def quantize_calibrated(
     progress: bool = True,
     on_layer: Callable[[LayerResult], None] | None = None,
 ) -> None:
-    """Put quantized layers in the place of the modules ``specs``, in place; see :func:`walk`.
+    """Replace the modules ``specs`` by quantized layers, in place; see :func:`walk`.
 
     Raises:
         ValueError, TypeError: the calibration data is refused, a spec cannot use it, or a resume folder belongs to
@@ -107,7 +107,7 @@ class _QuantizeVisitor(Visitor):
 
     def _quantize(self, name: str, hessian: Tensor | None) -> None:
         weight = linear_of(self.model, name)[0].detach().clone()
-        began = time.perf_counter()
+        start = time.perf_counter()
         layer = quantize_module(
             self.model,
             name,
@@ -116,7 +116,7 @@ class _QuantizeVisitor(Visitor):
             device=self.device,
             hessian=hessian,
         )
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         result = _layer_result(name, weight, layer, hessian, seconds)
         logger.info("%s", result)
         if self.on_layer is not None:
@@ -141,8 +141,8 @@ def _layer_result(
     difference = layer.dequantize(torch.float32).to(weight.device) - weight
 
     def ratio(moment: Tensor | None) -> float:
-        lost, kept = (part if moment is None else part @ moment.to(part.device) for part in (difference, weight))
-        return float((lost * difference).sum() / (kept * weight).sum().clamp(min=1e-30))
+        error, norm = (part if moment is None else part @ moment.to(part.device) for part in (difference, weight))
+        return float((error * difference).sum() / (norm * weight).sum().clamp(min=1e-30))
 
     return LayerResult(
         name=name,
@@ -208,7 +208,7 @@ class _ResumeFolder:
 def _fingerprint(
     model: nn.Module, specs: dict[str, QuantSpec], calibration: Calibration, batches: list[Tensor]
 ) -> str:
-    """A digest of all that decides the result: weights, specs, data, and how the data is used."""
+    """A digest of all that determines the result: weights, specs, data, and how the data is used."""
     digest = hashlib.sha256()
     options = {
         field.name: getattr(calibration, field.name)

@@ -1,4 +1,4 @@
-"""Measuring models: perplexity, what a merge retains, and the memory that a forward pass saves for backward."""
+"""Measuring models: perplexity, the effect that a merge retains, and memory that is saved for the backward pass."""
 
 from .capture import Capture, capture
 from .memory import saved_for_backward

@@ -1,4 +1,4 @@
-"""How much of what an adapter changed in a model's predictions is still there after a merge."""
+"""Capture: how much of an adapter's effect on a model's predictions a merge retains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Capture:
     Fields:
         kl_adapter_base, kl_adapter_merged: mean divergence of the next-token distribution from the adapter's, nats.
         loss_base, loss_adapter, loss_merged: mean negative log-likelihood of the tokens, nats.
-        n_tokens: how many were scored.
+        n_tokens: number of scored tokens.
     """
 
     kl_adapter_base: float
@@ -39,7 +39,7 @@ class Capture:
 
     @property
     def capture(self) -> float:
-        """``1 - KL(adapter || merged) / KL(adapter || base)``: 1 for all of it; below 0 is worse than no adapter."""
+        """``1 - KL(adapter || merged) / KL(adapter || base)``: 1 retains all; below 0 is worse than no adapter."""
         if self.kl_adapter_base <= 0:
             return 1.0 if self.kl_adapter_merged <= 0 else float("-inf")
         return 1.0 - self.kl_adapter_merged / self.kl_adapter_base
@@ -57,15 +57,15 @@ def capture(
 ) -> Capture:
     """Compare the predictions of a base model, the same with an adapter, and the merged model, window by window.
 
-    The three are asked for one window after the other, so that no more than the logits of three windows are ever
-    kept: they may well be one model that is switched. Put it into ``eval`` mode before.
+    All three run on one window before the next, so that at most the logits of three windows are in memory. They may
+    be one model that is switched between states. Put it into ``eval`` mode first.
 
     Args:
         adapter, base, merged: each gives logits (1, n_tokens, vocabulary) for token ids (1, n_tokens); for example
             ``lambda ids: model(ids, use_cache=False).logits``.
-        token_ids: held-out text, (n_tokens,), integer, on the models' device. The rest that fills no window is left.
+        token_ids: held-out text, (n_tokens,), integer, on the models' device. An incomplete last window is not used.
         window: tokens per window, each scored on its own.
-        max_windows: use only the first so many; None for all.
+        max_windows: use only this many, from the first; None for all.
 
     Raises:
         ValueError: ``token_ids`` is not a vector of at least one window, or ``window`` is below 2.

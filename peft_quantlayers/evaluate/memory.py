@@ -1,11 +1,11 @@
-"""What a forward pass keeps for the backward pass."""
+"""Memory that a forward pass saves for the backward pass."""
 
 import torch
 from torch import Tensor, nn
 
 
 def saved_for_backward(module: nn.Module, x: Tensor) -> int:
-    """Bytes that ``module(x)`` keeps for its backward pass: each storage once, the module's own tensors left out."""
+    """Bytes that ``module(x)`` saves for its backward pass: each storage once, without the module's own tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 
@@ -16,5 +16,5 @@ def saved_for_backward(module: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x)  # noqa: F841  what it keeps must live until all is counted
+        y = module(x)  # noqa: F841  its graph must live until all is counted
     return sum(kept.values())

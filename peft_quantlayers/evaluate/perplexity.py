@@ -22,9 +22,9 @@ def perplexity(
     Args:
         model: a transformers causal language model.
         token_ids: the whole text, (n_tokens,), integer.
-        window: tokens per window; each window is scored on its own, its first token not at all. What is left at
-            the end and fills no window is not scored.
-        max_windows: score only the first so many windows; None for all.
+        window: tokens per window; each window is scored on its own, without its first token. An incomplete last
+            window is not scored.
+        max_windows: score only this many windows, from the first; None for all.
         progress: show a progress bar.
 
     Raises:

@@ -76,7 +76,7 @@ class CheckpointFormat(ABC):
 
     Attributes:
         name: the ``quant_method`` in ``config.json``.
-        setting_names: entries beside the tensors of a layer that hold settings, and belong to no module.
+        setting_names: entries next to a layer's tensors that hold settings, and belong to no module.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """What a quantized tensor means, as plain values that go into JSON and come back unchanged.
 
-Here: the base class of all specs and the checks they share. The specs themselves live beside their methods. May import
-torch only.
+Here: the base class of all specs and the checks they share. Each spec is defined in the folder of its method. May
+import torch only.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from torch import Tensor
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
 
 Role = Literal["codes", "scales", "zeros", "codebooks"]
-# Roles of the tensors beside the codes, in words that hold for every method.
+# Roles of the tensors other than the codes, the same for every method.
 METADATA_ROLES: tuple[Role, ...] = ("scales", "zeros", "codebooks")
 
 
@@ -43,8 +43,8 @@ class TensorLayout:
 class QuantSpec(ABC):
     """How one weight is stored, and how a write to it is quantized again: numbers and names, no tensors.
 
-    Subclasses are frozen dataclasses that check their fields in ``__post_init__``, so that a spec that
-    exists is a spec that makes sense. ``method`` names the registered quantization method.
+    Subclasses are frozen dataclasses that check their fields in ``__post_init__``, so that every spec is valid.
+    ``method`` names the registered quantization method.
     """
 
     method: ClassVar[str]
@@ -118,9 +118,9 @@ class QuantSpec(ABC):
     # ---- metadata
 
     def find_damage(self, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> str:
-        """What no quantizer writes in ``tensors`` of the right shapes, in words after a layer's name; or nothing.
+        """A description of values that no quantizer writes, to follow a layer's name; empty if there are none.
 
-        A row or group of zeros may have a scale of zero; of a whole layer this says that its scales were lost.
+        A row or group of zeros may have a scale of zero; if all scales of a layer are zero, they were lost.
         """
         scales = [name for name, entry in layout.items() if entry.role == "scales"]
         is_lost = bool(scales) and not any(tensors[name].any() for name in scales)
@@ -142,10 +142,10 @@ class QuantSpec(ABC):
         return {name: entry.role for name, entry in layout.items() if entry.dtype.is_floating_point}
 
     def extended(self) -> Self:
-        """A spec of the same format with room for a delta beside all that a weight of this one holds.
+        """A spec of the same format that holds a weight of this spec, and a delta in addition.
 
         Raises:
-            NotImplementedError: the format has no such room.
+            NotImplementedError: the format cannot be extended.
         """
         raise NotImplementedError(f"{self.method} weights cannot be extended in their own format.")
 

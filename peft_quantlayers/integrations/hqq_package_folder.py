@@ -85,8 +85,8 @@ def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
         modules = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} was not read: it holds more than tensors and plain values, and loading that may run code of "
-            f"whoever made the file, or it is damaged. torch says: {str(error).splitlines()[0]}"
+            f"{file} was not read: it is damaged, or it holds more than tensors and plain values, and loading it may "
+            f"run code from the file. torch says: {str(error).splitlines()[0]}"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}). Download or save it again.") from None

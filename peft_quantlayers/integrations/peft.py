@@ -6,7 +6,7 @@ a registry of dispatchers (``patches/``) is asked to register ours instead, and 
 need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a
 registry of quantization backends (``patches/`` again) they are given ours, and a model's status names it.
 
-``preprocess_loraga`` is PEFT's; where it estimates gradients and meets a quantized layer, ours does that.
+``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
 
 import logging
@@ -43,8 +43,8 @@ TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
 
-# What of PEFT ours has taken the place of, by owner and name: what PEFT calls there, and the owner's own entry, which
-# is _INHERITED where it has none. Empty while nothing is registered.
+# Functions of PEFT that ours replace, by owner and name: what PEFT calls there, and the owner's own entry, which is
+# _INHERITED if it has none. Empty while nothing is registered.
 _originals: dict[tuple[Any, str], tuple[Any, Any]] = {}
 _INHERITED = object()
 
@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put PEFT's own dispatch back."""
+    """Restore PEFT's own dispatch."""
     if not _originals:
         return
     if hasattr(lora, "unregister_lora_dispatcher"):
@@ -114,7 +114,7 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 
 def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
-    """PEFT's, before which an adapter is refused that was trained through a rounding that is not there."""
+    """PEFT's, after a check that refuses a merge-aware adapter on a layer that is not quantized."""
     check_rounded_layers(peft_config, model)
     _original(LoraModel, "_prepare_model")(self, peft_config, model)
 
@@ -164,7 +164,7 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:
-    """The LoRA layer for ``target``; None where that is not ours to make."""
+    """The LoRA layer for ``target``; None if it is not on a quantized layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
         return None

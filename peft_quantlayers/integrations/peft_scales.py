@@ -52,7 +52,7 @@ class QuantScalesModel(BaseTuner):
                 module.adapter_to_merge(adapter_names)
 
     def _prepare_adapter_config(self, peft_config: QuantScalesConfig, model_config: dict) -> QuantScalesConfig:
-        """A copy, so that the user's config can be put onto another model as well."""
+        """A copy, so that the user's config can be used for another model as well."""
         own = copy.copy(peft_config)
         for name, config in self.peft_config.items():
             if config is peft_config:
@@ -60,7 +60,7 @@ class QuantScalesModel(BaseTuner):
         return own
 
     def _prepare_model(self, peft_config: QuantScalesConfig, model: nn.Module) -> None:
-        """Everything that can be wrong is found here, before the model is changed."""
+        """All checks are made here, before the model is changed."""
         peft_config.plan = plan_of(peft_config, model)
         peft_config.base_crc32 = _checked_base(peft_config, model)
 
@@ -91,7 +91,7 @@ class QuantScalesModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT drops ``adapter_names`` of a mixed batch in silence where a tuner knows nothing of it."""
+        """Refuse ``adapter_names`` of a mixed batch, which PEFT ignores silently for a tuner without support."""
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
                 "adapter_names: scale-only finetuning has no mixed batches, since each adapter is another weight. "
@@ -101,9 +101,9 @@ class QuantScalesModel(BaseTuner):
 
 
 def plan_of(config: QuantScalesConfig, model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of the tensors to train for each module that ``config`` means in ``model``.
+    """Names of the tensors to train for each module that ``config`` selects in ``model``.
 
-    "all-linear" in ``config`` is replaced by the names that it means, as in PEFT's own methods.
+    "all-linear" in ``config`` is replaced by the names that it selects, as in PEFT's own methods.
 
     Raises:
         ValueError: there is nothing to train for a name in ``config``, or a target that cannot be trained; says which.
@@ -159,8 +159,8 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _not_excluded(config: QuantScalesConfig, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that ``exclude_modules``, ``modules_to_save`` and ``layers_to_transform`` leave."""
-    # By their endings: PEFT does not ask for the layer of a module that is named in full.
+    """Those of ``names`` that ``exclude_modules``, ``modules_to_save`` and ``layers_to_transform`` allow."""
+    # By their endings: PEFT does not check the layer of a module that is named in full.
     by_ending = copy.copy(config)
     by_ending.target_modules = {name.rpartition(".")[2] for name in names}
     return [name for name in names if check_target_module_exists(by_ending, name)]
@@ -207,7 +207,7 @@ def _norms(config: QuantScalesConfig, modules: dict[str, nn.Module]) -> dict[str
 
 
 def _checked_base(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]:
-    """Checksum of each planned layer's quantized tensors; ValueError where ``config`` was saved with another one."""
+    """Checksum of each planned layer's quantized tensors; ValueError if ``config`` was saved with another one."""
     saved = config.base_crc32 or {}
     found = {}
     for name in config.plan:
@@ -223,7 +223,7 @@ def _checked_base(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]
         if saved.get(name, found[name]) != found[name]:
             raise ValueError(
                 f"{name}: the adapter was trained on other codes, zeros, codebooks or scales than this base has "
-                f"({layer.spec}), for which its own mean nothing: load it onto the base that it was trained on "
+                f"({layer.spec}), and is valid for those only. Load it onto the base that it was trained on "
                 f"(base_model_name_or_path={config.base_model_name_or_path!r}), quantized in the same way."
             )
     return found
@@ -237,13 +237,13 @@ def _some(names: Any) -> str:
 
 
 def register() -> None:
-    """Enter scale-only finetuning into PEFT's tables. (``register_peft_method`` takes names of PEFT's enum only.)"""
+    """Add scale-only finetuning to PEFT's tables. (``register_peft_method`` takes names of PEFT's enum only.)"""
     for table, entry in _entries():
         table[QuantScalesType.QUANT_SCALES] = entry
 
 
 def unregister() -> None:
-    """Take it out again."""
+    """Remove it from PEFT's tables."""
     for table, _ in _entries():
         table.pop(QuantScalesType.QUANT_SCALES, None)
 

@@ -1,4 +1,4 @@
-"""Private names of PEFT that rooms below this one need, each said once. Imports PEFT only."""
+"""Private names of PEFT that rooms below this one need, each in one place. Imports PEFT only."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def variant_caches(lora_layer: Any) -> dict[str, Any]:
 
 
 def set_variant_caches(lora_layer: Any, caches: dict[str, Any]) -> None:
-    """Put :func:`variant_caches` back."""
+    """Restore :func:`variant_caches`."""
     lora_layer._caches = dict(caches)
 
 
@@ -29,5 +29,5 @@ def tied_target_modules(tuner: Any) -> list[str]:
 
 
 def set_loraga_gradient(layer: Any, gradient: Any) -> None:
-    """Leave the mean gradient of a layer's weight where PEFT's LoRA-GA initialisation looks for it."""
+    """Store the mean gradient of a layer's weight where PEFT's LoRA-GA initialisation looks for it."""
     setattr(layer, _LORAGA_GRADIENT, gradient)

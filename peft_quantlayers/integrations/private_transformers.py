@@ -1,18 +1,18 @@
-"""Private names of transformers that rooms below this one need, each said once. Imports nothing."""
+"""Private names of transformers that rooms below this one need, each in one place. Imports nothing."""
 
 from typing import Any
 
 
 def mark_as_initialized(holder: Any) -> None:
-    """Tell transformers that a module or tensor (or all of a class) holds values already.
+    """Mark a module or tensor (or all of a class) as initialised for transformers.
 
-    Its loader fills what no checkpoint filled with random numbers, unless this is set.
+    Its loader fills all that no checkpoint filled with random numbers, unless this is set.
     """
     holder._is_hf_initialized = True
 
 
 def is_marked_as_initialized(holder: Any) -> bool:
-    """Whether :func:`mark_as_initialized`, or transformers' loader, has said so."""
+    """Whether :func:`mark_as_initialized`, or transformers' loader, has marked it."""
     return getattr(holder, "_is_hf_initialized", False)
 
 

@@ -17,9 +17,8 @@ from ..layers.dense_types import dense_shape
 class StoredLayers:
     """The layers of a model whose tensors are converted when they are read, by module name.
 
-    ``stored_names`` are the names in the file, which may lack the base model's prefix. ``failures`` collects what
-    went wrong: transformers would swallow an error in a conversion, and raise a RuntimeError without the reason at
-    the end.
+    ``stored_names`` are the names in the file, which may lack the base model's prefix. ``failures`` collects errors:
+    transformers would catch an error in a conversion, and raise a RuntimeError without the reason at the end.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class _QuantizeWeight(ConversionOps):
                 compute_dtype=self.quantizer.compute_dtype,
             )
         except ValueError as error:
-            # transformers would swallow it here and raise a RuntimeError without the reason at the end.
+            # transformers would catch it here, and raise a RuntimeError without the reason at the end.
             self.quantizer.failures.append(str(error))
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
@@ -90,7 +90,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                "device_map sends modules to disk, where quantized layers cannot live. Give them a GPU or the CPU: "
+                "device_map sends modules to disk, which quantized layers do not support. Give them a GPU or the CPU: "
                 "they are small."
             )
 
@@ -113,7 +113,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         return param.element_size()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Tensors of quantized layers keep the dtype of the file: a wrong one must be found, not cast away."""
+        """Tensors of quantized layers keep the dtype of the file: a wrong one must be an error, not a cast."""
         name = converter.target_patterns[0] if getattr(converter, "target_patterns", None) else ""
         module_name, _, tensor_name = name.rpartition(".")
         if module_name.removesuffix(".branch") in self.specs and tensor_name != "bias":
@@ -196,7 +196,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize_model(model, dtype)
 
-    # ---- what transformers asks a loaded model
+    # ---- what transformers asks about a loaded model
 
     def is_serializable(self) -> bool:
         return True
@@ -221,7 +221,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
 
 def mark_for_kbit_training(model: PreTrainedModel) -> None:
-    """Let PEFT's ``prepare_model_for_kbit_training`` treat ``model``, of whatever method, as a quantized one.
+    """Let PEFT's ``prepare_model_for_kbit_training`` treat ``model``, of any method, as a quantized one.
 
     PEFT has no general hook: it knows some methods by name, and HQQ by ``model.hqq_quantized`` too. For such a model
     it leaves floating parameters in their dtype and turns on gradient checkpointing, which is right for all our

@@ -1,4 +1,4 @@
-"""Makes transformers use our quantizers, and takes that back."""
+"""Makes transformers use our quantizers, and undoes that."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put transformers' own quantizers back."""
+    """Restore transformers' own quantizers."""
     for name, (config, quantizer) in _taken_over.items():
         for mapping, original in ((AUTO_QUANTIZATION_CONFIG_MAPPING, config), (AUTO_QUANTIZER_MAPPING, quantizer)):
             if original is None:

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class CodesParameter(nn.Parameter):
-    """The packed codes of a layer. ``numel()`` counts the weights that they stand for, as users count parameters.
+    """The packed codes of a layer. ``numel()`` counts weights, not packed bytes.
 
     transformers' ``num_parameters`` and PEFT's trainable percentage add up ``numel()``; with packed bytes the model
-    would seem half its size. ``nelement()``, ``shape`` and ``nbytes`` describe the memory.
+    would appear half its size. ``nelement()``, ``shape`` and ``nbytes`` describe the memory.
 
     Attributes:
         n_weights: what ``numel()`` returns.
@@ -25,7 +25,7 @@ class CodesParameter(nn.Parameter):
 
     @classmethod
     def around(cls, codes: nn.Parameter) -> CodesParameter:
-        """``codes`` as a CodesParameter, with the attributes that others have set on it."""
+        """``codes`` as a CodesParameter, with the attributes that were set on it."""
         wrapped = cls(codes)
         wrapped.__dict__.update(codes.__dict__)
         return wrapped

@@ -1,8 +1,8 @@
 """Which types of dense module are quantized, and how each keeps its weight. One entry per type.
 
-An entry is a plain value, so that a quantized layer can carry the entry of the module that it replaced, and be
-pickled with it. A type is found by its exact class: a subclass may compute something else in ``forward``. Classes
-are named by text and looked up among the modules that are loaded, so that this file imports no model.
+An entry is a plain value: a quantized layer keeps the entry of the module that it replaced, and can be pickled with
+it. A type matches its exact class only, since a subclass may compute something else in ``forward``. Classes are named
+by text and looked up among the loaded modules, so that this file imports no model.
 """
 
 import sys

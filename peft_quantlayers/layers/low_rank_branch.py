@@ -1,4 +1,4 @@
-"""A low-rank branch beside a quantized weight: an adapter that stays in the model without PEFT."""
+"""The low-rank branch of a quantized layer: an adapter that stays in the model without PEFT."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class LowRankBranch(nn.Module):
         """A branch of uninitialised tensors, to load a checkpoint into.
 
         Raises:
-            ValueError: no branch of this rank makes sense for this shape.
+            ValueError: ``rank`` is not an integer from 1 to ``MAX_RANK``.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"a branch of rank {rank!r} makes no sense; it must lie between 1 and {MAX_RANK}.")
+            raise ValueError(f"the rank of a branch is {rank!r}; it must lie between 1 and {MAX_RANK}.")
         A = torch.empty(rank, in_features, dtype=dtype, device=device)
         return cls(A, torch.empty(out_features, rank, dtype=dtype, device=device))
 
@@ -58,5 +58,5 @@ class LowRankBranch(nn.Module):
         return f"rank={self.rank}, dtype={self.A.dtype}"
 
 
-# Several adapters kept together add their ranks up, so that the shape of the layer is no bound.
+# The ranks of several adapters kept together add up, so the layer's shape is no bound.
 MAX_RANK = 1 << 16

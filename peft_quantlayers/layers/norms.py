@@ -1,12 +1,12 @@
-"""Which modules of a model are norm layers: the rest of what is continuous beside quantized layers."""
+"""Which modules of a model are norm layers."""
 
 from torch import nn
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a norm layer with a weight: RMSNorm, LayerNorm and what models make of them.
+    """Whether ``module`` is a norm layer with a weight: RMSNorm, LayerNorm or a variant of them.
 
-    Model families bring norm classes of their own without a common base, so the class's name has to say it; its
+    Model families define their own norm classes without a common base, so the class's name must contain "norm". Its
     parameters must be vectors named weight and bias.
     """
     parameters = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""Quantizing one layer's weight: the method's arithmetic, with the layer's name in what it says."""
+"""Quantizing one layer's weight, with the layer's name in errors and warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def named_errors(layer_name: str, *, remedy: str = "") -> Iterator[None]:
-    """Put ``layer_name`` before, and ``remedy`` after, what a ValueError or NotImplementedError inside says."""
+    """Put ``layer_name`` before, and ``remedy`` after, the message of a ValueError or NotImplementedError inside."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
@@ -43,7 +43,7 @@ def quantize_weight(
     if quantized.spec != spec and quantized.spec == spec.widened():
         logger.warning(
             "%s: %s cannot hold the scales and other metadata of this layer (very small or very large weights, or a "
-            "large common offset), so they are kept in float32.",
+            "large common offset), so they are stored in float32.",
             layer_name,
             getattr(spec, "scale_dtype", "the spec's dtype"),
         )

@@ -1,4 +1,4 @@
-"""Put quantized layers in the place of a model's dense modules, and dense modules back in theirs."""
+"""Replace dense modules of a model by quantized layers, and the other way round."""
 
 from typing import Any, cast
 
@@ -57,9 +57,9 @@ def quantize_module(
 def place_empty_layer(
     model: nn.Module, name: str, spec: QuantSpec, *, compute_dtype: str | None, device: torch.device | str
 ) -> QuantizedLinear:
-    """Put a quantized layer with uninitialised tensors in the place of the dense module ``name``, and return it.
+    """Replace the dense module ``name`` by a quantized layer with uninitialised tensors, and return that.
 
-    For a checkpoint to be loaded into. The bias, uninitialised too, keeps the dtype that it has.
+    A checkpoint is loaded into it. The bias, uninitialised too, keeps its dtype.
     """
     module, entry = dense_at(model, name)
     weight, bias = linear_of(model, name)
@@ -97,7 +97,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 
 def dense_in_place_of(layer: QuantizedLinear, weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
-    """The dense module that the model's architecture has in the place of ``layer``, an ``nn.Linear`` for example.
+    """The dense module that ``layer`` replaced in the model's architecture, for example an ``nn.Linear``.
 
     Args:
         layer: the quantized layer.

@@ -1,4 +1,4 @@
-"""Which modules of a model a config means: found, checked and warned about before anything is changed."""
+"""Which modules of a model a config selects, checked before anything is changed."""
 
 import logging
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
-    """Name and spec of every module that ``config`` means, checked: nothing is changed yet.
+    """Name and spec of every module that ``config`` selects, checked; nothing is changed.
 
     These are all modules of a registered type (:mod:`.dense_types`) except the output head, the modules that
-    ``skip_modules`` names, and modules that share their weight with another one. Layers that an earlier call
-    quantized to the very spec asked for stay as they are, so that an interrupted run can continue.
+    ``skip_modules`` matches, and modules that share their weight with another one. Layers that an earlier call
+    quantized to the requested spec stay as they are, so that an interrupted run can continue.
 
     Raises:
         ValueError: nothing to quantize; a layer is quantized already, to another spec; a shape does not fit its spec;
-            a pattern in ``skip_modules`` or ``overrides`` matches no module. All layers at fault are named.
+            a pattern in ``skip_modules`` or ``overrides`` matches no module. Names the first five such layers.
     """
     if dense_type_of(model) is not None:
         raise ValueError(
@@ -65,7 +65,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
 
 
 def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Names of the layers that are quantized already, to the spec that ``config`` asks for there."""
+    """Names of the layers that are already quantized to the spec that ``config`` has for them."""
     return [
         name
         for name, layer in quantized_modules(model).items()
@@ -74,7 +74,7 @@ def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
 
 
 def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
-    """:func:`quantizable_modules`, with all weights checked too; ValueError where one is not finite."""
+    """:func:`quantizable_modules`, with all weights checked too; ValueError if one is not finite."""
     specs = quantizable_modules(model, config)
     not_finite = [name for name in specs if not _is_finite(dense_weight(model, name))]
     if not_finite:
@@ -102,7 +102,7 @@ def _head_modules(model: nn.Module) -> Iterator[str]:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one place of the model holds: tied embeddings, a module under two names."""
+    """Ids of the parameters that the model holds in more than one place: tied embeddings, a module with two names."""
     owners: dict[int, int] = {}
     for parent in model.modules():
         for module in filter(None, parent._modules.values()):
@@ -128,13 +128,13 @@ def _check_overrides(names: list[str], config: QuantConfig) -> None:
         if names and not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"overrides: the pattern {pattern!r} matches no layer that is quantized; the model was not changed. "
-                f"To mean all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
+                f"To match all layers inside a module write {pattern + '.*'!r}. The output head is quantized with "
                 "quantize_lm_head=True only."
             )
 
 
 def _check_rest(specs: dict[str, QuantSpec], done: list[str]) -> None:
-    """Raise ValueError where nothing is left to quantize; say so where a part is quantized already."""
+    """Raise ValueError if nothing is left to quantize; warn if some layers are quantized already."""
     if done and not specs:
         raise ValueError(
             f"all {len(done)} layers are quantized already as the config says; the model was not changed."
@@ -153,7 +153,7 @@ def _check_rest(specs: dict[str, QuantSpec], done: list[str]) -> None:
 
 
 def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> None:
-    """Say so where scales and codebooks take more room than the codes: the layers are too small for them."""
+    """Warn if scales and codebooks take more memory than the codes: the layers are too small for the spec."""
     found = []
     for name, spec in specs.items():
         codes, total = spec.bits_per_weight(*dense_shape(model, name))

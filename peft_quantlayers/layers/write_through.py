@@ -1,8 +1,8 @@
-"""The dense face of a quantized weight: a tensor that reads as the dequantized weight and writes back to its layer.
+"""A dense view of a quantized weight: a tensor that reads as the dequantized weight and writes back to its layer.
 
-Nothing is dequantized until an operator asks for numbers; shape, dtype and device cost nothing. Operators that
-change the tensor in place, by whatever name and through whatever view of it, are recognised by their schema and
-requantize the layer: a write is never lost.
+The weight is dequantized when an operator needs its values; shape, dtype and device cost nothing. Operators that
+change the tensor in place, also through a view of it, are recognised by their schema and requantize the layer, so no
+write is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..integrations.private_transformers import mark_as_initialized
 
 
 class QuantizedSource(Protocol):
-    """What owns the quantized weight behind a :class:`WriteThroughWeight`: a quantized linear layer."""
+    """The owner of the quantized weight behind a :class:`WriteThroughWeight`: a quantized linear layer."""
 
     in_features: int
     out_features: int
@@ -36,8 +36,8 @@ class QuantizedSource(Protocol):
 class WriteThroughWeight(Tensor):
     """``layer.weight`` of a quantized layer, (out_features, in_features) in the layer's compute dtype.
 
-    It holds what was written to it; the layer holds the quantization of that. Reading ``layer.weight`` again
-    gives the quantized values. It never requires a gradient: adapters train, codes do not.
+    It holds the values that were written to it; the layer holds their quantization. Reading ``layer.weight`` again
+    gives the quantized values. It never requires a gradient: adapters are trained, codes are not.
     """
 
     _layer: QuantizedSource
@@ -116,7 +116,7 @@ class WriteThroughWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """This tensor itself: it never carries a gradient, and a write to ``.data`` must reach the layer too."""
+        """This tensor itself: it never has a gradient, and a write to ``.data`` must reach the layer too."""
         return self
 
     @data.setter
@@ -146,7 +146,7 @@ class WriteThroughWeight(Tensor):
         return self
 
     def numpy(self, *, force: bool = False) -> Any:
-        """A read-only array: numpy could not tell the layer of a write."""
+        """A read-only array: a write to a numpy array could not reach the layer."""
         array = self.dense().numpy(force=force)
         array.flags.writeable = False
         return array

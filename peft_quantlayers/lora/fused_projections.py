@@ -1,4 +1,4 @@
-"""LoRA layers that read the same input, computed together when the first of them is called."""
+"""Experimental: LoRA layers that read the same input, computed together when the first of them is called."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layer import LoraQuantizedLinear
 
 logger = logging.getLogger(__name__)
 
-# Names of neighbours that read the same input in the models of transformers.
+# Names of neighbouring layers that read the same input in the models of transformers.
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -26,29 +26,32 @@ PROJECTIONS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-# Parts of names under which keys and values read an encoder's states.
+# Parts of the names of attention modules whose keys and values read an encoder's states.
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
-# A result that nobody asked for may be that of an interrupted pass; the second one is not.
+# One unused result may come from an interrupted pass; a second one does not.
 WASTED_BEFORE_WARNING = 2
 
 
 def fuse_projections(
     model: nn.Module, groups: Iterable[Sequence[str]] = PROJECTIONS, *, skip: Iterable[str] = CROSS_ATTENTION
 ) -> list[tuple[str, ...]]:
-    """Compute layers that read the same input together in training: q, k and v, gate and up.
+    """Compute layers that read the same input together in training: q, k and v, gate and up. Experimental.
 
-    The model stays as it is, and so do the names of its modules; the first of a group that is called computes the
-    results of all with one autograd function, and the others find theirs. Results are the same up to rounding, and
-    up to the order in which dropout draws. All results of a group want one backward pass. A layer is computed alone
-    as before where its adapter is no plain LoRA, is merged or disabled, where it is called with another input or in
-    compiled code, and where no gradients are wanted. Copies of the model are not fused.
+    On a CPU its gain is within the noise of a training step, and it has not been measured on a GPU. It may change or
+    be removed once it has.
+
+    The model and the names of its modules do not change. The first layer of a group that is called computes the
+    results of all with one autograd function; the others return theirs. Results are the same up to rounding, and up
+    to the order in which dropout draws. All results of a group need one backward pass. A layer is computed alone, as
+    before, if its adapter is not plain LoRA, is merged or disabled, if the layer is called with another input or in
+    compiled code, or if no gradients are needed. Copies of the model are not fused.
 
     Args:
         model: a PEFT model, or a transformers model with adapters, on quantized layers.
-        groups: names of neighbours that share their input, those of transformers by default. It replaces what an
-            earlier call has fused; ``()`` fuses nothing.
-        skip: parts of names of modules to leave alone, by default those of attention to an encoder.
+        groups: names of neighbouring layers that share their input, by default those of transformers. Replaces what
+            an earlier call has fused; ``()`` fuses nothing.
+        skip: parts of names of modules to leave out, by default those of attention to an encoder.
 
     Returns:
         Names of the modules in each group that was found.
@@ -86,12 +89,12 @@ def fuse_projections(
 
 def _several(given: Iterable[Any], name: str, example: str) -> list[Any]:
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"fuse_projections: {name} wants several names, such as {example}, got {given!r}.")
+        raise TypeError(f"fuse_projections: {name} must be several names, such as {example}, got {given!r}.")
     return list(given)
 
 
 class _Waste:
-    """How often the groups of a model computed what nobody asked for."""
+    """How often the groups of a model computed results that were not used."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -101,8 +104,8 @@ class _Waste:
         if self.n == WASTED_BEFORE_WARNING:
             parent = names[0].rpartition(".")[0]
             logger.warning(
-                "%s are fused, but the results of some were computed and never asked for: they do not all read "
-                "the same input. If that is always so, leave them out, here and wherever else it is so: "
+                "%s are fused, but the results of some were computed and never used: these layers do not all read "
+                "the same input. If that is always the case, leave out such layers, these and others: "
                 "fuse_projections(model, skip=[%r, ...]).",
                 ", ".join(names),
                 parent.rpartition(".")[2] or parent,
@@ -127,7 +130,7 @@ class _Waiting:
 
 
 class _Pending(threading.local):
-    """One group at a time: results hold their graph, which a pass that failed midway must not leave to every layer."""
+    """One group at a time: results hold their graph, and a pass that fails must not leave one in every layer."""
 
     waiting: _Waiting | None = None
 
@@ -147,12 +150,12 @@ class SharedInput:
         return type(None), ()
 
     def __call__(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor:
-        """The result of ``layer``, whose :meth:`fused_inputs` is ``frozen``; the first that is called computes all."""
+        """The result of ``layer``, whose :meth:`fused_inputs` is ``frozen``; the first call computes those of all."""
         y = self._found(layer, x, frozen)
         if y is not None:
             return y
         layers = [ref() for ref in self._layers]
-        # Inference tensors have no version that would tell of a write.
+        # Inference tensors have no version that would show a write.
         if x.is_inference() or not _is_worth_it(frozen) or not any(each is layer for each in layers):
             return lora_linears(x, [frozen])[0]
         members = {layer: frozen}
@@ -172,7 +175,7 @@ class SharedInput:
         return y
 
     def _found(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor | None:
-        """What was computed for ``layer`` already, if nothing has changed since; what cannot be used is dropped."""
+        """The result computed for ``layer`` earlier, if nothing has changed since; unusable results are dropped."""
         waiting = _PENDING.waiting
         if waiting is None:
             return None
@@ -189,7 +192,7 @@ class SharedInput:
 
 
 def _is_worth_it(frozen: FrozenLinear) -> bool:
-    """Whether to compute all: for gradients, and wherever dropout draws.
+    """Whether to compute all: if gradients are needed, or if dropout draws.
 
     A checkpoint's first pass may take no gradients, and its second must draw the same numbers in the same order.
     """
@@ -202,7 +205,7 @@ def _kind(frozen: FrozenLinear) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _state_of(layer: LoraQuantizedLinear, frozen: FrozenLinear) -> tuple[Any, ...]:
-    """What the result depends on beside the input."""
+    """What the result depends on, besides the input."""
     floats = [factor for branch in frozen.branches for factor in (branch.A, branch.B)]
     floats += [] if frozen.bias is None else [frozen.bias]
     return (

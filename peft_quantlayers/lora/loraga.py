@@ -1,7 +1,7 @@
-"""LoRA-GA on quantized layers: the gradient of the weight that the codes stand for, which hooks collect.
+"""LoRA-GA on quantized layers: hooks collect the gradient of the dequantized weight.
 
-PEFT's ``preprocess_loraga`` lets the targets' weights take a gradient, and codes take none. The gradient that it wants
-is ``grad_y.T @ x``, of the dense weight; so are the layers here, and no weight has to be trained for it.
+PEFT's ``preprocess_loraga`` makes the targets' weights require a gradient, which codes cannot. It needs the gradient
+of the dense weight, ``grad_y.T @ x``, which the hooks compute without training any weight.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def estimate_gradients(model: nn.Module, targets: dict[str, nn.Module], train_step: Callable[[], Any]) -> None:
-    """Leave in every target the mean gradient of its weight over the backward passes of ``train_step``.
+    """Store in every target the mean gradient of its weight over the backward passes of ``train_step``.
 
-    Takes the place of PEFT's function of this name: the gradient is where PEFT looks for it, in the shape of the
-    weight, and float32 here. All of these gradients are held at once. Parameters take none meanwhile, and the model is
-    in training mode; both are put back. A target that no gradient reached is left without, for which PEFT begins its
-    adapter at random, and named in a warning. A head that shares its weight with the embeddings gets its own part of
-    the gradient; PEFT on plain layers adds that of the embeddings.
+    Replaces PEFT's function of this name: the gradient is stored where PEFT looks for it, in the shape of the weight,
+    as float32. All of these gradients are in memory at once. Meanwhile no parameter requires a gradient, and the model
+    is in training mode; both are restored. A target that no gradient reaches gets none: PEFT initialises its adapter
+    at random, and a warning names it. A head that shares its weight with the embeddings gets its own part of the
+    gradient; PEFT on plain layers adds that of the embeddings.
 
     Args:
         model: with the ``targets`` in it.
@@ -50,7 +50,7 @@ def estimate_gradients(model: nn.Module, targets: dict[str, nn.Module], train_st
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient
                 counts[name] += 1
 
-            # Nothing before the first layer takes a gradient, so its output would not either.
+            # Nothing before the first layer requires a gradient, so its output would not either.
             output = output if output.requires_grad else output + anchor.to(output)
             output.register_hook(collect)
             return output

@@ -1,9 +1,9 @@
-"""Merge-aware training: the forward pass runs through the weight that the merge will give.
+"""Merge-aware training: the forward pass uses the weight that the merge will produce.
 
-``enable_merge_aware`` switches adapters over; from then on a layer computes with ``Q(W + delta)``, where ``Q`` is the
-rounding of ``QuantMethod.merged``, and merging those adapters changes no output. The weight that they are rounded
-against is written into the adapter's config (``merge_aware_config.py``), is saved with it by ``save_pretrained``, and
-is compared when the adapter is loaded or merged.
+After ``enable_merge_aware`` a layer computes with ``Q(W + delta)``, where ``Q`` is the rounding of
+``QuantMethod.merged``; so merging these adapters changes no output. A fingerprint of ``W`` is written into the
+adapter's config (``merge_aware_config.py``), is saved with it by ``save_pretrained``, and is compared when the adapter
+is loaded or merged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> None:
     """Train adapters through the rounding that merges them, so that merging them loses nothing.
 
-    From here on quantized layers with these adapters compute what the merged layer will, in training and in
-    evaluation alike. Call it before the training, or when a part of it is done (``MergeAwareCallback``); the earlier
-    the better. Layers that are not quantized train as ever. ``merge_back(strategy="aware")`` merges.
+    From now on quantized layers with these adapters compute what the merged layer will, in training and in
+    evaluation. Call it before the training, or during it (``MergeAwareCallback``); the earlier the better. Layers
+    that are not quantized train as usual. Merge with ``merge_back(strategy="aware")``.
 
     Args:
         model: a PEFT model, or a transformers model with adapters, on a quantized base.
-        adapters: names; None for the active ones. Adapters that are active together must all be aware.
+        adapters: names; None for the active ones. Adapters that are active together must all be merge-aware.
 
     Raises:
         ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
@@ -42,14 +42,14 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
     trained = _enable(model, adapters)
     if trained:
         logger.warning(
-            "adapters %s are not new: from here on they compute through the rounding. Train them some more before "
-            "the merge, or it is worth no more than one by requantizing.",
+            "adapters %s are already trained: from now on they compute through the rounding. Train them further "
+            "before the merge, or it is no better than requantizing.",
             trained,
         )
 
 
 def _enable(model: nn.Module, adapters: list[str] | None) -> list[str]:
-    """As :func:`enable_merge_aware`; gives the adapters that change the model already."""
+    """As :func:`enable_merge_aware`; returns the adapters that already change the model."""
     configs, trained = _configs(model), []
     for name, layers in _checked_layers(model, configs, adapters).items():
         stamp = {}
@@ -78,7 +78,7 @@ def _checked_layers(
     for name in names:
         concerned = [layer for layer in layers if name in layer.lora_A]
         if not concerned:
-            raise ValueError(f"adapter {name!r} lies on no quantized layer: there is no rounding to train through.")
+            raise ValueError(f"adapter {name!r} is on no quantized layer: there is no rounding to train through.")
         for layer in concerned:
             _check_trainable(layer, name)
         found[name] = concerned
@@ -93,8 +93,8 @@ class MergeAwareCallback(TrainerCallback):
         adapters: as for :func:`enable_merge_aware`.
 
     Raises:
-        ValueError, NotImplementedError: when the training begins, as :func:`enable_merge_aware`, or because it ends
-            before ``start_step``.
+        ValueError, NotImplementedError: at the start of the training, as :func:`enable_merge_aware`, or because it
+            ends before ``start_step``.
     """
 
     def __init__(self, start_step: int = 0, adapters: list[str] | None = None) -> None:
@@ -124,7 +124,7 @@ class MergeAwareCallback(TrainerCallback):
 def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
     base = layer.quantized_base()
     if not isinstance(base, QuantizedLinear):
-        raise ValueError(f"adapter {adapter!r} lies on layers that were dequantized: merging them rounds nothing.")
+        raise ValueError(f"adapter {adapter!r} is on layers that were dequantized: merging them rounds nothing.")
     where = f"{base.layer_name}: adapter {adapter!r}"
     if layer.merged:
         raise ValueError(
@@ -132,12 +132,12 @@ def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
         )
     if adapter in layer.lora_variant or layer.lora_bias[adapter]:
         raise NotImplementedError(
-            f"{where} is more than plain LoRA. Merge-aware training knows plain LoRA and rsLoRA; QA-LoRA merges "
+            f"{where} is more than plain LoRA. Merge-aware training supports plain LoRA and rsLoRA; QA-LoRA merges "
             "exactly without it, and other variants merge by requantization."
         )
     if not isinstance(layer.lora_dropout[adapter], nn.Identity):
         raise ValueError(
-            f"{where} has lora_dropout: what is dropped at random cannot be rounded into a weight. Set lora_dropout=0."
+            f"{where} has lora_dropout, and a random mask cannot be rounded into a weight. Set lora_dropout=0."
         )
 
 

@@ -1,7 +1,7 @@
-"""What an adapter was rounded against while it was trained, in its saved config.
+"""The saved config of a merge-aware adapter: which quantized weights it was rounded against.
 
-The config's class has one field more than PEFT's; PEFT alone ignores it with a warning. May import formats, layers and
-PEFT's public classes.
+The config's class has one field more than PEFT's; PEFT alone ignores the field with a warning. May import formats,
+layers and PEFT's public classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 
-# Of the rounding: an adapter is only worth its loss with the rounding that it was trained through.
+# Version of the rounding: an adapter has its training loss only with the rounding that it was trained through.
 ROUNDING_VERSION = 2
 
 WAY_OUT = (
@@ -31,7 +31,7 @@ WAY_OUT = (
 
 @dataclass
 class MergeAwareLoraConfig(LoraConfig):
-    """A ``LoraConfig`` of an adapter that was trained through the rounding of the merge. PEFT alone reads the rest.
+    """The ``LoraConfig`` of an adapter that was trained through the rounding of the merge.
 
     Attributes:
         merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}``; None for an
@@ -59,7 +59,7 @@ def fingerprint(weight: QuantizedWeight) -> str:
 
 
 def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
-    """A config like ``config`` that says what its adapter is rounded against: name and fingerprint of each layer."""
+    """A copy of ``config`` that records what its adapter is rounded against: name and fingerprint of each layer."""
     aware = MergeAwareLoraConfig.__new__(MergeAwareLoraConfig)
     vars(aware).update(copy.copy(vars(config)))
     aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
@@ -72,7 +72,7 @@ def stamp_of(config: Any) -> dict[str, Any] | None:
 
 
 def check_rounded_layers(config: Any, model: nn.Module) -> None:
-    """Raise ValueError if a layer of ``model`` is not quantized whose rounding the adapter was trained through."""
+    """Raise ValueError if the adapter was trained through the rounding of a layer that ``model`` has dense."""
     stamp = stamp_of(config)
     if stamp is None:
         return
@@ -90,7 +90,7 @@ def check_rounded_layers(config: Any, model: nn.Module) -> None:
 
 
 def check_stamp(stamp: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
-    """Raise ValueError unless the adapter was trained through the rounding of just this weight."""
+    """Raise ValueError unless the adapter was trained through the rounding of this very weight."""
     if stamp.get("rounding") != ROUNDING_VERSION:
         raise ValueError(
             f"adapter {adapter!r} was trained through version {stamp.get('rounding')!r} of the rounding, and this is "

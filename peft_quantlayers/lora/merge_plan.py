@@ -1,4 +1,4 @@
-"""The plan of merging LoRA adapters: PEFT merges them into a dense float32 stand-in for the quantized layer.
+"""The merge plan of LoRA adapters: PEFT merges them into a dense float32 stand-in for the quantized layer.
 
 So every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules. May import PEFT's public classes.
 """
@@ -25,7 +25,7 @@ from .qalora import MergeableQALoraVariant, can_be_qalora, group_delta
 def lora_plan(
     layer: Any, names: Sequence[str], *, merge: Callable[..., None], merge_aware: dict[str, str]
 ) -> MergePlan:
-    """The merge of the adapters ``names`` of a LoRA layer, in the place of what is merged. Changes nothing.
+    """The merge of the adapters ``names`` of a LoRA layer, in place of what is merged. Changes nothing.
 
     Args:
         layer: PEFT's LoRA layer, and a :class:`MergeSource`.
@@ -95,7 +95,7 @@ def lora_factors(layer: LoraLinear, names: Sequence[str]) -> tuple[Tensor, Tenso
 
 
 class _stands_in:
-    """A dense layer under the adapters of ``layer`` for the length of the context, with nothing merged.
+    """Within the context a dense layer is under the adapters of ``layer``, with nothing merged.
 
     Attributes:
         caches: to be set inside; what PEFT's merge left.

@@ -1,7 +1,7 @@
-"""Adapters that are two plain matrices, so that products with their weights are all that they compute.
+"""Adapters that are two plain matrices, and compute nothing but the products with them.
 
-This runs for every token that a model generates, so that modules are read from their parents' dictionaries: each
-attribute of a module costs a call in Python.
+This runs for every generated token, so modules are read from their parents' dictionaries: each attribute of a module
+costs a call in Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantlayers_kernels.frozen_linear import Branch
 
 
 def plain_branches(layer: Any, names: Sequence[str], x: Tensor) -> list[Branch] | None:
-    """The adapters ``names`` of ``layer`` as matrices, for the input ``x``; None where one of them is more than that.
+    """The adapters ``names`` of ``layer`` as matrices, for the input ``x``; None if one of them is more than that.
 
     All are of one dtype, and on the device of ``x``.
     """
@@ -56,7 +56,7 @@ def plain_branches(layer: Any, names: Sequence[str], x: Tensor) -> list[Branch] 
 
 
 def is_plain_input(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor with numbers, outside of compilers and functorch transforms."""
+    """Whether ``x`` is a tensor with values, outside of compilers and functorch transforms."""
     return (
         type(x) in (Tensor, nn.Parameter)  # no fake tensors, shards, ...
         and not x.is_meta

@@ -19,7 +19,7 @@ from ..layers import QuantizedLinear
 
 
 class MergeableQALoraVariant(QALoraLinearVariant):
-    """PEFT's QA-LoRA with the merge that it leaves out."""
+    """PEFT's QA-LoRA with a merge, which PEFT does not implement."""
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
         group_size = base.method.group_delta_size(base.spec, in_features=base.in_features)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"{name}: use_qalora needs a weight with a float zero for each group of inputs (HQQ), so that the adapter "
-            f"can be merged: {error} Or use plain LoRA (use_qalora=False)."
+            f"{name}: use_qalora needs a weight with a float zero for each group of inputs, so that the adapter can "
+            f"be merged: {error} Or use plain LoRA (use_qalora=False)."
         ) from None
     if size % group_size or base.in_features % size:
         raise ValueError(
@@ -53,7 +53,7 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
 
 
 def can_be_qalora(base: QuantizedLinear) -> bool:
-    """Whether some group size would make QA-LoRA possible on ``base``."""
+    """Whether QA-LoRA is possible on ``base``, with some group size."""
     try:
         base.method.group_delta_size(base.spec, in_features=base.in_features)
     except NotImplementedError:

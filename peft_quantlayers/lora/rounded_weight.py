@@ -1,8 +1,7 @@
 """The rounded weight of merge-aware training, for methods that cannot round a delta tile by tile.
 
-Choosing codes costs more than a product with them. So the codes are kept, and during training they are chosen again
-only when the adapters have changed several times; outside of training always, so that what is evaluated is what is
-merged.
+Choosing codes costs more than a product with them. So the codes are kept. In training they are chosen again only after
+the adapters have changed several times; in evaluation after every change, so that it uses the merged weight.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ STEPS_PER_CHOICE = 4
 
 
 class RoundedWeight:
-    """``Q(W + left @ right)`` of one layer, and the factors that it was last asked for."""
+    """``Q(W + left @ right)`` of one layer, and the factors of its last call."""
 
     def __init__(self) -> None:
         self._weight: QuantizedWeight | None = None
@@ -26,7 +25,7 @@ class RoundedWeight:
         self._n_changes = 0
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy chooses its own codes."""
+        """Nothing: a copy chooses its own codes."""
         return RoundedWeight().__dict__
 
     @torch.compiler.disable
@@ -37,7 +36,7 @@ class RoundedWeight:
             base: the layer that the delta is added to.
             left: (out_features, r), float32.
             right: (r, in_features), float32.
-            may_lag: whether codes of the last ``STEPS_PER_CHOICE`` changes may be used.
+            may_lag: whether codes from up to ``STEPS_PER_CHOICE`` changes ago may be used.
         """
         left, right = left.detach(), right.detach()
         if not self._is_seen(base, left, right):

@@ -1,4 +1,4 @@
-"""What to try where a merge lost much of the adapters' delta, and what its figures do not tell."""
+"""Advice after a merge: what to try if it lost much of the adapters' delta, and what was not measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from ..evaluate import Capture
 from .layer_report import LayerMergeReport
 
-# Below this fraction of the adapter's effect, or of its delta, another strategy is worth its cost.
+# If less than this fraction of the adapter's effect, or of its delta, is retained, another strategy is recommended.
 LOW_CAPTURE = 0.9
-# Strategies after which no code was rounded by itself.
+# Strategies that round no code, or only as the adapters were trained.
 WITHOUT_NOISE = ("aware", "exact", "keep", "dense")
 
 
@@ -20,7 +20,7 @@ def recommendation(
     output_retained: float | None,
     delta_retained: float,
 ) -> str | None:
-    """What to try instead; None where the merge lost little.
+    """What to try instead; None if the merge lost little.
 
     Args:
         layers: their reports.
@@ -49,7 +49,7 @@ def recommendation(
 
 
 def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise: float) -> str | None:
-    """What the figures do not tell; None where they tell all, or where rounding added little noise.
+    """What was not measured; None if the predictions were compared, or if rounding added little noise.
 
     Args:
         layers: their reports.
@@ -66,7 +66,7 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
 
 
 def _other_ways(layers: Sequence[LayerMergeReport]) -> dict[str, str]:
-    """Strategies that these layers could be merged with, the best first, and how to say so."""
+    """Strategies that these layers could be merged with, the best first, each with its description."""
     if any(layer.is_merge_aware for layer in layers):
         return {"aware": 'strategy="aware", which these adapters were trained for'}
     possible = set.intersection(*(set(layer.strategies) for layer in layers)) if layers else set()

@@ -6,7 +6,7 @@ from torch import Tensor
 def retained_fraction(before: Tensor, target: Tensor, merged: Tensor, hessian: Tensor | None = None) -> float:
     """The coefficient of ``target - before`` in ``merged - before``, by least squares; 1 without a delta.
 
-    With ``hessian`` (in_features, in_features), the second moment of the inputs: of the outputs' delta.
+    With ``hessian`` (in_features, in_features), the second moment of the inputs, the same for the outputs.
     """
     delta = target - before
     return coefficient(merged - before, delta, delta if hessian is None else delta @ hessian.to(delta.device))

@@ -23,13 +23,14 @@ OLD_NAMES = {
 
 
 class OldNames:
-    """The names that fields of reports had before; reading one warns and gives the new field."""
+    """Deprecated names of the fields of reports; reading one warns and gives the new field."""
 
     def __getattr__(self, name: str) -> object:
-        if name not in OLD_NAMES or not hasattr(type(self), OLD_NAMES[name]):
+        new_name = OLD_NAMES.get(name, "")
+        if new_name not in vars(self) and not hasattr(type(self), new_name):  # a field without a default, a property
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{name} is now {OLD_NAMES[name]}; the old name will go.", DeprecationWarning, stacklevel=2)
-        return getattr(self, OLD_NAMES[name])
+        warnings.warn(f"{name} is now {new_name}; the old name will be removed.", DeprecationWarning, stacklevel=2)
+        return getattr(self, new_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class LayerMergeReport(OldNames):
     Fields:
         name: module name of the base layer.
         adapters: adapters whose delta is in the merged weight.
-        method: that the layer is quantized with.
-        strategy: that it was merged with; what "auto" has chosen.
+        method: the layer's quantization method.
+        strategy: the strategy that merged it; for "auto" the one that was chosen.
         n_weights: of the layer.
         bits_before, bits_after: stored bits per weight.
         weight_norm, delta_norm, error_norm: Frobenius norms of the float target ``W + delta``, of the delta, and of
@@ -49,9 +50,10 @@ class LayerMergeReport(OldNames):
             coefficient of the delta in ``merged - W``, by least squares; noise counts in ``error_norm`` only.
         output_retained: the same for the outputs, on the tokens of ``evaluate_on``, else on the calibration inputs;
             None without either.
-        output_noise: norm of all else that changed in the outputs, over that of the delta in them; None likewise.
-        strategies: that these adapters on this weight can be merged with, beside "requantize" and "dense"; "aware" if
-            such adapters can be trained for it.
+        output_noise: norm of all other differences of the outputs, over that of the delta in them; None in the same
+            cases.
+        strategies: besides "requantize" and "dense", those that these adapters on this weight can be merged with;
+            "aware" if such adapters can be trained for it.
         is_merge_aware: the adapters were trained through the rounding of this weight, for "aware".
         can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.
     """
@@ -80,7 +82,7 @@ class LayerMergeReport(OldNames):
 
 
 def layer_report(plan: MergePlan, result: MergeResult) -> LayerMergeReport:
-    """The report on a layer that ``plan`` was for and that becomes ``result``."""
+    """The report on the merge ``plan`` with its ``result``."""
     merged = result.merged(plan)
     return LayerMergeReport(
         name=plan.layer_name,
@@ -103,7 +105,7 @@ def layer_report(plan: MergePlan, result: MergeResult) -> LayerMergeReport:
 def with_outputs(
     report: LayerMergeReport, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor
 ) -> LayerMergeReport:
-    """``report`` with what ``merged`` did to the outputs of inputs with the second moment ``hessian``."""
+    """``report`` with the output fields of ``merged``, for inputs with the second moment ``hessian``."""
     after = get_method(merged.spec.method).dequantize(merged)
     retained = retained_fraction(plan.before, plan.target, after, hessian)
     delta = plan.target - plan.before

@@ -1,4 +1,4 @@
-"""What is to be merged into one quantized weight, and what comes out. Values only: nothing is changed here."""
+"""Values that describe the merge of a delta into one quantized weight, and its result. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..methods import QuantMethod, get_method
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraits:
-    """What is known of the adapters in a plan, beside their delta.
+    """What is known of the adapters in a plan, besides their delta.
 
     Fields:
         names: of the adapters.
         dtype: of their parameters.
-        strategies: the strategies that fit them, beside those that fit any; see :func:`.rules.fitting_strategies`.
-        is_merge_aware: all were trained through the rounding of just this weight.
+        strategies: the strategies that fit them, besides those that fit any; see :func:`.rules.fitting_strategies`.
+        is_merge_aware: all were trained through the rounding of this very weight.
         trained_merge_aware: those that were trained through a rounding, of this weight or another.
         can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.
     """
@@ -56,9 +56,9 @@ class MergePlan:
             the delta is no such product.
         group_delta: the delta of each quantization group, (out_features, n_groups), float32; None where the delta is
             not constant in the groups.
-        exact: the quantized weight that is the target without any rounding, where the source has one.
+        exact: the quantized weight that equals the target without rounding, if the source has one.
         compute_dtype: of the layer.
-        branch: the layer's own low-rank branch, no part of ``weight``, or None.
+        branch: the layer's own low-rank branch, which is not in ``weight``, or None.
         host_state: what the adapters' layer keeps for itself once this is merged; not read here.
     """
 
@@ -78,7 +78,7 @@ class MergePlan:
 
     @property
     def method(self) -> QuantMethod:
-        """That the weight is quantized with."""
+        """The quantization method of the weight."""
         return get_method(self.weight.spec.method)
 
     @property
@@ -95,10 +95,10 @@ class MergePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """What a layer becomes.
+    """What a layer holds after a merge.
 
     Fields:
-        strategy: the one that made it; never "auto".
+        strategy: the one that was used; never "auto".
         weight: its quantized weight; None for a dense layer.
         dense: the weight of a dense layer, (out_features, in_features), in its dtype, the layer's branch included.
         branch: the low-rank branch of a new layer with ``weight``; None to leave the layer's own.
@@ -111,7 +111,7 @@ class MergeResult:
 
     @property
     def is_new_layer(self) -> bool:
-        """Whether another layer takes the place of the quantized one, instead of another weight in it."""
+        """Whether another layer replaces the quantized one, instead of another weight in it."""
         return self.weight is None or self.branch is not None
 
     @property
@@ -124,7 +124,7 @@ class MergeResult:
         return self.weight.bits_per_weight + branch_bits / (self.weight.out_features * self.weight.in_features)
 
     def merged(self, plan: MergePlan) -> Tensor:
-        """The weight that stands for ``plan.target`` now, without the branch that the layer had; float32."""
+        """The weight that approximates ``plan.target``, without the branch that the layer had; float32."""
         own = 0.0 if plan.branch is None else plan.branch.dense()
         if self.weight is None:
             assert self.dense is not None

@@ -20,9 +20,9 @@ class MergeReport(OldNames):
     """What a merge did, layer by layer and in total. Norms of the total are over all weights together.
 
     Fields:
-        strategy: the one that was asked for.
+        strategy: the one that was requested.
         layers: one entry for each quantized layer.
-        capture: what is left of the adapter's effect on held-out text; None where none was given.
+        capture: how much of the adapter's effect on held-out text is retained; None if no text was given.
         scores: of the model with its adapter and of the merged one; None without a metric.
     """
 
@@ -74,7 +74,7 @@ class MergeReport(OldNames):
 
     @property
     def recommendation(self) -> str | None:
-        """What to try instead, where this merge lost much; None where it did not."""
+        """What to try instead; None if the merge lost little."""
         return advice.recommendation(
             self.layers,
             capture=self.capture,
@@ -84,7 +84,7 @@ class MergeReport(OldNames):
 
     @property
     def not_measured(self) -> str | None:
-        """What these figures do not tell; None where they tell all, or rounding added little noise."""
+        """What was not measured; None if the predictions were compared, or if rounding added little noise."""
         noise = self.error_to_delta if self.output_noise is None else self.output_noise
         return advice.not_measured(self.layers, is_captured=self.capture is not None, noise=noise)
 

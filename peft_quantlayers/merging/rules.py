@@ -26,7 +26,7 @@ MIN_MOVED = 0.25
 
 
 def fitting_strategies(spec: QuantSpec, *, is_plain: bool, has_bias: bool, is_qalora: bool) -> tuple[str, ...]:
-    """Strategies beside "requantize" and "dense" that fit LoRA adapters on a layer.
+    """Strategies that fit LoRA adapters on a layer, besides "requantize" and "dense".
 
     Args:
         spec: of the layer's weight.
@@ -56,7 +56,7 @@ def automatic(plan: MergePlan) -> MergeResult:
 
 
 def exact(plan: MergePlan) -> MergeResult:
-    """The target without rounding any code: as the source has it, or with the delta folded into the groups' zeros.
+    """The target without rounding any code: as the source has it, or with the delta folded into the groups' offsets.
 
     Raises:
         ValueError: the delta is not constant in the layer's groups.
@@ -64,21 +64,22 @@ def exact(plan: MergePlan) -> MergeResult:
     if plan.exact is not None:
         return MergeResult(strategy="exact", weight=plan.exact)
     if plan.group_delta is None:
+        qalora = "Train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>), or u"
         raise ValueError(
-            f"adapters {list(plan.adapters.names)} cannot be merged exactly: their delta differs from weight to "
-            "weight. With float zeros for each group (HQQ) train with LoraConfig(use_qalora=True, "
-            f'qalora_group_size=<group_size>); or use strategy="requantize" or {plan.adapters.lossless_strategy}.'
+            f"adapters {list(plan.adapters.names)} cannot be merged exactly: their delta is not constant in each "
+            f"quantization group. {qalora if plan.adapters.can_be_qalora else 'U'}se "
+            f'strategy="requantize" or {plan.adapters.lossless_strategy}.'
         )
     return MergeResult(strategy="exact", weight=plan.method.with_group_delta(plan.weight, plan.group_delta))
 
 
 def on_grid(plan: MergePlan) -> QuantizedWeight:
-    """The delta rounded into the codes on the grid that the weight has, as merge-aware training does it."""
+    """The delta rounded into the codes on the weight's own grid, as in merge-aware training."""
     return plan.method.merged(plan.weight, plan.delta_rows)
 
 
 def merge_aware(plan: MergePlan) -> MergeResult:
-    """:func:`on_grid` for adapters that were trained through it: the outputs stay as they are.
+    """:func:`on_grid` for adapters that were trained through it: the outputs do not change.
 
     Raises:
         ValueError: an adapter was not trained merge-aware, or on another weight.
@@ -99,19 +100,19 @@ def requantize(plan: MergePlan) -> MergeResult:
     Nearest codes lose a delta that is much smaller than one step, which is the usual case for adapters, so they are
     not tried then. Where quantizing from scratch ends in other codes altogether, it retains the delta under new noise.
     """
-    kept = on_grid(plan)
-    retained, error = _retained_and_error(plan, kept)
-    if retained < MIN_RETAINED_ON_GRID or not _is_far_below_a_step(plan, kept):
+    merged = on_grid(plan)
+    retained, error = _retained_and_error(plan, merged)
+    if retained < MIN_RETAINED_ON_GRID or not _is_far_below_a_step(plan, merged):
         from_scratch = plan.method.quantize(plan.target, plan.weight.spec)
         other_retained, other_error = _retained_and_error(plan, from_scratch)
         is_better = other_retained >= MIN_RETAINED_FROM_SCRATCH and other_error <= error
         if is_better or (retained < MIN_RETAINED_ON_GRID and other_retained > retained):
-            kept = from_scratch
-    return MergeResult(strategy="requantize", weight=kept)
+            merged = from_scratch
+    return MergeResult(strategy="requantize", weight=merged)
 
 
 def append(plan: MergePlan) -> MergeResult:
-    """The target in the extended format, from the codes that are there and new ones for the delta.
+    """The target in the extended format: from the current codes, with new ones for the delta.
 
     Raises:
         NotImplementedError: the format cannot be extended.
@@ -123,13 +124,13 @@ def append(plan: MergePlan) -> MergeResult:
 
 
 def extended_spec(spec: QuantSpec) -> QuantSpec:
-    """``spec`` with room for a delta; NotImplementedError with the way out where there is none."""
+    """``spec`` with room for a delta; NotImplementedError, with the alternatives, if the format has none."""
     try:
         return spec.extended()
     except NotImplementedError as error:
         raise NotImplementedError(
-            f'{error} strategy="append" is for formats that can grow, such as AQLM. Use "calibrated" or "requantize"; '
-            '"keep" holds the delta of plain LoRA exactly.'
+            f'{error} strategy="append" needs a format that can be extended. Use "calibrated" or "requantize"; "keep" '
+            "holds the delta of plain LoRA exactly."
         ) from None
 
 
@@ -140,10 +141,10 @@ def dense(plan: MergePlan) -> MergeResult:
 
 
 def keep(plan: MergePlan) -> MergeResult:
-    """The same codes, and the delta beside them as a low-rank branch.
+    """The same codes, with the delta as a low-rank branch.
 
     Raises:
-        NotImplementedError: a LoRA variant whose delta is no product of two factors.
+        NotImplementedError: a LoRA variant whose delta is not a product of two factors.
     """
     if plan.left is None or plan.right is None:
         raise NotImplementedError(
@@ -157,7 +158,7 @@ def keep(plan: MergePlan) -> MergeResult:
     return MergeResult(strategy="keep", weight=plan.weight, branch=branch)
 
 
-# By the names of the strategies that need no data.
+# The rules of the strategies that need no data, by name.
 RULES: dict[str, MergeRule] = {
     "auto": automatic,
     "exact": exact,
@@ -167,7 +168,7 @@ RULES: dict[str, MergeRule] = {
     "dense": dense,
     "keep": keep,
 }
-# For adapters of which nothing is known but the weight that they give.
+# For adapters of which only the merged weight is known.
 RULES_FOR_ANY_DELTA: dict[str, MergeRule] = {name: RULES[name] for name in ("requantize", "dense")} | {
     "auto": requantize
 }
@@ -204,7 +205,7 @@ def _retained_and_error(plan: MergePlan, merged: QuantizedWeight) -> tuple[float
 @cache
 def _warn_of_other_rounding(adapters: tuple[str, ...]) -> None:
     logger.warning(
-        "adapters %s were trained merge-aware, but not all that is merged was, or not on the weights that are there: "
-        "they are merged like any other. strategy='aware' refuses this instead.",
+        "adapters %s were trained merge-aware, but on other quantized weights, or they are merged together with "
+        "adapters that were not: they are merged like any others. strategy='aware' refuses this instead.",
         list(adapters),
     )

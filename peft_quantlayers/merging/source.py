@@ -1,7 +1,7 @@
-"""A layer with adapters that can be merged, of whatever kind: plans come from it, results are written into it.
+"""The base class of layers whose adapters can be merged: it makes plans, and writes results into the layer.
 
-Here is the one state machine of merging: apply, undo, snapshot, restore. What differs between kinds of adapters is how
-they plan, and what else their layer keeps.
+Here is the one state machine of merging: apply, undo, snapshot, restore. Kinds of adapters differ in how they make a
+plan, and in the state that their layer keeps besides the base.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .state import MergeState, Snapshot
 
 
 class MergeSource(ABC):
-    """A layer whose adapters can be merged into it, and taken back to the bit. It has PEFT's list ``merged_adapters``.
+    """A layer whose adapters can be merged, and unmerged bit for bit. It has PEFT's list ``merged_adapters``.
 
     Attributes:
         merging: what is merged.
-        merge_rules: by strategy, the rules that its adapters can be merged by; "calibrated" needs data and is no rule.
+        merge_rules: by strategy, the rules that its adapters can be merged by. "calibrated" needs data and is not one.
     """
 
     merging: MergeState
@@ -37,7 +37,7 @@ class MergeSource(ABC):
 
     @abstractmethod
     def plan(self, names: Sequence[str]) -> MergePlan:
-        """The merge of the adapters ``names``, in the place of what is merged now. Changes nothing.
+        """The merge of the adapters ``names``, in place of what is merged now. Changes nothing.
 
         Raises:
             ValueError: the merged weight is not finite.
@@ -52,21 +52,21 @@ class MergeSource(ABC):
         """Make ``base`` the layer under the adapters."""
 
     def host_state(self) -> Any:
-        """What merging changes in the layer of the adapters, beside the base and the list of what is merged."""
+        """What merging changes in the adapters' layer, besides the base and the list of merged adapters."""
         return None
 
     def set_host_state(self, state: Any) -> None:  # noqa: B027  most kinds have none
-        """Put :meth:`host_state` back."""
+        """Restore :meth:`host_state`."""
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether there is a quantized weight to merge into. Others are PEFT's to merge."""
+        """Whether there is a quantized weight to merge into. PEFT merges the other layers."""
         return isinstance(self.quantized_base(), QuantizedLinear)
 
     # ---- merging
 
     def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
-        """Merge exactly these adapters by ``rule``, in the place of what was merged before.
+        """Merge exactly these adapters by ``rule``, in place of what was merged before.
 
         Raises:
             ValueError, NotImplementedError: what the plan or the rule refuses, with the layer's name; the layer is
@@ -78,7 +78,7 @@ class MergeSource(ABC):
         self.apply_merge(plan, result)
 
     def apply_merge(self, plan: MergePlan, result: MergeResult) -> None:
-        """Make the layer what ``result`` says, and report on it."""
+        """Write ``result`` into the layer, and report on it."""
         with torch.no_grad():
             report = layer_report(plan, result)
             self.write_merge(plan.adapters.names, result, plan.tensors, host_state=plan.host_state)
@@ -111,12 +111,12 @@ class MergeSource(ABC):
         self._merged_adapters()[:] = adapters
 
     def undo_merge(self) -> None:
-        """Put back what was there before the first merge, bit for bit. Does nothing where nothing is merged."""
+        """Restore the layer from before the first merge, bit for bit. Does nothing if nothing is merged."""
         if self.merging.unmerged is not None:
             self.restore(self.merging.unmerged)
 
     def forget_merge(self) -> None:
-        """Leave the merge to PEFT, which subtracts the deltas from what the weight is now."""
+        """Leave the merge to PEFT, which subtracts the deltas from the current weight."""
         self.set_host_state(self.merging.host_state)
         self.merging.unmerged, self.merging.report = None, None
 
@@ -136,7 +136,7 @@ class MergeSource(ABC):
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put the layer back to where it was at ``snapshot``; on the device that it is on now."""
+        """Restore the layer to ``snapshot``, on its current device."""
         device = next(self.current_base().parameters()).device
         base = snapshot.base.to(device)
         dtypes = {name: base.get_parameter(name).dtype for name in snapshot.tensors}
@@ -154,7 +154,7 @@ class MergeSource(ABC):
     # ---- what is merged
 
     def quantized_base(self) -> QuantizedLinear:
-        """The quantized layer under the adapters, also while a merge has put another one in its place."""
+        """The quantized layer under the adapters, even while a merge has replaced it by another one."""
         unmerged = self.merging.unmerged
         return cast(QuantizedLinear, self.current_base() if unmerged is None else unmerged.base)
 
@@ -175,11 +175,11 @@ class MergeSource(ABC):
 
     @property
     def merge_report(self) -> LayerMergeReport | None:
-        """What the last merge did to this layer; None while nothing is merged."""
+        """The report on the last merge of this layer; None while nothing is merged."""
         return self.merging.report
 
     def refresh_report(self) -> MergePlan:
-        """Renew the report after the merged weight was tuned, and return the plan of the merge."""
+        """Update the report after the merged weight was tuned, and return the plan of the merge."""
         strategy = "calibrated" if self.merging.report is None else self.merging.report.strategy
         with torch.no_grad():
             plan = self.plan(list(self._merged_adapters()))
@@ -193,7 +193,7 @@ class MergeSource(ABC):
 
 
 def _new_layer(base: QuantizedLinear, result: MergeResult, bias: Tensor | None) -> nn.Module:
-    """The layer that takes the place of ``base``; its bias is a copy."""
+    """The layer that replaces ``base``; its bias is a copy."""
     if bias is None and base.bias is not None:
         bias = base.bias.detach().clone()
     bias = None if bias is None else bias.to(base.bias.dtype)

@@ -1,4 +1,4 @@
-"""What is merged into one layer, as values: a snapshot of the layer, and what its last merge was."""
+"""What is merged into one layer, as values: a snapshot of the layer, and the state of its last merge."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Snapshot:
         weight: of a quantized base.
         tensors: values of the other parameters of the base that adapters change, by name.
         parameters: all Parameters of a base that shares them with other layers.
-        host_state: what the layer of the adapters keeps beside that.
+        host_state: other state of the adapters' layer.
         merged_adapters: names.
         report: on the merge, or None.
-        unmerged: the snapshot from before the first merge; None where nothing is merged.
+        unmerged: the snapshot from before the first merge; None if nothing is merged.
     """
 
     base: nn.Module
@@ -41,12 +41,12 @@ class MergeState:
     """The merges of one layer.
 
     Attributes:
-        report: what the last merge did; None while nothing is merged.
+        report: on the last merge; None while nothing is merged.
         unmerged: the layer from before the first merge; None while nothing is merged.
         shares_base: whether another layer has the same Parameters, so that a merge must not write into them.
-        tensor_names: the parameters of the base that adapters change beside its quantized weight.
+        tensor_names: the parameters of the base that adapters change, besides its quantized weight.
         n_writes: of the base, after the last merge.
-        host_state: of the layer of the adapters, after its own merge.
+        host_state: of the adapters' layer, after its own merge.
     """
 
     report: LayerMergeReport | None = None

@@ -1,7 +1,7 @@
-"""What a quantization method is.
+"""The base class of quantization methods.
 
-A method is a frozen spec, a ``quantize`` and a ``dequantize``. Layer, LoRA, merging, saving and loading, tuned scales
-and the contract tests follow from its registration; see ``docs/new_method.md``.
+A method is a frozen spec, a ``quantize`` and a ``dequantize``. Once it is registered, layers, LoRA, merging, saving
+and loading, tuned scales and the contract tests work with it; see ``docs/new_method.md``.
 """
 
 from abc import ABC, abstractmethod
@@ -27,14 +27,14 @@ DeltaRows = Callable[[slice], Tensor]
 class QuantMethod(ABC, Generic[SpecT]):
     """Quantizes weights of one kind. Stateless: every function takes what it needs and changes no argument.
 
-    Functions here know no layer's name; a layer adds its own to the errors that they raise.
+    A method does not know layer names; the layer adds its name to the method's errors.
     """
 
     spec_type: ClassVar[type[QuantSpec]]
     improves_start: ClassVar[bool] = False
     """Whether ``quantize`` with ``start`` also refines the grid, so that its error is lower than from scratch."""
     calibration_requirement: ClassVar[str] = "This method has no calibrated quantizer."
-    """Why a spec of this method may be unable to use a Hessian, and what to do, in a sentence for error messages."""
+    """A sentence for error messages: why a spec of this method cannot use a Hessian, and what to do."""
 
     @abstractmethod
     def quantize(
@@ -56,8 +56,8 @@ class QuantMethod(ABC, Generic[SpecT]):
             hessian: second moment ``E[x x.T]`` of the layer's inputs, (in_features, in_features), float32. If given,
                 minimises the output error ``tr(D H D.T)`` instead of the weight error. A method that cannot use it
                 ignores it.
-            start: a quantized weight of the same shape and spec to start from: what it shares with ``weight`` is
-                kept, its grid or its codes. A method that cannot use it ignores it.
+            start: a quantized weight of the same shape and spec to start from: the method keeps or refines its grid
+                or its codes. A method that cannot use it ignores it.
             iterations: how often codes and grid are fitted in turn, with ``hessian``; None for the method's default.
 
         Raises:
@@ -70,9 +70,9 @@ class QuantMethod(ABC, Generic[SpecT]):
 
     @abstractmethod
     def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What ``weight``, a single one, stands for: (out_features, in_features) in ``dtype``.
+        """The dense weight of ``weight`` (one weight, no stack): (out_features, in_features) in ``dtype``.
 
-        Differentiable in the tensors that the spec's ``trainable_roles`` names. Rows are dequantized by themselves:
+        Differentiable in the tensors that the spec's ``trainable_roles`` names. For some rows only, call
         ``dequantize(weight.rows(slice(a, b)))``.
         """
 
@@ -103,7 +103,7 @@ class QuantMethod(ABC, Generic[SpecT]):
     # ---- merging a delta
 
     def merged(self, weight: QuantizedWeight, delta: DeltaRows) -> QuantizedWeight:
-        """``weight`` plus a delta, on the grid that it has; where the delta is zero, codes stay as they are.
+        """``weight`` plus a delta, on its own grid; where the delta is zero, codes stay as they are.
 
         By default each code is one of the two around the target, chosen by a fixed dither so that the delta is right
         on average: nearest codes would lose a delta that is much smaller than a step. A method whose codes name
@@ -145,7 +145,7 @@ class QuantMethod(ABC, Generic[SpecT]):
         raise NotImplementedError(f"{weight.spec.method} weights are not rounded tile by tile.")
 
     def group_delta_size(self, spec: SpecT, *, in_features: int) -> int:
-        """How many neighbouring inputs of a row share an offset that can take any value: see :meth:`with_group_delta`.
+        """How many neighbouring inputs of a row share an unrounded offset; see :meth:`with_group_delta`.
 
         Raises:
             NotImplementedError: weights of ``spec`` have no such offset; says why and what to quantize with instead.

@@ -1,4 +1,4 @@
-"""What a user asks for: one method for a model, with exceptions by module name."""
+"""Configs that users pass to quantize a model: one method, with overrides by module name."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from ..formats.spec import QuantSpec, check_choice, dtype_name
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name is meant by a pattern: a shell pattern for the whole name, or for its last parts.
+    """Whether a module name matches a pattern: a shell pattern for the whole name, or for its last parts.
 
-    ``"down_proj"`` means every module whose last part is that, ``"layers.0.*"`` everything below any ``layers.0``.
+    ``"down_proj"`` matches every module whose last part is that, ``"layers.0.*"`` everything below any ``layers.0``.
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
@@ -23,16 +23,16 @@ _config_types: dict[type[QuantSpec], type["QuantConfig"]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Which modules of a model are quantized, and which of them differ. Mixed into each method's spec.
+    """Which modules of a model are quantized, with overrides by name. Mixed into each method's spec.
 
-    A method's config is this class and its spec together: ``make_config(MySpec)``, or a class of two lines. Fields of
-    both are validated when it is made.
+    A method's config combines this class and its spec: ``make_config(MySpec)``, or a class of two lines. The fields
+    of both are validated when the config is made.
 
     Fields:
-        compute_dtype: dtype of the layers' dense face; None for the model's.
-        skip_modules: name patterns of modules to leave as they are, beside the output head.
-        overrides: for each name pattern the fields that differ there; a later pattern wins over an earlier one.
-        quantize_lm_head: quantize the output head too, where it does not share its weight with the embeddings.
+        compute_dtype: dtype that the layers compute in; None for the model's.
+        skip_modules: name patterns of modules to leave as they are, in addition to the output head.
+        overrides: for each name pattern the fields that differ there; a later pattern overrides an earlier one.
+        quantize_lm_head: quantize the output head too, unless it shares its weight with the embeddings.
     """
 
     spec_type: ClassVar[type[QuantSpec]]
@@ -49,7 +49,7 @@ class QuantConfig:
             _config_types.setdefault(cls.spec_type, cls)
 
     def __new__(cls, **fields: Any) -> Self:
-        """Refuses unknown fields with the names of those that there are."""
+        """Raise TypeError for an unknown field, and list the known ones."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
@@ -85,7 +85,7 @@ class QuantConfig:
         return self._spec_with(fields)
 
     def is_skipped(self, module_name: str) -> bool:
-        """Whether ``skip_modules`` means this module, or one that it lies in."""
+        """Whether ``skip_modules`` matches this module, or one that contains it."""
         parts = module_name.split(".")
         names = [".".join(parts[: end + 1]) for end in range(len(parts))]
         return any(matches(name, pattern) for pattern in self.skip_modules or () for name in names)
@@ -107,14 +107,14 @@ class QuantConfig:
         return super().from_dict({name: value for name, value in fields.items() if name != "quant_method"})  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same as :meth:`to_dict`; transformers asks for it when it prints a config."""
+        """The same as :meth:`to_dict`; transformers calls it to print a config."""
         return self.to_dict()
 
 
 def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:
-    """The config class of a method, named after ``spec_type`` and to be assigned under that name where the spec is.
+    """The config class of a method, named after ``spec_type``.
 
-    ``MyConfig = make_config(MySpec)`` in the module of ``MySpec``.
+    Assign it under that name in the module of the spec, ``MyConfig = make_config(MySpec)``, so that it can be pickled.
     """
     name = spec_type.__name__.removesuffix("Spec") + "Config"
     doc = (
@@ -126,5 +126,5 @@ def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:
 
 
 def config_type(spec_type: type[QuantSpec]) -> type[QuantConfig]:
-    """The config class of a method with this spec; one is made where the method brings none."""
+    """The config class of a method with this spec; made here if the method defines none."""
     return _config_types.get(spec_type) or make_config(spec_type)

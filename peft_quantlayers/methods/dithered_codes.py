@@ -15,9 +15,10 @@ PATTERN_ROWS = 256
 def dithered_codes(
     codes: Tensor, delta: Tensor, values: Callable[[Tensor], Tensor], *, max_code: int, first_row: int
 ) -> Tensor:
-    """New codes: of the two whose values surround ``value + delta``, the upper one with the fraction that lies below.
+    """New codes: one of the two whose values surround ``value + delta``, so that the value is right on average.
 
-    The noise is a fixed function of the position, so that the result is the same on every machine. Codes of weights
+    The upper code is chosen with a probability equal to the target's position between the two values. The noise is a
+    fixed function of the position in the weight, so that the result is the same on every machine. Codes of weights
     without a delta stay as they are; targets beyond the range of codes get its last code.
 
     Args:

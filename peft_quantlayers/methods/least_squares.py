@@ -1,4 +1,4 @@
-"""Least squares without a matrix: what the solvers share when they fit scales, zeros and codebooks to codes."""
+"""Matrix-free least squares, with which the solvers fit scales, zeros and codebooks to codes."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from torch import Tensor
 def conjugate_gradient(
     normal: Callable[[Tensor], Tensor], residual: Tensor, inverse_diagonal: Tensor, *, iters: int
 ) -> Tensor:
-    """The step ``x`` that nearly solves ``normal(x) = residual``, shaped like ``residual``, float32.
+    """The step ``x`` that approximately solves ``normal(x) = residual``, shaped like ``residual``, float32.
 
-    Jacobi-preconditioned, from zero, so that directions without curvature stay where they are and every iteration
-    lowers the squared error that ``normal`` belongs to.
+    Jacobi-preconditioned, starting from zero: directions without curvature do not move, and every iteration lowers
+    the squared error whose normal equations these are.
 
     Args:
         normal: a symmetric positive semidefinite map.

@@ -85,7 +85,7 @@ NF4Config = make_config(NF4Spec)
 
 
 class NF4Method(QuantMethod[NF4Spec]):
-    """4-bit NormalFloat. With a Hessian, codes are chosen column by column with all others held; the maxima stay."""
+    """4-bit NormalFloat. With a Hessian, each column's codes are chosen with all others fixed; the maxima stay."""
 
     spec_type = NF4Spec
 
@@ -98,7 +98,7 @@ class NF4Method(QuantMethod[NF4Spec]):
         start: QuantizedWeight | None = None,
         iterations: int | None = None,
     ) -> QuantizedWeight:
-        """As :meth:`QuantMethod.quantize`; with ``start`` its block maxima stay, and only the codes are new."""
+        """As :meth:`QuantMethod.quantize`; with ``start`` the block maxima stay, and only the codes are new."""
         checked_layout(weight, spec)
         weight = weight.detach().float()
         refuse_not_finite(weight)
@@ -156,12 +156,12 @@ def _nearest(weight: Tensor, steps: Tensor) -> Tensor:
 
 
 def _descended(weight: Tensor, codes: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:
-    """Codes of lower output error: each column's in turn, with all others held, ``SWEEPS`` times."""
+    """Codes with a lower output error: each column's in turn, with all others fixed, ``SWEEPS`` times."""
     levels, codes = _levels(weight.device), codes.clone()
     residual = weight - levels[codes.long()] * steps
     for column in list(range(weight.shape[1])) * SWEEPS:
-        wanted = weight[:, column] + (residual @ hessian[:, column]) / hessian[column, column] - residual[:, column]
-        codes[:, column] = _nearest(wanted, steps[:, column])
+        target = weight[:, column] + (residual @ hessian[:, column]) / hessian[column, column] - residual[:, column]
+        codes[:, column] = _nearest(target, steps[:, column])
         residual[:, column] = weight[:, column] - levels[codes[:, column].long()] * steps[:, column]
     return codes
 

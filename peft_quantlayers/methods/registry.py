@@ -65,7 +65,7 @@ def get_method(name: str) -> QuantMethod:
 
 
 def spec_from_dict(fields: Any) -> QuantSpec:
-    """The spec of whichever method ``fields["method"]`` names. Raises ValueError or TypeError on anything else."""
+    """The spec of the method that ``fields["method"]`` names. Raises ValueError or TypeError on anything else."""
     if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
         raise TypeError(f"a spec must be a mapping with a 'method' name, got {fields!r}.")
     return get_method(fields["method"]).spec_type.from_dict(fields)

@@ -1,4 +1,4 @@
-"""Merging adapters into a whole model: ``merge_back``, the targets it finds, what it refuses and what it measures."""
+"""Merging adapters into a whole model: ``merge_back``, its targets, its refusals and its measurements."""
 
 from .merge_back import merge_back
 

@@ -13,7 +13,7 @@ from .targets import MergeTarget
 
 @contextmanager
 def only_active(peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str]) -> Iterator[None]:
-    """Exactly these adapters active; afterwards what was active and trained before. What is merged stays merged."""
+    """Exactly these adapters are active; the active and trainable ones are restored. What is merged stays merged."""
     active = list(peft_model.active_adapters)
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     set_active(peft_model, targets, names)
@@ -27,7 +27,7 @@ def only_active(peft_model: PeftModel, targets: Sequence[MergeTarget], names: li
 
 
 def set_active(peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str]) -> None:
-    """PEFT's ``set_adapter``, which unmerges every merged layer, without that for ``targets``."""
+    """PEFT's ``set_adapter``, but merged ``targets`` stay merged: PEFT's own unmerges every merged layer."""
     merged = [list(target.module.merged_adapters) for target in targets]
     for target in targets:
         target.module.merged_adapters.clear()

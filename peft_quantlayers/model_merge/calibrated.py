@@ -1,8 +1,8 @@
-"""Merge adapters so that the outputs come out right on calibration data, block by block.
+"""Merge adapters with a low output error on calibration data, block by block.
 
-Rounding a weight with an adapter's delta loses most of the delta, which is smaller than a step. Chosen together
-under the second moment of the layer's inputs, the codes of a row carry it: what one cannot express, others take over.
-What is still missing is asked for again.
+Rounding loses most of an adapter's delta, which is smaller than one step. If the codes of a row are chosen jointly
+under the Hessian, the second moment of the layer's inputs, one code compensates for the error of another, and the row
+retains more of the delta. A gain on the delta makes up for the fraction that is still lost.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..merging.layer_report import with_outputs
 from ..merging.rules import append, extended_spec, requantize
 from ..methods import get_method
 
-# How often codes are chosen for the delta at least and at most, how near to all of it is enough, and how much more of
-# it than the time before a pass may ask for: with two bits nearly all arrives at once when enough is asked for.
+# Number of passes over the codes; they end when the retained fraction of the delta is 1 within the tolerance.
 MIN_PASSES = 2
 MAX_PASSES = 6
-ENOUGH = 0.05
-MAX_GROWTH = 2.0
-# A delta of this fraction of the weight's norm may fit a grid of its own better: both are tried.
+RETAINED_TOLERANCE = 0.05
+# A pass multiplies the gain on the delta by at most this: with two bits nearly all of the delta is retained at once,
+# when the gain is large enough.
+MAX_GAIN_RATIO = 2.0
+# A delta with this fraction of the weight's norm may need a new grid: both are tried.
 LARGE_DELTA = 0.25
 
 
@@ -91,7 +92,7 @@ class _MergeVisitor(Visitor):
             self.hessians[name] = hessian
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
-        """Finetune what was merged; not the rest, and not the norms, which unmerging would not put back."""
+        """Finetune the merged layers only: unmerging would not restore norms or other layers."""
         changed = [self.layers[name] for name in self.hessians]
         if not changed:
             return False
@@ -115,23 +116,23 @@ def _report_outputs(layer: LoraQuantizedLinear, plan: MergePlan, merged: Quantiz
 
 
 def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:
-    """A weight whose outputs carry the whole delta under ``hessian``, from the grid and the codes that are there.
+    """A weight whose outputs retain the whole delta under ``hessian``, starting from the current grid and codes.
 
-    The weight of lowest error retains a fraction of the delta only. What one layer lacks the next ones lack too, and
-    it adds up, where noise mostly cancels. Hence more than the delta is asked for, until all of it arrives. For a
-    large delta the outputs are compared with those of a weight that is quantized from scratch.
+    The weight of lowest error retains only a fraction of the delta. These losses add up over layers, while noise
+    mostly cancels. So the delta is multiplied by a gain, which is raised until the outputs retain all of the delta.
+    For a large delta the output error is compared with that of quantizing from scratch.
     """
     delta, method = plan.delta, plan.method
     if not delta.any():
         return plan.weight
     found, gain, weighted = plan.weight, 1.0, delta @ hessian.to(delta.device)
     for n_passes in range(1, MAX_PASSES + 1):
-        wanted = plan.before + gain * delta
-        found = method.quantize(wanted, spec, hessian=hessian, start=found, iterations=1)
-        arrived = coefficient(method.dequantize(found) - plan.before, delta, weighted)
-        if abs(arrived - 1) < ENOUGH and n_passes >= MIN_PASSES:
+        target = plan.before + gain * delta
+        found = method.quantize(target, spec, hessian=hessian, start=found, iterations=1)
+        retained = coefficient(method.dequantize(found) - plan.before, delta, weighted)
+        if abs(retained - 1) < RETAINED_TOLERANCE and n_passes >= MIN_PASSES:
             break
-        gain *= min(MAX_GROWTH, 1 / max(arrived, 1 / MAX_GROWTH))
+        gain *= min(MAX_GAIN_RATIO, 1 / max(retained, 1 / MAX_GAIN_RATIO))
     if delta.norm() < LARGE_DELTA * plan.before.norm() or spec != plan.weight.spec:
         return found
     from_scratch = method.quantize(plan.target, spec, hessian=hessian)

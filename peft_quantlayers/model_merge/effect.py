@@ -1,4 +1,4 @@
-"""What is left of the adapters' effect after a merge: predictions and outputs of base, adapter and merged model."""
+"""How much of the adapters' effect a merge retains: predictions and outputs of base, adapter and merged model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ WINDOW = 256
 def measured_effect(
     peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str], token_ids: Tensor
 ) -> Capture:
-    """Compare the predictions of base, adapter and merged model, by putting the layers from one state into the other.
+    """Compare the predictions of base, adapter and merged model by switching the layers between these states.
 
-    The layers' outputs are compared too, on the way, and noted in their reports. The model ends as it was, merged.
+    The layers' outputs are compared in the same passes, and written into their reports. The model ends merged, as it
+    was.
 
     Args:
         peft_model: merged.
@@ -75,6 +76,6 @@ def _in_state(
 
 
 def restore(targets: Sequence[MergeTarget], snapshots: Sequence[Snapshot]) -> None:
-    """Put every layer back to its snapshot."""
+    """Restore every layer to its snapshot."""
     for target, snapshot in zip(targets, snapshots, strict=True):
         target.source.restore(snapshot)

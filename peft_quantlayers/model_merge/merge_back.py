@@ -1,4 +1,4 @@
-"""Merge adapters back into the quantized model, and say in numbers what that did."""
+"""Merge adapters back into the quantized model, and report how much of them is retained."""
 
 from __future__ import annotations
 
@@ -50,46 +50,47 @@ def merge_back(
     unload: bool = True,
     progress: bool = True,
 ) -> tuple[nn.Module, MergeReport]:
-    """Merge adapters into the base model and take the PEFT wrapper off.
+    """Merge adapters into the base model and remove the PEFT wrapper.
 
     Args:
         peft_model: a PEFT model on a quantized base.
-        strategy: how the deltas of all adapters, summed in float32, get into the quantized weights.
-            ``"auto"``: ``"exact"`` for QA-LoRA, ``"aware"`` for adapters trained so, ``"requantize"`` for others.
+        strategy: how the deltas of all adapters, summed in float32, are merged into the quantized weights.
+            ``"auto"``: ``"exact"`` for QA-LoRA, ``"aware"`` for merge-aware adapters, ``"requantize"`` for others.
             ``"exact"``: QA-LoRA only; the delta is folded into the float zeros, no code is rounded.
-            ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs stay as they are.
-            ``"calibrated"``: any LoRA; codes, scales, zeros and codebooks are chosen so that the outputs are right
-            on ``calibration``, layer by layer, from the codes that are there.
-            ``"requantize"``: without data. The delta is rounded into the codes with dither, on the grid that is
-            there; or, where nearest codes retain the delta with a lower error, the weight is quantized from scratch.
+            ``"aware"``: adapters trained with :func:`enable_merge_aware` only; the outputs do not change.
+            ``"calibrated"``: any LoRA; codes, scales, zeros and codebooks are chosen to minimise the output error on
+            ``calibration``, layer by layer, starting from the current codes.
+            ``"requantize"``: without data. The delta is rounded into the codes with dither, on the current grid; or,
+            if nearest codes retain the delta with a lower error, the weight is quantized from scratch.
             ``"append"``: AQLM only, with or without ``calibration``. One more codebook holds the delta: one more bit
             per weight with eight inputs a group and 8-bit codes, in the published format. ``"dense"``: a plain float
             model. ``"keep"``: quantized layers with the adapter as a low-rank branch, saved as one model. Both lose
-            nothing of ordinary adapters; adapters trained merge-aware lose the rounding that they were trained with.
+            nothing of ordinary adapters; merge-aware adapters lose the rounding that they were trained with.
             PEFT's other tuners (LoHa, OFT, IA3, ...) support ``"auto"``, ``"requantize"`` and ``"dense"``; tuned
             scales, which always merge exactly, these and ``"exact"``.
         adapters: names of the adapters to merge; None for the active ones.
         calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
         tokenizer: for texts; None for the model's own.
-        evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list; with them the report says how much of
-            the adapter's effect on the predictions is left (:class:`peft_quantlayers.evaluate.Capture`), and how much
-            of its delta of each layer's outputs.
-        metric: any score of a model, a task's accuracy for example, as a number; called with ``peft_model`` before
-            the merge, and after it with the merged base model, of which the adapters are not taken off yet.
-        unload: take the PEFT wrapper off. False leaves it on, LoRA only: ``unmerge_adapter()`` puts back the very bits
-            from before the merge, whatever the strategy, and ``merge_and_unload()`` gives the merged base model.
+        evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list. If given, the report says how much of
+            the adapter's effect on the predictions is retained (:class:`peft_quantlayers.evaluate.Capture`), and how
+            much of its delta of each layer's outputs.
+        metric: any score of a model, for example a task's accuracy, as a number; called with ``peft_model`` before
+            the merge, and after it with the merged base model, which still has its adapter layers.
+        unload: remove the PEFT wrapper. False leaves it, LoRA only: ``unmerge_adapter()`` restores the bits from
+            before the merge, whatever the strategy, and ``merge_and_unload()`` gives the merged base model.
         progress: show a progress bar while calibrating.
 
     Returns:
         The base model, merged, or ``peft_model`` without ``unload``; and the report.
 
     Raises:
-        TypeError: not a PeftModel, ``adapters`` is no list, ``evaluate_on`` holds no token ids, or ``metric`` gave no
-            number; the model is left as it was.
-        ValueError: an unknown strategy or adapter, adapters that the strategy is not for, one that holds NaN or Inf,
-            too few tokens to evaluate on, or unknown ones, or no adapter is left; the model is left as it was. So it
-            is after whatever else ``metric`` raises.
-        NotImplementedError: the tuner cannot merge, or a layer is no match for the strategy; left as it was too.
+        TypeError: not a PeftModel, ``adapters`` is not a list, ``evaluate_on`` holds no token ids, or ``metric`` did
+            not return a number.
+        ValueError: an unknown strategy or adapter, adapters that the strategy does not support, one that holds NaN or
+            Inf, too few tokens to evaluate on, or unknown ones, or no adapter is left.
+        NotImplementedError: the tuner cannot merge, or the strategy does not support a layer's method.
+
+    After any error, also one that ``metric`` raises, the model is left as it was.
     """
     _check_arguments(strategy, calibration)
     refuse_other_models(peft_model)
@@ -135,7 +136,7 @@ def _check_arguments(strategy: Strategy, calibration: Any) -> None:
         )
     if isinstance(calibration, Calibration) and calibration.resume_folder is not None:
         raise ValueError(
-            "resume_folder is for quantize_model: an interrupted merge starts from the beginning. Leave it out of the "
+            "resume_folder is for quantize_model: an interrupted merge starts from the beginning. Remove it from the "
             "Calibration. The model is left as it was."
         )
 
@@ -143,9 +144,9 @@ def _check_arguments(strategy: Strategy, calibration: Any) -> None:
 def _checked_targets(
     peft_model: PeftModel, names: list[str], strategy: Strategy, *, needs_unmerged: bool, is_unloaded: bool
 ) -> list[MergeTarget]:
-    """The layers to merge; ValueError if ``strategy`` is not for them, or if they cannot be put back as needed.
+    """The layers to merge; ValueError if ``strategy`` does not support them, or if they could not be restored.
 
-    Layers of PEFT's other tuners that are merged already are left to PEFT.
+    Layers of PEFT's other tuners that are already merged are left to PEFT.
     """
     targets = merge_targets(peft_model, names)
     for target in targets:
@@ -159,7 +160,7 @@ def _checked_targets(
             continue
         if needs_unmerged or (strategy == "dense" and target.is_peft_tuner):
             raise ValueError(
-                f"{target.name}: {target.module.merged_adapters} are merged already, and the weight from before is "
+                f"{target.name}: {target.module.merged_adapters} are merged already, and the unmerged weight is "
                 'needed for evaluate_on and for strategy="dense". Call unmerge_adapter() first, or load the adapter '
                 "onto its base again. The model is left as it was."
             )
@@ -172,7 +173,7 @@ def _checked_targets(
     is_lora = all(isinstance(target.source, LoraQuantizedLinear) for target in targets)
     if not is_unloaded and not (is_lora and isinstance(peft_model.base_model, LoraModel)):
         raise ValueError(
-            "unload=False is for LoRA: other tuners' merges into quantized layers are not taken back bit for bit. "
+            "unload=False is for LoRA: other tuners' merges into quantized layers cannot be undone bit for bit. "
             "Keep a copy of the model instead. The model is left as it was."
         )
     return targets
@@ -198,7 +199,7 @@ def _score(
 
 @contextmanager
 def _all_or_nothing(targets: Sequence[MergeTarget]) -> Iterator[None]:
-    """Every target as it was before if anything fails inside."""
+    """If anything fails inside, every target is restored."""
     before = [target.source.snapshot() for target in targets]
     try:
         yield
@@ -208,7 +209,7 @@ def _all_or_nothing(targets: Sequence[MergeTarget]) -> Iterator[None]:
 
 
 def _merge_dense_layers(peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str]) -> None:
-    """PEFT's own merge of LoRA on what is not quantized; taken back where it fails."""
+    """PEFT's own merge of LoRA on dense layers; undone if it fails."""
     ours = {id(target.module) for target in targets}
     others = [
         module
@@ -246,10 +247,10 @@ def _warn_of_wider_metadata(report: MergeReport) -> None:
 def _unloaded(
     peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str], strategy: Strategy
 ) -> nn.Module:
-    """The base model without PEFT's wrapper; what is merged is in it."""
+    """The base model without PEFT's wrapper, with the adapters merged."""
     set_active(peft_model, targets, names)  # PEFT keeps the modules_to_save of active adapters
     for target in targets:
-        if target.is_peft_tuner:  # some of PEFT's tuners (OSF) would merge again what is merged
+        if target.is_peft_tuner:  # some of PEFT's tuners (OSF) would merge a second time
             peft_model.set_submodule(target.name, target.source.current_base())
     with _without_already_merged_warning():
         model = peft_model.merge_and_unload(adapter_names=names)

@@ -1,4 +1,4 @@
-"""How much of an adapter's delta of each layer's outputs is left after a merge, on the inputs of a forward pass."""
+"""How much of an adapter's delta of each layer's outputs a merge retains, on the inputs of a forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutputRetention:
         self.energy = self.moved = self.missed = 0.0
 
     def add(self, base: Tensor, adapter: Tensor, merged: Tensor) -> None:
-        """Take in the outputs of the layer without adapter, with it, and merged, for the same inputs."""
+        """Add the outputs of the layer without adapter, with it, and merged, for the same inputs."""
         base, adapter, merged = base.float(), adapter.float(), merged.float()
         delta = adapter - base
         self.energy += float(delta.square().sum())
@@ -36,7 +36,7 @@ class OutputRetention:
 
     @property
     def noise(self) -> float:
-        """Norm of all else that changed, over that of the adapter's delta."""
+        """Norm of all other differences, over that of the adapter's delta."""
         if not self.energy:
             return 0.0
         return math.sqrt(max(0.0, self.missed / self.energy - (1.0 - self.retained) ** 2))
@@ -44,12 +44,12 @@ class OutputRetention:
 
 @contextmanager
 def watched(layers: Iterable[tuple[MergeTarget, Snapshot, OutputRetention]]) -> Iterator[None]:
-    """Take in what each layer computes in its forward pass, with its adapters and without, and when it is merged.
+    """In each layer's forward pass, record its outputs with the adapters, without them, and merged.
 
-    The layers themselves are not touched: outputs of the base and of the merged layer are computed from their weights.
+    The layers do not change: outputs of the base and of the merged layer are computed from their weights.
 
     Args:
-        layers: each unmerged, with the snapshot in which it is merged, and the sums that its outputs go into.
+        layers: each unmerged, with the snapshot in which it is merged, and the sums for its outputs.
     """
 
     def hook_of(merged: Snapshot, retention: OutputRetention) -> Any:
@@ -67,7 +67,7 @@ def watched(layers: Iterable[tuple[MergeTarget, Snapshot, OutputRetention]]) -> 
 
 
 def _output_in(snapshot: Snapshot, x: Tensor) -> Tensor:
-    """What the layer under the adapters gives for ``x`` in a snapshot."""
+    """The output of the layer under the adapters for ``x``, in a snapshot."""
     base = snapshot.base
     if snapshot.weight is not None and isinstance(base, QuantizedLinear):
         return base.forward_with(x, snapshot.weight, snapshot.tensors.get("bias"))

@@ -1,4 +1,4 @@
-"""What ``merge_back`` refuses, before and while it merges; each check raises with the way out. Changes nothing."""
+"""What ``merge_back`` refuses, before and during the merge. Each error names an alternative. Changes nothing."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def refuse_other_models(peft_model: Any) -> None:
     if not isinstance(peft_model.base_model, BaseTuner):
         kind = str(getattr(peft_model.active_peft_config.peft_type, "value", "?"))
         raise TypeError(
-            f"{kind} changes what the model reads and no weight: there is nothing to merge. Save it with its own "
-            "save_pretrained and load it beside the base."
+            f"{kind} changes the model's inputs and no weight: there is nothing to merge. Save it with its own "
+            "save_pretrained and load it onto the base."
         )
     if not any(
         isinstance(cast(object, module), (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in peft_model.modules()
     ):
         raise ValueError(
-            "the model has no adapter any more: they were merged and taken off already. Use the model that that merge "
-            "gave, or load base and adapter again."
+            "the model has no adapter any more: they were already merged and removed. Use the model that the merge "
+            "returned, or load base and adapter again."
         )
 
 
@@ -62,7 +62,7 @@ def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str
     if others:
         raise ValueError(
             f"{sorted(others)} are merged already, and {names} would be merged without them. Name them too, "
-            "or take them back with unmerge_adapter() first."
+            "or undo their merge with unmerge_adapter() first."
         )
     return names
 
@@ -81,19 +81,19 @@ def refuse_broken_adapters(peft_model: PeftModel, names: list[str]) -> None:
 
 
 def refuse_biases_without_a_place(peft_model: PeftModel, names: list[str]) -> None:
-    """Raise where ``lora_bias`` changes the bias of a layer that has none: PEFT finds out in the middle of merging."""
+    """Raise if ``lora_bias`` changes the bias of a layer without one: PEFT would fail in the middle of merging."""
     for layer_name, module in peft_model.named_modules():
         if not isinstance(module, LoraLayer) or getattr(module.get_base_layer(), "bias", None) is not None:
             continue
         if any(module.lora_bias.get(name, False) for name in names):
             raise ValueError(
                 f"{layer_name}: lora_bias=True has trained a bias, and this layer has none to merge it into. Keep the "
-                "adapter beside the model, or train it with lora_bias=False. The model is left as it was."
+                "adapter unmerged, or train it with lora_bias=False. The model is left as it was."
             )
 
 
 def refuse_tied_weights(peft_model: PeftModel) -> None:
-    """Raise where an adapter lies on one of two layers that share a weight: the other would be changed with it."""
+    """Raise if an adapter is on one of two layers that share a weight: a merge would change the other one too."""
     tied = tied_target_modules(peft_model.base_model)
     if tied and not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
         raise ValueError(
@@ -152,5 +152,5 @@ def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
         )
     score = float(value.detach()) if isinstance(value, Tensor) else float(value)
     if math.isnan(score):
-        raise ValueError("metric gave NaN, which compares with nothing. The model is left as it was.")
+        raise ValueError("metric gave NaN, which cannot be compared. The model is left as it was.")
     return score

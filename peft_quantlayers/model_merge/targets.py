@@ -1,4 +1,4 @@
-"""The layers of a model that a merge concerns, each as a source of plans, whatever kind of adapter is on it."""
+"""The layers of a model to merge, each as a :class:`MergeSource`, whatever its kind of adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MergeTarget:
     Fields:
         name: of PEFT's layer in its model.
         module: PEFT's layer.
-        source: what plans its merge, and applies and undoes it: the module itself, or a :class:`TunerSource` for it.
+        source: plans, applies and undoes its merge: the module itself, or a :class:`TunerSource` for it.
     """
 
     name: str
@@ -32,12 +32,12 @@ class MergeTarget:
 
     @property
     def is_peft_tuner(self) -> bool:
-        """Whether one of PEFT's other tuners made the layer, whose own merge would not be taken back bit for bit."""
+        """Whether one of PEFT's other tuners made the layer: its own merge cannot be undone bit for bit."""
         return self.module is not self.source
 
 
 class TunerSource(MergeSource):
-    """Merges a layer of one of PEFT's other tuners (LoHa, OFT, IA3, ...) that lies on a quantized layer."""
+    """Merges a layer of one of PEFT's other tuners (LoHa, OFT, IA3, ...) on a quantized layer."""
 
     merge_rules = RULES_FOR_ANY_DELTA
 

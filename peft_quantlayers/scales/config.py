@@ -21,26 +21,26 @@ class QuantScalesType(str, enum.Enum):  # noqa: UP042 (PEFT's status reads the n
 
 @dataclass
 class QuantScalesConfig(PeftConfig):
-    """Scale-only finetuning: train floating tensors of quantized layers, hold the codes.
+    """Scale-only finetuning: trains floating tensors of quantized layers; the codes are fixed.
 
-    For ``get_peft_model``. The trained copies are float32 whatever the base stores. ``merge_and_unload`` loses
+    For ``get_peft_model``. The trained copies are float32, whatever dtype the base stores. ``merge_and_unload`` loses
     nothing: it widens the scales, zeros and codebooks of the layers that it changes to float32 (the spec's
     ``scale_dtype`` then says so), and biases and norms are trained as rounded to the dtype that the model stores.
 
     Source: Kim et al. 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer
-    Quantization" (PEQA), for scales; the other tensors are ours to offer.
+    Quantization" (PEQA), for scales; the other tensors are an extension.
 
     Fields:
         target_modules: quantized layers, as in LoraConfig: a list of name endings, a regular expression, or
             "all-linear" for all of them. Norms are not named here.
         train: what is trained: "scales", "zeros" (HQQ), "codebooks" (AQLM), "biases" of the targeted layers, and
-            "norms": weights and biases of all norm layers that ``exclude_modules`` and ``layers_to_transform`` leave.
-        exclude_modules: name endings or a regular expression of modules to leave alone.
+            "norms": weights and biases of all norm layers that ``exclude_modules`` and ``layers_to_transform`` allow.
+        exclude_modules: name endings or a regular expression of modules to leave out.
         modules_to_save: dense modules to train in full and to save with the adapter.
         layers_to_transform: indices of the blocks to train in; None for all.
-        layers_pattern: name of the list that these indices count, where it is not the first one.
-        base_crc32: written by saving: checksum of the quantized tensors of each trained layer. Scales mean nothing for
-            other codes, nor for other zeros or codebooks, so an adapter refuses a base where any of these differ.
+        layers_pattern: name of the list that these indices count, if it is not the first one.
+        base_crc32: written by saving: checksum of the quantized tensors of each trained layer. Scales are valid for
+            their codes, zeros and codebooks only, so an adapter refuses a base where any of these differ.
     """
 
     target_modules: list[str] | set[str] | str | None = "all-linear"
@@ -65,11 +65,11 @@ class QuantScalesConfig(PeftConfig):
         if is_pattern and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform cannot be combined with the regular expression target_modules="
-                f"{self.target_modules!r}. Say the layers in the expression, or list the names of modules."
+                f"{self.target_modules!r}. Name the layers in the expression, or list the names of modules."
             )
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        # What the config means on one model, module name to tensor names; filled when it is put onto one.
+        # The tensors to train in each module, by module name; filled for a model when the config is applied to it.
         self.plan: dict[str, tuple[str, ...]] = {}

@@ -23,10 +23,10 @@ from ..merging.rules import RULES_FOR_EXACT_WEIGHTS
 
 
 class TunedTensors(nn.Module):
-    """Trainable copies of some tensors of one layer, under the names that they have there.
+    """Trainable copies of some tensors of one layer, under the same names.
 
-    They are float32 and stay it, also where their model is converted to another dtype: steps of an optimizer are
-    lost in the rounding of float16 and bfloat16.
+    They stay float32 even if the model is converted to another dtype: rounding to float16 or bfloat16 would lose the
+    optimizer's steps.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -48,7 +48,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
     Attributes:
         quant_scales_tensors: the trained tensors of each adapter.
         layer_name: the module's name in its model, for messages.
-        merging: what is merged into this layer, and the way back.
+        merging: the state of its merges.
     """
 
     adapter_layer_names = ("quant_scales_tensors",)
@@ -96,7 +96,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
         return {name: tensor.to(self.merged_dtype(name)) for name, tensor in tuned.named_parameters()}
 
     def adapter_to_merge(self, adapter_names: list[str] | None = None) -> str | None:
-        """The one adapter that ``merge`` would merge here; None where there is nothing to do.
+        """The one adapter that ``merge`` would merge here; None if there is nothing to do.
 
         Raises:
             ValueError: several adapters, another one is merged, or the adapter holds NaN or Inf; names the layer.
@@ -124,7 +124,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
         """Put the adapter's tensors into the base layer, unrounded.
 
         Args:
-            safe_merge: accepted for PEFT's sake; values that are not finite are always refused.
+            safe_merge: accepted as in PEFT; values that are not finite are always refused.
             adapter_names: the adapter to merge; None for the active one.
 
         Raises:
@@ -138,7 +138,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
             self.write_merge((adapter_name,), result, tensors)
 
     def unmerge(self) -> None:
-        """Put back the tensors from before the merge, bit for bit."""
+        """Restore the tensors from before the merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
@@ -150,15 +150,15 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
 
     @abstractmethod
     def merged_dtype(self, name: str) -> torch.dtype:
-        """Dtype in which a merged tensor is stored, and in which it is computed with before, so that both agree."""
+        """Dtype in which a merged tensor is stored. The adapter computes in it too, so that both agree."""
 
     @abstractmethod
     def merged_values(self, adapter_name: str) -> tuple[QuantizedWeight | None, dict[str, Tensor]]:
-        """The quantized weight with the adapter's tensors (None for a norm), and the base's other tensors of it."""
+        """The quantized weight with the adapter's tensors (None for a norm), and the adapter's other tensors."""
 
     @abstractmethod
     def tensors_beside_weight(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters of the base that a merge may change beside its quantized weight, by name."""
+        """The parameters of the base that a merge may change, besides its quantized weight, by name."""
 
     def current_base(self) -> nn.Module:
         return self.base_layer

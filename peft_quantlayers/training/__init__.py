@@ -1,4 +1,4 @@
-"""Getting a quantized model ready to train, and training codes. Imports adapters, layers and below."""
+"""Preparing a quantized model for training, and training codes. Imports lora, layers and the rooms below them."""
 
 from .kbit import prepare_model_for_kbit_training
 from .loftq import LoftQResult, initialize_loftq

@@ -16,7 +16,7 @@ def prepare_model_for_kbit_training(
     *,
     upcast: bool = True,
 ) -> nn.Module:
-    """Freeze the base, bring what is not quantized to float32, and turn gradient checkpointing on.
+    """Freeze the base, convert what is not quantized to float32, and turn gradient checkpointing on.
 
     PEFT's function of the same name works on these models too; it leaves norms, embeddings and head in the model's
     dtype. Call either one before ``get_peft_model``.
@@ -46,7 +46,7 @@ def prepare_model_for_kbit_training(
         _upcast(model)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:  # reentrant checkpointing needs an input that wants a gradient
+        if kwargs["use_reentrant"]:  # reentrant checkpointing needs an input that requires a gradient
             cast(PreTrainedModel, model).enable_input_require_grads()
         cast(PreTrainedModel, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     return model

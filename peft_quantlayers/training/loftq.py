@@ -1,4 +1,4 @@
-"""LoftQ: adapters initialised from the quantization error. The float weights come from outside: layers hold codes."""
+"""LoftQ: adapters initialised from the quantization error, which needs the float weights of the model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LoftQResult:
     Fields:
         name: of the quantized layer.
         error_before, error_after: norm of ``W - (Q + scaling * B @ A)`` over that of the float weight ``W``, where
-            ``Q`` is what the codes stand for.
-        has_new_codes: whether ``Q`` is another than before.
+            ``Q`` is the dequantized weight.
+        has_new_codes: whether ``Q`` has changed.
     """
 
     name: str
@@ -48,24 +48,24 @@ def initialize_loftq(
     iterations: int = 1,
     progress: bool = True,
 ) -> tuple[LoftQResult, ...]:
-    """Begin an adapter with the low-rank part of what quantizing its layers lost, in place of zero.
+    """Initialise an adapter from the quantization error of its layers instead of zero.
 
     ``A`` and ``B`` of each quantized layer become the best approximation of ``W - Q`` by a matrix of their rank.
-    Each iteration after the first quantizes ``W - scaling * B @ A`` anew before that, in the layer's own format. A
-    layer keeps the state with the least error, its own from before included.
+    Each iteration after the first quantizes ``W - scaling * B @ A`` again before that, in the layer's own format. A
+    layer keeps the state with the lowest error, its initial state included.
 
-    With one iteration codes stay as they are, and the adapter is all there is to save. With more **the base model
-    changes too, and the adapter fits no other**: save both, the base after ``peft_model.unload()``. Codes that were
-    chosen on calibration data lose that by being chosen anew: keep to one iteration there.
+    With one iteration the codes do not change, and only the adapter must be saved. With more **the base model
+    changes too, and the adapter fits no other**: save both, the base after ``peft_model.unload()``. New codes are
+    chosen without calibration data: on a calibrated model use one iteration.
 
-    Call it before the training, since it forgets what the adapter has learned. PEFT's own
-    ``LoraConfig(init_lora_weights="loftq")`` needs a float layer, and fits the adapter to what a bitsandbytes
-    format would lose, whatever the model is quantized to afterwards.
+    Call it before the training: it overwrites the adapter. PEFT's own ``LoraConfig(init_lora_weights="loftq")`` needs
+    a float layer, and fits the adapter to the error of a bitsandbytes format, whatever the model is quantized to
+    afterwards.
 
     Args:
         peft_model: a PEFT model, or a transformers model with adapters, on quantized layers.
-        float_model: the model from before it was quantized, a folder with its safetensors files, or its name on the
-            hub. Modules are found by name; of files only the tensors in question are read.
+        float_model: the model before quantization, a folder with its safetensors files, or its name on the hub.
+            Modules are found by name; from files only the needed tensors are read.
         adapter: name of the adapter. Plain LoRA or rsLoRA.
         iterations: how often the adapter is fitted.
         progress: show a progress bar.
@@ -79,7 +79,7 @@ def initialize_loftq(
             found, lacks a weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
         NotImplementedError: the adapter is more than plain LoRA. Nothing is changed.
 
-    Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is taken for 1.
+    Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be 1 or more.")
@@ -90,7 +90,7 @@ def initialize_loftq(
         if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A
     }
     if not layers:
-        raise ValueError(f"adapter {adapter!r} lies on no quantized layer of the model.")
+        raise ValueError(f"adapter {adapter!r} is on no quantized layer of the model.")
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
     weight_of = _float_weights(float_model, model, list(layers))
@@ -119,19 +119,19 @@ def _check(name: str, layer: LoraQuantizedLinear, adapter: str, *, changes_codes
     if layer.merged:
         raise ValueError(f"{name}: {layer.merged_adapters} are merged. Call unmerge_adapter() first.")
     if not isinstance(layer.get_base_layer(), QuantizedLinear):
-        raise ValueError(f"{name}: the layer was dequantized, and LoftQ makes up for what quantizing lost.")
+        raise ValueError(f"{name}: the layer was dequantized, so it has no quantization error for LoftQ to fit.")
     if adapter in layer.lora_variant:
         raise NotImplementedError(
-            f"{name}: adapter {adapter!r} is more than plain LoRA, and its effect on the weight no product of two "
-            "matrices. Use plain LoRA or rsLoRA."
+            f"{name}: adapter {adapter!r} is more than plain LoRA: its delta is not a product of two matrices. Use "
+            "plain LoRA or rsLoRA."
         )
     rank, base = layer.r[adapter], layer.quantized_base()
     if rank > min(base.in_features, base.out_features):
         raise ValueError(f"{name}: rank {rank} is more than the weight has. Lower it with rank_pattern.")
     if adapter in layer.aware_adapters:
         raise ValueError(
-            f"{name}: adapter {adapter!r} is trained merge-aware already. Call initialize_loftq first and "
-            "enable_merge_aware then."
+            f"{name}: adapter {adapter!r} is merge-aware already. Call initialize_loftq first, and then "
+            "enable_merge_aware."
         )
     if changes_codes and others:
         raise ValueError(
@@ -169,7 +169,7 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     if before >= 1:
         raise ValueError(
             f"{name}: the quantized weight is no nearer to that of float_model than zero is (error {before:.2f}): "
-            "that is another model, or other layers of it."
+            "float_model is another model, or its layers have other names."
         )
     for iteration in range(iterations):
         if iteration:
@@ -188,7 +188,7 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
 
 
 def _checked(name: str, base: QuantizedLinear, weight: Tensor) -> Tensor:
-    """What codes and adapter together should be, (out_features, in_features), float32."""
+    """The target of codes and adapter together, (out_features, in_features), float32."""
     weight = weight.t() if base.is_conv1d else weight
     shape = (base.out_features, base.in_features)
     if tuple(weight.shape) != shape:
@@ -201,8 +201,8 @@ def _checked(name: str, base: QuantizedLinear, weight: Tensor) -> Tensor:
 def _low_rank_approximation(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The product of a tall and a wide factor that is nearest to ``matrix``.
 
-    By the eigenvectors of the smaller Gram matrix, which takes half the time of a singular value decomposition and
-    less.
+    By the eigenvectors of the smaller Gram matrix, which takes at most half the time of a singular value
+    decomposition.
 
     Returns:
         (out_features, rank) and (rank, in_features), of equal norms.

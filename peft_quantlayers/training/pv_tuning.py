@@ -1,6 +1,6 @@
-"""Full finetuning of AQLM models: codebooks and scales by AdamW, codes by moves down the gradient of the weight.
+"""Full finetuning of AQLM models: codebooks and scales by AdamW, codes by steps along the gradient of the weight.
 
-Here are the hooks, the buffers and the optimizer's surface; the choice of the codes is in
+Here are the hooks, the buffers and the optimizer's interface; the choice of the codes is in
 ``methods/aqlm/code_moves.py``.
 """
 
@@ -24,20 +24,20 @@ from ..methods import move_aqlm_codes
 class PVTuner(torch.optim.AdamW):
     """An optimizer that trains all of an AQLM model's quantized layers, codes included.
 
-    Each ``step`` first takes an AdamW step on codebooks and scales, then gives new codes to the groups of weights
-    whose gradient is largest. Codes move along the gradient of the dense weight, which hooks collect during backward:
-    for as many layers as ``buffer_bytes`` holds, and for the next ones in the next step. Gradients of several backward
-    passes add up until ``step`` uses them or ``zero_grad`` forgets them.
+    Each ``step`` first takes an AdamW step on codebooks and scales, and then gives new codes to the groups of weights
+    with the largest gradient. Codes move along the gradient of the dense weight, which hooks collect during backward:
+    for as many layers as fit into ``buffer_bytes``, and for the next ones in the next step. Gradients of several
+    backward passes add up until ``step`` uses them or ``zero_grad`` discards them.
 
-    A plain optimizer otherwise: parameter groups (``add_param_group`` for norms or a head), schedulers,
+    Otherwise it is a plain optimizer: parameter groups (``add_param_group`` for norms or a head), schedulers,
     ``state_dict`` and ``Trainer(optimizers=(tuner, None))`` work as usual. The codes are part of the model, not of
     ``state_dict``.
 
     Source: Malinovskii et al. 2024, "PV-Tuning". There the codes follow Adam steps on a float copy of all weights.
 
     Attributes:
-        changed_groups: groups that got new codes in the last step, by layer, for the layers that had their turn.
-        peak_buffer_bytes: the most bytes that gradients of dense weights took so far.
+        changed_groups: number of groups that got new codes in the last step, by layer, for the layers of that step.
+        peak_buffer_bytes: peak memory of the gradients of dense weights so far.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class PVTuner(torch.optim.AdamW):
         Args:
             model: a model with AQLM layers, changed in place. Its other parameters are left as they are.
             lr, betas: of AdamW for codebooks and scales; there is no weight decay.
-            code_lr: length of the move that is wished for, relative to the weight: 0.3 is a move of 30 % of its root
-                mean square on average over all groups. 0 trains codebooks and scales alone.
-            max_code_change: part of a layer's groups that may get new codes in one step.
-            trust_ratio: bound of how far one step's new codes may move a layer, relative to its norm. All layers
-                move at once, so that a deep model diverges at a ratio that a small one bears. In a layer of a few
+            code_lr: length of the gradient step on the dense weight, relative to the weight: 0.3 is 30 % of its root
+                mean square on average over all groups. 0 trains codebooks and scales only.
+            max_code_change: fraction of a layer's groups that may get new codes in one step.
+            trust_ratio: bound on the change of a layer by one step's new codes, relative to its norm. All layers
+                change at once, so a deep model diverges at a ratio that a small one tolerates. In a layer of a few
                 hundred groups a single group is several percent of the norm, and needs a ratio above that.
-            buffer_bytes: bytes for gradients of dense weights, float32. One more layer's dense weight is needed for
-                a moment in each ``step``.
+            buffer_bytes: bytes for gradients of dense weights, float32. ``step`` also needs one layer's dense weight
+                for a short time.
 
         Raises:
             ValueError: no AQLM layer, a value out of range, or ``buffer_bytes`` too small for a layer; the model is
@@ -130,7 +130,7 @@ class PVTuner(torch.optim.AdamW):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those of dense weights too."""
+        """Discard all gradients, those of dense weights too."""
         super().zero_grad(set_to_none)
         self._gradients.clear()
 

@@ -401,4 +401,4 @@ def test_an_adapter_that_was_trained_before_is_named(caplog):
         caplog.clear()
         base = pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)
         pql.enable_merge_aware(get_peft_model(base, LoraConfig(target_modules=["first"], init_lora_weights=init)))
-        assert ("are not new" in caplog.text) == (not is_new)
+        assert ("are already trained" in caplog.text) == (not is_new)

@@ -1,7 +1,7 @@
 """Moving AQLM codes down a gradient: which groups, and to which codes. Pure arithmetic; no layers, no optimizer.
 
 Source: Malinovskii et al. 2024, "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", the
-V step: a gradient step on a small subspace of the weights, projected onto what the codebooks can say.
+V step: a gradient step on a small subspace of the weights, projected onto the values that the codebooks can represent.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlayers_kernels.aqlm.choice import chosen_codes, entry_sums, matrix_to_groups
 
-# Choices of codes that are followed to the end.
+# Width of the beam search over codes.
 BEAM = 4
 
 
@@ -25,18 +25,18 @@ def moved_codes(
 ) -> Tensor:
     """Codes after the groups with the largest gradient moved towards ``W - eta * gradient``.
 
-    ``eta`` makes ``step`` relative: the root mean square of the wished move is ``step`` times that of ``W``. A group
-    gets new codes where they come nearer to the wish; then the loss falls to first order by at least
-    ``|move|**2 / (2 * eta)``. (The paper takes Adam steps on a float copy of all weights instead, which costs as much
-    memory as training the float model; a step here needs the gradient alone.)
+    ``eta`` makes ``step`` relative: the root mean square of ``eta * gradient`` is ``step`` times that of ``W``. A
+    group gets new codes if they are nearer to the target than the old ones; to first order the loss then falls by at
+    least ``|move|**2 / (2 * eta)``. (The paper takes Adam steps on a float copy of all weights instead, which needs
+    as much memory as training the float model; a step here needs the gradient only.)
 
     Args:
         codes: (n_out, n_in, num_codebooks), int64, not negative. Not changed.
         codebooks: (num_codebooks, size, og, ig), float32.
         scales: (n_out,), float32.
         gradient: of the loss with respect to ``W``, (n_out * og, n_in * ig), float32.
-        step: size of the wished move, as above.
-        max_change: part of the groups that may change, rounded down.
+        step: relative size of the gradient step, as above.
+        max_change: fraction of the groups that may change; their number is rounded down.
         trust_ratio: bound of ``|new W - W| / |W|``; the moves that gain least for their squared
             length are dropped until it holds.
 
@@ -48,20 +48,20 @@ def moved_codes(
     moved = codes.reshape(-1, num_codebooks).clone()
     entries = codebooks.flatten(2)
     group_scales = scales.repeat_interleave(n_in)[:, None]
-    wanted = matrix_to_groups(gradient, out_group, in_group).flatten(0, 1)
+    gradient = matrix_to_groups(gradient, out_group, in_group).flatten(0, 1)
 
     weight_energy = (entry_sums(moved, entries) * group_scales).square().sum()
-    gradient_energy = wanted.square().sum()
+    gradient_energy = gradient.square().sum()
     n_movable = int(max_change * len(moved))
     if n_movable == 0 or gradient_energy == 0:
         return codes.clone()
     eta = step * (weight_energy / gradient_energy).sqrt()
 
-    chosen = wanted.square().sum(1).topk(n_movable).indices
+    chosen = gradient.square().sum(1).topk(n_movable).indices
     chosen_scales = group_scales[chosen]
     divisors = torch.where(chosen_scales == 0, torch.ones_like(chosen_scales), chosen_scales)
     old = entry_sums(moved[chosen], entries)
-    target = old - eta * wanted[chosen] / divisors
+    target = old - eta * gradient[chosen] / divisors
     new_codes = chosen_codes(target, moved[chosen], entries, None, beam=BEAM)
     new = entry_sums(new_codes, entries)
     squared_scales = chosen_scales[:, 0].square()

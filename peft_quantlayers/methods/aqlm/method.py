@@ -31,16 +31,16 @@ from .spec import AQLMSpec
 
 logger = logging.getLogger(__name__)
 
-# Choices of codes that are followed where trying all is too slow.
+# Width of the beam search where trying all pairs is too slow.
 NARROW_BEAM = 8
-# Fraction of the scales' norm: more than this is lost only where their dtype holds no numbers so small.
+# Error that storing the scales may make, relative to their norm; only a dtype that underflows makes a larger one.
 MAX_SCALE_ERROR = 0.01
 
 
 class AQLMMethod(QuantMethod[AQLMSpec]):
     """Additive Quantization of Language Models. Source: Egiazarian et al. 2024; the solver is in ``solver.py``.
 
-    Residual k-means, then codebooks, codes and row scales in turn. Deterministic under ``spec.seed``.
+    Residual k-means, then codebooks, codes and row scales in turn. Deterministic for a given ``spec.seed``.
     """
 
     spec_type = AQLMSpec
@@ -57,7 +57,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`; with ``start`` codes, codebooks and scales are refined from there.
 
-        Where ``spec`` has more codebooks than ``start``, they start from the residual.
+        If ``spec`` has more codebooks than ``start``, the additional ones are initialised from the residual.
         """
         checked_layout(weight, spec)
         weight = weight.detach().float().contiguous()
@@ -87,7 +87,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         return True
 
     def merged(self, weight: QuantizedWeight, delta: DeltaRows) -> QuantizedWeight:
-        """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move with a probability.
+        """As :meth:`QuantMethod.merged`: codebooks and scales stay, and codes move at random by a fixed dither.
 
         The rule is in ``quantlayers_kernels.aqlm.update``.
         """
@@ -103,8 +103,8 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         codes, codebooks, scales = _parts(weight)
         if bias is not None and scales.requires_grad and not codebooks.requires_grad:
-            # The gradient of the scales is computed from the product, in which a large bias would drown them in half
-            # precision.
+            # The gradient of the scales is computed from the product; in half precision a large bias in it would lose
+            # their digits.
             return aqlm.linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
         return aqlm.linear(x, codes, codebooks, scales, bias)
 
@@ -125,8 +125,8 @@ def _default_beam(spec: AQLMSpec, device: torch.device) -> int:
 @cache
 def _warn_of_narrow_beam() -> None:
     logger.warning(
-        "the compiled kernels are missing: AQLM follows %d choices of codes instead of all pairs, which raises its "
-        "error by a few percent. Reinstall with a C compiler, or set beam=256 and wait.",
+        "the compiled kernels are missing: AQLM uses a beam of %d instead of trying all pairs of codes, which raises "
+        "its error by a few percent. Reinstall with a C compiler, or set beam=256, which takes hours.",
         NARROW_BEAM,
     )
 
@@ -137,7 +137,7 @@ def _floats_of(start: QuantizedWeight) -> Additive:
 
 
 def _stored(found: Additive, spec: AQLMSpec, shape: torch.Size) -> QuantizedWeight:
-    """``found`` in the dtypes of ``spec``, or of the widened one where those cannot hold it."""
+    """``found`` in the dtypes of ``spec``, or of the widened spec if those cannot hold it."""
     layout = spec.tensor_layout(*shape)
     codebooks = found.codebooks.view(layout["codebooks"].shape).to(layout["codebooks"].dtype)
     scales = found.scales.view(layout["scales"].shape).to(layout["scales"].dtype)

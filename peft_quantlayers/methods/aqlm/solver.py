@@ -1,13 +1,13 @@
 """Additive quantization of a matrix: codes, codebooks and row scales, by coordinate descent and least squares.
 
-Pure arithmetic in float32; no layers, no files. The weight is seen as groups (n_out, n_in, d): ``d = og * ig`` weights
-of ``og`` outputs and ``ig`` inputs each, and stands for ``scale[o] * sum_m codebooks[m, codes[o, i, m]]``. The error
-that is lowered is ``tr(D H D.T)`` for the difference ``D`` (out_features, in_features) and the inputs' second moment
-``H``; without one, the plain squared error.
+Pure arithmetic in float32; no layers, no files. A weight is split into groups (n_out, n_in, d): ``d = og * ig``
+weights of ``og`` outputs and ``ig`` inputs each. A group is ``scale[o] * sum_m codebooks[m, codes[o, i, m]]``. The
+solver minimises ``tr(D H D.T)`` for the difference ``D`` (out_features, in_features) and the Hessian ``H``, the second
+moment of the inputs; without a Hessian, the plain squared error.
 
-Source: Egiazarian et al. 2024 (AQLM). Where it differs: codebooks are fitted by conjugate gradients and scales in
-closed form instead of hundreds of Adam steps; choosing a code changes only what it touches, in blocks of columns,
-instead of rebuilding the matrix; the initial k-means weighs each input by its second moment.
+Source: Egiazarian et al. 2024 (AQLM). Differences: codebooks are fitted by conjugate gradients and scales in closed
+form instead of hundreds of Adam steps; choosing a code updates only the residual that it affects, in blocks of
+columns, instead of rebuilding the matrix; the initial k-means weights each input by its second moment.
 """
 
 from collections.abc import Iterator
@@ -27,17 +27,17 @@ from quantlayers_kernels.aqlm.choice import (
 
 from ..least_squares import conjugate_gradient
 
-# Points a centroid that k-means sees; more change nothing that the later rounds would not repair.
+# Points per centroid that k-means sees; the later iterations make up for a smaller sample.
 POINTS_PER_CENTROID = 64
 KMEANS_ITERS = 15
-# Columns whose pull is kept up to date while their codes are chosen; the others wait for one matrix product.
+# Columns whose residual correlation is updated while their codes are chosen; one matrix product updates the others.
 BLOCK_COLUMNS = 128
-# With 2 steps the held-out error was the same as with 16 on layers of SmolLM2: the next round goes on from there.
+# With 2 steps the held-out error was the same as with 16 on layers of SmolLM2, since the next iteration continues.
 CODEBOOK_ITERS = 3
-# Weights for each number in the codebooks that these are fitted to. What a sample of the rows adds to the error is
+# Weights per number in the codebooks that these are fitted to. Sampling the rows raises the error by a fraction of
 # about the reciprocal.
 WEIGHTS_PER_NUMBER = 512
-# Weights whose outputs are looked at together, so that no buffer grows with the number of outputs.
+# Weights that are processed together, so that no buffer grows with the number of outputs.
 TILE_WEIGHTS = 1 << 22
 TILE_WEIGHTS_OF_GPU = 1 << 26
 
@@ -65,7 +65,7 @@ class Additive:
 
 @dataclass(frozen=True)
 class Problem:
-    """The weight to be matched, and how an error in it counts.
+    """The weight to approximate, and the Hessian of its error.
 
     Fields:
         target: (n_out, n_in, d), float32.
@@ -86,14 +86,14 @@ class Problem:
         return replace(self, target=self.target[which])
 
     def tiles(self) -> Iterator[slice]:
-        """Output groups that are looked at together."""
+        """Ranges of output groups that are processed together."""
         n_out, n_in, d = self.target.shape
         n_weights = TILE_WEIGHTS if self.target.device.type == "cpu" else TILE_WEIGHTS_OF_GPU
         step = max(1, n_weights // (n_in * d))
         return (slice(start, start + step) for start in range(0, n_out, step))
 
     def sample(self, n_weights: int) -> slice:
-        """Output groups, evenly spread, that hold about so many weights, or all."""
+        """Evenly spread output groups that hold about ``n_weights`` weights, or all output groups."""
         return slice(None, None, max(1, self.target.numel() // n_weights))
 
     def weighted(self, groups: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Problem:
         return matrix_to_groups(matrix, self.out_group, self.in_group)
 
     def importance(self) -> Tensor | None:
-        """The Hessian's diagonal for each place in each group, (n_in, d); None for the plain error."""
+        """The Hessian's diagonal for each weight of each group, (n_in, d); None for the plain error."""
         if self.hessian is None:
             return None
         return self.hessian.diagonal().view(-1, 1, self.in_group).expand(-1, self.out_group, -1).flatten(1)
@@ -119,7 +119,7 @@ class Problem:
 
 
 def nearest_entries(vectors: Tensor, entries: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Index of the entry closest to each vector, where place ``j`` counts ``importance[:, j]``.
+    """Index of the entry closest to each vector, with ``importance[:, j]`` as the weight of component ``j``.
 
     Args:
         vectors: (n, d), float32.
@@ -140,7 +140,7 @@ def kmeans(
 ) -> Tensor:
     """``size`` centroids (size, d) of ``vectors`` (n, d), each weighted by ``weights`` (n,) and ``importance`` (n, d).
 
-    Starts from random vectors; a centroid that nobody chooses moves to a random one.
+    Starts from random vectors; a centroid without any vectors is replaced by a random vector.
     """
     n, d = vectors.shape
     if n <= size:  # an entry for each vector
@@ -172,9 +172,10 @@ def initial_solution(problem: Problem, *, num_codebooks: int, size: int, generat
 
 
 def extended_solution(problem: Problem, found: Additive, *, num_codebooks: int, generator: Generator) -> Additive:
-    """``found`` with more codebooks, each fitted by k-means to what the ones before it leave over.
+    """``found`` with more codebooks, each fitted by k-means to the residual of those before it.
 
-    A row whose scale is not positive gets that of its target, since nothing can be added to it otherwise.
+    A row whose scale is not positive gets the norm of its target as its scale: otherwise new codebooks could not
+    contribute to it.
     """
     if len(found.codebooks) == num_codebooks:
         return found
@@ -208,7 +209,7 @@ def extended_solution(problem: Problem, found: Additive, *, num_codebooks: int, 
 
 
 def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
-    """Codes chosen group by group with all others held, so that the error falls with every group."""
+    """Codes chosen group by group with all others fixed, so that the error falls with every group."""
     codes = [_improved_rows(problem.rows(tile), found.rows(tile), beam) for tile in problem.tiles()]
     return replace(found, codes=torch.cat(codes))
 
@@ -216,11 +217,11 @@ def improved_codes(problem: Problem, found: Additive, *, beam: int) -> Additive:
 def _improved_rows(problem: Problem, found: Additive, beam: int) -> Tensor:
     """The codes of :func:`improved_codes`.
 
-    ``(target - current) @ H`` is the pull on a group. It is formed for a block of columns at a time, and kept up to
-    date within it; without a Hessian groups do not meet, and all are chosen at once.
+    The residual correlation ``(target - current) @ H`` is computed for a block of columns at a time, and updated
+    within the block. Without a Hessian the groups are independent, and all are chosen at once.
     """
     n_in, d = problem.target.shape[1:]
-    # In codebook units the scales are gone from all that follows: a row's error is scaled as a whole.
+    # In codebook units no scale is needed: it only multiplies a row's error as a whole.
     target = problem.target / found.scales[:, None, None]
     codes, codebooks = found.codes.clone(), found.codebooks
     hessian = problem.hessian
@@ -246,9 +247,9 @@ def _improved_rows(problem: Problem, found: Additive, beam: int) -> Tensor:
 
 
 def fitted_codebooks(problem: Problem, found: Additive, *, iters: int = CODEBOOK_ITERS) -> Additive:
-    """Codebooks of less error for the given codes and scales; entries that nobody chose stay.
+    """Codebooks with a lower error for the given codes and scales; entries that no code names stay.
 
-    Where there are far more weights than numbers in the codebooks, those of some rows decide.
+    If there are far more weights than numbers in the codebooks, they are fitted to a sample of the rows.
     """
     chosen = problem.sample(WEIGHTS_PER_NUMBER * found.codebooks.numel())
     problem, sampled = problem.rows(chosen), found.rows(chosen)
@@ -265,22 +266,22 @@ def fitted_codebooks(problem: Problem, found: Additive, *, iters: int = CODEBOOK
 
     def normal(codebooks: Tensor) -> Tensor:
         total = torch.zeros_like(codebooks)
-        for wanted, part in tiles:
-            gathered(part, wanted.weighted(replace(part, codebooks=codebooks).groups()), total)
+        for tile, part in tiles:
+            gathered(part, tile.weighted(replace(part, codebooks=codebooks).groups()), total)
         return total
 
     diagonal, residual = torch.zeros_like(found.codebooks), torch.zeros_like(found.codebooks)
     importance = problem.importance()
-    for wanted, part in tiles:
-        weights = torch.ones_like(wanted.target) if importance is None else importance.expand_as(wanted.target)
+    for tile, part in tiles:
+        weights = torch.ones_like(tile.target) if importance is None else importance.expand_as(tile.target)
         gathered(part, weights * part.scales[:, None, None], diagonal)
-        gathered(part, wanted.weighted(wanted.target - part.groups()), residual)
+        gathered(part, tile.weighted(tile.target - part.groups()), residual)
     inverse = torch.where(diagonal > 0, diagonal.clamp(min=1e-30).reciprocal(), 0.0)
     return replace(found, codebooks=found.codebooks + conjugate_gradient(normal, residual, inverse, iters=iters))
 
 
 def fitted_scales(problem: Problem, found: Additive) -> Additive:
-    """Scales of least error for the given codes and codebooks; a row whose fit is not positive keeps its own."""
+    """Scales of lowest error for the given codes and codebooks; a row keeps its scale if the fit is not positive."""
     fitted = []
     for tile in problem.tiles():
         part = found.rows(tile)

@@ -1,4 +1,4 @@
-"""How an AQLM weight is stored, and what a user asks for."""
+"""How an AQLM weight is stored, and the config that users pass."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ class AQLMSpec(QuantSpec):
         nbits_per_codebook: bits of a code, 1 to 16. Codes up to 8 bits are stored in a byte, others in two.
         in_group_size, out_group_size: shape of a group, inputs by outputs.
         scale_dtype: dtype of codebooks and scales. A layer whose scales it cannot hold gets float32.
-        rounds: how often codebooks, codes and scales are fitted in turn after the initialisation.
-        beam: choices that are followed when the codes of a group are chosen; 1 is the fastest, and with two codebooks
-            one as wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8
-            choices elsewhere (also on a CPU without the compiled kernels, where all pairs would take hours).
-        seed: of the random choices in the initialisation.
+        rounds: iterations after the initialisation; each fits codebooks, codes and scales in turn.
+        beam: width of the beam search for the codes of a group; 1 is the fastest, and with two codebooks a beam as
+            wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8 otherwise
+            (also on a CPU without the compiled kernels, where all pairs would take hours).
+        seed: for the random initialisation.
     """
 
     method = "aqlm"

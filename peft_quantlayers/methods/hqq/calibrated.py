@@ -1,8 +1,9 @@
-"""HQQ weights that minimise the error of a layer's outputs instead of that of its weight.
+"""HQQ weights that minimise a layer's output error instead of its weight error.
 
-Pure arithmetic in float32 on one matrix whose groups lie along the inputs (``axis=1``). With the inputs' second
-moment ``H`` the error of the outputs is ``tr(D H D.T)`` for the difference ``D`` of the weights. It is lowered by
-choosing one column's codes after the other with all others held, and by fitting scales and zeros to the codes.
+Pure arithmetic in float32 on one matrix whose groups lie along the inputs (``axis=1``). The output error is
+``tr(D H D.T)`` for the difference ``D`` of the weights and the Hessian ``H``, the second moment of the inputs. Two
+steps lower it in turn: each column's codes are chosen with all others fixed, and scales and zeros are fitted to the
+codes.
 
 Sources: the iteration over columns is coordinate descent, as in Behdin et al. 2023 (QuantEase), from nearest codes; on
 layers of SmolLM2 four sweeps of it gave a lower held-out error than the error feedback of Frantar et al. 2022 (GPTQ),
@@ -20,8 +21,8 @@ from ..least_squares import conjugate_gradient
 
 GRID_ITERS = 4
 WEIGHTED_FIT_ITERS = 10
-# A fitted scale may leave its start by this factor; beyond it the codes of the group determine no scale.
-MAX_SCALE_CHANGE = 5.0
+# A fitted scale may differ from its start by this factor; beyond it the codes of the group do not determine a scale.
+MAX_SCALE_RATIO = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Grid:
 
 
 def weighted_grid(groups: Tensor, grid: Grid, importance: Tensor) -> Grid:
-    """The grid that nearest codes and weighted least squares come to in turn.
+    """The grid after alternating nearest codes and a weighted least-squares fit of scales and zeros.
 
     Args:
         groups: (out_features, n_groups, group_size), float32.
         grid: where to start.
-        importance: how much an error in each place counts, (n_groups, group_size), positive.
+        importance: weight of the squared error of each input, (n_groups, group_size), positive.
     """
     mass = importance.sum(-1)
     mean_weight = (importance * groups).sum(-1) / mass
@@ -64,7 +65,7 @@ def weighted_grid(groups: Tensor, grid: Grid, importance: Tensor) -> Grid:
 
 
 def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> Tensor:
-    """Codes after choosing each column's anew with all other columns held, ``sweeps`` times over.
+    """Codes after ``sweeps`` sweeps of coordinate descent, which chooses each column's codes with all others fixed.
 
     Args:
         groups: the weight, (out_features, n_groups, group_size), float32.
@@ -78,7 +79,7 @@ def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, 
     residual = groups - grid.values(codes.view(shape)).view(groups.shape)
     width = block_columns(groups)
     blocks = [slice(start, start + width) for start in range(0, groups.shape[1], width)]
-    # One block takes all its sweeps at once; several of them take turns.
+    # A single block takes all its sweeps in one call; several blocks take turns.
     turns = 1 if len(blocks) == 1 else sweeps
     codes = codes.clone()
     for here in blocks * turns:
@@ -96,7 +97,7 @@ def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, 
 
 
 def fitted_grid(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, iters: int = GRID_ITERS) -> Grid:
-    """Scales and zeros of less output error for the given codes, all groups of a row together.
+    """Scales and zeros with a lower output error for the given codes, fitted for all groups of a row together.
 
     The values are ``scale * (code - mean code) + offset``, linear in scale and offset, which are nearly independent.
     """
@@ -119,7 +120,7 @@ def fitted_grid(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, i
         lambda direction: gathered(values(direction)), gathered(groups - values(current)), inverse, iters=iters
     )
     scale, offset = current + step
-    change = scale / grid.scale
-    is_fitted = (change > 1 / MAX_SCALE_CHANGE) & (change < MAX_SCALE_CHANGE)
+    ratio = scale / grid.scale
+    is_fitted = (ratio > 1 / MAX_SCALE_RATIO) & (ratio < MAX_SCALE_RATIO)
     scale = torch.where(is_fitted, scale, grid.scale)
     return replace(grid, scale=scale, zero=torch.where(is_fitted, mean_code - offset / scale, grid.zero))

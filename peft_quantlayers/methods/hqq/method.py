@@ -25,7 +25,7 @@ from .spec import HQQSpec
 # large launches, and 2**26 weights make a workspace of less than 1 GiB.
 CPU_CHUNK_WEIGHTS = 1 << 20
 DEVICE_CHUNK_WEIGHTS = 1 << 26
-# Fraction of a group delta, by norm, that rounding the zeros may lose. A divergence of outputs loses its square, 1e-4.
+# Fraction of a group delta, by norm, that rounding the zeros may lose. The outputs' divergence scales with its square.
 MAX_DELTA_LOST = 1e-2
 
 
@@ -47,7 +47,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`.
 
-        With ``start`` alone its scales and zeros stay, and only the codes are new. With ``hessian`` the fit starts
+        With ``start`` alone, its scales and zeros stay, and only the codes are new. With ``hessian`` the fit starts
         from them. Calibrated weights need groups along the inputs: NotImplementedError for ``axis=0``.
         """
         layout = checked_layout(weight, spec)
@@ -56,12 +56,12 @@ class HQQMethod(QuantMethod[HQQSpec]):
             raise NotImplementedError(f"{self.calibration_requirement} Or quantize without calibration.")
         if start is not None:
             refuse_not_finite(weight)
-        begin = _solved(weight, spec, layout) if start is None else start
+        initial = _solved(weight, spec, layout) if start is None else start
         if hessian is not None:
             hessian = checked_hessian(hessian, weight)
             iterations = CALIBRATED_ITERATIONS if iterations is None else iterations
-            return _for_outputs(weight.float(), begin, hessian, from_start=start is not None, iterations=iterations)
-        return _on_grid_of(begin, weight) if start is not None else begin
+            return _for_outputs(weight.float(), initial, hessian, from_start=start is not None, iterations=iterations)
+        return _on_grid_of(initial, weight) if start is not None else initial
 
     def can_use_hessian(self, spec: HQQSpec) -> bool:
         return spec.axis == 1
@@ -128,7 +128,7 @@ def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tens
 
 
 def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight:
-    """The published iteration; scales and zeros have the spec's dtype, or float32 where that cannot hold them."""
+    """The published iteration; scales and zeros have the spec's dtype, or float32 if that cannot hold them."""
     for stored_as in dict.fromkeys((spec, spec.widened())):
         solved = _solved_in_dtype(weight, stored_as, layout)
         if solved is not None:
@@ -191,20 +191,20 @@ SWEEPS_PER_ITERATION = 3
 
 
 def _for_outputs(
-    weight: Tensor, begin: QuantizedWeight, hessian: Tensor, *, from_start: bool, iterations: int
+    weight: Tensor, initial: QuantizedWeight, hessian: Tensor, *, from_start: bool, iterations: int
 ) -> QuantizedWeight:
-    """``weight``, float32, with the output error lowered from the grid of ``begin``.
+    """``weight``, float32, quantized with a low output error, starting from the grid of ``initial``.
 
-    Integer zeros stay where they are, and so does their scale. ``from_start`` begins from the very grid and codes of
-    ``begin``, not from a grid that is fitted to the inputs' second moments first.
+    Integer zeros and their scales do not change. With ``from_start`` the first sweep starts from the grid and the
+    codes of ``initial``; otherwise the grid is first fitted with the Hessian's diagonal as weights.
     """
-    spec = cast(HQQSpec, begin.spec)
+    spec = cast(HQQSpec, initial.spec)
     dtype = getattr(torch, spec.scale_dtype)
-    scale, zero = (begin.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
+    scale, zero = (initial.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=spec.max_code)
     if from_start:
-        codes = begin.codes().to(weight.device).float().view(groups.shape)
+        codes = initial.codes().to(weight.device).float().view(groups.shape)
     else:
         if not spec.integer_zero:
             grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
@@ -219,7 +219,7 @@ def _for_outputs(
     grid = Grid(scale.float(), zero.float(), grid.max_code)
     codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape)
     tensors = {"W_q": pack(codes.to(torch.uint8), spec.nbits), "scale": scale, "zero": zero}
-    return dataclasses.replace(begin, spec=spec, tensors=tensors)
+    return dataclasses.replace(initial, spec=spec, tensors=tensors)
 
 
 def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:
@@ -230,11 +230,11 @@ def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:
 
 
 def _can_store(scale: Tensor, zero: Tensor, stored_scale: Tensor, stored_zero: Tensor, max_code: int) -> bool:
-    """Whether rounding the metadata moves no weight by more than an eighth of a step, or what the dtype gives.
+    """Whether rounding the metadata moves no weight by more than an eighth of a step, or by the dtype's resolution.
 
-    The error of a weight, in steps, is that of the zero plus the relative one of the scale times the distance
-    from the zero. Both are at most half an epsilon of ``max_code`` where the zero lies among the codes, so that
-    only an offset, or a scale out of the dtype's range, is refused.
+    The error of a weight, in steps, is the error of the zero plus the relative error of the scale times the distance
+    from the zero. Both are at most half an epsilon of ``max_code`` if the zero lies among the codes. So only a large
+    common offset, or a scale out of the dtype's range, cannot be stored.
     """
     zero_error = (stored_zero.float() - zero).abs()
     distance = torch.maximum(zero.abs(), (max_code - zero).abs())

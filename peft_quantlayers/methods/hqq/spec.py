@@ -1,4 +1,4 @@
-"""How an HQQ weight is stored, and what a user asks for."""
+"""How an HQQ weight is stored, and the config that users pass."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ class HQQSpec(QuantSpec):
         group_size: weights that share a scale and a zero; None for a whole row (``axis=1``) or column (``axis=0``).
         axis: 1 groups neighbouring inputs of one output, 0 groups outputs of one input.
         scale_dtype: dtype in which scales and zeros are stored. A layer whose groups it cannot hold gets float32.
-        integer_zero: zeros are whole codes, as integer formats need them.
-        round_zero: start the published iteration from a whole zero, as the ``hqq`` package does at 4 bits.
+        integer_zero: zeros are integers, as integer formats need them.
+        round_zero: start the published iteration from a rounded zero, as the ``hqq`` package does at 4 bits.
         refine_scale: fit scale and zero to the codes by least squares after the published iteration.
         iters, lp_norm, beta, kappa: constants of the published iteration.
     """
@@ -78,7 +78,7 @@ class HQQSpec(QuantSpec):
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         n_groups = self.n_groups(out_features, in_features)
         shape = (out_features, n_groups) if self.axis == 1 else (n_groups, in_features)
-        # With axis=0 the rows of a group lie n_groups apart; ``sliced`` takes care of it.
+        # With axis=0 the rows of a group lie n_groups apart; ``sliced`` handles that.
         metadata = {"shape": shape, "dtype": getattr(torch, self.scale_dtype)}
         return {
             "W_q": TensorLayout(
