@@ -147,7 +147,9 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
         if not args and not kwargs:
             is_inference = not torch.is_grad_enabled() and self.shared_input is None
-            y = self._inference_forward(x) if is_inference else self._fused_forward(x)
+            y = self._inference_forward(x) if is_inference else None
+            # Also without gradients where dropout draws: both passes of a checkpoint must draw alike.
+            y = self._fused_forward(x) if y is None else y
             if y is not None:
                 return y
         if self.aware_adapters and not self.disable_adapters and not self.merged:

@@ -186,7 +186,7 @@ def other(model: nn.Module) -> nn.Module:
     ("reference", "options", "message"),
     [
         (float_model(), {"iterations": 0}, "iterations=0"),
-        (float_model(), {"adapter": "other"}, "adapter 'other' lies on no quantized layer"),
+        (float_model(), {"adapter": "other"}, "adapter 'other' is on no quantized layer"),
         (broken(float_model()), {}, "second: the float weight holds NaN"),
         (renamed(float_model()), {}, "no weight for 1 of 2 layers, for example 'second'"),
         (other(float_model()), {}, "second: .*is another model"),
