@@ -44,7 +44,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# What the README's tables of kernels and quantizers are made from; about an hour on two cores that nobody else uses.
+# What the README's tables of kernels and quantizers are made from; about an hour on two otherwise idle cores.
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_quantize.py --one-thread
 	$(RUN) benchmarks/bench_quantize.py --one-thread --avx2

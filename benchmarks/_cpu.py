@@ -18,7 +18,7 @@ WITHOUT_AVX512 = {
     "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c",
 }
 BANDWIDTH_BYTES = 1 << 28
-# A square product: large enough that reading it is nothing beside multiplying it.
+# A square product: so large that reading its operands takes a negligible time.
 PRODUCT_WIDTH = 2048
 
 Clock = Callable[[], float]
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Starts the process anew where its libraries were imported with other settings than ``args`` wants."""
+    """Restart the process if its libraries were imported with other settings than those of ``args``."""
     settings = (ONE_THREAD if args.one_thread else {}) | (WITHOUT_AVX512 if args.avx2 else {})
     if not settings.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)

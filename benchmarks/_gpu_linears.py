@@ -1,7 +1,7 @@
 """Linear layers that multiply the same number of weights on a GPU, ours and the peers': what ``bench_gpu.py`` times.
 
-Weights are random, since the time does not depend on them. Each is told with the dense weight that it stands for, so
-that its product can be checked before it is timed. A peer that is not installed, or fails, is recorded with its error.
+Weights are random, since the time does not depend on them. Each layer comes with its dequantized weight, so that its
+product can be checked before it is timed. A peer that is not installed, or fails, is recorded with its error.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import hqq_linear
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
 
-# What products in a half precision err, with room for peers that also round the weight.
+# Relative error of products in half precision, with a margin for peers that also round the weight.
 TOLERANCE = 1e-2
 
 

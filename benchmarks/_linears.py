@@ -1,7 +1,7 @@
 """Linear layers that multiply the same number of weights, ours and the peers': what ``bench_decode.py`` times.
 
-Weights are random, since the time does not depend on them. Each is told with the dense weight that it stands for, so
-that its product can be checked before it is timed.
+Weights are random, since the time does not depend on them. Each layer comes with its dequantized weight, so that its
+product can be checked before it is timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class Candidate:
 
     Fields:
         multiply: x (tokens, in_features), float32, to (tokens, out_features).
-        weight: the dense weight that it stands for, float32.
+        weight: the dequantized weight, float32.
         nbytes: bytes of the stored weight, each of which must be read once.
         is_ours: whether a wrong result ends the benchmark; a peer's is only recorded.
         tolerance: relative error that its arithmetic allows.
@@ -130,7 +130,7 @@ def _bitsandbytes_nf4(weight: Tensor) -> Candidate:
 
 
 def _with_lora(layer: nn.Module, weight: Tensor, nbytes: int, forward: Callable | None = None) -> Candidate:
-    """``layer`` under PEFT with an adapter of rank 8 beside it, without gradients; ``forward`` in place of its own."""
+    """``layer`` under PEFT with an adapter of rank 8, without gradients; ``forward`` in place of its own."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)

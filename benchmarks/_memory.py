@@ -1,4 +1,4 @@
-"""Seconds and memory of a call; memory only where the process can ask Linux for its own."""
+"""Seconds and memory of a call; memory on Linux only."""
 
 import ctypes
 import subprocess
@@ -13,7 +13,7 @@ MIB = 1 << 20
 def resident_bytes(entry: str) -> int:
     """A line of /proc/self/status, in bytes: VmRSS for what is resident now, VmHWM for the most since the last reset.
 
-    ``resource.getrusage`` will not do in a child: it begins with what its parent had.
+    ``resource.getrusage`` is wrong in a child process: its maximum includes the parent's memory.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{entry}:"):
@@ -34,9 +34,9 @@ def in_own_process(*arguments: str) -> str:
 
 
 def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and MiB that the resident set rose above what it was before the call.
+    """Seconds, and MiB that the resident set rose during the call.
 
-    Memory that is free but not given back would hide a part of it, and is given back first.
+    Free memory that the allocator still holds would hide a part of it, and is returned to the system first.
     """
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

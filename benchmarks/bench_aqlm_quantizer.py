@@ -4,11 +4,11 @@ Layers of SmolLM2-135M, two codebooks of 8 bits on groups of 8 inputs. Their inp
 16k tokens of the text's second half to calibrate on, 8k of its beginning to measure the error on. Seconds are CPU
 time on one thread, so that other work on the machine does not count; the best of ``--repeats`` runs.
 
-``--research-code FOLDER`` puts AQLM's own quantizer beside ours, on the same weights and second moments, with the
-settings of its command line (a tolerance of 0.01, as its README has it): FOLDER is a checkout of
+``--research-code FOLDER`` measures AQLM's own quantizer too, on the same weights and second moments, with the settings
+of its command line (a tolerance of 0.01, as in its README): FOLDER is a checkout of
 https://github.com/Vahe1994/AQLM, which is on no package index. It needs minutes for each of the larger layers.
 
-``--large`` quantizes one layer of 4096 x 14336 in a process of its own, and tells time and memory.
+``--large`` quantizes one layer of 4096 x 14336 in a process of its own, and measures time and memory.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What calibration and tuning bring at 4 bits and fewer: SmolLM2-135M, perplexity and KL on WikiText-2.
+"""The gain of calibration and tuning at 4 bits and fewer: SmolLM2-135M, perplexity and KL on WikiText-2.
 
 Calibration and training read the second half of the text, the measurement its first windows; scored as in
 ``bench_quality.py``. Every row is written when it is done, so that rows can be made in several runs (``--rows``).
@@ -102,7 +102,7 @@ def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[T
 
 
 def bits_per_weight(model: nn.Module, extra_bits: int = 0) -> float:
-    """Of all quantized layers, with ``extra_bits`` beside them."""
+    """Of all quantized layers, with ``extra_bits`` in addition."""
     layers = pql.quantized_modules(model).values()
     weights = [layer.in_features * layer.out_features for layer in layers]
     bits = [layer.quantized_weight.bits_per_weight for layer in layers]
@@ -110,7 +110,7 @@ def bits_per_weight(model: nn.Module, extra_bits: int = 0) -> float:
 
 
 def tuned_bits_per_weight(tuned: peft.PeftModel) -> float:
-    """Tuned scales are merged, which widens them; LoRA stays beside the model as it is saved."""
+    """Tuned scales are merged, which widens them; LoRA stays unmerged, as it is saved."""
     if isinstance(tuned.active_peft_config, pql.QuantScalesConfig):
         return bits_per_weight(tuned.merge_and_unload())
     return bits_per_weight(tuned, 8 * sum(p.nbytes for name, p in tuned.named_parameters() if "lora_" in name))

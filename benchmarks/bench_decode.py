@@ -1,14 +1,13 @@
-"""Seconds for one linear layer with 1 to 128 tokens on the CPU: quantized beside dense float32, ours beside the peers.
+"""Seconds for one linear layer with 1 to 128 tokens on the CPU: ours, the peers' and dense float32.
 
-Every product is first compared with that of the dense weight it stands for; a wrong one of ours ends the run, a wrong
-one of a peer is recorded. Then all take turns, so that none finds its weight in a cache that the others have not been
-through. Two limits stand beside each time, both from what was measured in the same run: to read the stored weight once
-at the memory's bandwidth (a weight that stays in a cache can beat it), and to multiply at the rate of a large product
-in float32 (which bfloat16 can beat).
+Every product is first compared with that of the dequantized weight; a wrong one of ours ends the run, a wrong one of a
+peer is recorded. Then all take turns, so that no weight is still in the cache from the call before. Each time is
+compared with two limits that are measured in the same run: reading the stored weight once at the memory's bandwidth (a
+weight that stays in a cache can be faster), and multiplying at the rate of a large product in float32 (bfloat16 can be
+faster).
 
-On a machine that others use as well, the threads of a product wait for each other, and wall-clock times say little:
-``--one-thread`` takes one thread and counts its CPU time. ``--avx2`` is a machine without AVX-512: everyone leaves it
-unused, as far as their libraries can be told.
+On a shared machine the threads of a product wait for each other, and wall-clock times are unreliable: ``--one-thread``
+uses one thread and counts its CPU time. ``--avx2`` leaves AVX-512 unused, in all libraries that have a setting for it.
 """
 
 import argparse

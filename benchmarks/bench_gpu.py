@@ -1,15 +1,15 @@
-"""What a GPU makes of the kernels: dequantizing, products with few tokens, LoRA training steps, quantizing.
+"""The kernels on a GPU: dequantizing, products with few tokens, LoRA training steps, quantizing.
 
-First the tests of ``tests/gpu`` run, and what they say is kept in the result. Every product is then compared with that
-of the dense weight it stands for; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
-error of one that fails. Then all take turns, each with a flushed level-2 cache, and medians of CUDA events are kept; a
-pause on the GPU before each lets the host run ahead, so that launching is not measured. What it costs the host stands
-beside it.
+First the tests of ``tests/gpu`` run, and their outcome is stored in the result. Every product is then compared with
+that of the dequantized weight; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
+error of one that fails. Then all take turns, each with a flushed level-2 cache, and medians of CUDA events are stored;
+a pause on the GPU before each lets the host run ahead, so that launching is not measured. The host's time is stored
+separately.
 
-The parts come in the order of their worth. ``--seconds`` is for everything: what no longer fits is named in the result
-and left out, and the file is written after each part. The program ends in the middle of a part when its time is over;
-what a peer compiles cannot be interrupted otherwise, so the slow ones come last. ``--device cpu --tiny --output FILE``
-goes through everything in small on a CPU: a test of this program, no measurement.
+The most important parts come first. ``--seconds`` is the limit for everything: parts that no longer fit are named in
+the result and left out, and the file is written after each part. At the deadline the program ends even in the middle
+of a part; a peer's compilation cannot be interrupted otherwise, so the slow peers come last. ``--device cpu --tiny
+--output FILE`` runs everything at a small size on a CPU: a test of this program, not a measurement.
 """
 
 import argparse
@@ -56,7 +56,7 @@ MAX_ERROR_CHARS = 300
 
 
 class WrongResult(Exception):
-    """Ours computes something else than it should: the part is not timed."""
+    """A result of ours is wrong: the part is not timed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Clock:
         return time.perf_counter() - start
 
     def host_seconds(self, run: Callable[[], Any], repeats: int) -> float:
-        """What one call takes the host, without waiting for the device."""
+        """Seconds of the host for one call, without waiting for the device."""
         run()
         self.wait()
         start = time.perf_counter()
@@ -272,7 +272,7 @@ def refuse_wrong_weight(name: str, dense: Tensor, truth: Tensor) -> None:
 
 
 def checked_peers(bench: Bench, peers: dict, shape: tuple[int, int], refused: list[dict]) -> dict[str, tuple]:
-    """(dtype, layer) of the peers that are installed, run and are right; why not goes to ``refused``."""
+    """(dtype, layer) of the peers that are installed, run and are right; the others' reasons go to ``refused``."""
     found = {}
     for name, (dtype, make) in peers.items():
         try:
@@ -358,9 +358,9 @@ def patched(module: Any, name: str, value: Any):
 
 
 def switch_points(bench: Bench) -> list[dict[str, Any]]:
-    """Seconds of decoding into registers, and of dequantizing to memory, for more and more tokens.
+    """Seconds of decoding into registers, and of dequantizing to memory, for rising numbers of tokens.
 
-    What ``gpu.MAX_TOKENS`` is to be chosen from.
+    ``gpu.MAX_TOKENS`` is to be chosen from these.
     """
     rows = []
     for shape in bench.sizes.shapes:
@@ -389,7 +389,7 @@ def switch_points(bench: Bench) -> list[dict[str, Any]]:
 
 
 def tile_sizes(bench: Bench) -> list[dict[str, Any]]:
-    """Seconds of a large batch by the size of a tile: what ``tiled.DEVICE_TILE_ELEMENTS`` is to be chosen from."""
+    """Seconds of a large batch by the size of a tile, to choose ``tiled.DEVICE_TILE_ELEMENTS`` from."""
     rows = []
     for shape in bench.sizes.shapes:
         for n_elements in bench.sizes.tile_elements:
@@ -443,7 +443,7 @@ def quantizing(bench: Bench) -> dict[str, Any]:
             off = method.dequantize(quantize()) - weight
             error = ((off @ hessian) * off).sum().item() / ((weight @ hessian) * weight).sum().item()
             if not error < (0.5 if plain_error is None else 1.05 * plain_error):
-                raise WrongResult(f"{name}{suffix}: the outputs of the quantized weight err by {error:.2f}")
+                raise WrongResult(f"{name}{suffix}: the output error of the quantized weight is {error:.2f}")
             plain_error = error
             ways[name + suffix] = quantize
     try:
@@ -454,7 +454,7 @@ def quantizing(bench: Bench) -> dict[str, Any]:
 
         error = ((peer_weight(*peer()).dense - weight).norm() / weight.norm()).item()
         if not error < 0.2:
-            raise WrongResult(f"the quantized weight errs by {error:.2f}")
+            raise WrongResult(f"the error of the quantized weight is {error:.2f}")
         ways["hqq package 4-bit"] = peer
     except Exception as error:  # whatever a package of others raises is its result
         refused.append({"method": "hqq package 4-bit", "error": _short(error)})
@@ -636,7 +636,7 @@ def peak_of_step(bench: Bench, step: Callable[[str], None], name: str) -> int:
 
 
 def run_tests(device: str, timeout_s: float) -> str:
-    """What became of the tests. Failed ones end nothing: each product is checked again before it is timed."""
+    """The outcome of the tests. Failures end nothing: each product is checked again before it is timed."""
     environment = os.environ | {"QUANTLAYERS_TEST_DEVICE": device}
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "tests/gpu"]
     try:

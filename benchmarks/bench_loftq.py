@@ -1,7 +1,7 @@
-"""What LoftQ wins before any training: SmolLM2-135M on WikiText-2, HQQ without data, an adapter of rank 16.
+"""The gain of LoftQ before any training: SmolLM2-135M on WikiText-2, HQQ without data, an adapter of rank 16.
 
 KL is the mean divergence of the next-token distribution from the float model's; ``iterations`` as in
-:func:`peft_quantlayers.initialize_loftq`, 0 for an adapter that begins at zero.
+:func:`peft_quantlayers.initialize_loftq`, 0 for an adapter that is initialised to zero.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
 A step is forward, backward and AdamW; LoRA of rank 8 on all linear layers, or finetuning of scales only. Before
 anything is timed, loss and gradients are compared with those over dense layers with the same weights, and those of
-scales with plain torch's. A wrong one of ours ends the run, one of a peer is recorded. Peers are what PEFT makes of
-the layers of ``hqq`` and bitsandbytes; being slow, they take fewer steps. Where a CPU has no units for bfloat16
-(``--avx2``), those who multiply in it are left out, being emulated.
+scales with plain torch's. A wrong one of ours ends the run, one of a peer is recorded. Peers are PEFT's LoRA layers on
+the layers of ``hqq`` and bitsandbytes; they are slow, and take fewer steps. If the CPU has no units for bfloat16
+(``--avx2``), products in bfloat16 are emulated, and the models that use them are left out.
 
-The limit is what the step's matrix products take at the rate of a large product measured in the same run. A process of
-its own tells how far memory rises above the loaded model in two steps, for the first number of tokens.
+The limit is the time of the step's matrix products at the rate of a large product measured in the same run. A separate
+process measures how far memory rises above the loaded model in two steps, for the first number of tokens.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from quantlayers_kernels.precision import product_dtype
 
 RESULTS = Path(__file__).parent / "results"
 
-# The layer whose kept bytes are counted.
+# The layer whose bytes saved for the backward pass are counted.
 OUT_FEATURES, IN_FEATURES, SAVED_TOKENS, SAVED_RANK = 1536, 576, 512, 16
 RANK = 8
 # Steps that a peer is timed for.
@@ -49,7 +49,7 @@ MAX_PEER_REPEATS = 3
 # Of rounding. In bfloat16 it runs through thirty blocks, and ours multiplies in float32 where there are no units.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
-# Codes as they come: a step takes the same time with better ones.
+# Unoptimised codes: a step takes the same time with better ones.
 AQLM = pql.AQLMConfig(rounds=0, beam=1)
 
 
@@ -126,7 +126,7 @@ IN_BFLOAT16 = ("dense bfloat16", "PEFT + hqq package, bfloat16")
 
 
 def refusal_of_aqlm_package() -> str:
-    """What the ``aqlm`` package says to a backward pass on a CPU; "" if it takes one."""
+    """The error of the ``aqlm`` package in a backward pass on a CPU; "" if there is none."""
     from aqlm import QuantizedLinear
 
     layer = QuantizedLinear(IN_FEATURES, OUT_FEATURES, 8, 1, 2, 8, bias=False)
@@ -201,9 +201,9 @@ def loss_and_gradients(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 
 def gradient_error(name: str, model: nn.Module, ids: Tensor) -> float:
-    """The relative error of the loss, or of all gradients together; over what rounding allows it is above 1."""
+    """The relative error of the loss, or of all gradients together, over the tolerance for rounding."""
     found = loss_and_gradients(model, ids)
-    # Without units torch's own products in bfloat16 err more than what is compared.
+    # Without bfloat16 units, torch's own products have a larger error than the difference that is tested.
     is_emulated = name.endswith("bfloat16") and product_dtype(torch.bfloat16, ids.device) != torch.bfloat16
     is_mixed = name.endswith(("scales only", "prepared bfloat16"))
     with in_plain_torch() if is_emulated or is_mixed else on_dense_layers(model):
@@ -244,7 +244,7 @@ def seconds_per_step(
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, and what the peers keep beside them."""
+    """Parameters and buffers, and other tensors that the peers keep."""
     found = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, HQQLinear):
@@ -266,7 +266,7 @@ def memory_of(name: str, batch: int, tokens: int) -> dict[str, float]:
 
 
 def saved_bytes(layer: nn.Module, dtype: torch.dtype, dropout: float) -> int:
-    """What one layer with LoRA of rank 16 on it keeps of ``SAVED_TOKENS`` tokens for the backward pass."""
+    """Bytes that one layer with LoRA of rank 16 saves for the backward pass of ``SAVED_TOKENS`` tokens."""
     model = nn.ModuleDict({"layer": layer})
     model = get_peft_model(model, LoraConfig(r=SAVED_RANK, lora_dropout=dropout, target_modules=["layer"]))
     return saved_for_backward(
@@ -279,7 +279,7 @@ def quantized(layer: nn.Module, config: pql.QuantConfig) -> nn.Module:
 
 
 def saved_rows() -> list[dict[str, object]]:
-    """Bytes kept for the backward pass: ours, PEFT's on a plain linear, and PEFT's on the ``hqq`` package's layer."""
+    """Bytes saved for the backward pass: ours, PEFT's on a plain linear, and PEFT's on the ``hqq`` package's layer."""
     rows: list[dict[str, object]] = []
     for dtype, dropout in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)):
         floor = SAVED_TOKENS * (IN_FEATURES * dtype.itemsize + SAVED_RANK * 4 + (IN_FEATURES if dropout else 0))
@@ -297,7 +297,7 @@ def saved_rows() -> list[dict[str, object]]:
             saved = saved_bytes(layer, dtype, dropout)
             pql.register()
             rows.append({"layer": name, "dtype": str(dtype)[6:], "dropout": dropout, "bytes": saved, "floor": floor})
-            print(f"{name:24} {dtype}, dropout {dropout}: {saved / floor:.2f} x the floor of {floor} bytes kept")
+            print(f"{name:24} {dtype}, dropout {dropout}: {saved / floor:.2f} x the minimum of {floor} bytes saved")
     return rows
 
 

@@ -1,12 +1,12 @@
-"""What merging keeps of an adapter: SmolLM2-135M, two tasks, every strategy, beside the rule of PEFT with ``hqq``.
+"""How much of an adapter a merge retains: SmolLM2-135M, two tasks, every strategy, and PEFT's merge with ``hqq``.
 
     python benchmarks/bench_merge.py            all settings, three seeds: hours on two cores
-    python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes; kept in merge_quick.json
+    python benchmarks/bench_merge.py --quick    one setting, one seed, a few steps: minutes; in merge_quick.json
 
 For each setting, task and seed four adapters are trained with the same data, steps and learning rate: plain LoRA,
 merge-aware LoRA, QA-LoRA with about as many parameters, and the scales alone. Each is merged and compared on held-out
-tokens with itself before the merge (capture) and by its loss; the losses tell what a constraint costs in training.
-"peft+hqq" is what PEFT does with an ``HQQLinear``: dequantize, add the change, quantize anew with the ``hqq`` package.
+tokens with itself before the merge (capture) and by its loss; the losses show what a constraint costs in training.
+"peft+hqq" is PEFT's merge into an ``HQQLinear``: dequantize, add the delta, quantize from scratch with ``hqq``.
 Rows are added to the result file as they come.
 
     python benchmarks/bench_merge.py --only-steps      seconds and memory of a training step only
@@ -60,8 +60,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One merge. Losses are per held-out token, of orders per token of an answer, nats; scores are shares of held-out
-    orders without a mistake."""
+    """One merge. Losses are per held-out token, of orders per token of an answer, nats; scores are fractions of
+    held-out orders without a mistake."""
 
     setting: str
     task: str
@@ -158,7 +158,7 @@ def adapter_config(training: str, base: nn.Module, config: pql.QuantConfig) -> P
 def train(
     base: nn.Module, training: str, task: Any, options: argparse.Namespace, config: pql.QuantConfig
 ) -> nn.Module:
-    """A PEFT model on ``base``, which stays as it is; the learning rate falls from its peak along a cosine."""
+    """A PEFT model on ``base``, which does not change; the learning rate falls from its peak along a cosine."""
     torch.manual_seed(task.options.seed)
     model = get_peft_model(copy.deepcopy(base), adapter_config(training, base, config)).train()
     if training == "aware":
@@ -176,7 +176,7 @@ def train(
 
 
 def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Capture, float]:
-    """The merged model, what it kept, and the seconds of the merge itself."""
+    """The merged model, its capture, and the seconds of the merge itself."""
     extra = {"calibration": task.train[:CALIBRATION_TOKENS]} if strategy == "calibrated" else {}
     start = time.perf_counter()
     copied = copy.deepcopy(model)
@@ -189,7 +189,7 @@ def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Captur
 
 
 def merge_by_hqq(model: nn.Module, config: pql.QuantConfig, task: Any) -> tuple[nn.Module, Capture, float]:
-    """PEFT's rule for ``HQQLinear``: each weight dequantized, changed, and quantized anew by the ``hqq`` package."""
+    """PEFT's rule for ``HQQLinear``: dequantize each weight, add the delta, quantize from scratch with ``hqq``."""
     start = time.perf_counter()
     merged, _ = pql.merge_back(copy.deepcopy(model), strategy="dense")
     names = pql.quantized_modules(model.base_model.model)
@@ -285,7 +285,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
-    """A whole step: AQLM chooses codes anew after a few of them, so that the adapter has to change."""
+    """A whole step: the adapter has to change, since AQLM chooses its codes again after a few changes."""
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -426,7 +426,7 @@ def main() -> None:
 
 
 class Results:
-    """The result file, to which rows are added as they come; a row that is made anew takes the old one's place."""
+    """The result file, to which rows are added as they come; a row that is measured again replaces the old one."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.path = options.output

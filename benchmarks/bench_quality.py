@@ -1,12 +1,12 @@
-"""What quantization costs in quality: SmolLM2-135M on WikiText-2, ours beside the ``hqq`` package.
+"""The loss of quality by quantization: SmolLM2-135M on WikiText-2, ours and the ``hqq`` package.
 
 Every variant is quantized, dequantized to float32 and put into the same dense model, so that only the weights
 differ. Perplexity is over windows of 512 tokens that do not overlap; KL is the mean divergence of the next-token
 distribution from the float model's, over the first windows. Scales and zeros of ours are float16, and count as such
 for both; the ``hqq`` package keeps its own in float32 here, which favours it.
 
-The model was itself read from a file of 4-bit blocks (GGUF Q4_1, groups of 32), so that 4 bits with groups of 32 would
-lose nothing, and 4 bits with groups of 64 meet two grids in a group: not what other models' weights look like.
+The model itself was read from a file of 4-bit blocks (GGUF Q4_1, groups of 32). So 4 bits with groups of 32 would lose
+nothing, and with groups of 64 each group contains two grids, unlike the weights of other models.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Weights quantized per second with HQQ, ours beside the ``hqq`` package, and the memory that it takes.
+"""Weights quantized per second with HQQ, ours and the ``hqq`` package, and the memory needed.
 
 Groups of 64, 20 iterations, Gaussian weights, float32 on the CPU; both start from the same zero (the package would
 round it at 4 bits). First the results are compared, on one shape at every width and axis; a worse one ends the run
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--part", choices=PARTS, help="measure the memory of this part alone, in this process")
-    parser.add_argument("--only-parts", action="store_true", help="measure the parts anew, keep the file's other rows")
+    parser.add_argument("--only-parts", action="store_true", help="measure the parts again, keep the other rows")
     add_options(parser)
     args = parser.parse_args()
     settle(args)

@@ -344,8 +344,8 @@ def adapted(model: nn.Module, make_config: Callable[[], Configs]) -> nn.Module:
 def reference_of(model: nn.Module, base: Callable[[], nn.Module], make_config: Callable[[], Configs]) -> nn.Module:
     """The adapter of ``model`` on the dequantized dense model.
 
-    QA-LoRA is unknown to PEFT's dense layers. Its change of the weight is that of a LoRA whose first matrix has the
-    same column for all inputs of a group: PEFT averages them, and multiplies with the number of groups.
+    PEFT's dense layers do not support QA-LoRA. Its delta is that of a LoRA whose first matrix has the same column for
+    all inputs of a group: PEFT averages them, and multiplies with the number of groups.
     """
     config = make_config()
     if not getattr(config, "use_qalora", False):
@@ -374,7 +374,7 @@ def effect(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class Wrong(Exception):
-    """The method ran, and its numbers are not those of the dense model."""
+    """The method ran, and its results differ from those of the dense model."""
 
 
 def check(base: Callable[[], nn.Module], make_config: Callable[[], Configs], x: Tensor) -> list[str]:
@@ -639,7 +639,7 @@ def arrow(quantize: Quantize, x: Tensor) -> list[str]:
     return ["output of the routed experts"]
 
 
-# What PEFT does with LoRA adapters, beside training them.
+# What PEFT does with LoRA adapters, besides training them.
 FEATURES: dict[str, Callable[[Quantize, Tensor], list[str]]] = {
     "LoRA, LoftQ from the float model": loftq,
     "Arrow": arrow,

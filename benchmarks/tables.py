@@ -36,7 +36,7 @@ def number(value: float) -> str:
 
 
 def quality() -> str:
-    """Perplexity and KL of each setting, ours and the peer's side by side."""
+    """Perplexity and KL of each setting, ours and the peer's."""
     measured = result("quality")
     dense, *rows = measured["rows"]
     makers = list(dict.fromkeys(row["made_by"] for row in rows))
@@ -107,7 +107,7 @@ def loftq() -> str:
 
 
 def merge() -> str:
-    """What each strategy kept of adapters, means over the seeds."""
+    """How much of the adapters each strategy retained, means over the seeds."""
     measured = result("merge")
     groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in measured["rows"]:
@@ -153,10 +153,10 @@ def merge() -> str:
     )
     return (
         table(head, rows)
-        + "\n\nTime and memory of a merge-aware step, that of plain LoRA = 1: "
+        + "\n\nTime and memory of a merge-aware step, plain LoRA = 1: "
         + steps
-        + ".\n\nLosses are those of a token, of orders of a token of an answer; capture is measured on all held-out "
-        + "tokens, of orders on prompts too; the score counts answers without a mistake. "
+        + ".\n\nLosses are per token (for orders, per token of an answer); capture is measured on all held-out "
+        + "tokens, for orders on prompts too; the score counts answers without a mistake. "
         + f"Rank 8 on all linears, {options['steps']} steps of {options['batch']} x {options['tokens']} tokens, "
         + f"seeds {', '.join(map(str, seeds))}; {options['held_out_tokens']} held-out tokens. "
         + device_line(measured["device"], "python benchmarks/bench_merge.py")
@@ -195,8 +195,8 @@ def lora_step(name: str = "lora_step") -> str:
     return "\n\n".join(
         [
             table(head, rows),
-            "What a layer with LoRA keeps for the backward pass, over the least there can be (the input in "
-            "its own dtype, its product with `A`, a byte for each number of it with dropout):",
+            "Memory that a layer with LoRA saves for the backward pass, over the minimum (the input in its own dtype, "
+            "its product with `A`, with dropout one byte per number of the input):",
             table(["", *columns], saved),
             note,
         ]
@@ -223,8 +223,8 @@ def decode(name: str = "decode") -> str:
     head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
     return (
         table(head, body)
-        + "\n\nIn brackets the rate, dense float32 = 1, and the limit's share of the time: the longer of reading the "
-        + f"stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
+        + "\n\nIn brackets the rate, dense float32 = 1, and the limit as a fraction of the time: the longer of reading "
+        + f"the stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
         + f"{measured['product_gflop_per_s']:.0f} GFLOP/s. Medians, {measured['clock']}; compiled kernels: "
         + f"{measured['device']['kernels']}. {device_line(measured['device'], measured['command'])}"
     )
@@ -251,7 +251,7 @@ def decode_shapes(name: str = "decode") -> str:
 
 
 def gpu() -> str:
-    """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each beside the dense."""
+    """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each with the dense."""
     measured = result("gpu")
     device = measured["device"]
     decoding = measured.get("decoding", {}).get("rows", [])
@@ -410,7 +410,7 @@ def peft_features() -> str:
             "",
             device_line(measured["device"], "make features"),
             "",
-            'What stands behind the cells that do not say "works":',
+            'Details of the cells that do not say "works":',
             "",
             *reasons,
         ]
@@ -418,7 +418,7 @@ def peft_features() -> str:
 
 
 def conformance() -> str:
-    """How PEFT's own tests end on our layers, and why those fail that may."""
+    """Results of PEFT's own tests on our layers, and the reasons of the listed exceptions."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in result("conformance"):
         runs.setdefault((run["method"], run["peft"]), []).append(run)
@@ -452,7 +452,7 @@ def conformance() -> str:
         if failed:
             reasons.setdefault(reason, []).append(f"{method} {failed}")
     lines = [f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()]
-    return "\n".join([table(head, rows), "", "The exceptions, and how many tests they are:", "", *lines])
+    return "\n".join([table(head, rows), "", "The exceptions, with their numbers of tests:", "", *lines])
 
 
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
@@ -483,7 +483,7 @@ MADE_BY = {"gpu": "`make bench-gpu`, on a machine with a GPU"}
 
 
 def with_tables(document: Path) -> str:
-    """Its text with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
+    """Its text with new tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     text = document.read_text()
     for name, make in DOCUMENTS[document].items():
         marker = f"<!-- table {name} -->\n"

@@ -113,7 +113,7 @@ def lora_layer() -> nn.Module:
 
 
 def with_lora(model: nn.Module, targets: list[str] | str) -> PeftModel:
-    """An adapter whose delta is as small beside the weight as trained ones are."""
+    """An adapter whose delta is as small, relative to the weight, as that of a trained one."""
     peft_model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""Merge a trained adapter back into the quantized model, read what that loses, save a form that loses nothing."""
+"""Merge a trained adapter back into the quantized model, measure the loss, and save a form without any loss."""
 
 import copy
 import tempfile
@@ -33,18 +33,18 @@ with tempfile.TemporaryDirectory() as scratch:
         train_dataset=tokenize(train_orders, tokenizer),
         data_collator=OrderCollator(tokenizer),
     ).train()
-    print(f"loss with the adapter beside it: {answer_loss(model, tokenizer, test_orders):.3f}")
+    print(f"loss with the adapter:           {answer_loss(model, tokenizer, test_orders):.3f}")
 
-    # Back into the same 4 bits: each change is rounded to whole steps with dither, so that it arrives on average.
-    # Held-out tokens let the report say how much of the adapter's effect is left.
+    # At the same 4 bits: the delta is rounded to whole steps with dither, so that it is right on average.
+    # With held-out tokens the report says how much of the adapter's effect is retained.
     held_out = [token for example in tokenize(test_orders, tokenizer) for token in example["input_ids"]]
     requantized, report = pql.merge_back(copy.deepcopy(model), evaluate_on=held_out)
     print(f"merged into 4 bits:              {answer_loss(requantized, tokenizer, test_orders):.3f}")
-    print("\n".join(str(report).splitlines()[-2:]))  # the total, and capture; report.save(path) keeps all of it
+    print("\n".join(str(report).splitlines()[-2:]))  # the total, and capture; report.save(path) writes all of it
 
-    # Or the same codes, with the adapter as a low-rank branch beside them, in one model that needs no PEFT.
+    # Or the same codes with the adapter as a low-rank branch, in one model that needs no PEFT.
     merged, _ = pql.merge_back(model, strategy="keep")
-    print(f"kept beside the codes:           {answer_loss(merged, tokenizer, test_orders):.3f}")
+    print(f"kept as a low-rank branch:       {answer_loss(merged, tokenizer, test_orders):.3f}")
 
     pql.save_model(merged, Path(scratch) / "merged", tokenizer=tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(Path(scratch) / "merged")

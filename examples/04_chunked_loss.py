@@ -1,6 +1,6 @@
 """Train on long texts: the loss in chunks, so that the logits of all tokens are never in memory at once.
 
-With a vocabulary of 49,152 the float32 logits of 1,024 tokens are 200 MB, and the ordinary loss keeps several such.
+With a vocabulary of 49,152 the float32 logits of 1,024 tokens take 200 MB, and the ordinary loss needs several copies.
 Here torch computes loss and gradients chunk by chunk (``torch.nn.functional.linear_cross_entropy``), and checkpointing
 keeps the layers' activations low. On a GPU Liger's kernels do the same (``TrainingArguments(use_liger_kernel=True)``).
 """

@@ -1,11 +1,11 @@
-"""The whole way of a model: quantize, finetune, merge back, save, load in a new process; measured at every step.
+"""The full pipeline: quantize, finetune, merge back, save, load in a new process; measured at every step.
 
     python examples/demo.py                         SmolLM2-135M in 4 bits, a few minutes on a laptop
     python examples/demo.py --model NAME --nbits 3
-    python examples/demo.py --calibrate             quantize and merge on calibration data: slower, and far better
+    python examples/demo.py --calibrate             quantize and merge with calibration data: slower, much lower error
     python examples/demo.py --method aqlm --calibrate
 
-The task is made by ``orders_task.py``. The table at the end says what each step cost and what it kept.
+The task is made by ``orders_task.py``. The table at the end has the cost and the quality of each step.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Demo:
         return pql.Calibration(data=ids, n_tokens=self.options.calibration_tokens)
 
     def order_ids(self) -> torch.Tensor:
-        """The orders that were trained on, as one text: what the adapter has to be right about."""
+        """The training orders as one text, on which the merge is calibrated."""
         examples = orders_task.tokenize(self.train_orders, self.tokenizer)
         return torch.tensor([token for example in examples for token in example["input_ids"]])
 
@@ -263,7 +263,7 @@ def totals(report: pql.MergeReport) -> dict[str, Any]:
 
 
 def note(stages: list[Stage]) -> str:
-    """What the table says about merging, in words."""
+    """A sentence on the merge, from the table."""
     by_name = {stage.name: stage for stage in stages}
     tuned, merged = by_name["finetuned, adapter beside it"], stages[-1]
     said = f"{merged.name}: {merged.task_score:.0%} of the orders right, {tuned.task_score:.0%} before the merge."
@@ -271,7 +271,7 @@ def note(stages: list[Stage]) -> str:
         return said
     calibrate = "" if merged.name.endswith("calibrated") else "merge with --calibrate, or "
     return (
-        f"{said} Instead keep the adapter beside the model, or {calibrate}train it merge-aware "
+        f"{said} Instead keep the adapter unmerged, or {calibrate}train it merge-aware "
         "(peft_quantlayers.enable_merge_aware)."
     )
 
@@ -315,7 +315,7 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"\nscore: held-out orders written without a mistake; loss: nats per answer token; {WINDOW}-token windows")
     for merge in result["merges"]:
         print(
-            f"merge {merge['strategy']}: {merge['delta_retained']:.2f} of the adapter's change kept, "
+            f"merge {merge['strategy']}: {merge['delta_retained']:.2f} of the adapter's delta retained, "
             f"relative error of the weights {merge['relative_error']:.4f}"
         )
     for name, check in result["saved"].items():

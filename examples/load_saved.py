@@ -1,4 +1,4 @@
-"""The other process of ``demo.py``: load a saved model, write the logits of a prompt to a file, print what follows it.
+"""The second process of ``demo.py``: load a saved model, save the logits of a prompt, print the continuation.
 
 python examples/load_saved.py FOLDER PROMPT LOGITS_FILE
 """

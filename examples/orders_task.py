@@ -123,6 +123,6 @@ def write_answers(model: Any, tokenizer: Any, orders: list[Order], *, batch_size
 
 
 def exact_match(model: Any, tokenizer: Any, orders: list[Order], *, batch_size: int = 32) -> float:
-    """Share of the orders whose record the model writes without a mistake, 0 to 1."""
+    """Fraction of the orders whose record the model writes without a mistake, 0 to 1."""
     answers = write_answers(model, tokenizer, orders, batch_size=batch_size)
     return sum(answer == order.answer.strip() for answer, order in zip(answers, orders, strict=True)) / len(orders)

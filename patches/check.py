@@ -42,7 +42,7 @@ NEARBY = {
 # Tests of ours that must pass on the patched source too: with PEFT's registries our package uses them, and with
 # transformers' own HQQ and AQLM restored it still takes their place.
 OURS = {
-    "peft": ["tests/adapters/test_lora.py", "tests/adapters/test_backend.py"],
+    "peft": ["tests/lora/test_layer.py", "tests/lora/test_quantization_backend.py"],
     "transformers": [
         "tests/interop/test_hqq_checkpoints.py::test_nothing_is_reported_missing_or_unexpected",
         "tests/interop/test_hqq_checkpoints.py::test_a_loaded_model_saves_and_loads_as_ours",
