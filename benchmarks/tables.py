@@ -223,8 +223,8 @@ def decode(name: str = "decode") -> str:
     head = ["a 4096 x 4096 layer", *(f"{n_tokens} token{'s' * (n_tokens > 1)}" for n_tokens in tokens)]
     return (
         table(head, body)
-        + "\n\nIn brackets the rate, dense float32 = 1, and the limit as a fraction of the time: the longer of reading "
-        + f"the stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
+        + "\n\nIn brackets the rate, dense float32 = 1, and the limit as a fraction of the time: the longer of "
+        + f"reading the stored weight at {measured['memory_gb_per_s']:.1f} GB/s and multiplying at "
         + f"{measured['product_gflop_per_s']:.0f} GFLOP/s. Medians, {measured['clock']}; compiled kernels: "
         + f"{measured['device']['kernels']}. {device_line(measured['device'], measured['command'])}"
     )

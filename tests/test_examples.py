@@ -155,9 +155,9 @@ def test_lora_example():
 @pytest.mark.real_model
 def test_merge_example():
     output = run_example("03_merge_and_save.py")
-    beside, kept = number_after("beside it:", output), number_after("beside the codes:", output)
-    assert number_after("merged into 4 bits:", output) == pytest.approx(beside, rel=0.3)
-    assert kept == pytest.approx(beside, rel=0.01)
+    adapter, kept = number_after("with the adapter:", output), number_after("as a low-rank branch:", output)
+    assert number_after("merged into 4 bits:", output) == pytest.approx(adapter, rel=0.3)
+    assert kept == pytest.approx(adapter, rel=0.01)
     assert 0.5 < number_after("capture", output) < 1
     assert number_after("saved and loaded:", output) == kept
 

@@ -62,7 +62,7 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
         spec_from_dict: makes one spec of one mapping, and refuses what it does not know.
 
     Raises:
-        ValueError: another method, a newer format, or a value that makes no sense; says which.
+        ValueError: another method, a newer format, or an invalid value; says which.
         TypeError: a value of the wrong type.
     """
     if not isinstance(fields, Mapping):
