@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +32,22 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy_method(monkeypatch) -> None:
+    """The toy method of :mod:`every_method` is registered for the length of a test."""
+    from every_method import register_toy  # not above: the kernels' tests need no more than the kernels
+
+    register_toy(monkeypatch)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled before the test, nor left of it: a function is compiled again a few times at most."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Every registered method with settings that are quick on tiny layers, and a toy one, for tests of all methods.
 
-A method is found by being registered; nothing is listed here by hand.
+A method is found by being registered; nothing is listed here by hand. Tests over ``METHODS`` use the fixture
+``toy_method``, which registers the toy one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_quantlayers import QuantConfig, QuantizedWeight, QuantMethod, QuantSpec, TensorLayout, register_method
-from peft_quantlayers.layers import linear as linear_module
+from peft_quantlayers import QuantConfig, QuantizedWeight, QuantMethod, QuantSpec, TensorLayout
 from peft_quantlayers.methods import config_type, registered_methods, registry
 
 # Where a spec has one of these fields, the quick value is used.
@@ -62,25 +63,46 @@ class AbsmaxMethod(QuantMethod[AbsmaxSpec]):
         return (weight.tensors["codes"] * weight.tensors["scale"]).to(dtype)
 
 
-METHODS = sorted({*registered_methods(), "toy_absmax"})
-all_methods = pytest.mark.parametrize("method_name", METHODS)
+TOY = AbsmaxMethod()
+_ALL = registered_methods() | {AbsmaxSpec.method: TOY}
+METHODS = sorted(_ALL)
 
 
-@pytest.fixture
-def toy_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy method registered, for the length of a test."""
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-    monkeypatch.setattr(linear_module, "_layer_types", dict(linear_module._layer_types))
-    register_method(AbsmaxMethod())
+def register_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the toy method until ``monkeypatch`` is undone."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods) | {AbsmaxSpec.method: TOY})
 
 
-def quick_config(method_name: str, **changed: Any) -> QuantConfig:
+def all_methods(test: Callable) -> Callable:
+    """Run a test once for each method; its argument ``method`` is the name."""
+    return pytest.mark.usefixtures("toy_method")(pytest.mark.parametrize("method", METHODS)(test))
+
+
+def quick_config(method: str, **changed: Any) -> QuantConfig:
     """The method's config with quick settings."""
-    made = config_type(registered_methods()[method_name].spec_type)
+    made = config_type(_ALL[method].spec_type)
     known = {field.name for field in fields(made)}
     return made(**{name: value for name, value in QUICK.items() if name in known}, **changed)
 
 
-def quick_spec(method_name: str) -> QuantSpec:
+def quick_spec(method: str) -> QuantSpec:
     """The method's spec with quick settings."""
-    return quick_config(method_name).spec_for("layer")
+    return quick_config(method).spec_for("layer")
+
+
+def methods_for(strategy: str) -> list[str]:
+    """The methods whose weights adapters of the right kind can be merged into by ``strategy``."""
+    return [name for name in METHODS if _can_merge_by(strategy, _ALL[name], quick_spec(name))]
+
+
+def _can_merge_by(strategy: str, method: QuantMethod, spec: QuantSpec) -> bool:
+    if strategy == "calibrated":
+        return method.can_use_hessian(spec)
+    try:
+        if strategy == "exact":  # by QA-LoRA
+            method.group_delta_size(spec, in_features=64)
+        elif strategy == "append":
+            spec.extended()
+    except NotImplementedError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from peft_quantlayers import AQLMSpec, HQQSpec, QuantizedLinear, QuantSpec
+from peft_quantlayers.methods.nf4 import NF4Spec
 
 
 def hqq_spec(linear: nn.Linear) -> HQQSpec:
@@ -25,7 +26,13 @@ def aqlm_spec(linear: nn.Linear) -> AQLMSpec:
     return AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=length, scale_dtype="float32")
 
 
-SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec}
+def nf4_spec(linear: nn.Linear) -> NF4Spec:
+    """A block for each weight holds any weight exactly, as with HQQ."""
+    return NF4Spec(block_size=1)
+
+
+# The methods that can hold any weight exactly, and how. A method without such a spec cannot run PEFT's tests.
+SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec, "nf4": nf4_spec}
 
 
 class Replacement:

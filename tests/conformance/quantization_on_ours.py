@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conformance.linears import SPECS
-from peft_quantlayers import AQLMConfig, HQQConfig
+from every_method import quick_config
+from peft_quantlayers import AQLMConfig, HQQConfig, QuantConfig
 from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 
 from . import test_quantization as upstream
@@ -39,7 +40,7 @@ class Loader:
     """What PEFT's tests ask of a quantization."""
 
     name: str
-    config: HQQConfig | AQLMConfig
+    config: QuantConfig
     backend_cls = QuantizedLinearBackend
     supports_merge = True
     supports_non_quantized_comparison = True
@@ -51,11 +52,10 @@ class Loader:
         return AutoModelForCausalLM.from_pretrained(self.model_id, quantization_config=self.config)
 
 
-LOADERS = {
+LOADERS = {name: [Loader(name, quick_config(name))] for name in SPECS} | {
     "hqq": [Loader("hqq_8bit", HQQConfig(nbits=8, group_size=32)), Loader("hqq_4bit", HQQConfig(group_size=32))],
     "aqlm": [Loader("aqlm_2x8", AQLMConfig(num_codebooks=2, in_group_size=8))],
 }
-assert LOADERS.keys() == SPECS.keys()
 
 # PEFT's parametrization holds this very list.
 upstream.QUANTIZATION_BACKENDS[:] = LOADERS.get(os.environ.get("CONFORMANCE_METHOD", "hqq"), [])

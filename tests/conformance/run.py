@@ -29,6 +29,9 @@ FILES = (
 )
 # Small classes whole, and the merging of every LoRA variant: about a minute for both methods on a free core.
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
+# A method with operators of its own, and one with codebooks. Each takes half a minute for each version of PEFT; what
+# others use instead, the default product and the default merge, tests/contract and tests/lora run for every method.
+QUICK_METHODS = ("hqq", "aqlm")
 QUICK = (
     "test_mixed_adapter_batches_mlp or DynamicDispatch or MultiRank or BdLora or TestQuantization "
     "or (Vanilla and LoRA and not GLoRA and (test_merge_layers[ or test_disable_adapters_with_merging[))"
@@ -75,7 +78,7 @@ def run(version: str, method: str, *, files: Sequence[str] = FILES, arguments: S
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peft", default=NEWEST, help="version of PEFT (default: %(default)s)")
-    parser.add_argument("--method", choices=("hqq", "aqlm", "dense"), default="hqq", help="what replaces nn.Linear")
+    parser.add_argument("--method", default="hqq", help="what replaces nn.Linear: a name in linears.SPECS, or dense")
     parser.add_argument("--files", nargs="+", default=list(FILES), help="test files of PEFT")
     args, arguments = parser.parse_known_args()
     sys.exit(run(args.peft, args.method, files=args.files, arguments=[_absolute(part) for part in arguments]))

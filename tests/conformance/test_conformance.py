@@ -55,7 +55,7 @@ def source(request):
         pytest.skip(f"PEFT's tests are not in the cache and cannot be fetched: {error}")
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@pytest.mark.parametrize("method", conformance.QUICK_METHODS)
 def test_pefts_own_tests_pass_on_our_layers(source, method, tmp_path):
     summary = tmp_path / "summary.json"
     command = conformance.pytest_command(

@@ -1,12 +1,10 @@
 """The toy method is registered for every test of this folder."""
 
 import pytest
-from every_method import METHODS, quick_spec, toy_method
+from every_method import METHODS, quick_spec
 
 from peft_quantlayers import QuantMethod, QuantSpec
 from peft_quantlayers.methods import get_method
-
-__all__ = ["toy_method"]
 
 
 @pytest.fixture(autouse=True)

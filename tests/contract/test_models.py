@@ -227,7 +227,7 @@ def test_layers_of_methods_in_the_package_pickle_into_a_new_process(method):
     torch.testing.assert_close(found, layer(x).detach())
 
 
-def test_a_layer_compiles_whole(method):
+def test_a_layer_compiles_whole(method, fresh_compiler):
     spec = quick_config(method.spec_type.method).spec_for("0")
     layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec)
     x = torch.randn(2, 64, requires_grad=True)

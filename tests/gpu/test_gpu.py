@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from every_method import METHODS, methods_for, quick_config
 from integrations.tiny import tiny_model, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -29,6 +30,7 @@ TOKENS = (1, 2, 16, 64, 200)
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("toy_method"),
     pytest.mark.skipif(IS_GPU and not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 needs_gpu = pytest.mark.skipif(not IS_GPU, reason="only a GPU can tell")
@@ -217,11 +219,12 @@ def adapted_model(config: pql.QuantConfig, device: str, **fields: object) -> nn.
     return get_peft_model(model, lora).to(device)
 
 
-CONFIGS = [pql.HQQConfig(nbits=4, group_size=32), pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4)]
+CONFIGS = {name: quick_config(name) for name in METHODS} | {"hqq": pql.HQQConfig(nbits=4, group_size=32)}
+STRATEGIES = ("requantize", "aware", "exact", "append", "calibrated", "keep")
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["alone", "fused"])
-@pytest.mark.parametrize("config", CONFIGS, ids=["hqq", "aqlm"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_training_step_gives_the_loss_and_the_gradients_of_the_cpu(config, is_fused):
     found = []
     for device in (DEVICE, "cpu"):
@@ -238,7 +241,7 @@ def test_a_training_step_gives_the_loss_and_the_gradients_of_the_cpu(config, is_
         torch.testing.assert_close(found[0][1][name], grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["hqq", "aqlm"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_training_lowers_the_loss(config):
     model, ids = adapted_model(config, DEVICE).to(torch.bfloat16).train(), token_ids().to(DEVICE)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
@@ -252,12 +255,11 @@ def test_training_lowers_the_loss(config):
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("strategy", ["requantize", "aware", "exact", "append", "calibrated", "keep"])
-@pytest.mark.parametrize("config", CONFIGS, ids=["hqq", "aqlm"])
-def test_merging_agrees_with_the_cpu(config, strategy):
-    is_hqq = isinstance(config, pql.HQQConfig)
-    if strategy == ("append" if is_hqq else "exact"):
-        pytest.skip(f"strategy {strategy!r} is for the other method")
+@pytest.mark.parametrize(
+    ("strategy", "method"), [(strategy, method) for strategy in STRATEGIES for method in methods_for(strategy)]
+)
+def test_merging_agrees_with_the_cpu(strategy, method):
+    config = CONFIGS[method]
     fields = {"use_qalora": True, "qalora_group_size": 32} if strategy == "exact" else {}
     data = {"calibration": token_ids().repeat(1, 40), "progress": False} if strategy == "calibrated" else {}
     weights, reports = [], []
@@ -272,13 +274,13 @@ def test_merging_agrees_with_the_cpu(config, strategy):
     assert weights[0].keys() == weights[1].keys() != set()
     assert reports[0].delta_retained == pytest.approx(reports[1].delta_retained, abs=0.02)
     assert reports[0].capture.capture == pytest.approx(reports[1].capture.capture, abs=0.03)
-    if is_hqq and strategy != "calibrated":  # a near choice that goes the other way moves a code by one step
+    if config.max_code is not None and strategy != "calibrated":  # a near choice that goes the other way moves a code by one step
         for name, there in weights[1].items():
             assert (weights[0][name] - there).norm() < 0.02 * there.norm(), name
 
 
 def test_a_model_moves_between_the_cpu_and_the_gpu_without_a_change():
-    model = pql.quantize_model(tiny_model(), CONFIGS[0], progress=False)
+    model = pql.quantize_model(tiny_model(), CONFIGS["hqq"], progress=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(token_ids()).logits
     there = model.to(DEVICE)(token_ids().to(DEVICE)).logits.cpu()

@@ -8,14 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from every_method import all_methods, quick_spec
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_quantlayers import AQLMSpec, HQQLinear, HQQSpec
+from peft_quantlayers import HQQLinear, HQQSpec
 from peft_quantlayers.layers import QuantizedLinear, layer_type
 
-SPECS = {"hqq": HQQSpec(nbits=4, group_size=8), "aqlm": AQLMSpec(nbits_per_codebook=4, rounds=1)}
-METHODS = list(SPECS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -30,7 +29,8 @@ def make_layer(
 ) -> QuantizedLinear:
     torch.manual_seed(1)
     dense = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
-    spec = dataclasses.replace(SPECS[method], **fields)
+    fields = {"group_size": 8} | fields if method == "hqq" else fields
+    spec = dataclasses.replace(quick_spec(method), **fields)
     return QuantizedLinear.from_linear(dense, spec, layer_name="model.q_proj")
 
 
@@ -172,7 +172,7 @@ def test_any_input_dtype_meets_any_compute_dtype(compute_dtype, x_dtype):
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 def test_autocast_gives_its_dtype_forward_and_the_inputs_dtype_backward(method, compute_dtype, dtype, x_dtype):
     layer = make_layer(method=method, dtype=compute_dtype)
     dense = dense_form(layer, torch.float32)
@@ -221,8 +221,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 def test_the_layer_compiles_into_one_graph(method, bias):
     layer = make_layer(method=method, bias=bias)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -234,7 +235,8 @@ def test_the_layer_compiles_into_one_graph(method, bias):
     assert torch.equal(compiled(torch.randn(7, 48)[:3] * 0 + x), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("fresh_compiler")
+@all_methods
 def test_reading_the_weight_compiles_into_one_graph(method):
     layer = make_layer(method=method)
     norm = torch.compile(
@@ -288,7 +290,7 @@ def test_a_move_to_meta_and_back_keeps_layout_dtypes_and_count():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 def test_a_copy_is_the_same_layer_and_shares_nothing(method, copied):
     layer = make_layer(method=method).to(torch.bfloat16).eval()
     other = copied(layer)
@@ -306,7 +308,7 @@ def test_a_copy_is_the_same_layer_and_shares_nothing(method, copied):
     assert torch.equal(copied(layer)(x), layer(x))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 def test_torch_save_gives_the_same_layer_back(method):
     layer = make_layer(method=method)
     file = io.BytesIO()

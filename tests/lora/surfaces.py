@@ -5,17 +5,13 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from every_method import quick_config
 from integrations.tiny import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_quantlayers as pql
 from peft_quantlayers import QuantizedLinear, QuantizedWeight
-
-CONFIGS = {
-    "hqq": pql.HQQConfig(nbits=4, group_size=32),
-    "aqlm": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4, in_group_size=8),
-}
 
 
 class Two(nn.Module):
@@ -34,7 +30,7 @@ class Two(nn.Module):
 def _quantized(kind: str, method: str) -> nn.Module:
     torch.manual_seed(0)
     model = Two() if kind == "two" else tiny_model(kind)
-    return pql.quantize_model(model, CONFIGS[method], progress=False)
+    return pql.quantize_model(model, quick_config(method), progress=False)
 
 
 def quantized(method: str, kind: str = "two") -> nn.Module:

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from every_method import all_methods
 from integrations.tiny import token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def loss_and_gradients(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["all kept", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@all_methods
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_language_model_has_the_same_loss_and_gradients(method, checkpointing, dropout, calls):
     found = []

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from every_method import all_methods
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -31,7 +32,7 @@ def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[2] in ("W_q", "scale", "zero", "bias") and "lora_" not in name
+        if "lora_" not in name
     }
 
 
@@ -74,7 +75,7 @@ def test_outputs_and_gradients_equal_those_on_the_dequantized_dense_model(fields
         assert_same_gradient(ours[name].grad, reference[name].grad)
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@all_methods
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)])
 def test_the_backward_pass_keeps_the_input_once_the_hidden_state_and_a_boolean(method, dtype, dropout):
     model = quantized(method).to(dtype)

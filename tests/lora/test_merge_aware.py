@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from every_method import METHODS, quick_config
 from integrations.tiny import tiny_model, training_arguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
+from peft_quantlayers import HQQConfig, LoraQuantizedLinear
 from peft_quantlayers.evaluate import saved_for_backward
 
 from .test_layer import Two, assert_same_bits, bits_of, with_adapter
@@ -23,10 +24,9 @@ CONFIGS = {
     "hqq2": HQQConfig(nbits=2, group_size=16),
     "hqq3-axis0": HQQConfig(nbits=3, group_size=32, axis=0),
     "hqq8-integer": HQQConfig(nbits=8, group_size=32, integer_zero=True),
-    "aqlm2x4": AQLMConfig(nbits_per_codebook=4, rounds=1),
-}
-# Rounded tile by tile, and with codes that are kept between steps.
-BOTH_WAYS = pytest.mark.parametrize("config", [CONFIGS["hqq4"], CONFIGS["aqlm2x4"]], ids=["hqq", "aqlm"])
+} | {name: quick_config(name) for name in METHODS}
+every_method = pytest.mark.parametrize("config", [quick_config(name) for name in METHODS], ids=METHODS)
+pytestmark = pytest.mark.usefixtures("toy_method")
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_change_arrives_on_average_and_no_change_moves_no_code(x):
     assert_same_bits(layer, bits)
 
 
-@BOTH_WAYS
+@every_method
 def test_gradients_are_those_of_the_dense_straight_through_estimator(config, x):
     model = aware_model(config, target_modules=["first"])
     layer = lora_layers(model)[0]
@@ -106,7 +106,7 @@ def test_as_little_is_kept_for_the_backward_pass_as_for_plain_lora():
     assert saved_for_backward(model, x) < 1.2 * plain < 512 * 512 * 4
 
 
-@BOTH_WAYS
+@every_method
 def test_gradient_checkpointing_changes_no_gradient(config, x):
     grads = []
     for use_reentrant in (None, False, True):
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_changes_no_gradient(config, x):
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
-@BOTH_WAYS
+@every_method
 def test_autocast_and_a_bfloat16_base_compute_what_the_merged_model_does(config, x):
     model = aware_model(config)
     half = aware_model(config).to(torch.bfloat16)
@@ -153,7 +153,7 @@ def test_several_adapters_are_summed_before_they_are_rounded(x):
     torch.testing.assert_close(merged(x), trained, rtol=1e-4, atol=1e-5)
 
 
-@BOTH_WAYS
+@every_method
 def test_training_lowers_the_loss_of_the_merged_model(config, x):
     model = aware_model(config)
     target = torch.randn(5, 64)
@@ -279,7 +279,7 @@ def test_merged_adapters_unknown_names_and_models_without_adapter_are_refused():
 
 
 def test_codes_that_are_dear_to_choose_are_kept_for_some_steps_of_training_but_never_outside(x, monkeypatch):
-    model = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"])
+    model = aware_model(CONFIGS["aqlm"], target_modules=["first"])
     layer = lora_layers(model)[0]
     method = layer.quantized_base().method
     chosen = []
@@ -306,11 +306,11 @@ def test_codes_that_are_dear_to_choose_are_kept_for_some_steps_of_training_but_n
 
 
 def test_loading_other_codes_into_the_base_is_noticed(x):
-    model = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"]).eval()
+    model = aware_model(CONFIGS["aqlm"], target_modules=["first"]).eval()
     model(x)
     state = {name: value.roll(1, 0) if name.endswith("codes") else value for name, value in model.state_dict().items()}
     model.load_state_dict(state)
-    fresh = aware_model(CONFIGS["aqlm2x4"], target_modules=["first"]).eval()
+    fresh = aware_model(CONFIGS["aqlm"], target_modules=["first"]).eval()
     fresh.load_state_dict(state)
     assert torch.equal(model(x), fresh(x))
 

@@ -7,20 +7,17 @@ import peft
 import peft.utils
 import pytest
 import torch
+from every_method import all_methods, quick_config
 from peft import BOFTConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, ShiraConfig, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig, LoraQuantizedLinear
+from peft_quantlayers import LoraQuantizedLinear
 from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 
 from .surfaces import Two
 
 HAS_REGISTRIES = hasattr(peft.utils, "register_quantization_backend")
-CONFIGS = {
-    "hqq": HQQConfig(nbits=8, group_size=32),
-    "aqlm": AQLMConfig(num_codebooks=2, in_group_size=2, scale_dtype="float32"),
-}
 TUNERS = {
     "boft": lambda: BOFTConfig(boft_block_size=4, init_weights=False),
     "miss": lambda: MissConfig(r=4, init_weights=False),
@@ -28,12 +25,11 @@ TUNERS = {
     "shira": lambda: ShiraConfig(r=4, init_weights=False),
     "vera": lambda: VeraConfig(r=4, init_weights=False),
 }
-methods = pytest.mark.parametrize("method", CONFIGS)
 tuners = pytest.mark.parametrize("tuner", TUNERS)
 
 
 def quantized_two(method: str) -> Two:
-    return pql.quantize_model(Two(), CONFIGS[method], progress=False)
+    return pql.quantize_model(Two(), quick_config(method), progress=False)
 
 
 def tuned(model: Two, tuner: str) -> PeftModel:
@@ -50,7 +46,7 @@ def give_backend(model: PeftModel) -> None:
             module.quantization_backend = QuantizedLinearBackend(module.get_base_layer())
 
 
-@methods
+@all_methods
 @tuners
 def test_a_generic_tuner_computes_and_merges_the_same_with_our_backend(method, tuner):
     base = quantized_two(method)
@@ -65,17 +61,19 @@ def test_a_generic_tuner_computes_and_merges_the_same_with_our_backend(method, t
         assert torch.equal(with_it.merge_and_unload()(x), without.merge_and_unload()(x))
 
 
-@methods
+@all_methods
 def test_a_base_weight_is_a_copy_and_is_quantized_when_it_is_set(method):
     layer = tuned(quantized_two(method), "miss").base_model.model.first
     layer.quantization_backend = QuantizedLinearBackend(layer.get_base_layer())
-    before = layer.get_base_layer().dequantize()
+    base = layer.get_base_layer()
+    before = base.dequantize()
     weight = layer.get_base_weight()
     assert type(weight) is torch.Tensor
     weight += 1
-    assert torch.equal(layer.get_base_layer().dequantize(), before)
+    assert torch.equal(base.dequantize(), before)
     layer.set_base_weight(weight)
-    torch.testing.assert_close(layer.get_base_weight(), before + 1, atol=0.02, rtol=0.02)
+    expected = base.method.quantize(before + 1, base.spec)
+    assert torch.equal(layer.get_base_weight(), base.method.dequantize(expected))
 
 
 def test_a_lora_layer_has_a_backend_that_survives_copy_and_pickle():
@@ -132,7 +130,7 @@ class TestOnAPeftWithRegistries:
         lora = get_peft_model(quantized_two("hqq"), LoraConfig(r=2, target_modules=["first"]))
         assert type(lora.base_model.model.first) is LoraQuantizedLinear
 
-    @methods
+    @all_methods
     @tuners
     def test_the_status_names_our_backend_and_merging_goes_through_it(self, method, tuner, monkeypatch):
         model = tuned(quantized_two(method), tuner)

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from every_method import METHODS
 from integrations.tiny import token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import (
@@ -24,7 +25,6 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora.surfaces import (
-    CONFIGS,
     adapted,
     assert_requantized,
     assert_same_adapters,
@@ -35,7 +35,6 @@ from lora.surfaces import (
 )
 from peft_quantlayers import LoraQuantizedLinear, QuantizedLinear
 
-METHODS = sorted(CONFIGS)
 BOTH = ["first", "second"]
 
 # Fields of a LoraConfig for each feature; made anew for every model, since PEFT writes into configs.
@@ -74,7 +73,7 @@ def config_of(feature: str):
 
 
 @pytest.fixture(params=METHODS)
-def method(request) -> str:
+def method(request, toy_method) -> str:
     return request.param
 
 
@@ -449,7 +448,7 @@ def test_lora_ga_names_layers_that_no_gradient_reached(method, x, caplog):
 @pytest.mark.parametrize(
     ("fields", "way_out"),
     [
-        ({"use_qalora": True}, "plain LoRA|Set qalora_group_size"),
+        ({"use_qalora": True, "qalora_group_size": 24}, "plain LoRA|Set qalora_group_size"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "initialize_loftq"),
         ({"use_dora": True, "velora_config": VeloraConfig(num_groups=4)}, "unsupported variant combination"),
     ],

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from every_method import METHODS, methods_for, quick_config
 from lora.test_layer import Two, assert_same_bits, bits_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers import HQQConfig
+
+WITHOUT_GROUP_OFFSETS = [name for name in METHODS if name not in methods_for("exact")]
 
 
 def qalora_model(*, scale_dtype: str = "float32", nbits: int = 3, size: int = 16, **fields) -> nn.Module:
@@ -131,10 +134,11 @@ def test_a_group_size_that_does_not_fit_is_refused_with_the_one_to_set(size):
     [
         (HQQConfig(group_size=16, axis=0), "axis=1"),
         (HQQConfig(group_size=16, integer_zero=True), "integer_zero=False"),
-        (AQLMConfig(nbits_per_codebook=4, num_codebooks=1), "aqlm"),
+        *((quick_config(name), name) for name in WITHOUT_GROUP_OFFSETS),
     ],
-    ids=["axis0", "integer_zero", "aqlm"],
+    ids=["axis0", "integer_zero", *WITHOUT_GROUP_OFFSETS],
 )
+@pytest.mark.usefixtures("toy_method")
 def test_weights_without_a_float_zero_for_each_group_are_refused(config, why):
     base = pql.quantize_model(Two(), config, progress=False)
     lora = LoraConfig(r=4, target_modules=["first"], use_qalora=True, qalora_group_size=16)

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from every_method import all_methods, quick_config
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
 from lora.test_layer import assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers import HQQConfig
 
 # A bfloat16 layer rounds the scaled product elsewhere than PEFT does.
 TOLERANCE = {torch.float32: {}, torch.bfloat16: {"rtol": 0.05, "atol": 0.02}}
@@ -80,11 +81,10 @@ def test_dora_is_refused_and_the_model_left_as_it_was(x):
     assert_same_bits(model, bits)
 
 
-@pytest.mark.parametrize(
-    "config", [HQQConfig(nbits=3, group_size=32), AQLMConfig(nbits_per_codebook=4)], ids=["hqq", "aqlm"]
-)
+@all_methods
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kept_model_saves_and_loads_without_peft(config, dtype, tmp_path):
+def test_a_kept_model_saves_and_loads_without_peft(method, dtype, tmp_path):
+    config = quick_config(method)
     float_model = saved_tiny_model(tmp_path / "float")
     base = AutoModelForCausalLM.from_pretrained(float_model, dtype=dtype, quantization_config=config)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from every_method import methods_for, quick_config
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers import Calibration, HQQConfig, quantize_model, quantized_modules
 from peft_quantlayers.merging import MergePlan, MergeResult
 from peft_quantlayers.merging.coefficients import output_error, retained_fraction
 from peft_quantlayers.model_merge.calibrated import for_outputs
@@ -19,8 +20,8 @@ HELD_OUT = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_see
 CONFIGS = {
     "hqq4": HQQConfig(nbits=4, group_size=16),
     "hqq2": HQQConfig(nbits=2, group_size=16),
-    "aqlm": AQLMConfig(nbits_per_codebook=6),
-}
+} | {name: quick_config(name) for name in methods_for("calibrated") if name != "hqq"}
+pytestmark = pytest.mark.usefixtures("toy_method")
 
 
 def calibration(**fields) -> Calibration:

@@ -6,32 +6,26 @@ import json
 
 import pytest
 import torch
+from every_method import methods_for, quick_config
 from integrations.tiny import tiny_model, token_ids
 from lora.test_layer import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig
+from peft_quantlayers import HQQConfig
 from peft_quantlayers.lora.layer import RULES
 from peft_quantlayers.merging import rules
 from peft_quantlayers.merging.report import LayerMergeReport
 
-METHODS = {
-    "hqq": HQQConfig(nbits=4, group_size=32),
-    "aqlm": AQLMConfig(nbits_per_codebook=4),
-}
-
-
-# Which methods a strategy is for; the others for all.
-ONLY = {"exact": ["hqq"], "append": ["aqlm"]}
-CASES = [(strategy, method) for strategy in RULES for method in ONLY.get(strategy, METHODS)]
+CASES = [(strategy, method) for strategy in RULES for method in methods_for(strategy)]
+pytestmark = pytest.mark.usefixtures("toy_method")
 
 
 def model_for(strategy: str, method: str | None = None) -> PeftModel:
-    """A model with an adapter of the kind that the strategy merges, of the first method that it is for."""
+    """A model with an adapter of the kind that the strategy merges, of HQQ or else the first method that it is for."""
     torch.manual_seed(0)
-    config = METHODS[method or ONLY.get(strategy, ["hqq"])[0]]
-    base = pql.quantize_model(Two(), config, progress=False)
+    method = method or min(methods_for(strategy), key=lambda name: name != "hqq")
+    base = pql.quantize_model(Two(), quick_config(method), progress=False)
     fields = {"use_qalora": True, "qalora_group_size": 32, "init_lora_weights": True} if strategy == "exact" else {}
     model = with_adapter(base, **fields)
     for layer in (model.base_model.model.first, model.base_model.model.second):
@@ -282,7 +276,7 @@ def test_appending_to_hqq_and_strategies_with_the_wrong_data_are_refused():
 
 def quantized_tiny() -> torch.nn.Module:
     torch.manual_seed(0)
-    return pql.quantize_model(tiny_model(), METHODS["aqlm"], progress=False)
+    return pql.quantize_model(tiny_model(), quick_config("aqlm"), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from every_method import all_methods, quick_config
 from integrations.tiny import tiny_model
 from peft import (
     HRAConfig,
@@ -20,11 +21,10 @@ from peft import (
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig, QuantScalesConfig
+from peft_quantlayers import QuantScalesConfig
 from peft_quantlayers.evaluate import capture
 
 HELD_OUT = torch.randint(3, 128, (256,), generator=torch.Generator().manual_seed(1))
-METHODS = {"hqq": HQQConfig(nbits=4, group_size=32), "aqlm": AQLMConfig(nbits_per_codebook=4, rounds=1)}
 TARGETS = ["q_proj", "down_proj"]
 TUNERS = {
     "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
@@ -38,7 +38,7 @@ TUNERS = {
 
 def tuned(config, method: str = "hqq", base: nn.Module | None = None) -> PeftModel:
     torch.manual_seed(0)
-    base = base or pql.quantize_model(tiny_model(), METHODS[method], progress=False)
+    base = base or pql.quantize_model(tiny_model(), quick_config(method), progress=False)
     model = get_peft_model(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -61,7 +61,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_capture_is_that_of_the_model_that_comes_out(tuner, method):
     model = tuned(TUNERS[tuner](), method)
@@ -75,7 +75,7 @@ def test_capture_is_that_of_the_model_that_comes_out(tuner, method):
     true = capture(lambda ids: logits(before, ids), base, lambda ids: logits(merged, ids), HELD_OUT, window=256)
     assert report.capture.kl_adapter_base > 0
     assert report.capture.kl_adapter_merged == pytest.approx(true.kl_adapter_merged, rel=0.05)
-    assert report.capture.capture < 0.9999
+    assert report.capture.kl_adapter_merged > 0
     assert {layer.adapters for layer in report.layers} == {("default",)}
 
 
@@ -90,7 +90,7 @@ def test_dense_loses_nothing(tuner):
 
 
 def test_dense_of_a_model_with_transposed_layers_loses_nothing():
-    base = pql.quantize_model(tiny_model("gpt2"), METHODS["hqq"], progress=False)
+    base = pql.quantize_model(tiny_model("gpt2"), quick_config("hqq"), progress=False)
     model = tuned(LoHaConfig(r=4, target_modules=["c_attn"]), base=base)
     expected = logits(model)
     merged, _ = pql.merge_back(model, strategy="dense", evaluate_on=HELD_OUT)
@@ -169,7 +169,7 @@ def test_a_layer_that_fails_half_way_leaves_all_layers_unmerged(monkeypatch):
 
 
 def test_a_mixed_model_and_prompts_are_told_what_to_do_instead():
-    base = pql.quantize_model(tiny_model(), METHODS["hqq"], progress=False)
+    base = pql.quantize_model(tiny_model(), quick_config("hqq"), progress=False)
     mixed = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=TARGETS), mixed=True)
     with pytest.raises(TypeError, match=r"PeftMixedModel.*merge_and_unload"):
         pql.merge_back(mixed)
@@ -183,10 +183,10 @@ def test_choosing_a_strategy_for_another_tuner_says_that_strategies_are_for_lora
         pql.set_merge_strategy(tuned(TUNERS["loha"]()), "keep")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@all_methods
 @pytest.mark.parametrize("merge", ["merge_back", "merge_and_unload", "merge_adapter"])
 def test_an_adapter_without_a_change_moves_no_code(merge, method):
-    base = pql.quantize_model(tiny_model(), METHODS[method], progress=False)
+    base = pql.quantize_model(tiny_model(), quick_config(method), progress=False)
     before = snapshot(base)
     model = get_peft_model(base, LoHaConfig(r=4, target_modules=TARGETS))
     if merge == "merge_back":

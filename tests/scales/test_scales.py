@@ -6,6 +6,7 @@ import json
 import peft
 import pytest
 import torch
+from every_method import METHODS, quick_config, quick_spec
 from integrations.tiny import tiny_model, token_ids, training_arguments
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,23 +14,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig, QuantScalesConfig
+from peft_quantlayers import HQQConfig, QuantScalesConfig
 
-CONFIGS = {
-    "hqq": HQQConfig(nbits=4, group_size=32),
-    "hqq-axis0": HQQConfig(nbits=3, group_size=16, axis=0),
-    "aqlm": AQLMConfig(nbits_per_codebook=4, in_group_size=4, rounds=1),
-}
-ALL = {
-    "hqq": ("scales", "zeros", "biases", "norms"),
-    "hqq-axis0": ("scales", "zeros", "biases", "norms"),
-    "aqlm": ("scales", "codebooks", "biases", "norms"),
-}
-TENSORS = {
-    "hqq": {"scales": {"scale"}, "zeros": {"zero"}, "biases": {"bias"}},
-    "aqlm": {"scales": {"scales"}, "codebooks": {"codebooks"}, "biases": {"bias"}},
-}
-METHODS = pytest.mark.parametrize("method", CONFIGS)
+CONFIGS = {name: quick_config(name) for name in METHODS}
+# By role, the names of the tensors that are trained with it.
+TENSORS: dict[str, dict[str, set[str]]] = {name: {"biases": {"bias"}} for name in METHODS}
+for name in METHODS:
+    for tensor_name, role in quick_spec(name).trainable_roles(64, 64).items():
+        TENSORS[name].setdefault(role, set()).add(tensor_name)
+ALL = {name: (*TENSORS[name], "norms") for name in METHODS}
+# What differs in kind: groups along the outputs.
+CONFIGS["hqq-axis0"], ALL["hqq-axis0"] = HQQConfig(nbits=3, group_size=16, axis=0), ALL["hqq"]
+
+every_config = pytest.mark.parametrize("method", CONFIGS)
+every_method = pytest.mark.parametrize("method", METHODS)
+pytestmark = pytest.mark.usefixtures("toy_method")
+
+
+def _metadata(method: str) -> list[str]:
+    """The tensors beside the codes."""
+    spec = quick_spec(method)
+    return [name for name in spec.tensor_layout(64, 64) if name != spec.codes_name]
 
 
 def quantized(method: str = "hqq", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -106,7 +111,7 @@ def test_norms_train_weight_and_bias_of_all_norm_layers():
     assert sum(p.requires_grad for p in gpt2.parameters()) == 10
 
 
-@METHODS
+@every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_untrained_adapter_changes_no_bit_and_its_copies_are_float32(method, dtype):
     base = quantized(method, dtype)
@@ -117,7 +122,7 @@ def test_an_untrained_adapter_changes_no_bit_and_its_copies_are_float32(method, 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@METHODS
+@every_config
 def test_the_file_holds_the_tuned_tensors_and_gives_back_the_same_logits(method, tmp_path):
     model = tuned(quantized(method), ALL[method])
     train_steps(model)
@@ -149,7 +154,7 @@ def test_loading_onto_a_bfloat16_base_rounds_nothing(low_cpu_mem_usage, tmp_path
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
-@METHODS
+@every_config
 def test_adapters_switch_and_disabling_gives_the_base_bit_for_bit(method):
     base = quantized(method)
     reference = logits_of(base)
@@ -173,7 +178,7 @@ def test_adapters_switch_and_disabling_gives_the_base_bit_for_bit(method):
     assert torch.equal(logits_of(model), second)
 
 
-@METHODS
+@every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_changes_no_logit_and_the_merged_model_saves_and_loads(method, dtype, tmp_path):
     model = tuned(quantized(method, dtype), ALL[method])
@@ -183,8 +188,9 @@ def test_merging_changes_no_logit_and_the_merged_model_saves_and_loads(method, d
     assert torch.equal(logits_of(merged), expected)
     assert not any(hasattr(module, "base_layer") for module in merged.modules())
     layers = pql.quantized_modules(merged)
-    assert {layer.spec.scale_dtype for layer in layers.values()} == {"float32"}
     for name, layer in layers.items():
+        layout = layer.spec.tensor_layout(*layer.weight.shape)
+        assert {entry.dtype for entry in layout.values() if entry.dtype.is_floating_point} == {torch.float32}
         layer.quantized_weight.check(name)
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -201,7 +207,7 @@ def test_merging_biases_or_norms_leaves_the_stored_scales_as_they_are():
     assert {layer.spec.scale_dtype for layer in pql.quantized_modules(merged).values()} == {"float16"}
 
 
-@METHODS
+@every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerging_and_unloading_give_back_the_base_bits(method, dtype):
     base = quantized(method, dtype)
@@ -238,7 +244,7 @@ def test_merge_back_takes_tuned_scales_too():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@every_method
 def test_the_trainer_trains_saves_and_reloads(method, bf16, tmp_path):
     model = tuned(quantized(method), ALL[method])
     before = loss_of(model).item()
@@ -264,7 +270,7 @@ def test_add_adapter_of_transformers_trains_and_loads(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prepare", [pql.prepare_model_for_kbit_training, peft.prepare_model_for_kbit_training])
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@every_method
 def test_both_kbit_preparations_combine_with_it(method, prepare, dtype):
     model = tuned(prepare(quantized(method, dtype)), ALL[method]).train()
     first, last = train_steps(model)
@@ -272,7 +278,7 @@ def test_both_kbit_preparations_combine_with_it(method, prepare, dtype):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@every_method
 def test_gradient_checkpointing_gives_the_same_gradients(method, use_reentrant):
     grads = []
     for is_checkpointed in (False, True):
@@ -289,7 +295,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, use_reentrant):
         torch.testing.assert_close(grads[1][name], grad)
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm"])
+@every_method
 def test_gradients_are_those_of_the_loss(method):
     # Central differences of the loss along the gradient of each tensor, in float32: a step of 1 % of the tensor.
     model = tuned(quantized(method), ALL[method])
@@ -297,7 +303,7 @@ def test_gradients_are_those_of_the_loss(method):
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or "layers.0" not in name:
             continue
-        direction = parameter.grad / parameter.grad.norm() * max(parameter.detach().norm(), 0.1) * 0.01
+        direction = parameter.grad / parameter.grad.norm() * (float(parameter.detach().norm()) or 0.1) * 0.01
         with torch.no_grad():
             parameter += direction
             above = loss_of(model)
@@ -428,7 +434,13 @@ def test_a_model_without_quantized_layers_is_refused():
 
 
 @pytest.mark.parametrize(
-    "other", [HQQConfig(nbits=4, group_size=16), HQQConfig(nbits=3, group_size=32), CONFIGS["aqlm"]], ids=str
+    "other",
+    [
+        HQQConfig(nbits=4, group_size=32),
+        HQQConfig(nbits=3, group_size=16),
+        *(config for name, config in CONFIGS.items() if name != "hqq"),
+    ],
+    ids=str,
 )
 def test_an_adapter_of_another_quantization_is_refused_and_changes_nothing(other, tmp_path):
     # 3 bits have scales of the same shape as 4 bits: only the codes tell that these are other scales.
@@ -448,7 +460,7 @@ def test_an_adapter_of_another_quantization_is_refused_and_changes_nothing(other
     assert list(second.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize(("method", "part"), [("hqq", "zero"), ("hqq", "scale"), ("aqlm", "codebooks")])
+@pytest.mark.parametrize(("method", "part"), [(m, part) for m in METHODS for part in _metadata(m)])
 def test_a_base_with_the_same_codes_and_other_metadata_is_refused(method, part, tmp_path):
     tuned(quantized(method)).save_pretrained(tmp_path)
     PeftModel.from_pretrained(quantized(method), tmp_path)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from demo_model import demo_model_folder
+from every_method import METHODS, quick_config
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
 from lora.surfaces import Two, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 
+# HQQ with few bits, and every other method.
 CONFIGS = {
     "hqq 2": pql.HQQConfig(nbits=2, group_size=32),
     "hqq 3": pql.HQQConfig(nbits=3, group_size=32),
-    "aqlm": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=5, in_group_size=8),
-}
+} | {name: quick_config(name) for name in METHODS if name != "hqq"}
+pytestmark = pytest.mark.usefixtures("toy_method")
 BOTH = ["first", "second"]
 
 
