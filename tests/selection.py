@@ -20,6 +20,7 @@ SLOW = (
     "tests/kernels/test_native.py::test_the_environment_switches_them_off",
     "tests/kernels/test_triton.py",
     "tests/layers/test_fsdp2.py",
+    "tests/methods/test_registry.py::test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere",
     "tests/scales/test_scales.py::test_it_compiles_without_a_graph_break",
     "tests/test_benchmarks.py",
     "tests/test_examples.py::test_the_demo_runs_on_another_model",

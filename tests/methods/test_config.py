@@ -1,4 +1,4 @@
-"""What a user asks for: patterns, overrides, strictness, and the registry of methods."""
+"""What a user asks for: patterns, overrides and strictness."""
 
 import copy
 import dataclasses
@@ -8,15 +8,7 @@ import pickle
 import pytest
 import torch
 
-from peft_quantlayers.methods import (
-    AQLMConfig,
-    HQQConfig,
-    HQQMethod,
-    HQQSpec,
-    get_method,
-    register_method,
-    registered_methods,
-)
+from peft_quantlayers.methods import AQLMConfig, HQQConfig, HQQSpec
 from peft_quantlayers.methods.config import matches
 
 
@@ -108,22 +100,3 @@ def test_a_config_is_copied_and_pickled_as_it_is():
     config = AQLMConfig(num_codebooks=3, skip_modules=["a"])
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
     assert dataclasses.replace(config, rounds=1).num_codebooks == 3
-
-
-def test_hqq_is_registered_and_registering_it_again_is_harmless():
-    assert isinstance(get_method("hqq"), HQQMethod)
-    register_method(HQQMethod())
-    assert list(registered_methods()).count("hqq") == 1
-
-
-def test_another_method_of_the_same_name_is_refused():
-    class Impostor(HQQMethod):
-        pass
-
-    with pytest.raises(ValueError, match="'hqq' is registered already"):
-        register_method(Impostor())
-
-
-def test_the_registry_cannot_be_changed_from_outside():
-    registered_methods().clear()
-    assert "hqq" in registered_methods()

@@ -1,0 +1,137 @@
+"""The registry of methods: what is found without an edit elsewhere, and what is refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import peft_quantlayers
+import quantlayers_kernels
+from peft_quantlayers.methods import HQQMethod, get_method, register_method, registered_methods, registry
+
+METHOD = """
+from dataclasses import dataclass
+
+import torch
+
+from peft_quantlayers.formats import QuantizedWeight, QuantSpec, TensorLayout
+from peft_quantlayers.methods.base import QuantMethod
+from peft_quantlayers.methods.config import make_config
+from peft_quantlayers.methods.registry import register_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class {Name}Spec(QuantSpec):
+    method = "{name}"
+
+    def tensor_layout(self, out_features, in_features):
+        return {{"codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8, role="codes")}}
+
+
+{Name}Config = make_config({Name}Spec)
+
+
+class {Name}Method(QuantMethod[{Name}Spec]):
+    spec_type = {Name}Spec
+
+    def quantize(self, weight, spec, *, hessian=None, start=None, iterations=None):
+        tensors = {{"codes": (weight * 100).round().clamp(-127, 127).to(torch.int8)}}
+        return QuantizedWeight(spec=spec, out_features=len(weight), in_features=weight.shape[1], tensors=tensors)
+
+    def dequantize(self, weight, *, dtype=torch.float32):
+        return (weight.tensors["codes"] * 0.01).to(dtype)
+"""
+# Run where the two methods are installed.
+USER = """
+import pickle
+
+import torch
+from torch import nn
+
+import peft_quantlayers as pql
+
+for name in ("Third", "Fourth"):
+    config = getattr(pql, name + "Config")(skip_modules=["1"])
+    assert pickle.loads(pickle.dumps(config)) == config
+    model = pql.quantize_model(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), config, progress=False)
+    assert type(model[0]) is getattr(pql, name.upper() + "Linear")
+    assert type(model[0].spec) is getattr(pql, name + "Spec")
+    assert type(model[1]) is nn.Linear
+    x = torch.randn(3, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+print(*sorted(pql.registered_methods()))
+"""
+
+
+def test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere(tmp_path):
+    package = tmp_path / "peft_quantlayers"
+    shutil.copytree(Path(peft_quantlayers.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    third = METHOD.format(name="third", Name="Third") + "\n\nregister_method(ThirdMethod())\n"
+    (package / "methods" / "third.py").write_text(third)
+
+    (tmp_path / "fourth_package.py").write_text(METHOD.format(name="fourth", Name="Fourth"))
+    info = tmp_path / "fourth_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fourth-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\nfourth = fourth_package:FourthMethod\n")
+
+    path = [tmp_path, Path(quantlayers_kernels.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry)}
+    done = subprocess.run(
+        [sys.executable, "-c", USER], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == sorted([*registered_methods(), "fourth", "third"])
+
+
+@pytest.fixture
+def entry_points(monkeypatch) -> list[EntryPoint]:
+    """Entry points in the place of those of installed packages, read on the next look at the registry."""
+    found: list[EntryPoint] = []
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(registry, "_are_entry_points_loaded", False)
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: [each for each in found if each.group == group])
+    return found
+
+
+def entry_point(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name=name, value=value, group=registry.ENTRY_POINT_GROUP)
+
+
+def test_an_entry_point_that_cannot_be_imported_is_named_and_the_others_work(entry_points, caplog):
+    entry_points += [entry_point("broken", "no_such_package:Method"), entry_point("toy", "every_method:AbsmaxMethod")]
+    assert {"hqq", "toy_absmax"} <= set(registered_methods())
+    assert "method 'broken' was not loaded: No module named 'no_such_package'" in caplog.text
+    caplog.clear()
+    registered_methods()
+    assert not caplog.records  # entry points are read once
+
+
+def test_an_unknown_name_is_looked_for_in_entry_points_and_then_refused_with_those_that_there_are(entry_points):
+    entry_points.append(entry_point("toy", "every_method:AbsmaxMethod"))
+    assert get_method("toy_absmax").spec_type.method == "toy_absmax"
+    with pytest.raises(ValueError, match=r"unknown quantization method 'nonesuch'; known are .*'hqq'.*'toy_absmax'"):
+        get_method("nonesuch")
+
+
+def test_hqq_is_registered_and_registering_it_again_is_harmless():
+    assert isinstance(get_method("hqq"), HQQMethod)
+    register_method(HQQMethod())
+    assert list(registered_methods()).count("hqq") == 1
+
+
+def test_another_method_of_the_same_name_is_refused():
+    class Impostor(HQQMethod):
+        pass
+
+    with pytest.raises(ValueError, match="'hqq' is registered already"):
+        register_method(Impostor())
+
+
+def test_the_registry_cannot_be_changed_from_outside():
+    registered_methods().clear()
+    assert "hqq" in registered_methods()
