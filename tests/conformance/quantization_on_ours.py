@@ -8,10 +8,10 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+from every_method import quick_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conformance.linears import SPECS
-from every_method import quick_config
 from peft_quantlayers import AQLMConfig, HQQConfig, QuantConfig
 from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 

@@ -274,7 +274,9 @@ def test_merging_agrees_with_the_cpu(strategy, method):
     assert weights[0].keys() == weights[1].keys() != set()
     assert reports[0].delta_retained == pytest.approx(reports[1].delta_retained, abs=0.02)
     assert reports[0].capture.capture == pytest.approx(reports[1].capture.capture, abs=0.03)
-    if config.max_code is not None and strategy != "calibrated":  # a near choice that goes the other way moves a code by one step
+    if (
+        config.max_code is not None and strategy != "calibrated"
+    ):  # a near choice that goes the other way moves a code by one step
         for name, there in weights[1].items():
             assert (weights[0][name] - there).norm() < 0.02 * there.norm(), name
 

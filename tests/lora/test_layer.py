@@ -29,11 +29,7 @@ def with_adapter(model: nn.Module, **fields) -> PeftModel:
 
 
 def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if "lora_" not in name
-    }
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
 
 
 def assert_same_bits(model: nn.Module, bits: dict[str, torch.Tensor]) -> None:

@@ -90,6 +90,8 @@ def test_a_group_without_a_scale_stays_worth_what_it_was():
     found = merged(codes, torch.randn(SHAPE), values)
     assert int(found.max()) <= MAX_CODE
     assert torch.equal(values(found)[5], values(codes)[5])
+    # Every code of that row has the value of every other, and yet without a delta none of them changes.
+    assert torch.equal(merged(codes, torch.zeros(SHAPE), values), codes)
 
 
 def test_ranges_of_rows_get_the_codes_of_the_whole():

@@ -1,5 +1,7 @@
 """NF4 against bitsandbytes, its double quantization, ragged shapes, and what it refuses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from peft_quantlayers.methods import get_method
 from peft_quantlayers.methods.nf4 import LEVELS, NF4Spec
 
 METHOD = get_method("nf4")
-LARGEST_GAP = max(b - a for a, b in zip(LEVELS, LEVELS[1:], strict=False))
+LARGEST_GAP = max(b - a for a, b in pairwise(LEVELS))
 
 
 def random_weight(*shape: int) -> Tensor:
@@ -49,8 +51,19 @@ def test_double_quantization_errs_no_more_than_that_of_bitsandbytes(bitsandbytes
     assert double.bits_per_weight == 4 + 8 / 64 + 2 * 32 / 2048
 
 
+def test_double_quantization_keeps_each_maximum_within_half_a_step_of_8_bits():
+    weight = random_weight(16, 2048)
+    maxima = weight.view(16, -1, 64).abs().amax(2)
+    low, high = maxima.aminmax(dim=1, keepdim=True)
+    tensors = METHOD.quantize(weight, NF4Spec(double_quant=True)).tensors
+    stored = tensors["absmax"] * tensors["absmax_scale"] + tensors["absmax_offset"]
+    assert ((stored - maxima).abs() <= (high - low) / 510 * 1.001).all()
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("shape", "block_size"), [((1, 1), 1), ((3, 5), 5), ((2, 15), 5), ((5, 63), 9), ((1, 64), 64)])
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((1, 1), 1), ((3, 5), 5), ((2, 15), 5), ((5, 63), 9), ((1, 64), 64)]
+)
 def test_ragged_shapes_keep_each_weight_within_half_a_gap(shape, block_size, double_quant):
     weight = random_weight(*shape)
     quantized = METHOD.quantize(weight, NF4Spec(block_size=block_size, double_quant=double_quant))

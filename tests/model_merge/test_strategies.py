@@ -15,7 +15,6 @@ import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
 from peft_quantlayers.lora.layer import RULES
 from peft_quantlayers.merging import rules
-from peft_quantlayers.merging.report import LayerMergeReport
 
 CASES = [(strategy, method) for strategy in RULES for method in methods_for(strategy)]
 pytestmark = pytest.mark.usefixtures("toy_method")
@@ -329,19 +328,6 @@ def test_aware_adapters_are_sent_to_the_merge_that_they_were_trained_for(strateg
     _, other = pql.merge_back(model, strategy=strategy)
     assert 'only strategy="aware"' in other.recommendation
     assert "loses nothing" not in str(other)
-
-
-def test_nothing_that_was_just_done_is_recommended():
-    layer = {"name": "first", "adapters": ("default",), "method": "hqq", "n_weights": 4}
-    layer |= {"bits_before": 4.5, "bits_after": 4.5, "weight_norm": 1.0, "delta_norm": 1.0, "error_norm": 1.0}
-    layer |= {"delta_retained": 0.1, "can_be_qalora": True, "strategies": ("aware", "keep", "calibrated")}
-    for strategy in ("calibrated", "keep", "dense", "requantize"):
-        report = pql.MergeReport(strategy=strategy, layers=(LayerMergeReport(**layer, strategy=strategy),))
-        assert f'strategy="{strategy}"' not in report.recommendation
-        assert ("more text" in report.recommendation) == (strategy == "calibrated")
-        assert "QA-LoRA" in report.recommendation
-    integer_zeros = LayerMergeReport(**(layer | {"can_be_qalora": False}), strategy="requantize")
-    assert "QA-LoRA" not in pql.MergeReport(strategy="requantize", layers=(integer_zeros,)).recommendation
 
 
 def test_the_report_says_that_noise_was_not_measured_where_there_is_much_of_it():
