@@ -286,11 +286,15 @@ def _warn_of_large_metadata(model: nn.Module, selection: Selection) -> None:
         )
 
 
+def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name and tensor of the experts of ``model`` that lie in one tensor (experts, ..., ...): no linear layers."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")}
+
+
 def _warn_of_dense_experts(model: nn.Module) -> None:
-    parameters = list(model.named_parameters())
-    fused = {name: p.numel() for name, p in parameters if p.dim() == 3 and "experts" in name.split(".")}
+    fused = fused_experts(model)
     if fused:
-        share = sum(fused.values()) / sum(p.numel() for _, p in parameters)
+        share = sum(p.numel() for p in fused.values()) / sum(p.numel() for p in model.parameters())
         logger.warning(
             "%.0f %% of the weights lie in fused experts (%s, ...), which are no linear layers and stay dense.",
             100 * share,
