@@ -10,6 +10,7 @@ import fnmatch
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="start no class after this time")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # A fork has no threads but its own: transformers would read files in others.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()

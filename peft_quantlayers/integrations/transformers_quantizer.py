@@ -28,6 +28,7 @@ from ..layers import (
 )
 from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
+from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .tensor_conversion import StoredLayers, ignore_tensors
@@ -44,9 +45,9 @@ class _QuantizeWeight(ConversionOps):
         self, input_dict: dict, *, full_layer_name: str, model: nn.Module, missing_keys: set | None = None, **_: Any
     ) -> dict:
         # One tensor under any name, or all that a conversion of transformers made at once, by their whole names.
-        tensors = {full_layer_name: value for value in input_dict.values()} if len(input_dict) == 1 else input_dict
+        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
         rest = {}
-        for name, value in tensors.items():
+        for name, value in zip(names, input_dict.values(), strict=True):
             module_name = name.removesuffix(".weight")
             if name == module_name or module_name not in self.quantizer.specs:
                 rest[name] = value
@@ -191,11 +192,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _quantize_rest(self, model: PreTrainedModel) -> None:
         """Quantize what the loader has put into the model by itself: it asks for one weight of several that a
-        conversion makes, and for none that the checkpoint lacks."""
+        conversion makes, and for none that the checkpoint lacks. Weights that were tied since are not among it."""
         operation = _QuantizeWeight(self)
+        rules = DenseRules(model, quantize_lm_head=self.quantization_config.quantize_lm_head)
         for name in self.specs:
             module = model.get_submodule(name)
-            if dense_type_of(module) is not None:
+            if dense_type_of(module) is not None and rules.reason(name, module) is None:
                 operation.convert({name: module.weight}, full_layer_name=f"{name}.weight", model=model)
 
     def _attach(self, model: PreTrainedModel) -> None:
