@@ -57,14 +57,15 @@ def merge_calibrated(
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
         method = get_method(spec.method)
-        if not method.can_use_hessian(spec):
-            raise ValueError(
-                f'{name}: strategy="calibrated" is not possible for {spec}. {method.calibration_requirement} Or merge '
-                'with "requantize", or "keep" for plain LoRA. The model is left as it was.'
-            )
         if strategy == "append":
             with named_errors(name):
                 extended_spec(spec)
+        if not method.can_use_hessian(spec):
+            raise ValueError(
+                f"{name}: strategy={strategy!r} with calibration data is not possible for {spec}. "
+                f'{method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. The model is '
+                "left as it was."
+            )
     walk(peft_model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
 
 
