@@ -262,7 +262,8 @@ def decode_lora() -> str:
     model = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in measured["model"].items())
     return (
         table(["us, one token, LoRA r = 8", *methods], body)
-        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, {measured['clock']}. "
+        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, "
+        + f"{measured['clock']}. "
         + device_line(measured["device"], measured["command"])
     )
 
