@@ -48,7 +48,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_callable(name: str, value: Any, takes: str) -> None:
     """Raise unless ``value`` is None or can be called; ``takes`` names its argument."""
     if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function of {takes}, got {value!r} ({type(value).__name__}).")
+        raise TypeError(f"{name} must be a function of {takes}, got {type(value).__name__} {value!r}.")
 
 
 def check_fields(name: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -79,9 +79,7 @@ def check_names(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be a list of names, got {value!r}; write [{value!r}].")
     is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
     if value is not None and not is_list:
-        raise TypeError(
-            f"{name} must be a list of names, got {value!r} ({type(value).__name__}); write [{example!r}]."
-        )
+        raise TypeError(f"{name} must be a list of names, got {type(value).__name__} {value!r}; write [{example!r}].")
 
 
 def check_model(function: str, model: Any) -> None:

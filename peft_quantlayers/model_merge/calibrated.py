@@ -44,9 +44,10 @@ def merge_calibrated(
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
         NotImplementedError: "append", and a format cannot be extended.
     """
+    model = peft_model.get_base_model()
     layers = {
         name: module
-        for name, module in peft_model.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, LoraQuantizedLinear) and any(each in module.lora_A for each in names)
     }
     for name, layer in layers.items():
@@ -60,7 +61,7 @@ def merge_calibrated(
         if strategy == "append":
             with named_errors(name):
                 extended_spec(spec)
-    walk(peft_model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
+    walk(model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
 
 
 class _MergeVisitor(Visitor):
