@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
+from .layers.other_quantizers import refuse_other_quantizers
+from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
@@ -54,7 +56,8 @@ def quantize_model(
 
     Raises:
         TypeError: ``config`` is no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already to another spec; a
+        ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
+            on the meta device; nothing to quantize; a layer is quantized already to another spec; a
             shape does not fit the config; a pattern matches no module; a weight holds NaN or Inf; too little
             calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
             as it was.
@@ -69,6 +72,10 @@ def quantize_model(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
+    refuse_other_quantizers(model)
+    check_weights_are_here(
+        model, "quantizing", if_sharded="Quantize and save the model in one process, and load the folder sharded."
+    )
     specs = checked_modules(model, config)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
     if given is not None and finished_modules(model, config):

@@ -41,7 +41,9 @@ def perplexity(
             "smaller window."
         )
     n_windows = min(n_windows, max_windows or n_windows)
-    windows = token_ids[: n_windows * window].view(n_windows, window).to(model.device)
+    # accelerate moves the inputs of a model that it has offloaded to meta.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    windows = token_ids[: n_windows * window].view(n_windows, window).to(device)
     was_training = model.training
     model.eval()
     total = 0.0

@@ -10,6 +10,7 @@ from ..formats import QuantSpec
 from ..methods import QuantConfig
 from .dense_types import dense_at
 from .linear import QuantizedLinear
+from .placement import check_weights_are_here
 from .selection import quantized_modules
 
 
@@ -86,7 +87,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: any module; a transformers model also loses its quantization config.
         dtype: dtype of the weights; None for each layer's ``compute_dtype``.
+
+    Raises:
+        ValueError: weights are offloaded, sharded, or on the meta device; the model was not changed.
     """
+    check_weights_are_here(model, "dequantizing", if_sharded="Load the quantized model in one process.")
     for name, layer in quantized_modules(model).items():
         weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
