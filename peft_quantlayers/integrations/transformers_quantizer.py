@@ -33,6 +33,7 @@ from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
+from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
 
 class _QuantizeWeight(ConversionOps):
@@ -143,7 +144,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.compute_dtype = description.compute_dtype
         stored_names = {name: stored_name for stored_name, name in names.items()}
         stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
-        self.stored_layers = StoredLayers(stored, stored_names=stored_names, failures=self.failures)
+        converted = layers_with_wide_codes(self.specs, model) | stored
+        self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
         if not stored:  # what is converted was checked when it was described
@@ -222,11 +224,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Nothing of its own. transformers asks right before it saves: the config is brought up to date here."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
+        """transformers asks right before it saves: the config is brought up to date here too."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        return None, {}
+        return state_with_wide_codes(model), {}
 
     @property
     def is_trainable(self) -> bool:
