@@ -11,6 +11,7 @@ PUBLIC = [
     "AQLMLinear",
     "AQLMSpec",
     "Calibration",
+    "DamagedTensor",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
@@ -43,7 +44,9 @@ PUBLIC = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "undo_interrupted_save",
     "unregister",
+    "verify_model",
 ]
 
 
