@@ -1,12 +1,8 @@
-"""Quantize a whole model that is in memory, and save a quantized model."""
+"""Quantize a whole model that is in memory."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,101 +151,3 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
     finally:
         if isinstance(model, PreTrainedModel) and len(quantized_modules(model)) > n_before:
             QuantlayersHfQuantizer.attached_to(model)
-
-
-def save_model(
-    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
-) -> None:
-    """Save a quantized model, all of it or nothing, with a model card that says how to load it.
-
-    Everything is written to a temporary folder next to ``folder`` first, and then moved there.
-
-    Args:
-        model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
-        folder: must not exist, or be empty, unless ``overwrite``.
-        tokenizer: saved with the model, if given.
-        overwrite: replace the model in ``folder``: files of the same names, and all its safetensors. Others stay.
-        kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
-
-    Raises:
-        FileExistsError: ``folder`` holds files; nothing was written.
-        ValueError: the model carries adapters; nothing was written.
-    """
-    folder = Path(folder)
-    if has_adapters(model):
-        raise ValueError(
-            "the model carries PEFT adapters, which would not be saved; nothing was written. Merge them "
-            "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a folder; nothing was written.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True to "
-            "replace the model in it (other files stay)."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(written, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(written)
-        if quantized_modules(model):
-            (written / "README.md").write_text(_model_card(model))
-        written.chmod(0o777 & ~_umask())
-        if folder.exists() and any(folder.iterdir()):
-            _replace_model(folder, written)
-        else:
-            written.replace(folder)
-    except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        raise
-
-
-def _replace_model(folder: Path, written: Path) -> None:
-    """Move the files of ``written`` into ``folder``, and remove the weights of the model that was there."""
-    names = {file.name for file in written.iterdir()}
-    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        if old.name not in names:
-            old.unlink()
-    for file in written.iterdir():
-        file.replace(folder / file.name)
-    written.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _model_card(model: PreTrainedModel) -> str:
-    layers = quantized_modules(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
-        1, weights
-    )
-    specs = sorted({str(layer.spec) for layer in layers.values()})
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft_quantlayers",
-            "tags: [quantized, quantlayers]",
-            "---",
-            "",
-            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
-            "with random numbers and only warns.**",
-            "",
-            "```python",
-            "import peft_quantlayers",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
-            "```",
-            "",
-            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
-            "",
-            *[f"- `{spec}`" for spec in specs],
-            "",
-        ]
-    )
