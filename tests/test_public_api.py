@@ -20,6 +20,7 @@ PUBLIC = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "ModelSummary",
     "PVTuner",
     "QuantConfig",
     "QuantMethod",
@@ -43,6 +44,7 @@ PUBLIC = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "summary",
     "unregister",
 ]
 

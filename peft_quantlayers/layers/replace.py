@@ -1,12 +1,13 @@
 """Replace dense modules of a model by quantized layers, and the other way round."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..formats import QuantSpec
+from ..integrations.private_transformers import remove_quantization_config
 from ..methods import QuantConfig
 from .dense_types import dense_at
 from .linear import QuantizedLinear
@@ -90,9 +91,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, layer in quantized_modules(model).items():
         weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
-    for module in model.modules():
-        if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
-            cast(Any, module.hf_quantizer).remove_quantization_config(module)
+    remove_quantization_config(model)
     return model
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..layers import dequantize_model
-from ..lora import LoraQuantizedLinear
 from ..merging import LayerMergeReport, MergeReport
 from ..merging.rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
@@ -109,7 +108,7 @@ def merge_back(
         else:
             with only_active(peft_model, targets, names):
                 data = Calibration.of(calibration, tokenizer)
-                merge_calibrated(peft_model, names, data, strategy=strategy, progress=progress)
+                merge_calibrated(peft_model, targets, names, data, strategy=strategy, progress=progress)
         if held_out is not None:
             captured = measured_effect(peft_model, targets, names, held_out)
         score_after = _score(metric, peft_model, targets, names, is_merged=True)
@@ -150,13 +149,13 @@ def _checked_targets(
     """
     targets = merge_targets(peft_model, names)
     for target in targets:
-        kind, possible = type(target.module).__name__, (*target.source.merge_rules, *_calibrated(target))
+        kind, possible = type(target.module).__name__, target.source.possible_strategies()
         if strategy not in possible:
             raise ValueError(
                 f"{target.name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a {kind}. Choose "
                 f"one of {possible}. The model is left as it was."
             )
-        if isinstance(target.source, LoraQuantizedLinear) or not target.module.merged:
+        if target.source.knows_unmerged_weight or not target.module.merged:
             continue
         if needs_unmerged or (strategy == "dense" and target.is_peft_tuner):
             raise ValueError(
@@ -170,17 +169,13 @@ def _checked_targets(
             f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '
             "merges them as PEFT does. The model is left as it was."
         )
-    is_lora = all(isinstance(target.source, LoraQuantizedLinear) for target in targets)
-    if not is_unloaded and not (is_lora and isinstance(peft_model.base_model, LoraModel)):
+    is_undone = all(target.source.knows_unmerged_weight for target in targets)
+    if not is_unloaded and not (is_undone and isinstance(peft_model.base_model, LoraModel)):
         raise ValueError(
             "unload=False is for LoRA: other tuners' merges into quantized layers cannot be undone bit for bit. "
             "Keep a copy of the model instead. The model is left as it was."
         )
     return targets
-
-
-def _calibrated(target: MergeTarget) -> tuple[str, ...]:
-    return ("calibrated",) if isinstance(target.source, LoraQuantizedLinear) else ()
 
 
 def _score(
