@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_floors import floor
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["CONTRIBUTING.md", "docs/new_method.md"]
@@ -35,6 +36,15 @@ def test_every_file_that_a_page_names_exists(page):
     missing = [path for path in paths if not any(list(place.glob(path.rstrip("/"))) for place in PLACES)]
     missing += [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
     assert not missing
+
+
+def test_the_list_of_packages_is_whole_and_goes_from_low_to_high():
+    block = TEXTS["CONTRIBUTING.md"].partition("\npeft_quantlayers/\n")[2].partition("```")[0]
+    listed = [name.removesuffix(".py") for name in re.findall(r"^  (\w+(?:\.py)?)/?  ", block, re.M)]
+    parts = {path.stem for path in (ROOT / "peft_quantlayers").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(listed) == parts - {"__init__", "__pycache__"}
+    floors = [floor(f"peft_quantlayers.{name}") for name in listed]
+    assert floors == sorted(floors)
 
 
 @pytest.mark.parametrize("page", PAGES)
