@@ -21,7 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 def seconds_by_row(file: Path) -> dict[str, float]:
     rows = json.loads(file.read_text())["rows"]
     return {
-        ", ".join(f"{key} {_text(row[key])}" for key in KEYS if key in row): next(filter(None, map(row.get, TIMES)), None)
+        ", ".join(f"{key} {_text(row[key])}" for key in KEYS if key in row): next(
+            filter(None, map(row.get, TIMES)), None
+        )
         for row in rows
     }
 
