@@ -27,7 +27,7 @@ from .methods import (
     registered_methods,
 )
 from .model import quantize_model, save_model
-from .model_merge import merge_back
+from .model_merge import MergedModel, merge_back
 from .report import ModelSummary, summary
 from .scales import QuantScalesConfig
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
@@ -48,6 +48,7 @@ __all__ = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
     "ModelSummary",
     "PVTuner",
     "QuantConfig",

@@ -20,6 +20,7 @@ PUBLIC = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
     "ModelSummary",
     "PVTuner",
     "QuantConfig",

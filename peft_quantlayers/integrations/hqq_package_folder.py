@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..arguments import check_device, check_dtype
 from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
 from ..layers import QuantizedLinear, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
@@ -38,10 +39,15 @@ def load_hqq_folder(
         device: where the model goes; None for the CPU.
 
     Raises:
+        TypeError: ``folder`` is no path, or ``dtype`` no floating dtype.
         FileNotFoundError: one of the two files is not there.
         ValueError: qmodel.pt is damaged, asks for code to be run, or does not belong to config.json; names the
             layer at fault.
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder must be the path of a folder, got {type(folder).__name__}.")
+    check_dtype("dtype", dtype)
+    check_device("device", device)
     folder = Path(folder)
     for file in ("config.json", WEIGHTS):
         if not (folder / file).is_file():

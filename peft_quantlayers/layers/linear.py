@@ -80,8 +80,14 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         ``hessian``: second moment of the inputs, as in :meth:`QuantMethod.quantize`.
 
         Raises:
+            TypeError: ``linear`` is no linear layer, or ``spec`` no spec.
             ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
         """
+        if not isinstance(linear, nn.Linear) or not isinstance(spec, QuantSpec):
+            raise TypeError(
+                f"from_linear takes an nn.Linear and a spec, such as HQQSpec(nbits=4), got {type(linear).__name__} "
+                f"and {type(spec).__name__}. For a whole model use quantize_model(model, config)."
+            )
         if isinstance(linear, QuantizedLinear):
             raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
         layer = QuantizedLinear.from_weight(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_dtype, check_model, check_weights_present
 from ..formats import QuantSpec
 from ..integrations.private_transformers import remove_quantization_config
 from ..methods import QuantConfig
@@ -87,7 +88,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: any module; a transformers model also loses its quantization config.
         dtype: dtype of the weights; None for each layer's ``compute_dtype``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``dtype`` no floating dtype.
+        ValueError: weights are on the meta device. The model is as it was.
     """
+    check_model("dequantize_model", model)
+    check_dtype("dtype", dtype)
+    check_weights_present("dequantize_model", model)
     for name, layer in quantized_modules(model).items():
         weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))

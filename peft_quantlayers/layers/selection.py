@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from ..arguments import check_model
 from ..formats import QuantSpec
 from ..methods import QuantConfig
 from ..methods.config import matches
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantized layers of ``model`` by name."""
+    """All quantized layers of ``model`` by name; TypeError if it is no module."""
+    check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 

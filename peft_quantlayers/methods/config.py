@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
+from ..arguments import check_choice, check_fields, check_keywords_only
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.spec import QuantSpec, check_choice, dtype_name
+from ..formats.spec import QuantSpec, dtype_name
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -52,12 +53,10 @@ class QuantConfig:
         if "spec_type" in vars(cls):
             _config_types.setdefault(cls.spec_type, cls)
 
-    def __new__(cls, **fields: Any) -> Self:
+    def __new__(cls, *positional: Any, **fields: Any) -> Self:
         """Raise TypeError for an unknown field, and list the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
+        check_keywords_only(cls.__name__, positional, f"{cls.__name__}(compute_dtype=...)")
+        check_fields(cls.__name__, fields, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

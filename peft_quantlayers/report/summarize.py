@@ -27,6 +27,9 @@ CONVOLUTION = "convolution"
 VECTORS = "norms, biases and scalars"
 OTHER = "other parameters"
 
+# Why a module of a registered type is dense, from its name and itself.
+ReasonOf = Callable[[str, nn.Module], StaysDense | None]
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -51,7 +54,7 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     base = base_model(model)
     if config is None:
         specs: dict[str, QuantSpec] = {}
-        reason_of = _reasons_of_what_is(base)
+        reason_of: ReasonOf = _reasons_of_what_is(base)
     else:
         selection = select_modules(base, config)
         specs, reason_of = selection.specs, lambda name, module: selection.dense.get(name)
@@ -80,13 +83,13 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     )
 
 
-def _reasons_of_what_is(model: nn.Module) -> Callable[[str, nn.Module], StaysDense]:
+def _reasons_of_what_is(model: nn.Module) -> ReasonOf:
     """Says why a module of a registered type is dense in ``model``, whose config is not at hand."""
     rules = DenseRules(model)
     names = {id(module): name for name, module in model.named_modules()}  # with PEFT's parts, as the rules know them
     specs = Counter(layer.spec for layer in quantized_modules(model).values())
 
-    def reason_of(name: str, module: nn.Module) -> StaysDense:
+    def reason_of(name: str, module: nn.Module) -> StaysDense | None:
         found = rules.reason(names[id(module)], module)
         if found is not None or not specs:
             return found or StaysDense(reason=NOT_QUANTIZED)
