@@ -64,9 +64,9 @@ def quantize_model(
     Raises:
         TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
         ValueError: the model carries adapters, or has weights on the meta device; nothing to quantize; a layer is
-            quantized already to another spec; a shape does not fit the config; a pattern matches no module; a weight
-            holds NaN or Inf; too little calibration data; block finetuning or a resume folder for a model that is
-            quantized in part. The model is as it was.
+            quantized already to another spec; a shape does not fit the config, with ``on_misfit="refuse"``; a pattern
+            matches no module; a weight holds NaN or Inf; too little calibration data; block finetuning or a resume
+            folder for a model that is quantized in part. The model is as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
