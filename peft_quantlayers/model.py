@@ -1,12 +1,8 @@
-"""Quantize a whole model that is in memory, and save a quantized model."""
+"""Quantize a whole model that is in memory."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +15,12 @@ from .arguments import (
     check_flag,
     check_model,
     check_tokenizer,
-    check_weights_present,
 )
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
+from .layers.other_quantizers import refuse_other_quantizers
+from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
@@ -63,10 +60,11 @@ def quantize_model(
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters, or has weights on the meta device; nothing to quantize; a layer is
-            quantized already to another spec; a shape does not fit the config, with ``on_misfit="refuse"``; a pattern
-            matches no module; a weight holds NaN or Inf; too little calibration data; block finetuning or a resume
-            folder for a model that is quantized in part. The model is as it was.
+        ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
+            on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
+            the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little
+            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
+            as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
@@ -74,6 +72,7 @@ def quantize_model(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
+    refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
     specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
@@ -116,7 +115,13 @@ def _check_arguments(
             "on_layer gets the errors that calibration measures, and there is no calibration=. Give some text, or "
             "leave on_layer out. The model was not changed."
         )
-    check_weights_present("quantize_model", model)
+    check_weights_are_here(
+        model,
+        "quantizing",
+        if_offloaded=" A model that does not fit is quantized while it is loaded, with from_pretrained(name, "
+        "quantization_config=config).",
+        if_sharded="Quantize and save the model in one process, and load the folder sharded.",
+    )
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
@@ -147,101 +152,3 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
     finally:
         if isinstance(model, PreTrainedModel) and len(quantized_modules(model)) > n_before:
             QuantlayersHfQuantizer.attached_to(model)
-
-
-def save_model(
-    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
-) -> None:
-    """Save a quantized model, all of it or nothing, with a model card that says how to load it.
-
-    Everything is written to a temporary folder next to ``folder`` first, and then moved there.
-
-    Args:
-        model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
-        folder: must not exist, or be empty, unless ``overwrite``.
-        tokenizer: saved with the model, if given.
-        overwrite: replace the model in ``folder``: files of the same names, and all its safetensors. Others stay.
-        kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
-
-    Raises:
-        FileExistsError: ``folder`` holds files; nothing was written.
-        ValueError: the model carries adapters; nothing was written.
-    """
-    folder = Path(folder)
-    if has_adapters(model):
-        raise ValueError(
-            "the model carries PEFT adapters, which would not be saved; nothing was written. Merge them "
-            "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a folder; nothing was written.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True to "
-            "replace the model in it (other files stay)."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(written, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(written)
-        if quantized_modules(model):
-            (written / "README.md").write_text(_model_card(model))
-        written.chmod(0o777 & ~_umask())
-        if folder.exists() and any(folder.iterdir()):
-            _replace_model(folder, written)
-        else:
-            written.replace(folder)
-    except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        raise
-
-
-def _replace_model(folder: Path, written: Path) -> None:
-    """Move the files of ``written`` into ``folder``, and remove the weights of the model that was there."""
-    names = {file.name for file in written.iterdir()}
-    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        if old.name not in names:
-            old.unlink()
-    for file in written.iterdir():
-        file.replace(folder / file.name)
-    written.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _model_card(model: PreTrainedModel) -> str:
-    layers = quantized_modules(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
-        1, weights
-    )
-    specs = sorted({str(layer.spec) for layer in layers.values()})
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft_quantlayers",
-            "tags: [quantized, quantlayers]",
-            "---",
-            "",
-            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
-            "with random numbers and only warns.**",
-            "",
-            "```python",
-            "import peft_quantlayers",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
-            "```",
-            "",
-            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
-            "",
-            *[f"- `{spec}`" for spec in specs],
-            "",
-        ]
-    )

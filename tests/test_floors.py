@@ -16,7 +16,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 # The longest name that fits decides: the private names of peers lie below the rooms that need one of them.
 FLOORS = [
     {"arguments", "quantlayers_kernels", "evaluate", "integrations.private_peft", "integrations.private_transformers"},
-    {"formats"},
+    {"formats", "storage"},
     {"methods"},
     {"layers"},
     {"calibration"},
@@ -24,13 +24,13 @@ FLOORS = [
     {"lora", "scales"},
     {"model_merge"},
     {"integrations"},
-    {"model", "training"},
+    {"model", "saving", "training"},
     {"export", "report"},
     {"cli"},
     {"peft_quantlayers"},  # the package's own __init__: the public surface
 ]
 MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training"}
-KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "methods", "layers", "merging", "evaluate"}
+KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 
 

@@ -31,8 +31,10 @@ from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .checksums import checksum_metadata, refuse_damage
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
+from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
 
 class _QuantizeWeight(ConversionOps):
@@ -78,6 +80,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     requires_calibration = False
     # Set while a PVTuner trains the layers themselves: the Trainer then takes the model without an adapter.
     is_training_codes = False
+    # Not where only headers are looked at.
+    are_checksums_checked = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -137,13 +141,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
             return
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
+        if self.are_checksums_checked:
+            refuse_damage(files)
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = names_in_model(description.specs, model)
         self.specs = {name: description.specs[stored_name] for stored_name, name in names.items()}
         self.compute_dtype = description.compute_dtype
         stored_names = {name: stored_name for stored_name, name in names.items()}
         stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
-        self.stored_layers = StoredLayers(stored, stored_names=stored_names, failures=self.failures)
+        converted = layers_with_wide_codes(self.specs, model) | stored
+        self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
         if not stored:  # what is converted was checked when it was described
@@ -222,11 +229,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Nothing of its own. transformers asks right before it saves: the config is brought up to date here."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
+        """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        return None, {}
+        state = state_with_wide_codes(model)
+        return state, checksum_metadata(model, model.state_dict() if state is None else state)
 
     @property
     def is_trainable(self) -> bool:

@@ -204,12 +204,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
-        parameters = self._parameters
-        tensors: dict[str, Any] = {name: parameters[name] for name in self._tensor_names}
-        weight = QuantizedWeight(
-            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
-        )
-        return self.forward_with(x, weight, parameters["bias"])
+        return self.forward_with(x, self._weight_of(self._tensors()), self._parameters["bias"])
 
     def forward_with(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` gives once the layer has this weight and bias."""

@@ -17,6 +17,7 @@ from ..arguments import check_callable, check_choice, check_flag, check_tokenize
 from ..calibration import Calibration
 from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
+from ..merging.advice import nothing_merged
 from ..merging.rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
 from .calibrated import merge_calibrated
@@ -29,6 +30,7 @@ from .refusals import (
     refuse_broken_adapters,
     refuse_other_models,
     refuse_tied_weights,
+    refuse_weights_elsewhere,
     score_of,
 )
 from .targets import MergeTarget, merge_targets
@@ -92,7 +94,8 @@ def merge_back(
         TypeError: not a PeftModel, ``adapters`` is not a list, ``evaluate_on`` holds no token ids, or ``metric`` did
             not return a number.
         ValueError: an unknown strategy or adapter, adapters that the strategy does not support, one that holds NaN or
-            Inf, too few tokens to evaluate on, or unknown ones, or no adapter is left.
+            Inf, too few tokens to evaluate on, or unknown ones, no adapter is left, or weights that are offloaded,
+            sharded or on the meta device.
         NotImplementedError: the tuner cannot merge, or the strategy does not support a layer's method.
 
     After any error, also one that ``metric`` raises, the model is left as it was.
@@ -103,6 +106,7 @@ def merge_back(
     check_callable("metric", metric, "a model")
     for flag, value in (("unload", unload), ("progress", progress)):
         check_flag(flag, value)
+    refuse_weights_elsewhere(peft_model)
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     refuse_biases_without_a_place(peft_model, names)
@@ -126,6 +130,8 @@ def merge_back(
             _merge_dense_layers(peft_model, targets, names)
     scores = None if score_before is None or score_after is None else (score_before, score_after)
     report = MergeReport(strategy=strategy, layers=_reports(targets), capture=captured, scores=scores)
+    if said := nothing_merged(report.layers):
+        logger.warning(said)
     _warn_of_wider_metadata(report)
     return MergedModel(_unloaded(peft_model, targets, names, strategy) if unload else peft_model, report)
 
