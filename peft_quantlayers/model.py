@@ -62,8 +62,9 @@ def quantize_model(
         TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
         ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
             on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
-            the config; a pattern matches no module; a weight holds NaN or Inf; too little calibration data; block
-            finetuning or a resume folder for a model that is quantized in part. The model is as it was.
+            the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little
+            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
+            as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from ..arguments import check_model
 from ..formats import QuantSpec
 from ..integrations.base_modules import base_model, base_modules
 from ..layers import DenseType, QuantizedLinear, quantized_modules
@@ -45,8 +46,7 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
         ValueError: what :func:`peft_quantlayers.quantize_model` would refuse about shapes and patterns; a config for
             a model that carries adapters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Load it first.")
+    check_model("summary", model)
     if config is not None and not isinstance(config, QuantConfig):
         raise TypeError(f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}.")
     if config is not None and has_adapters(model):
