@@ -28,6 +28,7 @@ from .methods import (
 )
 from .model import quantize_model, save_model
 from .model_merge import MergedModel, merge_back
+from .report import ModelSummary, summary
 from .scales import QuantScalesConfig
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
@@ -48,6 +49,7 @@ __all__ = [
     "MergeAwareCallback",
     "MergeReport",
     "MergedModel",
+    "ModelSummary",
     "PVTuner",
     "QuantConfig",
     "QuantMethod",
@@ -71,6 +73,7 @@ __all__ = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "summary",
     "unregister",
 ]
 

@@ -102,18 +102,6 @@ def check_model(function: str, model: Any) -> None:
     raise TypeError(f"{function} takes a model, a torch.nn.Module, and {what}. Nothing was changed.")
 
 
-def check_weights_present(function: str, model: nn.Module) -> None:
-    """Raise ValueError if weights of ``model`` are on the meta device: it is offloaded, or was made without them."""
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(
-            f"{function} needs the weights, and {len(missing)} of them are on the meta device, for example "
-            f"{missing[0]}: the model is offloaded to CPU or disk, or was made without weights. Load it without "
-            "device_map and offloading; a model that does not fit is quantized while it is loaded, with "
-            "from_pretrained(name, quantization_config=config). The model was not changed."
-        )
-
-
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise TypeError unless ``tokenizer`` is None or can be called with a text."""
     if tokenizer is None or (callable(tokenizer) and not isinstance(tokenizer, (type, nn.Module))):

@@ -19,11 +19,12 @@ from .arguments import (
     check_flag,
     check_model,
     check_tokenizer,
-    check_weights_present,
 )
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
+from .layers.other_quantizers import refuse_other_quantizers
+from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
@@ -63,10 +64,10 @@ def quantize_model(
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters, or has weights on the meta device; nothing to quantize; a layer is
-            quantized already to another spec; a shape does not fit the config; a pattern matches no module; a weight
-            holds NaN or Inf; too little calibration data; block finetuning or a resume folder for a model that is
-            quantized in part. The model is as it was.
+        ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
+            on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
+            the config; a pattern matches no module; a weight holds NaN or Inf; too little calibration data; block
+            finetuning or a resume folder for a model that is quantized in part. The model is as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
@@ -74,6 +75,7 @@ def quantize_model(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
+    refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
     specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
@@ -116,7 +118,13 @@ def _check_arguments(
             "on_layer gets the errors that calibration measures, and there is no calibration=. Give some text, or "
             "leave on_layer out. The model was not changed."
         )
-    check_weights_present("quantize_model", model)
+    check_weights_are_here(
+        model,
+        "quantizing",
+        if_offloaded=" A model that does not fit is quantized while it is loaded, with from_pretrained(name, "
+        "quantization_config=config).",
+        if_sharded="Quantize and save the model in one process, and load the folder sharded.",
+    )
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:

@@ -21,6 +21,7 @@ PUBLIC = [
     "MergeAwareCallback",
     "MergeReport",
     "MergedModel",
+    "ModelSummary",
     "PVTuner",
     "QuantConfig",
     "QuantMethod",
@@ -44,6 +45,7 @@ PUBLIC = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "summary",
     "unregister",
 ]
 

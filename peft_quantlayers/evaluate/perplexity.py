@@ -43,7 +43,9 @@ def perplexity(
         )
     text = token_ids.reshape(-1) if isinstance(token_ids, Tensor) else token_ids
     n_windows = check_token_ids(text, window=window, max_windows=max_windows)
-    windows = text[: n_windows * window].view(n_windows, window).to(model.device)
+    # accelerate moves the inputs of a model that it has offloaded to meta.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    windows = text[: n_windows * window].view(n_windows, window).to(device)
     was_training = model.training
     model.eval()
     total = 0.0

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ from torch import Tensor
 from ..arguments import check_choice
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
+# A quantized weight that takes as many is left dense.
+HALF_PRECISION_BITS = 16
 
 Role = Literal["codes", "scales", "zeros", "codebooks"]
 # Roles of the tensors other than the codes, the same for every method.
 METADATA_ROLES: tuple[Role, ...] = ("scales", "zeros", "codebooks")
+
+
+SpecT = TypeVar("SpecT", bound="QuantSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,21 @@ class QuantSpec(ABC):
         """
         return ""
 
+    def misfit(self, out_features: int, in_features: int) -> str:
+        """Why a weight of this shape cannot be stored this way, in a few words; empty if it can."""
+        try:
+            self.tensor_layout(out_features, in_features)
+        except ValueError as error:
+            return str(error).partition(". ")[0].removesuffix(".")
+        return ""
+
+    def fitted(self, out_features: int, in_features: int) -> Self | None:
+        """This spec, or the nearest one with smaller groups that can hold a weight of this shape.
+
+        None where there is none that is worth it; a method whose groups cannot shrink has only itself to offer.
+        """
+        return None if self.misfit(out_features, in_features) else self
+
     def trainable_roles(self, out_features: int, in_features: int) -> dict[str, Role]:
         """Name and role of the tensors that may be trained while the codes stay: the floating ones, by default.
 
@@ -190,6 +210,16 @@ def dtype_name(field: str, value: Any) -> str:
     name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
     check_choice(field, name, METADATA_DTYPES)
     return str(name)
+
+
+def with_smaller_groups(spec: SpecT, field: str, side: int, out_features: int, in_features: int) -> SpecT | None:
+    """``spec`` with the largest group size in ``field``, up to its own, that divides ``side``.
+
+    None if the weight (out_features, in_features) would then take as many bits as in half precision.
+    """
+    size = next(size for size in range(min(side, getattr(spec, field)), 0, -1) if side % size == 0)
+    fitted = dataclasses.replace(spec, **{field: size})
+    return fitted if fitted.bits_per_weight(out_features, in_features)[1] < HALF_PRECISION_BITS else None
 
 
 def suggest_divisor(size: int, near: int) -> int:

@@ -67,7 +67,9 @@ def load_hqq_folder(
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stored = {name: flattened(entries, name=name) for name, entries in modules.items() if "W_q" in entries}
-    layers = {name: describe_hqq_layer(entries, name=name) for name, entries in stored.items()}
+    layers = {
+        name: describe_hqq_layer(entries, name=name, spec_from_dict=spec_from_dict) for name, entries in stored.items()
+    }
     _place_layers(model, layers)
     converted = {
         f"{name}.{part}": layer.convert(part, stored[name][part])
@@ -119,7 +121,7 @@ def _place_layers(model: nn.Module, layers: Mapping[str, StoredHqqLayer]) -> Non
             raise ValueError(
                 f"{name}: the file holds a weight of shape {layer.shape}, the model wants {dense_shape(model, name)}."
             )
-        place_empty_layer(model, name, layer.make_spec(spec_from_dict), compute_dtype=None, device="meta")
+        place_empty_layer(model, name, layer.spec, compute_dtype=None, device="meta")
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     """
 
     merge_rules = RULES
+    can_be_calibrated = True
+    knows_unmerged_weight = True
 
     def __init__(
         self,

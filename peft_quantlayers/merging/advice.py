@@ -20,13 +20,15 @@ def recommendation(
     output_retained: float | None,
     delta_retained: float,
 ) -> str | None:
-    """What to try instead; None if the merge lost little.
+    """What to try instead, or that nothing was merged; None if the merge lost little.
 
     Args:
         layers: their reports.
         capture: measured on held-out text, or None.
         output_retained, delta_retained: over all layers.
     """
+    if layers and (said := nothing_merged(layers)):
+        return said
     done = {layer.strategy for layer in layers}
     if capture is not None and capture.is_measurable:
         retained, what = capture.capture, "effect on the predictions is left"
@@ -48,6 +50,22 @@ def recommendation(
     others = ["more text to calibrate on, or finetune_epochs in the Calibration"] if "calibrated" in done else []
     others += [way for name, way in _other_ways(layers).items() if name not in done]
     return f"{retained:.2f} of the adapter's {what}." + (f" Instead: {'; or '.join(others)}." if others else "")
+
+
+def nothing_merged(layers: Sequence[LayerMergeReport]) -> str | None:
+    """That the merge changed no quantized weight, and what that may come from; None if it changed some."""
+    if not layers:
+        return (
+            "No quantized weight was merged: the adapters lie on float layers only, as on a base that was loaded "
+            "without quantization."
+        )
+    if any(layer.delta_norm for layer in layers):
+        return None
+    return (
+        f"The delta of all {len(layers)} quantized layers with an adapter is zero: merging changed no "
+        "weight. Was the adapter trained? model.print_trainable_parameters() must not say 0 (a frozen adapter), and a "
+        "loaded one must have its file's tensors."
+    )
 
 
 def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise: float) -> str | None:

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from ..arguments import check_callable, check_choice, check_flag, check_tokenizer
 from ..calibration import Calibration
 from ..layers import dequantize_model
-from ..lora import LoraQuantizedLinear
 from ..merging import LayerMergeReport, MergeReport
+from ..merging.advice import nothing_merged
 from ..merging.rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
 from .calibrated import merge_calibrated
@@ -30,6 +30,7 @@ from .refusals import (
     refuse_broken_adapters,
     refuse_other_models,
     refuse_tied_weights,
+    refuse_weights_elsewhere,
     score_of,
 )
 from .targets import MergeTarget, merge_targets
@@ -93,7 +94,8 @@ def merge_back(
         TypeError: not a PeftModel, ``adapters`` is not a list, ``evaluate_on`` holds no token ids, or ``metric`` did
             not return a number.
         ValueError: an unknown strategy or adapter, adapters that the strategy does not support, one that holds NaN or
-            Inf, too few tokens to evaluate on, or unknown ones, or no adapter is left.
+            Inf, too few tokens to evaluate on, or unknown ones, no adapter is left, or weights that are offloaded,
+            sharded or on the meta device.
         NotImplementedError: the tuner cannot merge, or the strategy does not support a layer's method.
 
     After any error, also one that ``metric`` raises, the model is left as it was.
@@ -104,6 +106,7 @@ def merge_back(
     check_callable("metric", metric, "a model")
     for flag, value in (("unload", unload), ("progress", progress)):
         check_flag(flag, value)
+    refuse_weights_elsewhere(peft_model)
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     refuse_biases_without_a_place(peft_model, names)
@@ -119,7 +122,7 @@ def merge_back(
         else:
             with only_active(peft_model, targets, names):
                 data = Calibration.of(calibration, tokenizer)
-                merge_calibrated(peft_model, names, data, strategy=strategy, progress=progress)
+                merge_calibrated(peft_model, targets, names, data, strategy=strategy, progress=progress)
         if held_out is not None:
             captured = measured_effect(peft_model, targets, names, held_out, progress=progress)
         score_after = _score(metric, peft_model, targets, names, is_merged=True, progress=progress)
@@ -127,6 +130,8 @@ def merge_back(
             _merge_dense_layers(peft_model, targets, names)
     scores = None if score_before is None or score_after is None else (score_before, score_after)
     report = MergeReport(strategy=strategy, layers=_reports(targets), capture=captured, scores=scores)
+    if said := nothing_merged(report.layers):
+        logger.warning(said)
     _warn_of_wider_metadata(report)
     return MergedModel(_unloaded(peft_model, targets, names, strategy) if unload else peft_model, report)
 
@@ -159,13 +164,13 @@ def _checked_targets(
     """
     targets = merge_targets(peft_model, names)
     for target in targets:
-        kind, possible = type(target.module).__name__, (*target.source.merge_rules, *_calibrated(target))
+        kind, possible = type(target.module).__name__, target.source.possible_strategies()
         if strategy not in possible:
             raise ValueError(
                 f"{target.name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a {kind}. Choose "
                 f"one of {possible}. The model is left as it was."
             )
-        if isinstance(target.source, LoraQuantizedLinear) or not target.module.merged:
+        if target.source.knows_unmerged_weight or not target.module.merged:
             continue
         if needs_unmerged or (strategy == "dense" and target.is_peft_tuner):
             raise ValueError(
@@ -179,17 +184,13 @@ def _checked_targets(
             f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '
             "merges them as PEFT does. The model is left as it was."
         )
-    is_lora = all(isinstance(target.source, LoraQuantizedLinear) for target in targets)
-    if not is_unloaded and not (is_lora and isinstance(peft_model.base_model, LoraModel)):
+    is_undone = all(target.source.knows_unmerged_weight for target in targets)
+    if not is_unloaded and not (is_undone and isinstance(peft_model.base_model, LoraModel)):
         raise ValueError(
             "unload=False is for LoRA: other tuners' merges into quantized layers cannot be undone bit for bit. "
             "Keep a copy of the model instead. The model is left as it was."
         )
     return targets
-
-
-def _calibrated(target: MergeTarget) -> tuple[str, ...]:
-    return ("calibrated",) if isinstance(target.source, LoraQuantizedLinear) else ()
 
 
 def _score(

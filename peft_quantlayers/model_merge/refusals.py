@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_model, check_names
 from ..integrations.private_peft import tied_target_modules
+from ..layers.placement import check_weights_are_here
 
 
 def refuse_other_models(peft_model: Any) -> None:
@@ -44,6 +45,17 @@ def refuse_other_models(peft_model: Any) -> None:
             "the model has no adapter any more: they were already merged and removed. Use the model that the merge "
             "returned, or load base and adapter again."
         )
+
+
+def refuse_weights_elsewhere(peft_model: PeftModel) -> None:
+    """Raise unless this process has all weights: a merge reads them, and writes them all or none."""
+    check_weights_are_here(
+        peft_model,
+        "merge_back",
+        if_offloaded=" PEFT's merge_and_unload() merges an offloaded model layer by layer.",
+        if_sharded="Save the adapter with save_pretrained, and merge it in one process: load the quantized folder "
+        "without distributed_config, the adapter with PeftModel.from_pretrained, and call merge_back.",
+    )
 
 
 def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:

@@ -5,7 +5,7 @@ from plans import layer_report_of
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import Capture
-from peft_quantlayers.merging.advice import LOW_CAPTURE, not_measured, recommendation
+from peft_quantlayers.merging.advice import LOW_CAPTURE, not_measured, nothing_merged, recommendation
 
 
 def advice(*layers, capture=None, output_retained=None, delta_retained=0.1) -> str | None:
@@ -83,3 +83,12 @@ def test_noise_that_was_not_measured_is_said(strategies, noise, is_said):
     assert (said is not None) == is_said
     assert said is None or f"noise {noise:.2f} times" in said
     assert not_measured(layers, is_captured=True, noise=noise) is None
+
+
+def test_a_merge_that_changed_nothing_says_so():
+    for strategy in ("requantize", "calibrated", "aware"):
+        said = advice(layer_report_of(strategy, delta_norm=0.0), layer_report_of(strategy, delta_norm=0.0))
+        assert said.startswith("The delta of all 2 quantized layers with an adapter is zero")
+        assert "Was the adapter trained?" in said
+    assert "is zero" not in (advice(layer_report_of(delta_norm=0.0), layer_report_of()) or "")
+    assert nothing_merged([]).startswith("No quantized weight was merged")
