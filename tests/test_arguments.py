@@ -73,7 +73,7 @@ QUANTIZE = [
         lambda model: pql.quantize_model(model, CONFIG),
         ValueError,
         "meta device",
-        "quantization_config=",
+        "Load the weights first",
         on=meta_model,
         name="meta",
     ),
@@ -293,6 +293,9 @@ OTHERS = [
         name="dequantize: meta",
         on=lambda: quantized().to("meta"),
     ),
+    mistake(lambda _: pql.summary("folder"), TypeError, "from_pretrained('folder')", name="summary: folder"),
+    mistake(lambda model: pql.summary(model, HQQConfig), TypeError, "HQQConfig()", on=dense, name="summary: class"),
+    mistake(lambda model: pql.summary(model, {"nbits": 4}), TypeError, "(**fields)", on=dense, name="summary: dict"),
     mistake(lambda _: pql.quantized_modules(None), TypeError, "got None", name="quantized_modules: none"),
     mistake(
         lambda model: pql.enable_merge_aware(model, "default"),
