@@ -32,6 +32,7 @@ from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .checksums import checksum_metadata, refuse_damage
+from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -83,8 +84,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # Not where only headers are looked at.
     are_checksums_checked = True
 
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+    def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any) -> None:
+        self.given_config = quantization_config
+        if not pre_quantized:
+            quantization_config = quant_config_of(quantization_config)
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
@@ -137,6 +141,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
+            self.quantization_config = without_untagged(self.quantization_config, self.given_config, model)
             self.specs = quantizable_modules(model, self.quantization_config)
             return
         config = cast(QuantlayersConfig, self.quantization_config)
@@ -153,6 +158,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
+        if config.asked is not None:
+            compare_with_asked(config.asked, self.specs, model)
         if not stored:  # what is converted was checked when it was described
             check_headers(files.headers, self.specs, model)
         self._place_layers(model, description, names)
