@@ -313,7 +313,8 @@ def _layer_type_name(method: str) -> str:
 
 def __getattr__(name: str) -> Any:
     """Layer classes that :func:`layer_type` makes, by name: pickle looks for them here, also in a new process."""
-    for method in registered_methods():
-        if name == _layer_type_name(method):
-            return layer_type(method)
+    if not name.startswith("__"):  # ``__path__``, which every import asks for: too early to load other packages
+        for method in registered_methods():
+            if name == _layer_type_name(method):
+                return layer_type(method)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
