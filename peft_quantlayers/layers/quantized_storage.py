@@ -114,6 +114,11 @@ class QuantizedStorage(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if "_tensor_names" not in state:
+            raise TypeError(
+                f"{self.layer_name}: this layer was pickled by an earlier version of peft_quantlayers. Save the model "
+                "with save_model, or the layer's state_dict, in that version, and load that."
+            )
         self._wrap_codes()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
