@@ -250,6 +250,24 @@ def decode_shapes(name: str = "decode") -> str:
     return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
 
 
+def decode_lora() -> str:
+    """Microseconds of layers with an adapter, with one token and without gradients, ours and by PEFT's forward."""
+    measured = result("decode_lora")
+    rows = {(tuple(row["shape"]), row["method"]): row for row in measured["rows"] if row["tokens"] == 1}
+    methods = list(dict.fromkeys(method for _, method in rows if "LoRA" in method))
+    body = [
+        [" x ".join(map(str, shape)), *(f"{1e6 * rows[shape, method]['median_s']:,.0f}" for method in methods)]
+        for shape in dict.fromkeys(shape for shape, _ in rows)
+    ]
+    model = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in measured["model"].items())
+    return (
+        table(["us, one token, LoRA r = 8", *methods], body)
+        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, "
+        + f"{measured['clock']}. "
+        + device_line(measured["device"], measured["command"])
+    )
+
+
 def gpu() -> str:
     """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each with the dense."""
     measured = result("gpu")
@@ -464,6 +482,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
+        "decode_lora": decode_lora,
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,

@@ -29,7 +29,8 @@ from .methods import (
     registered_methods,
 )
 from .model import quantize_model
-from .model_merge import merge_back
+from .model_merge import MergedModel, merge_back
+from .report import ModelSummary, summary
 from .saving import save_model, undo_interrupted_save
 from .scales import QuantScalesConfig
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
@@ -51,6 +52,8 @@ __all__ = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
+    "ModelSummary",
     "PVTuner",
     "QuantConfig",
     "QuantMethod",
@@ -74,6 +77,7 @@ __all__ = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "summary",
     "undo_interrupted_save",
     "unregister",
     "verify_model",

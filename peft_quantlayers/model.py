@@ -9,9 +9,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .arguments import (
+    check_callable,
+    check_device,
+    check_flag,
+    check_model,
+    check_tokenizer,
+)
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.transformers_quantizer import QuantlayersHfQuantizer
 from .layers import quantized_modules
+from .layers.other_quantizers import refuse_other_quantizers
+from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
@@ -39,9 +48,10 @@ def quantize_model(
     Args:
         model: any module. A transformers model saves, loads and trains afterwards as a quantized model.
         config: the method, and overrides by name; for example ``HQQConfig(nbits=4)``.
-        calibration: texts, token ids, a dataset, or a :class:`Calibration` around them. If given, minimises each
-            layer's output error on this data instead of its weight error; the format stays the same. HQQ then needs
-            ``axis=1``.
+        calibration: texts, token ids, a dataset, batches for the model's forward, or a :class:`Calibration` around
+            them. If given, minimises each layer's output error on this data instead of its weight error; the format
+            stays the same. HQQ then needs ``axis=1``. Layers that the data does not reach (a vision tower without
+            images) are quantized without it, with a warning that names them.
         tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`; None for the model's own.
         device: where to quantize, for example ``"cuda"`` for a model in CPU memory; the quantized layer returns to
             the device of the weight. None to quantize each weight on its own device.
@@ -49,24 +59,21 @@ def quantize_model(
         on_layer: called after each layer with its errors; only with ``calibration``.
 
     Raises:
-        TypeError: ``config`` is no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already to another spec; a
-            shape does not fit the config; a pattern matches no module; a weight holds NaN or Inf; too little
-            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
-            as it was.
+        TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
+        ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
+            on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
+            the config; a pattern matches no module; a weight holds NaN or Inf; too little calibration data; block
+            finetuning or a resume folder for a model that is quantized in part. The model is as it was.
     """
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
-            "fields: HQQConfig(**fields)."
-        )
+    _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
         raise ValueError(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
-    specs = checked_modules(model, config)
+    refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
         _refuse_lost_targets(given)
     with _described(model, n_planned=len(specs)):
@@ -75,6 +82,45 @@ def quantize_model(
         else:
             quantize_calibrated(model, specs, config, given, device=device, progress=progress, on_layer=on_layer)
     return model
+
+
+def _check_arguments(
+    model: Any,
+    config: Any,
+    tokenizer: Any,
+    device: Any,
+    progress: Any,
+    on_layer: Any,
+    *,
+    is_calibrated: bool,
+) -> None:
+    """Raise TypeError or ValueError for an argument of :func:`quantize_model` that is none."""
+    if isinstance(model, QuantConfig):
+        raise TypeError("quantize_model takes the model first and the config second: quantize_model(model, config).")
+    check_model("quantize_model", model)
+    if isinstance(config, type) and issubclass(config, QuantConfig):
+        raise TypeError(f"config must be a config and is the class: write {config.__name__}().")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
+            "fields: HQQConfig(**fields)."
+        )
+    check_tokenizer(tokenizer)
+    check_device("device", device)
+    check_flag("progress", progress)
+    check_callable("on_layer", on_layer, "a LayerResult")
+    if on_layer is not None and not is_calibrated:
+        raise ValueError(
+            "on_layer gets the errors that calibration measures, and there is no calibration=. Give some text, or "
+            "leave on_layer out. The model was not changed."
+        )
+    check_weights_are_here(
+        model,
+        "quantizing",
+        if_offloaded=" A model that does not fit is quantized while it is loaded, with from_pretrained(name, "
+        "quantization_config=config).",
+        if_sharded="Quantize and save the model in one process, and load the folder sharded.",
+    )
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:

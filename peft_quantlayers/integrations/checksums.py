@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,10 @@ from .checkpoint_headers import CheckpointFiles
 _SHOWN_TENSORS = 5
 
 
-def checksum_metadata(model: PreTrainedModel) -> dict[str, str]:
+def checksum_metadata(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, str]:
     """Metadata with the checksum of each tensor that ``save_pretrained`` will write, under the names in the file.
+
+    ``state`` are the tensors of ``model`` that will be written, under the names in the model.
 
     Nothing where checksums are switched off, or where the tensors are not all here: sharded, or on the meta device.
     """
@@ -25,7 +28,7 @@ def checksum_metadata(model: PreTrainedModel) -> dict[str, str]:
         return {}
     state = {
         name: tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if name not in (model._keys_to_ignore_on_save or ()) and isinstance(tensor, Tensor)
     }
     if any(tensor.is_meta or _is_sharded(tensor) for tensor in state.values()):

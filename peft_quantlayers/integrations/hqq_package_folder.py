@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..arguments import check_device, check_dtype
 from ..formats.checksums import SWITCH, are_checksums_used
 from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
 from ..layers import QuantizedLinear, quantized_modules
@@ -41,10 +42,15 @@ def load_hqq_folder(
         device: where the model goes; None for the CPU.
 
     Raises:
+        TypeError: ``folder`` is no path, or ``dtype`` no floating dtype.
         FileNotFoundError: one of the two files is not there.
         ValueError: qmodel.pt is damaged, asks for code to be run, or does not belong to config.json; names the
             layer at fault.
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder must be the path of a folder, got {type(folder).__name__}.")
+    check_dtype("dtype", dtype)
+    check_device("device", device)
     folder = Path(folder)
     for file in ("config.json", WEIGHTS):
         if not (folder / file).is_file():
@@ -64,7 +70,9 @@ def load_hqq_folder(
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stored = {name: flattened(entries, name=name) for name, entries in modules.items() if "W_q" in entries}
-    layers = {name: describe_hqq_layer(entries, name=name) for name, entries in stored.items()}
+    layers = {
+        name: describe_hqq_layer(entries, name=name, spec_from_dict=spec_from_dict) for name, entries in stored.items()
+    }
     _place_layers(model, layers)
     converted = {
         f"{name}.{part}": layer.convert(part, stored[name][part])
@@ -133,7 +141,7 @@ def _place_layers(model: nn.Module, layers: Mapping[str, StoredHqqLayer]) -> Non
             raise ValueError(
                 f"{name}: the file holds a weight of shape {layer.shape}, the model wants {dense_shape(model, name)}."
             )
-        place_empty_layer(model, name, layer.make_spec(spec_from_dict), compute_dtype=None, device="meta")
+        place_empty_layer(model, name, layer.spec, compute_dtype=None, device="meta")
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

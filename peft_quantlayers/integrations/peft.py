@@ -28,6 +28,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..layers import QuantizedLinear
+from ..layers.placement import check_weights_are_here, is_offloaded
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
@@ -141,8 +142,20 @@ def _unload(
 
 @contextmanager
 def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
-    """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is."""
+    """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is.
+
+    An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
+    """
     layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    if any(is_offloaded(layer) for layer in layers):
+        layers = []
+    for layer in layers:
+        check_weights_are_here(
+            layer,
+            "merging",
+            if_sharded="Save the adapter, and merge it in one process, into the quantized folder loaded without "
+            "distributed_config.",
+        )
     states = [layer.snapshot() for layer in layers]
     try:
         for layer in layers:

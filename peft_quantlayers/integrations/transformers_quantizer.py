@@ -26,13 +26,15 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
-from ..layers.dense_types import dense_shape
+from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
+from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .checksums import checksum_metadata, refuse_damage
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
+from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
 
 class _QuantizeWeight(ConversionOps):
@@ -44,9 +46,20 @@ class _QuantizeWeight(ConversionOps):
     def convert(
         self, input_dict: dict, *, full_layer_name: str, model: nn.Module, missing_keys: set | None = None, **_: Any
     ) -> dict:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        module_name = full_layer_name.removesuffix(".weight")
+        # One tensor under any name, or all that a conversion of transformers made at once, by their whole names.
+        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
+        rest = {}
+        for name, value in zip(names, input_dict.values(), strict=True):
+            module_name = name.removesuffix(".weight")
+            if name == module_name or module_name not in self.quantizer.specs:
+                rest[name] = value
+                continue
+            self._quantize(model, module_name, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return rest
+
+    def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
         linear = model.get_submodule(module_name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
@@ -59,9 +72,6 @@ class _QuantizeWeight(ConversionOps):
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
             self.quantizer.failures.append(str(error))
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
-        return {}
 
 
 class QuantlayersHfQuantizer(HfQuantizer):
@@ -139,7 +149,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.compute_dtype = description.compute_dtype
         stored_names = {name: stored_name for stored_name, name in names.items()}
         stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
-        self.stored_layers = StoredLayers(stored, stored_names=stored_names, failures=self.failures)
+        converted = layers_with_wide_codes(self.specs, model) | stored
+        self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
         if not stored:  # what is converted was checked when it was described
@@ -170,6 +181,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
         self.stored_layers.forget_conversions(model)
@@ -183,6 +196,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
                 layer.branch.requires_grad_(False)
         self.quantization_config = QuantlayersConfig.from_model(model)
         self._attach(model)
+
+    def _quantize_rest(self, model: PreTrainedModel) -> None:
+        """Quantize what the loader has put into the model by itself: it asks for one weight of several that a
+        conversion makes, and for none that the checkpoint lacks. Weights that were tied since are not among it."""
+        operation = _QuantizeWeight(self)
+        rules = DenseRules(model, quantize_lm_head=self.quantization_config.quantize_lm_head)
+        for name in self.specs:
+            module = model.get_submodule(name)
+            if dense_type_of(module) is not None and rules.reason(name, module) is None:
+                operation.convert({name: module.weight}, full_layer_name=f"{name}.weight", model=model)
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True
@@ -206,11 +229,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Checksums. transformers asks right before it saves, so the config is brought up to date here too."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
+        """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        return None, checksum_metadata(model)
+        state = state_with_wide_codes(model)
+        return state, checksum_metadata(model, model.state_dict() if state is None else state)
 
     @property
     def is_trainable(self) -> bool:

@@ -199,7 +199,7 @@ def test_a_broken_gradient_changes_nothing(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"code_lr": -1.0}, "code_lr=-1.0 must not be negative"),
+        ({"code_lr": -1.0}, "code_lr=-1.0 must lie above 0"),
         ({"code_lr": float("nan")}, "code_lr=nan"),
         ({"max_code_change": 0.0}, "max_code_change=0.0 must lie above 0"),
         ({"trust_ratio": 1.5}, "trust_ratio=1.5"),
