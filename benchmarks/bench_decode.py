@@ -8,6 +8,7 @@ faster).
 
 On a shared machine the threads of a product wait for each other, and wall-clock times are unreliable: ``--one-thread``
 uses one thread and counts its CPU time. ``--avx2`` leaves AVX-512 unused, in all libraries that have a setting for it.
+``--lora`` times layers with an adapter only, and one token through the whole of SmolLM2-135M with one on every layer.
 """
 
 import argparse
@@ -23,9 +24,15 @@ from pathlib import Path
 import numba
 import torch
 from _cpu import Clock, add_options, clock_of, kernels_in_use, memory_bandwidth, operations_per_second, settle
+from _demo_model import demo_model_folder
 from _device import describe_device
 from _linears import Candidate, candidates
 from _shapes import SHAPES
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from transformers import AutoModelForCausalLM
+
+import peft_quantlayers as pql
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPES = (
@@ -81,12 +88,39 @@ def seconds_per_call(
     return seconds
 
 
+def token_of_model(repeats: int, clock: Clock) -> dict[str, float]:
+    """Median seconds of one token through SmolLM2-135M, HQQ at 4 bits with LoRA on every layer: ours, and PEFT's."""
+    model = AutoModelForCausalLM.from_pretrained(
+        demo_model_folder(), dtype=torch.float32, quantization_config=pql.HQQConfig(nbits=4)
+    )
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)).eval()
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLinear)]
+    forwards = {"ours": type(layers[0]).forward, "PEFT's forward": LoraLinear.forward}
+    token, logits = torch.tensor([[1]]), {}
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
+    for repeat in range(repeats + 1):
+        for name in random.sample(sorted(forwards), len(forwards)):
+            for layer in layers:
+                layer.forward = forwards[name].__get__(layer)
+            start = clock()
+            logits[name] = adapted(input_ids=token).logits
+            if repeat:
+                seconds[name].append(clock() - start)
+    error = (logits["ours"] - logits["PEFT's forward"]).norm() / logits["ours"].norm()
+    if error > 1e-4:
+        raise SystemExit(f"the two forwards differ by {error:.1e}.")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(", ".join(f"SmolLM2-135M + LoRA, {name}: {1e3 * median:.1f} ms" for name, median in medians.items()))
+    return medians
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULT_SHAPES))
+    parser.add_argument("--lora", action="store_true", help="only layers with an adapter, and a model with adapters")
     add_options(parser)
     args = parser.parse_args()
     settle(args)
@@ -102,7 +136,9 @@ def main() -> None:
         is_large = out_features * in_features > LARGE_WEIGHT
         repeats = min(args.repeats, MAX_REPEATS_OF_LARGE) if is_large else args.repeats
         ways, is_right = {}, {}
-        for name, way in candidates(out_features, in_features, with_slow_peers=not is_large):
+        for name, way in candidates(out_features, in_features, with_slow_peers=not is_large and not args.lora):
+            if args.lora and "LoRA" not in name and name != "dense float32":
+                continue
             is_right[name] = checked(name, way, in_features)
             ways[name] = replace(way, weight=torch.empty(0))
         for n_tokens in args.tokens:
@@ -145,7 +181,9 @@ def main() -> None:
         "product_gflop_per_s": operations / 1e9,
         "rows": rows,
     }
-    path = RESULTS / ("decode_avx2.json" if args.avx2 else "decode.json")
+    if args.lora:
+        measured["model"] = token_of_model(args.repeats, clock)
+    path = RESULTS / f"decode{'_lora' if args.lora else ''}{'_avx2' if args.avx2 else ''}.json"
     path.write_text(json.dumps(measured, indent=2) + "\n")
 
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _models_rows import HEAD as MODELS_HEAD
+from _models_rows import models_differences, models_left_out, models_rows, models_summary
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -250,6 +253,24 @@ def decode_shapes(name: str = "decode") -> str:
     return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
 
 
+def decode_lora() -> str:
+    """Microseconds of layers with an adapter, with one token and without gradients, ours and by PEFT's forward."""
+    measured = result("decode_lora")
+    rows = {(tuple(row["shape"]), row["method"]): row for row in measured["rows"] if row["tokens"] == 1}
+    methods = list(dict.fromkeys(method for _, method in rows if "LoRA" in method))
+    body = [
+        [" x ".join(map(str, shape)), *(f"{1e6 * rows[shape, method]['median_s']:,.0f}" for method in methods)]
+        for shape in dict.fromkeys(shape for shape, _ in rows)
+    ]
+    model = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in measured["model"].items())
+    return (
+        table(["us, one token, LoRA r = 8", *methods], body)
+        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, "
+        + f"{measured['clock']}. "
+        + device_line(measured["device"], measured["command"])
+    )
+
+
 def gpu() -> str:
     """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each with the dense."""
     measured = result("gpu")
@@ -455,6 +476,21 @@ def conformance() -> str:
     return "\n".join([table(head, rows), "", "The exceptions, with their numbers of tests:", "", *lines])
 
 
+def models() -> str:
+    """What becomes of every generative class of transformers, and each difference in words."""
+    measured = result("models")
+    return "\n\n".join(
+        [
+            models_summary(measured) + " " + device_line(measured["device"], "make models"),
+            table(MODELS_HEAD, models_rows(measured)),
+            "### Differences and errors",
+            "\n".join(models_differences(measured)) or "None.",
+            "### Not compared",
+            "\n".join(models_left_out(measured)) or "None.",
+        ]
+    )
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "quality": quality,
@@ -464,6 +500,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
+        "decode_lora": decode_lora,
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
@@ -475,6 +512,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
+    ROOT / "docs" / "models.md": {"models": models},
 }
 
 

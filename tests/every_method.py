@@ -1,11 +1,12 @@
 """Every registered method with settings that are quick on tiny layers, and a toy one, for tests of all methods.
 
 A method is found by being registered; nothing is listed here by hand. Tests over ``METHODS`` use the fixture
-``toy_method``, which registers the toy one.
+``toy_method``, which registers the toy one. ``VARIANTS`` are the methods, and each of their specs that stores a weight
+in another way.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,19 +17,33 @@ from peft_quantlayers import QuantConfig, QuantizedWeight, QuantMethod, QuantSpe
 from peft_quantlayers.methods import config_type, registered_methods, registry
 
 # Where a spec has one of these fields, the quick value is used.
-QUICK: dict[str, Any] = {"nbits_per_codebook": 4, "rounds": 1, "group_size": 16, "block_size": 16}
+QUICK: dict[str, Any] = {"nbits_per_codebook": 4, "rounds": 1}
+# Weights of these shapes can be stored by every quick spec: an integer field that does not divide them, such as the
+# size of a group, gets one of these values.
+SHAPES = ((16, 32), (16, 48), (16, 64))
+DIVISORS = (16, 8, 4, 2, 1)
+
+
+SCALE_STEP = 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsmaxSpec(QuantSpec):
-    """Eight bits and one scale a row: all that a method has to bring."""
+    """Eight bits and one scale a row: all that a method has to bring.
+
+    Fields:
+        integer_scale: store the scales as multiples of ``SCALE_STEP``, so that no tensor is floating.
+    """
 
     method = "toy_absmax"
 
+    integer_scale: bool = False
+
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        dtype = torch.int32 if self.integer_scale else torch.float32
         return {
             "codes": TensorLayout(shape=(out_features, in_features), dtype=torch.int8, role="codes"),
-            "scale": TensorLayout(shape=(out_features, 1), dtype=torch.float32, role="scales"),
+            "scale": TensorLayout(shape=(out_features, 1), dtype=dtype, role="scales"),
         }
 
     max_code = 254
@@ -56,11 +71,18 @@ class AbsmaxMethod(QuantMethod[AbsmaxSpec]):
         if not torch.isfinite(weight).all():
             raise ValueError("the weight holds NaN or Inf.")
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        tensors = {"codes": (weight / scale).round().to(torch.int8), "scale": scale}
+        if spec.integer_scale:
+            scale = (scale / SCALE_STEP).round().clamp(1, 2**31 - 1).int()
+        codes = (weight / _steps(scale)).round().clamp(-127, 127).to(torch.int8)
+        tensors = {"codes": codes, "scale": scale}
         return QuantizedWeight(spec=spec, out_features=weight.shape[0], in_features=weight.shape[1], tensors=tensors)
 
     def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (weight.tensors["codes"] * weight.tensors["scale"]).to(dtype)
+        return (weight.tensors["codes"] * _steps(weight.tensors["scale"])).to(dtype)
+
+
+def _steps(scale: Tensor) -> Tensor:
+    return scale if scale.is_floating_point() else scale * SCALE_STEP
 
 
 TOY = AbsmaxMethod()
@@ -82,7 +104,29 @@ def quick_config(method: str, **changed: Any) -> QuantConfig:
     """The method's config with quick settings."""
     made = config_type(_ALL[method].spec_type)
     known = {field.name for field in fields(made)}
-    return made(**{name: value for name, value in QUICK.items() if name in known}, **changed)
+    quick = {name: value for name, value in QUICK.items() if name in known}
+    return made(**quick | _divisors(_ALL[method].spec_type(**quick)) | changed)
+
+
+def _divisors(spec: QuantSpec) -> dict[str, int]:
+    """The integer field of ``spec`` to change, and its value, so that weights of ``SHAPES`` can be stored."""
+    if _can_store_all(spec):
+        return {}
+    for field in fields(spec):
+        for divisor in DIVISORS if type(getattr(spec, field.name)) is int else ():
+            try:
+                if _can_store_all(replace(spec, **{field.name: divisor})):
+                    return {field.name: divisor}
+            except (TypeError, ValueError):
+                continue  # a value that this field does not have
+    raise ValueError(f"no integer field of {spec} makes weights of {SHAPES} fit: say in QUICK which values do.")
+
+
+def _can_store_all(spec: QuantSpec) -> bool:
+    try:
+        return all(spec.tensor_layout(*shape) for shape in SHAPES)
+    except ValueError:
+        return False
 
 
 def quick_spec(method: str) -> QuantSpec:
@@ -106,3 +150,19 @@ def _can_merge_by(strategy: str, method: QuantMethod, spec: QuantSpec) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _variants(method: str) -> dict[str, QuantConfig]:
+    """The method's quick config, and those with one flag turned that store a weight in other tensors or roles."""
+
+    def stored(config: QuantConfig) -> object:
+        spec = config.spec_for("layer")
+        return spec.tensor_layout(*SHAPES[0]), spec.trainable_roles(*SHAPES[0])
+
+    flags = [field for field in fields(_ALL[method].spec_type) if isinstance(field.default, bool)]
+    plain = quick_config(method)
+    turned = {f"{method}-{flag.name}": quick_config(method, **{flag.name: not flag.default}) for flag in flags}
+    return {method: plain} | {name: config for name, config in turned.items() if stored(config) != stored(plain)}
+
+
+VARIANTS: dict[str, QuantConfig] = {name: config for method in METHODS for name, config in _variants(method).items()}

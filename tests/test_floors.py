@@ -1,21 +1,22 @@
 """Imports go down only, private names of peers are used where we said, and an import starts nothing."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from source_checks import PEERS, find_circle, imports, own_names, private_attributes, private_imports, replacements
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "peft_quantlayers", ROOT / "kernels" / "quantlayers_kernels"
 FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
-# Low to high. A module may import its own floor and those below; ``evaluate`` needs none of ours, and all may use it.
+# Low to high. A module may import its own floor and those below; ``evaluate`` needs no more of ours than the checks of
+# arguments, and all may use it.
 # The longest name that fits decides: the private names of peers lie below the rooms that need one of them.
 FLOORS = [
-    {"quantlayers_kernels", "evaluate", "integrations.private_peft", "integrations.private_transformers"},
-    {"formats"},
+    {"arguments", "quantlayers_kernels", "evaluate", "integrations.private_peft", "integrations.private_transformers"},
+    {"formats", "storage"},
     {"methods"},
     {"layers"},
     {"calibration"},
@@ -23,15 +24,14 @@ FLOORS = [
     {"lora", "scales"},
     {"model_merge"},
     {"integrations"},
-    {"model", "training"},
+    {"model", "saving", "training"},
     {"export", "report"},
     {"cli"},
     {"peft_quantlayers"},  # the package's own __init__: the public surface
 ]
 MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training"}
-KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "methods", "merging", "evaluate"}
+KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
-PEERS = ("peft", "transformers")
 
 
 def module_name(file: Path) -> str:
@@ -55,18 +55,6 @@ def floor(dotted: str) -> int:
     raise AssertionError(f"{dotted} lies on no floor: say in FLOORS where it belongs.")
 
 
-def imports(source: str, module: str) -> list[tuple[str, str | None]]:
-    """(dotted module, name taken from it or None) of every import, those inside functions too."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
-            found += [(".".join(filter(None, [base, node.module])), alias.name) for alias in node.names]
-    return found
-
-
 def is_ours(dotted: str) -> bool:
     return dotted.split(".")[0] in ("peft_quantlayers", "quantlayers_kernels")
 
@@ -86,88 +74,28 @@ def upward_imports(source: str, module: str) -> list[str]:
     return sorted(target for target in targets if floor(target) > floor(module))
 
 
-def private_imports(source: str, module: str) -> list[str]:
-    """Underscored modules and names of the peers that a file imports."""
-    return sorted(
-        f"{dotted}:{name}"
-        for dotted, name in imports(source, module)
-        if dotted.split(".")[0] in PEERS
-        and any(part.startswith("_") and not part.startswith("__") for part in [*dotted.split("."), name or ""])
-    )
-
-
-def is_private(name: object) -> bool:
-    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
-
-
-# Private attributes of torch and of Python that we use, for what they have no public name.
-NOT_OF_PEERS = {
-    "_C", "_apply", "_asdict", "_backward_hooks", "_backward_pre_hooks", "_current_level", "_fields", "_forward_hooks",
-    "_forward_pre_hooks", "_functorch", "_get_tracing_state", "_len_torch_dispatch_stack", "_load_from_state_dict",
-    "_make_subclass", "_make_wrapper_subclass", "_modules", "_parameters", "_schema", "_version",
-}  # fmt: skip
-
-
-ATTRIBUTE_CALLS = ("getattr", "setattr", "hasattr", "delattr")
-
-
-def own_names(source: str) -> set[str]:
-    """Private names that a file defines: functions, classes, fields, and attributes that it sets on ``self``."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, ast.AnnAssign | ast.Assign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in (part for each in targets for part in ast.walk(each)):
-                if isinstance(target, ast.Name):
-                    found.add(target.id)
-                elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-                    found |= {target.attr} if target.value.id in ("self", "cls", "ctx") else set()
-    return {name for name in found if is_private(name)}
-
-
-OWN_NAMES = set().union(*(own_names(file.read_text()) for file in FILES))
-
-
-def private_attributes(source: str, own: set[str]) -> list[str]:
-    """Private attributes that are neither ours nor torch's, also where they are named by a string."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and is_private(node.attr):
-            found.add(node.attr)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-            "getattr",
-            "setattr",
-            "hasattr",
-            "delattr",
-        ):
-            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant) and is_private(arg.value)}
-    return sorted(found - own - NOT_OF_PEERS)
-
-
-def replacements(source: str) -> list[str]:
-    """Where a file changes what an object of somebody else is or does: its class, a method, its ``__dict__``."""
-    functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            if isinstance(target, ast.Attribute):
-                is_self = getattr(target.value, "id", "") in ("self", "cls", "ctx")
-                is_function = isinstance(node.value, ast.Lambda) or getattr(node.value, "id", None) in functions
-                if target.attr == "__class__" or (is_function and not is_self):
-                    found.append(ast.unparse(target))
-            elif isinstance(target, ast.Subscript):
-                holder = target.value
-                is_dict = getattr(holder, "attr", "") == "__dict__"
-                if is_dict or (isinstance(holder, ast.Call) and getattr(holder.func, "id", "") == "vars"):
-                    found.append(ast.unparse(target))
+def own_names_by_room() -> dict[str, set[str]]:
+    """Each package has its own: what ``integrations`` overrides is private to the peers everywhere else."""
+    found: dict[str, set[str]] = {}
+    for file in FILES:
+        found.setdefault(room(module_name(file)), set()).update(own_names(file.read_text()))
     return found
 
 
-# Files outside integrations/ that do, and why.
+OWN_NAMES = own_names_by_room()
+
+# What files outside integrations/ replace on objects that are not ``self``, and why.
 MAY_REPLACE = {
-    "peft_quantlayers.calibration.paused_pass": "a pass must go on with the module that stands there by then",
+    "peft_quantlayers.calibration.paused_pass": {
+        "vars(module)['forward']": "a pass must go on with the module that is in that place by then",
+        "vars(module).pop('forward', None)": "the module's own forward again",
+    },
+    "peft_quantlayers.layers.codes_parameter": {
+        "wrapped.__dict__.update(parameter.__dict__)": "an object of ours, made in the line before",
+    },
+    "peft_quantlayers.lora.merge_aware_config": {
+        "vars(aware).update(copy.copy(vars(config)))": "an object of ours, made in the line before",
+    },
 }
 
 
@@ -180,29 +108,6 @@ def import_graph() -> dict[str, set[str]]:
         targets = {imported_module(dotted, name) for dotted, name in imports(file.read_text(), module)}
         graph[module.removesuffix(".__init__")] = {target for target in targets if target in names}
     return graph
-
-
-def find_circle(graph: dict[str, set[str]]) -> list[str]:
-    """One circle of imports; empty where there is none. A package's own files do not count as importing it."""
-    done: set[str] = set()
-
-    def visit(node: str, path: list[str]) -> list[str]:
-        if node in path:
-            return [*path[path.index(node) :], node]
-        if node in done:
-            return []
-        for target in sorted(graph[node]):
-            circle = visit(target, [*path, node])
-            if circle:
-                return circle
-        done.add(node)
-        return []
-
-    for start in sorted(graph):
-        circle = visit(start, [])
-        if circle:
-            return circle
-    return []
 
 
 def id_of(file: Path) -> str:
@@ -243,20 +148,20 @@ def test_private_names_of_peers_are_used_in_integrations_only(file):
     module, source = module_name(file), file.read_text()
     if room(module).split(".")[0] != PRIVATE_NAMES:
         assert private_imports(source, module) == []
-        assert private_attributes(source, OWN_NAMES) == []
+        assert private_attributes(source, OWN_NAMES[room(module)]) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)
 def test_objects_of_others_are_changed_in_integrations_only(file):
     module = module_name(file)
-    if room(module).split(".")[0] != PRIVATE_NAMES and module not in MAY_REPLACE:
-        assert replacements(file.read_text()) == []
+    if room(module).split(".")[0] != PRIVATE_NAMES:
+        assert set(replacements(file.read_text())) == set(MAY_REPLACE.get(module, ()))
 
 
-def test_evaluate_imports_none_of_ours():
+def test_evaluate_imports_no_more_of_ours_than_the_checks_of_arguments():
     for file in (PACKAGE / "evaluate").rglob("*.py"):
         targets = [dotted for dotted, _ in imports(file.read_text(), module_name(file)) if is_ours(dotted)]
-        assert all(room(target) == "evaluate" for target in targets), file
+        assert all(room(target) in ("evaluate", "arguments") for target in targets), file
 
 
 @pytest.mark.parametrize(
@@ -276,29 +181,19 @@ def test_the_walk_sees_upward_imports(module, source, upward):
     assert upward_imports(source, module) == upward
 
 
-def test_the_walk_sees_private_names():
-    source = "from peft.tuners._buffer_dict import BufferDict\nfrom transformers import _LazyModule, __version__"
-    assert private_imports(source, "peft_quantlayers.layers.linear") == [
-        "peft.tuners._buffer_dict:BufferDict",
-        "transformers:_LazyModule",
-    ]
-    source = (
-        "class A:\n    def _own(self):\n        self._mine = layer._caches\n        return getattr(model, '_tp_plan')"
-    )
-    assert private_attributes(source, own_names(source)) == ["_caches", "_tp_plan"]
-
-
-def test_the_walk_sees_replaced_classes_and_methods():
-    source = (
-        "aware.__class__ = Other\nself.hook = lambda: None\nlayer.merge = lambda *args: None\n"
-        "vars(module)['forward'] = run\ndef run(): pass\nlayer.run = run\nlayer.size = 3\n"
-    )
-    assert replacements(source) == ["aware.__class__", "layer.merge", "vars(module)['forward']", "layer.run"]
-
-
-def test_the_walk_sees_circles():
-    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+@pytest.mark.parametrize("name", sorted(room for room in OWN_NAMES if room.split(".")[0] != PRIVATE_NAMES))
+def test_what_integrations_override_is_private_to_peers_in_every_other_package(name):
+    for attribute in (
+        "_create_and_replace",
+        "_create_new_module",
+        "_prepare_model",
+        "_process_model_before_weight_loading",
+        "_process_model_after_weight_loading",
+        "_dequantize",
+        "_prepare_adapter_config",
+    ):
+        assert attribute in OWN_NAMES["integrations"]
+        assert private_attributes(f"model.{attribute}(x)", OWN_NAMES[name]) == [attribute]
 
 
 @pytest.mark.parametrize(

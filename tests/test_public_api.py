@@ -11,6 +11,7 @@ PUBLIC = [
     "AQLMLinear",
     "AQLMSpec",
     "Calibration",
+    "DamagedTensor",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
@@ -20,6 +21,8 @@ PUBLIC = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
+    "ModelSummary",
     "PVTuner",
     "QuantConfig",
     "QuantMethod",
@@ -43,7 +46,10 @@ PUBLIC = [
     "registered_methods",
     "save_model",
     "set_merge_strategy",
+    "summary",
+    "undo_interrupted_save",
     "unregister",
+    "verify_model",
 ]
 
 

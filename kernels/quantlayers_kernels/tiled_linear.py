@@ -99,9 +99,7 @@ class _TiledLinear(torch.autograd.Function):
 def _tiles(ctx: Any, values: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> WeightTiles:
     tensors = dict(zip(ctx.names, values, strict=True))
     out_features, multiple = ctx.n_rows
-    step = tiled.rows_per_tile(out_features, ctx.in_features, device, multiple=multiple)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
+    for rows in tiled.row_ranges(out_features, ctx.in_features, device, multiple=multiple):
         yield rows, ctx.dequantize_rows(tensors, rows, dtype)
 
 

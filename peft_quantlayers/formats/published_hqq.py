@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.bitpack import pack
-
 from .checkpoint_format import (
     CheckpointFormat,
     CheckpointTensors,
@@ -30,6 +28,7 @@ from .checkpoint_format import (
     SpecFromDict,
     TensorHeader,
 )
+from .spec import QuantSpec
 
 # packing name: (dtype of a word, codes a word, bits between two codes of a word)
 _PACKINGS = {
@@ -74,8 +73,8 @@ class PublishedHqqFormat(CheckpointFormat):
         for name, entries in stored.items():
             if _needs_codes(entries, name):
                 entries["W_q"] = tensors.read(f"{name}.W_q")
-            layers[name] = describe_hqq_layer(entries, name=name)
-        specs = {name: layer.make_spec(spec_from_dict) for name, layer in layers.items()}
+            layers[name] = describe_hqq_layer(entries, name=name, spec_from_dict=spec_from_dict)
+        specs = {name: layer.spec for name, layer in layers.items()}
         return ModelDescription(specs=specs, stored_layers=layers)
 
 
@@ -84,64 +83,41 @@ class StoredHqqLayer:
     """How one layer is stored.
 
     Fields:
-        name: the layer's name, for messages.
         shape: (out_features, in_features).
         axis: 1 if groups run along the inputs, 0 if along the outputs.
         packing: a key of ``_PACKINGS``.
         stored_group_size: weights per stored scale; with ``axis=1`` a group may run over the end of a row.
-        nbits: bits per code in our layout, which may be fewer than the packing has.
-        scale_dtype: dtype of the stored scales and zeros.
+        spec: of our layout. It may have fewer bits per code than the packing, and smaller groups.
     """
 
-    name: str
     shape: tuple[int, int]
     axis: int
     packing: str
     stored_group_size: int
-    nbits: int
-    scale_dtype: torch.dtype
+    spec: QuantSpec
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """All tensors of our layout, which have the names of the stored ones."""
         return _PARTS
 
-    @property
-    def group_size(self) -> int:
-        """Weights per scale in our layout.
-
-        With ``axis=1`` the common divisor of row and stored group: each part lies in one group, so that repeating the
-        group's scale and zero is exact.
-        """
-        return math.gcd(self.stored_group_size, self.shape[1]) if self.axis == 1 else self.stored_group_size
-
-    def make_spec(self, spec_from_dict: SpecFromDict) -> Any:
-        """The spec of this layer in our layout; ValueError, naming the layer, where there is none."""
-        fields = {
-            "method": "hqq",
-            "nbits": self.nbits,
-            "group_size": self.group_size,
-            "axis": self.axis,
-            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
-        }
-        try:
-            return spec_from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-
     def convert(self, tensor_name: str, stored: Tensor) -> Tensor:
         """The tensor ``tensor_name`` of our layout, from the stored one; both on the same device.
 
         ``W_q`` is unpacked and packed again. ``scale`` and ``zero`` keep their dtype and values, with one entry per
-        group of :attr:`group_size`.
+        group of :attr:`spec`.
         """
         out_features, in_features = self.shape
         if tensor_name == "W_q":
             codes = _unpack(stored, self.packing, _code_rows(self.axis, self.shape, self.stored_group_size))
-            return pack(codes.reshape(self.shape), self.nbits)
+            return self.spec.pack_codes(codes.reshape(self.shape))
         if self.axis == 0:
             return stored.reshape(-1, in_features).contiguous()
-        return stored.reshape(-1).repeat_interleave(self.stored_group_size // self.group_size).view(out_features, -1)
+        return (
+            stored.reshape(-1)
+            .repeat_interleave(self.stored_group_size // _group_size(self.axis, self.shape, self.stored_group_size))
+            .view(out_features, -1)
+        )
 
 
 def flattened(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
@@ -155,7 +131,7 @@ def flattened(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     return {**stored} | {part: _metadata(stored, part, name) for part in ("scale", "zero")}
 
 
-def describe_hqq_layer(stored: Mapping[str, Any], *, name: str) -> StoredHqqLayer:
+def describe_hqq_layer(stored: Mapping[str, Any], *, name: str, spec_from_dict: SpecFromDict) -> StoredHqqLayer:
     """How a layer is stored, from its settings and from shapes and dtypes. No value of a tensor is read, but one:
 
     hqq keeps 5 and 6 bits in whole bytes. If ``W_q`` is a tensor, and its codes are what ``nbits`` says, the layer
@@ -165,6 +141,7 @@ def describe_hqq_layer(stored: Mapping[str, Any], *, name: str) -> StoredHqqLaye
         stored: the layer's entries by their short names: ``W_q``, ``scale`` and ``zero`` as tensors or headers, and
             the settings (``axis``, ``shape``, ...).
         name: the layer's name, for messages.
+        spec_from_dict: makes the spec of our layout.
 
     Raises:
         ValueError: an entry is missing, contradicts another one, or asks for what our layout cannot hold.
@@ -193,15 +170,27 @@ def describe_hqq_layer(stored: Mapping[str, Any], *, name: str) -> StoredHqqLaye
     if _needs_codes(stored, name) and isinstance(stored["W_q"], Tensor):
         claimed = _integer(stored, "nbits", name)
         nbits = claimed if int(_unpack(stored["W_q"], packing, n_rows).max()) < 2**claimed else 8
-    return StoredHqqLayer(
-        name=name,
-        shape=shape,
-        axis=axis,
-        packing=packing,
-        stored_group_size=group_size,
-        nbits=nbits,
-        scale_dtype=stored["scale"].dtype,
-    )
+    fields = {
+        "method": "hqq",
+        "nbits": nbits,
+        "group_size": _group_size(axis, shape, group_size),
+        "axis": axis,
+        "scale_dtype": str(stored["scale"].dtype).removeprefix("torch."),
+    }
+    try:
+        spec = spec_from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return StoredHqqLayer(shape=shape, axis=axis, packing=packing, stored_group_size=group_size, spec=spec)
+
+
+def _group_size(axis: int, shape: tuple[int, int], stored_group_size: int) -> int:
+    """Weights per scale in our layout.
+
+    With ``axis=1`` the common divisor of row and stored group: each part lies in one group, so that repeating the
+    group's scale and zero is exact.
+    """
+    return math.gcd(stored_group_size, shape[1]) if axis == 1 else stored_group_size
 
 
 def _layer_names(keys: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a quantized tensor means, as plain values that go into JSON and come back unchanged.
 
-Here: the base class of all specs and the checks they share. Each spec is defined in the folder of its method. May
-import torch only.
+Here: the base class of all specs. Each spec is defined in the folder of its method. May import torch and the checks of
+arguments only.
 """
 
 import dataclasses
@@ -9,16 +9,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
+
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
+# A quantized weight that takes as many is left dense.
+HALF_PRECISION_BITS = 16
 
 Role = Literal["codes", "scales", "zeros", "codebooks"]
 # Roles of the tensors other than the codes, the same for every method.
 METADATA_ROLES: tuple[Role, ...] = ("scales", "zeros", "codebooks")
+
+
+SpecT = TypeVar("SpecT", bound="QuantSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +140,21 @@ class QuantSpec(ABC):
         """
         return ""
 
+    def misfit(self, out_features: int, in_features: int) -> str:
+        """Why a weight of this shape cannot be stored this way, in a few words; empty if it can."""
+        try:
+            self.tensor_layout(out_features, in_features)
+        except ValueError as error:
+            return str(error).partition(". ")[0].removesuffix(".")
+        return ""
+
+    def fitted(self, out_features: int, in_features: int) -> Self | None:
+        """This spec, or the nearest one with smaller groups that can hold a weight of this shape.
+
+        None where there is none that is worth it; a method whose groups cannot shrink has only itself to offer.
+        """
+        return None if self.misfit(out_features, in_features) else self
+
     def trainable_roles(self, out_features: int, in_features: int) -> dict[str, Role]:
         """Name and role of the tensors that may be trained while the codes stay: the floating ones, by default.
 
@@ -183,20 +205,6 @@ class QuantSpec(ABC):
         return cls(**fields)
 
 
-def check_integer(name: str, value: Any, *, at_least: int, at_most: int) -> None:
-    """Raise unless ``value`` is an integer (no bool) between the bounds, both included."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
-    if not at_least <= value <= at_most:
-        raise ValueError(f"{name}={value} must lie between {at_least} and {at_most}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raise unless ``value`` is one of ``choices``, of the very type that the choice has."""
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise ValueError(f"{name}={value!r} is not supported; choose one of {choices}.")
-
-
 def dtype_name(field: str, value: Any) -> str:
     """The name of a dtype, given as that or as ``torch.dtype``; ValueError unless it is of :data:`METADATA_DTYPES`."""
     name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
@@ -204,12 +212,14 @@ def dtype_name(field: str, value: Any) -> str:
     return str(name)
 
 
-def check_number(name: str, value: Any, *, above: float, at_most: float) -> None:
-    """Raise unless ``value`` is a real number in (above, at_most]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
-    if not above < value <= at_most:
-        raise ValueError(f"{name}={value} must lie above {above} and not above {at_most}.")
+def with_smaller_groups(spec: SpecT, field: str, side: int, out_features: int, in_features: int) -> SpecT | None:
+    """``spec`` with the largest group size in ``field``, up to its own, that divides ``side``.
+
+    None if the weight (out_features, in_features) would then take as many bits as in half precision.
+    """
+    size = next(size for size in range(min(side, getattr(spec, field)), 0, -1) if side % size == 0)
+    fitted = dataclasses.replace(spec, **{field: size})
+    return fitted if fitted.bits_per_weight(out_features, in_features)[1] < HALF_PRECISION_BITS else None
 
 
 def suggest_divisor(size: int, near: int) -> int:

@@ -19,3 +19,10 @@ def is_marked_as_initialized(holder: Any) -> bool:
 def name_or_path(model: Any) -> str:
     """The hub name or folder that a model was loaded from; empty where there is none."""
     return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def remove_quantization_config(model: Any) -> None:
+    """Take the quantizer and its config off every transformers model in ``model``, which is dense now."""
+    for module in model.modules():
+        if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
+            module.hf_quantizer.remove_quantization_config(module)

@@ -41,6 +41,8 @@ class QuantlayersConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        if "interrupted_save" in config_dict:
+            raise ValueError(f"the folder holds no model: {config_dict['interrupted_save']}.")
         config = cls(known_formats()[config_dict["quant_method"]], dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 

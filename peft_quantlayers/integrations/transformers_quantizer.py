@@ -27,10 +27,12 @@ from ..layers import (
     quantized_modules,
 )
 from ..layers.codes_parameter import is_sharded
-from ..layers.dense_types import dense_shape
+from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
+from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .checksums import checksum_metadata, refuse_damage
 from .parallel_loading import check_finite_shards, refuse_parallel_loading
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
@@ -46,9 +48,20 @@ class _QuantizeWeight(ConversionOps):
     def convert(
         self, input_dict: dict, *, full_layer_name: str, model: nn.Module, missing_keys: set | None = None, **_: Any
     ) -> dict:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        module_name = full_layer_name.removesuffix(".weight")
+        # One tensor under any name, or all that a conversion of transformers made at once, by their whole names.
+        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
+        rest = {}
+        for name, value in zip(names, input_dict.values(), strict=True):
+            module_name = name.removesuffix(".weight")
+            if name == module_name or module_name not in self.quantizer.specs:
+                rest[name] = value
+                continue
+            self._quantize(model, module_name, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return rest
+
+    def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
         linear = model.get_submodule(module_name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
@@ -61,9 +74,6 @@ class _QuantizeWeight(ConversionOps):
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
             self.quantizer.failures.append(str(error))
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
-        return {}
 
 
 class QuantlayersHfQuantizer(HfQuantizer):
@@ -72,6 +82,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     requires_calibration = False
     # Set while a PVTuner trains the layers themselves: the Trainer then takes the model without an adapter.
     is_training_codes = False
+    # Not where only headers are looked at.
+    are_checksums_checked = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -132,6 +144,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
             return
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
+        if self.are_checksums_checked:
+            refuse_damage(files)
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = names_in_model(description.specs, model)
         self.specs = {name: description.specs[stored_name] for stored_name, name in names.items()}
@@ -170,6 +184,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
         self.stored_layers.forget_conversions(model)
@@ -183,6 +199,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
                 layer.branch.requires_grad_(False)
         self.quantization_config = QuantlayersConfig.from_model(model)
         self._attach(model)
+
+    def _quantize_rest(self, model: PreTrainedModel) -> None:
+        """Quantize what the loader has put into the model by itself: it asks for one weight of several that a
+        conversion makes, and for none that the checkpoint lacks. Weights that were tied since are not among it."""
+        operation = _QuantizeWeight(self)
+        rules = DenseRules(model, quantize_lm_head=self.quantization_config.quantize_lm_head)
+        for name in self.specs:
+            module = model.get_submodule(name)
+            if dense_type_of(module) is not None and rules.reason(name, module) is None:
+                operation.convert({name: module.weight}, full_layer_name=f"{name}.weight", model=model)
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True
@@ -207,10 +233,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
-        """transformers asks right before it saves: the config is brought up to date here too."""
+        """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        return state_with_wide_codes(model), {}
+        state = state_with_wide_codes(model)
+        return state, checksum_metadata(model, model.state_dict() if state is None else state)
 
     @property
     def is_trainable(self) -> bool:

@@ -80,8 +80,14 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         ``hessian``: second moment of the inputs, as in :meth:`QuantMethod.quantize`.
 
         Raises:
+            TypeError: ``linear`` is no linear layer, or ``spec`` no spec.
             ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
         """
+        if not isinstance(linear, nn.Linear) or not isinstance(spec, QuantSpec):
+            raise TypeError(
+                f"from_linear takes an nn.Linear and a spec, such as HQQSpec(nbits=4), got {type(linear).__name__} "
+                f"and {type(spec).__name__}. For a whole model use quantize_model(model, config)."
+            )
         if isinstance(linear, QuantizedLinear):
             raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
         layer = QuantizedLinear.from_weight(
@@ -287,26 +293,28 @@ class AQLMLinear(QuantizedLinear):
     """A linear layer with an AQLM weight as published: ``codes``, ``codebooks``, ``scales`` and ``bias``."""
 
 
-_layer_types: dict[str, type[QuantizedLinear]] = {"aqlm": AQLMLinear, "hqq": HQQLinear}
+_layer_types: dict[str, type[QuantizedLinear]] = {cls.__name__: cls for cls in (HQQLinear, AQLMLinear)}
 
 
 def layer_type(method: str) -> type[QuantizedLinear]:
-    """The layer class of a registered method; one is made for a method that brings none."""
-    if method not in _layer_types:
-        get_method(method)
+    """The layer class of a registered method, named after its spec; one is made where there is none.
+
+    An ``AbcSpec`` gives an ``AbcLinear``.
+    """
+    name = _layer_type_name(method)
+    if name not in _layer_types:
         doc = f"A linear layer with a weight of method {method!r}; its parameters are those of the spec's layout."
-        contents = {"__module__": __name__, "__doc__": doc}
-        _layer_types[method] = type(_made_name(method), (QuantizedLinear,), contents)
-    return _layer_types[method]
+        _layer_types[name] = type(name, (QuantizedLinear,), {"__module__": __name__, "__doc__": doc})
+    return _layer_types[name]
 
 
-def _made_name(method: str) -> str:
-    return f"{method.upper()}Linear"
+def _layer_type_name(method: str) -> str:
+    return get_method(method).spec_type.__name__.removesuffix("Spec") + "Linear"
 
 
 def __getattr__(name: str) -> Any:
     """Layer classes that :func:`layer_type` makes, by name: pickle looks for them here, also in a new process."""
     for method in registered_methods():
-        if name == _made_name(method):
+        if name == _layer_type_name(method):
             return layer_type(method)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

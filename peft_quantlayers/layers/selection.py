@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
+from ..arguments import check_model
 from ..formats import QuantSpec
 from ..methods import QuantConfig
 from ..methods.config import matches
@@ -16,20 +18,69 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantized layers of ``model`` by name."""
+    """All quantized layers of ``model`` by name; TypeError if it is no module."""
+    check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
-    """Name and spec of every module that ``config`` selects, checked; nothing is changed.
+@dataclass(frozen=True, kw_only=True)
+class StaysDense:
+    """Why a module is not quantized: ``reason``, one of the constants of this file, and what more there is to say."""
 
-    These are all modules of a registered type (:mod:`.dense_types`) except the output head, the modules that
-    ``skip_modules`` matches, and modules that share their weight with another one. Layers that an earlier call
-    quantized to the requested spec stay as they are, so that an interrupted run can continue.
+    reason: str
+    detail: str = ""
+
+
+HEAD = "output head"
+SKIPPED = "skip_modules"
+SHARED = "weight shared with another module"
+MISFIT = "shape does not fit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a config selects in a model; each module of a registered type (:mod:`.dense_types`) is in one of the three.
+
+    Fields:
+        specs: the modules to quantize, each with the spec that it will have.
+        dense: the modules that stay dense, and why.
+        done: the layers that are quantized already to the spec that the config has for them.
+        asked: of each module in ``specs`` whose spec was fitted to its shape, the spec that the config has for it.
+    """
+
+    specs: dict[str, QuantSpec]
+    dense: dict[str, StaysDense]
+    done: tuple[str, ...]
+    asked: dict[str, QuantSpec]
+
+
+class DenseRules:
+    """Which modules of a model stay dense whatever the method and the shapes: what the model says about itself."""
+
+    def __init__(self, model: nn.Module, *, quantize_lm_head: bool = False) -> None:
+        self._heads = set() if quantize_lm_head else set(_head_modules(model))
+        self._shared = _shared_parameters(model)
+
+    def reason(self, name: str, module: nn.Module) -> StaysDense | None:
+        """Why ``module``, of a registered type, stays dense; None if nothing of the model is against quantizing it."""
+        if name in self._heads:
+            return StaysDense(reason=HEAD)
+        if id(module.weight) in self._shared:
+            return StaysDense(reason=SHARED)
+        return None
+
+
+def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
+    """What ``config`` selects in ``model``, which is not changed.
+
+    These are all modules of a registered type except those that :class:`DenseRules` or ``skip_modules`` leave dense.
+    ``on_misfit`` of the config says what becomes of a module whose shape does not fit its spec. Layers that an earlier
+    call quantized to the requested spec stay as they are, so that an interrupted run can continue.
 
     Raises:
-        ValueError: nothing to quantize; a layer is quantized already, to another spec; a shape does not fit its spec;
-            a pattern in ``skip_modules`` or ``overrides`` matches no module. Names the first five such layers.
+        ValueError: a layer is quantized already, to another spec; a shape does not fit its spec, with
+            ``on_misfit="refuse"``; a pattern in ``skip_modules`` or ``overrides`` matches no module. Names the first
+            five such layers.
     """
     if dense_type_of(model) is not None:
         raise ValueError(
@@ -37,31 +88,52 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
             "it into a module."
         )
     _check_patterns(model, config)
-    heads = set() if config.quantize_lm_head else set(_head_modules(model))
-    shared = _shared_parameters(model)
-    specs: dict[str, QuantSpec] = {}
+    rules = DenseRules(model, quantize_lm_head=config.quantize_lm_head)
+    selection = Selection(specs={}, dense={}, done=tuple(finished_modules(model, config)), asked={})
     problems: list[str] = []
-    done = finished_modules(model, config)
+    done = set(selection.done)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and name not in done and not config.is_skipped(name):
             problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
         entry = dense_type_of(module)
-        if entry is None or name in heads or config.is_skipped(name) or id(module.weight) in shared:
+        if entry is None:
             continue
-        spec = config.spec_for(name)
-        try:
-            spec.tensor_layout(*entry.shape(module))
-        except ValueError as error:
-            problems.append(f"{name}: {error} Or skip it with skip_modules=[{name!r}].")
-        specs[name] = spec
+        dense = StaysDense(reason=SKIPPED) if config.is_skipped(name) else rules.reason(name, module)
+        if dense is None:
+            asked, shape = config.spec_for(name), entry.shape(module)
+            try:
+                spec = config.fitted_spec(asked, *shape)
+            except ValueError as error:
+                problems.append(f"{name}: {error} Or skip it with skip_modules=[{name!r}].")
+                continue
+            if spec is not None:
+                selection.specs[name] = spec
+                if spec != asked:
+                    selection.asked[name] = asked
+                continue
+            dense = StaysDense(reason=MISFIT, detail=asked.misfit(*shape))
+        selection.dense[name] = dense
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
-    _check_overrides([*specs, *done], config)
+    return selection
+
+
+def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
+    """Name and spec of every module that ``config`` selects (:func:`select_modules`), with warnings of what may
+    surprise: shapes that do not fit, metadata larger than the codes, experts that stay dense.
+
+    Raises:
+        ValueError: as :func:`select_modules`; nothing to quantize; a pattern in ``overrides`` matches no module that
+            is quantized.
+    """
+    selection = select_modules(model, config)
+    _check_overrides(selection, config)
     _warn_of_dense_experts(model)
-    _check_rest(specs, done)
-    _warn_of_large_metadata(model, specs)
-    return specs
+    _check_rest(selection)
+    _warn_of_misfits(model, selection)
+    _warn_of_large_metadata(model, selection)
+    return selection.specs
 
 
 def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
@@ -69,8 +141,16 @@ def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
     return [
         name
         for name, layer in quantized_modules(model).items()
-        if not config.is_skipped(name) and layer.spec in (config.spec_for(name), config.spec_for(name).widened())
+        if not config.is_skipped(name) and _has_spec_of(layer, config, name)
     ]
+
+
+def _has_spec_of(layer: QuantizedLinear, config: QuantConfig, name: str) -> bool:
+    try:
+        spec = config.fitted_spec(config.spec_for(name), layer.out_features, layer.in_features)
+    except ValueError:
+        return False
+    return spec is not None and layer.spec in (spec, spec.widened())
 
 
 def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
@@ -123,7 +203,9 @@ def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
                 )
 
 
-def _check_overrides(names: list[str], config: QuantConfig) -> None:
+def _check_overrides(selection: Selection, config: QuantConfig) -> None:
+    misfits = [name for name, dense in selection.dense.items() if dense.reason == MISFIT]
+    names = [*selection.specs, *selection.done, *misfits]
     for pattern in config.overrides or ():
         if names and not any(matches(name, pattern) for name in names):
             raise ValueError(
@@ -133,16 +215,19 @@ def _check_overrides(names: list[str], config: QuantConfig) -> None:
             )
 
 
-def _check_rest(specs: dict[str, QuantSpec], done: list[str]) -> None:
+def _check_rest(selection: Selection) -> None:
     """Raise ValueError if nothing is left to quantize; warn if some layers are quantized already."""
+    specs, done = selection.specs, selection.done
     if done and not specs:
         raise ValueError(
             f"all {len(done)} layers are quantized already as the config says; the model was not changed."
         )
     if not specs:
+        misfits = [f"{name}: {dense.detail}" for name, dense in selection.dense.items() if dense.reason == MISFIT]
         raise ValueError(
             "there is nothing to quantize: outside its head the model has no nn.Linear, Conv1D or other registered "
-            "layer type that skip_modules does not name."
+            "layer type that skip_modules does not name"
+            + (f", and whose shape fits ({'; '.join(misfits[:5])})." if misfits else ".")
         )
     if done:
         logger.warning(
@@ -152,16 +237,47 @@ def _check_rest(specs: dict[str, QuantSpec], done: list[str]) -> None:
         )
 
 
-def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> None:
-    """Warn if scales and codebooks take more memory than the codes: the layers are too small for the spec."""
+def _warn_of_misfits(model: nn.Module, selection: Selection) -> None:
+    """One line that names the layers whose shape does not fit the config's spec, and says what becomes of them."""
+    parts: dict[str, list[str]] = {}
+    for name, asked in selection.asked.items():
+        spec, (out_features, in_features) = selection.specs[name], dense_shape(model, name)
+        bits = spec.bits_per_weight(out_features, in_features)[1]
+        fate = f"take {_difference(asked, spec)}, {bits:.1f} bits per weight"
+        parts.setdefault(f"{fate}, since {asked.misfit(out_features, in_features)}", []).append(name)
+    for name, dense in selection.dense.items():
+        if dense.reason == MISFIT:
+            parts.setdefault(f"stay dense, since {dense.detail}", []).append(name)
+    if parts:
+        logger.warning(
+            "%d layer(s) do not fit the config (on_misfit='refuse' raises an error instead): %s.",
+            sum(len(names) for names in parts.values()),
+            "; ".join(f"{_few(names)} {fate}" for fate, names in parts.items()),
+        )
+
+
+def _difference(asked: QuantSpec, spec: QuantSpec) -> str:
+    pairs = [(field.name, getattr(asked, field.name), getattr(spec, field.name)) for field in fields(spec)]
+    return ", ".join(f"{name}={new} instead of {old}" for name, old, new in pairs if old != new)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _warn_of_large_metadata(model: nn.Module, selection: Selection) -> None:
+    """Warn if scales and codebooks take more memory than the codes: the layers are too small for the spec.
+
+    Layers whose spec was fitted to their shape have been named with their bits.
+    """
     found = []
-    for name, spec in specs.items():
+    for name, spec in selection.specs.items():
         codes, total = spec.bits_per_weight(*dense_shape(model, name))
-        if total > 2 * codes + 1e-6:
+        if total > 2 * codes + 1e-6 and name not in selection.asked:
             found.append((name, codes, total))
     if found:
         name, codes, total = max(found, key=lambda entry: entry[2] / entry[1])
-        better = specs[name].smaller_metadata(*dense_shape(model, name))
+        better = selection.specs[name].smaller_metadata(*dense_shape(model, name))
         logger.warning(
             "%d layer(s) take more bits for their metadata than for their codes, for example %s: %.1f bits per "
             "weight, of which codes are %.1f.%s",
@@ -173,11 +289,15 @@ def _warn_of_large_metadata(model: nn.Module, specs: dict[str, QuantSpec]) -> No
         )
 
 
+def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name and tensor of the experts of ``model`` that lie in one tensor (experts, ..., ...): no linear layers."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")}
+
+
 def _warn_of_dense_experts(model: nn.Module) -> None:
-    parameters = list(model.named_parameters())
-    fused = {name: p.numel() for name, p in parameters if p.dim() == 3 and "experts" in name.split(".")}
+    fused = fused_experts(model)
     if fused:
-        share = sum(fused.values()) / sum(p.numel() for _, p in parameters)
+        share = sum(p.numel() for p in fused.values()) / sum(p.numel() for p in model.parameters())
         logger.warning(
             "%.0f %% of the weights lie in fused experts (%s, ...), which are no linear layers and stay dense.",
             100 * share,

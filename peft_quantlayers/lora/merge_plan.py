@@ -5,7 +5,8 @@ So every variant (DoRA, ...) and ``lora_bias`` follow PEFT's own rules. May impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from ..layers import QuantizedLinear
 from ..merging import AdapterTraits, MergePlan
 from ..merging.rules import fitting_strategies
 from ..methods import get_method
+from .dense_stand_in import dense_stand_in_under
 from .merge_aware_config import fingerprint
 from .qalora import MergeableQALoraVariant, can_be_qalora, group_delta
 
@@ -40,13 +42,13 @@ def lora_plan(
     device = next(layer.get_base_layer().parameters()).device
     weight = cast(QuantizedWeight, unmerged.weight).to(device)
     before = get_method(weight.spec.method).dequantize(weight)
-    stand_in = dense_stand_in(before, unmerged.tensors.get("bias"))
-    with _stands_in(layer, stand_in, unmerged.host_state) as found:
+    bias = unmerged.tensors.get("bias")
+    with dense_stand_in_under(layer, before, bias) as stand_in, _variant_caches(layer, unmerged.host_state):
         try:
             merge(safe_merge=True, adapter_names=list(names))
         except ValueError as error:
             raise ValueError(f"{error}. Nothing was merged. Train the adapter again or load another.") from None
-        found.caches = variant_caches(layer)
+        merged_caches = variant_caches(layer)
     is_plain = bool(names) and not any(name in layer.lora_variant for name in names)
     left, right = lora_factors(layer, names) if is_plain else (None, None)
     delta_of_groups = _sum_of_group_deltas(layer, base, names)
@@ -74,17 +76,8 @@ def lora_plan(
         group_delta=delta_of_groups,
         compute_dtype=base.compute_dtype,
         branch=base.branch,
-        host_state=found.caches,
+        host_state=merged_caches,
     )
-
-
-def dense_stand_in(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A float32 layer with copies of both, on the weight's device, for PEFT to merge adapters into."""
-    stand_in = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    stand_in.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if bias is not None:
-        stand_in.bias = nn.Parameter(bias.detach().to(weight.device, torch.float32, copy=True), requires_grad=False)
-    return stand_in
 
 
 def lora_factors(layer: LoraLinear, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -94,29 +87,15 @@ def lora_factors(layer: LoraLinear, names: Sequence[str]) -> tuple[Tensor, Tenso
     return torch.cat(left, dim=1), torch.cat(right)
 
 
-class _stands_in:
-    """Within the context a dense layer is under the adapters of ``layer``, with nothing merged.
-
-    Attributes:
-        caches: to be set inside; what PEFT's merge left.
-    """
-
-    def __init__(self, layer: Any, stand_in: nn.Module, caches: dict[str, Any]) -> None:
-        self.layer, self.stand_in, self.caches = layer, stand_in, caches
-
-    def __enter__(self) -> _stands_in:
-        layer = self.layer
-        self.before = layer.base_layer, variant_caches(layer), list(layer.merged_adapters)
-        layer.base_layer = self.stand_in
-        set_variant_caches(layer, self.caches)
-        layer.merged_adapters.clear()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        base_layer, caches, merged = self.before
-        self.layer.base_layer = base_layer
-        set_variant_caches(self.layer, caches)
-        self.layer.merged_adapters[:] = merged
+@contextmanager
+def _variant_caches(layer: Any, caches: dict[str, Any]) -> Iterator[None]:
+    """Within the context the caches of LoRA variants are ``caches``; in the end what they were."""
+    before = variant_caches(layer)
+    set_variant_caches(layer, caches)
+    try:
+        yield
+    finally:
+        set_variant_caches(layer, before)
 
 
 def _is_rounded_against(weight: QuantizedWeight, prints: list[str | None]) -> bool:

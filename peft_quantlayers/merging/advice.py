@@ -32,6 +32,8 @@ def recommendation(
     done = {layer.strategy for layer in layers}
     if capture is not None and capture.is_measurable:
         retained, what = capture.capture, "effect on the predictions is left"
+        if capture.gain_retained is not None and capture.gain_retained < retained:
+            retained, what = capture.gain_retained, "gain in loss is left"
     elif any(layer.is_merge_aware and layer.strategy != "aware" for layer in layers):
         return (
             'The adapters were trained merge-aware, and only strategy="aware" gives the model that was trained: '
@@ -80,6 +82,16 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
     return (
         f"Rounding added noise {noise:.2f} times as large as the adapter's delta. What that does to the predictions "
         "was not measured: give evaluate_on=held-out token ids."
+    )
+
+
+def no_delta(layers: Sequence[LayerMergeReport]) -> str | None:
+    """That the adapters change no weight, if so: they are not trained, or others than were meant."""
+    if not layers or any(layer.delta_norm for layer in layers):
+        return None
+    return (
+        "The adapters change nothing: their delta is zero in every layer. They were not trained, or others were meant "
+        "(adapters=[...])."
     )
 
 

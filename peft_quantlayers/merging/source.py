@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,28 @@ from .state import MergeState, Snapshot
 
 
 class MergeSource(ABC):
-    """A layer whose adapters can be merged, and unmerged bit for bit. It has PEFT's list ``merged_adapters``.
+    """A layer whose adapters can be merged, and unmerged bit for bit.
 
     Attributes:
         merging: what is merged.
+        merged_adapters: names; the list is changed in place.
         merge_rules: by strategy, the rules that its adapters can be merged by. "calibrated" needs data and is not one.
+        can_be_calibrated: whether data may choose the codes of the merged weight.
+        knows_unmerged_weight: whether the weight from before is known as well where a merge was called on the layer
+            itself, which is then undone bit for bit.
     """
 
     merging: MergeState
     merge_rules: ClassVar[Mapping[str, MergeRule]]
+    can_be_calibrated: ClassVar[bool] = False
+    knows_unmerged_weight: ClassVar[bool] = False
+    if TYPE_CHECKING:
+        merged_adapters: list[str]
+
+    @classmethod
+    def possible_strategies(cls) -> tuple[str, ...]:
+        """Names of the strategies that adapters of this kind can be merged by, on some layers at least."""
+        return (*cls.merge_rules, *(("calibrated",) if cls.can_be_calibrated else ()))
 
     # ---- what a kind of adapter says
 
@@ -108,7 +121,7 @@ class MergeSource(ABC):
             self.put_base(base)
         state.unmerged, state.report = unmerged, None
         state.host_state, state.n_writes = host_state, getattr(base, "n_writes", -1)
-        self._merged_adapters()[:] = adapters
+        self.merged_adapters[:] = adapters
 
     def undo_merge(self) -> None:
         """Restore the layer from before the first merge, bit for bit. Does nothing if nothing is merged."""
@@ -130,7 +143,7 @@ class MergeSource(ABC):
             tensors={name: tensor.data.clone() for name, tensor in tensors.items() if tensor is not None},
             parameters=dict(base._parameters) if state.shares_base else {},
             host_state=self.host_state(),
-            merged_adapters=tuple(self._merged_adapters()),
+            merged_adapters=tuple(self.merged_adapters),
             report=state.report,
             unmerged=state.unmerged,
         )
@@ -149,7 +162,7 @@ class MergeSource(ABC):
         self.set_host_state(snapshot.host_state)
         self.merging.unmerged, self.merging.report = snapshot.unmerged, snapshot.report
         self.merging.n_writes = getattr(base, "n_writes", -1)
-        self._merged_adapters()[:] = snapshot.merged_adapters
+        self.merged_adapters[:] = snapshot.merged_adapters
 
     # ---- what is merged
 
@@ -182,14 +195,10 @@ class MergeSource(ABC):
         """Update the report after the merged weight was tuned, and return the plan of the merge."""
         strategy = "calibrated" if self.merging.report is None else self.merging.report.strategy
         with torch.no_grad():
-            plan = self.plan(list(self._merged_adapters()))
+            plan = self.plan(list(self.merged_adapters))
             result = MergeResult(strategy=strategy, weight=self.quantized_base().quantized_weight)
             self.merging.report = layer_report(plan, result)
         return plan
-
-    def _merged_adapters(self) -> list[str]:
-        """PEFT's list, which is changed in place."""
-        return cast(Any, self).merged_adapters
 
 
 def _new_layer(base: QuantizedLinear, result: MergeResult, bias: Tensor | None) -> nn.Module:

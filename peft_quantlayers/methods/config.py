@@ -3,10 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
+from ..arguments import check_choice, check_fields, check_keywords_only
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.spec import QuantSpec, check_choice, dtype_name
+from ..formats.spec import QuantSpec, dtype_name
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -33,6 +34,9 @@ class QuantConfig:
         skip_modules: name patterns of modules to leave as they are, in addition to the output head.
         overrides: for each name pattern the fields that differ there; a later pattern overrides an earlier one.
         quantize_lm_head: quantize the output head too, unless it shares its weight with the embeddings.
+        on_misfit: what to do with a module whose shape the spec does not fit, for example where ``group_size`` does
+            not divide its inputs. ``"shrink"``: take the largest smaller groups that fit, or leave it dense where the
+            method has none; ``"dense"``: leave it dense; ``"refuse"``: an error, and nothing is quantized.
     """
 
     spec_type: ClassVar[type[QuantSpec]]
@@ -42,18 +46,17 @@ class QuantConfig:
     skip_modules: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     quantize_lm_head: bool = False
+    on_misfit: Literal["shrink", "dense", "refuse"] = "shrink"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "spec_type" in vars(cls):
             _config_types.setdefault(cls.spec_type, cls)
 
-    def __new__(cls, **fields: Any) -> Self:
+    def __new__(cls, *positional: Any, **fields: Any) -> Self:
         """Raise TypeError for an unknown field, and list the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
+        check_keywords_only(cls.__name__, positional, f"{cls.__name__}(compute_dtype=...)")
+        check_fields(cls.__name__, fields, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -61,6 +64,7 @@ class QuantConfig:
         if self.compute_dtype is not None:
             object.__setattr__(self, "compute_dtype", dtype_name("compute_dtype", self.compute_dtype))
         check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
+        check_choice("on_misfit", self.on_misfit, ("shrink", "dense", "refuse"))
         if self.skip_modules is not None:
             if isinstance(self.skip_modules, str) or not all(isinstance(p, str) for p in self.skip_modules):
                 raise TypeError(f"skip_modules must be a list of name patterns, got {self.skip_modules!r}.")
@@ -83,6 +87,18 @@ class QuantConfig:
             if matches(module_name, pattern):
                 fields |= changed
         return self._spec_with(fields)
+
+    def fitted_spec(self, spec: QuantSpec, out_features: int, in_features: int) -> QuantSpec | None:
+        """The spec of a module of this shape, for which :meth:`spec_for` has ``spec``; None to leave it dense.
+
+        Raises:
+            ValueError: the shape does not fit, with ``on_misfit="refuse"``.
+        """
+        if self.on_misfit == "refuse":
+            spec.tensor_layout(out_features, in_features)
+        if self.on_misfit == "shrink":
+            return spec.fitted(out_features, in_features)
+        return None if spec.misfit(out_features, in_features) else spec
 
     def is_skipped(self, module_name: str) -> bool:
         """Whether ``skip_modules`` matches this module, or one that contains it."""
@@ -109,6 +125,17 @@ class QuantConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`; transformers calls it to print a config."""
         return self.to_dict()
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raise TypeError unless ``config`` is one; says how to make one of a class or a mapping."""
+    if isinstance(config, type) and issubclass(config, QuantConfig):
+        raise TypeError(f"{name} must be a config, got the class {config.__name__}: write {config.__name__}().")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"{name} must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
+            "fields: HQQConfig(**fields)."
+        )
 
 
 def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:

@@ -10,14 +10,16 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from quantlayers_kernels.bitpack import pack, packed_row_bytes, unpack
 
+from ..arguments import check_choice, check_integer
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import check_choice, check_integer, dtype_name, suggest_divisor
+from ..formats.spec import dtype_name, suggest_divisor, with_smaller_groups
 from .base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from .config import make_config
 from .registry import register_method
@@ -69,6 +71,11 @@ class NF4Spec(QuantSpec):
             "absmax_scale": TensorLayout(shape=(out_features, 1), dtype=dtype, role="scales"),
             "absmax_offset": TensorLayout(shape=(out_features, 1), dtype=dtype, role="scales"),
         }
+
+    def fitted(self, out_features: int, in_features: int) -> Self | None:
+        if not self.misfit(out_features, in_features):
+            return self
+        return with_smaller_groups(self, "block_size", in_features, out_features, in_features)
 
     @property
     def max_code(self) -> int:

@@ -4,7 +4,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Iterable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..formats import QuantSpec
@@ -16,15 +16,21 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "peft_quantlayers.methods"
 
 _methods: dict[str, QuantMethod] = {}
-_are_entry_points_loaded = False
+_pending: list[EntryPoint] | None = None  # not loaded yet; None before they were looked for
 
 
 def register_method(method: QuantMethod) -> None:
     """Make ``method`` known under its spec's name.
 
     Raises:
+        TypeError: no method, or the class of one.
         ValueError: another method has that name already.
     """
+    if isinstance(method, type):
+        name = method.__name__
+        raise TypeError(f"register_method takes a method, and {name} is the class of one: write {name}().")
+    if not isinstance(method, QuantMethod):
+        raise TypeError(f"register_method takes a QuantMethod, got {type(method).__name__}.")
     name = method.spec_type.method
     if name in _methods and type(_methods[name]) is not type(method):
         raise ValueError(f"a quantization method named {name!r} is registered already: {_methods[name]!r}.")
@@ -38,15 +44,20 @@ def import_methods(folder: Iterable[str], package: str) -> None:
 
 
 def registered_methods() -> dict[str, QuantMethod]:
-    """All methods by name, those of installed packages (entry points) included."""
-    global _are_entry_points_loaded
-    if not _are_entry_points_loaded:
-        _are_entry_points_loaded = True
-        for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                register_method(entry_point.load()())
-            except ImportError as error:
-                logger.warning("method %r was not loaded: %s", entry_point.name, error)
+    """All methods by name, those of installed packages (entry points) included.
+
+    An entry point whose method cannot be loaded or registered is named in a warning and left out.
+    """
+    global _pending
+    if _pending is None:
+        _pending = list(entry_points(group=ENTRY_POINT_GROUP))
+    while _pending:
+        # Taken off first: a package may ask for the methods while it is loaded.
+        entry_point = _pending.pop(0)
+        try:
+            register_method(entry_point.load()())
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            logger.warning("method %r (%s) was not loaded: %s", entry_point.name, entry_point.value, error)
     return dict(_methods)
 
 

@@ -7,6 +7,8 @@ retains more of the delta. A gain on the delta makes up for the fraction that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peft import PeftModel
 from torch import Tensor
 
@@ -14,12 +16,12 @@ from ..calibration import BlockWork, Calibration, InputGroup, Visitor, walk
 from ..calibration.finetune import finetune_block
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers.quantize_weight import named_errors
-from ..lora import LoraQuantizedLinear
-from ..merging import MergePlan, MergeResult
+from ..merging import MergePlan, MergeResult, MergeSource
 from ..merging.coefficients import coefficient, output_error
 from ..merging.layer_report import with_outputs
 from ..merging.rules import append, extended_spec, requantize
 from ..methods import get_method
+from .targets import MergeTarget
 
 # Number of passes over the codes; they end when the retained fraction of the delta is 1 within the tolerance.
 MIN_PASSES = 2
@@ -33,41 +35,47 @@ LARGE_DELTA = 0.25
 
 
 def merge_calibrated(
-    peft_model: PeftModel, names: list[str], calibration: Calibration, *, strategy: str, progress: bool = True
+    peft_model: PeftModel,
+    targets: Sequence[MergeTarget],
+    names: list[str],
+    calibration: Calibration,
+    *,
+    strategy: str,
+    progress: bool = True,
 ) -> None:
-    """Merge ``names`` into the quantized layers of ``peft_model`` that have one; they must be its active adapters.
+    """Merge ``names`` into the layers ``targets`` of ``peft_model``; they must be its active adapters.
 
     Args:
+        targets: layers whose source ``can_be_calibrated``.
         strategy: "calibrated", or "append" to extend the format of the weights for the delta.
 
     Raises:
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
         NotImplementedError: "append", and a format cannot be extended.
     """
-    layers = {
-        name: module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraQuantizedLinear) and any(each in module.lora_A for each in names)
-    }
+    model = peft_model.get_base_model()
+    sources = {id(target.source): target.source for target in targets}
+    layers = {name: sources[id(module)] for name, module in model.named_modules() if id(module) in sources}
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
         method = get_method(spec.method)
-        if not method.can_use_hessian(spec):
-            raise ValueError(
-                f'{name}: strategy="calibrated" is not possible for {spec}. {method.calibration_requirement} Or merge '
-                'with "requantize", or "keep" for plain LoRA. The model is left as it was.'
-            )
         if strategy == "append":
             with named_errors(name):
                 extended_spec(spec)
-    walk(peft_model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
+        if not method.can_use_hessian(spec):
+            raise ValueError(
+                f"{name}: strategy={strategy!r} with calibration data is not possible for {spec}. "
+                f'{method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. The model is '
+                "left as it was."
+            )
+    walk(model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
 
 
 class _MergeVisitor(Visitor):
     statistics = ("second_moment",)
 
     def __init__(
-        self, layers: dict[str, LoraQuantizedLinear], names: list[str], calibration: Calibration, strategy: str
+        self, layers: dict[str, MergeSource], names: list[str], calibration: Calibration, strategy: str
     ) -> None:
         self.layers, self.names, self.calibration, self.strategy = layers, names, calibration, strategy
         self.needs_targets = calibration.finetune_epochs > 0
@@ -110,7 +118,7 @@ class _MergeVisitor(Visitor):
         return True
 
 
-def _report_outputs(layer: LoraQuantizedLinear, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:
+def _report_outputs(layer: MergeSource, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:
     if layer.merging.report is not None:
         layer.merging.report = with_outputs(layer.merging.report, plan, merged, hessian)
 

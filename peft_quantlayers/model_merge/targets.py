@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..integrations.private_peft import available_adapters
-from ..layers import QuantizedLinear
-from ..lora.merge_plan import dense_stand_in
+from ..lora.dense_stand_in import dense_stand_in_under
 from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES_FOR_ANY_DELTA
 
@@ -40,33 +39,28 @@ class TunerSource(MergeSource):
     """Merges a layer of one of PEFT's other tuners (LoHa, OFT, IA3, ...) on a quantized layer."""
 
     merge_rules = RULES_FOR_ANY_DELTA
+    knows_unmerged_weight = False
 
     def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer: Any = layer
         self.merging = MergeState()
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are merged; PEFT's own list."""
-        return self.layer.merged_adapters
+        self.merged_adapters = self.layer.merged_adapters  # PEFT's own list
 
     def plan(self, names: Sequence[str]) -> MergePlan:
         """As :meth:`MergeSource.plan`. PEFT merges them into a dense float32 stand-in; nothing else changes."""
-        base = cast(QuantizedLinear, self.layer.base_layer)
-        before = base.method.dequantize(base.quantized_weight)
-        self.layer.base_layer = stand_in = dense_stand_in(before, base.bias)
-        try:
-            self.layer.merge(safe_merge=True, adapter_names=list(names))
+        base, unmerged = self.quantized_base(), self.unmerged_snapshot()
+        weight = self.unmerged_weight()
+        before = base.method.dequantize(weight)
+        with dense_stand_in_under(self.layer, before, unmerged.tensors.get("bias")) as stand_in:
+            try:
+                self.layer.merge(safe_merge=True, adapter_names=list(names))
+            except ValueError as error:
+                raise ValueError(f"{error}. The model is left as it was.") from None
             adapters = tuple(self.layer.merged_adapters)
-        except ValueError as error:
-            raise ValueError(f"{error}. The model is left as it was.") from None
-        finally:
-            self.layer.base_layer = base
-            self.layer.merged_adapters.clear()
         return MergePlan(
             layer_name=base.layer_name,
             adapters=AdapterTraits(names=adapters),
-            weight=self.unmerged_weight(),
+            weight=weight,
             before=before,
             target=stand_in.weight.data,
             tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_flag, check_integer, check_model, nearest
 from ..integrations.checkpoint_headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
@@ -74,6 +75,7 @@ def initialize_loftq(
         One result for each quantized layer with the adapter.
 
     Raises:
+        TypeError: an argument of another kind. Nothing is changed.
         ValueError: ``iterations`` below 1; no such adapter on a quantized layer; one is merged, merge-aware, of a rank
             above its layer's, or shares its layer with others while codes would change; ``float_model`` is not
             found, lacks a weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
@@ -81,8 +83,16 @@ def initialize_loftq(
 
     Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations} must be 1 or more.")
+    check_model("initialize_loftq", peft_model)
+    check_integer("iterations", iterations, at_least=1, at_most=10_000)
+    check_flag("progress", progress)
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter must be the name of one adapter, got {adapter!r}; write adapter='default'.")
+    if not isinstance(float_model, (nn.Module, str, Path)):
+        raise TypeError(
+            f"float_model must be the model before quantization, its folder or its name on the hub, got "
+            f"{type(float_model).__name__}."
+        )
     model = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
     layers = {
         name: module
@@ -90,7 +100,13 @@ def initialize_loftq(
         if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A
     }
     if not layers:
-        raise ValueError(f"adapter {adapter!r} is on no quantized layer of the model.")
+        lora_layers = (module for module in model.modules() if isinstance(module, LoraQuantizedLinear))
+        found = sorted({name for layer in lora_layers for name in layer.lora_A})
+        hint = f"those on quantized layers are {found}" if found else "it has none, and is the first argument"
+        raise ValueError(
+            f"adapter {adapter!r} is on no quantized layer of the model{nearest(adapter, found)}: {hint}. Nothing was "
+            "changed."
+        )
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
     weight_of = _float_weights(float_model, model, list(layers))

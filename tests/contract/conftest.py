@@ -1,9 +1,12 @@
-"""The toy method is registered for every test of this folder."""
+"""Every test here runs over all variants of all registered methods, and of a toy one.
+
+A fixture gives the config; ``method`` and ``spec`` are those that it names.
+"""
 
 import pytest
-from every_method import METHODS, quick_spec
+from every_method import VARIANTS
 
-from peft_quantlayers import QuantMethod, QuantSpec
+from peft_quantlayers import QuantConfig, QuantMethod, QuantSpec
 from peft_quantlayers.methods import get_method
 
 
@@ -12,11 +15,16 @@ def _toy(toy_method) -> None:
     pass
 
 
-@pytest.fixture(params=METHODS)
-def method(request, _toy) -> QuantMethod:
-    return get_method(request.param)
+@pytest.fixture(params=VARIANTS)
+def config(request) -> QuantConfig:
+    return VARIANTS[request.param]
 
 
 @pytest.fixture
-def spec(method) -> QuantSpec:
-    return quick_spec(method.spec_type.method)
+def method(config, _toy) -> QuantMethod:
+    return get_method(config.spec_type.method)
+
+
+@pytest.fixture
+def spec(config) -> QuantSpec:
+    return config.spec_for("layer")

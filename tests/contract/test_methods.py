@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from every_method import AbsmaxSpec, quick_config
+from every_method import AbsmaxSpec
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -142,10 +142,10 @@ def second_moment() -> Tensor:
 
 
 def test_a_hessian_lowers_the_output_error_or_cannot_be_used(method, spec):
-    weight, hessian = random_weight(), second_moment()
     if not method.can_use_hessian(spec):
-        assert method.calibration_requirement
-        return
+        assert method.calibration_requirement  # which errors give as the reason
+        pytest.skip(method.calibration_requirement)
+    weight, hessian = random_weight(), second_moment()
     errors = []
     for given in (None, hessian):
         quantized = method.quantize(weight, spec, hessian=given)
@@ -234,12 +234,15 @@ def test_a_layer_holds_writes_and_comes_back_from_its_state(method, spec):
 
 def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(method, spec):
     roles = spec.trainable_roles(*SHAPE)
-    assert roles
     assert set(roles.values()) <= set(METADATA_ROLES)
     assert spec.codes_name not in roles
     layer = QuantizedLinear.from_linear(nn.Linear(SHAPE[1], SHAPE[0]), spec, layer_name="0")
-    codes, x, wanted = layer.codes.clone(), torch.randn(8, SHAPE[1]), torch.randn(8, SHAPE[0])
-    config = QuantScalesConfig(target_modules=["0"], train=tuple(roles.values()))
+    before, x, wanted = copy.deepcopy(layer), torch.randn(8, SHAPE[1]), torch.randn(8, SHAPE[0])
+    config = QuantScalesConfig(target_modules=["0"], train=tuple(roles.values()) or METADATA_ROLES)
+    if not roles:
+        with pytest.raises(ValueError, match=r"there are no \['codebooks', 'scales', 'zeros'\] to train"):
+            get_peft_model(nn.Sequential(layer), config)
+        return
     model = get_peft_model(nn.Sequential(layer), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == len(roles)
@@ -254,10 +257,19 @@ def test_tensors_with_a_role_train_as_a_peft_method_and_merge_without_loss(metho
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     expected = model(x)
+    model.merge_adapter()
+    # The order of a sum may differ: the kernel that is chosen depends on the dtypes, which merging widens.
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert all(not torch.equal(layer.get_parameter(name), before.get_parameter(name)) for name in roles)
+    model.unmerge_adapter()
+    assert layer.spec == before.spec
+    for name, tensor in before.state_dict().items():
+        assert layer.get_parameter(name).dtype == tensor.dtype
+        assert torch.equal(layer.get_parameter(name), tensor), name
     merged = model.merge_and_unload()[0]
     assert merged is layer
-    assert torch.equal(merged(x), expected)
-    assert torch.equal(merged.codes, codes)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(merged.codes, before.codes)
     merged.quantized_weight.check("0")
 
 
@@ -267,7 +279,7 @@ def test_a_method_quantizes_whole_models_by_a_config_that_is_made_for_it():
     x = torch.randn(4, 64)
     expected = model(x)
     quantize_model(model, config(skip_modules=["2"]), progress=False)
-    assert [type(module).__name__ for module in model] == ["TOY_ABSMAXLinear", "ReLU", "Linear"]
+    assert [type(module).__name__ for module in model] == ["AbsmaxLinear", "ReLU", "Linear"]
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02)
     assert set(model.state_dict()) == {"0.codes", "0.scale", "0.bias", "2.weight", "2.bias"}
 
@@ -304,7 +316,7 @@ def test_a_class_is_made_for_a_method_that_brings_none():
         layer_type("no_such_method")
 
 
-def test_a_config_pickles(method):
-    config = quick_config(method.spec_type.method)
-    if method.spec_type is not AbsmaxSpec:  # the toy's is made for it, and belongs to no module
-        assert pickle.loads(pickle.dumps(config)) == config
+def test_a_config_pickles(config):
+    if config.spec_type is AbsmaxSpec:
+        pytest.skip("the toy's config class is made for it, and belongs to no module")
+    assert pickle.loads(pickle.dumps(config)) == config

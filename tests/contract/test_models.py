@@ -3,11 +3,12 @@
 import copy
 import multiprocessing
 import pickle
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
 
 import pytest
 import torch
 import torch.nn.functional as F
-from every_method import quick_config
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -29,8 +30,8 @@ def float_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)).eval()
 
 
-def quantized_model(method: pql.QuantMethod, **options) -> nn.Module:
-    return pql.quantize_model(float_model(), quick_config(method.spec_type.method), progress=False, **options)
+def quantized_model(config: pql.QuantConfig, **options) -> nn.Module:
+    return pql.quantize_model(float_model(), config, progress=False, **options)
 
 
 def with_lora(model: nn.Module, *, is_trained: bool = True, **fields) -> PeftModel:
@@ -59,10 +60,9 @@ def logits(model: nn.Module) -> Tensor:
     return model(IDS[:2]).logits
 
 
-def test_a_model_is_the_same_quantized_in_memory_while_loading_and_loaded_again(method, tmp_path):
-    model = quantized_model(method)
+def test_a_model_is_the_same_quantized_in_memory_while_loading_and_loaded_again(config, tmp_path):
+    model = quantized_model(config)
     float_model().save_pretrained(tmp_path / "float")
-    config = quick_config(method.spec_type.method)
     on_the_fly = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config).eval()
     pql.save_model(model, tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
@@ -76,19 +76,19 @@ def test_a_model_is_the_same_quantized_in_memory_while_loading_and_loaded_again(
     assert layouts[0] == layouts[1] == layouts[2]
 
 
-def test_calibration_lowers_the_output_errors_or_is_refused(method):
-    if not method.can_use_hessian(quick_config(method.spec_type.method).spec_for("layer")):
+def test_calibration_lowers_the_output_errors_or_is_refused(config, method, spec):
+    if not method.can_use_hessian(spec):
         with pytest.raises(ValueError, match=r"calibration.*not changed"):
-            quantized_model(method, calibration=DATA)
+            quantized_model(config, calibration=DATA)
         return
     results: list[pql.LayerResult] = []
-    quantized_model(method, calibration=DATA, on_layer=results.append)
+    quantized_model(config, calibration=DATA, on_layer=results.append)
     assert len(results) == 14
     assert all(result.output_error < result.weight_error for result in results)
 
 
-def test_lora_computes_and_trains_as_on_a_dense_layer_of_the_same_weight(method):
-    model = with_lora(quantized_model(method))
+def test_lora_computes_and_trains_as_on_a_dense_layer_of_the_same_weight(config):
+    model = with_lora(quantized_model(config))
     dense = copy.deepcopy(model)
     for layer in [module for module in dense.modules() if isinstance(module, LoraQuantizedLinear)]:
         base = layer.get_base_layer()
@@ -111,8 +111,8 @@ def test_lora_computes_and_trains_as_on_a_dense_layer_of_the_same_weight(method)
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-6)
 
 
-def test_training_lowers_the_loss(method):
-    model = with_lora(quantized_model(method), is_trained=False)
+def test_training_lowers_the_loss(config):
+    model = with_lora(quantized_model(config), is_trained=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -124,9 +124,8 @@ def test_training_lowers_the_loss(method):
     assert losses[-1] < losses[0] - 0.02
 
 
-def refusal_of(method: pql.QuantMethod, strategy: str) -> str | None:
-    """What is said where plain LoRA on this method's weights cannot be merged by ``strategy``; None where it can."""
-    spec = quick_config(method.spec_type.method).spec_for("layer")
+def refusal_of(method: pql.QuantMethod, spec: pql.QuantSpec, strategy: str) -> str | None:
+    """What is said where plain LoRA on weights of ``spec`` cannot be merged by ``strategy``; None where it can."""
     if strategy == "append":
         try:
             spec.extended()
@@ -137,11 +136,15 @@ def refusal_of(method: pql.QuantMethod, strategy: str) -> str | None:
     return {"exact": "cannot be merged exactly", "aware": "not trained merge-aware"}.get(strategy)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_merges_and_is_taken_back_to_the_bit_or_is_refused(method, strategy):
-    model = with_lora(quantized_model(method))
-    before, expected, refusal = bits_of(model), logits(model), refusal_of(method, strategy)
-    options = {"calibration": DATA, "progress": False} if strategy == "calibrated" else {}
+WITH_DATA = {"calibration": DATA, "progress": False}
+# Each strategy, and those that take calibration data or none both ways.
+WAYS = [(name, WITH_DATA if name == "calibrated" else {}) for name in STRATEGIES] + [("append", WITH_DATA)]
+
+
+@pytest.mark.parametrize(("strategy", "options"), WAYS, ids=[f"{name}{'-data' * bool(data)}" for name, data in WAYS])
+def test_every_strategy_merges_and_is_undone_to_the_bit_or_is_refused(config, method, spec, strategy, options):
+    model = with_lora(quantized_model(config))
+    before, expected, refusal = bits_of(model), logits(model), refusal_of(method, spec, strategy)
     if refusal is not None:
         with pytest.raises((ValueError, NotImplementedError), match=rf"layers\.0.*{refusal}"):
             pql.merge_back(model, strategy=strategy, unload=False, **options)
@@ -152,7 +155,7 @@ def test_every_strategy_merges_and_is_taken_back_to_the_bit_or_is_refused(method
     assert len(report.layers) == 14
     if strategy in ("keep", "dense"):
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
-    elif strategy == "calibrated":
+    elif options:
         assert report.output_retained == pytest.approx(1.0, abs=0.15)
     else:
         assert report.delta_retained == pytest.approx(1.0, abs=0.3)
@@ -161,52 +164,57 @@ def test_every_strategy_merges_and_is_taken_back_to_the_bit_or_is_refused(method
     assert torch.equal(logits(model), expected)
 
 
-def test_merge_aware_training_computes_what_the_merge_gives(method):
-    model = with_lora(quantized_model(method), is_trained=False)
+def assert_merged_and_undone(model: PeftModel, *, strategy: str, tolerance: float) -> None:
+    """The automatic merge is by ``strategy`` and moves no logit by more; undone, the bits are those of before."""
+    before, expected = bits_of(model), logits(model)
+    merged, report = pql.merge_back(model, unload=False)
+    assert {layer.strategy for layer in report.layers} == {strategy}
+    assert len(report.layers) == 14
+    torch.testing.assert_close(logits(merged), expected, rtol=tolerance, atol=tolerance)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in bits_of(model).items() if name in before)
+    model.unmerge_adapter()
+    assert_same_bits(bits_of(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_merge_aware_training_computes_what_the_merge_gives(config):
+    model = with_lora(quantized_model(config), is_trained=False)
     pql.enable_merge_aware(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    expected = logits(model.eval())
-    merged, report = pql.merge_back(model)
-    assert {layer.strategy for layer in report.layers} == {"aware"}
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert_merged_and_undone(model.eval(), strategy="aware", tolerance=1e-5)
 
 
-def test_qalora_merges_exactly_or_is_refused(method):
-    config = quick_config(method.spec_type.method)
-    spec = config.spec_for("layer")
+def test_qalora_merges_exactly_or_is_refused(config, method, spec):
     try:
         group_size = method.group_delta_size(spec, in_features=SIZES["hidden_size"])
     except NotImplementedError:
         with pytest.raises(NotImplementedError, match=r"use_qalora needs.*use_qalora=False"):
-            with_lora(quantized_model(method), use_qalora=True, qalora_group_size=16)
+            with_lora(quantized_model(config), use_qalora=True, qalora_group_size=16)
         return
-    model = with_lora(quantized_model(method), use_qalora=True, qalora_group_size=group_size)
-    expected = logits(model)
-    merged, report = pql.merge_back(model)
-    assert {layer.strategy for layer in report.layers} == {"exact"}
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
+    model = with_lora(quantized_model(config), use_qalora=True, qalora_group_size=group_size)
+    assert_merged_and_undone(model, strategy="exact", tolerance=1e-3)
 
 
-def test_a_merged_model_is_saved_and_loaded(method, tmp_path):
-    merged, _ = pql.merge_back(with_lora(quantized_model(method)), strategy="keep")
+def test_a_merged_model_is_saved_and_loaded(config, tmp_path):
+    merged, _ = pql.merge_back(with_lora(quantized_model(config)), strategy="keep")
     pql.save_model(merged, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits(loaded), logits(merged))
 
 
-def test_loftq_brings_the_model_nearer_to_the_float_one(method):
-    model = with_lora(quantized_model(method), is_trained=False)
+def test_loftq_brings_the_model_nearer_to_the_float_one(config):
+    model = with_lora(quantized_model(config), is_trained=False)
     results = pql.initialize_loftq(model, float_model(), progress=False)
     assert len(results) == 14
     assert all(result.error_after < result.error_before for result in results)
 
 
-def test_copies_and_pickles_compute_the_same_bits(method):
-    model = quantized_model(method)
+def test_copies_and_pickles_compute_the_same_bits(config):
+    model = quantized_model(config)
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), expected)
@@ -217,18 +225,22 @@ def _product_of(pickled: bytes, x: Tensor) -> Tensor:
     return pickle.loads(pickled)(x)
 
 
-def test_layers_of_methods_in_the_package_pickle_into_a_new_process(method):
-    if method.spec_type.method.startswith("toy"):
-        return  # registered in this process only
-    layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), quick_config(method.spec_type.method).spec_for("0"))
+@pytest.fixture(scope="module")
+def new_process() -> Iterator[Pool]:
+    """A process that has imported nothing of ours before the first pickle; one for all tests, for it starts slowly."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+def test_layers_of_methods_in_the_package_pickle_into_a_new_process(config, spec, new_process):
+    if spec.method.startswith("toy"):
+        pytest.skip("the toy is registered in this process only")
+    layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec).requires_grad_(False)
     x = torch.randn(2, 64)
-    with multiprocessing.get_context("spawn").Pool(1) as pool, torch.no_grad():
-        found = pool.apply(_product_of, (pickle.dumps(layer.requires_grad_(False)), x))
-    torch.testing.assert_close(found, layer(x).detach())
+    torch.testing.assert_close(new_process.apply(_product_of, (pickle.dumps(layer), x)), layer(x))
 
 
-def test_a_layer_compiles_whole(method, fresh_compiler):
-    spec = quick_config(method.spec_type.method).spec_for("0")
+def test_a_layer_compiles_whole(spec, fresh_compiler):
     layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec)
     x = torch.randn(2, 64, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -238,8 +250,7 @@ def test_a_layer_compiles_whole(method, fresh_compiler):
     torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, -1), rtol=1e-4, atol=1e-5)
 
 
-def test_writes_by_any_name_requantize(method):
-    spec = quick_config(method.spec_type.method).spec_for("0")
+def test_writes_by_any_name_requantize(method, spec):
     written = 0.05 * torch.randn(16, 64)
     expected = method.quantize(written, spec)
 
@@ -258,10 +269,10 @@ def test_writes_by_any_name_requantize(method):
         assert all(torch.equal(layer.get_parameter(name), tensor) for name, tensor in expected.tensors.items())
 
 
-def test_adapters_of_pefts_other_tuners_merge(method):
+def test_adapters_of_pefts_other_tuners_merge(config):
     """LoHa stands for the tuners of which nothing is known but the weight that they give."""
     torch.manual_seed(1)
-    model = get_peft_model(quantized_model(method), LoHaConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    model = get_peft_model(quantized_model(config), LoHaConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
     for name, parameter in model.named_parameters():
         if "hada_" in name:
             parameter.data.normal_(0, 0.15)

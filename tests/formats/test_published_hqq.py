@@ -66,8 +66,8 @@ def test_the_spec_of_a_layer_is_known_before_it_is_read_but_for_five_and_six_bit
 @pytest.mark.parametrize(("axis", "group_size"), [(0, 32), (1, 32), (1, 256)])
 def test_each_tensor_converts_by_itself_into_the_layout_of_the_spec(axis, group_size):
     stored = stored_layer(axis=axis, group_size=group_size)
-    layer = describe_hqq_layer(stored, name="layer")
-    spec = layer.make_spec(spec_from_dict)
+    layer = describe_hqq_layer(stored, name="layer", spec_from_dict=spec_from_dict)
+    spec = layer.spec
     assert spec.group_size == min(group_size, SHAPE[1])
     layout = spec.tensor_layout(*SHAPE)
     assert set(layer.tensor_names) == set(layout)
@@ -100,4 +100,4 @@ def test_each_tensor_converts_by_itself_into_the_layout_of_the_spec(axis, group_
 )
 def test_headers_that_contradict_the_settings_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        describe_hqq_layer(stored_layer() | changes, name="layer")
+        describe_hqq_layer(stored_layer() | changes, name="layer", spec_from_dict=spec_from_dict)

@@ -355,7 +355,7 @@ def test_a_hostile_config_is_refused(edit, error, match, saved):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (HQQConfig(group_size=48), "not a multiple of group_size=48"),
+        (HQQConfig(group_size=48, on_misfit="refuse"), "not a multiple of group_size=48"),
         (HQQConfig(group_size=32, overrides={"nonsense": {"nbits": 8}}), "'nonsense' matches no module"),
         (HQQConfig(group_size=32, skip_modules=["nonsense"]), "'nonsense' matches no module"),
     ],

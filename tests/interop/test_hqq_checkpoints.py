@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, HqqConfig, LlamaConfig
 import peft_quantlayers as pql
 from peft_quantlayers.formats.published_hqq import describe_hqq_layer, flattened
 from peft_quantlayers.integrations import transformers_quantizer
+from peft_quantlayers.methods import spec_from_dict
 from quantlayers_kernels.bitpack import unpack
 
 WIDTHS = [8, 6, 5, 4, 3, 2, 1.58, 1]
@@ -320,9 +321,9 @@ def older_layer(*, quant_scale: bool, quant_zero: bool, nbits: int = 4, dtype: t
 
 def dequantized(stored: dict) -> Tensor:
     entries = flattened(stored, name="layer")
-    layer = describe_hqq_layer(entries, name="layer")
+    layer = describe_hqq_layer(entries, name="layer", spec_from_dict=spec_from_dict)
     W_q, scale, zero = (layer.convert(part, entries[part]) for part in layer.tensor_names)
-    groups = unpack(W_q, layer.nbits, layer.shape[1]).float().view(*scale.shape, layer.group_size)
+    groups = unpack(W_q, layer.spec.nbits, layer.shape[1]).float().view(*scale.shape, layer.spec.group_size)
     return ((groups - zero[..., None].float()) * scale[..., None].float()).reshape(layer.shape)
 
 

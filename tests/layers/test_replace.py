@@ -249,9 +249,21 @@ def without_layers(model: Model) -> None:
 
 
 REFUSED = [
-    (None, {"group_size": 64}, [f"{name}: in_features" for name in ALL[:5]] + ["and 3 more", "for example 32"]),
-    (None, {"axis": 0, "group_size": 24}, [f"{ALL[0]}: out_features=32", f"skip_modules=['{ALL[0]}']"]),
-    (None, {"group_size": 16, "overrides": {"conv": {"group_size": 5}}}, [ALL[2], ALL[6]]),
+    (
+        None,
+        {"group_size": 64, "on_misfit": "refuse"},
+        [f"{name}: in_features" for name in ALL[:5]] + ["and 3 more", "for example 32"],
+    ),
+    (
+        None,
+        {"axis": 0, "group_size": 24, "on_misfit": "refuse"},
+        [f"{ALL[0]}: out_features=32", f"skip_modules=['{ALL[0]}']"],
+    ),
+    (
+        None,
+        {"group_size": 16, "overrides": {"conv": {"group_size": 5}}, "on_misfit": "refuse"},
+        [ALL[2], ALL[6]],
+    ),
     (None, {"group_size": 16, "skip_modules": ["lm_haed"]}, ["skip_modules", "'lm_haed'", "matches no module"]),
     (None, {"group_size": 16, "overrides": {"layers.7": {}}}, ["overrides", "'layers.7'", "matches no module"]),
     (None, {"group_size": 16, "skip_modules": ["*"]}, ["nothing to quantize"]),

@@ -12,13 +12,13 @@ def advice(*layers, capture=None, output_retained=None, delta_retained=0.1) -> s
     return recommendation(layers, capture=capture, output_retained=output_retained, delta_retained=delta_retained)
 
 
-def capture_of(kl_merged: float, kl_base: float = 1.0) -> Capture:
+def capture_of(kl_merged: float, kl_base: float = 1.0, loss_merged: float = 1.05) -> Capture:
     return Capture(
         kl_adapter_base=kl_base,
         kl_adapter_merged=kl_merged,
         loss_base=2.0,
         loss_adapter=1.0,
-        loss_merged=1.5,
+        loss_merged=loss_merged,
         n_tokens=8,
     )
 
@@ -42,6 +42,9 @@ def test_what_was_measured_nearest_to_the_predictions_decides():
     )
     assert advice(layer, output_retained=0.25, capture=capture_of(0.01)) is None
     assert advice(layer, output_retained=1.0, capture=capture_of(0.4)).startswith("0.60 of the adapter's effect")
+    # Predictions near those of the adapter, and still much of what it was trained for is lost.
+    lost = advice(layer, output_retained=1.0, capture=capture_of(0.07, loss_merged=1.5))
+    assert lost.startswith("0.50 of the adapter's gain in loss is left. Instead: ")
     # An effect that is too small to measure says nothing.
     assert advice(layer, capture=capture_of(0.0, kl_base=0.0), delta_retained=0.5).startswith(
         "0.50 of the adapter's delta"

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from every_method import AbsmaxMethod, AbsmaxSpec
 
 import peft_quantlayers
 import quantlayers_kernels
@@ -93,7 +94,7 @@ def entry_points(monkeypatch) -> list[EntryPoint]:
     """Entry points in the place of those of installed packages, read on the next look at the registry."""
     found: list[EntryPoint] = []
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-    monkeypatch.setattr(registry, "_are_entry_points_loaded", False)
+    monkeypatch.setattr(registry, "_pending", None)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [each for each in found if each.group == group])
     return found
 
@@ -102,13 +103,54 @@ def entry_point(name: str, value: str) -> EntryPoint:
     return EntryPoint(name=name, value=value, group=registry.ENTRY_POINT_GROUP)
 
 
-def test_an_entry_point_that_cannot_be_imported_is_named_and_the_others_work(entry_points, caplog):
-    entry_points += [entry_point("broken", "no_such_package:Method"), entry_point("toy", "every_method:AbsmaxMethod")]
-    assert {"hqq", "toy_absmax"} <= set(registered_methods())
-    assert "method 'broken' was not loaded: No module named 'no_such_package'" in caplog.text
-    caplog.clear()
-    registered_methods()
-    assert not caplog.records  # entry points are read once
+class Impostor(HQQMethod):
+    """Another class for a name that is taken."""
+
+
+class NoMethod:
+    """A class that is not a method."""
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_package:Method", "No module named 'no_such_package'"),
+        ("every_method:NoSuchClass", "has no attribute 'NoSuchClass'"),
+        ("every_method:QUICK", "'dict' object is not callable"),
+        (f"{__name__}:NoMethod", "has no attribute 'spec_type'"),
+        (f"{__name__}:Impostor", "a quantization method named 'hqq' is registered already"),
+    ],
+)
+def test_an_entry_point_that_gives_no_method_is_named_and_the_others_work(entry_points, caplog, value, message):
+    entry_points += [entry_point("broken", value), entry_point("toy", "every_method:AbsmaxMethod")]
+    assert peft_quantlayers.AbsmaxSpec is AbsmaxSpec
+    assert type(registered_methods()["hqq"]) is HQQMethod
+    assert len(caplog.records) == 1  # entry points are read once
+    assert caplog.messages[0].startswith(f"method 'broken' ({value}) was not loaded: ")
+    assert message in caplog.messages[0]
+
+
+def test_after_an_unexpected_error_the_other_entry_points_are_still_loaded(entry_points, monkeypatch):
+    class Failing(HQQMethod):
+        def __init__(self) -> None:
+            raise RuntimeError("no driver")
+
+    monkeypatch.setattr(sys.modules[__name__], "NoMethod", Failing)
+    entry_points += [entry_point("failing", f"{__name__}:NoMethod"), entry_point("toy", "every_method:AbsmaxMethod")]
+    with pytest.raises(RuntimeError, match="no driver"):
+        registered_methods()
+    assert "toy_absmax" in registered_methods()
+
+
+def test_a_package_may_ask_for_the_methods_while_it_is_loaded(entry_points, monkeypatch, caplog):
+    class Asking(AbsmaxMethod):
+        def __init__(self) -> None:
+            assert "hqq" in registered_methods()
+
+    monkeypatch.setattr(sys.modules[__name__], "NoMethod", Asking)
+    entry_points.append(entry_point("asking", f"{__name__}:NoMethod"))
+    assert type(registered_methods()["toy_absmax"]) is Asking
+    assert not caplog.records
 
 
 def test_an_unknown_name_is_looked_for_in_entry_points_and_then_refused_with_those_that_there_are(entry_points):
@@ -125,9 +167,6 @@ def test_hqq_is_registered_and_registering_it_again_is_harmless():
 
 
 def test_another_method_of_the_same_name_is_refused():
-    class Impostor(HQQMethod):
-        pass
-
     with pytest.raises(ValueError, match="'hqq' is registered already"):
         register_method(Impostor())
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import native
-from ..interface import AQLMChoice, AQLMWeight, DenseRows, Product
+from ..interface import AQLMChoice, AQLMWeight, DenseRows
+from ..native_product import few_tokens_product
 from .layout import dense_shape, has_documented_layout
 
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
@@ -82,19 +83,8 @@ def _weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> AQLMWeight:
 def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` from AQLM codes; float32 inside, dtype of ``x`` out."""
     codes, codebooks, scales = _readable(codes, codebooks, scales)
-    inputs = x.float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    out_features, in_features = dense_shape(codes, codebooks)
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
-    product = Product(
-        y=y.data_ptr(),
-        x=inputs.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        tokens=inputs.numel() // in_features,
-        out_features=out_features,
-    )
-    native.call("ql_aqlm_linear", _weight(codes, codebooks, scales), product)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    weight = _weight(codes, codebooks, scales)
+    return few_tokens_product("ql_aqlm_linear", weight, x, bias, out_features=dense_shape(codes, codebooks)[0])
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:

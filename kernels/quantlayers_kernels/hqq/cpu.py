@@ -1,10 +1,10 @@
 """HQQ on a CPU with the compiled kernels: products with few tokens, and dense rows. See ``csrc/hqq_kernels.h``."""
 
-import torch
 from torch import Tensor
 
 from .. import native
-from ..interface import DenseRows, HQQGradient, HQQWeight, Product
+from ..interface import DenseRows, HQQGradient, HQQWeight
+from ..native_product import few_tokens_product
 from .layout import has_documented_layout
 
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
@@ -46,20 +46,9 @@ def linear_few_tokens(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
 ) -> Tensor:
     """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
-    out_features, in_features = W_q.shape[0], x.shape[-1]
-    inputs = x.float().contiguous()
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
-    product = Product(
-        y=y.data_ptr(),
-        x=inputs.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        tokens=inputs.numel() // in_features,
-        out_features=out_features,
-    )
-    native.call("ql_hqq_linear", _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features), product)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    weight = _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
+    return few_tokens_product("ql_hqq_linear", weight, x, bias, out_features=W_q.shape[0])
 
 
 def dequantize_rows(

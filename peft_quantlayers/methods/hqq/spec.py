@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes, unpack
 
+from ...arguments import check_choice, check_integer, check_number
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import Role, check_choice, check_integer, check_number, dtype_name, suggest_divisor
+from ...formats.spec import Role, dtype_name, suggest_divisor, with_smaller_groups
 from ..config import QuantConfig
 
 MAX_GROUP_SIZE = 1 << 24
@@ -87,6 +89,12 @@ class HQQSpec(QuantSpec):
             "scale": TensorLayout(**metadata, role="scales"),
             "zero": TensorLayout(**metadata, role="zeros"),
         }
+
+    def fitted(self, out_features: int, in_features: int) -> Self | None:
+        if not self.misfit(out_features, in_features):
+            return self
+        side = in_features if self.axis == 1 else out_features
+        return with_smaller_groups(self, "group_size", side, out_features, in_features)
 
     @property
     def max_code(self) -> int:

@@ -1,0 +1,33 @@
+"""A dense float32 layer in the place of a quantized one, into which PEFT merges adapters by its own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def dense_stand_in_under(adapter_layer: Any, weight: Tensor, bias: Tensor | None) -> Iterator[nn.Linear]:
+    """Within the context a dense layer is under the adapters of a layer of PEFT's, with nothing merged.
+
+    Args:
+        adapter_layer: PEFT's layer; its base and its list of merged adapters are restored at the end.
+        weight: (out_features, in_features), float32.
+        bias: (out_features,) or None; both are copied to the device of ``weight``.
+    """
+    stand_in = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    stand_in.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        stand_in.bias = nn.Parameter(bias.detach().to(weight.device, torch.float32, copy=True), requires_grad=False)
+    base, merged = adapter_layer.base_layer, list(adapter_layer.merged_adapters)
+    adapter_layer.base_layer = stand_in
+    adapter_layer.merged_adapters.clear()
+    try:
+        yield stand_in
+    finally:
+        adapter_layer.base_layer = base
+        adapter_layer.merged_adapters[:] = merged

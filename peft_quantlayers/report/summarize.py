@@ -1,0 +1,153 @@
+"""Read from a model what is quantized in it, to what, and what stays dense and why: by the rules that select."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import cast
+
+from torch import nn
+
+from ..arguments import check_model
+from ..formats import QuantSpec
+from ..integrations.base_modules import base_model, base_modules
+from ..layers import DenseType, QuantizedLinear, quantized_modules
+from ..layers.dense_types import dense_type_of
+from ..layers.selection import MISFIT, DenseRules, StaysDense, fused_experts, select_modules
+from ..lora import has_adapters
+from ..methods import QuantConfig
+from ..methods.config import check_config
+from .model_summary import ModelSummary, ModuleSummary
+
+# Of a module of a registered type in a model whose config is not at hand.
+LEFT_OUT = "left dense by the config"
+NOT_QUANTIZED = "not quantized"
+# Of the other modules, whose type is not registered.
+UNKNOWN_LINEAR = "unknown type of linear"
+FUSED_EXPERTS = "fused experts"
+EMBEDDING = "embedding"
+CONVOLUTION = "convolution"
+VECTORS = "norms, biases and scalars"
+OTHER = "other parameters"
+
+# Why a module of a registered type is dense, from its name and itself.
+ReasonOf = Callable[[str, nn.Module], StaysDense | None]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary:
+    """What is quantized in ``model``, to what, what stays dense and why, and the bytes of each. Changes nothing.
+
+    Args:
+        model: quantized in memory or loaded, on any device, with PEFT adapters or without; or a float model.
+        config: show what this config would make of ``model``, instead of what it is.
+
+    Raises:
+        TypeError: no module, or no config.
+        ValueError: what :func:`peft_quantlayers.quantize_model` would refuse about shapes and patterns; a config for
+            a model that carries adapters.
+    """
+    check_model("summary", model)
+    if config is not None:
+        check_config("config", config)
+    if config is not None and has_adapters(model):
+        raise ValueError("a model that carries PEFT adapters cannot be quantized. Leave config out to see what it is.")
+    base = base_model(model)
+    if config is None:
+        specs: dict[str, QuantSpec] = {}
+        reason_of: ReasonOf = _reasons_of_what_is(base)
+    else:
+        selection = select_modules(base, config)
+        specs, reason_of = selection.specs, lambda name, module: selection.dense.get(name)
+    experts = {id(parameter) for parameter in fused_experts(base).values()}
+    owners: dict[int, str] = {}
+    found = []
+    for name, module in base_modules(model):
+        parameters = list(module.parameters(recurse=isinstance(module, QuantizedLinear)))
+        own = [parameter for parameter in parameters if id(parameter) not in owners]
+        if isinstance(module, QuantizedLinear):
+            found.append(_quantized(name, module, own))
+        elif name in specs:
+            found.append(_planned(name, module, specs[name]))
+        elif parameters:
+            dense = reason_of(name, module) if dense_type_of(module) else None
+            shared = {owners[id(parameter)] for parameter in parameters if id(parameter) in owners}
+            found.append(_dense(name, dense or _other_reason(module, experts), own, shared))
+        owners |= {id(parameter): name for parameter in own}
+    adapters = [parameter for parameter in model.parameters() if id(parameter) not in owners]
+    return ModelSummary(
+        model=type(base).__name__,
+        modules=tuple(found),
+        adapter_parameters=sum(parameter.numel() for parameter in adapters),
+        adapter_nbytes=sum(parameter.nbytes for parameter in adapters),
+        is_planned=config is not None,
+    )
+
+
+def _reasons_of_what_is(model: nn.Module) -> ReasonOf:
+    """Says why a module of a registered type is dense in ``model``, whose config is not at hand."""
+    rules = DenseRules(model)
+    names = {id(module): name for name, module in model.named_modules()}  # with PEFT's parts, as the rules know them
+    specs = Counter(layer.spec for layer in quantized_modules(model).values())
+
+    def reason_of(name: str, module: nn.Module) -> StaysDense | None:
+        found = rules.reason(names[id(module)], module)
+        if found is not None or not specs:
+            return found or StaysDense(reason=NOT_QUANTIZED)
+        spec, shape = specs.most_common(1)[0][0], cast(DenseType, dense_type_of(module)).shape(module)
+        misfit = spec.misfit(*shape)
+        return StaysDense(reason=LEFT_OUT if spec.fitted(*shape) else MISFIT, detail=misfit)
+
+    return reason_of
+
+
+def _other_reason(module: nn.Module, experts: set[int]) -> StaysDense:
+    """What a module of no registered type is."""
+    parameters = list(module.parameters(recurse=False))
+    if any(id(parameter) in experts for parameter in parameters):
+        return StaysDense(reason=FUSED_EXPERTS)
+    if isinstance(module, nn.Linear):
+        return StaysDense(reason=UNKNOWN_LINEAR, detail=type(module).__name__)
+    if isinstance(module, nn.Embedding):
+        return StaysDense(reason=EMBEDDING)
+    if isinstance(module, CONVOLUTIONS):
+        return StaysDense(reason=CONVOLUTION)
+    if all(parameter.dim() <= 1 for parameter in parameters):
+        return StaysDense(reason=VECTORS)
+    return StaysDense(reason=OTHER, detail=type(module).__name__)
+
+
+def _quantized(name: str, layer: QuantizedLinear, own: list[nn.Parameter]) -> ModuleSummary:
+    n_bias = 0 if layer.bias is None else layer.bias.numel()
+    return ModuleSummary(
+        name=name,
+        spec=layer.spec,
+        n_parameters=layer.in_features * layer.out_features + n_bias,
+        nbytes=sum(parameter.nbytes for parameter in own),
+        bits_per_weight=layer.bits_per_weight,
+    )
+
+
+def _planned(name: str, module: nn.Module, spec: QuantSpec) -> ModuleSummary:
+    shape = cast(DenseType, dense_type_of(module)).shape(module)
+    layout = spec.tensor_layout(*shape).values()
+    bias = cast(nn.Parameter | None, module.bias)
+    return ModuleSummary(
+        name=name,
+        spec=spec,
+        n_parameters=math.prod(shape) + (0 if bias is None else bias.numel()),
+        nbytes=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout)
+        + (0 if bias is None else bias.nbytes),
+        bits_per_weight=spec.bits_per_weight(*shape)[1],
+    )
+
+
+def _dense(name: str, dense: StaysDense, own: list[nn.Parameter], shared: set[str]) -> ModuleSummary:
+    sharing = f"shares a tensor with {', '.join(sorted(shared))}" if shared else ""
+    return ModuleSummary(
+        name=name,
+        reason=dense.reason,
+        detail="; ".join(filter(None, [dense.detail, sharing])),
+        n_parameters=sum(parameter.numel() for parameter in own),
+        nbytes=sum(parameter.nbytes for parameter in own),
+    )

@@ -1,0 +1,157 @@
+"""What a file's source says: imports, private names of peers, replaced methods. For the tests of floors."""
+
+import ast
+
+PEERS = ("peft", "transformers")
+
+
+def imports(source: str, module: str) -> list[tuple[str, str | None]]:
+    """(dotted module, name taken from it or None) of every import, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            found += [(".".join(filter(None, [base, node.module])), alias.name) for alias in node.names]
+    return found
+
+
+def private_imports(source: str, module: str) -> list[str]:
+    """Underscored modules and names of the peers that a file imports."""
+    return sorted(
+        f"{dotted}:{name}"
+        for dotted, name in imports(source, module)
+        if dotted.split(".")[0] in PEERS
+        and any(part.startswith("_") and not part.startswith("__") for part in [*dotted.split("."), name or ""])
+    )
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+
+
+# Private attributes of torch and of Python that we use, for what they have no public name.
+NOT_OF_PEERS = {
+    "_C", "_apply", "_asdict", "_backward_hooks", "_backward_pre_hooks", "_current_level", "_fields", "_forward_hooks",
+    "_forward_pre_hooks", "_functorch", "_get_tracing_state", "_len_torch_dispatch_stack", "_load_from_state_dict",
+    "_make_subclass", "_make_wrapper_subclass", "_modules", "_parameters", "_schema", "_version",
+}  # fmt: skip
+
+
+# Calls that take an object and the name of an attribute.
+ATTRIBUTE_CALLS = ("getattr", "setattr", "hasattr", "delattr")
+
+
+def name_of(node: ast.AST) -> str:
+    """``f`` of the expressions ``f`` and ``module.f``; empty for any other."""
+    return getattr(node, "id", "") or getattr(node, "attr", "")
+
+
+def is_self(node: ast.AST) -> bool:
+    return getattr(node, "id", "") in ("self", "cls", "ctx")
+
+
+def is_dict_of_other(node: ast.AST) -> bool:
+    """``x.__dict__`` or ``vars(x)``, unless x is ``self``."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__dict__" and not is_self(node.value)
+    return isinstance(node, ast.Call) and name_of(node.func) == "vars" and not any(map(is_self, node.args))
+
+
+def targets_of(node: ast.AST) -> list[ast.AST]:
+    """What a statement assigns to or deletes, tuples taken apart."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+        targets = [node.target]
+    else:
+        return []
+    return [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+
+
+def own_names(source: str) -> set[str]:
+    """Private names that a file defines: functions, classes, fields, and attributes that it sets on ``self``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        for target in (part for each in targets_of(node) for part in ast.walk(each)):
+            if isinstance(target, ast.Name):
+                found.add(target.id)
+            elif isinstance(target, ast.Attribute) and is_self(target.value):
+                found.add(target.attr)
+    return {name for name in found if is_private(name)}
+
+
+def private_attributes(source: str, own: set[str]) -> list[str]:
+    """Private attributes that are neither ours nor torch's, also where they are named by a string."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and name_of(node.func) in ATTRIBUTE_CALLS:
+            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, ast.Subscript) and is_dict_of_other(node.value) and isinstance(node.slice, ast.Constant):
+            found.add(node.slice.value)
+    return sorted({name for name in found if is_private(name)} - own - NOT_OF_PEERS)
+
+
+# What a layer does, to the rest of a model: nothing else is written under these names.
+BEHAVIOUR = ("forward", "merge", "unmerge", "__class__", "__call__")
+WRITES_TO_A_DICT = ("update", "setdefault", "pop", "clear", "__setitem__")
+
+
+def replacements(source: str) -> list[str]:
+    """Where a file changes what an object of other code is or does: its class, a method, its ``__dict__``."""
+    functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+
+    def is_function(value: ast.AST | None) -> bool:
+        is_bound = isinstance(value, ast.Call) and name_of(value.func) in ("MethodType", "partial", "__get__")
+        return isinstance(value, ast.Lambda) or getattr(value, "id", None) in functions or is_bound
+
+    def is_written_by(call: ast.Call) -> bool:
+        if name_of(call.func) in WRITES_TO_A_DICT:
+            return isinstance(call.func, ast.Attribute) and is_dict_of_other(call.func.value)
+        if name_of(call.func) not in ("setattr", "delattr", "__setattr__", "__delattr__") or len(call.args) < 2:
+            return False
+        holder, name, *value = call.args
+        is_behaviour = isinstance(name, ast.Constant) and name.value in BEHAVIOUR
+        return not is_self(holder) and (is_behaviour or any(map(is_function, value)))
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and is_written_by(node):
+            found.append(ast.unparse(node))
+        for target in targets_of(node):
+            # vars(x)["forward"] = ..., x.__dict__ |= ...
+            is_replaced = is_dict_of_other(target.value if isinstance(target, ast.Subscript) else target)
+            if isinstance(target, ast.Attribute):
+                is_behaviour = target.attr in BEHAVIOUR or is_function(getattr(node, "value", None))
+                is_replaced |= target.attr == "__class__" or (is_behaviour and not is_self(target.value))
+            if is_replaced:
+                found.append(ast.unparse(target))
+    return found
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of imports; empty where there is none. A package's own files do not count as importing it."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for target in sorted(graph[node]):
+            circle = visit(target, [*path, node])
+            if circle:
+                return circle
+        done.add(node)
+        return []
+
+    for start in sorted(graph):
+        circle = visit(start, [])
+        if circle:
+            return circle
+    return []
