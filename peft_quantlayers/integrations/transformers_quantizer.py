@@ -26,6 +26,7 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
@@ -33,6 +34,7 @@ from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .checksums import checksum_metadata, refuse_damage
 from .given_config import compare_with_asked, quant_config_of, without_untagged
+from .parallel_loading import check_finite_shards, refuse_parallel_loading
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -140,6 +142,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        refuse_parallel_loading(model.config, is_quantizing=not self.pre_quantized)
         if not self.pre_quantized:
             self.quantization_config = without_untagged(self.quantization_config, self.given_config, model)
             self.specs = quantizable_modules(model, self.quantization_config)
@@ -276,7 +279,9 @@ def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     for tensor_name, parameter in layer.named_parameters():
         if not getattr(parameter, "_is_hf_initialized", False):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
-    if layer.codes.device.type != "meta":
+    if is_sharded(layer.codes):  # headers were checked; this process has some of the values
+        check_finite_shards(name, layer)
+    elif layer.codes.device.type != "meta":
         layer.quantized_weight.check(name)
         for tensor_name, parameter in [] if layer.branch is None else layer.branch.named_parameters():
             if not torch.isfinite(parameter).all():
