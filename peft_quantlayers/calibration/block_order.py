@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,12 @@ from .model_passes import call_of
 
 
 def order_of(
-    model: nn.Module, lists: Sequence[Sequence[str]], calls: Sequence[Call], *, progress: bool = False
+    model: nn.Module,
+    lists: Sequence[Sequence[str]],
+    calls: Sequence[Call],
+    *,
+    layers: Sequence[str] = (),
+    progress: bool = False,
 ) -> list[str]:
     """Names of the blocks that every call runs once, in their order.
 
@@ -28,15 +33,23 @@ def order_of(
         model: runs each of ``calls``.
         lists: names of blocks, list by list, the most important one first.
         calls: of the model.
-        progress: show a progress bar if it takes long.
+        layers: names of those to visit.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the model does not run on the data; blocks of the first list that is reached do not run exactly
-            once, or differ between calls; a block changes its inputs in place; inputs hold NaN or Inf. Nothing was
-            changed.
+        ValueError: the model does not run on the data; no call reaches any of the layers; blocks of the first list
+            that is reached do not run exactly once, or differ between calls; a block changes its inputs in place;
+            inputs hold NaN or Inf. Nothing was changed.
     """
     bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress)
-    first, *others = (_Trace.of(model, [block for blocks in lists for block in blocks], call) for call in bar)
+    blocks_of_all = [block for blocks in lists for block in blocks]
+    with _reached(model, layers) as names:
+        first, *others = (_Trace.of(model, blocks_of_all, call) for call in bar)
+    if layers and not names:
+        raise ValueError(
+            f"the calibration data reaches none of the {len(layers)} layers, such as {layers[0]}. Give batches with "
+            "the inputs that they read, or go without calibration. Nothing was changed."
+        )
     reached = [list(blocks) for blocks in lists if set(blocks) & set(first.order)]
     kept: list[list[str]] = []
     for blocks in reached:
@@ -69,6 +82,20 @@ def _common_order(lists: list[list[str]], traces: Sequence[_Trace]) -> list[str]
                 f"at {name}. Nothing was changed."
             )
     return order
+
+
+@contextmanager
+def _reached(model: nn.Module, layers: Sequence[str]) -> Iterator[set[str]]:
+    """The names of those of ``layers`` that have run so far."""
+    found: set[str] = set()
+
+    def note(name: str) -> Callable:
+        return lambda module, args: found.add(name)  # a set's add gives None: the inputs stay as they are
+
+    with ExitStack() as stack:
+        for name in layers:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+        yield found
 
 
 @dataclass
@@ -141,6 +168,13 @@ def _run(model: nn.Module, call: Call) -> None:
     except (Stop, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        if type(model).forward is nn.Module.forward:
+            parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+            raise ValueError(
+                f"{type(model).__name__} has no forward of its own, only those of its parts {parts}: quantize the "
+                "model without calibration, or a part of it with data for that part, for example "
+                f"quantize_model(model.{parts[0] if parts else 'part'}, config, calibration=...). Nothing was changed."
+            ) from None
         given = sorted(name for name, value in call.kwargs.items() if isinstance(value, Tensor))
         takes = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -218,7 +218,7 @@ class _Visits:
             shown = parts[:8]
             logger.warning(
                 "%d of %d layers get no inputs from the calibration data, or only zeros, and are quantized without "
-                "calibration: those in %s. To calibrate them give batches with what they read (pixel_values, ...); "
+                "calibration: those in %s. To calibrate them give batches with what they read (images, ...); "
                 "to leave them dense, quantize with skip_modules=%s.",
                 len(self.unreached),
                 len(self.unreached) + len(self.reached),
