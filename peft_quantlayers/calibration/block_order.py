@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +43,8 @@ def order_of(
     """
     bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress)
     blocks_of_all = [block for blocks in lists for block in blocks]
-    with _reached(model, layers) as names:
-        first, *others = (_Trace.of(model, blocks_of_all, call) for call in bar)
-    if layers and not names:
+    first, *others = (_Trace.of(model, blocks_of_all, layers, call) for call in bar)
+    if layers and not any(trace.reached for trace in (first, *others)):
         raise ValueError(
             f"the calibration data reaches none of the {len(layers)} layers, such as {layers[0]}. Give batches with "
             "the inputs that they read, or go without calibration. Nothing was changed."
@@ -84,20 +83,6 @@ def _common_order(lists: list[list[str]], traces: Sequence[_Trace]) -> list[str]
     return order
 
 
-@contextmanager
-def _reached(model: nn.Module, layers: Sequence[str]) -> Iterator[set[str]]:
-    """The names of those of ``layers`` that have run so far."""
-    found: set[str] = set()
-
-    def note(name: str) -> Callable:
-        return lambda module, args: found.add(name)  # a set's add gives None: the inputs stay as they are
-
-    with ExitStack() as stack:
-        for name in layers:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
-        yield found
-
-
 @dataclass
 class _Trace:
     """What one call of a model does with its blocks.
@@ -105,16 +90,19 @@ class _Trace:
     Fields:
         order: names of the blocks, each time one runs.
         nested: those that run inside another one.
+        reached: the layers that run.
+        problem: why the call cannot be walked; empty if it can.
     """
 
     order: list[str] = field(default_factory=list)
     nested: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
     problem: str = ""
     _running: list[str] = field(default_factory=list)
     _seen: list[tuple[Any, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: Sequence[str], call: Call) -> _Trace:
+    def of(cls, model: nn.Module, blocks: Sequence[str], layers: Sequence[str], call: Call) -> _Trace:
         """Run the model up to its output embeddings. Raises as :func:`order_of`."""
         trace = cls()
         with ExitStack() as stack:
@@ -122,13 +110,18 @@ class _Trace:
                 block = model.get_submodule(name)
                 stack.callback(block.register_forward_pre_hook(trace._before(name), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(trace._after(name)).remove)
+            for name in layers:
+                stack.callback(model.get_submodule(name).register_forward_pre_hook(trace._reaches(name)).remove)
             if isinstance(head := _output_embeddings(model), nn.Module):
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
             with suppress(Stop):
-                _run(model, call)
+                _run(model, call, lambda: bool(layers) and len(trace.reached) == len(layers))
         if trace.problem:
             raise ValueError(f"{trace.problem} Nothing was changed.")
         return trace
+
+    def _reaches(self, name: str) -> Callable:
+        return lambda module, args: self.reached.add(name)  # gives None: the inputs stay as they are
 
     def _before(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -161,13 +154,18 @@ class _Trace:
         return hook
 
 
-def _run(model: nn.Module, call: Call) -> None:
-    """Run the model, whose own errors are told as what they are: the data lacks something that it needs."""
+def _run(model: nn.Module, call: Call, has_reached_all: Callable[[], bool]) -> None:
+    """Run the model, whose own errors are told as what they are: the data lacks something that it needs.
+
+    What fails after the last layer (a classifier that looks for an end token) does not matter: the walk stops there.
+    """
     try:
         call.run(model)
     except (Stop, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        if has_reached_all():
+            return
         if type(model).forward is nn.Module.forward:
             parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
             raise ValueError(

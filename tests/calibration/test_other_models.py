@@ -4,12 +4,16 @@ import logging
 
 import pytest
 import torch
-from calibration.other_models import MODELS, SIZES, ids, other_model
+from calibration.other_models import BART, MODELS, SIZES, ids, other_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -131,6 +135,25 @@ def test_a_decoder_without_a_start_token_is_calibrated_too(config):
     results = []
     quantize_model(model, CONFIG, calibration=data, progress=False, on_layer=results.append)
     assert all(result.output_error is not None for result in results)
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_a_classifier_that_fails_after_the_last_layer_is_calibrated(name):
+    """Of several sequences without padding token, and of texts without end token, it finds no last token."""
+    if name == "llama":
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES | {"pad_token_id": None}))
+    else:
+        model = BartForSequenceClassification(BartConfig(**BART))
+    results = []
+    quantize_model(
+        model.eval(),
+        CONFIG,
+        calibration=Calibration(data=ids(8, 40), n_tokens=320, sequence_length=40),
+        progress=False,
+        on_layer=results.append,
+    )
+    assert all(result.output_error is not None for result in results)
+    assert len(results) == (14 if name == "llama" else 32)
 
 
 class Parts(PreTrainedModel):
