@@ -1,9 +1,10 @@
 """The compiled CPU kernels of ``csrc/``: finding, loading and calling them.
 
 They are optional. If they were not built, or are switched off with ``QUANTLAYERS_NO_EXTENSION=1`` in the environment,
-:func:`is_available` is False and everything runs in plain torch, with the same results up to float32 rounding. What
-the kernels compute, and when to use them, is documented in each method's ``cpu.py``; what they are called with, in
-``interface.py``.
+:func:`is_available` is False and everything runs in plain torch. Each kernel's result is then the same up to float32
+rounding; but a caller may choose less work where it would take too long in torch (AQLM searches with a narrow beam).
+What the kernels compute, and when to use them, is documented in each method's ``cpu.py``; what they are called with,
+in ``interface.py``.
 """
 
 import ctypes

@@ -31,6 +31,7 @@ from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .private_transformers import is_marked_as_initialized
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 
@@ -259,7 +260,7 @@ def unmark_for_kbit_training(model: PreTrainedModel) -> None:
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     for tensor_name, parameter in layer.named_parameters():
-        if not getattr(parameter, "_is_hf_initialized", False):
+        if not is_marked_as_initialized(parameter):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
     if layer.codes.device.type != "meta":
         layer.quantized_weight.check(name)
