@@ -32,9 +32,13 @@ from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+<<<<<<< HEAD
 from .checksums import checksum_metadata, refuse_damage
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .parallel_loading import check_finite_shards, refuse_parallel_loading
+=======
+from .private_transformers import is_marked_as_initialized
+>>>>>>> wip-house
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -277,7 +281,7 @@ def unmark_for_kbit_training(model: PreTrainedModel) -> None:
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     for tensor_name, parameter in layer.named_parameters():
-        if not getattr(parameter, "_is_hf_initialized", False):
+        if not is_marked_as_initialized(parameter):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
     if is_sharded(layer.codes):  # headers were checked; this process has some of the values
         check_finite_shards(name, layer)
