@@ -32,13 +32,10 @@ from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
-<<<<<<< HEAD
 from .checksums import checksum_metadata, refuse_damage
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .parallel_loading import check_finite_shards, refuse_parallel_loading
-=======
 from .private_transformers import is_marked_as_initialized
->>>>>>> wip-house
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
