@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test check lint conformance patches bench bench-gpu bench-quality features tables clean
+.PHONY: demo test check lint conformance patches bench bench-gpu bench-quality features models tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -65,6 +65,12 @@ bench-quality: $(VENV)/.installed
 # What PEFT's features do on our layers and on PEFT's own, and docs/peft-features.md from it: about five minutes.
 features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
+	$(RUN) benchmarks/tables.py
+
+# Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
+# Some of them again: make models ARGS="'Llama*' 'Gemma*'"
+models: $(VENV)/.installed
+	$(RUN) benchmarks/models_table.py $(or $(ARGS),--again)
 	$(RUN) benchmarks/tables.py
 
 tables: $(VENV)/.installed

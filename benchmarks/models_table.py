@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from _device import describe_device
-from _model_journey import journey
+from _model_journey import full_size, journey
 from _tiny_models import generative_classes
 
 RESULT = Path(__file__).parent / "results" / "models.json"
@@ -51,7 +51,7 @@ def run(class_name: str) -> dict[str, Any]:
 def _in_child(class_name: str, answer: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
     with tempfile.TemporaryDirectory() as folder:
-        answer.send(journey(class_name, Path(folder)))
+        answer.send(journey(class_name, Path(folder)) | {"full size": full_size(class_name)})
 
 
 def main() -> None:

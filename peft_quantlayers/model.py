@@ -25,6 +25,7 @@ from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
 from .methods import QuantConfig
+from .methods.config import check_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ def quantize_model(
         TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
         ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
             on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
-            the config; a pattern matches no module; a weight holds NaN or Inf; too little calibration data; block
-            finetuning or a resume folder for a model that is quantized in part. The model is as it was.
+            the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little
+            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
+            as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
@@ -98,13 +100,7 @@ def _check_arguments(
     if isinstance(model, QuantConfig):
         raise TypeError("quantize_model takes the model first and the config second: quantize_model(model, config).")
     check_model("quantize_model", model)
-    if isinstance(config, type) and issubclass(config, QuantConfig):
-        raise TypeError(f"config must be a config and is the class: write {config.__name__}().")
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
-            "fields: HQQConfig(**fields)."
-        )
+    check_config("config", config)
     check_tokenizer(tokenizer)
     check_device("device", device)
     check_flag("progress", progress)

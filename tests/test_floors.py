@@ -91,7 +91,7 @@ MAY_REPLACE = {
         "vars(module).pop('forward', None)": "the module's own forward again",
     },
     "peft_quantlayers.layers.codes_parameter": {
-        "wrapped.__dict__.update(codes.__dict__)": "an object of ours, made in the line before",
+        "wrapped.__dict__.update(parameter.__dict__)": "an object of ours, made in the line before",
     },
     "peft_quantlayers.lora.merge_aware_config": {
         "vars(aware).update(copy.copy(vars(config)))": "an object of ours, made in the line before",

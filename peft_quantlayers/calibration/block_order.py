@@ -35,7 +35,7 @@ def order_of(
             once, or differ between calls; a block changes its inputs in place; inputs hold NaN or Inf. Nothing was
             changed.
     """
-    bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress, delay=2)
+    bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress)
     first, *others = (_Trace.of(model, [block for blocks in lists for block in blocks], call) for call in bar)
     reached = [list(blocks) for blocks in lists if set(blocks) & set(first.order)]
     kept: list[list[str]] = []

@@ -35,6 +35,7 @@ from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
 from ..scales import QuantScalesLayer
 from . import peft_scales as scales
+from .pattern_check import check_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
     """PEFT's, after a check that refuses a merge-aware adapter on a layer that is not quantized."""
+    check_patterns(peft_config, model)
     check_rounded_layers(peft_config, model)
     _original(LoraModel, "_prepare_model")(self, peft_config, model)
 

@@ -43,6 +43,6 @@ def check_weights_are_here(model: nn.Module, task: str, *, if_offloaded: str = "
                 )
             if parameter.is_meta:
                 raise ValueError(
-                    f"{name} is on the meta device, without numbers, and {task} needs them. Load the weights first. "
-                    "The model was not changed."
+                    f"{name} is on the meta device, without numbers, and {task} needs them. Load the weights "
+                    f"first.{if_offloaded} The model was not changed."
                 )

@@ -91,8 +91,9 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     rules = DenseRules(model, quantize_lm_head=config.quantize_lm_head)
     selection = Selection(specs={}, dense={}, done=tuple(finished_modules(model, config)), asked={})
     problems: list[str] = []
+    done = set(selection.done)
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and name not in selection.done and not config.is_skipped(name):
+        if isinstance(module, QuantizedLinear) and name not in done and not config.is_skipped(name):
             problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
         entry = dense_type_of(module)
         if entry is None:

@@ -127,6 +127,17 @@ class QuantConfig:
         return self.to_dict()
 
 
+def check_config(name: str, config: Any) -> None:
+    """Raise TypeError unless ``config`` is one; says how to make one of a class or a mapping."""
+    if isinstance(config, type) and issubclass(config, QuantConfig):
+        raise TypeError(f"{name} must be a config, got the class {config.__name__}: write {config.__name__}().")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"{name} must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
+            "fields: HQQConfig(**fields)."
+        )
+
+
 def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:
     """The config class of a method, named after ``spec_type``.
 

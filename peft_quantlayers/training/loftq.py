@@ -101,12 +101,9 @@ def initialize_loftq(
         if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A
     }
     if not layers:
-        found = {
-            name for module in model.modules() if isinstance(module, LoraQuantizedLinear) for name in module.lora_A
-        }
-        hint = f"the adapters on quantized layers are {sorted(found)}" if found else (
-            "there is no adapter on any; the model with the adapter is the first argument, the float model the second"
-        )  # fmt: skip
+        lora_layers = (module for module in model.modules() if isinstance(module, LoraQuantizedLinear))
+        found = sorted({name for layer in lora_layers for name in layer.lora_A})
+        hint = f"those on quantized layers are {found}" if found else "it has none, and is the first argument"
         raise ValueError(
             f"adapter {adapter!r} is on no quantized layer of the model{nearest(adapter, found)}: {hint}. Nothing was "
             "changed."

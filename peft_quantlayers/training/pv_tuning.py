@@ -82,7 +82,8 @@ class PVTuner(torch.optim.AdamW):
             check_number("code_lr", code_lr, above=0.0, at_most=1e6)
         check_number("max_code_change", max_code_change, above=0.0, at_most=1.0)
         check_number("trust_ratio", trust_ratio, above=0.0, at_most=1.0)
-        check_number("lr", lr, above=0.0, at_most=1e6)
+        if not isinstance(lr, Tensor) and lr != 0:
+            check_number("lr", lr, above=0.0, at_most=1e6)
         check_integer("buffer_bytes", buffer_bytes, at_least=0, at_most=2**62)
         is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not is_pair or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in betas):

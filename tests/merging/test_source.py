@@ -72,7 +72,7 @@ def assert_same_bits(source: Scaled, bits: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", RULES_FOR_ANY_DELTA)
-def test_a_merge_is_applied_and_taken_back_to_the_bit(rule, method):
+def test_a_merge_is_applied_and_undone_to_the_bit(rule, method):
     source = source_of(method)
     base, bits, before = source.base, bits_of(source), source.base.dequantize()
     for _ in range(2):

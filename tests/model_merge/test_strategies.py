@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from every_method import methods_for, quick_config
+from every_method import methods_for, quick_config, quick_spec
 from integrations.tiny import tiny_model, token_ids
 from lora.test_layer import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
@@ -15,6 +15,8 @@ import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
 from peft_quantlayers.lora.layer import RULES
 from peft_quantlayers.merging import rules
+from peft_quantlayers.merging.advice import WITHOUT_NOISE
+from peft_quantlayers.model_merge.merge_back import STRATEGIES, TAKING_CALIBRATION
 
 CASES = [(strategy, method) for strategy in RULES for method in methods_for(strategy)]
 pytestmark = pytest.mark.usefixtures("toy_method")
@@ -38,6 +40,18 @@ def model_for(strategy: str, method: str | None = None) -> PeftModel:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+def test_every_place_that_lists_strategies_knows_all_of_them():
+    known = set(STRATEGIES)
+    assert known == {*rules.RULES, "calibrated"}
+    assert known >= {*rules.RULES_FOR_ANY_DELTA, *rules.RULES_FOR_EXACT_WEIGHTS, *TAKING_CALIBRATION, *WITHOUT_NOISE}
+    given = {"is_plain": True, "has_bias": False, "is_qalora": True}
+    fitting = {
+        name for method in methods_for("requantize") for name in rules.fitting_strategies(quick_spec(method), **given)
+    }
+    assert fitting == known - {"auto", "requantize", "dense"}
+    assert all(f'``"{name}"``' in pql.merge_back.__doc__ for name in known)
 
 
 @pytest.mark.parametrize(("strategy", "method"), CASES)
