@@ -3,8 +3,9 @@
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
 ``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
 ``"branches": {name: rank}``, the layers that have a low-rank branch. Version 3 adds
-``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Readers accept every format version up to their
-own; writers write the oldest that says everything, so that older readers read what they can.
+``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Readers accept
+every format version up to their own; writers write the oldest that says everything, so that older readers read what
+they can.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a loaded model must have got from its checkpoint. transformers fills all that is missing with random numbers."""
+"""What a loaded model must have got from its checkpoint: transformers fills what is missing with random numbers."""
 
 from __future__ import annotations
 

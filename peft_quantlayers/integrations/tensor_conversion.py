@@ -75,8 +75,8 @@ class QuantizedTensors(WeightConverter):
         name = self.names.get(source_key)
         return (source_key, None) if name is None else (name, _PATTERN)
 
-    def convert(
-        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    def convert(  # type: ignore[override]
+        self, layer_name: str, *args: Any, loading_info: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         ((stored, *_),) = self.materialize_tensors().values()
         tensor = stored if self.layers is None else self.layers.convert(layer_name, stored)
@@ -97,7 +97,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
     transformers takes its conversions back when it saves. Those of float weights must not be applied to codes; and a
     weight that is joined with others in a file stays by itself where some of the others are quantized.
     """
-    conversions = model._weight_conversions if hasattr(model, "_weight_conversions") else None
+    conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:  # the same choice as transformers makes where the model was not loaded
         conversions = [
             entry

@@ -72,9 +72,7 @@ def describe_model(model: nn.Module) -> ModelDescription:
     )
 
 
-def _compute_dtypes(
-    model: nn.Module, layers: Mapping[str, QuantizedLinear]
-) -> tuple[str | None, dict[str, str]]:
+def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> tuple[str | None, dict[str, str]]:
     """The layers' compute dtype, None for the model's, and that of the layers that have another one than the rest.
 
     A reader that finds none takes the model's dtype, or what the model's class keeps for a layer (``kept_dtype``).
