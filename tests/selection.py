@@ -28,6 +28,7 @@ SLOW = (
     "tests/scales/test_scales.py::test_it_compiles_without_a_graph_break",
     "tests/test_benchmarks.py",
     "tests/test_contributing.py::test_every_pytest_command_of_a_page_selects_tests",
+    "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
     "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )

@@ -26,12 +26,16 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
 from .checksums import checksum_metadata, refuse_damage
+from .given_config import compare_with_asked, quant_config_of, without_untagged
+from .parallel_loading import check_finite_shards, refuse_parallel_loading
+from .private_transformers import is_marked_as_initialized
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -83,8 +87,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # Not where only headers are looked at.
     are_checksums_checked = True
 
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+    def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any) -> None:
+        self.given_config = quantization_config
+        if not pre_quantized:
+            quantization_config = quant_config_of(quantization_config)
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
@@ -136,7 +143,9 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        refuse_parallel_loading(model.config, is_quantizing=not self.pre_quantized)
         if not self.pre_quantized:
+            self.quantization_config = without_untagged(self.quantization_config, self.given_config, model)
             self.specs = quantizable_modules(model, self.quantization_config)
             return
         config = cast(QuantlayersConfig, self.quantization_config)
@@ -153,6 +162,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
+        if config.asked is not None:
+            compare_with_asked(config.asked, self.specs, model)
         if not stored:  # what is converted was checked when it was described
             check_headers(files.headers, self.specs, model)
         self._place_layers(model, description, names)
@@ -267,9 +278,11 @@ def unmark_for_kbit_training(model: PreTrainedModel) -> None:
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     for tensor_name, parameter in layer.named_parameters():
-        if not getattr(parameter, "_is_hf_initialized", False):
+        if not is_marked_as_initialized(parameter):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
-    if layer.codes.device.type != "meta":
+    if is_sharded(layer.codes):  # headers were checked; this process has some of the values
+        check_finite_shards(name, layer)
+    elif layer.codes.device.type != "meta":
         layer.quantized_weight.check(name)
         for tensor_name, parameter in [] if layer.branch is None else layer.branch.named_parameters():
             if not torch.isfinite(parameter).all():

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,6 +19,7 @@ from ..integrations.checkpoint_headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
+from ..lora.base_fingerprint import record_again
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def initialize_loftq(
         raise
     n_new = sum(result.has_new_codes for result in results)
     if n_new:
+        record_again(model, cast(Any, peft_model).peft_config, adapter)
         logger.warning(
             "%d of %d layers have new codes: save the base model too, after unload(). The adapter fits no other.",
             n_new,
