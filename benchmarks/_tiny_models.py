@@ -49,7 +49,10 @@ SIZES: list[tuple[str, int]] = [
         r"\w*hidden_size\w*|d_model|n_embd|hidden_dim|embed_dim|emb_dim|\w*projection_dim|output_dim|word_embed_proj_dim",
         HIDDEN,
     ),
-    (r"embedding_size|\w*_output_dim|dim|attention_hidden_size|mamba_d_ssm|lru_width|projector_dim|n_dim", HIDDEN),
+    (
+        r"embedding_size|\w*_output_dim|dim|attention_hidden_size|condition_dim|mamba_d_ssm|lru_width|projector_dim|n_dim",
+        HIDDEN,
+    ),
     (r"\w*num_hidden_layers|num_layers|n_layers?|\w*(encoder|decoder)_layers|depth|\w*_depth|layers|num_blocks", 2),
     (r"num_nextn_predict_layers|first_k_dense_replace", 1),
     (r"image_size|\w*_image_size", 32),
@@ -110,11 +113,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"hidden_sizes": (16, 32, 64, 64)},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "mimi": {"upsample_groups": 64},
     "nemotron_h": {"n_groups": 2},
-    "pocket_tts_flow_head": {"condition_dim": 64},
-    "gradium_phonon_tts_flow_head": {"condition_dim": 64},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -172,7 +174,9 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
             is_multi_head = name == "num_key_value_heads" and value == fields.get("num_attention_heads")
             changed[name] = HEADS if is_multi_head else _shrunk_integer(name, value, n_token, kept)
         elif isinstance(value, (list, tuple)) and len(value) == _n_layers(fields) and kept:
-            changed[name] = type(value)(value[index] for index in kept)
+            changed[name] = type(value)(_shrunk_entry(name, value[index]) for index in kept)
+        elif isinstance(value, (list, tuple)) and name == "depths":
+            changed[name] = type(value)([1] * len(value))
         elif isinstance(value, (list, tuple)) and INDEXES.fullmatch(name):
             changed[name] = type(value)([0])
     changed = {name: value for name, value in changed.items() if value is not fields[name]}
@@ -200,6 +204,12 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
     kinds = [str(kind) for kind in zip(*lists, strict=True)]
     kept = sorted({kinds.index(kind) for kind in dict.fromkeys(kinds)})[:4]
     return kept if len(kept) > 1 else [kept[0], kept[0] + 1]
+
+
+def _shrunk_entry(name: str, value: Any) -> Any:
+    """An entry of a list with one for each layer, which may be a size."""
+    is_size = isinstance(value, int) and not isinstance(value, bool) and name.endswith("_size")
+    return _shrunk_integer(name, value, 0, []) if is_size else value
 
 
 def _shrunk_integer(name: str, value: int, n_token: int, kept: list[int]) -> int:

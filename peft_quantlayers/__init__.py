@@ -30,6 +30,7 @@ from .methods import (
 )
 from .model import quantize_model
 from .model_merge import MergedModel, merge_back
+from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model, undo_interrupted_save
 from .scales import QuantScalesConfig
@@ -96,15 +97,28 @@ def unregister() -> None:
     _transformers.unregister()
 
 
-def __getattr__(name: str) -> Any:
-    """Spec, config and layer class of every registered method, by name: ``peft_quantlayers.NF4Config``."""
+def _of_methods() -> dict[str, type]:
+    """Spec, config and layer class of every registered method, by name."""
+    found: dict[str, type] = {}
     for method in registered_methods().values():
         spec_type = method.spec_type
-        for found in (spec_type, config_type(spec_type), layer_type(spec_type.method)):
-            if found.__name__ == name:
-                return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        for each in (spec_type, config_type(spec_type), layer_type(spec_type.method)):
+            found[each.__name__] = each
+    return found
 
 
+def __getattr__(name: str) -> Any:
+    """What registered methods bring, by name: ``peft_quantlayers.NF4Config``."""
+    found = {} if name.startswith("__") else _of_methods()
+    if name not in found:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_of_methods()})
+
+
+add_old_modules()
 if not os.environ.get("PEFT_QUANTLAYERS_NO_REGISTER"):
     register()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .arguments import (
     check_callable,
@@ -17,7 +16,7 @@ from .arguments import (
     check_tokenizer,
 )
 from .calibration import Calibration, LayerResult, quantize_calibrated
-from .integrations.transformers_quantizer import QuantlayersHfQuantizer
+from .integrations.attached_quantizers import attach_quantizers
 from .layers import quantized_modules
 from .layers.other_quantizers import refuse_other_quantizers
 from .layers.placement import check_weights_are_here
@@ -145,5 +144,5 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
             )
         raise
     finally:
-        if isinstance(model, PreTrainedModel) and len(quantized_modules(model)) > n_before:
-            QuantlayersHfQuantizer.attached_to(model)
+        if len(quantized_modules(model)) > n_before:
+            attach_quantizers(model)

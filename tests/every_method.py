@@ -123,10 +123,7 @@ def _divisors(spec: QuantSpec) -> dict[str, int]:
 
 
 def _can_store_all(spec: QuantSpec) -> bool:
-    try:
-        return all(spec.tensor_layout(*shape) for shape in SHAPES)
-    except ValueError:
-        return False
+    return not any(spec.misfit(*shape) for shape in SHAPES)
 
 
 def quick_spec(method: str) -> QuantSpec:

@@ -1,9 +1,11 @@
 """What CONTRIBUTING and the page on new methods tell a newcomer to open or to run is there."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ def quoted(page: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_exists(page):
     paths = {path for path in quoted(page) if re.fullmatch(r"[\w.*/]+/[\w.*/]*|\w+\.(?:py|md|toml)", path)}
+    paths -= {"my_package/absmax8.py"}  # the reader's
     links = set(re.findall(r"\]\(([\w./]+)\)", TEXTS[page]))
     assert paths
     missing = [path for path in paths if not any(list(place.glob(path.rstrip("/"))) for place in PLACES)]
@@ -75,3 +78,42 @@ def test_every_pytest_command_of_a_page_selects_tests(arguments):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]  # 5 if nothing was selected
+
+
+def test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/new_method.md"], re.M | re.S)
+    toml = re.search(r"^```toml\n(.*?)^```", TEXTS["docs/new_method.md"], re.M | re.S)[1]
+    [(group, entry_points)] = tomllib.loads(toml)["project"]["entry-points"].items()
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "absmax8.py").write_text("\n\n".join(blocks))
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in entry_points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "tests/contract",
+        "-k",
+        "absmax8",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    n_passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert n_passed > 50
+    # Nothing is skipped but what needs a Hessian: the method's config pickles, also into a new process.
+    assert re.findall(r"SKIPPED \[(\d+)\] (.*?):\d+: (.*)", done.stdout) == [
+        ("1", "tests/contract/test_methods.py", "This method has no calibrated quantizer.")
+    ]

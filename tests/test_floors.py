@@ -15,7 +15,14 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 # arguments, and all may use it.
 # The longest name that fits decides: the private names of peers lie below the rooms that need one of them.
 FLOORS = [
-    {"arguments", "quantlayers_kernels", "evaluate", "integrations.private_peft", "integrations.private_transformers"},
+    {
+        "arguments",
+        "quantlayers_kernels",
+        "evaluate",
+        "old_names",
+        "integrations.private_peft",
+        "integrations.private_transformers",
+    },
     {"formats", "storage"},
     {"methods"},
     {"layers"},
@@ -96,6 +103,7 @@ MAY_REPLACE = {
     "peft_quantlayers.lora.merge_aware_config": {
         "vars(aware).update(copy.copy(vars(config)))": "an object of ours, made in the line before",
     },
+    "peft_quantlayers.old_names": {"module.__getattr__": "a module of ours, made two lines before"},
 }
 
 

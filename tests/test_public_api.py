@@ -74,3 +74,9 @@ def test_the_public_methods_that_our_classes_add_have_docstrings(name):
             is_inherited = any(hasattr(base, attribute) for base in thing.__bases__)
             if inspect.isfunction(value) and not attribute.startswith("_") and not is_inherited:
                 assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
+
+
+def test_what_registered_methods_bring_is_listed_too():
+    names = set(dir(peft_quantlayers))
+    assert names >= {*PUBLIC, "NF4Config", "NF4Linear", "NF4Spec", "__version__"}
+    assert all(getattr(peft_quantlayers, name) is not None for name in names - {"__spec__"})

@@ -59,6 +59,10 @@ class ResumeFolder:
         layers = quantized_modules(model)
         specs = {name: layers[name].spec.to_dict() for name in names}
         tensors = {key: value.contiguous() for key, value in model.get_submodule(block).state_dict().items()}
+        for name in names:  # codes as files have them, whatever the layer registers
+            codes_name = layers[name].spec.codes_name
+            key = f"{name.removeprefix(f'{block}.')}.{codes_name}"
+            tensors[key] = layers[name].quantized_weight.tensors[codes_name].contiguous()
         metadata = {"fingerprint": self.fingerprint, "specs": json.dumps(specs)}
         if are_checksums_used():
             metadata |= to_metadata(checksums(tensors))

@@ -18,6 +18,7 @@ from quantlayers_kernels.tiled import WeightTiles
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
 from ..methods import QuantMethod, get_method, registered_methods
+from ..old_names import OldName
 from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
 from .quantize_weight import quantize_weight
@@ -45,6 +46,10 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
     """
 
     branch: LowRankBranch | None
+
+    as_frozen = OldName("fused_inputs")
+    forward_with_update = OldName("forward_with_delta")
+    own_parameters = OldName("unshare_parameters")
 
     def __init__(
         self,
@@ -314,7 +319,8 @@ def _layer_type_name(method: str) -> str:
 
 def __getattr__(name: str) -> Any:
     """Layer classes that :func:`layer_type` makes, by name: pickle looks for them here, also in a new process."""
-    for method in registered_methods():
-        if name == _layer_type_name(method):
-            return layer_type(method)
+    if not name.startswith("__"):  # ``__path__``, which every import asks for: too early to load other packages
+        for method in registered_methods():
+            if name == _layer_type_name(method):
+                return layer_type(method)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -136,6 +136,11 @@ class QuantizedStorage(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if "_tensor_names" not in state:
+            raise TypeError(
+                f"{self.layer_name}: this layer was pickled by an earlier version of peft_quantlayers. Save the model "
+                "with save_model, or the layer's state_dict, in that version, and load that."
+            )
         if "_codes_dtype" not in state:  # pickled by an older version
             self._codes_dtype = self.codes.dtype
         self._wrap_codes()

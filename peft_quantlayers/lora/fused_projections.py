@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,9 +85,19 @@ def fuse_projections(
                 for name in names:
                     layers[name].shared_input = shared
                 found.append(tuple(names))
-    if groups and not found:
+    if found:
+        _warn_that_it_is_experimental()
+    elif groups:
         logger.warning("nothing was fused: no neighbours with LoRA are named like one of %s.", groups)
     return found
+
+
+@cache
+def _warn_that_it_is_experimental() -> None:
+    logger.warning(
+        "fuse_projections is experimental: its gain is within the noise of a training step on a CPU and has not been "
+        "measured on a GPU, and it may change or be removed. Measure your own step with and without it."
+    )
 
 
 def _several(given: Iterable[Any], name: str, example: str) -> list[Any]:

@@ -26,6 +26,7 @@ from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
+from ..old_names import OldName
 from .merge_aware_config import check_stamp, fingerprint, stamp_of
 from .merge_plan import lora_factors, lora_plan
 from .plain_adapters import is_plain_input, plain_branches
@@ -61,6 +62,11 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         merging: what is merged into this layer, and the way back.
         shared_input: the layers that are computed together with this one; see :func:`fuse_projections`.
     """
+
+    as_frozen = OldName("fused_inputs")
+    merge_state = OldName("snapshot")
+    merge_with = OldName("merge_by")
+    report_again = OldName("refresh_report")
 
     merge_rules = RULES
     can_be_calibrated = True

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..formats import QuantizedWeight
 from ..methods import get_method
+from ..old_names import OldName
 from .coefficients import output_error, retained_fraction
 from .plan import MergePlan, MergeResult
 
-OLD_NAMES = {
-    "change_norm": "delta_norm",
-    "change_kept": "delta_retained",
-    "output_kept": "output_retained",
-    "error_to_change": "error_to_delta",
-    "is_aware": "is_merge_aware",
-}
-
-
-class OldNames:
-    """Deprecated names of the fields of reports; reading one warns and gives the new field."""
-
-    def __getattr__(self, name: str) -> object:
-        new_name = OLD_NAMES.get(name, "")
-        if new_name not in vars(self) and not hasattr(type(self), new_name):  # a field without a default, a property
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{name} is now {new_name}; the old name will be removed.", DeprecationWarning, stacklevel=2)
-        return getattr(self, new_name)
-
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMergeReport(OldNames):
+class LayerMergeReport:
     """What one merge did to one layer.
 
     Fields:
@@ -74,6 +55,11 @@ class LayerMergeReport(OldNames):
     strategies: tuple[str, ...] = ()
     is_merge_aware: bool = False
     can_be_qalora: bool = False
+
+    change_norm = OldName("delta_norm")
+    change_kept = OldName("delta_retained")
+    output_kept = OldName("output_retained")
+    is_aware = OldName("is_merge_aware")
 
     @property
     def relative_error(self) -> float:

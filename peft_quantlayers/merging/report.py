@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluate import Capture
+from ..old_names import OldName
 from . import advice
-from .layer_report import LayerMergeReport, OldNames
+from .layer_report import LayerMergeReport
 
 # Of a printed report; a longer one hides what matters.
 MAX_LINES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeReport(OldNames):
+class MergeReport:
     """What a merge did, layer by layer and in total. Norms of the total are over all weights together.
 
     ``print(report)`` shows the layers that lost most, ``report.table()`` gives all of them as text.
@@ -35,6 +37,15 @@ class MergeReport(OldNames):
     layers: tuple[LayerMergeReport, ...]
     capture: Capture | None = None
     scores: tuple[float, float] | None = None
+
+    change_kept = OldName("delta_retained")
+    output_kept = OldName("output_retained")
+    error_to_change = OldName("error_to_delta")
+
+    def done(self, layer: LayerMergeReport) -> str:
+        """Deprecated: ``layer.strategy``."""
+        warnings.warn("done(layer) is now layer.strategy.", DeprecationWarning, stacklevel=2)
+        return layer.strategy
 
     @property
     def bits(self) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from quantlayers_kernels.tiled import WeightTiles, row_ranges
 from quantlayers_kernels.tiled_linear import tiled_linear
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
+from ..old_names import OldName
 from .dithered_codes import dithered_codes
 
 SpecT = TypeVar("SpecT", bound=QuantSpec)
@@ -29,6 +30,9 @@ class QuantMethod(ABC, Generic[SpecT]):
 
     A method does not know layer names; the layer adds its name to the method's errors.
     """
+
+    dense = OldName("dequantize")
+    shift_group_size = OldName("group_delta_size")
 
     spec_type: ClassVar[type[QuantSpec]]
     improves_start: ClassVar[bool] = False

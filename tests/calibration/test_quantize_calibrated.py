@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from every_method import methods_for, quick_config
 from integrations.tiny import tiny_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -16,10 +17,13 @@ from peft_quantlayers.methods import get_method
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(1))
-CONFIGS = {
+# HQQ with few bits, and every other method that can be calibrated.
+CONFIGS = {name: quick_config(name) for name in methods_for("calibrated")} | {
     "hqq": HQQConfig(nbits=2, group_size=16),
     "aqlm": AQLMConfig(nbits_per_codebook=4),
 }
+# AQLM's codebooks have more to learn.
+FINETUNE_EPOCHS = dict.fromkeys(CONFIGS, 8) | {"aqlm": 16}
 
 
 def calibration(**fields) -> Calibration:
@@ -37,7 +41,7 @@ def model_error(model: nn.Module) -> float:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_calibration_and_finetuning_each_lower_the_error_on_held_out_data(method):
     errors = []
-    finetuned = calibration(finetune_epochs={"hqq": 8, "aqlm": 16}[method], learning_rate=0.01)
+    finetuned = calibration(finetune_epochs=FINETUNE_EPOCHS[method], learning_rate=0.01)
     for given in (None, calibration(), finetuned):
         model = quantize_model(tiny_model(), CONFIGS[method], calibration=given, progress=False)
         errors.append(model_error(model))

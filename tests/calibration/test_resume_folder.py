@@ -18,7 +18,11 @@ from peft_quantlayers.formats.checksums import METADATA_KEY
 from peft_quantlayers.storage import locked_folder
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
-CONFIGS = {"hqq": HQQConfig(nbits=2, group_size=16), "aqlm": AQLMConfig(nbits_per_codebook=4)}
+CONFIGS = {
+    "hqq": HQQConfig(nbits=2, group_size=16),
+    "aqlm": AQLMConfig(nbits_per_codebook=4),
+    "aqlm-wide": AQLMConfig(num_codebooks=1, nbits_per_codebook=9, rounds=1),
+}
 UP = "mlp.up_proj"
 
 

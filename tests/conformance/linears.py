@@ -31,8 +31,10 @@ def nf4_spec(linear: nn.Linear) -> NF4Spec:
     return NF4Spec(block_size=1)
 
 
-# The methods that can hold any weight exactly, and how. A method without such a spec cannot run PEFT's tests.
+# The methods that can hold any weight exactly, and how.
 SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec, "nf4": nf4_spec}
+# All other methods, and why they do not run PEFT's tests.
+WITHOUT_SPEC: dict[str, str] = {}
 
 
 class Replacement:

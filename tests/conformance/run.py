@@ -29,9 +29,10 @@ FILES = (
 )
 # Small classes whole, and the merging of every LoRA variant: about a minute for both methods on a free core.
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
-# A method with operators of its own, and one with codebooks. Each takes half a minute for each version of PEFT; what
-# others use instead, the default product and the default merge, tests/contract and tests/lora run for every method.
+# A method with operators of its own, and one with codebooks. Each takes half a minute for each version of PEFT.
 QUICK_METHODS = ("hqq", "aqlm")
+# All others, and why they are left to `make conformance`.
+NOT_QUICK = {"nf4": "the default product and the default merge, which tests/contract and tests/lora run"}
 QUICK = (
     "test_mixed_adapter_batches_mlp or DynamicDispatch or MultiRank or BdLora or TestQuantization "
     "or (Vanilla and LoRA and not GLoRA and (test_merge_layers[ or test_disable_adapters_with_merging[))"

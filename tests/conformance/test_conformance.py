@@ -14,7 +14,9 @@ from packaging.version import Version
 from upstream import FetchError
 
 from conformance import run as conformance
+from conformance.linears import SPECS, WITHOUT_SPEC
 from conformance.plugin import add_to
+from peft_quantlayers.methods import registered_methods
 
 UNDER_TEST = """
 import torch
@@ -53,6 +55,12 @@ def source(request):
         return conformance.prepared_source(request.param)
     except FetchError as error:
         pytest.skip(f"PEFT's tests are not in the cache and cannot be fetched: {error}")
+
+
+def test_every_registered_method_runs_or_says_why_not():
+    assert not set(SPECS) & set(WITHOUT_SPEC)
+    assert set(SPECS) | set(WITHOUT_SPEC) == set(registered_methods())
+    assert set(conformance.QUICK_METHODS) | set(conformance.NOT_QUICK) == set(SPECS)
 
 
 @pytest.mark.parametrize("method", conformance.QUICK_METHODS)

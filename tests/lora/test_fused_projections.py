@@ -48,6 +48,13 @@ def parts(model: PeftModel) -> tuple[nn.Module, ...]:
     return inner.q_proj, inner.k_proj, inner.v_proj
 
 
+@pytest.fixture(autouse=True)
+def _experimental_is_known(caplog) -> None:
+    """Other tests look at other warnings."""
+    projections._warn_that_it_is_experimental()
+    caplog.clear()
+
+
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
@@ -179,6 +186,16 @@ def test_a_name_in_place_of_several_is_refused_and_what_is_fused_stays(arguments
     with pytest.raises(TypeError, match=message):
         pql.fuse_projections(model, **arguments)
     assert all(layer.shared_input is not None for layer in parts(model))
+
+
+def test_that_it_is_experimental_is_said_once(caplog):
+    projections._warn_that_it_is_experimental.cache_clear()
+    model = attention()
+    pql.fuse_projections(model, ())
+    assert not caplog.records
+    pql.fuse_projections(model)
+    pql.fuse_projections(model)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["fuse_projections is experimental"]
 
 
 def test_finding_nothing_is_said_and_attention_to_an_encoder_is_left_alone(caplog):

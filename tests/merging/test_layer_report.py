@@ -41,6 +41,11 @@ def test_an_old_name_of_a_field_warns_and_gives_the_new_field(report, old, new):
         assert getattr(report, old) == getattr(report, new)
 
 
+def test_the_strategy_of_a_layer_is_in_its_report():
+    with pytest.warns(DeprecationWarning, match=r"done\(layer\) is now layer.strategy"):
+        assert MODEL.done(LAYER) == "requantize"
+
+
 @pytest.mark.parametrize("report", [LAYER, MODEL])
 def test_other_names_are_no_attributes(report):
     for name in ("change", "", "error_to_change" if report is LAYER else "is_aware"):

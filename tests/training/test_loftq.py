@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from demo_model import demo_model_folder
-from every_method import METHODS, quick_config
+from every_method import METHODS, methods_for, quick_config
 from integrations.tiny import saved_tiny_model, tiny_model, token_ids
 from lora.surfaces import Two, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.methods import config_type, get_method
 
 # HQQ with few bits, and every other method.
 CONFIGS = {
@@ -116,15 +117,18 @@ def test_codes_that_turn_out_worse_are_not_kept(config, monkeypatch):
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    "spec", [pql.HQQConfig(nbits=2), pql.HQQConfig(nbits=3), pql.AQLMConfig()], ids=["hqq 2", "hqq 3", "aqlm"]
+    ("method", "fields"),
+    [("hqq", {"nbits": 2}), ("hqq", {"nbits": 3}), *((name, {}) for name in methods_for("calibrated"))],
+    ids=str,
 )
-def test_the_error_of_a_layer_of_smollm2_falls(spec):
+def test_the_error_of_a_layer_of_smollm2_falls(method, fields):
+    config = config_type(get_method(method).spec_type)(**fields)
     with safe_open(str(demo_model_folder() / "model.safetensors"), "pt") as file:
         weight = file.get_tensor("model.layers.2.self_attn.o_proj.weight")
     linear = nn.Linear(576, 576, bias=False)
     linear.weight.data = weight
     reference = nn.Sequential(linear)
-    model = adapted(spec, copy.deepcopy(reference), r=16, target_modules=["0"])
+    model = adapted(config, copy.deepcopy(reference), r=16, target_modules=["0"])
     (result,) = pql.initialize_loftq(model, reference, iterations=3, progress=False)
     # Measured: 0.349 to 0.303, 0.174 to 0.154, 0.298 to 0.267.
     assert result.error_after < 0.91 * result.error_before
