@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test check lint conformance patches bench bench-gpu bench-quality features tables clean
+.PHONY: demo test fuzz check lint conformance patches bench bench-gpu bench-quality features models tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -22,6 +22,10 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-l
 
 test: $(VENV)/.installed lint
 	$(PYTEST) $(ARGS)
+
+# Damaged files and configs, and killed processes: ten times as many cases as in `make test`; about ten minutes.
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES-600} FUZZ_KILLS=$${FUZZ_KILLS-200} $(RUN) -m pytest -s tests/fuzz $(ARGS)
 
 # For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
 # what changed, without the slow ones.
@@ -65,6 +69,12 @@ bench-quality: $(VENV)/.installed
 # What PEFT's features do on our layers and on PEFT's own, and docs/peft-features.md from it: about five minutes.
 features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
+	$(RUN) benchmarks/tables.py
+
+# Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
+# Some of them again: make models ARGS="'Llama*' 'Gemma*'"
+models: $(VENV)/.installed
+	$(RUN) benchmarks/models_table.py $(or $(ARGS),--again)
 	$(RUN) benchmarks/tables.py
 
 tables: $(VENV)/.installed

@@ -1,13 +1,14 @@
 """The compiled CPU kernels; all else about the package is in ``pyproject.toml``.
 
 The library is plain C that Python loads with ctypes, and optional: without a C compiler the package installs all
-the same, and computes in plain torch.
+the same, and computes in plain torch. A wheel without the library is tagged as one for every platform.
 """
 
 import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 PACKAGE = Path("kernels", "quantlayers_kernels")
 CSRC = PACKAGE / "csrc"
@@ -15,7 +16,20 @@ CSRC = PACKAGE / "csrc"
 INTERFACE = PACKAGE / "interface.py"
 interface_number = runpy.run_path(str(INTERFACE))["INTERFACE"]
 
+
+class BuildWheel(bdist_wheel):
+    """Tags the wheel by what was built; setuptools does it by what was to be built."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not any(Path(built).exists() for built in self.get_finalized_command("build_ext").get_outputs()):
+            self.warn("the compiled CPU kernels were not built: no working C compiler was found")
+            self.root_is_pure, self.py_limited_api = True, False
+        super().run()
+
+
 setup(
+    cmdclass={"bdist_wheel": BuildWheel},
     ext_modules=[
         Extension(
             "quantlayers_kernels._native",

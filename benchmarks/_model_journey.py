@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from _tiny_models import first_float, tiny_inputs, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -30,9 +31,8 @@ def journey(class_name: str, folder: Path) -> dict[str, Any]:
 
     Returns:
         One of ``STEPS`` each: ``"float"`` is transformers' own saving and loading, without which there is nothing to
-        compare. ``fraction`` of the parameters that are quantized, ``layers`` with codes, ``dense`` as reason:
-        [modules, parameters, first name], ``inputs`` on which the outputs were compared. ``build``, an error, if there
-        is no such model.
+        compare. ``inputs`` on which the outputs were compared, and :func:`shares`. ``build``, an error, if there is no
+        such model.
     """
     try:
         model = tiny_model(class_name)
@@ -53,13 +53,11 @@ def journey(class_name: str, folder: Path) -> dict[str, Any]:
         return row
     quantized = load("float")
     inputs = tiny_inputs(quantized)
-    row["inputs"] = None if inputs is None else "+".join(inputs)
+    row["inputs"] = None if inputs is None else "+".join(name for name in inputs if name != "use_cache")
     row["in memory"] = told(lambda: pql.quantize_model(quantized, CONFIG, progress=False) and "")
     if row["in memory"]:
         return row
-    found = pql.summary(quantized)
-    row["fraction"], row["layers"] = round(found.fraction_quantized, 4), len(found.quantized)
-    row["dense"] = {group.label: [len(group.names), group.n_parameters, group.names[0]] for group in found.by_reason}
+    row |= shares(pql.summary(quantized))
 
     def saved() -> str:
         pql.save_model(quantized, folder / "quantized")
@@ -86,6 +84,37 @@ def journey(class_name: str, folder: Path) -> dict[str, Any]:
     return row
 
 
+def shares(found: pql.ModelSummary) -> dict[str, Any]:
+    """``parameters`` of a model, ``layers`` that are quantized, ``fraction`` of the parameters in them, ``dense`` as
+    reason: [modules, fraction of the parameters, first name]."""
+    total = max(1, found.n_parameters)
+    return {
+        "parameters": found.n_parameters,
+        "layers": len(found.quantized),
+        "fraction": round(found.fraction_quantized, 4),
+        "dense": {
+            group.label: [len(group.names), round(group.n_parameters / total, 4), group.names[0]]
+            for group in found.by_reason
+        },
+    }
+
+
+def full_size(class_name: str) -> dict[str, Any]:
+    """:func:`shares` of what the README's config would make of a model of the default config, which has no numbers.
+
+    ``fitted``: the layers with other groups than asked for. ``error`` where there is no such model.
+    """
+    config = pql.HQQConfig(nbits=4)
+    try:
+        model_type = getattr(transformers, class_name)
+        with torch.device("meta"):
+            found = pql.summary(model_type(model_type.config_class()), config)
+    except Exception as error:
+        return {"error": short(error)}
+    fitted = [module.name for module in found.quantized if module.spec != config.spec_for(module.name)]
+    return shares(found) | {"fitted": len(fitted)}
+
+
 def lora_targets(model: PreTrainedModel) -> list[str]:
     """Every quantized layer, but not what PEFT refuses: the ``out_proj`` of Mamba models, whose weight they read."""
     is_mamba = model.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -105,7 +134,7 @@ def short(error: Exception) -> str:
     return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 4].rsplit(" ", 1)[0] + " ..."
 
 
-def differences(first: nn.Module, second: nn.Module, inputs: dict[str, Tensor] | None) -> str:
+def differences(first: nn.Module, second: nn.Module, inputs: dict[str, Any] | None) -> str:
     """What differs between two quantized models: layers, specs, compute dtypes, tensors and outputs; "" if nothing."""
     layers, others = pql.quantized_modules(first), pql.quantized_modules(second)
     if missing := sorted(layers.keys() ^ others.keys()):
@@ -125,14 +154,14 @@ def different_states(first: nn.Module, second: nn.Module) -> str:
     return f"{len(found)} tensor(s) differ: {found[0]}" if found else ""
 
 
-def different_outputs(first: nn.Module, second: nn.Module, inputs: dict[str, Tensor] | None) -> str:
+def different_outputs(first: nn.Module, second: nn.Module, inputs: dict[str, Any] | None) -> str:
     if inputs is None:
         return ""
     outputs = [output_of(model, inputs) for model in (first, second)]
     return "" if same_bits(*outputs) else "the outputs differ"
 
 
-def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def output_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     torch.manual_seed(0)
     with torch.no_grad():
         output = first_float(model(**inputs))
@@ -145,7 +174,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return same_type and bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
-def lora_step(peft_model: PeftModel, inputs: dict[str, Tensor]) -> str:
+def lora_step(peft_model: PeftModel, inputs: dict[str, Any]) -> str:
     """One step of an adapter: its gradients are finite, and nothing else changes."""
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     before = {name: tensor.clone() for name, tensor in peft_model.state_dict().items() if "lora_" not in name}

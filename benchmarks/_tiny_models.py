@@ -5,6 +5,7 @@ layer keeps one layer of each kind. ``SPECIAL`` has the fields of the few config
 by ``models_table.py`` and ``tests/models``.
 """
 
+import inspect
 import re
 from typing import Any
 
@@ -48,7 +49,10 @@ SIZES: list[tuple[str, int]] = [
         r"\w*hidden_size\w*|d_model|n_embd|hidden_dim|embed_dim|emb_dim|\w*projection_dim|output_dim|word_embed_proj_dim",
         HIDDEN,
     ),
-    (r"embedding_size|\w*_output_dim|dim|attention_hidden_size|mamba_d_ssm|lru_width|projector_dim|n_dim", HIDDEN),
+    (
+        r"embedding_size|\w*_output_dim|dim|attention_hidden_size|condition_dim|mamba_d_ssm|lru_width|projector_dim|n_dim",
+        HIDDEN,
+    ),
     (r"\w*num_hidden_layers|num_layers|n_layers?|\w*(encoder|decoder)_layers|depth|\w*_depth|layers|num_blocks", 2),
     (r"num_nextn_predict_layers|first_k_dense_replace", 1),
     (r"image_size|\w*_image_size", 32),
@@ -70,15 +74,27 @@ TOKEN = re.compile(r"\w*token_(id|index)|\w*_idx")
 # Fields that many configs leave to the code of the model, which does not always fill them in.
 FILLED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
 
+# For models that fall back to sections of time, height and width for larger heads.
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+MROPE_TYPES = (
+    "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text",
+    "qwen2_vl_text",
+)  # fmt: skip
+
 # Fields of configs by model type, where the names alone do not make a model that can be built.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 8},
+    **{model_type: {"rope_parameters": MROPE} for model_type in MROPE_TYPES},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "chameleon_vqgan": {"base_channels": 32},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cpmant": {"dim_ff": 128},
     "emu3_vqgan": {"base_channels": 32},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": None}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "chameleon": {"vocabulary_map": {"<image>": 120}},
+    "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "<|visual token 000000|>": 122}},
     "falcon_h1": {"mamba_n_heads": 4},
     "florence_vision": {
         "embed_dim": [32, 64],
@@ -95,8 +111,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "janus_vqgan": {"base_channels": 32},
     "mamba2": {"num_heads": 8},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"hidden_sizes": (16, 32, 64, 64)},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "mimi": {"upsample_groups": 64},
-    "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4},
+    "nemotron_h": {"n_groups": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
@@ -147,7 +174,9 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
             is_multi_head = name == "num_key_value_heads" and value == fields.get("num_attention_heads")
             changed[name] = HEADS if is_multi_head else _shrunk_integer(name, value, n_token, kept)
         elif isinstance(value, (list, tuple)) and len(value) == _n_layers(fields) and kept:
-            changed[name] = type(value)(value[index] for index in kept)
+            changed[name] = type(value)(_shrunk_entry(name, value[index]) for index in kept)
+        elif isinstance(value, (list, tuple)) and name == "depths":
+            changed[name] = type(value)([1] * len(value))
         elif isinstance(value, (list, tuple)) and INDEXES.fullmatch(name):
             changed[name] = type(value)([0])
     changed = {name: value for name, value in changed.items() if value is not fields[name]}
@@ -177,6 +206,12 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
     return kept if len(kept) > 1 else [kept[0], kept[0] + 1]
 
 
+def _shrunk_entry(name: str, value: Any) -> Any:
+    """An entry of a list with one for each layer, which may be a size."""
+    is_size = isinstance(value, int) and not isinstance(value, bool) and name.endswith("_size")
+    return _shrunk_integer(name, value, 0, []) if is_size else value
+
+
 def _shrunk_integer(name: str, value: int, n_token: int, kept: list[int]) -> int:
     if name in LAYERS and kept:
         return len(kept)
@@ -188,7 +223,7 @@ def _shrunk_integer(name: str, value: int, n_token: int, kept: list[int]) -> int
     return value
 
 
-def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+def tiny_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
     """Inputs on which ``model`` runs forward; None if none of those that we know does.
 
     Text only where the architecture allows it. Token ids are none that the config gives a meaning to.
@@ -214,7 +249,7 @@ def first_float(output: Any) -> torch.Tensor | None:
     return None
 
 
-def _candidates(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+def _candidates(model: PreTrainedModel) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 100, (2, 12), generator=generator)
     dtype = model.dtype
@@ -224,7 +259,7 @@ def _candidates(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
 
     decoder = {"decoder_input_ids": ids[:, :6]}
     mels = random(2, 16, 256)
-    main: list[dict[str, torch.Tensor]] = [
+    main: list[dict[str, Any]] = [
         {"input_ids": ids},
         {"input_features": mels},
         {"input_features": mels.transpose(1, 2).contiguous()},
@@ -241,6 +276,8 @@ def _candidates(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
         {"input_ids": torch.randint(3, 100, (2, 4, 12), generator=generator)},
         {"inputs_embeds": random(2, 12, HIDDEN)},
     ]
+    if "use_cache" in inspect.signature(model.forward).parameters or getattr(model.config, "use_cache", False):
+        main = [inputs | {"use_cache": False} for inputs in main] + main
     main.sort(key=lambda inputs: model.main_input_name not in inputs)
     with_decoder = [inputs | decoder for inputs in main]
     return with_decoder + main if getattr(model.config, "is_encoder_decoder", False) else main + with_decoder

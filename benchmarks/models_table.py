@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from _device import describe_device
-from _model_journey import journey
+from _model_journey import full_size, journey
 from _tiny_models import generative_classes
 
 RESULT = Path(__file__).parent / "results" / "models.json"
@@ -51,7 +51,7 @@ def run(class_name: str) -> dict[str, Any]:
 def _in_child(class_name: str, answer: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
     with tempfile.TemporaryDirectory() as folder:
-        answer.send(journey(class_name, Path(folder)))
+        answer.send(journey(class_name, Path(folder)) | {"full size": full_size(class_name)})
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", help="class names, * and ? allowed, to run again; default: what is new")
     parser.add_argument("--again", action="store_true", help="run all of them again")
     parser.add_argument("--minutes", type=float, default=60, help="start no class after this time")
+    parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     # A fork has no threads but its own: transformers would read files in others.
@@ -69,9 +70,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
 
     names = list(generative_classes())
-    known = (
-        {} if args.again or not RESULT.exists() else {r["class"]: r for r in json.loads(RESULT.read_text())["rows"]}
-    )
+    known = {}
+    if args.output.exists() and not args.again:
+        known = {row["class"]: row for row in json.loads(args.output.read_text())["rows"]}
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.patterns)]
     chosen = chosen if args.patterns else [name for name in names if name not in known]
     end = time.monotonic() + 60 * args.minutes
@@ -82,7 +83,7 @@ def main() -> None:
         print(json.dumps(known[name]), flush=True)
         rows = [known[name] for name in names if name in known]
         written = {"device": describe_device(), "classes": len(names), "rows": rows}
-        RESULT.write_text(json.dumps(written, indent=1) + "\n")
+        args.output.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _models_rows import HEAD as MODELS_HEAD
+from _models_rows import models_differences, models_left_out, models_rows, models_summary
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -473,6 +476,21 @@ def conformance() -> str:
     return "\n".join([table(head, rows), "", "The exceptions, with their numbers of tests:", "", *lines])
 
 
+def models() -> str:
+    """What becomes of every generative class of transformers, and each difference in words."""
+    measured = result("models")
+    return "\n\n".join(
+        [
+            models_summary(measured) + " " + device_line(measured["device"], "make models"),
+            table(MODELS_HEAD, models_rows(measured)),
+            "### Differences and errors",
+            "\n".join(models_differences(measured)) or "None.",
+            "### Not compared",
+            "\n".join(models_left_out(measured)) or "None.",
+        ]
+    )
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "quality": quality,
@@ -494,6 +512,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
+    ROOT / "docs" / "models.md": {"models": models},
 }
 
 

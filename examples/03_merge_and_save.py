@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as scratch:
     held_out = [token for example in tokenize(test_orders, tokenizer) for token in example["input_ids"]]
     requantized, report = pql.merge_back(copy.deepcopy(model), evaluate_on=held_out)
     print(f"merged into 4 bits:              {answer_loss(requantized, tokenizer, test_orders):.3f}")
-    print("\n".join(str(report).splitlines()[-2:]))  # the total, and capture; report.save(path) writes all of it
+    print(report)  # the layers that lost most, the total, and capture; report.save(path) writes all of it
 
     # Or the same codes with the adapter as a low-rank branch, in one model that needs no PEFT.
     merged, _ = pql.merge_back(model, strategy="keep")

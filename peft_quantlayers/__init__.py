@@ -8,10 +8,12 @@ from typing import Any
 
 from .calibration import Calibration, LayerResult
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
+from .formats.checksums import DamagedTensor
 from .integrations import peft as _peft
 from .integrations import transformers_registry as _transformers
 from .integrations.hqq_package_folder import load_hqq_folder
 from .integrations.peft_scales import QuantScalesModel
+from .integrations.saved_folder import verify_model
 from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, layer_type, quantized_modules
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
 from .merging import LayerMergeReport, MergeReport
@@ -26,10 +28,11 @@ from .methods import (
     register_method,
     registered_methods,
 )
-from .model import quantize_model, save_model
-from .model_merge import merge_back
+from .model import quantize_model
+from .model_merge import MergedModel, merge_back
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
+from .saving import save_model, undo_interrupted_save
 from .scales import QuantScalesConfig
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
@@ -40,6 +43,7 @@ __all__ = [
     "AQLMLinear",
     "AQLMSpec",
     "Calibration",
+    "DamagedTensor",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
@@ -49,6 +53,7 @@ __all__ = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
     "ModelSummary",
     "PVTuner",
     "QuantConfig",
@@ -74,7 +79,9 @@ __all__ = [
     "save_model",
     "set_merge_strategy",
     "summary",
+    "undo_interrupted_save",
     "unregister",
+    "verify_model",
 ]
 
 

@@ -1,25 +1,30 @@
-"""Quantize a whole model that is in memory, and save a quantized model."""
+"""Quantize a whole model that is in memory."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from .arguments import (
+    check_callable,
+    check_device,
+    check_flag,
+    check_model,
+    check_tokenizer,
+)
 from .calibration import Calibration, LayerResult, quantize_calibrated
-from .integrations.transformers_quantizer import QuantlayersHfQuantizer
+from .integrations.attached_quantizers import attach_quantizers
 from .layers import quantized_modules
+from .layers.other_quantizers import refuse_other_quantizers
+from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
 from .methods import QuantConfig
+from .methods.config import check_config
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +48,10 @@ def quantize_model(
     Args:
         model: any module. A transformers model saves, loads and trains afterwards as a quantized model.
         config: the method, and overrides by name; for example ``HQQConfig(nbits=4)``.
-        calibration: texts, token ids, a dataset, or a :class:`Calibration` around them. If given, minimises each
-            layer's output error on this data instead of its weight error; the format stays the same. HQQ then needs
-            ``axis=1``.
+        calibration: texts, token ids, a dataset, batches for the model's forward, or a :class:`Calibration` around
+            them. If given, minimises each layer's output error on this data instead of its weight error; the format
+            stays the same. HQQ then needs ``axis=1``. Layers that the data does not reach (a vision tower without
+            images) are quantized without it, with a warning that names them.
         tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`; None for the model's own.
         device: where to quantize, for example ``"cuda"`` for a model in CPU memory; the quantized layer returns to
             the device of the weight. None to quantize each weight on its own device.
@@ -53,24 +59,22 @@ def quantize_model(
         on_layer: called after each layer with its errors; only with ``calibration``.
 
     Raises:
-        TypeError: ``config`` is no QuantConfig; calibration data of an unknown kind.
-        ValueError: the model carries adapters; nothing to quantize; a layer is quantized already to another spec; a
-            shape does not fit the config; a pattern matches no module; a weight holds NaN or Inf; too little
+        TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
+        ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
+            on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
+            the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little
             calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
             as it was.
     """
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
-            "fields: HQQConfig(**fields)."
-        )
+    _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
         raise ValueError(
             "the model carries PEFT adapters, whose own matrices would be quantized too. Quantize the model first and "
             "add adapters then; or merge them first with merge_and_unload()."
         )
-    specs = checked_modules(model, config)
+    refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
         _refuse_lost_targets(given)
     with _described(model, n_planned=len(specs)):
@@ -79,6 +83,39 @@ def quantize_model(
         else:
             quantize_calibrated(model, specs, config, given, device=device, progress=progress, on_layer=on_layer)
     return model
+
+
+def _check_arguments(
+    model: Any,
+    config: Any,
+    tokenizer: Any,
+    device: Any,
+    progress: Any,
+    on_layer: Any,
+    *,
+    is_calibrated: bool,
+) -> None:
+    """Raise TypeError or ValueError for an argument of :func:`quantize_model` that is none."""
+    if isinstance(model, QuantConfig):
+        raise TypeError("quantize_model takes the model first and the config second: quantize_model(model, config).")
+    check_model("quantize_model", model)
+    check_config("config", config)
+    check_tokenizer(tokenizer)
+    check_device("device", device)
+    check_flag("progress", progress)
+    check_callable("on_layer", on_layer, "a LayerResult")
+    if on_layer is not None and not is_calibrated:
+        raise ValueError(
+            "on_layer gets the errors that calibration measures, and there is no calibration=. Give some text, or "
+            "leave on_layer out. The model was not changed."
+        )
+    check_weights_are_here(
+        model,
+        "quantizing",
+        if_offloaded=" A model that does not fit is quantized while it is loaded, with from_pretrained(name, "
+        "quantization_config=config).",
+        if_sharded="Quantize and save the model in one process, and load the folder sharded.",
+    )
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
@@ -107,103 +144,5 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
             )
         raise
     finally:
-        if isinstance(model, PreTrainedModel) and len(quantized_modules(model)) > n_before:
-            QuantlayersHfQuantizer.attached_to(model)
-
-
-def save_model(
-    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
-) -> None:
-    """Save a quantized model, all of it or nothing, with a model card that says how to load it.
-
-    Everything is written to a temporary folder next to ``folder`` first, and then moved there.
-
-    Args:
-        model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
-        folder: must not exist, or be empty, unless ``overwrite``.
-        tokenizer: saved with the model, if given.
-        overwrite: replace the model in ``folder``: files of the same names, and all its safetensors. Others stay.
-        kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
-
-    Raises:
-        FileExistsError: ``folder`` holds files; nothing was written.
-        ValueError: the model carries adapters; nothing was written.
-    """
-    folder = Path(folder)
-    if has_adapters(model):
-        raise ValueError(
-            "the model carries PEFT adapters, which would not be saved; nothing was written. Merge them "
-            "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a folder; nothing was written.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{folder} exists and is not empty; nothing was written. Choose another folder, or pass overwrite=True to "
-            "replace the model in it (other files stay)."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(written, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(written)
-        if quantized_modules(model):
-            (written / "README.md").write_text(_model_card(model))
-        written.chmod(0o777 & ~_umask())
-        if folder.exists() and any(folder.iterdir()):
-            _replace_model(folder, written)
-        else:
-            written.replace(folder)
-    except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        raise
-
-
-def _replace_model(folder: Path, written: Path) -> None:
-    """Move the files of ``written`` into ``folder``, and remove the weights of the model that was there."""
-    names = {file.name for file in written.iterdir()}
-    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        if old.name not in names:
-            old.unlink()
-    for file in written.iterdir():
-        file.replace(folder / file.name)
-    written.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _model_card(model: PreTrainedModel) -> str:
-    layers = quantized_modules(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
-        1, weights
-    )
-    specs = sorted({str(layer.spec) for layer in layers.values()})
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft_quantlayers",
-            "tags: [quantized, quantlayers]",
-            "---",
-            "",
-            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
-            "with random numbers and only warns.**",
-            "",
-            "```python",
-            "import peft_quantlayers",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
-            "```",
-            "",
-            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
-            "",
-            *[f"- `{spec}`" for spec in specs],
-            "",
-        ]
-    )
+        if len(quantized_modules(model)) > n_before:
+            attach_quantizers(model)

@@ -11,6 +11,7 @@ PUBLIC = [
     "AQLMLinear",
     "AQLMSpec",
     "Calibration",
+    "DamagedTensor",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
@@ -20,6 +21,7 @@ PUBLIC = [
     "LoraQuantizedLinear",
     "MergeAwareCallback",
     "MergeReport",
+    "MergedModel",
     "ModelSummary",
     "PVTuner",
     "QuantConfig",
@@ -45,7 +47,9 @@ PUBLIC = [
     "save_model",
     "set_merge_strategy",
     "summary",
+    "undo_interrupted_save",
     "unregister",
+    "verify_model",
 ]
 
 

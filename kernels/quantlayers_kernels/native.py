@@ -1,10 +1,11 @@
 """The compiled CPU kernels of ``csrc/``: finding, loading and calling them.
 
-They are optional. If they were not built, or are switched off with ``QUANTLAYERS_NO_EXTENSION=1`` in the environment,
-:func:`is_available` is False and everything runs in plain torch. Each kernel's result is then the same up to float32
-rounding; but a caller may choose less work where it would take too long in torch (AQLM searches with a narrow beam).
-What the kernels compute, and when to use them, is documented in each method's ``cpu.py``; what they are called with,
-in ``interface.py``.
+They are optional. If they were not built, or are switched off with ``PEFT_QUANTLAYERS_CPU=torch`` in the environment
+(or ``QUANTLAYERS_NO_EXTENSION=1``), :func:`is_available` is False and everything runs in plain torch. Each kernel's result
+is then the same up to float32 rounding; but a caller may choose less work where it would take too long in torch (AQLM
+searches with a narrow beam). ``PEFT_QUANTLAYERS_CPU=avx2`` and the other ``VARIANTS`` choose an instruction set, for
+example to get the same bits on two machines; the best that the CPU has is the default. What the kernels compute, and
+when to use them, is documented in each method's ``cpu.py``; what they are called with, in ``interface.py``.
 """
 
 import ctypes
@@ -20,7 +21,9 @@ from .interface import FUNCTIONS, INTERFACE
 logger = logging.getLogger(__name__)
 
 SWITCH = "QUANTLAYERS_NO_EXTENSION"
+CHOICE = "PEFT_QUANTLAYERS_CPU"
 VARIANTS = ("baseline", "avx2", "avx512")
+_BEST, _NONE = "auto", "torch"
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # The dtypes of dense rows that they write; others are cast from float32.
@@ -29,11 +32,22 @@ WRITTEN = (torch.float32, torch.bfloat16)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None if it was not built or is switched off. Looked for once."""
-    if os.environ.get(SWITCH, "") not in ("", "0"):
+    """The loaded library, or None if it was not built (a warning says so) or is switched off. Looked for once.
+
+    Raises:
+        ValueError: the environment chooses an unknown variant.
+    """
+    if _chosen() == _NONE:
         return None
     spec = importlib.util.find_spec(f"{__package__}._native")
     if spec is None or spec.origin is None:
+        logger.warning(
+            "the compiled CPU kernels were not built, so quantized layers run in plain torch on a CPU, several times "
+            "slower. Install a C compiler (gcc or clang) and reinstall with pip install --no-cache-dir "
+            "--force-reinstall --no-deps peft_quantlayers. To run without them on purpose, set %s=%s.",
+            CHOICE,
+            _NONE,
+        )
         return None
     try:
         loaded = ctypes.CDLL(spec.origin)
@@ -57,6 +71,16 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def _chosen() -> str:
+    """The variant that the environment asks for: one of ``VARIANTS``, "auto" or "torch"."""
+    if os.environ.get(SWITCH, "") not in ("", "0"):
+        return _NONE
+    chosen = os.environ.get(CHOICE, "").lower() or _BEST
+    if chosen not in (_BEST, _NONE, *VARIANTS):
+        raise ValueError(f"{CHOICE}={chosen!r} is unknown. Choose from {(_BEST, _NONE, *VARIANTS)}.")
+    return chosen
+
+
 def _declare(loaded: ctypes.CDLL) -> None:
     """Tell ctypes the argument types of all functions. Raises AttributeError if one is missing."""
     for name, (result, arguments) in FUNCTIONS.items():
@@ -77,9 +101,14 @@ def is_available() -> bool:
 
 @cache
 def variant() -> int:
-    """Index in ``VARIANTS`` of the best instruction set that this CPU and the library have."""
-    loaded = library()
-    return 0 if loaded is None else loaded.ql_best_variant()
+    """Index in ``VARIANTS`` of the instruction set in use: the best of this CPU, or the one that was chosen."""
+    loaded, chosen = library(), _chosen()
+    best = 0 if loaded is None else loaded.ql_best_variant()
+    if loaded is None or chosen == _BEST:
+        return best
+    if VARIANTS.index(chosen) > best:
+        logger.warning("%s=%s: this CPU has none of it; %s is used.", CHOICE, chosen, VARIANTS[best])
+    return min(best, VARIANTS.index(chosen))
 
 
 def call(name: str, *structures: ctypes.Structure) -> None:
@@ -93,4 +122,4 @@ def call(name: str, *structures: ctypes.Structure) -> None:
         MemoryError: out of memory for the kernel's scratch.
     """
     if getattr(library(), name)(*structures, torch.get_num_threads(), variant()) != 0:
-        raise MemoryError(f"{name}: out of memory for one block of dense rows. Free some, or set {SWITCH}=1.")
+        raise MemoryError(f"{name}: out of memory for one block of dense rows. Free some, or set {CHOICE}={_NONE}.")

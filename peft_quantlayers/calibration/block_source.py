@@ -6,15 +6,16 @@ time. It does not know what is done with the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .blocks import Call, Stop, device_of, evaluating, find_blocks, model_calls
-from .model_passes import ModelPasses, call_of
+from .block_order import order_of
+from .blocks import Call, device_of, evaluating, find_block_lists
+from .model_passes import ModelPasses
 
 
 class BlockSource(Protocol):
@@ -33,7 +34,10 @@ class BlockSource(Protocol):
 
     @property
     def rest(self) -> Sequence[str]:
-        """Layers that are in no block; the walk visits them last, in the whole model."""
+        """Layers that are in no block, and those of blocks that no call reaches (known after :meth:`check`).
+
+        The walk visits them last, in the whole model.
+        """
 
     def layers(self, block: str) -> list[str]:
         """Names of the layers to visit in a block."""
@@ -41,8 +45,8 @@ class BlockSource(Protocol):
     def ready(self) -> AbstractContextManager[None]:
         """Around all that the walk does: evaluation mode, and no autocast but the model's own."""
 
-    def check(self) -> None:
-        """Run the unchanged model.
+    def check(self, *, progress: bool = False) -> None:
+        """Run the unchanged model; with a bar if ``progress`` and it takes long.
 
         Raises:
             ValueError: it cannot be walked block by block; names the block. Nothing was changed.
@@ -67,20 +71,27 @@ class ModelBlocks:
     Args:
         model: any module.
         names: the layers to visit.
-        batches: inputs of the model's forward.
+        calls: of the model, all with the same inputs that matter for which blocks run.
         device: where blocks run; None for where each is.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], batches: list[Tensor], *, device: torch.device | str | None = None
+        self, model: nn.Module, names: list[str], calls: list[Call], *, device: torch.device | str | None = None
     ) -> None:
-        self.model, self.device = model, device
-        self.calls = model_calls(model, batches)
-        self.blocks = find_blocks(model, names)
-        self._layers = {block: [name for name in names if name.startswith(f"{block}.")] for block in self.blocks}
-        in_blocks = {name for inside in self._layers.values() for name in inside}
-        self.rest = [name for name in names if name not in in_blocks]
+        self.model, self.names, self.calls, self.device = model, names, calls, device
+        self.lists = find_block_lists(model, names)
+        self.blocks: list[str] = []
+        self.rest: list[str] = []
+        self._layers: dict[str, list[str]] = {}
+        self._set_blocks([block for blocks in self.lists for block in blocks])
         self._homes = {block: self._device_of(block) for block in self.blocks}
+
+    def _set_blocks(self, blocks: list[str]) -> None:
+        """Walk ``blocks``, in this order; all other layers are the rest."""
+        self.blocks = blocks
+        self._layers = {block: [name for name in self.names if name.startswith(f"{block}.")] for block in blocks}
+        in_blocks = {name for inside in self._layers.values() for name in inside}
+        self.rest = [name for name in self.names if name not in in_blocks]
 
     def layers(self, block: str) -> list[str]:
         return self._layers[block]
@@ -92,27 +103,8 @@ class ModelBlocks:
         with evaluating(self.model), torch.autocast(device.type, enabled=False, cache_enabled=False):
             yield
 
-    def check(self) -> None:
-        if not self.blocks:
-            return
-        order = self._order_of(self.calls[0], is_first=True)
-        if sorted(order) != sorted(self.blocks):
-            wrong = [name for name in self.blocks if order.count(name) != 1]
-            raise ValueError(
-                f"cannot calibrate block by block: {wrong[:3]} do not run exactly once in a forward pass. If this "
-                "data does not reach them (a vision tower), leave their layers out with "
-                f"skip_modules=[{_parent(wrong[0])!r}]. Nothing was changed."
-            )
-        self.blocks = order
-        for call in self.calls[1:]:
-            if (other := self._order_of(call)) != order:
-                name = next(
-                    (a for a, b in zip(order, other, strict=False) if a != b), order[min(len(other), len(order) - 1)]
-                )
-                raise ValueError(
-                    "cannot calibrate block by block: which blocks run, or in which order, changes with the data, "
-                    f"first at {name}. Nothing was changed."
-                )
+    def check(self, *, progress: bool = False) -> None:
+        self._set_blocks(order_of(self.model, self.lists, self.calls, progress=progress))
 
     def passes(self) -> ModelPasses:
         return ModelPasses(self.model, self.blocks, self.calls)
@@ -132,79 +124,3 @@ class ModelBlocks:
 
     def _device_of(self, block: str) -> torch.device:
         return device_of(self.model.get_submodule(block), device_of(self.model, torch.device("cpu")))
-
-    def _order_of(self, call: Call, *, is_first: bool = False) -> list[str]:
-        """The blocks that run in a call of the model, in that order; the inputs of each are checked.
-
-        Ends at the last block; the first pass goes on to the model's output embeddings, where a second call of a block
-        would have shown.
-        """
-        order: list[str] = []
-        seen: list[tuple[Any, int]] = []
-
-        def before(name: str) -> Callable:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                hidden = call_of(args, kwargs).hidden
-                if hidden.is_floating_point() and not torch.isfinite(hidden).all():
-                    raise ValueError(
-                        f"the inputs of {name} hold NaN or Inf on the calibration data: the model is broken, or "
-                        f"overflows in {hidden.dtype}. Nothing was changed."
-                    )
-                order.append(name)
-                if not is_first and len(order) == len(self.blocks):
-                    raise Stop
-                seen[:] = _versions((args, kwargs))
-
-            return hook
-
-        def after(name: str) -> Callable:
-            def hook(module: nn.Module, args: tuple, output: Any) -> None:
-                if any(_version(value) != version for value, version in seen):
-                    raise ValueError(
-                        f"cannot calibrate block by block: {name} changes its inputs in place, and would have to run "
-                        "on them several times. Nothing was changed."
-                    )
-
-            return hook
-
-        def stop(module: nn.Module, args: tuple) -> None:
-            raise Stop
-
-        with ExitStack() as stack:
-            for name in self.blocks:
-                block = self.model.get_submodule(name)
-                stack.callback(block.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(after(name)).remove)
-            if isinstance(head := _output_embeddings(self.model), nn.Module):
-                stack.callback(head.register_forward_pre_hook(stop).remove)
-            with suppress(Stop):
-                call.run(self.model)
-        return order
-
-
-def _parent(block: str) -> str:
-    """Name of the list that a block is in."""
-    return block.rpartition(".")[0]
-
-
-def _output_embeddings(model: nn.Module) -> Any:
-    """A transformers model's head, None for others. What it computes is not needed, and large."""
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
-
-
-def _version(value: Any) -> int:
-    """What tells whether a tensor or list was changed: torch's version, or the length."""
-    return len(value) if isinstance(value, list) else value._version
-
-
-def _versions(value: Any) -> list[tuple[Any, int]]:
-    """Each tensor and list in ``value`` with its version."""
-    if isinstance(value, Tensor):
-        return [] if value.is_inference() else [(value, _version(value))]
-    if isinstance(value, dict):
-        return _versions(tuple(value.values()))
-    if isinstance(value, (tuple, list)):
-        inside = [found for item in value for found in _versions(item)]
-        return [(value, _version(value)), *inside] if isinstance(value, list) else inside
-    return []

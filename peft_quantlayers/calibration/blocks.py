@@ -19,12 +19,14 @@ class Call:
         autocast: the dtype of the autocast region that the call was made in; None outside of one.
         runs_hooks: whether the module's own forward hooks run too. Those of a block run once only, where the model
             calls it: before its arguments are taken, and on the output that is given back.
+        masks: (batch, length) each, True for the tokens that are no padding; none where all count.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     autocast: torch.dtype | None = None
     runs_hooks: bool = False
+    masks: tuple[Tensor, ...] = ()
 
     @property
     def hidden(self) -> Tensor:
@@ -45,6 +47,17 @@ class Call:
         with nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast):
             return module(*args, **kwargs) if self.runs_hooks else module.forward(*args, **kwargs)
 
+    def real_tokens(self, x: Tensor) -> Tensor:
+        """The rows of ``x`` (..., features) that are no padding, (n, features); ``x`` itself if no mask has its shape.
+
+        Where encoder and decoder are of one length, the masks of both count.
+        """
+        fitting = [mask for mask in self.masks if x.shape[:-1] in (mask.shape, (mask.numel(),))]
+        if not fitting:
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[torch.stack([mask.flatten().to(x.device) for mask in fitting]).all(0)]
+
     def __call__(self, module: nn.Module) -> Tensor:
         """The hidden states that ``module`` returns: the first part of its output where it returns several."""
         return hidden_of(self.run(module))
@@ -62,32 +75,27 @@ def device_of(module: nn.Module, default: torch.device) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), default)
 
 
-def find_blocks(model: nn.Module, names: list[str]) -> list[str]:
-    """Names of the repeated blocks that hold most of the modules ``names``, in order; none where there are none."""
-    best: tuple[int, list[str]] = (1, [])
+def find_block_lists(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """Names of the repeated blocks that hold the modules ``names``: list by list, the one that holds most first.
+
+    An encoder and a decoder, or a vision tower and a language model, have a list each. A list inside a block of
+    another one (experts) is part of that block. A list of which fewer than two blocks hold any of the modules is none.
+    """
+    found: list[tuple[int, list[str]]] = []
+    outer: tuple[str, ...] = ()
     for list_name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        if not isinstance(module, nn.ModuleList) or list_name.startswith(outer or ("\0",)):
             continue
         blocks = [f"{list_name}.{index}" if list_name else str(index) for index in range(len(module))]
-        held = sum(any(name.startswith(f"{block}.") for name in names) for block in blocks)
-        # An outer list wins over one inside its blocks (experts): there is one of it.
-        if held > best[0]:
-            best = (held, blocks)
-    return best[1]
+        held = {block: sum(name.startswith(f"{block}.") for name in names) for block in blocks}
+        if sum(map(bool, held.values())) > 1:
+            found.append((sum(held.values()), blocks))
+            outer = (*outer, f"{list_name}." if list_name else "")
+    return [blocks for _, blocks in sorted(found, key=lambda entry: -entry[0])]
 
 
 class Stop(Exception):
     """Ends a forward pass early: what was wanted has been seen. Raised by hooks."""
-
-
-def model_calls(model: nn.Module, batches: list[Tensor]) -> list[Call]:
-    """Calls of the whole model, seen as one block."""
-    keyword = getattr(model, "main_input_name", None)
-    takes_cache = getattr(getattr(model, "config", None), "use_cache", False)
-    kwargs = {"use_cache": False} if takes_cache else {}
-    if keyword is None:
-        return [Call((batch,), kwargs, runs_hooks=True) for batch in batches]
-    return [Call((), {keyword: batch, **kwargs}, runs_hooks=True) for batch in batches]
 
 
 def run_until(block: nn.Module, call: Call, hooks: dict[str, Callable]) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
+from .blocks import Call
 from .walk import BlockWork
 
 
@@ -47,7 +48,10 @@ def finetune_block(
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        energy = sum(float(target.float().square().sum()) for target in work.targets)
+        energy = sum(
+            float(call.real_tokens(target).float().square().sum())
+            for call, target in zip(work.calls, work.targets, strict=True)
+        )
         first = _error(work, energy)
         _train(work, work.targets, parameters, energy=energy, epochs=epochs, learning_rate=learning_rate)
         last = _error(work, energy)
@@ -84,20 +88,24 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(work.calls))
     for _ in range(epochs):
         for call, target in zip(work.calls, targets, strict=True):
-            difference = call(work.block).float() - target.to(parameters[0].device).float()
-            loss = difference.square().sum() / (energy / len(work.calls))
+            loss = _difference(work, call, target).square().sum() / (energy / len(work.calls))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
 
+def _difference(work: BlockWork, call: Call, target: Tensor) -> Tensor:
+    """The output of the block for ``call`` less its target, float32; of padding tokens nothing."""
+    output = call(work.block)
+    return call.real_tokens(output.float() - target.to(output.device).float())
+
+
 @torch.no_grad()
 def _error(work: BlockWork, energy: float) -> float:
     targets: list[Tensor] = work.targets or []
     errors = [
-        float((call(work.block).float() - target.to(call.hidden.device).float()).square().sum())
-        for call, target in zip(work.calls, targets, strict=True)
+        float(_difference(work, call, target).square().sum()) for call, target in zip(work.calls, targets, strict=True)
     ]
     return sum(errors) / max(energy, 1e-30)
 

@@ -46,12 +46,15 @@ class LayerPasses:
         self.waiting.clear()
 
     def inputs(self, names: list[str]) -> Generator[Tensor]:
-        """What the first of the layers ``names`` to run reads in each call; calls that reach none give nothing."""
+        """What the first of the layers ``names`` to run reads in each call, without padding.
+
+        Calls that reach none of them give nothing.
+        """
         with self._paused(names):
             for index, call in enumerate(self.calls):
                 found = self._input(index, call)
                 if found is not None:
-                    yield found
+                    yield call.real_tokens(found)
 
     def outputs(self) -> Iterator[Any]:
         """All that the block returns for each call, with the layers as they are now."""

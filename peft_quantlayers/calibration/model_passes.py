@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ class ModelPasses:
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], calls: list[Call]) -> None:
         self.model, self.blocks = model, blocks
+        self.masks = [call.masks for call in calls]
         self.passes = [Pass(partial(call.run, model)) for call in calls]
         self.outputs: list[Any] = [None] * len(calls)
 
@@ -66,7 +68,7 @@ class ModelPasses:
                         f"cannot calibrate block by block: a forward pass came to {name} where it came to {block} "
                         "before anything was changed. Load the model again, and quantize it without calibration."
                     )
-                calls.append(call)
+                calls.append(replace(call, masks=self.masks[index]))
         return calls
 
     def give(self, outputs: Iterable[Any]) -> None:

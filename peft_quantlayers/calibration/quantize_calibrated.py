@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..formats import QuantSpec
 from ..formats.quantized_weight import stored_bytes
-from ..layers import QuantizedLinear, quantized_modules
-from ..layers.replace import linear_of, place_empty_layer, quantize_module
-from ..methods import QuantConfig, get_method, spec_from_dict
+from ..layers import QuantizedLinear
+from ..layers.replace import linear_of, quantize_module
+from ..methods import QuantConfig, get_method
 from .data import Calibration
 from .finetune import finetune_block
+from .resume_folder import ResumeFolder
 from .walk import BlockWork, InputGroup, Visitor, walk
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,8 @@ def quantize_calibrated(
 
     Raises:
         ValueError, TypeError: the calibration data is refused, a spec cannot use it, or a resume folder belongs to
-            another run; the model is as it was.
+            another run or is damaged; the model is as it was.
+        OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
     unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
     if unfit:
@@ -71,7 +71,11 @@ def quantize_calibrated(
             "was not changed."
         )
     visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
-    walk(model, list(specs), calibration, visitor, device=device, progress=progress)
+    try:
+        walk(model, list(specs), calibration, visitor, device=device, progress=progress)
+    finally:
+        if visitor.folder is not None:
+            visitor.folder.close()
 
 
 class _QuantizeVisitor(Visitor):
@@ -88,17 +92,17 @@ class _QuantizeVisitor(Visitor):
     ) -> None:
         self.model, self.specs, self.config, self.calibration = model, specs, config, calibration
         self.device, self.on_layer = device, on_layer
-        self.folder: _ResumeFolder | None = None
+        self.folder: ResumeFolder | None = None
         self.needs_targets = calibration.finetune_epochs > 0
 
     def begin(self, batches: list[Tensor]) -> None:
         folder = self.calibration.resume_folder
         if folder is not None:
             fingerprint = _fingerprint(self.model, self.specs, self.calibration, batches)
-            self.folder = _ResumeFolder(Path(folder), fingerprint)
+            self.folder = ResumeFolder(Path(folder), fingerprint, self.model, self.specs)
 
     def restore_block(self, block: str, names: list[str]) -> bool:
-        return self.folder is not None and self.folder.restore(self.model, block, names, self.config)
+        return self.folder is not None and self.folder.restore(self.model, block, self.config)
 
     def visit_group(self, group: InputGroup) -> None:
         hessian = group.hessian(self.calibration)
@@ -151,58 +155,6 @@ def _layer_result(
         output_error=None if hessian is None else ratio(hessian),
         seconds=seconds,
     )
-
-
-class _ResumeFolder:
-    """Finished blocks as safetensors files, each with the fingerprint of the run that it belongs to."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob("*.safetensors"):
-            if self._metadata(file).get("fingerprint") != fingerprint:
-                raise ValueError(
-                    f"{file} belongs to another run: another model, config or calibration. Choose another "
-                    "resume_folder, or delete this one. The model was not changed."
-                )
-
-    def keep(self, model: nn.Module, block: str, names: list[str]) -> None:
-        layers = quantized_modules(model)
-        specs = {name: layers[name].spec.to_dict() for name in names}
-        tensors = {key: value.contiguous() for key, value in model.get_submodule(block).state_dict().items()}
-        metadata = {"fingerprint": self.fingerprint, "specs": json.dumps(specs)}
-        written = self._file(block).with_suffix(".part")
-        save_file(tensors, written, metadata=metadata)
-        written.replace(self._file(block))
-
-    def restore(self, model: nn.Module, block: str, names: list[str], config: QuantConfig) -> bool:
-        file = self._file(block)
-        if not file.exists():
-            return False
-        specs = json.loads(self._metadata(file)["specs"])
-        with safe_open(file, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        for name in names:
-            device = linear_of(model, name)[0].device
-            place_empty_layer(
-                model, name, spec_from_dict(specs[name]), compute_dtype=config.compute_dtype, device=device
-            )
-        model.get_submodule(block).load_state_dict(tensors)
-        return True
-
-    def _file(self, block: str) -> Path:
-        return self.folder / f"{block}.safetensors"
-
-    @staticmethod
-    def _metadata(file: Path) -> dict[str, str]:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                return stored.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged or incomplete ({error}). Delete this file and call again: its block is quantized "
-                "from scratch. The model was not changed."
-            ) from None
 
 
 def _fingerprint(

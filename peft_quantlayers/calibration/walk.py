@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .block_source import BlockSource, ModelBlocks
 from .blocks import Call, hidden_of, input_of, moved, run_until
 from .data import Calibration
 from .layer_passes import LayerPasses
+from .model_calls import batch_tensors, model_calls
 from .model_passes import ModelPasses
 from .statistics import InputStatistics, Statistic, check_statistics, collect
 
@@ -57,8 +58,8 @@ class Visitor:
     needs_targets = False
     """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
 
-    def begin(self, batches: list[Tensor]) -> None:
-        """Before anything is changed, with the inputs that the walk uses; what is raised here refuses the walk."""
+    def begin(self, inputs: list[Tensor]) -> None:
+        """Before anything is changed, with all tensors of the data; what is raised here refuses the walk."""
 
     def restore_block(self, block: str, names: list[str]) -> bool:
         """Put a block in its final state from elsewhere. True if so: its layers are not visited."""
@@ -114,35 +115,37 @@ def walk(
         ValueError, TypeError: as :meth:`Calibration.batches`, and as :meth:`BlockSource.check`; nothing was changed.
     """
     check_statistics(visitor.statistics)
-    batches = calibration.batches(model)
-    _warn_of_few(batches, model, names)
-    visitor.begin(batches)
-    walk_blocks(ModelBlocks(model, names, batches, device=device), visitor, progress=progress)
+    batches = calibration.batches(model, progress=progress)
+    calls = model_calls(model, batches)
+    visitor.begin(batch_tensors(batches))
+    walk_blocks(ModelBlocks(model, names, calls, device=device), visitor, progress=progress)
 
 
 @torch.no_grad()
 def walk_blocks(source: BlockSource, visitor: Visitor, *, progress: bool = True) -> None:
     """Visit the layers of ``source``; see :func:`walk`."""
     with source.ready(), ExitStack() as stack:
-        source.check()
+        source.check(progress=progress)
         n_layers = len(source.rest) + sum(len(source.layers(block)) for block in source.blocks)
         bar = stack.enter_context(tqdm(total=n_layers, desc="Calibrating", unit="layer", disable=not progress))
+        visits = _Visits(visitor, bar)
         with source.passes() as passes, source.passes() as originals:
             for block in source.blocks:
-                _walk_block(source, block, passes, originals if visitor.needs_targets else None, visitor, bar)
+                _walk_block(source, block, passes, originals if visitor.needs_targets else None, visits)
         model, calls = source.whole()
         with LayerPasses(model, calls) as waiting:
-            _visit_in_order("", list(source.rest), waiting, visitor, bar)
+            visits.in_order("", list(source.rest), waiting)
+    visits.warn()
 
 
 def _walk_block(
-    source: BlockSource, name: str, passes: ModelPasses, originals: ModelPasses | None, visitor: Visitor, bar: tqdm
+    source: BlockSource, name: str, passes: ModelPasses, originals: ModelPasses | None, visits: _Visits
 ) -> None:
     """Visit the layers of one block, and let ``passes`` have its outputs.
 
     ``originals`` are passes of the model as it was: they come to this block before it is changed.
     """
-    names, home = source.layers(name), source.home(name)
+    names, home, visitor = source.layers(name), source.home(name), visits.visitor
     with source.opened(name) as block:
         targets = None
         if originals is not None:
@@ -152,56 +155,126 @@ def _walk_block(
         calls = passes.arrive(name)
         with LayerPasses(block, calls) as waiting:
             if visitor.restore_block(name, names):
-                bar.update(len(names))
+                visits.bar.update(len(names))
             else:
-                _visit_in_order(name, names, waiting, visitor, bar)
+                visits.in_order(name, names, waiting)
                 if visitor.finish_block(name, names, BlockWork(block, calls, targets)):
                     waiting.close()
             if name != source.blocks[-1]:
                 passes.give(moved(output, home) for output in waiting.outputs())
 
 
-def _warn_of_few(batches: list[Tensor], model: nn.Module, names: list[str]) -> None:
-    """Say so where a layer has more inputs than there are tokens, whose second moment cannot tell them apart."""
-    n_tokens = sum(len(batch) if batch.is_floating_point() else batch.numel() for batch in batches)
-    widths = {name: getattr(model.get_submodule(name), "in_features", 0) for name in names}
-    n_wider = sum(width > n_tokens for width in widths.values())
-    if n_wider:
-        widest = max(widths, key=lambda name: widths[name])
-        logger.warning(
-            "%d of %d layers have more inputs (%s: %d) than the %d tokens of the calibration data: what these do not "
-            "show rests on damping. Give more data, or a larger n_tokens.",
-            n_wider,
-            len(names),
-            widest,
-            widths[widest],
-            n_tokens,
-        )
+@dataclass
+class _Visits:
+    """The visits of layers, and what is said of them in the end.
+
+    Fields:
+        visitor: what is done.
+        bar: counts the layers.
+        unreached: layers that no data reached, or zeros only.
+        reached: the others.
+        scarce: layers with more inputs than tokens, to these two numbers.
+    """
+
+    visitor: Visitor
+    bar: tqdm
+    unreached: list[str] = field(default_factory=list)
+    reached: list[str] = field(default_factory=list)
+    scarce: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def in_order(self, block: str, names: list[str], passes: LayerPasses) -> None:
+        """Visit the layers ``names`` of a block in the order in which they run; those that never run come last."""
+        start = len(block) + 1 if block else 0
+        groups, unreached = layers_by_input(passes.block, [name[start:] for name in names], passes.calls)
+        for inside in groups:
+            # Closed whatever happens: while it is open, the layers' forwards are not their own.
+            with closing(passes.inputs(inside)) as inputs:
+                statistics = collect(inputs, self.visitor.statistics)
+            widths = [getattr(passes.block.get_submodule(name), "in_features", 0) for name in inside]
+            group = InputGroup(tuple(f"{block}.{name}" if block else name for name in inside), block, statistics)
+            if statistics is None:
+                self.unreached += group.names
+            else:
+                self.reached += group.names
+                self.scarce |= {
+                    name: (width, statistics.n_tokens)
+                    for name, width in zip(group.names, widths, strict=True)
+                    if width > statistics.n_tokens
+                }
+            self._visit(group)
+        for name in unreached:
+            whole_name = f"{block}.{name}" if block else name
+            self.unreached.append(whole_name)
+            self._visit(InputGroup((whole_name,), block, None))
+
+    def _visit(self, group: InputGroup) -> None:
+        self.visitor.visit_group(group)
+        self.bar.update(len(group.names))
+
+    def warn(self) -> None:
+        """Say which layers the data did not reach, and where their inputs outnumber the tokens."""
+        if self.unreached:
+            parts = _parts_without(self.unreached, self.reached)
+            shown = parts[:8]
+            logger.warning(
+                "%d of %d layers get no inputs from the calibration data, or only zeros, and are quantized without "
+                "calibration: those in %s. To calibrate them give batches with what they read (pixel_values, ...); "
+                "to leave them dense, quantize with skip_modules=%s.",
+                len(self.unreached),
+                len(self.unreached) + len(self.reached),
+                ", ".join(shown) + (f" and {len(parts) - 8} more" if len(parts) > 8 else ""),
+                shown,
+            )
+        if self.scarce:
+            widest = max(self.scarce, key=lambda name: self.scarce[name])
+            logger.warning(
+                "%d of %d layers have more inputs (%s: %d) than the %d tokens of the calibration data: what these do "
+                "not show rests on damping. Give more data, or a larger n_tokens.",
+                len(self.scarce),
+                len(self.reached),
+                widest,
+                *self.scarce[widest],
+            )
 
 
-def _visit_in_order(block: str, names: list[str], passes: LayerPasses, visitor: Visitor, bar: tqdm) -> None:
-    start = len(block) + 1 if block else 0
-    for inside in layers_by_input(passes.block, [name[start:] for name in names], passes.calls):
-        # Closed whatever happens: while it is open, the layers' forwards are not their own.
-        with closing(passes.inputs(inside)) as inputs:
-            statistics = collect(inputs, visitor.statistics)
-        group = InputGroup(tuple(f"{block}.{name}" if block else name for name in inside), block, statistics)
-        if statistics is None:
-            for name in group.names:
-                logger.warning(
-                    "%s: this layer received only zeros during calibration; it is quantized without calibration.", name
-                )
-        visitor.visit_group(group)
-        bar.update(len(group.names))
+def _parts_without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The largest modules that hold all of ``names`` and none of ``others``; as patterns, for one in every block."""
+    taken = {".".join(other.split(".")[:end]) for other in others for end in range(1, other.count(".") + 2)}
+    taken_patterns = {_pattern(name) for name in taken}
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        largest = next((prefix for prefix in prefixes if prefix not in taken), name)
+        found[largest if _pattern(largest) in taken_patterns else _pattern(largest)] = None
+    return list(found)
 
 
-def layers_by_input(parent: nn.Module, names: Sequence[str], calls: list[Call]) -> list[list[str]]:
-    """Names in the order in which their modules run, those with one and the same input together.
+def _pattern(name: str) -> str:
+    """``name`` with ``*`` for each index in a list."""
+    return ".".join("*" if part.isdigit() and at else part for at, part in enumerate(name.split(".")))
+
+
+def layers_by_input(
+    parent: nn.Module, names: Sequence[str], calls: Sequence[Call]
+) -> tuple[list[list[str]], list[str]]:
+    """Names in the order in which their modules run, those with one and the same input together; and unreached ones.
 
     Modules that the first call does not reach come last, each for itself.
     """
-    if not names:
-        return []
+    groups: list[list[str]] = []
+    missing = list(names)
+    for call in calls:
+        if not missing:
+            break
+        ran = _groups_of_call(parent, missing, call)
+        groups += [[name] for group in ran for name in group] if call is not calls[0] else ran
+        missing = [name for name in missing if not any(name in group for group in ran)]
+    return groups, missing
+
+
+def _groups_of_call(parent: nn.Module, names: Sequence[str], call: Call) -> list[list[str]]:
+    """As :func:`layers_by_input`, for one call."""
     found: list[list[str]] = []
     inputs: list[Tensor] = []  # held, so that no other tensor takes a place in memory that was seen before
 
@@ -219,5 +292,5 @@ def layers_by_input(parent: nn.Module, names: Sequence[str], calls: list[Call]) 
 
         return hook
 
-    run_until(parent, calls[0], {name: recorder(name) for name in names})
-    return found + [[name] for name in names if not any(name in group for group in found)]
+    run_until(parent, call, {name: recorder(name) for name in names})
+    return found

@@ -3,9 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_model
+
 
 def saved_for_backward(module: nn.Module, x: Tensor) -> int:
-    """Bytes that ``module(x)`` saves for its backward pass: each storage once, without the module's own tensors."""
+    """Bytes that ``module(x)`` saves for its backward pass: each storage once, without the module's own tensors.
+
+    Raises:
+        TypeError: ``module`` is no module, or ``x`` no tensor.
+    """
+    check_model("saved_for_backward", module)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be the tensor that the module is called with, got {type(x).__name__}.")
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 

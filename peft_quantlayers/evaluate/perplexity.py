@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..arguments import check_model
+from .held_out import check_token_ids
+
 
 @torch.no_grad()
 def perplexity(
@@ -15,7 +18,7 @@ def perplexity(
     *,
     window: int = 512,
     max_windows: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> float:
     """``exp`` of the mean negative log-likelihood of the tokens, each given those before it in its window.
 
@@ -28,20 +31,21 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
+        TypeError: not a causal language model, or ``token_ids`` is no tensor of integers.
         ValueError: the text is shorter than one window, ``window`` below 2, or ``max_windows`` below 1.
     """
-    if window < 2:
-        raise ValueError(f"window={window} must be at least 2: the first token of a window is not scored.")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all.")
-    n_windows = token_ids.numel() // window
-    if n_windows == 0:
-        raise ValueError(
-            f"the text has {token_ids.numel()} tokens, fewer than one window of {window}. Give a longer text, or a "
-            "smaller window."
+    check_model("perplexity", model)
+    can_generate = getattr(model, "can_generate", lambda: True)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not can_generate():
+        raise TypeError(
+            f"perplexity is of causal language models, which predict each token from those before it, and "
+            f"{type(model).__name__} does not. Measure it by the loss that its forward gives for labels."
         )
-    n_windows = min(n_windows, max_windows or n_windows)
-    windows = token_ids[: n_windows * window].view(n_windows, window).to(model.device)
+    text = token_ids.reshape(-1) if isinstance(token_ids, Tensor) else token_ids
+    n_windows = check_token_ids(text, window=window, max_windows=max_windows)
+    # accelerate moves the inputs of a model that it has offloaded to meta.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    windows = text[: n_windows * window].view(n_windows, window).to(device)
     was_training = model.training
     model.eval()
     total = 0.0

@@ -9,8 +9,9 @@ own; writers write the oldest that says everything, so that older readers read w
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
-from .spec import METADATA_DTYPES, QuantSpec, check_choice
+from .spec import METADATA_DTYPES, QuantSpec
 
 FORMAT_VERSION = 2
 # The name under which transformers finds our quantizer and our checkpoints.

@@ -1,7 +1,7 @@
 """What a quantized tensor means, as plain values that go into JSON and come back unchanged.
 
-Here: the base class of all specs and the checks they share. Each spec is defined in the folder of its method. May
-import torch only.
+Here: the base class of all specs. Each spec is defined in the folder of its method. May import torch and the checks of
+arguments only.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..arguments import check_choice
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
 # A quantized weight that takes as many is left dense.
@@ -203,33 +205,11 @@ class QuantSpec(ABC):
         return cls(**fields)
 
 
-def check_integer(name: str, value: Any, *, at_least: int, at_most: int) -> None:
-    """Raise unless ``value`` is an integer (no bool) between the bounds, both included."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
-    if not at_least <= value <= at_most:
-        raise ValueError(f"{name}={value} must lie between {at_least} and {at_most}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raise unless ``value`` is one of ``choices``, of the very type that the choice has."""
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise ValueError(f"{name}={value!r} is not supported; choose one of {choices}.")
-
-
 def dtype_name(field: str, value: Any) -> str:
     """The name of a dtype, given as that or as ``torch.dtype``; ValueError unless it is of :data:`METADATA_DTYPES`."""
     name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
     check_choice(field, name, METADATA_DTYPES)
     return str(name)
-
-
-def check_number(name: str, value: Any, *, above: float, at_most: float) -> None:
-    """Raise unless ``value`` is a real number in (above, at_most]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
-    if not above < value <= at_most:
-        raise ValueError(f"{name}={value} must lie above {above} and not above {at_most}.")
 
 
 def with_smaller_groups(spec: SpecT, field: str, side: int, out_features: int, in_features: int) -> SpecT | None:

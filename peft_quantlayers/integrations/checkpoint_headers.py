@@ -37,14 +37,18 @@ class FileHeader(TensorHeader):
 class CheckpointFiles:
     """The tensors of some safetensors files: all headers, read at once, and single tensors on request.
 
+    Attributes:
+        headers: by name of the tensor.
+        opened: the files, by path.
+
     Raises:
         ValueError: a file is damaged, or no safetensors file.
     """
 
     def __init__(self, files: Iterable[str]) -> None:
         self.headers: dict[str, FileHeader] = {}
-        self._opened = {file: open_checkpoint(file) for file in files}  # opening reads the whole header
-        for file, opened in self._opened.items():
+        self.opened = {file: open_checkpoint(file) for file in files}  # opening reads the whole header
+        for file, opened in self.opened.items():
             for key in opened.keys():  # noqa: SIM118
                 entry = opened.get_slice(key)
                 stored_dtype = entry.get_dtype()
@@ -57,7 +61,7 @@ class CheckpointFiles:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU."""
-        return self._opened[self.headers[name].file].get_tensor(name)
+        return self.opened[self.headers[name].file].get_tensor(name)
 
 
 def open_checkpoint(file: str) -> Any:
@@ -67,6 +71,8 @@ def open_checkpoint(file: str) -> Any:
             f"{Path(file).name}: quantized models are read from safetensors files only, since a pickle may run code. "
             "For a folder that the hqq package wrote (qmodel.pt) use peft_quantlayers.load_hqq_folder."
         )
+    if not Path(file).is_file():
+        raise ValueError(f"{Path(file).name} is not there, or no regular file: a pipe or a device is not opened.")
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:

@@ -6,6 +6,8 @@ read; a folder in the layout of transformers 4 (safetensors) is loaded with ``fr
 """
 
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..arguments import check_device, check_dtype
+from ..formats.checksums import SWITCH, are_checksums_used
 from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
 from ..layers import QuantizedLinear, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
@@ -38,10 +42,15 @@ def load_hqq_folder(
         device: where the model goes; None for the CPU.
 
     Raises:
+        TypeError: ``folder`` is no path, or ``dtype`` no floating dtype.
         FileNotFoundError: one of the two files is not there.
         ValueError: qmodel.pt is damaged, asks for code to be run, or does not belong to config.json; names the
             layer at fault.
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder must be the path of a folder, got {type(folder).__name__}.")
+    check_dtype("dtype", dtype)
+    check_device("device", device)
     folder = Path(folder)
     for file in ("config.json", WEIGHTS):
         if not (folder / file).is_file():
@@ -90,8 +99,9 @@ def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
             f"{file} was not read: it is damaged, or it holds more than tensors and plain values, and loading it may "
             f"run code from the file. torch says: {str(error).splitlines()[0]}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}). Download or save it again.") from None
+    _check_values(file)
     is_mapping = isinstance(modules, Mapping) and all(
         isinstance(name, str) and isinstance(entries, Mapping) for name, entries in modules.items()
     )
@@ -100,6 +110,22 @@ def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:
     if not any("W_q" in entries for entries in modules.values()):
         raise ValueError(f"{file} holds no W_q tensor: it is not quantized.")
     return modules
+
+
+def _check_values(file: Path) -> None:
+    """Raise ValueError where the checksums of a zip file, as torch writes it, do not fit; torch.load checks none."""
+    if not are_checksums_used() or not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Download or save it again.") from None
+    if damaged is not None:
+        raise ValueError(
+            f"{file} is damaged: {damaged} does not have the checksum with which it was saved. Download or save it "
+            f"again. If it was edited on purpose, {SWITCH}=1 loads it."
+        )
 
 
 def _place_layers(model: nn.Module, layers: Mapping[str, StoredHqqLayer]) -> None:

@@ -28,12 +28,15 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..layers import QuantizedLinear
+from ..layers.placement import check_weights_are_here, is_offloaded
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
+from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
 from ..scales import QuantScalesLayer
 from . import peft_scales as scales
+from .pattern_check import check_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +74,12 @@ def register() -> None:
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
     _take_over(LoraModel, "_prepare_model", _prepare_model)
+    _take_over(LoraModel, "inject_adapter", _inject_adapter)
     _take_over(LoraModel, "merge_adapter", _merge_adapter)
     _take_over(LoraModel, "_unload_and_optionally_merge", _unload)
     _take_over(loraga, "estimate_gradients", _estimate_gradients)
     scales.register()
-    # Saved adapters are read with our config, which knows one field more.
+    # Saved adapters are read with our config, which knows two fields more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
 
 
@@ -115,8 +119,20 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
     """PEFT's, after a check that refuses a merge-aware adapter on a layer that is not quantized."""
+    check_patterns(peft_config, model)
     check_rounded_layers(peft_config, model)
     _original(LoraModel, "_prepare_model")(self, peft_config, model)
+
+
+def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning."""
+    config = self.peft_config[adapter_name]
+    # Before PiSSA and its like change the base, as they will when the adapter is loaded.
+    found = base_fingerprints(model) if is_recorded(config) else {}
+    warn_of_another_base(config, found, model, adapter_name)
+    _original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
+    if found:
+        self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -139,8 +155,20 @@ def _unload(
 
 @contextmanager
 def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
-    """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is."""
+    """PEFT merges layer by layer. Around that all quantized layers are merged first, or none is.
+
+    An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
+    """
     layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    if any(is_offloaded(layer) for layer in layers):
+        layers = []
+    for layer in layers:
+        check_weights_are_here(
+            layer,
+            "merging",
+            if_sharded="Save the adapter, and merge it in one process, into the quantized folder loaded without "
+            "distributed_config.",
+        )
     states = [layer.snapshot() for layer in layers]
     try:
         for layer in layers:

@@ -24,6 +24,7 @@ from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
 from ..scales.config import BIASES, NORMS, QuantScalesConfig, QuantScalesType
 from ..scales.layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
+from .pattern_check import check_patterns
 
 # Modules that an error message names; a model has hundreds.
 SHOWN_NAMES = 3
@@ -61,6 +62,7 @@ class QuantScalesModel(BaseTuner):
 
     def _prepare_model(self, peft_config: QuantScalesConfig, model: nn.Module) -> None:
         """All checks are made here, before the model is changed."""
+        check_patterns(peft_config, model)
         peft_config.plan = plan_of(peft_config, model)
         peft_config.base_crc32 = _checked_base(peft_config, model)
 

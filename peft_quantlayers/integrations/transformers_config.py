@@ -13,6 +13,7 @@ from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
 from ..layers import QuantizedLinear, quantized_modules
+from ..methods import QuantConfig
 from ..methods.aqlm.method import MAX_SCALE_ERROR
 
 
@@ -23,12 +24,14 @@ class QuantlayersConfig(QuantizationConfigMixin):
         checkpoint_format: how the checkpoint is written.
         fields: the ``quantization_config`` in ``config.json``, in that format.
         quant_method: the name under which transformers looks for the quantizer of such a model.
+        asked: what a user passed as ``quantization_config`` beside the saved model, or None.
     """
 
     def __init__(self, checkpoint_format: CheckpointFormat, fields: dict[str, Any]) -> None:
         self.quant_method = checkpoint_format.name
         self.checkpoint_format = checkpoint_format
         self.fields = fields
+        self.asked: QuantConfig | None = None
 
     @classmethod
     def from_model(cls, model: nn.Module) -> QuantlayersConfig:
@@ -41,6 +44,8 @@ class QuantlayersConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        if "interrupted_save" in config_dict:
+            raise ValueError(f"the folder holds no model: {config_dict['interrupted_save']}.")
         config = cls(known_formats()[config_dict["quant_method"]], dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 

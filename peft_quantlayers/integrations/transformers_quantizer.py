@@ -26,14 +26,19 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .checksums import checksum_metadata, refuse_damage
+from .given_config import compare_with_asked, quant_config_of, without_untagged
+from .parallel_loading import check_finite_shards, refuse_parallel_loading
 from .private_transformers import is_marked_as_initialized
 from .tensor_conversion import StoredLayers, ignore_tensors
 from .transformers_config import QuantlayersConfig
+from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
 
 class _QuantizeWeight(ConversionOps):
@@ -79,9 +84,14 @@ class QuantlayersHfQuantizer(HfQuantizer):
     requires_calibration = False
     # Set while a PVTuner trains the layers themselves: the Trainer then takes the model without an adapter.
     is_training_codes = False
+    # Not where only headers are looked at.
+    are_checksums_checked = True
 
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+    def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any) -> None:
+        self.given_config = quantization_config
+        if not pre_quantized:
+            quantization_config = quant_config_of(quantization_config)
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
@@ -133,20 +143,27 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        refuse_parallel_loading(model.config, is_quantizing=not self.pre_quantized)
         if not self.pre_quantized:
+            self.quantization_config = without_untagged(self.quantization_config, self.given_config, model)
             self.specs = quantizable_modules(model, self.quantization_config)
             return
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
+        if self.are_checksums_checked:
+            refuse_damage(files)
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = names_in_model(description.specs, model)
         self.specs = {name: description.specs[stored_name] for stored_name, name in names.items()}
         self.compute_dtype = description.compute_dtype
         stored_names = {name: stored_name for stored_name, name in names.items()}
         stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
-        self.stored_layers = StoredLayers(stored, stored_names=stored_names, failures=self.failures)
+        converted = layers_with_wide_codes(self.specs, model) | stored
+        self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
         self.stored_layers.check_shapes(model)
         self._check_layouts(model)
+        if config.asked is not None:
+            compare_with_asked(config.asked, self.specs, model)
         if not stored:  # what is converted was checked when it was described
             check_headers(files.headers, self.specs, model)
         self._place_layers(model, description, names)
@@ -223,11 +240,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Nothing of its own. transformers asks right before it saves: the config is brought up to date here."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
+        """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        return None, {}
+        state = state_with_wide_codes(model)
+        return state, checksum_metadata(model, model.state_dict() if state is None else state)
 
     @property
     def is_trainable(self) -> bool:
@@ -262,7 +280,9 @@ def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     for tensor_name, parameter in layer.named_parameters():
         if not is_marked_as_initialized(parameter):
             raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
-    if layer.codes.device.type != "meta":
+    if is_sharded(layer.codes):  # headers were checked; this process has some of the values
+        check_finite_shards(name, layer)
+    elif layer.codes.device.type != "meta":
         layer.quantized_weight.check(name)
         for tensor_name, parameter in [] if layer.branch is None else layer.branch.named_parameters():
             if not torch.isfinite(parameter).all():

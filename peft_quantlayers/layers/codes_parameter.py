@@ -1,9 +1,34 @@
-"""The parameter that holds a layer's codes."""
+"""The parameter that holds a layer's codes, in a dtype that process groups send."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+# The integer dtypes that both gloo and NCCL send. Codes of more than 8 bits are int16 in files, which neither does.
+SENDABLE = (torch.int8, torch.uint8, torch.int32, torch.int64)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, of which this process holds a part. (Importing that class takes a while.)"""
+    return hasattr(tensor, "to_local")
+
+
+def as_bytes(codes: Tensor) -> Tensor:
+    """``codes`` as a module registers them: as they are or, in a dtype that cannot be sent, a view of their bytes.
+
+    The last dimension of that view, uint8, is as many times larger as a code has bytes. A float tensor is left alone.
+    """
+    if codes.is_floating_point() or codes.dtype in SENDABLE:
+        return codes
+    return codes.contiguous().view(torch.uint8)
+
+
+def as_codes(registered: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`as_bytes`, for codes of ``dtype``; a view. Sharded bytes are left as they are."""
+    if registered.dtype != torch.uint8 or dtype in SENDABLE or is_sharded(registered):
+        return registered
+    return registered.view(dtype)
 
 
 class CodesParameter(nn.Parameter):
@@ -24,10 +49,10 @@ class CodesParameter(nn.Parameter):
         return torch.Tensor._make_subclass(cls, codes.detach(), requires_grad)
 
     @classmethod
-    def around(cls, codes: nn.Parameter) -> CodesParameter:
-        """``codes`` as a CodesParameter, with the attributes that were set on it."""
+    def around(cls, parameter: nn.Parameter, codes: Tensor) -> CodesParameter:
+        """A CodesParameter of ``codes`` in the place of ``parameter``, with the attributes that were set on that."""
         wrapped = cls(codes)
-        wrapped.__dict__.update(codes.__dict__)
+        wrapped.__dict__.update(parameter.__dict__)
         return wrapped
 
     def numel(self) -> int:

@@ -77,8 +77,11 @@ def register_dense_type(entry: DenseType) -> DenseType:
     """Make modules of the class ``entry.path`` quantizable, and return the entry.
 
     Raises:
+        TypeError: no DenseType.
         ValueError: the class has another entry already, or ``path`` is not ``"module:Class"``.
     """
+    if not isinstance(entry, DenseType):
+        raise TypeError(f"register_dense_type takes a DenseType(path='module:Class'), got {type(entry).__name__}.")
     if not all(entry.path.partition(":")):
         raise ValueError(f"path={entry.path!r} must be 'module:Class', for example 'torch.nn.modules.linear:Linear'.")
     if _dense_types.setdefault(entry.path, entry) != entry:

@@ -85,8 +85,14 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         ``hessian``: second moment of the inputs, as in :meth:`QuantMethod.quantize`.
 
         Raises:
+            TypeError: ``linear`` is no linear layer, or ``spec`` no spec.
             ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
         """
+        if not isinstance(linear, nn.Linear) or not isinstance(spec, QuantSpec):
+            raise TypeError(
+                f"from_linear takes an nn.Linear and a spec, such as HQQSpec(nbits=4), got {type(linear).__name__} "
+                f"and {type(spec).__name__}. For a whole model use quantize_model(model, config)."
+            )
         if isinstance(linear, QuantizedLinear):
             raise ValueError(f"{layer_name}: the layer is quantized already ({linear.spec}).")
         layer = QuantizedLinear.from_weight(
@@ -203,12 +209,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
-        parameters = self._parameters
-        tensors: dict[str, Any] = {name: parameters[name] for name in self._tensor_names}
-        weight = QuantizedWeight(
-            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
-        )
-        return self.forward_with(x, weight, parameters["bias"])
+        return self.forward_with(x, self._weight_of(self._tensors()), self._parameters["bias"])
 
     def forward_with(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` gives once the layer has this weight and bias."""

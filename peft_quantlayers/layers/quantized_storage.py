@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
-from .codes_parameter import CodesParameter
+from .codes_parameter import SENDABLE, CodesParameter, as_bytes, as_codes
 
 
 class QuantizedStorage(nn.Module):
     """Codes and metadata as frozen Parameters under the names of the spec's layout, and a bias.
 
     They follow the module between devices and keep their dtypes: ``.to(dtype)`` changes ``compute_dtype`` and the bias
-    alone.
+    alone. Codes of more than a byte are registered as bytes, which DDP and FSDP can send (:func:`as_bytes`);
+    ``quantized_weight`` has them in the dtype of the layout.
 
     Attributes:
         spec: how the weight is stored.
@@ -39,7 +40,8 @@ class QuantizedStorage(nn.Module):
     def _register_tensors(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Called once, by the constructor."""
         self._tensor_names = tuple(quantized.tensors)
-        for name, tensor in quantized.tensors.items():
+        self._codes_dtype = quantized.tensors[quantized.spec.codes_name].dtype
+        for name, tensor in self._registered(quantized).items():
             # Not register_parameter, which refuses a method's tensor named ``codes`` because of the property.
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
@@ -48,13 +50,18 @@ class QuantizedStorage(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """The packed codes; their device is the layer's."""
+        """The packed codes as they are registered; their device is the layer's."""
         return self._parameter(self.spec.codes_name)
+
+    @property
+    def has_wide_codes(self) -> bool:
+        """Whether the codes are registered as bytes, since process groups do not send their dtype."""
+        return self._codes_dtype not in SENDABLE
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as a value. Its tensors are the layer's own, not copies; a write to the layer replaces them."""
-        return self._weight_of({name: self._parameter(name).data for name in self._tensor_names})
+        return self._weight_of({name: tensor.data for name, tensor in self._tensors().items()})
 
     @quantized_weight.setter
     def quantized_weight(self, quantized: QuantizedWeight) -> None:
@@ -65,7 +72,8 @@ class QuantizedStorage(nn.Module):
             )
         self.n_writes += 1
         self.spec = quantized.spec
-        for name, tensor in quantized.tensors.items():
+        self._codes_dtype = quantized.tensors[quantized.spec.codes_name].dtype
+        for name, tensor in self._registered(quantized).items():
             old = self._parameter(name)
             if old.dtype == tensor.dtype and old.device == tensor.device:
                 old.data = tensor  # the Parameter object stays: an optimizer may hold it
@@ -80,16 +88,30 @@ class QuantizedStorage(nn.Module):
                 self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
         self._wrap_codes()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        codes = state_dict.get(key := prefix + self.spec.codes_name)
+        if codes is not None and codes.dtype == self._codes_dtype:  # from a file, or written by an older version
+            state_dict[key] = as_bytes(codes)  # torch gives each module a dictionary of its own
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.n_writes += 1
 
     def _parameter(self, name: str) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[name])
 
     def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the layout."""
         parameters = self._parameters
-        return {name: parameters[name] for name in self._tensor_names}  # type: ignore[misc]
+        tensors: dict[str, Any] = {name: parameters[name] for name in self._tensor_names}
+        codes_name = self.spec.codes_name
+        if tensors[codes_name].dtype != self._codes_dtype:
+            tensors[codes_name] = as_codes(tensors[codes_name], self._codes_dtype)
+        return tensors
+
+    @staticmethod
+    def _registered(quantized: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors of ``quantized`` as they are registered."""
+        codes_name = quantized.spec.codes_name
+        return quantized.tensors | {codes_name: as_bytes(quantized.tensors[codes_name])}
 
     def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
         return QuantizedWeight(
@@ -99,7 +121,7 @@ class QuantizedStorage(nn.Module):
     def _wrap_codes(self) -> None:
         codes = self.codes
         if type(codes) is nn.Parameter:
-            codes = CodesParameter.around(codes)
+            codes = CodesParameter.around(codes, as_bytes(codes.data))
             self._parameters[self.spec.codes_name] = codes
         if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
             return
@@ -119,6 +141,8 @@ class QuantizedStorage(nn.Module):
                 f"{self.layer_name}: this layer was pickled by an earlier version of peft_quantlayers. Save the model "
                 "with save_model, or the layer's state_dict, in that version, and load that."
             )
+        if "_codes_dtype" not in state:  # pickled by an older version
+            self._codes_dtype = self.codes.dtype
         self._wrap_codes()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

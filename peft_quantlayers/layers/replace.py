@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_dtype, check_model
 from ..formats import QuantSpec
 from ..integrations.private_transformers import remove_quantization_config
 from ..methods import QuantConfig
 from .dense_types import dense_at
 from .linear import QuantizedLinear
+from .placement import check_weights_are_here
 from .selection import quantized_modules
 
 
@@ -87,7 +89,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: any module; a transformers model also loses its quantization config.
         dtype: dtype of the weights; None for each layer's ``compute_dtype``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``dtype`` no floating dtype.
+        ValueError: weights are offloaded, sharded, or on the meta device; the model was not changed.
     """
+    check_model("dequantize_model", model)
+    check_dtype("dtype", dtype)
+    check_weights_are_here(model, "dequantizing", if_sharded="Load the quantized model in one process.")
     for name, layer in quantized_modules(model).items():
         weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))

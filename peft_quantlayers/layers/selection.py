@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from ..arguments import check_model
 from ..formats import QuantSpec
 from ..methods import QuantConfig
 from ..methods.config import matches
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantized layers of ``model`` by name."""
+    """All quantized layers of ``model`` by name; TypeError if it is no module."""
+    check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
@@ -89,8 +91,9 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     rules = DenseRules(model, quantize_lm_head=config.quantize_lm_head)
     selection = Selection(specs={}, dense={}, done=tuple(finished_modules(model, config)), asked={})
     problems: list[str] = []
+    done = set(selection.done)
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and name not in selection.done and not config.is_skipped(name):
+        if isinstance(module, QuantizedLinear) and name not in done and not config.is_skipped(name):
             problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
         entry = dense_type_of(module)
         if entry is None:

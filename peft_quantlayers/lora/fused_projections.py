@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 
+from ..arguments import check_model
 from .layer import LoraQuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,12 @@ def fuse_projections(
 
     Raises:
         ValueError: no layer of ours with LoRA in the model.
-        TypeError: a string where several are wanted.
+        TypeError: ``model`` is no module, or a string where several are wanted.
     """
+    check_model("fuse_projections", model)
     groups = _several(groups, "groups", 'groups=[("q_proj", "k_proj")]')
-    groups = [_several(group, "groups", 'groups=[("q_proj", "k_proj")]') for group in groups]
-    skip = _several(skip, "skip", 'skip=["encoder_attn"]')
+    groups = [_several_names(group, "groups", 'groups=[("q_proj", "k_proj")]') for group in groups]
+    skip = _several_names(skip, "skip", 'skip=["encoder_attn"]')
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraQuantizedLinear)}
     if not layers:
         raise ValueError(
@@ -102,6 +104,13 @@ def _several(given: Iterable[Any], name: str, example: str) -> list[Any]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"fuse_projections: {name} must be several names, such as {example}, got {given!r}.")
     return list(given)
+
+
+def _several_names(given: Iterable[Any], name: str, example: str) -> list[str]:
+    names = _several(given, name, example)
+    if not all(isinstance(each, str) for each in names):
+        raise TypeError(f"fuse_projections: {name} must be several names, such as {example}, got {names!r}.")
+    return names
 
 
 class _Waste:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantlayers_kernels.frozen_linear import FrozenLinear, add_branches, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
+from ..arguments import check_choice, check_model
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
@@ -303,14 +304,17 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         strategy: as for :func:`merge_back`; ``"auto"`` is the default.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
     """
-    if strategy not in RULES:
-        raise ValueError(
-            f"strategy={strategy!r} is not supported here; choose one of {tuple(RULES)}. Calibrated merges need data: "
-            'peft_quantlayers.merge_back(model, strategy="calibrated", calibration=..., unload=False), and '
-            "merge_and_unload() after it."
-        )
+    check_model("set_merge_strategy", model)
+    check_choice(
+        "strategy",
+        strategy,
+        tuple(RULES),
+        remedy="Calibrated merges need data: peft_quantlayers.merge_back(model, strategy='calibrated', "
+        "calibration=..., unload=False), and merge_and_unload() after it.",
+    )
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     if not layers:
         raise ValueError(

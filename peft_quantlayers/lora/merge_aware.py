@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
 
+from ..arguments import check_integer, check_model, check_names, nearest
 from ..layers import QuantizedLinear
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import fingerprint, stamped
@@ -34,11 +35,13 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
         adapters: names; None for the active ones. Adapters that are active together must all be merge-aware.
 
     Raises:
+        TypeError: ``model`` is no module, ``adapters`` no list of names.
         ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
             merged; nothing was changed.
         NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
             changed.
     """
+    check_model("enable_merge_aware", model)
     trained = _enable(model, adapters)
     if trained:
         logger.warning(
@@ -66,14 +69,16 @@ def _checked_layers(
     model: nn.Module, configs: dict[str, Any], adapters: list[str] | None
 ) -> dict[str, list[LoraQuantizedLinear]]:
     """The layers of each adapter. Raises as :func:`enable_merge_aware`, and changes nothing."""
+    check_names("adapters", adapters, "default")
     layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
     tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     names = list(next(tuned).active_adapters) if adapters is None else adapters
-    if isinstance(adapters, str):
-        raise ValueError(f"adapters={adapters!r} must be a list of names; write [{adapters!r}].")
     unknown = [name for name in names if name not in configs]
     if unknown:
-        raise ValueError(f"adapters={adapters!r}: give a list of names of {sorted(configs)}.")
+        raise ValueError(
+            f"adapters={adapters!r}: the model has no {unknown[0]!r}{nearest(unknown[0], configs)}; give a list of "
+            f"names of {sorted(configs)}."
+        )
     found: dict[str, list[LoraQuantizedLinear]] = {}
     for name in names:
         concerned = [layer for layer in layers if name in layer.lora_A]
@@ -93,13 +98,14 @@ class MergeAwareCallback(TrainerCallback):
         adapters: as for :func:`enable_merge_aware`.
 
     Raises:
-        ValueError, NotImplementedError: at the start of the training, as :func:`enable_merge_aware`, or because it
-            ends before ``start_step``.
+        TypeError: ``start_step`` is no integer, or ``adapters`` no list of names.
+        ValueError, NotImplementedError: ``start_step`` is negative; and at the start of the training, as
+            :func:`enable_merge_aware`, or because it ends before ``start_step``.
     """
 
     def __init__(self, start_step: int = 0, adapters: list[str] | None = None) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step={start_step} must be 0 or more.")
+        check_integer("start_step", start_step, at_least=0, at_most=2**62)
+        check_names("adapters", adapters, "default")
         self.start_step = start_step
         self.adapters = adapters
         self.is_on = False

@@ -6,7 +6,6 @@ layers and PEFT's public classes.
 
 from __future__ import annotations
 
-import copy
 import json
 import zlib
 from dataclasses import dataclass, field
@@ -31,23 +30,33 @@ WAY_OUT = (
 
 @dataclass
 class MergeAwareLoraConfig(LoraConfig):
-    """The ``LoraConfig`` of an adapter that was trained through the rounding of the merge.
+    """The ``LoraConfig`` of an adapter on quantized layers: it records which. Fields that are None are not saved.
 
     Attributes:
-        merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}``; None for an
-            ordinary adapter, and then not saved.
+        merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}`` of an adapter
+            that was trained through the rounding of the merge; None for an ordinary one.
+        quantized_base: ``{"layers": {name: fingerprint of a sample of the quantized weight}}``, the layers that the
+            adapter lies on; see :mod:`.base_fingerprint`.
     """
 
     merge_aware: dict[str, Any] | None = field(
         default=None, metadata={"help": "What the adapter was rounded against while it was trained."}
     )
+    quantized_base: dict[str, Any] | None = field(
+        default=None, metadata={"help": "The quantized layers that the adapter was trained on."}
+    )
+
+    @staticmethod
+    def of(config: LoraConfig) -> MergeAwareLoraConfig:
+        """A copy of ``config`` that has the fields of this class too."""
+        aware = MergeAwareLoraConfig.__new__(MergeAwareLoraConfig)
+        vars(aware).update(copy.copy(vars(config)))
+        return aware
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; an ordinary adapter is saved as if this class did not exist."""
-        fields = super().to_dict()
-        if self.merge_aware is None:
-            fields.pop("merge_aware", None)
-        return fields
+        """As PEFT's; an adapter on float layers is saved as if this class did not exist."""
+        own = ("merge_aware", "quantized_base")
+        return {name: value for name, value in super().to_dict().items() if name not in own or value is not None}
 
 
 def fingerprint(weight: QuantizedWeight) -> str:
@@ -60,8 +69,7 @@ def fingerprint(weight: QuantizedWeight) -> str:
 
 def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
     """A copy of ``config`` that records what its adapter is rounded against: name and fingerprint of each layer."""
-    aware = MergeAwareLoraConfig.__new__(MergeAwareLoraConfig)
-    vars(aware).update(copy.copy(vars(config)))
+    aware = MergeAwareLoraConfig.of(config)
     aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
     return aware
 

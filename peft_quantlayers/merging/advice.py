@@ -20,16 +20,20 @@ def recommendation(
     output_retained: float | None,
     delta_retained: float,
 ) -> str | None:
-    """What to try instead; None if the merge lost little.
+    """What to try instead, or that nothing was merged; None if the merge lost little.
 
     Args:
         layers: their reports.
         capture: measured on held-out text, or None.
         output_retained, delta_retained: over all layers.
     """
+    if layers and (said := nothing_merged(layers)):
+        return said
     done = {layer.strategy for layer in layers}
     if capture is not None and capture.is_measurable:
         retained, what = capture.capture, "effect on the predictions is left"
+        if capture.gain_retained is not None and capture.gain_retained < retained:
+            retained, what = capture.gain_retained, "gain in loss is left"
     elif any(layer.is_merge_aware and layer.strategy != "aware" for layer in layers):
         return (
             'The adapters were trained merge-aware, and only strategy="aware" gives the model that was trained: '
@@ -48,6 +52,22 @@ def recommendation(
     return f"{retained:.2f} of the adapter's {what}." + (f" Instead: {'; or '.join(others)}." if others else "")
 
 
+def nothing_merged(layers: Sequence[LayerMergeReport]) -> str | None:
+    """That the merge changed no quantized weight, and what that may come from; None if it changed some."""
+    if not layers:
+        return (
+            "No quantized weight was merged: the adapters lie on float layers only, as on a base that was loaded "
+            "without quantization."
+        )
+    if any(layer.delta_norm for layer in layers):
+        return None
+    return (
+        f"The delta of all {len(layers)} quantized layers with an adapter is zero: merging changed no "
+        "weight. Was the adapter trained? model.print_trainable_parameters() must not say 0 (a frozen adapter), and a "
+        "loaded one must have its file's tensors."
+    )
+
+
 def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise: float) -> str | None:
     """What was not measured; None if the predictions were compared, or if rounding added little noise.
 
@@ -62,6 +82,16 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
     return (
         f"Rounding added noise {noise:.2f} times as large as the adapter's delta. What that does to the predictions "
         "was not measured: give evaluate_on=held-out token ids."
+    )
+
+
+def no_delta(layers: Sequence[LayerMergeReport]) -> str | None:
+    """That the adapters change no weight, if so: they are not trained, or others than were meant."""
+    if not layers or any(layer.delta_norm for layer in layers):
+        return None
+    return (
+        "The adapters change nothing: their delta is zero in every layer. They were not trained, or others were meant "
+        "(adapters=[...])."
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,15 @@ from ..old_names import OldName
 from . import advice
 from .layer_report import LayerMergeReport
 
+# Of a printed report; a longer one hides what matters.
+MAX_LINES = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """What a merge did, layer by layer and in total. Norms of the total are over all weights together.
+
+    ``print(report)`` shows the layers that lost most, ``report.table()`` gives all of them as text.
 
     Fields:
         strategy: the one that was requested.
@@ -113,7 +118,10 @@ class MergeReport:
             "capture": None
             if self.capture is None
             else dataclasses.asdict(self.capture)
-            | {"capture": self.capture.capture if self.capture.is_measurable else None},
+            | {
+                "capture": self.capture.capture if self.capture.is_measurable else None,
+                "gain_retained": self.capture.gain_retained,
+            },
             "scores": None if self.scores is None else {"adapter": self.scores[0], "merged": self.scores[1]},
             "recommendation": self.recommendation,
             "not_measured": self.not_measured,
@@ -125,27 +133,49 @@ class MergeReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("layer"), len("total")])
-        done = ", ".join(sorted({layer.strategy for layer in self.layers})) or "no quantized layer"
-        lines = [f"merged: {done}"]
-        lines += [
+        """At most ten lines: the layers that lost most, the total, what was measured, and what to try instead."""
+        notes, shown, rest = self._notes(), self.layers, []
+        if len(shown) > MAX_LINES - 3 - len(notes):
+            n_rows = max(1, MAX_LINES - 4 - len(notes))
+            worst = sorted(shown, key=_lost, reverse=True)[:n_rows]
+            shown = tuple(layer for layer in self.layers if layer in worst)
+            rest = [f"and {len(self.layers) - n_rows} layers that lost less: report.table() has all of them"]
+        title = f"merged: {', '.join(sorted({layer.strategy for layer in self.layers})) or 'no quantized layer'}"
+        *rows, total = self._rows(shown)
+        return "\n".join([title, *rows, *rest, total, *notes])
+
+    def table(self) -> str:
+        """A line for each layer and one for the total, as text."""
+        return "\n".join(self._rows(self.layers))
+
+    def _rows(self, layers: Sequence[LayerMergeReport]) -> list[str]:
+        width = max([len(layer.name) for layer in layers] + [len("layer"), len("total")])
+        lines = [
             f"{'layer':{width}}  bits before  after  rel. error  error/delta  delta retained  output retained  noise"
         ]
-        for layer in self.layers:
+        for layer in layers:
             ratio = layer.error_norm / (layer.delta_norm or 1.0)
             lines.append(_row(f"{layer.name:{width}}", (layer.bits_before, layer.bits_after), ratio, layer))
-        lines.append(_row(f"{'total':{width}}", self.bits, self.error_to_delta, self))
-        if self.capture is not None:
-            lines.append(_capture_line(self.capture))
+        return [*lines, _row(f"{'total':{width}}", self.bits, self.error_to_delta, self)]
+
+    def _notes(self) -> list[str]:
+        notes = [] if self.capture is None else [_capture_line(self.capture)]
         if self.scores is not None:
-            lines.append(f"score {self.scores[0]:.3f} adapter, {self.scores[1]:.3f} merged")
-        if done == "aware":
-            lines.append(
+            notes.append(f"score {self.scores[0]:.3f} adapter, {self.scores[1]:.3f} merged")
+        if {layer.strategy for layer in self.layers} == {"aware"}:
+            notes.append(
                 "The outputs are those that were trained. Errors and retained fractions are those of the delta in the "
                 "weights without its rounding, which was not trained."
             )
-        lines += [said for said in (self.not_measured, self.recommendation) if said is not None]
-        return "\n".join(lines)
+        said = (advice.no_delta(self.layers), self.not_measured, self.recommendation)
+        return notes + [each for each in said if each is not None]
+
+
+def _lost(layer: LayerMergeReport) -> float:
+    """How much of the delta is not in the outputs, or in the weight, noise included; over the delta."""
+    if layer.output_retained is not None:
+        return math.hypot(1 - layer.output_retained, layer.output_noise or 0.0)
+    return math.hypot(1 - layer.delta_retained, layer.error_norm / (layer.delta_norm or 1.0))
 
 
 def _row(name: str, bits: tuple[float, float], ratio: float, of: LayerMergeReport | MergeReport) -> str:
@@ -160,8 +190,11 @@ def _capture_line(capture: Capture) -> str:
     effect = f"capture {capture.capture:.3f}"
     if not capture.is_measurable:
         effect = f"the adapter's effect, a KL of {capture.kl_adapter_base:.0e}, is too small to measure"
+    gain = "the adapter lowers the loss by less than 0.01"
+    if capture.gain_retained is not None:
+        gain = f"{capture.gain_retained:.2f} of the adapter's gain in loss is left"
     return (
-        f"{effect}; loss {capture.loss_base:.3f} base, {capture.loss_adapter:.3f} adapter, "
+        f"{effect}; {gain}: loss {capture.loss_base:.3f} base, {capture.loss_adapter:.3f} adapter, "
         f"{capture.loss_merged:.3f} merged; on {capture.n_tokens:,} tokens"
     )
 

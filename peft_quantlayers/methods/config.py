@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
+from ..arguments import check_choice, check_fields, check_keywords_only
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.spec import QuantSpec, check_choice, dtype_name
+from ..formats.spec import QuantSpec, dtype_name
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -52,12 +53,10 @@ class QuantConfig:
         if "spec_type" in vars(cls):
             _config_types.setdefault(cls.spec_type, cls)
 
-    def __new__(cls, **fields: Any) -> Self:
+    def __new__(cls, *positional: Any, **fields: Any) -> Self:
         """Raise TypeError for an unknown field, and list the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise TypeError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}.")
+        check_keywords_only(cls.__name__, positional, f"{cls.__name__}(compute_dtype=...)")
+        check_fields(cls.__name__, fields, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -126,6 +125,17 @@ class QuantConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`; transformers calls it to print a config."""
         return self.to_dict()
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raise TypeError unless ``config`` is one; says how to make one of a class or a mapping."""
+    if isinstance(config, type) and issubclass(config, QuantConfig):
+        raise TypeError(f"{name} must be a config, got the class {config.__name__}: write {config.__name__}().")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"{name} must be an HQQConfig or another QuantConfig, got {type(config).__name__}. From a mapping of "
+            "fields: HQQConfig(**fields)."
+        )
 
 
 def make_config(spec_type: type[QuantSpec]) -> type[QuantConfig]:

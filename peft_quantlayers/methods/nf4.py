@@ -17,8 +17,9 @@ from torch import Tensor
 
 from quantlayers_kernels.bitpack import pack, packed_row_bytes, unpack
 
+from ..arguments import check_choice, check_integer
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import check_choice, check_integer, dtype_name, suggest_divisor, with_smaller_groups
+from ..formats.spec import dtype_name, suggest_divisor, with_smaller_groups
 from .base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from .config import make_config
 from .registry import register_method

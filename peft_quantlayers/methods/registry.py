@@ -23,8 +23,14 @@ def register_method(method: QuantMethod) -> None:
     """Make ``method`` known under its spec's name.
 
     Raises:
+        TypeError: no method, or the class of one.
         ValueError: another method has that name already.
     """
+    if isinstance(method, type):
+        name = method.__name__
+        raise TypeError(f"register_method takes a method, and {name} is the class of one: write {name}().")
+    if not isinstance(method, QuantMethod):
+        raise TypeError(f"register_method takes a QuantMethod, got {type(method).__name__}.")
     name = method.spec_type.method
     if name in _methods and type(_methods[name]) is not type(method):
         raise ValueError(f"a quantization method named {name!r} is registered already: {_methods[name]!r}.")

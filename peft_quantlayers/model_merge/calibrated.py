@@ -53,7 +53,9 @@ def merge_calibrated(
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
         NotImplementedError: "append", and a format cannot be extended.
     """
-    layers = {target.name: target.source for target in targets}
+    model = peft_model.get_base_model()
+    sources = {id(target.source): target.source for target in targets}
+    layers = {name: sources[id(module)] for name, module in model.named_modules() if id(module) in sources}
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
         method = get_method(spec.method)
@@ -66,7 +68,7 @@ def merge_calibrated(
                 f'{method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. The model is '
                 "left as it was."
             )
-    walk(peft_model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
+    walk(model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
 
 
 class _MergeVisitor(Visitor):

@@ -9,19 +9,22 @@ from dataclasses import replace
 from peft import PeftModel
 from torch import Tensor
 
-from ..calibration.data import max_length
-from ..evaluate import Capture, capture
+from ..evaluate import Capture
+from ..evaluate.capture import compare_predictions
 from ..merging import Snapshot
 from .active_adapters import only_active
+from .held_out import HeldOutBatch
 from .output_retention import OutputRetention, watched
 from .targets import MergeTarget
 
-# Tokens that are scored at a time: three windows of logits are kept.
-WINDOW = 256
-
 
 def measured_effect(
-    peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str], token_ids: Tensor
+    peft_model: PeftModel,
+    targets: Sequence[MergeTarget],
+    names: list[str],
+    batches: Sequence[HeldOutBatch],
+    *,
+    progress: bool = False,
 ) -> Capture:
     """Compare the predictions of base, adapter and merged model by switching the layers between these states.
 
@@ -32,34 +35,36 @@ def measured_effect(
         peft_model: merged.
         targets: its merged layers.
         names: of the adapters.
-        token_ids: held-out text, (n_tokens,), integer.
+        batches: held-out data.
+        progress: show a progress bar.
     """
     merged = [target.source.snapshot() for target in targets]
     unmerged = [snapshot.unmerged or snapshot for snapshot in merged]
     retentions = [OutputRetention() for _ in targets]
+    base_model = peft_model.get_base_model()
 
-    def logits(ids: Tensor) -> Tensor:
-        return peft_model(input_ids=ids, use_cache=False).logits
+    def of_merged(batch: HeldOutBatch) -> Tensor:
+        return batch.logits(base_model)
 
-    def of_adapter(ids: Tensor) -> Tensor:
+    def of_adapter(batch: HeldOutBatch) -> Tensor:
         with _in_state(targets, unmerged, back_to=merged), watched(zip(targets, merged, retentions, strict=True)):
-            return logits(ids)
+            return of_merged(batch)
 
-    def of_base(ids: Tensor) -> Tensor:
+    def of_base(batch: HeldOutBatch) -> Tensor:
         with _in_state(targets, unmerged, back_to=merged), peft_model.disable_adapter():
-            return logits(ids)
+            return of_merged(batch)
 
     was_training = peft_model.training
     peft_model.eval()
     try:
         with only_active(peft_model, targets, names):
-            window = min(WINDOW, len(token_ids), max_length(peft_model))
-            captured = capture(of_adapter, of_base, logits, token_ids.to(peft_model.device), window=window)
+            scored = [(batch, batch.targets) for batch in batches]
+            captured = compare_predictions(of_adapter, of_base, of_merged, scored, progress=progress)
     finally:
         peft_model.train(was_training)
     for target, retention in zip(targets, retentions, strict=True):
         state = target.source.merging
-        if state.report is not None:
+        if state.report is not None and retention.is_measured:
             state.report = replace(state.report, output_retained=retention.retained, output_noise=retention.noise)
     return captured
 

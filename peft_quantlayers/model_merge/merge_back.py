@@ -11,21 +11,26 @@ from typing import Any, Literal, cast, get_args
 from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..arguments import check_callable, check_choice, check_flag, check_tokenizer
 from ..calibration import Calibration
 from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
+from ..merging.advice import nothing_merged
 from ..merging.rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
 from .calibrated import merge_calibrated
 from .effect import measured_effect, restore
+from .held_out import held_out_batches
+from .merged_model import MergedModel
 from .refusals import (
-    checked_ids,
     checked_names,
     refuse_biases_without_a_place,
     refuse_broken_adapters,
     refuse_other_models,
     refuse_tied_weights,
+    refuse_weights_elsewhere,
     score_of,
 )
 from .targets import MergeTarget, merge_targets
@@ -44,11 +49,11 @@ def merge_back(
     adapters: list[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
-    evaluate_on: Tensor | list[int] | None = None,
+    evaluate_on: Tensor | list[int] | Any = None,
     metric: Callable[[nn.Module], float] | None = None,
     unload: bool = True,
     progress: bool = True,
-) -> tuple[nn.Module, MergeReport]:
+) -> MergedModel:
     """Merge adapters into the base model and remove the PEFT wrapper.
 
     Args:
@@ -68,61 +73,71 @@ def merge_back(
             PEFT's other tuners (LoHa, OFT, IA3, ...) support ``"auto"``, ``"requantize"`` and ``"dense"``; tuned
             scales, which always merge exactly, these and ``"exact"``.
         adapters: names of the adapters to merge; None for the active ones.
-        calibration: for ``"calibrated"``: texts, token ids, a dataset, or a :class:`Calibration` around them.
+        calibration: for ``"calibrated"``: texts, token ids, a dataset, batches for the model's forward, or a
+            :class:`Calibration` around them. Layers that it does not reach are merged without calibration.
         tokenizer: for texts; None for the model's own.
         evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list. If given, the report says how much of
             the adapter's effect on the predictions is retained (:class:`peft_quantlayers.evaluate.Capture`), and how
-            much of its delta of each layer's outputs.
+            much of its delta of each layer's outputs. For models that read or give more than one text: batches, as
+            :class:`Calibration` takes them, with ``labels`` of the shape of the logits without their last dimension.
         metric: any score of a model, for example a task's accuracy, as a number; called with ``peft_model`` before
             the merge, and after it with the merged base model, which still has its adapter layers.
         unload: remove the PEFT wrapper. False leaves it, LoRA only: ``unmerge_adapter()`` restores the bits from
             before the merge, whatever the strategy, and ``merge_and_unload()`` gives the merged base model.
-        progress: show a progress bar while calibrating.
+        progress: show progress bars.
 
     Returns:
-        The base model, merged, or ``peft_model`` without ``unload``; and the report.
+        The base model, merged, or ``peft_model`` without ``unload``; and the report:
+        ``model, report = merge_back(...)``.
 
     Raises:
         TypeError: not a PeftModel, ``adapters`` is not a list, ``evaluate_on`` holds no token ids, or ``metric`` did
             not return a number.
         ValueError: an unknown strategy or adapter, adapters that the strategy does not support, one that holds NaN or
-            Inf, too few tokens to evaluate on, or unknown ones, or no adapter is left.
+            Inf, too few tokens to evaluate on, or unknown ones, no adapter is left, or weights that are offloaded,
+            sharded or on the meta device.
         NotImplementedError: the tuner cannot merge, or the strategy does not support a layer's method.
 
     After any error, also one that ``metric`` raises, the model is left as it was.
     """
-    _check_arguments(strategy, calibration)
     refuse_other_models(peft_model)
+    _check_arguments(strategy, calibration)
+    check_tokenizer(tokenizer)
+    check_callable("metric", metric, "a model")
+    for flag, value in (("unload", unload), ("progress", progress)):
+        check_flag(flag, value)
+    refuse_weights_elsewhere(peft_model)
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     refuse_biases_without_a_place(peft_model, names)
     refuse_tied_weights(peft_model)
     targets = _checked_targets(peft_model, names, strategy, needs_unmerged=evaluate_on is not None, is_unloaded=unload)
-    held_out = None if evaluate_on is None else checked_ids(peft_model, evaluate_on)
-    score_before = _score(metric, peft_model, targets, names)
+    held_out = None if evaluate_on is None else held_out_batches(peft_model.get_base_model(), evaluate_on)
+    score_before = _score(metric, peft_model, targets, names, progress=progress)
     captured = None
     with _all_or_nothing(targets):
         if calibration is None:
-            for target in targets:
+            for target in tqdm(targets, desc="Merging", unit="layer", disable=not progress):
                 target.source.merge_by(target.source.merge_rules[strategy], names)
         else:
             with only_active(peft_model, targets, names):
                 data = Calibration.of(calibration, tokenizer)
                 merge_calibrated(peft_model, targets, names, data, strategy=strategy, progress=progress)
         if held_out is not None:
-            captured = measured_effect(peft_model, targets, names, held_out)
-        score_after = _score(metric, peft_model, targets, names, is_merged=True)
+            captured = measured_effect(peft_model, targets, names, held_out, progress=progress)
+        score_after = _score(metric, peft_model, targets, names, is_merged=True, progress=progress)
         if isinstance(peft_model.base_model, LoraModel):
             _merge_dense_layers(peft_model, targets, names)
     scores = None if score_before is None or score_after is None else (score_before, score_after)
     report = MergeReport(strategy=strategy, layers=_reports(targets), capture=captured, scores=scores)
+    if said := nothing_merged(report.layers):
+        logger.warning(said)
     _warn_of_wider_metadata(report)
-    return (_unloaded(peft_model, targets, names, strategy) if unload else peft_model), report
+    return MergedModel(_unloaded(peft_model, targets, names, strategy) if unload else peft_model, report)
 
 
 def _check_arguments(strategy: Strategy, calibration: Any) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is not supported; choose one of {STRATEGIES}.")
+    check_choice("strategy", strategy, STRATEGIES, remedy="The model is left as it was.")
     if calibration is None and strategy == "calibrated":
         raise ValueError(
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
@@ -185,11 +200,16 @@ def _score(
     names: list[str],
     *,
     is_merged: bool = False,
+    progress: bool,
 ) -> float | None:
     if metric is None:
         return None
-    with only_active(peft_model, targets, names):
-        return score_of(metric, peft_model.get_base_model() if is_merged else peft_model)
+    described = "Scoring the merged model" if is_merged else "Scoring the adapter"
+    bar = tqdm(total=1, desc=described, unit="score", disable=not progress)
+    with only_active(peft_model, targets, names), bar:
+        score = score_of(metric, peft_model.get_base_model() if is_merged else peft_model)
+        bar.update()
+    return score
 
 
 @contextmanager

@@ -20,10 +20,12 @@ class OutputRetention:
 
     def __init__(self) -> None:
         self.energy = self.moved = self.missed = 0.0
+        self.is_measured = False
 
     def add(self, base: Tensor, adapter: Tensor, merged: Tensor) -> None:
         """Add the outputs of the layer without adapter, with it, and merged, for the same inputs."""
         base, adapter, merged = base.float(), adapter.float(), merged.float()
+        self.is_measured = True
         delta = adapter - base
         self.energy += float(delta.square().sum())
         self.moved += float(((merged - base) * delta).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, SupportsFloat, cast
 
 import torch
@@ -13,11 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..arguments import check_model, check_names
 from ..integrations.private_peft import tied_target_modules
+from ..layers.placement import check_weights_are_here
 
 
 def refuse_other_models(peft_model: Any) -> None:
     """Raise unless it is a PeftModel whose adapters change weights."""
+    check_model("merge_back", peft_model)
     if isinstance(peft_model, PeftMixedModel):
         raise TypeError(
             "merge_back takes a PeftModel, got a PeftMixedModel, whose adapters are of several kinds. Merge it with "
@@ -44,12 +47,20 @@ def refuse_other_models(peft_model: Any) -> None:
         )
 
 
+def refuse_weights_elsewhere(peft_model: PeftModel) -> None:
+    """Raise unless this process has all weights: a merge reads them, and writes them all or none."""
+    check_weights_are_here(
+        peft_model,
+        "merge_back",
+        if_offloaded=" PEFT's merge_and_unload() merges an offloaded model layer by layer.",
+        if_sharded="Save the adapter with save_pretrained, and merge it in one process: load the quantized folder "
+        "without distributed_config, the adapter with PeftModel.from_pretrained, and call merge_back.",
+    )
+
+
 def checked_names(peft_model: PeftModel, adapters: list[str] | None) -> list[str]:
     """The adapters to merge: ``adapters``, or the active ones."""
-    if isinstance(adapters, str):
-        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}].")
-    if adapters is not None and not isinstance(adapters, (list, tuple)):
-        raise TypeError(f"adapters must be a list of names, got {type(adapters).__name__}; write ['default'].")
+    check_names("adapters", adapters, "default")
     names = list(peft_model.active_adapters) if adapters is None else list(adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown or not names:
@@ -101,41 +112,6 @@ def refuse_tied_weights(peft_model: PeftModel) -> None:
             "too. Leave it out of target_modules, or train on a model that was loaded with tie_word_embeddings=False. "
             "The model is left as it was."
         )
-
-
-def checked_ids(peft_model: PeftModel, evaluate_on: Any) -> Tensor:
-    """``evaluate_on`` as a vector of token ids of the model's vocabulary."""
-    is_encoding = isinstance(evaluate_on, Mapping) and "input_ids" in evaluate_on
-    try:
-        ids = torch.as_tensor(evaluate_on["input_ids"] if is_encoding else evaluate_on)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"evaluate_on must be token ids, a vector or a list of integers, got {type(evaluate_on).__name__}. Encode "
-            "text with the model's tokenizer."
-        ) from None
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise TypeError(f"evaluate_on must be integer token ids, got {ids.dtype}.")
-    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if ids.dim() != 1 or len(ids) < 2:
-        raise ValueError(
-            f"evaluate_on of shape {tuple(ids.shape)} must be one text of at least 2 token ids, (n_tokens,). Join "
-            "several texts into one vector."
-        )
-    config = getattr(peft_model, "config", None)
-    vocabulary = getattr(config, "vocab_size", getattr(getattr(config, "text_config", None), "vocab_size", None))
-    if vocabulary is None:
-        kind = type(peft_model.get_base_model()).__name__
-        raise TypeError(
-            f"evaluate_on compares the predictions of language models, and {kind} has no vocabulary in its config. "
-            "Use metric= for other models. The model is left as it was."
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"evaluate_on holds token ids from {low} to {high}, but the model's vocabulary has {vocabulary}. Use the "
-            "model's own tokenizer."
-        )
-    return ids.long()
 
 
 def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from ..arguments import check_model
 from ..formats import QuantSpec
 from ..integrations.base_modules import base_model, base_modules
 from ..layers import DenseType, QuantizedLinear, quantized_modules
@@ -14,6 +15,7 @@ from ..layers.dense_types import dense_type_of
 from ..layers.selection import MISFIT, DenseRules, StaysDense, fused_experts, select_modules
 from ..lora import has_adapters
 from ..methods import QuantConfig
+from ..methods.config import check_config
 from .model_summary import ModelSummary, ModuleSummary
 
 # Of a module of a registered type in a model whose config is not at hand.
@@ -45,10 +47,9 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
         ValueError: what :func:`peft_quantlayers.quantize_model` would refuse about shapes and patterns; a config for
             a model that carries adapters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Load it first.")
-    if config is not None and not isinstance(config, QuantConfig):
-        raise TypeError(f"config must be an HQQConfig or another QuantConfig, got {type(config).__name__}.")
+    check_model("summary", model)
+    if config is not None:
+        check_config("config", config)
     if config is not None and has_adapters(model):
         raise ValueError("a model that carries PEFT adapters cannot be quantized. Leave config out to see what it is.")
     base = base_model(model)

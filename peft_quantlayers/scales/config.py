@@ -61,6 +61,12 @@ class QuantScalesConfig(PeftConfig):
         if unknown or not self.train:
             said = f"{unknown} cannot be trained" if unknown else "nothing to train"
             raise ValueError(f"train={self.train!r}: {said}; choose from {TRAINABLE}.")
+        checksums = {} if self.base_crc32 is None else self.base_crc32
+        if not isinstance(checksums, dict) or not all(isinstance(value, int) for value in checksums.values()):
+            raise TypeError(
+                f"base_crc32={str(checksums)[:60]} is no mapping of layers to checksums: the file is damaged. "
+                "Download or save the adapter again."
+            )
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_pattern and self.layers_to_transform is not None:
             raise ValueError(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,10 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_flag, check_integer, check_model, nearest
 from ..integrations.checkpoint_headers import model_name, open_checkpoint
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
+from ..lora.base_fingerprint import record_again
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def initialize_loftq(
         One result for each quantized layer with the adapter.
 
     Raises:
+        TypeError: an argument of another kind. Nothing is changed.
         ValueError: ``iterations`` below 1; no such adapter on a quantized layer; one is merged, merge-aware, of a rank
             above its layer's, or shares its layer with others while codes would change; ``float_model`` is not
             found, lacks a weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
@@ -81,8 +84,16 @@ def initialize_loftq(
 
     Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations} must be 1 or more.")
+    check_model("initialize_loftq", peft_model)
+    check_integer("iterations", iterations, at_least=1, at_most=10_000)
+    check_flag("progress", progress)
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter must be the name of one adapter, got {adapter!r}; write adapter='default'.")
+    if not isinstance(float_model, (nn.Module, str, Path)):
+        raise TypeError(
+            f"float_model must be the model before quantization, its folder or its name on the hub, got "
+            f"{type(float_model).__name__}."
+        )
     model = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
     layers = {
         name: module
@@ -90,7 +101,13 @@ def initialize_loftq(
         if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A
     }
     if not layers:
-        raise ValueError(f"adapter {adapter!r} is on no quantized layer of the model.")
+        lora_layers = (module for module in model.modules() if isinstance(module, LoraQuantizedLinear))
+        found = sorted({name for layer in lora_layers for name in layer.lora_A})
+        hint = f"those on quantized layers are {found}" if found else "it has none, and is the first argument"
+        raise ValueError(
+            f"adapter {adapter!r} is on no quantized layer of the model{nearest(adapter, found)}: {hint}. Nothing was "
+            "changed."
+        )
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
     weight_of = _float_weights(float_model, model, list(layers))
@@ -106,6 +123,7 @@ def initialize_loftq(
         raise
     n_new = sum(result.has_new_codes for result in results)
     if n_new:
+        record_again(model, cast(Any, peft_model).peft_config, adapter)
         logger.warning(
             "%d of %d layers have new codes: save the base model too, after unload(). The adapter fits no other.",
             n_new,

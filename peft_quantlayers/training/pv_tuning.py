@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quantlayers_kernels.tiled import weight_gradient
 
+from ..arguments import check_integer, check_model, check_number
 from ..integrations.transformers_quantizer import QuantlayersHfQuantizer
 from ..layers import AQLMLinear, quantized_modules
 from ..methods import move_aqlm_codes
@@ -66,20 +67,27 @@ class PVTuner(torch.optim.AdamW):
                 for a short time.
 
         Raises:
+            TypeError: an argument of another kind; the model is left as it was.
             ValueError: no AQLM layer, a value out of range, or ``buffer_bytes`` too small for a layer; the model is
                 left as it was.
         """
+        check_model("PVTuner", model)
         layers = {name: layer for name, layer in quantized_modules(model).items() if isinstance(layer, AQLMLinear)}
         if not layers:
             raise ValueError(
                 "the model has no AQLM layer. Quantize it first: "
                 "peft_quantlayers.quantize_model(model, peft_quantlayers.AQLMConfig())."
             )
-        if not code_lr >= 0:
-            raise ValueError(f"code_lr={code_lr} must not be negative.")
-        for field, value in (("max_code_change", max_code_change), ("trust_ratio", trust_ratio)):
-            if not 0 < value <= 1:
-                raise ValueError(f"{field}={value} must lie above 0 and not above 1.")
+        if code_lr != 0:
+            check_number("code_lr", code_lr, above=0.0, at_most=1e6)
+        check_number("max_code_change", max_code_change, above=0.0, at_most=1.0)
+        check_number("trust_ratio", trust_ratio, above=0.0, at_most=1.0)
+        if not isinstance(lr, Tensor) and lr != 0:
+            check_number("lr", lr, above=0.0, at_most=1e6)
+        check_integer("buffer_bytes", buffer_bytes, at_least=0, at_most=2**62)
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not is_pair or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1, for example (0.9, 0.95).")
         largest = max(layers, key=lambda name: _gradient_bytes(layers[name]))
         if code_lr and buffer_bytes < _gradient_bytes(layers[largest]):
             raise ValueError(

@@ -9,13 +9,11 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     RwkvConfig,
     RwkvForCausalLM,
 )
 
-from peft_quantlayers import Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers import Calibration, HQQConfig, QuantizedLinear, quantize_model
 from peft_quantlayers.calibration import BlockWork, InputStatistics, Visitor, layer_passes, walk
 
 WIDTH = 8
@@ -275,19 +273,6 @@ def test_a_pass_that_takes_another_way_once_layers_were_changed_is_an_error():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_a_tower_that_no_data_reaches_is_refused_with_the_way_to_leave_it_out():
-    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e4}
-    tower = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=tower)).eval()
-    with pytest.raises(ValueError, match="exactly once") as refused:
-        quantize_model(model, HQQConfig(group_size=16), calibration=TEXT, progress=False)
-    skipped = str(refused.value).split("skip_modules=['")[1].split("'")[0]
-    config = HQQConfig(group_size=16, skip_modules=[skipped.rpartition(".")[0]])
-    assert quantized_modules(quantize_model(model, config, calibration=TEXT, progress=False))
-
-
 class Twice(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         for block in [*self.blocks, *self.blocks]:
@@ -298,6 +283,43 @@ class Twice(Blocks):
 class Skips(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks[2](self.blocks[0](x)))
+
+
+def test_a_block_that_never_runs_is_quantized_without_calibration_and_named(caplog):
+    results = []
+    model = quantize_model(
+        Skips().eval(), HQQConfig(group_size=8), calibration=DATA, progress=False, on_layer=results.append
+    )
+    assert isinstance(model.blocks[1].up, QuantizedLinear)
+    assert {result.name for result in results if result.output_error is None} == {"blocks.1.up", "blocks.1.down"}
+    [warning] = [record.getMessage() for record in caplog.records if "without calibration" in record.getMessage()]
+    assert "2 of 7 layers" in warning
+    assert "skip_modules=['blocks.1']" in warning
+
+
+class Shared(Blocks):
+    """Runs a list of blocks inside those of another one, as some models share an attention block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Block() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        for block in [*self.inner, *self.inner]:
+            x = block(x)
+        return self.head(x)
+
+
+def test_blocks_of_a_smaller_list_that_run_twice_are_visited_in_the_whole_model():
+    model = Shared().eval()
+    recorder = Recorder(model)
+    walk(model, layers_of(model), DATA, recorder, progress=False)
+    expected = moments_of_a_plain_pass(model, layers_of(model), BATCHES)
+    for name in ("blocks.0.up", "blocks.2.down", "head"):
+        torch.testing.assert_close(recorder.moments[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert recorder.moments.keys() == expected.keys()
 
 
 class Reorders(Blocks):
@@ -322,7 +344,6 @@ class InPlace(Blocks):
     ("toy", "message"),
     [
         (Twice, r"blocks\.0.*exactly once"),
-        (Skips, r"blocks\.1.*exactly once"),
         (Reorders, r"order"),
         (InPlace, r"blocks\.1.*changes its inputs in place"),
     ],

@@ -252,7 +252,7 @@ def test_settings_that_a_block_makes_are_its_own_while_it_waits(max_waiting, mon
     names = [f"layers.{index}" for index in range(5)]
     data = Calibration(data=batches, damping=1e-6, shrinkage=0.0)
     halve = Halve(data)
-    monkeypatch.setattr(block_source, "find_blocks", lambda model, names: [])  # the layers are no blocks
+    monkeypatch.setattr(block_source, "find_block_lists", lambda model, names: [])  # the layers are no blocks
     walk(model, names, data, halve, progress=False)
     for name, x in inputs_by_layer(model, names, torch.cat(batches)).items():
         x = x.float()

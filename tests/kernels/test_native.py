@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,87 @@ def test_any_number_of_threads_gives_the_same_bits(n_threads):
                 assert torch.equal(hqq_linear(x, W_q, scale, zero, None, 4, 1), y)
     finally:
         torch.set_num_threads(before)
+
+
+PRODUCT = """
+import torch
+from quantlayers_kernels import native
+from quantlayers_kernels.bitpack import pack
+from quantlayers_kernels.hqq import hqq_linear
+torch.manual_seed(0)
+W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
+for _ in range(2):
+    hqq_linear(torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
+print(native.is_available(), native.VARIANTS[native.variant()])
+"""
+
+
+def product_with(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Two products in a process of its own."""
+    command = [sys.executable, "-c", PRODUCT]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("choice", ["baseline", "avx2", "AVX512", "auto", "", "torch"])
+def test_the_environment_chooses_the_instruction_set(choice):
+    if not native.is_available():
+        pytest.skip("the compiled kernels were not built")
+    best = native.VARIANTS[native.library().ql_best_variant()]
+    done = product_with(PEFT_QUANTLAYERS_CPU=choice)
+    wanted = choice.lower() if choice.lower() in native.VARIANTS else best
+    used = min(wanted, best, key=native.VARIANTS.index)
+    assert done.stdout.split() == ["False", "baseline"] if choice == "torch" else ["True", used]
+    assert ("this CPU has none of it" in done.stderr) == (used != wanted)
+
+
+def test_an_unknown_instruction_set_is_refused_with_those_that_there_are():
+    done = product_with(PEFT_QUANTLAYERS_CPU="sse9")
+    assert done.returncode
+    assert "PEFT_QUANTLAYERS_CPU='sse9' is unknown. Choose from ('auto', 'torch', 'baseline'" in done.stderr
+
+
+def test_a_missing_library_is_said_once_at_the_first_use(fresh_library, monkeypatch, caplog):
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.delenv(native.CHOICE, raising=False)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    args = (torch.randn(2, 128), pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3))
+    for _ in range(2):
+        hqq_linear(*args, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
+    assert caplog.text.count("the compiled CPU kernels were not built") == 1
+    assert "C compiler" in caplog.text
+    native.library.cache_clear()
+    caplog.clear()
+    monkeypatch.setenv(native.CHOICE, "torch")
+    assert not native.is_available()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_a_wheel_is_tagged_by_what_is_in_it(has_compiler, tmp_path):
+    """The compiler that there is only makes the files that it is asked for."""
+    pytest.importorskip("setuptools")
+    root, source = Path(__file__).parents[2], tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build")
+    for name in ("kernels", "peft_quantlayers"):
+        shutil.copytree(root / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source / name)
+    compiler = tmp_path / "compiler.py"
+    compiler.write_text("import sys\nopen(sys.argv[sys.argv.index('-o') + 1], 'w').write('built')\n")
+    command = f"{sys.executable} {compiler}" if has_compiler else "no-such-compiler"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")],
+        cwd=source,
+        env=os.environ | {"CC": command, "LDSHARED": command},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if "_native" in name]
+    assert bool(libraries) == has_compiler
+    assert wheel.name.endswith("-py3-none-any.whl") != has_compiler
+    assert ("cp311-abi3-" in wheel.name) == has_compiler
+    assert ("were not built" in done.stdout + done.stderr) != has_compiler

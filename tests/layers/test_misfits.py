@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 from every_method import all_methods, quick_config
+from integrations.tiny import tiny_model, token_ids
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
@@ -18,9 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from peft_quantlayers import (
     AQLMConfig,
     AQLMSpec,
+    Calibration,
     HQQConfig,
     HQQSpec,
     QuantConfig,
+    QuantSpec,
+    initialize_loftq,
+    merge_back,
     quantize_model,
     quantized_modules,
 )
@@ -153,6 +159,50 @@ def test_a_model_in_which_nothing_fits_is_refused_with_the_shapes():
 def test_an_unknown_choice_is_refused(value):
     with pytest.raises(ValueError, match="on_misfit="):
         HQQConfig(on_misfit=value)
+
+
+# ----- what goes on with fitted layers: 96 inputs of down_proj, where 64 are asked for
+
+
+def specs_of(model: nn.Module) -> dict[str, QuantSpec]:
+    return {name: layer.spec for name, layer in quantized_modules(model).items()}
+
+
+@pytest.mark.parametrize("config", [HQQConfig(), NF4Config()], ids=["hqq", "nf4"])
+def test_calibrated_layers_have_the_specs_of_uncalibrated_ones(config):
+    ids = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(0))
+    data = Calibration(data=ids, n_tokens=320, sequence_length=40)
+    model = quantize_model(tiny_model(), config, calibration=data, progress=False)
+    assert specs_of(model) == specs_of(quantize_model(tiny_model(), config, progress=False))
+    assert len(set(specs_of(model).values())) == 2
+
+
+AXES = [HQQConfig(), NF4Config(), HQQConfig(axis=0, group_size=40)]
+
+
+@pytest.mark.parametrize("config", AXES, ids=["hqq", "nf4", "hqq-axis-0"])
+def test_fitted_layers_train_merge_and_take_loftq(config):
+    specs = specs_of(quantize_model(tiny_model(), config, progress=False))
+    for merge in (False, True):
+        model = quantize_model(tiny_model(), config, progress=False)
+        peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        results = initialize_loftq(peft_model, tiny_model(), iterations=2, progress=False)
+        assert len(results) == len(specs)
+        assert all(result.error_after < result.error_before for result in results)
+        peft_model(token_ids(), labels=token_ids()).loss.backward()
+        assert all(p.grad.isfinite().all() for p in peft_model.parameters() if p.requires_grad)
+        model = merge_back(peft_model, progress=False)[0] if merge else peft_model.unload()
+        assert specs_of(model) == specs
+
+
+@pytest.mark.parametrize("on_misfit", ["shrink", "dense"])
+def test_a_choice_means_the_same_in_memory_and_while_loading(on_misfit, tmp_path):
+    config = HQQConfig(on_misfit=on_misfit)
+    tiny_model().save_pretrained(tmp_path)
+    in_memory = quantize_model(tiny_model(), config, progress=False)
+    while_loading = type(in_memory).from_pretrained(tmp_path, quantization_config=config)
+    assert specs_of(while_loading) == specs_of(in_memory)
+    assert len(specs_of(in_memory)) == (14 if on_misfit == "shrink" else 12)
 
 
 # ----- the models that the default config refused

@@ -392,7 +392,7 @@ def test_an_adapter_that_took_weight_from_the_base_loads_on_the_base_as_it_was(i
 
 
 def test_a_bare_name_is_told_to_be_a_list():
-    with pytest.raises(ValueError, match=r"write \['default'\]"):
+    with pytest.raises(TypeError, match=r"write \['default'\]"):
         pql.enable_merge_aware(with_adapter(pql.quantize_model(Two(), CONFIGS["hqq4"], progress=False)), "default")
 
 

@@ -5,20 +5,20 @@ from plans import layer_report_of
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import Capture
-from peft_quantlayers.merging.advice import LOW_CAPTURE, not_measured, recommendation
+from peft_quantlayers.merging.advice import LOW_CAPTURE, not_measured, nothing_merged, recommendation
 
 
 def advice(*layers, capture=None, output_retained=None, delta_retained=0.1) -> str | None:
     return recommendation(layers, capture=capture, output_retained=output_retained, delta_retained=delta_retained)
 
 
-def capture_of(kl_merged: float, kl_base: float = 1.0) -> Capture:
+def capture_of(kl_merged: float, kl_base: float = 1.0, loss_merged: float = 1.05) -> Capture:
     return Capture(
         kl_adapter_base=kl_base,
         kl_adapter_merged=kl_merged,
         loss_base=2.0,
         loss_adapter=1.0,
-        loss_merged=1.5,
+        loss_merged=loss_merged,
         n_tokens=8,
     )
 
@@ -42,6 +42,9 @@ def test_what_was_measured_nearest_to_the_predictions_decides():
     )
     assert advice(layer, output_retained=0.25, capture=capture_of(0.01)) is None
     assert advice(layer, output_retained=1.0, capture=capture_of(0.4)).startswith("0.60 of the adapter's effect")
+    # Predictions near those of the adapter, and still much of what it was trained for is lost.
+    lost = advice(layer, output_retained=1.0, capture=capture_of(0.07, loss_merged=1.5))
+    assert lost.startswith("0.50 of the adapter's gain in loss is left. Instead: ")
     # An effect that is too small to measure says nothing.
     assert advice(layer, capture=capture_of(0.0, kl_base=0.0), delta_retained=0.5).startswith(
         "0.50 of the adapter's delta"
@@ -80,3 +83,12 @@ def test_noise_that_was_not_measured_is_said(strategies, noise, is_said):
     assert (said is not None) == is_said
     assert said is None or f"noise {noise:.2f} times" in said
     assert not_measured(layers, is_captured=True, noise=noise) is None
+
+
+def test_a_merge_that_changed_nothing_says_so():
+    for strategy in ("requantize", "calibrated", "aware"):
+        said = advice(layer_report_of(strategy, delta_norm=0.0), layer_report_of(strategy, delta_norm=0.0))
+        assert said.startswith("The delta of all 2 quantized layers with an adapter is zero")
+        assert "Was the adapter trained?" in said
+    assert "is zero" not in (advice(layer_report_of(delta_norm=0.0), layer_report_of()) or "")
+    assert nothing_merged([]).startswith("No quantized weight was merged")

@@ -1,5 +1,6 @@
 """The report on a model: totals over its layers, as numbers, as JSON and as text."""
 
+import dataclasses
 import json
 
 import pytest
@@ -63,5 +64,59 @@ def test_the_text_has_a_line_for_each_layer_and_the_total():
     assert "score 0.750 adapter, 0.500 merged" in str(
         MergeReport(strategy="auto", layers=(LARGE,), scores=(0.75, 0.5))
     )
+    assert report_lines(REPORT.table()) == ["layer", "large", "small", "total"]
     aware = MergeReport(strategy="auto", layers=(layer_report_of("aware", is_merge_aware=True),))
     assert "The outputs are those that were trained" in str(aware)
+
+
+def report_lines(text: str) -> list[str]:
+    return [line.split()[0] for line in text.splitlines()]
+
+
+CAPTURE = Capture(
+    kl_adapter_base=1.0, kl_adapter_merged=0.074, loss_base=2.587, loss_adapter=2.320, loss_merged=2.457, n_tokens=1020
+)
+
+
+@pytest.mark.parametrize("capture", [None, CAPTURE])
+@pytest.mark.parametrize("scores", [None, (0.75, 0.5)])
+@pytest.mark.parametrize("n_layers", [1, 6, 7, 200])
+def test_a_printed_report_has_ten_lines_and_the_worst_layers(n_layers, scores, capture):
+    layers = tuple(
+        layer_report_of(
+            "requantize", name=f"layers.{index}", output_retained=0.2 if index % 50 == 3 else 0.9, output_noise=0.1
+        )
+        for index in range(n_layers)
+    )
+    report = MergeReport(strategy="auto", layers=layers, capture=capture, scores=scores)
+    text = str(report)
+    assert len(text.splitlines()) <= 10
+    assert len(report.table().splitlines()) == n_layers + 2
+    if n_layers == 200:
+        assert len(text.splitlines()) == 10
+        shown = [name for name in report_lines(text) if name.startswith("layers.")]
+        assert set(shown[:4]) >= {"layers.3", "layers.53"}
+        assert f"and {200 - len(shown)} layers that lost less: report.table()" in text
+    else:
+        assert all(layer.name in text for layer in layers) or n_layers > 1
+
+
+def test_what_is_left_of_the_gain_in_loss_stands_beside_capture():
+    report = MergeReport(strategy="auto", layers=(LARGE,), capture=CAPTURE)
+    assert (
+        "capture 0.926; 0.49 of the adapter's gain in loss is left: loss 2.587 base, 2.320 adapter, 2.457 merged; "
+        "on 1,020 tokens"
+    ) in str(report)
+    assert report.to_dict()["capture"]["gain_retained"] == pytest.approx(0.487, abs=1e-3)
+    assert report.recommendation.startswith("0.49 of the adapter's gain in loss is left")
+    flat = dataclasses.replace(CAPTURE, loss_adapter=2.586)
+    assert flat.gain_retained is None
+    assert "lowers the loss by less than 0.01: loss 2.587 base" in str(
+        MergeReport(strategy="auto", layers=(LARGE,), capture=flat)
+    )
+
+
+def test_an_adapter_that_changes_nothing_is_said_to():
+    still = MergeReport(strategy="auto", layers=(layer_report_of(delta_norm=0.0, error_norm=0.0),))
+    assert "The adapters change nothing" in str(still)
+    assert "change nothing" not in str(REPORT)

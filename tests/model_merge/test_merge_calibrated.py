@@ -122,7 +122,7 @@ def test_fewer_tokens_than_a_layer_has_inputs_are_said_by_number(caplog):
         caplog.clear()
         data = [torch.randn(n_rows, 64)]
         pql.merge_back(copy.deepcopy(model), strategy="calibrated", calibration=data, progress=False)
-        assert (f"(base_model.model.0: 64) than the {n_rows} tokens" in caplog.text) == is_few
+        assert (f"(0: 64) than the {n_rows} tokens" in caplog.text) == is_few
 
 
 def test_finetuning_the_blocks_brings_the_outputs_nearer_and_leaves_the_norms():

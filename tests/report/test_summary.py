@@ -196,7 +196,7 @@ def test_groups_are_weighted_by_parameters():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("folder",), TypeError, "model must be a torch.nn.Module, got str"),
+        (("folder",), TypeError, r"summary.*AutoModelForCausalLM.from_pretrained\('folder'\)"),
         ((nn.Sequential(nn.Linear(4, 4)), "hqq"), TypeError, "config must be"),
         ((nn.Sequential(nn.Linear(4, 4)), HQQConfig(skip_modules=["x"])), ValueError, "matches no module"),
     ],

@@ -199,12 +199,12 @@ def test_a_broken_gradient_changes_nothing(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"code_lr": -1.0}, "code_lr=-1.0 must not be negative"),
+        ({"code_lr": -1.0}, "code_lr=-1.0 must lie above 0"),
         ({"code_lr": float("nan")}, "code_lr=nan"),
         ({"max_code_change": 0.0}, "max_code_change=0.0 must lie above 0"),
         ({"trust_ratio": 1.5}, "trust_ratio=1.5"),
         ({"buffer_bytes": 1000}, r"gate_proj.*24576 bytes.*buffer_bytes=1000"),
-        ({"lr": -1.0}, "Invalid learning rate"),
+        ({"lr": -1.0}, "lr=-1.0 must lie above 0"),
     ],
 )
 def test_wrong_options_are_refused_and_the_model_left_as_it_was(model, options, message):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 
+from ...arguments import check_integer
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import check_integer, dtype_name, suggest_divisor
+from ...formats.spec import dtype_name, suggest_divisor
 from ..config import QuantConfig
 
 

@@ -10,16 +10,9 @@ from torch import Tensor
 
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes, unpack
 
+from ...arguments import check_choice, check_integer, check_number
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import (
-    Role,
-    check_choice,
-    check_integer,
-    check_number,
-    dtype_name,
-    suggest_divisor,
-    with_smaller_groups,
-)
+from ...formats.spec import Role, dtype_name, suggest_divisor, with_smaller_groups
 from ..config import QuantConfig
 
 MAX_GROUP_SIZE = 1 << 24

@@ -1,0 +1,184 @@
+"""In which order a model runs its blocks: what has to hold before they are walked one by one. Changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .blocks import Call, Stop
+from .model_passes import call_of
+
+
+def order_of(
+    model: nn.Module, lists: Sequence[Sequence[str]], calls: Sequence[Call], *, progress: bool = False
+) -> list[str]:
+    """Names of the blocks that every call runs once, in their order.
+
+    Left out are blocks that no call reaches; and lists other than the first, of which a block runs more than once,
+    inside another block, or in some of the calls only. The layers of these are visited in the whole model.
+
+    Args:
+        model: runs each of ``calls``.
+        lists: names of blocks, list by list, the most important one first.
+        calls: of the model.
+        progress: show a progress bar if it takes long.
+
+    Raises:
+        ValueError: the model does not run on the data; blocks of the first list that is reached do not run exactly
+            once, or differ between calls; a block changes its inputs in place; inputs hold NaN or Inf. Nothing was
+            changed.
+    """
+    bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress)
+    first, *others = (_Trace.of(model, [block for blocks in lists for block in blocks], call) for call in bar)
+    reached = [list(blocks) for blocks in lists if set(blocks) & set(first.order)]
+    kept: list[list[str]] = []
+    for blocks in reached:
+        repeated = [block for block in blocks if first.order.count(block) > 1]
+        if repeated and blocks is reached[0]:
+            raise ValueError(
+                f"cannot calibrate block by block: {repeated[:3]} do not run exactly once in a forward pass, but "
+                "several times. Quantize the model without calibration, or leave these blocks out with "
+                f"skip_modules=[{_parent(repeated[0])!r}]. Nothing was changed."
+            )
+        if not repeated and not first.nested & set(blocks):
+            kept.append(blocks)
+    return _common_order(kept, [first, *others])
+
+
+def _common_order(lists: list[list[str]], traces: Sequence[_Trace]) -> list[str]:
+    """The order in which all calls run the blocks of ``lists``, less the lists in which the calls differ."""
+    for blocks in lists[1:]:
+        if len({frozenset(set(trace.order) & set(blocks)) for trace in traces}) > 1:
+            lists = [each for each in lists if each is not blocks]
+    members = {block for blocks in lists for block in blocks}
+    order, *others = ([block for block in trace.order if block in members] for trace in traces)
+    for other in others:
+        if other != order:
+            name = next(
+                (a for a, b in zip(order, other, strict=False) if a != b), order[min(len(other), len(order) - 1)]
+            )
+            raise ValueError(
+                "cannot calibrate block by block: which blocks run, or in which order, changes with the data, first "
+                f"at {name}. Nothing was changed."
+            )
+    return order
+
+
+@dataclass
+class _Trace:
+    """What one call of a model does with its blocks.
+
+    Fields:
+        order: names of the blocks, each time one runs.
+        nested: those that run inside another one.
+    """
+
+    order: list[str] = field(default_factory=list)
+    nested: set[str] = field(default_factory=set)
+    problem: str = ""
+    _running: list[str] = field(default_factory=list)
+    _seen: list[tuple[Any, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: Sequence[str], call: Call) -> _Trace:
+        """Run the model up to its output embeddings. Raises as :func:`order_of`."""
+        trace = cls()
+        with ExitStack() as stack:
+            for name in blocks:
+                block = model.get_submodule(name)
+                stack.callback(block.register_forward_pre_hook(trace._before(name), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(trace._after(name)).remove)
+            if isinstance(head := _output_embeddings(model), nn.Module):
+                stack.callback(head.register_forward_pre_hook(_stop).remove)
+            with suppress(Stop):
+                _run(model, call)
+        if trace.problem:
+            raise ValueError(f"{trace.problem} Nothing was changed.")
+        return trace
+
+    def _before(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden = call_of(args, kwargs).hidden
+            if hidden.is_floating_point() and not torch.isfinite(hidden).all():
+                self.problem = (
+                    f"the inputs of {name} hold NaN or Inf on the calibration data: the model is broken, or overflows "
+                    f"in {hidden.dtype}."
+                )
+                raise Stop
+            self.order.append(name)
+            if self._running:
+                self.nested.add(name)
+            else:
+                self._seen[:] = _versions((args, kwargs))
+            self._running.append(name)
+
+        return hook
+
+    def _after(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            self._running.pop()
+            if not self._running and any(_version(value) != version for value, version in self._seen):
+                self.problem = (
+                    f"cannot calibrate block by block: {name} changes its inputs in place, and would have to run on "
+                    "them several times."
+                )
+                raise Stop
+
+        return hook
+
+
+def _run(model: nn.Module, call: Call) -> None:
+    """Run the model, whose own errors are told as what they are: the data lacks something that it needs."""
+    try:
+        call.run(model)
+    except (Stop, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        given = sorted(name for name, value in call.kwargs.items() if isinstance(value, Tensor))
+        takes = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{type(model).__name__} does not run on the calibration data ({', '.join(given) or 'one tensor'}): "
+            f"{reason[:500]} Give batches that its forward takes, as mappings to tensors, for example those of its "
+            f"processor: Calibration(data=[{{'{takes[0] if takes else 'x'}': tensor, ...}}]); it takes {takes[:12]}. "
+            "Nothing was changed."
+        ) from error
+
+
+def _stop(module: nn.Module, args: tuple) -> None:
+    raise Stop
+
+
+def _parent(block: str) -> str:
+    """Name of the list that a block is in."""
+    return block.rpartition(".")[0]
+
+
+def _output_embeddings(model: nn.Module) -> Any:
+    """A transformers model's head, None for others. What it computes is not needed, and large."""
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def _version(value: Any) -> int:
+    """What tells whether a tensor or list was changed: torch's version, or the length."""
+    return len(value) if isinstance(value, list) else value._version
+
+
+def _versions(value: Any) -> list[tuple[Any, int]]:
+    """Each tensor and list in ``value`` with its version."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [(value, _version(value))]
+    if isinstance(value, dict):
+        return _versions(tuple(value.values()))
+    if isinstance(value, (tuple, list)):
+        inside = [found for item in value for found in _versions(item)]
+        return [(value, _version(value)), *inside] if isinstance(value, list) else inside
+    return []

@@ -1,0 +1,84 @@
+"""Folders with a saved model: whether they can be read again, and which tensors are damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..formats.checksums import DamagedTensor, find_damage, has_checksums
+from .checkpoint_headers import CheckpointFiles
+from .transformers_config import QuantlayersConfig
+from .transformers_quantizer import QuantlayersHfQuantizer
+
+
+def check_readable(folder: Path, model: nn.Module) -> None:
+    """Raise ValueError unless loading ``folder`` into a model of this kind would find what it asks for.
+
+    Headers only: what loading checks before it reads a tensor, with the same code.
+    """
+    files = [str(file) for file in weight_files(folder)]
+    fields = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if fields is None:
+        CheckpointFiles(files)
+        return
+    config = type(model.config).from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    quantizer = QuantlayersHfQuantizer(QuantlayersConfig.from_dict(fields), pre_quantized=True)
+    quantizer.are_checksums_checked = False
+    quantizer.preprocess_model(skeleton, checkpoint_files=files)
+
+
+def verify_model(folder: str | Path) -> list[DamagedTensor]:
+    """The tensors of a saved model that are not as they were saved; [] if all are. Builds no model.
+
+    Reads every byte once, with the checksums that ``save_model`` and ``save_pretrained`` of a quantized model leave in
+    the files. Loading checks the same.
+
+    Args:
+        folder: with config.json and safetensors files.
+
+    Raises:
+        FileNotFoundError: no model is in ``folder``.
+        ValueError: its files carry no checksums: another program wrote them, or an older version of this one.
+    """
+    opened: dict[str, Any] = {}
+    damage = []
+    for file in weight_files(Path(folder)):
+        if not file.exists():
+            damage.append(DamagedTensor("", file.name, "is missing"))
+            continue
+        try:
+            opened |= CheckpointFiles([str(file)]).opened
+        except ValueError as error:
+            damage.append(DamagedTensor("", file.name, str(error)))
+    if opened and not has_checksums(opened):
+        raise ValueError(
+            f"the files in {folder} carry no checksums, so they cannot be verified. Load the model and save it "
+            "with peft_quantlayers.save_model to add them."
+        )
+    return damage + find_damage(opened)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model in ``folder``, whether they are there or not.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the index is damaged.
+    """
+    indices = sorted(folder.glob("model*.safetensors.index.json"))
+    if indices:
+        try:
+            names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{indices[0]} is damaged ({error!r}). Download or save the model again.") from None
+        return [folder / name for name in sorted(names)]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
+    return files

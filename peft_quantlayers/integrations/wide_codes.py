@@ -1,0 +1,55 @@
+"""Codes of more than a byte in files and in transformers' hands: the file has them as integers of the layout's dtype,
+a layer registers their bytes (``layers/codes_parameter.py`` says why)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..formats import QuantSpec
+from ..layers import quantized_modules
+from ..layers.codes_parameter import SENDABLE, as_bytes, is_sharded
+from ..layers.dense_types import dense_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideCodes:
+    """A :class:`StoredLayer` of which only the codes are converted, to bytes."""
+
+    shape: tuple[int, int]
+    tensor_names: tuple[str, ...]
+
+    def convert(self, tensor_name: str, stored: Tensor) -> Tensor:
+        return as_bytes(stored)
+
+
+def layers_with_wide_codes(specs: Mapping[str, QuantSpec], model: nn.Module) -> dict[str, WideCodes]:
+    """The layers of ``specs``, still dense in ``model``, whose codes are converted when they are read."""
+    found = {}
+    for name, spec in specs.items():
+        shape = dense_shape(model, name)
+        if spec.tensor_layout(*shape)[spec.codes_name].dtype not in SENDABLE:
+            found[name] = WideCodes(shape=shape, tensor_names=(spec.codes_name,))
+    return found
+
+
+def state_with_wide_codes(model: nn.Module) -> dict[str, Any] | None:
+    """The state of ``model`` as files have it; None if that is what ``state_dict()`` gives.
+
+    Raises:
+        NotImplementedError: such codes are sharded over processes.
+    """
+    stored = {}
+    for name, layer in quantized_modules(model).items():
+        codes_name = layer.spec.codes_name
+        if is_sharded(layer.codes) and layer.has_wide_codes:
+            raise NotImplementedError(
+                f"{name}: codes of more than 8 bits that are sharded over processes cannot be saved. They do not "
+                "change while an adapter is trained: save the adapter, and keep the folder that the model is from."
+            )
+        if layer.has_wide_codes:
+            stored[f"{name}.{codes_name}"] = layer.quantized_weight.tensors[codes_name]
+    return {**model.state_dict(), **stored} if stored else None

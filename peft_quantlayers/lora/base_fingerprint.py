@@ -1,0 +1,149 @@
+"""Which quantized base an adapter was trained on: recorded in its config, compared when it is loaded.
+
+A LoRA adapter corrects the errors of the codes that it was trained on, so that on another base, or on the float model,
+it computes something else, and nothing shows it. What is recorded is a checksum of a sample of each layer: reading all
+codes would take seconds for every adapter, and another base differs nearly everywhere.
+
+May import layers and PEFT's public classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..formats import QuantizedWeight
+from ..formats.quantized_weight import stored_bytes
+from ..layers import QuantizedLinear
+from ..layers.codes_parameter import is_sharded
+from .layer import LoraQuantizedLinear
+from .merge_aware_config import MergeAwareLoraConfig
+
+# Numbers of each tensor that are looked at, evenly spaced.
+SAMPLE = 4096
+# Layers that a warning names.
+SHOWN_NAMES = 3
+
+
+def sampled_fingerprint(weight: QuantizedWeight) -> str:
+    """A checksum of shapes and of up to ``SAMPLE`` numbers of each tensor; empty where they are not all here.
+
+    Not of the spec: published formats do not hold the settings of the quantizer that it names.
+    """
+    checksum = zlib.crc32(f"{weight.spec.method} {weight.shape}".encode())
+    for name in sorted(weight.tensors):
+        tensor = weight.tensors[name]
+        if tensor.is_meta or is_sharded(tensor):
+            return ""
+        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
+        flat = tensor.detach().reshape(-1)
+        checksum = zlib.crc32(stored_bytes(flat[:: max(1, flat.numel() // SAMPLE)]), checksum)
+    return f"{checksum:08x}"
+
+
+def base_fingerprints(model: nn.Module) -> dict[str, str]:
+    """The fingerprint of each quantized layer of ``model``, without merges, by the name of the module in its place.
+
+    Layers whose tensors are offloaded or sharded are left out.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        place = name.removesuffix(".base_layer")
+        if isinstance(module, LoraQuantizedLinear):
+            weight = module.unmerged_snapshot().weight
+        elif isinstance(module, QuantizedLinear) and place not in found:
+            weight = module.quantized_weight
+        else:
+            continue
+        fingerprint = "" if weight is None else sampled_fingerprint(weight)
+        if fingerprint:
+            found[place] = fingerprint
+    return found
+
+
+def is_recorded(config: Any) -> bool:
+    """Whether adapters of ``config`` record their base: LoRA, and no subclass with a config file of its own."""
+    return type(config) in (LoraConfig, MergeAwareLoraConfig)
+
+
+def recorded(config: LoraConfig, found: Mapping[str, str], model: nn.Module, adapter: str) -> LoraConfig:
+    """A copy of ``config`` that records the fingerprints ``found`` of the layers that carry ``adapter``.
+
+    ``config`` itself where it has a record already, or if none of these layers is quantized.
+    """
+    layers = {
+        name: found[name]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A and name in found
+    }
+    if not layers or getattr(config, "quantized_base", None) is not None:
+        return config
+    own = MergeAwareLoraConfig.of(config)
+    own.quantized_base = {"layers": layers}
+    return own
+
+
+def record_again(model: nn.Module, configs: dict[str, Any], adapter: str) -> None:
+    """Update the record of ``adapter`` in ``configs`` after the codes under it were changed on purpose."""
+    if is_recorded(configs[adapter]):
+        blank = copy.copy(configs[adapter])
+        blank.quantized_base = None
+        configs[adapter] = recorded(blank, base_fingerprints(model), model, adapter)
+
+
+def layers_of_record(config: Any) -> dict[str, str]:
+    """Fingerprint by layer, as ``config`` records them; empty without a record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    record = getattr(config, "quantized_base", None)
+    if record is None:
+        return {}
+    layers = record.get("layers") if isinstance(record, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(print_, str) for print_ in layers.values()):
+        raise ValueError(
+            f"the adapter's config holds a damaged quantized_base={record!r}. Delete it from adapter_config.json to "
+            "load the adapter without a comparison of the bases."
+        )
+    return layers
+
+
+def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module, adapter: str) -> None:
+    """Warn if ``model``, whose layers have the fingerprints ``found``, is not the base that the adapter had."""
+    layers = layers_of_record(config)
+    if not layers:
+        return
+    modules = dict(model.named_modules())
+    dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedLinear)]
+    others = [name for name, print_ in layers.items() if found.get(name, print_) != print_]
+    if dense:
+        said = f"here {_some(dense)} are not quantized"
+        way_out = "Load the base quantized (AutoPeftModel takes quantization_config=...)."
+    elif others:
+        said = f"here {_some(others)} have other codes, scales or zeros"
+        way_out = "Load the base that it was trained on."
+    else:
+        return
+    here = getattr(model, "name_or_path", "") or type(model).__name__
+    warnings.warn(
+        f"adapter {adapter!r} was trained on the quantized base {config.base_model_name_or_path!r}, and this is "
+        f"another one, {here!r}: {said} ({len(dense or others)} of {len(layers)} layers). It will compute something "
+        f"else than it was trained to. {way_out}",
+        stacklevel=2,
+    )
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")

@@ -1,0 +1,157 @@
+"""Save a whole model: all of it or nothing, and only if it can be read again."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .formats.checkpoint import QUANT_METHOD
+from .integrations.saved_folder import check_readable
+from .layers import quantized_modules
+from .lora import has_adapters
+from .storage import FolderContents, recover_folder, staged_folder
+
+# Of the model itself; adapter_model.safetensors and other programs' files are not ours to remove.
+_WEIGHTS = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
+# Beside the weights: config, tokenizer and card.
+_OTHER_BYTES = 2**20
+
+
+def _placeholder(folder: Path) -> Mapping[str, Any]:
+    """The config.json of a folder whose files are being moved; no reader of models takes it."""
+    reason = (
+        f"none: a save into this folder was interrupted while files were moved. Call "
+        f"peft_quantlayers.undo_interrupted_save({str(folder)!r}) to get back the model that was there, or save again "
+        "with overwrite=True"
+    )
+    # transformers shows the model type that it does not know; our own quantizer refuses the rest.
+    return {"model_type": reason, "quantization_config": {"quant_method": QUANT_METHOD, "interrupted_save": reason}}
+
+
+_MODEL_FILES = FolderContents(
+    first_read="config.json",
+    placeholder=_placeholder,
+    is_replaced=lambda name: _WEIGHTS.fullmatch(name) is not None,
+)
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
+) -> None:
+    """Save a quantized model, all of it or nothing, with a model card that says how to load it.
+
+    Everything is written to a hidden folder first (beside ``folder``, or inside it if it is there), read back as far
+    as its headers, and then moved. Whatever interrupts this leaves the old model, the new one, or (if the process is
+    killed within the few milliseconds in which files are moved) a folder that refuses to load and names the way out.
+
+    Args:
+        model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
+        folder: must not exist, or be empty, unless ``overwrite``. Links and ``..`` are resolved, parents are made. It
+            may be a mount point.
+        tokenizer: saved with the model, if given.
+        overwrite: replace the model in ``folder``: files of the same names, and its ``model*.safetensors``. Others
+            stay. The old files are kept until the new ones are complete, so the disk must hold both.
+        kwargs: for transformers' ``save_pretrained``, for example ``max_shard_size="2GB"``.
+
+    Raises:
+        FileExistsError: ``folder`` holds files, an adapter, or is being written by another process.
+        OSError: no permission, a read-only or full disk.
+        TypeError: ``model`` is no transformers model.
+        ValueError: the model carries adapters, or what was written could not be read again.
+        In each case ``folder`` is as it was.
+    """
+    _check_arguments(model, folder, tokenizer)
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise FileExistsError(
+            f"{folder} holds an adapter (adapter_config.json), which would be loaded onto the model in the same "
+            "folder; nothing was written. Choose another folder."
+        )
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", folder.resolve().name)
+    with staged_folder(folder, _MODEL_FILES, overwrite=overwrite, n_bytes=_stored_bytes(model)) as written:
+        model.save_pretrained(written, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        if quantized_modules(model):
+            (written / "README.md").write_text(_model_card(model))
+        try:
+            check_readable(written, model)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise ValueError(f"the model would not load again, so it was not saved: {error}") from error
+
+
+def undo_interrupted_save(folder: str | Path) -> bool:
+    """Take ``folder`` back to the model that it held before a :func:`save_model` was killed, and clean up after that.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        FileExistsError: a process is saving into ``folder`` now.
+    """
+    return recover_folder(folder, _MODEL_FILES)
+
+
+def _check_arguments(model: Any, folder: Any, tokenizer: Any) -> None:
+    if isinstance(model, str | Path) and isinstance(folder, nn.Module):
+        raise TypeError("the arguments are swapped: save_model(model, folder). Nothing was written.")
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}. Nothing was written.")
+    if isinstance(model, nn.Module) and has_adapters(model):
+        raise ValueError(
+            "the model carries PEFT adapters, which would not be saved; nothing was written. Merge them "
+            "first (peft_quantlayers.merge_back), or save the adapter with its own save_pretrained."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_model saves transformers models, which from_pretrained loads; got {type(model).__name__}. "
+            "Nothing was written. If there is one inside, pass that; for any other module use "
+            "torch.save(model.state_dict(), file), and load_state_dict on a model that was quantized the same way."
+        )
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}. Nothing was written. From a name or "
+            "folder: AutoTokenizer.from_pretrained(...)."
+        )
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    """About what the files of ``model`` take; tied weights count once."""
+    sizes = {(tensor.data_ptr() or id(tensor)): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(sizes.values()) + _OTHER_BYTES
+
+
+def _model_card(model: PreTrainedModel) -> str:
+    layers = quantized_modules(model)
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
+        1, weights
+    )
+    specs = sorted({str(layer.spec) for layer in layers.values()})
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft_quantlayers",
+            "tags: [quantized, quantlayers]",
+            "---",
+            "",
+            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
+            "with random numbers and only warns.**",
+            "",
+            "```python",
+            "import peft_quantlayers",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+            "```",
+            "",
+            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
+            "",
+            *[f"- `{spec}`" for spec in specs],
+            "",
+        ]
+    )

@@ -1,0 +1,7 @@
+"""Files on a disk that a kill, a full disk or a second process may meet at any moment. Knows no tensors, no models."""
+
+from .lock import locked_folder
+from .single_file import replace_file
+from .staging import FolderContents, recover_folder, staged_folder
+
+__all__ = ["FolderContents", "locked_folder", "recover_folder", "replace_file", "staged_folder"]

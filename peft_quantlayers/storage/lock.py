@@ -1,0 +1,44 @@
+"""One writer at a time for a folder, also for one that is not there yet."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .names import INSIDE_LOCK, sibling_name
+
+
+@contextmanager
+def locked_folder(folder: Path, *, inside: bool = False) -> Iterator[None]:
+    """Hold the lock of ``folder``, a resolved path, or refuse at once. The system releases it if the process dies.
+
+    Args:
+        folder: may be absent; its parent is there.
+        inside: keep the lock file in ``folder``; also done where the parent cannot be written. Otherwise beside it.
+
+    Raises:
+        FileExistsError: another process or thread holds the lock.
+        OSError: the lock file cannot be made: read-only, no permission.
+    """
+    is_inside = inside or (folder.is_dir() and not os.access(folder.parent, os.W_OK))
+    file = folder / INSIDE_LOCK if is_inside else folder.parent / sibling_name(folder, ".lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another process is writing to {folder}; nothing was written. Wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}); nothing was written. Choose another folder."
+        raise OSError(error.errno, reason) from None
+    try:
+        yield
+    finally:
+        try:
+            with suppress(OSError):  # before the release: whoever opened it meanwhile sees that it is gone
+                file.unlink()
+        finally:
+            lock.release()

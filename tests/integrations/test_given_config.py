@@ -1,0 +1,111 @@
+"""``quantization_config`` means what it says: as a mapping, as transformers' config, and beside a saved model."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AqlmConfig, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer
+
+import peft_quantlayers as pql
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path / "float")
+    model = AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=pql.HQQConfig(nbits=8))
+    pql.save_model(model, path / "hqq")
+    aqlm = pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, in_group_size=8)
+    pql.save_model(AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=aqlm), path / "aqlm")
+    return path
+
+
+def specs_of(model):
+    return {str(layer.spec) for layer in pql.quantized_modules(model).values()}
+
+
+HQQ_FIELDS = [
+    {"quant_method": "hqq", "nbits": 8, "group_size": 16},
+    {"quant_method": "hqq", "nbits": 8, "group_size": 16, "skip_modules": ["lm_head"], "quant_zero": False, "axis": 1},
+    {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 8, "group_size": 16, "axis": 1}}},
+    pql.HQQConfig(nbits=8, group_size=16).to_dict(),
+    {"quant_method": "quantlayers", "method": "hqq", "nbits": 8, "group_size": 16},
+]
+
+
+@pytest.mark.parametrize("fields", HQQ_FIELDS, ids=["flat", "flat with more", "nested", "to_dict", "short"])
+def test_a_mapping_quantizes_with_the_fields_that_it_names(fields, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=dict(fields))
+    assert specs_of(model) == {str(pql.HQQSpec(nbits=8, group_size=16))}
+    assert len(pql.quantized_modules(model)) == 7
+
+
+@pytest.mark.parametrize("config", [pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3), pql.NF4Config()])
+def test_the_mapping_of_every_method_makes_its_config_again(config, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config.to_dict())
+    assert specs_of(model) == {str(config.spec_for("x"))}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quant_method": "hqq", "nbits": 8, "grup_size": 16}, "grup_size.*group_size"),
+        ({"quant_method": "hqq", "nbits": 7}, "nbits"),
+        ({"quant_method": "hqq", "nbits": 4, "quant_zero": True}, "quant_zero=True.*floating here"),
+        ({"quant_method": "quantlayers", "nbits": 8}, '"method"'),
+        ({"quant_method": "quantlayers", "modules": {}, "specs": []}, "the fields of a saved model"),
+        ({"quant_method": "aqlm", "num_codebooks": 2}, r"AQLMConfig\(.*num_codebooks=2"),
+    ],
+)
+def test_a_mapping_that_says_what_cannot_be_is_refused(fields, message, folder):
+    with pytest.raises((ValueError, TypeError), match=message):
+        AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=fields)
+
+
+AGREE = {
+    "ours": ("hqq", pql.HQQConfig(nbits=8)),
+    "mapping": ("hqq", {"quant_method": "hqq", "nbits": 8}),
+    "transformers'": ("hqq", HqqConfig(nbits=8, group_size=64)),
+    "aqlm": ("aqlm", pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3)),
+    "transformers' aqlm": ("aqlm", AqlmConfig(num_codebooks=1, nbits_per_codebook=3)),
+}
+
+
+@pytest.mark.parametrize("case", AGREE)
+def test_the_config_of_a_saved_model_given_again_is_ignored_with_a_warning(case, folder, caplog):
+    name, config = AGREE[case]
+    with caplog.at_level(logging.WARNING, "peft_quantlayers"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name, quantization_config=config)
+    assert "quantized already, as quantization_config says" in caplog.text
+    plain = AutoModelForCausalLM.from_pretrained(folder / name)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("hqq", pql.HQQConfig(nbits=4)),
+        ("hqq", pql.AQLMConfig()),
+        ("hqq", {"quant_method": "hqq", "nbits": 2}),
+        ("aqlm", pql.HQQConfig(nbits=8)),
+        ("aqlm", AqlmConfig(num_codebooks=2, nbits_per_codebook=8)),
+    ],
+)
+def test_another_config_than_that_of_a_saved_model_is_refused(name, config, folder):
+    with pytest.raises(ValueError, match=r"quantized already: model\.layers\.0.*asks for.*Leave it out"):
+        AutoModelForCausalLM.from_pretrained(folder / name, quantization_config=config)
+
+
+def test_unregistering_gives_transformers_its_own_comparison_back():
+    assert AutoHfQuantizer.merge_quantization_configs.__module__.startswith("peft_quantlayers")
+    pql.unregister()
+    try:
+        assert AutoHfQuantizer.merge_quantization_configs.__module__ == "transformers.quantizers.auto"
+    finally:
+        pql.register()

@@ -1,0 +1,79 @@
+"""A sample of model classes, tiny: quantized in memory = while loading = saved and loaded, a LoRA step, a merge.
+
+``make models`` runs all generative classes and writes ``docs/models.md``. A class is here for what it has and others
+have not; ``DIFFERENT`` names what is not right yet, and fails once it is.
+"""
+
+import re
+
+import pytest
+from _model_journey import STEPS, journey
+from _tiny_models import generative_classes, tiny_config, tiny_model
+from transformers import LlamaConfig
+
+SAMPLE = (
+    # decoders: plain, tied, Conv1D, FalconLinear, biases, parallel blocks, float32 parts
+    "LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "FalconForCausalLM", "BloomForCausalLM",
+    "GPTNeoXForCausalLM", "Phi3ForCausalLM", "OPTForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM",
+    # experts: fused, with shared ones, routers of many kinds
+    "MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "PhimoeForCausalLM",
+    "Llama4ForCausalLM", "HunYuanMoEV1ForCausalLM", "LongcatFlashForCausalLM",
+    # no attention, or not only
+    "MambaForCausalLM", "Mamba2ForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM", "RecurrentGemmaForCausalLM",
+    "Qwen3NextForCausalLM", "NemotronHForCausalLM", "RwkvForCausalLM",
+    # encoder-decoders, speech
+    "T5ForConditionalGeneration", "BartForConditionalGeneration", "SwitchTransformersForConditionalGeneration",
+    "WhisperForConditionalGeneration", "MoonshineForConditionalGeneration", "EncoderDecoderModel",
+    # several modalities, whose files name their modules otherwise
+    "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Gemma3ForConditionalGeneration",
+    "MllamaForConditionalGeneration", "Mistral3ForConditionalGeneration", "Idefics3ForConditionalGeneration",
+    "Blip2ForConditionalGeneration", "Qwen2AudioForConditionalGeneration", "VisionEncoderDecoderModel",
+    "MusicgenForConditionalGeneration",
+    # several weights in one tensor of the file
+    "Step3p7ForConditionalGeneration", "HrmTextForCausalLM",
+)  # fmt: skip
+
+# Class and step: a pattern for the difference or the error.
+NAMES = "the checkpoint lacks .* that its config.json promises"
+DTYPES = "^compute_dtype of"
+DIFFERENT: dict[tuple[str, str], str] = {
+    ("HunYuanMoEV1ForCausalLM", "while loading"): DTYPES,
+    ("LongcatFlashForCausalLM", "saved and loaded"): DTYPES,
+    ("T5ForConditionalGeneration", "saved and loaded"): DTYPES,
+    ("SwitchTransformersForConditionalGeneration", "while loading"): DTYPES,
+    ("SwitchTransformersForConditionalGeneration", "saved and loaded"): DTYPES,
+    ("Blip2ForConditionalGeneration", "saved and loaded"): DTYPES,
+    ("MusicgenForConditionalGeneration", "saved and loaded"): DTYPES,
+    ("LlavaForConditionalGeneration", "saved and loaded"): NAMES,
+    ("Qwen2_5_VLForConditionalGeneration", "saved and loaded"): NAMES,
+    ("Gemma3ForConditionalGeneration", "saved and loaded"): NAMES,
+    ("MllamaForConditionalGeneration", "saved and loaded"): NAMES,
+    ("Mistral3ForConditionalGeneration", "saved and loaded"): NAMES,
+    ("Qwen2AudioForConditionalGeneration", "saved and loaded"): NAMES,
+    ("VisionEncoderDecoderModel", "saved and loaded"): NAMES,
+    ("HrmTextForCausalLM", "saved and loaded"): NAMES,
+}
+
+
+@pytest.mark.parametrize("class_name", SAMPLE)
+def test_every_way_gives_the_same_model(class_name, tmp_path):
+    row = journey(class_name, tmp_path)
+    assert "build" not in row, row["build"]
+    wrong = {step: row[step] for step in STEPS if row[step] and not row[step].startswith("as on the float model: ")}
+    expected = {step: pattern for (name, step), pattern in DIFFERENT.items() if name == class_name}
+    assert wrong.keys() == expected.keys(), wrong
+    assert all(re.search(expected[step], text) for step, text in wrong.items())
+    assert row["layers"] > 0
+
+
+def test_the_tiny_models_are_tiny_and_there_are_many():
+    classes = generative_classes()
+    assert len(classes) > 300
+    assert set(SAMPLE) <= set(classes)
+    config = tiny_config(LlamaConfig)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 2, 256)
+
+
+def test_one_layer_of_each_kind_is_kept():
+    kinds = [type(layer.mlp).__name__ for layer in tiny_model("DeepseekV3ForCausalLM").model.layers]
+    assert sorted(set(kinds)) == ["DeepseekV3MLP", "DeepseekV3MoE"]
