@@ -1,11 +1,11 @@
 """The compiled CPU kernels of ``csrc/``: finding, loading and calling them.
 
 They are optional. If they were not built, or are switched off with ``PEFT_QUANTLAYERS_CPU=torch`` in the environment
-(or ``QUANTLAYERS_NO_EXTENSION=1``), :func:`is_available` is False and everything runs in plain torch. Each kernel's result
-is then the same up to float32 rounding; but a caller may choose less work where it would take too long in torch (AQLM
-searches with a narrow beam). ``PEFT_QUANTLAYERS_CPU=avx2`` and the other ``VARIANTS`` choose an instruction set, for
-example to get the same bits on two machines; the best that the CPU has is the default. What the kernels compute, and
-when to use them, is documented in each method's ``cpu.py``; what they are called with, in ``interface.py``.
+(or ``QUANTLAYERS_NO_EXTENSION=1``), :func:`is_available` is False and everything runs in plain torch. Each kernel's
+result is then the same up to float32 rounding; but a caller may choose less work where it would take too long in torch
+(AQLM searches with a narrow beam). ``PEFT_QUANTLAYERS_CPU=avx2`` and the other ``VARIANTS`` choose an instruction set,
+for example to get the same bits on two machines; the best that the CPU has is the default. What the kernels compute,
+and when to use them, is documented in each method's ``cpu.py``; what they are called with, in ``interface.py``.
 """
 
 import ctypes

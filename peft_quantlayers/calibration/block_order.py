@@ -17,7 +17,12 @@ from .model_passes import call_of
 
 
 def order_of(
-    model: nn.Module, lists: Sequence[Sequence[str]], calls: Sequence[Call], *, progress: bool = False
+    model: nn.Module,
+    lists: Sequence[Sequence[str]],
+    calls: Sequence[Call],
+    *,
+    layers: Sequence[str] = (),
+    progress: bool = False,
 ) -> list[str]:
     """Names of the blocks that every call runs once, in their order.
 
@@ -28,15 +33,22 @@ def order_of(
         model: runs each of ``calls``.
         lists: names of blocks, list by list, the most important one first.
         calls: of the model.
-        progress: show a progress bar if it takes long.
+        layers: names of those to visit.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the model does not run on the data; blocks of the first list that is reached do not run exactly
-            once, or differ between calls; a block changes its inputs in place; inputs hold NaN or Inf. Nothing was
-            changed.
+        ValueError: the model does not run on the data; no call reaches any of the layers; blocks of the first list
+            that is reached do not run exactly once, or differ between calls; a block changes its inputs in place;
+            inputs hold NaN or Inf. Nothing was changed.
     """
     bar = tqdm(calls, desc="Checking the data", unit="batch", disable=not progress)
-    first, *others = (_Trace.of(model, [block for blocks in lists for block in blocks], call) for call in bar)
+    blocks_of_all = [block for blocks in lists for block in blocks]
+    first, *others = (_Trace.of(model, blocks_of_all, layers, call) for call in bar)
+    if layers and not any(trace.reached for trace in (first, *others)):
+        raise ValueError(
+            f"the calibration data reaches none of the {len(layers)} layers, such as {layers[0]}. Give batches with "
+            "the inputs that they read, or go without calibration. Nothing was changed."
+        )
     reached = [list(blocks) for blocks in lists if set(blocks) & set(first.order)]
     kept: list[list[str]] = []
     for blocks in reached:
@@ -78,16 +90,19 @@ class _Trace:
     Fields:
         order: names of the blocks, each time one runs.
         nested: those that run inside another one.
+        reached: the layers that run.
+        problem: why the call cannot be walked; empty if it can.
     """
 
     order: list[str] = field(default_factory=list)
     nested: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
     problem: str = ""
     _running: list[str] = field(default_factory=list)
     _seen: list[tuple[Any, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: Sequence[str], call: Call) -> _Trace:
+    def of(cls, model: nn.Module, blocks: Sequence[str], layers: Sequence[str], call: Call) -> _Trace:
         """Run the model up to its output embeddings. Raises as :func:`order_of`."""
         trace = cls()
         with ExitStack() as stack:
@@ -95,13 +110,18 @@ class _Trace:
                 block = model.get_submodule(name)
                 stack.callback(block.register_forward_pre_hook(trace._before(name), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(trace._after(name)).remove)
+            for name in layers:
+                stack.callback(model.get_submodule(name).register_forward_pre_hook(trace._reaches(name)).remove)
             if isinstance(head := _output_embeddings(model), nn.Module):
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
             with suppress(Stop):
-                _run(model, call)
+                _run(model, call, lambda: bool(layers) and len(trace.reached) == len(layers))
         if trace.problem:
             raise ValueError(f"{trace.problem} Nothing was changed.")
         return trace
+
+    def _reaches(self, name: str) -> Callable:
+        return lambda module, args: self.reached.add(name)  # gives None: the inputs stay as they are
 
     def _before(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -134,13 +154,25 @@ class _Trace:
         return hook
 
 
-def _run(model: nn.Module, call: Call) -> None:
-    """Run the model, whose own errors are told as what they are: the data lacks something that it needs."""
+def _run(model: nn.Module, call: Call, has_reached_all: Callable[[], bool]) -> None:
+    """Run the model, whose own errors are told as what they are: the data lacks something that it needs.
+
+    What fails after the last layer (a classifier that looks for an end token) does not matter: the walk stops there.
+    """
     try:
         call.run(model)
     except (Stop, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        if has_reached_all():
+            return
+        if type(model).forward is nn.Module.forward:
+            parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+            raise ValueError(
+                f"{type(model).__name__} has no forward of its own, only those of its parts {parts}: quantize the "
+                "model without calibration, or a part of it with data for that part, for example "
+                f"quantize_model(model.{parts[0] if parts else 'part'}, config, calibration=...). Nothing was changed."
+            ) from None
         given = sorted(name for name, value in call.kwargs.items() if isinstance(value, Tensor))
         takes = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -104,7 +104,7 @@ class ModelBlocks:
             yield
 
     def check(self, *, progress: bool = False) -> None:
-        self._set_blocks(order_of(self.model, self.lists, self.calls, progress=progress))
+        self._set_blocks(order_of(self.model, self.lists, self.calls, layers=self.names, progress=progress))
 
     def passes(self) -> ModelPasses:
         return ModelPasses(self.model, self.blocks, self.calls)

@@ -1,5 +1,6 @@
 """A model as a row of blocks: find them, and what a block is called with."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,11 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def moved(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``, and those made in inference mode as ordinary ones.
 
-    A list or dict in which nothing moves stays the same object: some blocks hand states on by writing into one.
+    A list or dict in which nothing moves stays the same object: some blocks hand states on by writing into one. A
+    cache of keys and values is copied: a block adds to it whenever it runs, and has no need of the others' entries.
     """
+    if isinstance(value, Cache):
+        return copy.deepcopy(value)
     if isinstance(value, Tensor):
         is_foreign = value.is_inference() and not torch.is_inference_mode_enabled()
         return (value.clone() if is_foreign else value).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -100,8 +101,10 @@ def _with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, 
 def _shifted(model: nn.Module, ids: Tensor) -> Tensor:
     """The decoder's inputs for the labels ``ids``, (batch, length): its start token, and all but the last of them."""
     shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None:
-        return shift(labels=ids)
+    # Without a start token in the config a model's own shift fails, with an error of many kinds.
+    with suppress(AttributeError, ValueError, TypeError, IndexError, RuntimeError):
+        if shift is not None:
+            return shift(labels=ids)
     config: Any = model.config
     start = next(
         (

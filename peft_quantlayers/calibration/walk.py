@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .block_source import BlockSource, ModelBlocks
-from .blocks import Call, hidden_of, input_of, moved, run_until
+from .blocks import Call, Stop, hidden_of, input_of, moved, run_until
 from .data import Calibration
 from .layer_passes import LayerPasses
 from .model_calls import batch_tensors, model_calls
@@ -218,7 +218,7 @@ class _Visits:
             shown = parts[:8]
             logger.warning(
                 "%d of %d layers get no inputs from the calibration data, or only zeros, and are quantized without "
-                "calibration: those in %s. To calibrate them give batches with what they read (pixel_values, ...); "
+                "calibration: those in %s. To calibrate them give batches with what they read (images, ...); "
                 "to leave them dense, quantize with skip_modules=%s.",
                 len(self.unreached),
                 len(self.unreached) + len(self.reached),
@@ -289,6 +289,8 @@ def _groups_of_call(parent: nn.Module, names: Sequence[str], call: Call) -> list
                 found.append([name])
             else:
                 found[same].append(name)
+            if sum(map(len, found)) == len(names):
+                raise Stop
 
         return hook
 

@@ -46,9 +46,9 @@ class UnsavedModel:
     def refuse(self, *_: object, **__: object) -> NoReturn:
         """Raise NotImplementedError with the way out."""
         raise NotImplementedError(
-            f"{self.model_name} is quantized, and its from_pretrained knows no quantized layers: it would fill them with "
-            "random numbers. Nothing was written. Save torch.save(model.state_dict(), file) instead; to load, build the "
-            "model, quantize it with the same config, and call load_state_dict. Or save it dense, after "
+            f"{self.model_name} is quantized, and its from_pretrained knows no quantized layers: it would fill them "
+            "with random numbers. Nothing was written. Save torch.save(model.state_dict(), file) instead; to load, "
+            "build the model, quantize it with the same config, and call load_state_dict. Or save it dense, after "
             "peft_quantlayers.dequantize_model(model)."
         )
 

@@ -6,6 +6,7 @@ layers and PEFT's public classes.
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from dataclasses import dataclass, field

@@ -67,6 +67,11 @@ def t5() -> hf.T5ForConditionalGeneration:
     )
 
 
+def xlm() -> hf.XLMWithLMHeadModel:
+    """Whose blocks write into a cache that they are given."""
+    return hf.XLMWithLMHeadModel(hf.XLMConfig(vocab_size=128, emb_dim=64, n_layers=2, n_heads=4, pad_index=0))
+
+
 def whisper() -> hf.WhisperForConditionalGeneration:
     sizes = {name: value for name, value in BART.items() if name not in ("max_position_embeddings",)}
     return hf.WhisperForConditionalGeneration(
@@ -184,6 +189,7 @@ MODELS = {
         batches=lambda: [{"input_values": noise(2, 800)}] * 2,
         plain_data=lambda: [noise(2, 800)] * 2,
     ),
+    "xlm": OtherModel(make=xlm, batches=lambda: [{"input_ids": ids()}] * 2, plain_data=lambda: ids(8, 40)),
     "mamba": OtherModel(
         make=lambda: hf.MambaForCausalLM(
             hf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=16, time_step_rank=16)

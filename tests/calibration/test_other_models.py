@@ -4,8 +4,20 @@ import logging
 
 import pytest
 import torch
-from calibration.other_models import MODELS, ids, other_model
+from calibration.other_models import BART, MODELS, SIZES, ids, other_model
 from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_quantlayers import Calibration, HQQConfig, quantize_model, quantized_modules
 from peft_quantlayers.calibration import InputStatistics, Visitor, walk
@@ -107,6 +119,68 @@ def test_a_decoder_reads_the_labels_shifted_as_the_model_shifts_them(name):
     walk(model, names, Calibration(data={"input_ids": ids(), "decoder_input_ids": decoder}), shifted, progress=False)
     for layer in names:
         assert torch.equal(given.seen[layer].second_moment, shifted.seen[layer].second_moment)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
+        EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SIZES), BertConfig(**SIZES)),
+    ],
+    ids=["t5", "two berts"],
+)
+def test_a_decoder_without_a_start_token_is_calibrated_too(config):
+    model = (EncoderDecoderModel if isinstance(config, EncoderDecoderConfig) else T5ForConditionalGeneration)(config)
+    data = Calibration(data=ids(8, 40), n_tokens=320)
+    results = []
+    quantize_model(model, CONFIG, calibration=data, progress=False, on_layer=results.append)
+    assert all(result.output_error is not None for result in results)
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_a_classifier_that_fails_after_the_last_layer_is_calibrated(name):
+    """Of several sequences without padding token, and of texts without end token, it finds no last token."""
+    if name == "llama":
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES | {"pad_token_id": None}))
+    else:
+        model = BartForSequenceClassification(BartConfig(**BART))
+    results = []
+    quantize_model(
+        model.eval(),
+        CONFIG,
+        calibration=Calibration(data=ids(8, 40), n_tokens=320, sequence_length=40),
+        progress=False,
+        on_layer=results.append,
+    )
+    assert all(result.output_error is not None for result in results)
+    assert len(results) == (14 if name == "llama" else 32)
+
+
+class Parts(PreTrainedModel):
+    """Has no forward of its own, as models that speak: their ``generate`` calls one part after the other."""
+
+    config_class = T5Config
+
+    def __init__(self) -> None:
+        super().__init__(T5Config())
+        self.text = other_model("xlm")
+        self.speech = other_model("bert")
+
+
+def test_a_model_without_a_forward_is_calibrated_by_its_parts():
+    model = Parts()
+    with pytest.raises(ValueError, match=r"parts \['text', 'speech'\].*quantize_model\(model\.text, config"):
+        quantize_model(model, CONFIG, calibration=ids(8, 40), progress=False)
+    quantize_model(model.text, CONFIG, calibration=ids(8, 40), progress=False)
+    assert quantized_modules(model)
+
+
+def test_data_that_reaches_no_layer_is_refused():
+    model = other_model("llava")
+    config = HQQConfig(nbits=4, group_size=16, skip_modules=["language_model"])
+    with pytest.raises(ValueError, match=r"reaches none of the \d+ layers, such as model\.vision_tower"):
+        quantize_model(model, config, calibration=ids(8, 40), progress=False)
+    assert not quantized_modules(model)
 
 
 @pytest.mark.parametrize(
