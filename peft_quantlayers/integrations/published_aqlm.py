@@ -13,9 +13,10 @@ class PublishedAqlmHfQuantizer(QuantlayersHfQuantizer):
 
     def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any) -> None:
         if not pre_quantized:
+            fields = quantization_config.to_dict()
             raise ValueError(
                 "transformers' AqlmConfig cannot quantize a model. Use peft_quantlayers.AQLMConfig("
-                + ", ".join(f"{name}={getattr(quantization_config, name, '...')}" for name in SCHEME)
+                + ", ".join(f"{name}={fields.get(name, '...')}" for name in SCHEME)
                 + ")."
             )
         super().__init__(quantization_config, pre_quantized=True, **kwargs)

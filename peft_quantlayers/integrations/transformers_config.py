@@ -16,7 +16,8 @@ from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
 from ..layers import QuantizedLinear, quantized_modules
 from ..methods.aqlm.method import MAX_SCALE_ERROR
-from .private_transformers import kept_dtype
+from .given_configs import config_from_mapping, is_to_quantize_with, refuse_disagreement
+from .private_transformers import config_given_with_model, kept_dtype
 
 
 class QuantlayersConfig(QuantizationConfigMixin):
@@ -46,6 +47,14 @@ class QuantlayersConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         if "interrupted_save" in config_dict:
             raise ValueError(f"the folder holds no model: {config_dict['interrupted_save']}.")
+        if is_to_quantize_with(config_dict):
+            config: Any = config_from_mapping(config_dict)
+            return (config, kwargs) if return_unused_kwargs else config
+        given = config_given_with_model()
+        if given is not None:
+            refuse_disagreement(config_dict, given)
+            # transformers wants both of one class, which it compares by name, and warns that one is not used.
+            cls = type(type(given).__name__, (cls,), {})
         config = cls(known_formats()[config_dict["quant_method"]], dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
