@@ -1,10 +1,18 @@
 """A weight of zeros, as fresh output layers have it."""
 
 import pytest
-from every_method import SPECS
 from torch import nn
 
+from peft_quantlayers import AQLMSpec, HQQSpec
 from peft_quantlayers.layers import QuantizedLinear
+from peft_quantlayers.methods.nf4 import NF4Spec
+
+SPECS = {
+    "hqq": HQQSpec(group_size=32),
+    "aqlm": AQLMSpec(num_codebooks=1, nbits_per_codebook=3),
+    "nf4": NF4Spec(block_size=32),
+    "nf4 double": NF4Spec(block_size=32, double_quant=True),
+}
 
 
 @pytest.mark.parametrize("name", SPECS)
