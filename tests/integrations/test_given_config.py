@@ -109,3 +109,19 @@ def test_unregistering_gives_transformers_its_own_comparison_back():
         assert AutoHfQuantizer.merge_quantization_configs.__module__ == "transformers.quantizers.auto"
     finally:
         pql.register()
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, rounds=2), 1),
+        (pql.HQQConfig(nbits=4, group_size=32), 1e-7),
+    ],
+    ids=["what the file does not keep", "scales that had to be wider"],
+)
+def test_what_was_saved_with_a_config_agrees_with_it(config, factor, folder, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(folder / "float")
+    model.model.layers[0].mlp.up_proj.weight.data *= factor
+    pql.save_model(pql.quantize_model(model, config, progress=False), tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=config)
+    assert "as quantization_config says" in caplog.text
