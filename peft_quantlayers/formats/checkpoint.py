@@ -2,8 +2,10 @@
 
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
 ``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
-``"branches": {name: rank}``, the layers that have a low-rank branch. Readers accept every format version up to their
-own; writers write the oldest that says everything, so that older readers read what they can.
+``"branches": {name: rank}``, the layers that have a low-rank branch. Version 3 adds
+``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Readers accept
+every format version up to their own; writers write the oldest that says everything, so that older readers read what
+they can.
 """
 
 from collections.abc import Mapping
@@ -13,7 +15,9 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# The fields that each version added.
+_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes"}
 # The name under which transformers finds our quantizer and our checkpoints.
 QUANT_METHOD = "quantlayers"
 MAX_MODULES = 1_000_000
@@ -28,7 +32,7 @@ class QuantlayersFormat(CheckpointFormat):
         return None
 
     def write(self, description: ModelDescription) -> dict[str, Any]:
-        fields = specs_to_json(description.specs, description.branches)
+        fields = specs_to_json(description.specs, description.branches, description.compute_dtypes)
         dtype = description.compute_dtype
         return fields if dtype is None else fields | {"compute_dtype": dtype}
 
@@ -40,16 +44,27 @@ class QuantlayersFormat(CheckpointFormat):
         if compute_dtype is not None:
             check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
         specs = specs_from_json(fields, spec_from_dict)
-        return ModelDescription(specs=specs, compute_dtype=compute_dtype, branches=branches_from_json(fields))
+        return ModelDescription(
+            specs=specs,
+            compute_dtype=compute_dtype,
+            compute_dtypes=_compute_dtypes_from_json(fields),
+            branches=branches_from_json(fields),
+        )
 
 
-def specs_to_json(specs: Mapping[str, QuantSpec], branches: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The JSON form of module names and their specs, each distinct spec written once, and of the branches' ranks."""
+def specs_to_json(
+    specs: Mapping[str, QuantSpec],
+    branches: Mapping[str, int] | None = None,
+    compute_dtypes: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The JSON form of module names and their specs, each distinct spec written once, with the ranks of branches and
+    the compute dtypes of single layers."""
     distinct = list(dict.fromkeys(specs.values()))
-    added = {"branches": dict(branches)} if branches else {}
+    given = {"branches": branches, "compute_dtypes": compute_dtypes}
+    added = {name: dict(values) for name, values in given.items() if values}
     return added | {
         "quant_method": QUANT_METHOD,
-        "format_version": 2 if branches else 1,
+        "format_version": max([1, *(version for version, name in _ADDED_FIELDS.items() if name in added)]),
         "specs": [spec.to_dict() for spec in distinct],
         "modules": {name: distinct.index(spec) for name, spec in specs.items()},
     }
@@ -81,7 +96,7 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
     unknown = (
         set(fields)
         - {"quant_method", "format_version", "specs", "modules"}
-        - ({"branches"} if version >= 2 else set())
+        - {name for added_in, name in _ADDED_FIELDS.items() if added_in <= version}
     )
     if unknown:
         raise ValueError(f"quantization_config: unknown field(s) {sorted(map(str, unknown))}.")
@@ -118,3 +133,14 @@ def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
         if rank < 1 or name not in fields.get("modules", {}):
             raise ValueError(f"quantization_config: branches[{name!r}]={rank!r} is not a rank of a quantized module.")
     return dict(branches)
+
+
+def _compute_dtypes_from_json(fields: Mapping[str, Any]) -> dict[str, str]:
+    dtypes = fields.get("compute_dtypes", {})
+    if not isinstance(dtypes, Mapping):
+        raise TypeError("quantization_config: 'compute_dtypes' must be a mapping of module names to dtypes.")
+    for name, dtype in dtypes.items():
+        if name not in fields.get("modules", {}):
+            raise ValueError(f"quantization_config: compute_dtypes[{name!r}] is for no quantized module.")
+        check_choice(f"quantization_config: compute_dtypes[{name!r}]", dtype, METADATA_DTYPES)
+    return dict(dtypes)

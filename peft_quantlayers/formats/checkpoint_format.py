@@ -57,6 +57,7 @@ class ModelDescription:
     Fields:
         specs: how each quantized layer is stored.
         compute_dtype: the layers' compute dtype where it is not the model's, as text.
+        compute_dtypes: that of the layers that have another one than the rest.
         branches: rank of the low-rank branch of each layer that has one.
         dense_linears: modules that a reader of ``nn.Linear`` by type would take for quantized, and that are dense.
         lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
@@ -65,6 +66,7 @@ class ModelDescription:
 
     specs: Mapping[str, QuantSpec]
     compute_dtype: str | None = None
+    compute_dtypes: Mapping[str, str] = field(default_factory=dict)
     branches: Mapping[str, int] = field(default_factory=dict)
     dense_linears: tuple[str, ...] = ()
     lossy_in_model_dtype: tuple[str, ...] = ()

@@ -26,6 +26,8 @@ class PublishedAqlmFormat(CheckpointFormat):
             return "it has one scheme for all layers, and these have several."
         if description.compute_dtype is not None:
             return f"it has no field for compute_dtype={description.compute_dtype!r}."
+        if description.compute_dtypes:
+            return f"it has no field for a compute dtype of {next(iter(description.compute_dtypes))} alone."
         if description.branches:
             return f"it has no low-rank branches, and {next(iter(description.branches))} has one."
         if description.lossy_in_model_dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..formats import QuantSpec
 from ..formats.checkpoint_format import TensorHeader
-from ..layers.dense_types import dense_modules, dense_shape
+from ..formats.spec import TensorLayout
+from ..layers.dense_types import dense_shape
 from ..methods import registered_methods
 
 _SAFETENSORS_DTYPES = {
@@ -42,7 +43,7 @@ class CheckpointFiles:
         opened: the files, by path.
 
     Raises:
-        ValueError: a file is damaged, or no safetensors file.
+        ValueError: a file is damaged, or no safetensors file; two files hold a tensor of the same name.
     """
 
     def __init__(self, files: Iterable[str]) -> None:
@@ -50,6 +51,11 @@ class CheckpointFiles:
         self.opened = {file: open_checkpoint(file) for file in files}  # opening reads the whole header
         for file, opened in self.opened.items():
             for key in opened.keys():  # noqa: SIM118
+                if key in self.headers:
+                    raise ValueError(
+                        f"{Path(file).name} and {self.headers[key].file_name} both hold the tensor {key!r}: they are "
+                        "no parts of one checkpoint. Download or save it again."
+                    )
                 entry = opened.get_slice(key)
                 stored_dtype = entry.get_dtype()
                 self.headers[key] = FileHeader(
@@ -58,6 +64,11 @@ class CheckpointFiles:
                     file=file,
                     stored_dtype=stored_dtype,
                 )
+
+    def __str__(self) -> str:
+        """The file, or the first one and how many more."""
+        names = [Path(file).name for file in self.opened]
+        return ", ".join(names[:1]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU."""
@@ -79,86 +90,79 @@ def open_checkpoint(file: str) -> Any:
         raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
-def check_headers(headers: Mapping[str, FileHeader], specs: dict[str, QuantSpec], model: nn.Module) -> None:
-    """Compare names, shapes and dtypes in the files with what the specs ask for, before anything is loaded.
+def check_headers(
+    files: CheckpointFiles,
+    parameters: Mapping[str, str],
+    specs: Mapping[str, QuantSpec],
+    stored_layers: Collection[str],
+    model: nn.Module,
+) -> None:
+    """Compare names, shapes and dtypes in the files with what ``model`` will hold, before anything is loaded.
+
+    Args:
+        files: the checkpoint.
+        parameters: the parameter of the model for each name in the files.
+        specs: of the layers to be quantized, which are still dense in ``model``.
+        stored_layers: layers that are stored in another layout, and were checked when they were described.
+        model: where the tensors go.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape or dtype.
+        ValueError: a tensor is missing, unexpected, there twice, or of another shape or dtype.
     """
     layouts = {name: spec.tensor_layout(*dense_shape(model, name)) for name, spec in specs.items()}
-    found: dict[str, set[str]] = {name: set() for name in specs}
-    linears = dense_modules(model)
     codes_names = {method.spec_type.codes_name for method in registered_methods().values()}
-    is_seen = False
-    for key, header in headers.items():
-        stored_name, _, tensor_name = key.rpartition(".")
-        name = model_name(stored_name, specs, model)
-        if name is None:
-            if tensor_name in codes_names and model_name(stored_name, linears, model) is not None:
-                raise ValueError(
-                    f"{header.file_name} holds the codes {key!r}, and config.json does not say how that layer is "
-                    "quantized: it would be filled with random numbers. The config is damaged or belongs to another "
-                    "file."
-                )
+    dense = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    found: dict[str, str] = {}
+    for key, parameter in parameters.items():
+        header, (name, _, tensor_name) = files.headers[key], parameter.rpartition(".")
+        if name in stored_layers:
             continue
-        is_seen = True
-        if tensor_name == "bias":
-            continue
-        expected = layouts[name].get(tensor_name)
-        if expected is None:
+        if name in specs and tensor_name != "bias":
+            if parameter in found:
+                raise ValueError(f"{header.file_name} holds {key!r}, which is the same as {found[parameter]!r}.")
+            found[parameter] = key
+            _check_layer_tensor(key, header, tensor_name, specs[name], layouts[name])
+        elif name.removesuffix(".branch") in specs:
+            _check_kind(key, header, is_floating=True)
+        elif tensor_name in codes_names and parameter not in dense:
             raise ValueError(
-                f"{header.file_name}: unexpected tensor {key!r}; a layer stored as {specs[name]} has "
-                f"{sorted(layouts[name])}. The file does not belong to this config.json."
+                f"{header.file_name} holds the codes {key!r}, and config.json does not say how that layer is "
+                "quantized: it would be filled with random numbers. The config is damaged or belongs to another "
+                "file."
             )
-        if header.shape != expected.shape or header.dtype != expected.dtype:
-            raise ValueError(
-                f"{header.file_name}: {key!r} is {header.stored_dtype} of shape {header.shape}, and config.json asks "
-                f"for {expected.dtype} of shape {expected.shape}. The file does not belong to this config.json, or "
-                "is damaged."
-            )
-        found[name].add(tensor_name)
-    if not is_seen:
-        return  # names are converted while loading; the loaded tensors are checked instead
-    missing = [f"{name}.{tensor}" for name in specs for tensor in layouts[name] if tensor not in found[name]]
+        elif parameter in dense:
+            _check_kind(key, header, is_floating=dense[parameter].is_floating_point())
+    layers = [name for name in specs if name not in stored_layers]
+    missing = [f"{name}.{tensor}" for name in layers for tensor in layouts[name] if f"{name}.{tensor}" not in found]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
+            f"{files}: the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
             f"{missing[:3]}. Download or save it again."
         )
 
 
-def model_name(stored_name: str, names: Any, model: nn.Module) -> str | None:
-    """The module that a name in a file means: the base model's prefix may be there or not."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for candidate in (stored_name, stored_name.removeprefix(prefix), prefix + stored_name):
-        if candidate in names:
-            return candidate
-    return None
+def _check_layer_tensor(
+    key: str, header: FileHeader, tensor_name: str, spec: QuantSpec, layout: Mapping[str, TensorLayout]
+) -> None:
+    expected = layout.get(tensor_name)
+    if expected is None:
+        raise ValueError(
+            f"{header.file_name}: unexpected tensor {key!r}; a layer stored as {spec} has {sorted(layout)}. The file "
+            "does not belong to this config.json."
+        )
+    if header.shape != expected.shape or header.dtype != expected.dtype:
+        raise ValueError(
+            f"{header.file_name}: {key!r} is {header.stored_dtype} of shape {header.shape}, and config.json asks "
+            f"for {expected.dtype} of shape {expected.shape}. The file does not belong to this config.json, or "
+            "is damaged."
+        )
 
 
-def names_in_model(stored_names: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """The module of ``model`` that each stored name of a quantized layer means.
-
-    Raises:
-        ValueError: the model has no dense layer of that name.
-    """
-    linears = dense_modules(model)
-    is_headless = getattr(model, "base_model", model) is model
-    names = {}
-    for stored_name in stored_names:
-        name = model_name(stored_name, linears, model)
-        if name is not None:
-            names[stored_name] = name
-        elif ".experts." in stored_name:
-            raise ValueError(
-                f"{stored_name}: transformers 5 keeps the experts of a layer in one tensor, for which the codes of "
-                "single experts cannot stand. Such mixture-of-experts checkpoints need transformers 4."
-            )
-        elif not is_headless:  # AutoModel on a checkpoint with a head: the head is not in this model
-            raise ValueError(
-                f"the checkpoint has a quantized module {stored_name!r}, and the model has no linear layer of that "
-                "name. The two do not belong together."
-            )
-    if not names:
-        raise ValueError("the checkpoint has quantized modules, and the model has none of them.")
-    return names
+def _check_kind(key: str, header: FileHeader, *, is_floating: bool) -> None:
+    """Raise ValueError where integers are stored for a floating tensor, or the other way round."""
+    if header.stored_dtype.startswith(("F", "BF")) != is_floating:
+        raise ValueError(
+            f"{header.file_name}: {key!r} is {header.stored_dtype}, and the model has "
+            f"{'floating-point numbers' if is_floating else 'integers'} there. The file is damaged, or belongs to "
+            "another model."
+        )

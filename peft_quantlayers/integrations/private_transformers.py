@@ -1,5 +1,6 @@
 """Private names of transformers that packages below this one need, each in one place. Imports nothing."""
 
+import re
 from typing import Any
 
 
@@ -26,3 +27,15 @@ def remove_quantization_config(model: Any) -> None:
     for module in model.modules():
         if "hf_quantizer" in vars(module):  # the transformers model, which may lie inside a PEFT model
             module.hf_quantizer.remove_quantization_config(module)
+
+
+def kept_dtype(model: Any, module_name: str, dtype: Any) -> str | None:
+    """The dtype that the model's class keeps for the weight of a module where ``dtype`` is loaded; None for that one.
+
+    For example T5 keeps the last linear layer of each block in float32 where the rest is float16.
+    """
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", ".*"), f"{module_name}.weight"):
+            return str(kept).removeprefix("torch.")
+    return None

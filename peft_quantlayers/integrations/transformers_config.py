@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..formats.known_formats import choose_format, known_formats
 from ..layers import QuantizedLinear, quantized_modules
 from ..methods import QuantConfig
 from ..methods.aqlm.method import MAX_SCALE_ERROR
+from .private_transformers import kept_dtype
 
 
 class QuantlayersConfig(QuantizationConfigMixin):
@@ -56,11 +59,11 @@ class QuantlayersConfig(QuantizationConfigMixin):
 def describe_model(model: nn.Module) -> ModelDescription:
     """What a checkpoint has to say about ``model``, a transformers model."""
     layers = quantized_modules(model)
-    dtypes = {layer.compute_dtype for layer in layers.values()}
-    own = dtypes.pop() if len(dtypes) == 1 else None
+    compute_dtype, compute_dtypes = _compute_dtypes(model, layers)
     return ModelDescription(
         specs={name: layer.spec for name, layer in layers.items()},
-        compute_dtype=None if own in (None, model.dtype) else str(own).removeprefix("torch."),
+        compute_dtype=compute_dtype,
+        compute_dtypes=compute_dtypes,
         branches={name: layer.branch.rank for name, layer in layers.items() if layer.branch is not None},
         # By isinstance, as readers of published checkpoints look for the layers that they replace.
         dense_linears=tuple(
@@ -70,6 +73,23 @@ def describe_model(model: nn.Module) -> ModelDescription:
         ),
         lossy_in_model_dtype=tuple(name for name, layer in layers.items() if _is_lossy_in(model.dtype, layer)),
     )
+
+
+def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> tuple[str | None, dict[str, str]]:
+    """The layers' compute dtype, None for the model's, and that of the layers that have another one than the rest.
+
+    A reader that finds none takes the model's dtype, or what the model's class keeps for a layer (``kept_dtype``).
+    """
+    own = _name(model.dtype)
+    dtypes = {name: _name(layer.compute_dtype) for name, layer in layers.items()}
+    most = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else own
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
+    is_taken = all(kept_dtype(model, name, model.dtype) in (None, most) for name in dtypes.keys() - others.keys())
+    return (None if most == own and is_taken else most), others
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_lossy_in(dtype: Any, layer: QuantizedLinear) -> bool:

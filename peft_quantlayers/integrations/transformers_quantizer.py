@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -20,23 +21,23 @@ from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import ModelDescription
 from ..layers import (
     LowRankBranch,
-    QuantizedLinear,
     dequantize_model,
     quantizable_modules,
     quantize_module,
     quantized_modules,
 )
-from ..layers.codes_parameter import is_sharded
-from ..layers.dense_types import dense_shape, dense_type_of
+from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
-from .checkpoint_headers import CheckpointFiles, check_headers, names_in_model
+from .checkpoint_headers import CheckpointFiles, check_headers
+from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
 from .given_config import compare_with_asked, quant_config_of, without_untagged
-from .parallel_loading import check_finite_shards, refuse_parallel_loading
-from .private_transformers import is_marked_as_initialized
-from .tensor_conversion import StoredLayers, ignore_tensors
+from .loaded_tensors import check_loaded
+from .parallel_loading import refuse_parallel_loading
+from .private_transformers import kept_dtype
+from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
@@ -96,7 +97,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
         self.failures: list[str] = []
-        self.stored_layers = StoredLayers({}, stored_names={}, failures=self.failures)
+        # Of a checkpoint: the parameter for each name in its files, and the files in words.
+        self.parameters: dict[str, str] = {}
+        self.files = ""
+        self.quantized_tensors: list[QuantizedTensors] = []
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -134,9 +138,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Tensors of quantized layers keep the dtype of the file: a wrong one must be an error, not a cast."""
-        name = converter.target_patterns[0] if getattr(converter, "target_patterns", None) else ""
-        module_name, _, tensor_name = name.rpartition(".")
-        if module_name.removesuffix(".branch") in self.specs and tensor_name != "bias":
+        if isinstance(converter, QuantizedTensors):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -153,41 +155,47 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if self.are_checksums_checked:
             refuse_damage(files)
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
-        names = names_in_model(description.specs, model)
-        self.specs = {name: description.specs[stored_name] for stored_name, name in names.items()}
-        self.compute_dtype = description.compute_dtype
-        stored_names = {name: stored_name for stored_name, name in names.items()}
-        stored = {names[name]: layer for name, layer in description.stored_layers.items() if name in names}
-        converted = layers_with_wide_codes(self.specs, model) | stored
-        self.stored_layers = StoredLayers(converted, stored_names=stored_names, failures=self.failures)
-        self.stored_layers.check_shapes(model)
-        self._check_layouts(model)
+        names = CheckpointNames(model)
+        modules = names.modules(description.specs)
+        self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
+        tensor_names = self._tensor_names(model, [modules[name] for name in description.branches if name in modules])
+        stored = {modules[name]: layer for name, layer in description.stored_layers.items() if name in modules}
+        stored_layers = StoredLayers(layers_with_wide_codes(self.specs, model) | stored, failures=self.failures)
+        stored_layers.check_shapes(model)
         if config.asked is not None:
             compare_with_asked(config.asked, self.specs, model)
-        if not stored:  # what is converted was checked when it was described
-            check_headers(files.headers, self.specs, model)
-        self._place_layers(model, description, names)
+        self.files, self.parameters = str(files), names.parameters(files.headers)
+        check_headers(files, self.parameters, self.specs, stored, model)
+        renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
+        self.quantized_tensors = [
+            QuantizedTensors({name: self.parameters[key] for key, name in renamed.items()}, stored_layers)
+        ]
+        self._place_layers(model, description, modules)
         ignore_tensors(model, config.checkpoint_format.setting_names)
 
-    def _check_layouts(self, model: PreTrainedModel) -> None:
+    def _tensor_names(self, model: PreTrainedModel, branches: Collection[str]) -> set[str]:
+        """All parameters of the layers that the checkpoint describes, without biases."""
+        names = {f"{name}.branch.{part}" for name in branches for part in ("A", "B")}
         for name, spec in self.specs.items():
             try:
-                spec.tensor_layout(*dense_shape(model, name))
+                names |= {f"{name}.{part}" for part in spec.tensor_layout(*dense_shape(model, name))}
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        return names
 
     def _place_layers(self, model: PreTrainedModel, description: ModelDescription, names: dict[str, str]) -> None:
         """Quantized layers with empty tensors, and their branches, in the place of the modules in ``names``."""
         for stored_name, name in names.items():
-            spec = self.specs[name]
-            layer = place_empty_layer(model, name, spec, compute_dtype=self.compute_dtype, device="meta")
+            dtype = description.compute_dtypes.get(stored_name, description.compute_dtype)
+            dtype = dtype or kept_dtype(model, name, dense_weight(model, name).dtype)
+            layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtype, device="meta")
             rank = description.branches.get(stored_name)
             if rank is not None:
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
                 layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
-    def get_weight_conversions(self) -> list[Any]:
-        return self.stored_layers.conversions()
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return [*self.quantized_tensors, *weight_conversions]
 
     # ---- after loading
 
@@ -196,10 +204,9 @@ class QuantlayersHfQuantizer(HfQuantizer):
             self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
-        self.stored_layers.forget_conversions(model)
-        for name, layer in quantized_modules(model).items():
-            if self.pre_quantized:
-                _check_loaded(name, layer)
+        if self.pre_quantized:
+            check_loaded(model, files=self.files, stored=set(self.parameters.values()))
+        for layer in quantized_modules(model).values():
             for parameter_name, parameter in layer.named_parameters(recurse=False):
                 if parameter_name != "bias":
                     parameter.requires_grad = False  # the loader makes floats trainable
@@ -232,8 +239,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
         unmark_for_kbit_training(model)
         model.config._is_quantized = False
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return dequantize_model(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers gives the config's where the caller gave none; it is text once the model was saved. The layers
+        # of such a model have it already, but for those that are kept in float32.
+        name = str(dtype).removeprefix("torch.")
+        is_models_own = dtype is None or name == str(model.config.dtype).removeprefix("torch.")
+        return dequantize_model(model, None if is_models_own else getattr(torch, name))
 
     # ---- what transformers asks about a loaded model
 
@@ -245,6 +256,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
         state = state_with_wide_codes(model)
+        keep_from_conversions(model, model.state_dict())
         return state, checksum_metadata(model, model.state_dict() if state is None else state)
 
     @property
@@ -274,19 +286,6 @@ def unmark_for_kbit_training(model: PreTrainedModel) -> None:
     """Take back :func:`mark_for_kbit_training`."""
     if hasattr(model, "hqq_quantized"):
         del model.hqq_quantized
-
-
-def _check_loaded(name: str, layer: QuantizedLinear) -> None:
-    for tensor_name, parameter in layer.named_parameters():
-        if not is_marked_as_initialized(parameter):
-            raise ValueError(f"the checkpoint lacks the tensor {name}.{tensor_name}. Download or save it again.")
-    if is_sharded(layer.codes):  # headers were checked; this process has some of the values
-        check_finite_shards(name, layer)
-    elif layer.codes.device.type != "meta":
-        layer.quantized_weight.check(name)
-        for tensor_name, parameter in [] if layer.branch is None else layer.branch.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"{name}.branch.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

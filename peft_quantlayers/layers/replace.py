@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_dtype, check_model
 from ..formats import QuantSpec
-from ..integrations.private_transformers import remove_quantization_config
+from ..integrations.private_transformers import kept_dtype, remove_quantization_config
 from ..methods import QuantConfig
 from .dense_types import dense_at
 from .linear import QuantizedLinear
@@ -52,7 +52,8 @@ def quantize_module(
     if device is not None:
         layer.to(home)
     if compute_dtype is not None:
-        layer.compute_dtype = getattr(torch, compute_dtype)
+        wanted = getattr(torch, compute_dtype)
+        layer.compute_dtype = getattr(torch, kept_dtype(model, name, wanted) or compute_dtype)
     model.set_submodule(name, layer)
     return layer
 

@@ -1,7 +1,6 @@
 """Which modules of a model a config selects, checked before anything is changed."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,6 +10,7 @@ from ..arguments import check_model
 from ..formats import QuantSpec
 from ..methods import QuantConfig
 from ..methods.config import matches
+from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense
 from .dense_types import dense_shape, dense_type_of, dense_weight
 from .linear import QuantizedLinear
 
@@ -21,20 +21,6 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
     """All quantized layers of ``model`` by name; TypeError if it is not a module."""
     check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StaysDense:
-    """Why a module is not quantized: ``reason``, one of the constants of this file, and what more there is to say."""
-
-    reason: str
-    detail: str = ""
-
-
-HEAD = "output head"
-SKIPPED = "skip_modules"
-SHARED = "weight shared with another module"
-MISFIT = "shape does not fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +38,6 @@ class Selection:
     dense: dict[str, StaysDense]
     done: tuple[str, ...]
     asked: dict[str, QuantSpec]
-
-
-class DenseRules:
-    """Which modules of a model stay dense whatever the method and the shapes: what the model says about itself."""
-
-    def __init__(self, model: nn.Module, *, quantize_lm_head: bool = False) -> None:
-        self._heads = set() if quantize_lm_head else set(_head_modules(model))
-        self._shared = _shared_parameters(model)
-
-    def reason(self, name: str, module: nn.Module) -> StaysDense | None:
-        """Why ``module``, of a registered type, stays dense; None if nothing of the model is against quantizing it."""
-        if name in self._heads:
-            return StaysDense(reason=HEAD)
-        if id(module.weight) in self._shared:
-            return StaysDense(reason=SHARED)
-        return None
 
 
 def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
@@ -168,27 +138,6 @@ def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpe
 def _is_finite(weight: torch.Tensor) -> bool:
     low, high = torch.aminmax(weight.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _head_modules(model: nn.Module) -> Iterator[str]:
-    """Dense modules outside the base model of a transformers model: the heads of any task."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
-        return
-    body = {id(module) for module in getattr(model, prefix).modules()}
-    for name, module in model.named_modules():
-        if dense_type_of(module) is not None and id(module) not in body:
-            yield name
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that the model holds in more than one place: tied embeddings, a module with two names."""
-    owners: dict[int, int] = {}
-    for parent in model.modules():
-        for module in filter(None, parent._modules.values()):
-            for parameter in module.parameters(recurse=False):
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {parameter for parameter, count in owners.items() if count > 1}
 
 
 def _check_patterns(model: nn.Module, config: QuantConfig) -> None:

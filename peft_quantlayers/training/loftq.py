@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_flag, check_integer, check_model, nearest
-from ..integrations.checkpoint_headers import model_name, open_checkpoint
+from ..integrations.checkpoint_headers import CheckpointFiles
+from ..integrations.checkpoint_names import CheckpointNames
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
@@ -252,22 +253,12 @@ def _float_weights(float_model: nn.Module | str | Path, model: nn.Module, names:
             raise ValueError(
                 f"float_model={str(float_model)!r} is not a folder, and the hub did not give it: {error}"
             ) from None
-    stored = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_checkpoint(str(file)) as opened:
-            for key in opened.keys():  # noqa: SIM118
-                module, _, tensor = key.rpartition(".")
-                name = model_name(module, names, model) if tensor == "weight" else None
-                if name is not None:
-                    stored[name] = (str(file), key)
+    files = CheckpointFiles(str(file) for file in sorted(folder.glob("*.safetensors")))
+    parameters = CheckpointNames(model, layers=names).parameters(files.headers)
+    stored = {name.removesuffix(".weight"): key for key, name in parameters.items() if name.endswith(".weight")}
     _refuse_missing([name for name in names if name not in stored], names)
 
-    def read(name: str) -> Tensor:
-        file, key = stored[name]
-        with open_checkpoint(file) as opened:
-            return opened.get_tensor(key)
-
-    return read
+    return lambda name: files.read(stored[name])
 
 
 def _refuse_missing(missing: list[str], names: list[str]) -> None:
