@@ -85,7 +85,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         ``hessian``: second moment of the inputs, as in :meth:`QuantMethod.quantize`.
 
         Raises:
-            TypeError: ``linear`` is no linear layer, or ``spec`` no spec.
+            TypeError: ``linear`` is not a linear layer, or ``spec`` not a spec.
             ValueError: the layer is quantized already, its shape does not fit ``spec``, or its weight is not finite.
         """
         if not isinstance(linear, nn.Linear) or not isinstance(spec, QuantSpec):

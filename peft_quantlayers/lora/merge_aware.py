@@ -35,7 +35,7 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
         adapters: names; None for the active ones. Adapters that are active together must all be merge-aware.
 
     Raises:
-        TypeError: ``model`` is no module, ``adapters`` no list of names.
+        TypeError: ``model`` is not a module, ``adapters`` not a list of names.
         ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
             merged; nothing was changed.
         NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
@@ -98,7 +98,7 @@ class MergeAwareCallback(TrainerCallback):
         adapters: as for :func:`enable_merge_aware`.
 
     Raises:
-        TypeError: ``start_step`` is no integer, or ``adapters`` no list of names.
+        TypeError: ``start_step`` is not an integer, or ``adapters`` not a list of names.
         ValueError, NotImplementedError: ``start_step`` is negative; and at the start of the training, as
             :func:`enable_merge_aware`, or because it ends before ``start_step``.
     """
