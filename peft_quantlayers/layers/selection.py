@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantized layers of ``model`` by name; TypeError if it is no module."""
+    """All quantized layers of ``model`` by name; TypeError if it is not a module."""
     check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 

@@ -309,7 +309,7 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         strategy: as for :func:`merge_back`; ``"auto"`` is the default.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
     """
     check_model("set_merge_strategy", model)

@@ -66,7 +66,7 @@ class QuantScalesConfig(PeftConfig):
         checksums = {} if self.base_crc32 is None else self.base_crc32
         if not isinstance(checksums, dict) or not all(isinstance(value, int) for value in checksums.values()):
             raise TypeError(
-                f"base_crc32={str(checksums)[:60]} is no mapping of layers to checksums: the file is damaged. "
+                f"base_crc32={str(checksums)[:60]} is not a mapping of layers to checksums: the file is damaged. "
                 "Download or save the adapter again."
             )
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
