@@ -1,6 +1,6 @@
 """Checks of what users pass, shared by all public functions. Each raises a sentence that names the way out.
 
-Lies below all rooms: imports torch only, and changes nothing.
+Lies below all packages: imports torch only, and changes nothing.
 """
 
 from __future__ import annotations

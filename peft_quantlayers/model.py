@@ -59,7 +59,7 @@ def quantize_model(
         on_layer: called after each layer with its errors; only with ``calibration``.
 
     Raises:
-        TypeError: ``model`` is no module, ``config`` no QuantConfig; calibration data of an unknown kind.
+        TypeError: ``model`` is not a module, ``config`` not a QuantConfig; calibration data of an unknown kind.
         ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
             on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
             the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little

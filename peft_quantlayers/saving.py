@@ -59,7 +59,7 @@ def save_model(
     Raises:
         FileExistsError: ``folder`` holds files, an adapter, or is being written by another process.
         OSError: no permission, a read-only or full disk.
-        TypeError: ``model`` is no transformers model.
+        TypeError: ``model`` is not a transformers model.
         ValueError: the model carries adapters, or what was written could not be read again.
         In each case ``folder`` is as it was.
     """

@@ -54,19 +54,19 @@ def mirrors_of(changed: str, existing: Iterable[str]) -> list[str]:
     if path.parts[0] == "tests":
         return [changed] if changed in existing and path.name.startswith("test_") else []
     if path.parts[0] == "kernels":
-        room, inner = "kernels", path.parts[2:]
+        package, inner = "kernels", path.parts[2:]
     elif path.parts[0] == "peft_quantlayers" and len(path.parts) > 2:
-        room, inner = path.parts[1], path.parts[2:]
+        package, inner = path.parts[1], path.parts[2:]
     elif path.parts[0] == "peft_quantlayers":
-        room, inner = "", path.parts[1:]
+        package, inner = "", path.parts[1:]
     else:
         return []
     parents, stem = [part for part in inner[:-1] if part != "csrc"], path.stem
-    folder = f"tests/{room}" if room else "tests"
+    folder = f"tests/{package}" if package else "tests"
     for name in ("_".join([*parents, stem]), stem, "_".join(parents)):
         if f"{folder}/test_{name}.py" in existing:
             return [f"{folder}/test_{name}.py"]
-    return [folder] if room and any(file.startswith(f"{folder}/test_") for file in existing) else []
+    return [folder] if package and any(file.startswith(f"{folder}/test_") for file in existing) else []
 
 
 def changed_files() -> list[str]:

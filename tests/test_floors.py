@@ -13,7 +13,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 # Low to high. A module may import its own floor and those below; ``evaluate`` needs no more of ours than the checks of
 # arguments, and all may use it.
-# The longest name that fits decides: the private names of peers lie below the rooms that need one of them.
+# The longest name that fits decides: the private names of peers lie below the packages that need one of them.
 FLOORS = [
     {
         "arguments",
@@ -46,18 +46,18 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(KERNELS.parent if file.is_relative_to(KERNELS) else ROOT).with_suffix("").parts)
 
 
-def room(dotted: str) -> str:
+def package_of(dotted: str) -> str:
     """The floor's member that a dotted name belongs to."""
     parts = [part for part in dotted.split(".") if part != "__init__"]
     if parts[0] == "quantlayers_kernels" or len(parts) == 1:
         return parts[0]
     longest = ".".join(parts[1:3])
-    return longest if any(longest in rooms for rooms in FLOORS) else parts[1]
+    return longest if any(longest in packages for packages in FLOORS) else parts[1]
 
 
 def floor(dotted: str) -> int:
-    for level, rooms in enumerate(FLOORS):
-        if room(dotted) in rooms:
+    for level, packages in enumerate(FLOORS):
+        if package_of(dotted) in packages:
             return level
     raise AssertionError(f"{dotted} lies on no floor: say in FLOORS where it belongs.")
 
@@ -81,15 +81,15 @@ def upward_imports(source: str, module: str) -> list[str]:
     return sorted(target for target in targets if floor(target) > floor(module))
 
 
-def own_names_by_room() -> dict[str, set[str]]:
+def own_names_by_package() -> dict[str, set[str]]:
     """Each package has its own: what ``integrations`` overrides is private to the peers everywhere else."""
     found: dict[str, set[str]] = {}
     for file in FILES:
-        found.setdefault(room(module_name(file)), set()).update(own_names(file.read_text()))
+        found.setdefault(package_of(module_name(file)), set()).update(own_names(file.read_text()))
     return found
 
 
-OWN_NAMES = own_names_by_room()
+OWN_NAMES = own_names_by_package()
 
 # What files outside integrations/ replace on objects that are not ``self``, and why.
 MAY_REPLACE = {
@@ -137,14 +137,14 @@ def test_the_kernels_import_torch_and_the_standard_library_only(file):
 def test_peft_is_imported_only_where_adapters_meet_it(file):
     module = module_name(file)
     roots = {dotted.split(".")[0] for dotted, _ in imports(file.read_text(), module)}
-    assert "peft" not in roots or room(module) in MAY_IMPORT_PEFT
+    assert "peft" not in roots or package_of(module) in MAY_IMPORT_PEFT
 
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)
-def test_rooms_that_know_no_peers_import_none(file):
+def test_packages_that_know_no_peers_import_none(file):
     module = module_name(file)
     roots = {dotted.split(".")[0] for dotted, _ in imports(file.read_text(), module)}
-    assert room(module) not in KNOWS_NO_PEERS or not roots & set(PEERS)
+    assert package_of(module) not in KNOWS_NO_PEERS or not roots & set(PEERS)
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -154,22 +154,22 @@ def test_no_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize("file", FILES, ids=id_of)
 def test_private_names_of_peers_are_used_in_integrations_only(file):
     module, source = module_name(file), file.read_text()
-    if room(module).split(".")[0] != PRIVATE_NAMES:
+    if package_of(module).split(".")[0] != PRIVATE_NAMES:
         assert private_imports(source, module) == []
-        assert private_attributes(source, OWN_NAMES[room(module)]) == []
+        assert private_attributes(source, OWN_NAMES[package_of(module)]) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)
 def test_objects_of_others_are_changed_in_integrations_only(file):
     module = module_name(file)
-    if room(module).split(".")[0] != PRIVATE_NAMES:
+    if package_of(module).split(".")[0] != PRIVATE_NAMES:
         assert set(replacements(file.read_text())) == set(MAY_REPLACE.get(module, ()))
 
 
 def test_evaluate_imports_no_more_of_ours_than_the_checks_of_arguments():
     for file in (PACKAGE / "evaluate").rglob("*.py"):
         targets = [dotted for dotted, _ in imports(file.read_text(), module_name(file)) if is_ours(dotted)]
-        assert all(room(target) in ("evaluate", "arguments") for target in targets), file
+        assert all(package_of(target) in ("evaluate", "arguments") for target in targets), file
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_walk_sees_upward_imports(module, source, upward):
     assert upward_imports(source, module) == upward
 
 
-@pytest.mark.parametrize("name", sorted(room for room in OWN_NAMES if room.split(".")[0] != PRIVATE_NAMES))
+@pytest.mark.parametrize("name", sorted(name for name in OWN_NAMES if name.split(".")[0] != PRIVATE_NAMES))
 def test_what_integrations_override_is_private_to_peers_in_every_other_package(name):
     for attribute in (
         "_create_and_replace",

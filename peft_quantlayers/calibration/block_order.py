@@ -50,17 +50,15 @@ def order_of(
             "the inputs that they read, or go without calibration. Nothing was changed."
         )
     reached = [list(blocks) for blocks in lists if set(blocks) & set(first.order)]
-    kept: list[list[str]] = []
-    for blocks in reached:
-        repeated = [block for block in blocks if first.order.count(block) > 1]
-        if repeated and blocks is reached[0]:
-            raise ValueError(
-                f"cannot calibrate block by block: {repeated[:3]} do not run exactly once in a forward pass, but "
-                "several times. Quantize the model without calibration, or leave these blocks out with "
-                f"skip_modules=[{_parent(repeated[0])!r}]. Nothing was changed."
-            )
-        if not repeated and not first.nested & set(blocks):
-            kept.append(blocks)
+    looped = {blocks[0]: [block for block in blocks if first.order.count(block) > 1] for blocks in reached}
+    if reached and looped[reached[0][0]]:
+        repeated = [block for blocks in looped.values() for block in blocks]
+        raise ValueError(
+            f"cannot calibrate block by block: {repeated[:3]} do not run exactly once in a forward pass, but several "
+            "times. Quantize the model without calibration, or leave these blocks out with "
+            f"skip_modules={list(dict.fromkeys(map(_parent, repeated)))}. Nothing was changed."
+        )
+    kept = [blocks for blocks in reached if not looped[blocks[0]] and not first.nested & set(blocks)]
     return _common_order(kept, [first, *others])
 
 

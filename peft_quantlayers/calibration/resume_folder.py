@@ -44,7 +44,7 @@ class ResumeFolder:
             raise OSError(error.errno, reason) from None
         with ExitStack() as stack:
             stack.enter_context(locked_folder(folder, inside=True))
-            for part in folder.glob("*.part"):  # of a writer that was killed: nobody else has the lock
+            for part in folder.glob("*.part"):  # of a writer that was killed: no other process has the lock
                 part.unlink()
             for file in sorted(folder.glob("*.safetensors")):
                 self._read(file, model)
@@ -87,7 +87,7 @@ class ResumeFolder:
     def _read(self, file: Path, model: nn.Module) -> tuple[dict[str, QuantSpec], dict[str, Tensor]]:
         """Specs and tensors of a block that is still dense in ``model``, all checked."""
         if not file.is_file():
-            raise ValueError(self._refusal(file, "is no regular file"))
+            raise ValueError(self._refusal(file, "is not a regular file"))
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}

@@ -61,9 +61,9 @@ class InputStatistics:
 
 
 def check_statistics(wanted: Sequence[str]) -> None:
-    """ValueError where one of ``wanted`` is no statistic."""
+    """ValueError where one of ``wanted`` is not a statistic."""
     if unknown := [name for name in wanted if name not in STATISTICS]:
-        raise ValueError(f"{unknown[0]!r} is no statistic of inputs; choose from {list(STATISTICS)}.")
+        raise ValueError(f"{unknown[0]!r} is not a statistic of inputs; choose from {list(STATISTICS)}.")
 
 
 def collect(inputs: Iterable[Tensor], wanted: Sequence[Statistic]) -> InputStatistics | None:

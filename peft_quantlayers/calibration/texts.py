@@ -270,7 +270,7 @@ def _is_path(text: str) -> bool:
 
 def _text_of(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"{path} is no file. Give the path of a text file, texts, token ids, or a dataset.")
+        raise ValueError(f"{path} is not a file. Give the path of a text file, texts, token ids, or a dataset.")
     if path.suffix.lower() not in TEXT_SUFFIXES:
         kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix.lower(), path.suffix.lower().removeprefix("."))
         raise ValueError(

@@ -228,8 +228,8 @@ class _Visits:
         if self.scarce:
             widest = max(self.scarce, key=lambda name: self.scarce[name])
             logger.warning(
-                "%d of %d layers have more inputs (%s: %d) than the %d tokens of the calibration data: what these do "
-                "not show rests on damping. Give more data, or a larger n_tokens.",
+                "%d of %d layers have more inputs (%s: %d) than the %d tokens of the calibration data, so damping "
+                "alone decides what the tokens leave open. Give more data, or a larger n_tokens.",
                 len(self.scarce),
                 len(self.reached),
                 widest,

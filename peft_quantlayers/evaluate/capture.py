@@ -89,7 +89,7 @@ def capture(
         progress: show a progress bar.
 
     Raises:
-        TypeError: ``token_ids`` is no tensor of integers, or a model cannot be called.
+        TypeError: ``token_ids`` is not a tensor of integers, or a model cannot be called.
         ValueError: ``token_ids`` is not a vector of at least one window, ``window`` is below 2, or ``max_windows``
             below 1.
     """

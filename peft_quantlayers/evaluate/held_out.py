@@ -15,7 +15,7 @@ def check_token_ids(token_ids: Any, *, window: Any, max_windows: Any) -> int:
 
     Raises:
         TypeError: no tensor of integers, or the other two are no integers.
-        ValueError: the text is no vector of at least one window, or a number is too small.
+        ValueError: the text is not a vector of at least one window, or a number is too small.
     """
     if not isinstance(token_ids, Tensor):
         raise TypeError(

@@ -10,7 +10,7 @@ def saved_for_backward(module: nn.Module, x: Tensor) -> int:
     """Bytes that ``module(x)`` saves for its backward pass: each storage once, without the module's own tensors.
 
     Raises:
-        TypeError: ``module`` is no module, or ``x`` no tensor.
+        TypeError: ``module`` is not a module, or ``x`` not a tensor.
     """
     check_model("saved_for_backward", module)
     if not isinstance(x, Tensor):

@@ -31,7 +31,7 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        TypeError: not a causal language model, or ``token_ids`` is no tensor of integers.
+        TypeError: not a causal language model, or ``token_ids`` is not a tensor of integers.
         ValueError: the text is shorter than one window, ``window`` below 2, or ``max_windows`` below 1.
     """
     check_model("perplexity", model)

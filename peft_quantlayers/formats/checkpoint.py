@@ -113,7 +113,7 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
             raise type(error)(f"quantization_config: specs[{position}]: {error}") from None
     for name, index in modules.items():
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
-            raise ValueError(f"quantization_config: modules[{name!r}]={index!r} is no index into 'specs'.")
+            raise ValueError(f"quantization_config: modules[{name!r}]={index!r} is not an index into 'specs'.")
     return {name: specs[index] for name, index in modules.items()}
 
 
@@ -122,7 +122,7 @@ def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
 
     Raises:
         TypeError: no mapping of names to integers.
-        ValueError: a name that is no quantized module, or a rank below 1.
+        ValueError: a name that is not a quantized module, or a rank below 1.
     """
     branches = fields.get("branches", {})
     if not isinstance(branches, Mapping):
@@ -131,7 +131,7 @@ def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"quantization_config: branches[{name!r}]={rank!r} must be an integer.")
         if rank < 1 or name not in fields.get("modules", {}):
-            raise ValueError(f"quantization_config: branches[{name!r}]={rank!r} is no rank of a quantized module.")
+            raise ValueError(f"quantization_config: branches[{name!r}]={rank!r} is not a rank of a quantized module.")
     return dict(branches)
 
 

@@ -286,7 +286,7 @@ def _shape(stored: Mapping[str, Any], name: str) -> tuple[int, int]:
     sizes = value.reshape(-1).tolist() if isinstance(value, Tensor) else value
     is_shape = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and all(type(size) is int for size in sizes)
     if not is_shape or min(sizes) < 1 or max(sizes) > 1 << 31:
-        raise ValueError(f"{name}: shape={sizes!r} is no shape of a linear layer.")
+        raise ValueError(f"{name}: shape={sizes!r} is not a shape of a linear layer.")
     return tuple(sizes)
 
 

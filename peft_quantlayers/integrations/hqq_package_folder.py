@@ -42,7 +42,7 @@ def load_hqq_folder(
         device: where the model goes; None for the CPU.
 
     Raises:
-        TypeError: ``folder`` is no path, or ``dtype`` no floating dtype.
+        TypeError: ``folder`` is not a path, or ``dtype`` not a floating dtype.
         FileNotFoundError: one of the two files is not there.
         ValueError: qmodel.pt is damaged, asks for code to be run, or does not belong to config.json; names the
             layer at fault.

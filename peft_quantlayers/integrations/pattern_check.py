@@ -75,7 +75,7 @@ def _patterns(config: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _ends(pattern: str, names: list[str]) -> bool:
-    """Whether all matches end in time; True too for what is no expression, which PEFT refuses."""
+    """Whether all matches end in time; True too for what is not an expression, which PEFT refuses."""
     command = [sys.executable, "-I", "-S", "-c", _TRIAL, str(CPU_SECONDS)]
     try:
         done = subprocess.run(

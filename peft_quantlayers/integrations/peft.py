@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import peft.utils
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
 from peft.tuners.lora import loraga
@@ -27,8 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from ..layers import QuantizedLinear
-from ..layers.placement import check_weights_are_here, is_offloaded
+from ..layers import QuantizedLinear, quantized_modules
+from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
@@ -36,6 +36,7 @@ from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
 from ..scales import QuantScalesLayer
 from . import peft_scales as scales
+from .adapter_files import check_file, check_loaded, check_scaling, local_file
 from .pattern_check import check_patterns
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def register() -> None:
         peft.utils.register_quantization_backend(NAME, _backend)
     _take_over(LoraModel, "_prepare_model", _prepare_model)
     _take_over(LoraModel, "inject_adapter", _inject_adapter)
+    for owner in (PeftModel, PeftMixedModel):
+        _take_over(owner, "load_adapter", _load_adapter)
     _take_over(LoraModel, "merge_adapter", _merge_adapter)
     _take_over(LoraModel, "_unload_and_optionally_merge", _unload)
     _take_over(loraga, "estimate_gradients", _estimate_gradients)
@@ -127,12 +130,30 @@ def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
 def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning."""
     config = self.peft_config[adapter_name]
+    if quantized_modules(model):
+        check_scaling(config)
     # Before PiSSA and its like change the base, as they will when the adapter is loaded.
     found = base_fingerprints(model) if is_recorded(config) else {}
     warn_of_another_base(config, found, model, adapter_name)
     _original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
     if found:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
+
+
+def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's; on a model with quantized layers, files that are damaged or do not fit their config are errors."""
+    load = _original(PeftModel if isinstance(self, PeftModel) else PeftMixedModel, "load_adapter")
+    if not quantized_modules(self):
+        return load(self, model_id, adapter_name, *args, **kwargs)
+    source = local_file(model_id, kwargs.get("subfolder"))
+    if source is not None:
+        check_file(source)
+    try:
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+    except RuntimeError as error:  # torch's, of tensors that do not fit
+        raise RuntimeError(f"{source or model_id}: {error}") from error
+    check_loaded(self, self.peft_config[adapter_name], adapter_name, result, source or model_id)
+    return result
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -163,12 +184,7 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
     if any(is_offloaded(layer) for layer in layers):
         layers = []
     for layer in layers:
-        check_weights_are_here(
-            layer,
-            "merging",
-            if_sharded="Save the adapter, and merge it in one process, into the quantized folder loaded without "
-            "distributed_config.",
-        )
+        check_weights_are_here(layer, "merging", if_sharded=f"Save the adapter, and merge it later. {IN_ONE_PROCESS}")
     states = [layer.snapshot() for layer in layers]
     try:
         for layer in layers:

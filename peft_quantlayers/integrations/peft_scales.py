@@ -174,8 +174,8 @@ def _refuse_other_modules(targets: list[str], modules: dict[str, nn.Module]) -> 
         if isinstance(modules[name], QuantScalesLinear | QuantizedLinear):
             continue
         raise ValueError(
-            f"{name} is no quantized layer but a {type(modules[name]).__name__}: it has no scales to train. Leave it "
-            f"out with exclude_modules=[{name!r}], or train it in full with modules_to_save."
+            f"{name} is not a quantized layer but a {type(modules[name]).__name__}: it has no scales to train. Leave "
+            f"it out with exclude_modules=[{name!r}], or train it in full with modules_to_save."
         )
 
 

@@ -1,4 +1,4 @@
-"""Private names of PEFT that rooms below this one need, each in one place. Imports PEFT only."""
+"""Private names of PEFT that packages below this one need, each in one place. Imports PEFT only."""
 
 from typing import Any
 

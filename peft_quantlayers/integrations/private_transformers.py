@@ -1,4 +1,4 @@
-"""Private names of transformers that rooms below this one need, each in one place. Imports nothing."""
+"""Private names of transformers that packages below this one need, each in one place. Imports nothing."""
 
 import re
 from typing import Any

@@ -106,7 +106,7 @@ def dense_at(model: nn.Module, name: str) -> tuple[nn.Module, DenseType]:
     entry = dense_type_of(module)
     if entry is None:
         raise ValueError(
-            f"{name}: a {type(module).__qualname__} is no dense layer that can be quantized. If it computes "
+            f"{name}: a {type(module).__qualname__} is not a dense layer that can be quantized. If it computes "
             "x @ weight.T + bias, register its class with peft_quantlayers.layers.register_dense_type."
         )
     return module, entry

@@ -58,5 +58,5 @@ class LowRankBranch(nn.Module):
         return f"rank={self.rank}, dtype={self.A.dtype}"
 
 
-# The ranks of several adapters kept together add up, so the layer's shape is no bound.
+# The ranks of several adapters kept together add up, so the layer's shape is not a bound.
 MAX_RANK = 1 << 16

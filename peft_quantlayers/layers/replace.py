@@ -92,7 +92,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         dtype: dtype of the weights; None for each layer's ``compute_dtype``.
 
     Raises:
-        TypeError: ``model`` is no module, or ``dtype`` no floating dtype.
+        TypeError: ``model`` is not a module, or ``dtype`` not a floating dtype.
         ValueError: weights are offloaded, sharded, or on the meta device; the model was not changed.
     """
     check_model("dequantize_model", model)

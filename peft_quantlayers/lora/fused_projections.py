@@ -60,7 +60,7 @@ def fuse_projections(
 
     Raises:
         ValueError: no layer of ours with LoRA in the model.
-        TypeError: ``model`` is no module, or a string where several are wanted.
+        TypeError: ``model`` is not a module, or a string where several are wanted.
     """
     check_model("fuse_projections", model)
     groups = _several(groups, "groups", 'groups=[("q_proj", "k_proj")]')

@@ -23,6 +23,7 @@ from quantlayers_kernels.straight_through import straight_through
 from ..arguments import check_choice, check_model
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
+from ..layers.loaded_tensors import check_adapter_tensors
 from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
@@ -96,6 +97,10 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         self.quantization_backend = QuantizedLinearBackend(self.quantized_base())
 
     # ---- adapters
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_tensors(self.quantized_base().layer_name, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         base = self.quantized_base()
@@ -304,7 +309,7 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
         strategy: as for :func:`merge_back`; ``"auto"`` is the default.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
     """
     check_model("set_merge_strategy", model)

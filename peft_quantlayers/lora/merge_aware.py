@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..arguments import check_integer, check_model, check_names, nearest
 from ..layers import QuantizedLinear
+from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import fingerprint, stamped
 
@@ -35,7 +36,7 @@ def enable_merge_aware(model: nn.Module, adapters: list[str] | None = None) -> N
         adapters: names; None for the active ones. Adapters that are active together must all be merge-aware.
 
     Raises:
-        TypeError: ``model`` is no module, ``adapters`` no list of names.
+        TypeError: ``model`` is not a module, ``adapters`` not a list of names.
         ValueError: no such adapter, none of its layers is quantized, ``lora_dropout`` is not 0, or an adapter is
             merged; nothing was changed.
         NotImplementedError: the adapter is more than plain LoRA (DoRA, QA-LoRA, ``lora_bias``, ...); nothing was
@@ -98,7 +99,7 @@ class MergeAwareCallback(TrainerCallback):
         adapters: as for :func:`enable_merge_aware`.
 
     Raises:
-        TypeError: ``start_step`` is no integer, or ``adapters`` no list of names.
+        TypeError: ``start_step`` is not an integer, or ``adapters`` not a list of names.
         ValueError, NotImplementedError: ``start_step`` is negative; and at the start of the training, as
             :func:`enable_merge_aware`, or because it ends before ``start_step``.
     """
@@ -132,6 +133,7 @@ def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
     if not isinstance(base, QuantizedLinear):
         raise ValueError(f"adapter {adapter!r} is on layers that were dequantized: merging them rounds nothing.")
     where = f"{base.layer_name}: adapter {adapter!r}"
+    check_weights_are_here(base, f"{where}: merge-aware training", if_sharded=IN_ONE_PROCESS)
     if layer.merged:
         raise ValueError(
             f"{where} cannot be trained merge-aware while {layer.merged_adapters} are merged. Unmerge them."

@@ -19,6 +19,7 @@ from torch import nn
 from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
+from .adapter_folder import refuse_special_files
 
 # Version of the rounding: an adapter has its training loss only with the rounding that it was trained through.
 ROUNDING_VERSION = 2
@@ -53,6 +54,12 @@ class MergeAwareLoraConfig(LoraConfig):
         aware = MergeAwareLoraConfig.__new__(MergeAwareLoraConfig)
         vars(aware).update(copy.copy(vars(config)))
         return aware
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, which is about to load the weights beside the config: they must be a regular file."""
+        refuse_special_files(pretrained_model_name_or_path, subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; an adapter on float layers is saved as if this class did not exist."""

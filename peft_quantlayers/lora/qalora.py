@@ -31,7 +31,7 @@ def check_config(base: QuantizedLinear, config: LoraConfig) -> None:
 
     Raises:
         NotImplementedError: the weight has no float zero for each group, or ``config`` asks for a second variant.
-        ValueError: ``qalora_group_size`` is no multiple of the layer's group size, or does not divide its inputs.
+        ValueError: ``qalora_group_size`` is not a multiple of the layer's group size, or does not divide its inputs.
     """
     name, size = base.layer_name, config.qalora_group_size
     if config.use_dora or config.lora_bias:

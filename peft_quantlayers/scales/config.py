@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
 from ..formats.spec import METADATA_ROLES
+from ..lora.adapter_folder import refuse_special_files
 
 BIASES, NORMS = "biases", "norms"
 TRAINABLE = (*METADATA_ROLES, BIASES, NORMS)
@@ -64,7 +66,7 @@ class QuantScalesConfig(PeftConfig):
         checksums = {} if self.base_crc32 is None else self.base_crc32
         if not isinstance(checksums, dict) or not all(isinstance(value, int) for value in checksums.values()):
             raise TypeError(
-                f"base_crc32={str(checksums)[:60]} is no mapping of layers to checksums: the file is damaged. "
+                f"base_crc32={str(checksums)[:60]} is not a mapping of layers to checksums: the file is damaged. "
                 "Download or save the adapter again."
             )
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -79,3 +81,9 @@ class QuantScalesConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         # The tensors to train in each module, by module name; filled for a model when the config is applied to it.
         self.plan: dict[str, tuple[str, ...]] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, which is about to load the weights beside the config: they must be a regular file."""
+        refuse_special_files(pretrained_model_name_or_path, subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

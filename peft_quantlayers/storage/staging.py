@@ -176,7 +176,7 @@ def _journal(target: Path, kind: FolderContents) -> dict[str, Any] | None:
 
 def _rename(new: Path, target: Path) -> None:
     try:
-        new.rename(target)  # over an empty folder too, which somebody may have made meanwhile
+        new.rename(target)  # over an empty folder too, which another program may have made meanwhile
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise

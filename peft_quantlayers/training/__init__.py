@@ -1,4 +1,4 @@
-"""Preparing a quantized model for training, and training codes. Imports lora, layers and the rooms below them."""
+"""Preparing a quantized model for training, and training codes. Imports lora, layers and the packages below them."""
 
 from .kbit import prepare_model_for_kbit_training
 from .loftq import LoftQResult, initialize_loftq

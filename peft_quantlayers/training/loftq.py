@@ -251,7 +251,7 @@ def _float_weights(float_model: nn.Module | str | Path, model: nn.Module, names:
             folder = Path(snapshot_download(str(float_model), allow_patterns=["*.safetensors"]))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"float_model={str(float_model)!r} is no folder, and the hub did not give it: {error}"
+                f"float_model={str(float_model)!r} is not a folder, and the hub did not give it: {error}"
             ) from None
     files = CheckpointFiles(str(file) for file in sorted(folder.glob("*.safetensors")))
     parameters = CheckpointNames(model, layers=names).parameters(files.headers)

@@ -322,6 +322,21 @@ def test_blocks_of_a_smaller_list_that_run_twice_are_visited_in_the_whole_model(
     assert recorder.moments.keys() == expected.keys()
 
 
+def test_what_the_refusal_of_a_loop_says_is_the_way_out():
+    class BothLoop(Shared):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in [*self.blocks, *self.inner, *self.blocks, *self.inner]:
+                x = block(x)
+            return self.head(x)
+
+    with pytest.raises(ValueError, match="several times") as refused:
+        quantize_model(BothLoop().eval(), HQQConfig(group_size=8), calibration=DATA, progress=False)
+    assert "skip_modules=['blocks', 'inner']" in str(refused.value)
+    config = HQQConfig(group_size=8, skip_modules=["blocks", "inner"])
+    model = quantize_model(BothLoop().eval(), config, calibration=DATA, progress=False)
+    assert isinstance(model.head, QuantizedLinear)
+
+
 class Reorders(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks if x.sum() < 7 else reversed(self.blocks):

@@ -49,7 +49,7 @@ CALIBRATION = [
     mistake(
         calibrated_with(Path("/no/such/file.txt"), tokenizer=letters),
         ValueError,
-        "is no file",
+        "is not a file",
         on=dense,
         name="missing file",
     ),

@@ -387,5 +387,5 @@ def test_an_unknown_statistic_is_refused_before_anything_is_visited():
     class Median(Recorder):
         statistics = ("median",)
 
-    with pytest.raises(ValueError, match="'median' is no statistic"):
+    with pytest.raises(ValueError, match="'median' is not a statistic"):
         walk(tiny_model(), ["model.layers.0.mlp.up_proj"], DATA, Median(), progress=False)

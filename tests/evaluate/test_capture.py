@@ -22,18 +22,18 @@ def ids() -> Tensor:
 
 def test_the_numbers_are_torchs_mean_divergence_and_loss(ids):
     adapter, base, merged = (table_model(seed) for seed in range(3))
-    kept = capture(adapter, base, merged, ids, window=16)
+    retained = capture(adapter, base, merged, ids, window=16)
     inputs, targets = ids[:64].view(4, 16)[:, :-1].flatten(), ids[:64].view(4, 16)[:, 1:].flatten()
 
     def divergence(other) -> Tensor:
         logs = (other(inputs).log_softmax(-1), adapter(inputs).log_softmax(-1))
         return kl_div(*logs, log_target=True, reduction="batchmean")
 
-    assert kept.n_tokens == 60
-    assert kept.kl_adapter_base == pytest.approx(divergence(base).item(), rel=1e-5)
-    assert kept.kl_adapter_merged == pytest.approx(divergence(merged).item(), rel=1e-5)
-    assert kept.capture == pytest.approx(1 - (divergence(merged) / divergence(base)).item(), rel=1e-5)
-    for model, loss in ((base, kept.loss_base), (adapter, kept.loss_adapter), (merged, kept.loss_merged)):
+    assert retained.n_tokens == 60
+    assert retained.kl_adapter_base == pytest.approx(divergence(base).item(), rel=1e-5)
+    assert retained.kl_adapter_merged == pytest.approx(divergence(merged).item(), rel=1e-5)
+    assert retained.capture == pytest.approx(1 - (divergence(merged) / divergence(base)).item(), rel=1e-5)
+    for model, loss in ((base, retained.loss_base), (adapter, retained.loss_adapter), (merged, retained.loss_merged)):
         assert loss == pytest.approx(cross_entropy(model(inputs), targets).item(), rel=1e-5)
 
 

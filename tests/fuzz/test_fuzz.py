@@ -51,7 +51,7 @@ def subjects(tmp_path_factory):
 
 
 def kind_of(outcome: Outcome, expected: Outcome, *, may_differ: bool) -> str:
-    """ "equal", "warned" or "silent" for what returned; "other values" where nobody could have noticed."""
+    """ "equal", "warned" or "silent" for what returned; "other values" where no user could have noticed."""
     if outcome.kind != "returned":
         return outcome.kind
     if outcome.value == expected.value:

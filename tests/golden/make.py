@@ -3,7 +3,7 @@
     cd tests && PYTHONPATH=OLD:OLD/kernels python -m golden.make COMMIT
 
 where OLD is a checkout of COMMIT with the compiled kernels built. The files here are of fe950d7, the last commit
-before the rooms were rebuilt (its folders were quantizers/ and adapters/). Needs the ``hqq`` package.
+before the packages were rebuilt (its folders were quantizers/ and adapters/). Needs the ``hqq`` package.
 """
 
 import json

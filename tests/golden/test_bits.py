@@ -1,4 +1,4 @@
-"""Quantizers and merges give the tensors that version 0.1.0 gave before its rooms were rebuilt.
+"""Quantizers and merges give the tensors that version 0.1.0 gave before its packages were rebuilt.
 
 On a machine like the one that wrote them (CPU, torch, compiled kernels) every bit must be the same. Elsewhere not
 all of them can be:

@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote before its rooms were rebuilt: they load, compute the same, and are written again.
+"""Files that version 0.1.0 wrote before its packages were rebuilt: they load, compute the same, and are written again.
 
 ``make.py`` says how they were made and with which commit.
 """

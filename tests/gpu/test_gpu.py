@@ -53,7 +53,7 @@ def aqlm_weight(num_codebooks: int, nbits: int, out_group: int, in_group: int):
 
 
 def assert_as_exact_as_dense(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor) -> None:
-    """``y`` errs at most twice as much against a float64 truth as the dense product in the dtype of ``x`` does."""
+    """Against float64, the error of ``y`` is at most twice that of the dense product in the dtype of ``x``."""
     truth = F.linear(x.double(), dense.double(), bias.double())
     plain = F.linear(x, dense.to(x.dtype), bias.to(x.dtype))
     assert y.dtype == x.dtype

@@ -124,7 +124,7 @@ class Doubled(nn.Module):
 def test_a_registered_type_of_a_users_own_is_quantized(monkeypatch):
     monkeypatch.setattr(dense_types, "_dense_types", dict(dense_types._dense_types))
     model = nn.Sequential(Doubled(32, 48))
-    with pytest.raises(ValueError, match=r"0: a Doubled is no dense layer.*register_dense_type"):
+    with pytest.raises(ValueError, match=r"0: a Doubled is not a dense layer.*register_dense_type"):
         quantize_module(model, "0", HQQSpec(group_size=16))
     register_dense_type(DenseType(path=f"{__name__}:Doubled"))
     quantize_model(model, HQQConfig(group_size=16), progress=False)

@@ -162,7 +162,7 @@ def test_any_input_dtype_meets_any_compute_dtype(compute_dtype, x_dtype):
     assert x.grad.dtype == x_dtype
     weight = layer.dequantize(torch.float64)
     truth = F.linear(x.detach().double(), weight, layer.bias.detach().double())
-    # a product of random numbers in a dtype errs by about half its epsilon, beside the rounding of the output
+    # a product of random numbers in a dtype has an error of about half its epsilon, beside the rounding of the output
     eps = max(torch.finfo(x_dtype).eps, torch.finfo(compute_dtype).eps)
     assert (y.detach().double() - truth).norm() <= eps * truth.norm()
     grad_truth = weight.sum(0).expand(4, 48)

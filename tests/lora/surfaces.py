@@ -70,8 +70,8 @@ def assert_same_adapters(ours: nn.Module, reference: nn.Module) -> None:
 def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
     """Every base weight of ``ours`` stands for the float one that PEFT leaves on the dense twin.
 
-    A merged one is the unmerged weight with the change in its codes, or quantized anew; one that was written (PiSSA)
-    is quantized anew.
+    A merged one is the unmerged weight with the delta in its codes, or quantized from scratch; one that was written
+    (PiSSA) is quantized from scratch.
     """
     layers, dense = lora_layers(ours), lora_layers(reference)
     assert layers.keys() == dense.keys()
@@ -80,8 +80,8 @@ def assert_requantized(ours: nn.Module, reference: nn.Module) -> None:
         target = dense[name].get_base_layer().weight.detach()
         candidates = [base.method.quantize(target, base.spec)]
         if layer.merging.unmerged is not None:
-            change = target - dense_form(base, layer.merging.unmerged.weight)
-            candidates.append(base.method.merged(layer.merging.unmerged.weight, lambda rows, c=change: c[rows]))
+            delta = target - dense_form(base, layer.merging.unmerged.weight)
+            candidates.append(base.method.merged(layer.merging.unmerged.weight, lambda rows, d=delta: d[rows]))
         # Codes on the edge between two may fall either way, since float rounding differs in the last bit, and k-means
         # ends elsewhere then: as near to the target is as good.
         found = base.dequantize(torch.float32)

@@ -62,15 +62,15 @@ def test_the_merged_model_computes_what_was_trained(config, strategy, x):
     assert report.layers[0].bits_after == report.layers[0].bits_before
 
 
-def test_the_change_arrives_on_average_and_no_change_moves_no_code(x):
+def test_the_delta_is_retained_on_average_and_no_delta_moves_no_code(x):
     model = aware_model()
     layer = lora_layers(model)[0]
-    base, change = layer.get_base_layer(), layer.get_delta_weight("default").detach()
+    base, delta = layer.get_base_layer(), layer.get_delta_weight("default").detach()
     before = base.dequantize(torch.float32)
     layer.merge()
     assert layer.merge_report.delta_retained == pytest.approx(1.0, abs=0.15)
     moved = base.dequantize(torch.float32) - before
-    assert moved.mean() == pytest.approx(change.mean().item(), abs=0.1 * change.abs().mean().item())
+    assert moved.mean() == pytest.approx(delta.mean().item(), abs=0.1 * delta.abs().mean().item())
     layer.unmerge()
     bits = bits_of(layer)
     layer.lora_B["default"].weight.data.zero_()

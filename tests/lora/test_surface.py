@@ -37,7 +37,7 @@ from peft_quantlayers import LoraQuantizedLinear, QuantizedLinear
 
 BOTH = ["first", "second"]
 
-# Fields of a LoraConfig for each feature; made anew for every model, since PEFT writes into configs.
+# Fields of a LoraConfig for each feature; made for every model, since PEFT writes into configs.
 FEATURES = {
     "vanilla": lambda: {},
     "rslora": lambda: {"use_rslora": True},

@@ -136,7 +136,7 @@ def test_fitted_codebooks_are_the_least_squares_solution(num_codebooks):
     torch.testing.assert_close(fitted, (design @ solution)[..., 0], rtol=1e-3, atol=1e-5)
 
 
-def test_entries_that_nobody_chose_stay_where_they_were():
+def test_entries_that_no_code_names_stay_where_they_were():
     codebooks = weight_of(2, 8, 4, seed=3)
     found = Additive(torch.zeros(5, 10, 2, dtype=torch.int64), codebooks, torch.ones(5))
     fitted = fitted_codebooks(Problem(weight_of(5, 10, 4), None, 1), found).codebooks

@@ -261,8 +261,8 @@ def test_integer_zeros_are_stored_whole(nbits):
 def test_quantizing_again_moves_next_to_no_group(axis, nbits):
     """The codes of a group span its range again, so that its grid is found again.
 
-    Unless the first and the last code were not both used, or the second start leads to another grid that errs less:
-    then that group moves. Measured: none of 256 groups, or one; and at the third time one in one of 14 cases.
+    Unless the first and the last code were not both used, or the second start leads to another grid with a lower
+    error: then that group moves. Measured: none of 256 groups, or one; and at the third time one in one of 14 cases.
     """
     weight = random_weight(64, 256)
     first = quantize(weight, nbits=nbits, axis=axis)

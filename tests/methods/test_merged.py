@@ -1,4 +1,4 @@
-"""QuantMethod.merged: no change gives the same bits, a small one arrives on average, and nothing else moves."""
+"""QuantMethod.merged: no delta gives the same bits, a small one arrives on average, and nothing else moves."""
 
 import pytest
 import torch
@@ -28,32 +28,32 @@ def dense(weight: QuantizedWeight) -> torch.Tensor:
     return method.dequantize(weight)
 
 
-def merged(weight: QuantizedWeight, change: torch.Tensor) -> QuantizedWeight:
-    return get_method(weight.spec.method).merged(weight, lambda rows: change[rows])
+def merged(weight: QuantizedWeight, delta: torch.Tensor) -> QuantizedWeight:
+    return get_method(weight.spec.method).merged(weight, lambda rows: delta[rows])
 
 
-def small_change(weight: QuantizedWeight, size: float = 0.02) -> torch.Tensor:
+def small_delta(weight: QuantizedWeight, size: float = 0.02) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (weight.out_features, weight.in_features)
-    change = torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)
-    return change * (size * dense(weight).norm() / change.norm())
+    delta = torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)
+    return delta * (size * dense(weight).norm() / delta.norm())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_no_change_gives_the_same_bits(spec):
+def test_no_delta_gives_the_same_bits(spec):
     weight = quantized(spec)
     after = merged(weight, torch.zeros(weight.out_features, weight.in_features))
     assert all(torch.equal(after.tensors[name], tensor) for name, tensor in weight.tensors.items())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_change_of_a_fiftieth_arrives_on_average_and_moves_codes_only(spec):
+def test_a_delta_of_a_fiftieth_arrives_on_average_and_moves_codes_only(spec):
     weight = quantized(spec)
-    change = small_change(weight)
-    after = merged(weight, change)
+    delta = small_delta(weight)
+    after = merged(weight, delta)
     arrived = dense(after) - dense(weight)
-    # Noise alone gives a coefficient with a deviation of about (noise / change) / sqrt(n_weights) = 0.04 at most.
-    assert float((arrived * change).sum() / change.square().sum()) == pytest.approx(1.0, abs=0.15)
+    # Noise alone gives a coefficient with a deviation of about (noise / delta) / sqrt(n_weights) = 0.04 at most.
+    assert float((arrived * delta).sum() / delta.square().sum()) == pytest.approx(1.0, abs=0.15)
     for name, tensor in weight.tensors.items():
         assert torch.equal(after.tensors[name], tensor) == (name != spec.codes_name)
 
@@ -62,19 +62,19 @@ def test_a_change_of_a_fiftieth_arrives_on_average_and_moves_codes_only(spec):
 def test_the_tiles_are_those_of_the_merged_weight(spec, set_tile_elements):
     set_tile_elements(192 * 100)  # tiles that end anywhere
     weight = quantized(spec)
-    change = small_change(weight)
+    delta = small_delta(weight)
     method = get_method(spec.method)
-    tiles = method.merged_tiles(weight, lambda rows: change[rows], dtype=torch.float32)
+    tiles = method.merged_tiles(weight, lambda rows: delta[rows], dtype=torch.float32)
     whole = torch.full((320, 192), float("nan"))
     for rows, tile in tiles:
         whole[rows] = tile
-    assert torch.equal(whole, dense(merged(weight, change)))
+    assert torch.equal(whole, dense(merged(weight, delta)))
 
 
 def test_codes_stay_in_range_whatever_the_change():
     weight = quantized(HQQSpec(nbits=3, group_size=64))
-    change = torch.full((320, 192), 100.0)
-    high, low = (dense(merged(weight, sign * change)) for sign in (1, -1))
+    delta = torch.full((320, 192), 100.0)
+    high, low = (dense(merged(weight, sign * delta)) for sign in (1, -1))
     scale, zero = (weight.tensors[name].float().repeat_interleave(64, dim=1) for name in ("scale", "zero"))
     torch.testing.assert_close(high, (7 - zero) * scale)
     torch.testing.assert_close(low, -zero * scale)

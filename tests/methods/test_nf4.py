@@ -39,7 +39,7 @@ def test_codes_and_maxima_are_those_of_bitsandbytes(shape, bitsandbytes):
     torch.testing.assert_close(METHOD.dequantize(quantized), bitsandbytes.dequantize_4bit(packed, state))
 
 
-def test_double_quantization_errs_no_more_than_that_of_bitsandbytes(bitsandbytes):
+def test_the_error_of_double_quantization_is_no_higher_than_that_of_bitsandbytes(bitsandbytes):
     weight = random_weight(64, 2048) * torch.rand(64, 1).exp()
     packed, state = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = error_of(weight, bitsandbytes.dequantize_4bit(packed, state))

@@ -58,7 +58,7 @@ def test_the_merged_model_computes_the_same_and_no_code_or_scale_has_moved(size,
         assert not torch.equal(layer.zero, stored["zero"])
 
 
-def test_float16_zeros_are_widened_where_they_would_lose_the_change(x, caplog):
+def test_float16_zeros_are_widened_where_they_would_lose_the_delta(x, caplog):
     model = qalora_model(scale_dtype="float16")
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.lora_B["default"].weight.data *= 1e-2
@@ -71,7 +71,7 @@ def test_float16_zeros_are_widened_where_they_would_lose_the_change(x, caplog):
     assert report.layers[0].bits_after == report.layers[0].bits_before + 2 * 16 / 16
 
 
-def test_float16_zeros_stay_where_they_hold_the_change():
+def test_float16_zeros_stay_where_they_hold_the_delta():
     model = qalora_model(scale_dtype="float16")
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.lora_B["default"].weight.data *= 30
@@ -114,7 +114,7 @@ def test_a_plain_adapter_is_not_merged_exactly_and_the_model_left_as_it_was(x):
     assert torch.equal(model(x), expected)
 
 
-def test_an_adapter_without_change_leaves_the_bits():
+def test_an_adapter_without_a_delta_leaves_the_bits():
     model = qalora_model()
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.lora_B["default"].weight.data.zero_()

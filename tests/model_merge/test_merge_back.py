@@ -49,16 +49,16 @@ def test_requantize_reports_each_layer_and_the_total(x, tmp_path):
     model = with_adapter(quantized_two(nbits=8))
     first = model.base_model.model.first
     before = first.get_base_layer().dequantize(torch.float32)
-    change = first.get_delta_weight("default").detach()
+    delta = first.get_delta_weight("default").detach()
     merged, report = pql.merge_back(model)
 
     layer = report.layers[0]
-    error = merged.first.dequantize(torch.float32) - (before + change)
+    error = merged.first.dequantize(torch.float32) - (before + delta)
     assert [entry.name for entry in report.layers] == ["first", "second"]
-    assert layer.delta_norm == pytest.approx(change.norm().item(), rel=1e-5)
+    assert layer.delta_norm == pytest.approx(delta.norm().item(), rel=1e-5)
     assert layer.error_norm == pytest.approx(error.norm().item(), rel=1e-5)
-    kept = ((merged.first.dequantize(torch.float32) - before) * change).sum() / change.square().sum()
-    assert layer.delta_retained == pytest.approx(kept.item(), rel=1e-4)
+    retained = ((merged.first.dequantize(torch.float32) - before) * delta).sum() / delta.square().sum()
+    assert layer.delta_retained == pytest.approx(retained.item(), rel=1e-4)
     assert 0.9 < report.delta_retained < 1.1
     total_error = sum(entry.error_norm**2 for entry in report.layers) ** 0.5
     total_weight = sum(entry.weight_norm**2 for entry in report.layers) ** 0.5
@@ -317,12 +317,12 @@ def test_the_report_says_what_is_left_of_each_layers_outputs_on_the_held_out_tok
         extra = {"calibration": token_ids().repeat(1, 40), "progress": False} if strategy == "calibrated" else {}
         merged, report = pql.merge_back(model, strategy=strategy, evaluate_on=ids[0], **extra)
         after = merged.get_submodule("model.layers.1.mlp.down_proj")(inputs[0])
-    change, moved = adapter - before, after - before
-    kept = float((moved * change).sum() / change.square().sum())
+    delta, moved = adapter - before, after - before
+    retained = float((moved * delta).sum() / delta.square().sum())
     [entry] = [each for each in report.layers if each.name.endswith("layers.1.mlp.down_proj")]
-    assert entry.output_retained == pytest.approx(kept, rel=1e-3)
+    assert entry.output_retained == pytest.approx(retained, rel=1e-3)
     assert entry.output_noise == pytest.approx(
-        float((moved - kept * change).norm() / change.norm()), rel=1e-2, abs=1e-3
+        float((moved - retained * delta).norm() / delta.norm()), rel=1e-2, abs=1e-3
     )
     assert "output retained" in str(report)
     if strategy in ("aware", "dense", "keep"):

@@ -29,7 +29,7 @@ def calibration(**fields) -> Calibration:
 
 
 def adapted(config: pql.QuantConfig, scale: float = 0.02, **lora) -> nn.Module:
-    """A quantized model with an adapter whose change is far below a step."""
+    """A quantized model with an adapter whose delta is far below a step."""
     base = quantize_model(tiny_model(), config, progress=False)
     torch.manual_seed(3)
     model = get_peft_model(base, LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": "all-linear"} | lora)))
@@ -106,13 +106,13 @@ def test_a_large_change_errs_no_more_than_on_a_grid_of_its_own():
         method, spec = plan.method, plan.weight.spec
         assert (plan.target - plan.before).norm() > plan.before.norm()
         merged = for_outputs(plan, spec, hessian)
-        anew = method.quantize(plan.target, spec, hessian=hessian)
-        for what, weight in {"merged": merged, "anew": anew}.items():
+        from_scratch = method.quantize(plan.target, spec, hessian=hessian)
+        for what, weight in {"merged": merged, "from scratch": from_scratch}.items():
             errors[what] = output_error(method.dequantize(weight) - plan.target, hessian)
         return MergeResult(strategy="compare", weight=merged)
 
     layer.merge_by(compare, ["default"])
-    assert errors["merged"] <= errors["anew"]
+    assert errors["merged"] <= errors["from scratch"]
 
 
 def test_fewer_tokens_than_a_layer_has_inputs_are_said_by_number(caplog):

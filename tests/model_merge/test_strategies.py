@@ -151,7 +151,7 @@ def test_small_changes_of_adapters_survive_a_merge_without_data():
         layer.lora_B["default"].weight.data *= 0.2
     _, report = pql.merge_back(model, strategy="requantize")
     assert all(layer.delta_norm < 0.05 * layer.weight_norm for layer in report.layers)
-    assert report.delta_retained == pytest.approx(1.0, abs=0.3)  # 0.0 to 0.2 when quantized anew
+    assert report.delta_retained == pytest.approx(1.0, abs=0.3)  # 0.0 to 0.2 when quantized from scratch
 
 
 def test_a_change_beyond_the_range_of_codes_gets_a_new_grid(x):
@@ -252,7 +252,7 @@ def test_an_appended_codebook_holds_more_of_the_change_in_the_published_format(w
     )
     error, report, model = merged("append", **data)
     assert error < 0.5 * merged("requantize")[0]
-    assert report.delta_retained > 0.5  # with half a bit a weight; requantizing adds noise of several times the change
+    assert report.delta_retained > 0.5  # with half a bit a weight; requantizing adds noise of several times the delta
     bits_more = report.bits[1] - report.bits[0]
     assert bits_more == pytest.approx(4 / 8 + 16 * 8 * 16 / (64 * 64), rel=0.5)  # codes, and a small layer's codebook
     layer = next(iter(pql.quantized_modules(model).values()))

@@ -403,7 +403,7 @@ def test_a_config_that_means_nothing_is_refused(fields, error, message):
         ({"train": ("codebooks",)}, r"no \['codebooks'\] to train.*only \['biases', 'scales', 'zeros'\]"),
         ({"train": ("scales", "biases"), "target_modules": ["up_proj"]}, r"no \['biases'\]"),
         ({"target_modules": ["nowhere"]}, r"nowhere.*match no quantized layer.*model\.layers\.0"),
-        ({"target_modules": ["lm_head"]}, r"lm_head is no quantized layer.*exclude_modules"),
+        ({"target_modules": ["lm_head"]}, r"lm_head is not a quantized layer.*exclude_modules"),
         ({"target_modules": None}, "match no quantized layer"),
         ({"train": ("norms",), "exclude_modules": ".*"}, "no norm layer"),
     ],

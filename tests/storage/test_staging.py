@@ -194,7 +194,7 @@ def test_leftovers_of_killed_writers_are_removed_and_other_hidden_folders_are_no
     assert read(tmp_path) == expected | others
 
 
-def test_a_placeholder_of_somebody_else_moves_nothing_out_of_the_folder(tmp_path):
+def test_a_placeholder_of_another_program_moves_nothing_out_of_the_folder(tmp_path):
     folder = write(tmp_path / "model", {"part1": "old"})
     write(tmp_path, {"precious": "mine"})
     for journal in ({"staging": "..", "files": ["precious"]}, {"staging": "x", "files": ["../precious"]}, [], "x"):
@@ -262,7 +262,7 @@ def test_mount_points_read_only_and_full_disks(tmp_path):
     assert done.stdout == "done\n", done.stderr
 
 
-def test_recovering_a_folder_that_nobody_interrupted_does_nothing(tmp_path):
+def test_recovering_a_folder_without_an_interruption_does_nothing(tmp_path):
     folder = write(tmp_path / "model", OLD)
     assert not recover_folder(folder, KIND)
     assert not recover_folder(tmp_path / "absent", KIND)

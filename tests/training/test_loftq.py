@@ -198,7 +198,7 @@ def other(model: nn.Module) -> nn.Module:
         (other(float_model()), {}, "second: .*is another model"),
         (pql.quantize_model(float_model(), CONFIGS["hqq 3"], progress=False), {}, "first: .*quantized itself"),
         (nn.ModuleDict({"first": float_model().first, "second": nn.Linear(64, 96)}), {}, "second: .*has shape"),
-        ("no/such-model", {}, "float_model='no/such-model' is no folder"),
+        ("no/such-model", {}, "float_model='no/such-model' is not a folder"),
     ],
     ids=["iterations", "adapter", "nan", "missing", "another model", "quantized", "shape", "not found"],
 )
