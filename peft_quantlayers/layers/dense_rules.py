@@ -53,14 +53,14 @@ class DenseRules:
             return StaysDense(reason=HEAD)
         if id(module.weight) in self._shared or name in self._tied:
             return StaysDense(reason=SHARED)
-        if self._is_router(name):
+        if self.is_router(name):
             return StaysDense(reason=ROUTER)
         n_outputs = _n_outputs(module)
         if n_outputs <= _HANDFUL:
             return StaysDense(reason=FEW_OUTPUTS, detail=f"{n_outputs} output(s)")
         return None
 
-    def _is_router(self, name: str) -> bool:
+    def is_router(self, name: str) -> bool:
         """Whether a module, or one that holds it, is called a router, or is a gate beside experts."""
         parts = name.split(".")
         gates = [part for end, part in enumerate(parts) if ".".join(parts[:end]) in self._with_experts]

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import cast
 
 from torch import nn
@@ -11,8 +10,9 @@ from ..arguments import check_model
 from ..formats import QuantSpec
 from ..integrations.base_modules import base_model, base_modules
 from ..layers import DenseType, QuantizedLinear, quantized_modules
+from ..layers.dense_rules import MISFIT, ROUTER, DenseRules, StaysDense
 from ..layers.dense_types import dense_type_of
-from ..layers.selection import MISFIT, DenseRules, StaysDense, fused_experts, select_modules
+from ..layers.selection import Selection, fused_experts, select_modules
 from ..lora import has_adapters
 from ..methods import QuantConfig
 from ..methods.config import check_config
@@ -28,9 +28,6 @@ EMBEDDING = "embedding"
 CONVOLUTION = "convolution"
 VECTORS = "norms, biases and scalars"
 OTHER = "other parameters"
-
-# Why a module of a registered type is dense, from its name and itself.
-ReasonOf = Callable[[str, nn.Module], StaysDense | None]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -53,13 +50,9 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     if config is not None and has_adapters(model):
         raise ValueError("a model that carries PEFT adapters cannot be quantized. Leave config out to see what it is.")
     base = base_model(model)
-    if config is None:
-        specs: dict[str, QuantSpec] = {}
-        reason_of: ReasonOf = _reasons_of_what_is(base)
-    else:
-        selection = select_modules(base, config)
-        specs, reason_of = selection.specs, lambda name, module: selection.dense.get(name)
-    experts = {id(parameter) for parameter in fused_experts(base).values()}
+    selection = None if config is None else select_modules(base, config)
+    specs = {} if selection is None else selection.specs
+    reasons = _Reasons(base, selection)
     owners: dict[int, str] = {}
     found = []
     for name, module in base_modules(model):
@@ -70,9 +63,8 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
         elif name in specs:
             found.append(_planned(name, module, specs[name]))
         elif parameters:
-            dense = reason_of(name, module) if dense_type_of(module) else None
             shared = {owners[id(parameter)] for parameter in parameters if id(parameter) in owners}
-            found.append(_dense(name, dense or _other_reason(module, experts), own, shared))
+            found.append(_dense(name, reasons.of(name, module), own, shared))
         owners |= {id(parameter): name for parameter in own}
     adapters = [parameter for parameter in model.parameters() if id(parameter) not in owners]
     return ModelSummary(
@@ -84,37 +76,45 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     )
 
 
-def _reasons_of_what_is(model: nn.Module) -> ReasonOf:
-    """Says why a module of a registered type is dense in ``model``, whose config is not at hand."""
-    rules = DenseRules(model)
-    names = {id(module): name for name, module in model.named_modules()}  # with PEFT's parts, as the rules know them
-    specs = Counter(layer.spec for layer in quantized_modules(model).values())
+class _Reasons:
+    """Why modules of ``model`` are dense: as ``selection`` says, or as the rules say where no config is at hand."""
 
-    def reason_of(name: str, module: nn.Module) -> StaysDense | None:
-        found = rules.reason(names[id(module)], module)
-        if found is not None or not specs:
+    def __init__(self, model: nn.Module, selection: Selection | None) -> None:
+        self._selection = selection
+        self._rules = DenseRules(model)
+        # With PEFT's parts, as the rules know them.
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._specs = Counter(layer.spec for layer in quantized_modules(model).values())
+        self._experts = {id(parameter) for parameter in fused_experts(model).values()}
+
+    def of(self, name: str, module: nn.Module) -> StaysDense:
+        """``name``: without PEFT's parts."""
+        if dense_type_of(module) is None:
+            return self._of_unregistered(module)
+        return self._of_left_out(module) if self._selection is None else self._selection.dense[name]
+
+    def _of_left_out(self, module: nn.Module) -> StaysDense:
+        found = self._rules.reason(self._names[id(module)], module)
+        if found is not None or not self._specs:
             return found or StaysDense(reason=NOT_QUANTIZED)
-        spec, shape = specs.most_common(1)[0][0], cast(DenseType, dense_type_of(module)).shape(module)
-        misfit = spec.misfit(*shape)
-        return StaysDense(reason=LEFT_OUT if spec.fitted(*shape) else MISFIT, detail=misfit)
+        spec, shape = self._specs.most_common(1)[0][0], cast(DenseType, dense_type_of(module)).shape(module)
+        return StaysDense(reason=LEFT_OUT if spec.fitted(*shape) else MISFIT, detail=spec.misfit(*shape))
 
-    return reason_of
-
-
-def _other_reason(module: nn.Module, experts: set[int]) -> StaysDense:
-    """What a module of no registered type is."""
-    parameters = list(module.parameters(recurse=False))
-    if any(id(parameter) in experts for parameter in parameters):
-        return StaysDense(reason=FUSED_EXPERTS)
-    if isinstance(module, nn.Linear):
-        return StaysDense(reason=UNKNOWN_LINEAR, detail=type(module).__name__)
-    if isinstance(module, nn.Embedding):
-        return StaysDense(reason=EMBEDDING)
-    if isinstance(module, CONVOLUTIONS):
-        return StaysDense(reason=CONVOLUTION)
-    if all(parameter.dim() <= 1 for parameter in parameters):
-        return StaysDense(reason=VECTORS)
-    return StaysDense(reason=OTHER, detail=type(module).__name__)
+    def _of_unregistered(self, module: nn.Module) -> StaysDense:
+        parameters, kind = list(module.parameters(recurse=False)), type(module).__name__
+        if any(id(parameter) in self._experts for parameter in parameters):
+            return StaysDense(reason=FUSED_EXPERTS)
+        if all(parameter.dim() <= 1 for parameter in parameters):
+            return StaysDense(reason=VECTORS)
+        if self._rules.is_router(self._names[id(module)]):
+            return StaysDense(reason=ROUTER, detail=kind)
+        if isinstance(module, nn.Linear):
+            return StaysDense(reason=UNKNOWN_LINEAR, detail=kind)
+        if isinstance(module, nn.Embedding):
+            return StaysDense(reason=EMBEDDING)
+        if isinstance(module, CONVOLUTIONS):
+            return StaysDense(reason=CONVOLUTION)
+        return StaysDense(reason=OTHER, detail=kind)
 
 
 def _quantized(name: str, layer: QuantizedLinear, own: list[nn.Parameter]) -> ModuleSummary:

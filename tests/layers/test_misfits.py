@@ -30,7 +30,8 @@ from peft_quantlayers import (
     quantize_model,
     quantized_modules,
 )
-from peft_quantlayers.layers.selection import MISFIT, quantizable_modules, select_modules
+from peft_quantlayers.layers.dense_rules import MISFIT
+from peft_quantlayers.layers.selection import quantizable_modules, select_modules
 from peft_quantlayers.methods.nf4 import NF4Config, NF4Spec
 
 

@@ -112,6 +112,14 @@ def test_fused_experts_are_named_with_their_bytes():
     assert group.n_parameters == sum(p.numel() for p in experts)
 
 
+@pytest.mark.parametrize("create", [MixtralForCausalLM, PhimoeForCausalLM])
+def test_routers_are_named_whatever_their_type(create):
+    model = create(create.config_class(**EXPERTS))
+    (name,) = [name for name, _ in model.named_modules() if name.endswith(("mlp.gate", "mlp.router"))]
+    assert reasons(summary(model))[name] == "router of experts"
+    assert reasons(summary(model, CONFIG))[name] == "router of experts"
+
+
 def test_a_linear_of_an_unknown_type_is_named_with_its_class():
     class Scaled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +184,25 @@ def test_many_specs_share_a_line():
     assert len(found.by_spec) == 7  # 96 inputs have groups of their own
     assert "  3 more: " in str(found)
     assert sum(len(group.names) for group in found.by_spec) == len(found.quantized)
+
+
+def test_every_kind_of_module_has_a_reason():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.few = nn.Linear(64, 2)
+            self.conv, self.norm = nn.Conv2d(3, 8, 2), nn.LayerNorm(8)
+            self.attention = nn.MultiheadAttention(64, 4)
+
+    found = reasons(summary(quantize_model(Mixed(), CONFIG, progress=False)))
+    assert found == {
+        "few": "a handful of outputs",
+        "conv": "convolution",
+        "norm": "norms, biases and scalars",
+        "attention": "other parameters",
+        "attention.out_proj": "unknown type of linear",
+    }
 
 
 def test_a_model_on_meta_has_a_summary():
