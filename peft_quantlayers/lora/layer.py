@@ -23,7 +23,6 @@ from quantlayers_kernels.straight_through import straight_through
 from ..arguments import check_choice, check_model
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..layers.loaded_tensors import check_adapter_tensors
 from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.rules import RULES
@@ -97,10 +96,6 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         self.quantization_backend = QuantizedLinearBackend(self.quantized_base())
 
     # ---- adapters
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_adapter_tensors(self.quantized_base().layer_name, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         base = self.quantized_base()

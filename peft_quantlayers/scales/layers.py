@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
-from ..layers.loaded_tensors import check_adapter_tensors
 from ..merging import AdapterTraits, MergePlan, MergeResult, MergeRule, MergeSource, MergeState
 from ..merging.rules import RULES_FOR_EXACT_WEIGHTS
 
@@ -63,10 +62,6 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
         self.merged_adapters = []
         self.merging = MergeState(tensor_names=tuple(name for name, _ in self.tensors_beside_weight()))
         self.update_layer(adapter_name, names)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_adapter_tensors(self.layer_name, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, names: Iterable[str]) -> None:
         """Add an adapter that trains the tensors ``names``; it starts from the base's values, and frozen."""

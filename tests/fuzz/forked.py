@@ -110,4 +110,6 @@ def _kind_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not frames[-1].filename.startswith(PACKAGE):
         return "refused by others"
-    return "refused by us" if isinstance(error, REFUSALS) else "bare error of ours"
+    # PEFT's own error about a state dict, to which the name of the file was added.
+    is_named = isinstance(error, RuntimeError) and "adapter_model.safetensors" in str(error)
+    return "refused by us" if is_named or isinstance(error, REFUSALS) else "bare error of ours"

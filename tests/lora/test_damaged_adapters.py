@@ -31,9 +31,7 @@ def test_a_tensor_of_integers_or_with_nan_is_refused_by_name(damage, folder):
     else:
         tensors[name].view(-1)[-1] = float(damage)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"the adapter's tensor .* (is of the dtype|holds NaN or Inf).*earlier checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .* (holds torch|holds NaN or Inf)"):
         PeftModel.from_pretrained(models.load("hqq"), folder)
 
 
