@@ -1,7 +1,7 @@
 """The saved config of a merge-aware adapter: which quantized weights it was rounded against.
 
-The config's class has two fields more than PEFT's. PEFT alone ignores ``merge_aware`` with a warning. May import formats,
-layers and PEFT's public classes.
+The config's class has two fields more than PEFT's. PEFT alone ignores ``merge_aware`` with a warning. May import
+formats, layers and PEFT's public classes.
 """
 
 from __future__ import annotations
