@@ -1,4 +1,4 @@
-"""Which quantized base an adapter was trained on: recorded in its config, compared when it is loaded.
+"""Which quantized base an adapter was trained on: recorded beside its config, compared when it is loaded.
 
 A LoRA adapter corrects the errors of the codes that it was trained on, so that on another base, or on the float model,
 it computes something else, and nothing shows it. What is recorded is a checksum of a sample of each layer: reading all
@@ -24,7 +24,7 @@ from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
 from .layer import LoraQuantizedLinear
-from .merge_aware_config import MergeAwareLoraConfig
+from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, stamp_of
 
 # Numbers of each tensor that are looked at, evenly spaced.
 SAMPLE = 4096
@@ -110,8 +110,8 @@ def layers_of_record(config: Any) -> dict[str, str]:
     layers = record.get("layers") if isinstance(record, dict) else None
     if not isinstance(layers, dict) or not all(isinstance(print_, str) for print_ in layers.values()):
         raise ValueError(
-            f"the adapter's config holds a damaged quantized_base={record!r}. Delete it from adapter_config.json to "
-            "load the adapter without a comparison of the bases."
+            f"the adapter's {BASE_FILE} is damaged: {record!r}. Delete it to load the adapter without a comparison of "
+            "the bases."
         )
     return layers
 
@@ -119,7 +119,7 @@ def layers_of_record(config: Any) -> dict[str, str]:
 def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module, adapter: str) -> None:
     """Warn if ``model``, whose layers have the fingerprints ``found``, is not the base that the adapter had."""
     layers = layers_of_record(config)
-    if not layers:
+    if not layers or stamp_of(config) is not None:  # a merge-aware adapter is refused on another base
         return
     modules = dict(model.named_modules())
     dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedLinear)]
@@ -137,7 +137,7 @@ def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module
         f"adapter {adapter!r} was trained on the quantized base {config.base_model_name_or_path!r}, and this is "
         f"another one, {here!r}: {said} ({len(dense or others)} of {len(layers)} layers). It will compute something "
         f"else than it was trained to. {way_out}",
-        stacklevel=2,
+        stacklevel=3,  # PEFT's injection
     )
 
 

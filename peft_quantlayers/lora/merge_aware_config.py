@@ -1,7 +1,7 @@
 """The saved config of a merge-aware adapter: which quantized weights it was rounded against.
 
-The config's class has one field more than PEFT's; PEFT alone ignores the field with a warning. May import formats,
-layers and PEFT's public classes.
+The config's class has two fields more than PEFT's. PEFT alone ignores ``merge_aware`` with a warning. May import
+formats, layers and PEFT's public classes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import json
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -23,6 +24,9 @@ from .adapter_folder import refuse_special_files
 
 # Version of the rounding: an adapter has its training loss only with the rounding that it was trained through.
 ROUNDING_VERSION = 2
+
+# Beside adapter_config.json: which quantized layers the adapter was trained on.
+BASE_FILE = "quantlayers_base.json"
 
 WAY_OUT = (
     'Load it on the base it was trained on, or merge it with strategy="requantize" after deleting "merge_aware" from '
@@ -63,8 +67,36 @@ class MergeAwareLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; an adapter on float layers is saved as if this class did not exist."""
-        own = ("merge_aware", "quantized_base")
-        return {name: value for name, value in super().to_dict().items() if name not in own or value is not None}
+        fields = super().to_dict()
+        fields.pop("quantized_base", None)
+        if self.merge_aware is None:
+            fields.pop("merge_aware", None)
+        return fields
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; ``quantized_base`` gets a file of its own, since PEFT warns of fields that it does not know."""
+        super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory, BASE_FILE)
+        if self.quantized_base is not None:
+            file.write_text(json.dumps(self.quantized_base, indent=2) + "\n")
+        else:
+            file.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoraConfig:
+        """As PEFT's, with ``quantized_base`` where the adapter is in a folder."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", BASE_FILE)
+        if file.is_file() and isinstance(config, MergeAwareLoraConfig):
+            try:
+                config.quantized_base = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}). Delete it to load the adapter without a comparison of the bases."
+                ) from None
+        return config
 
 
 def fingerprint(weight: QuantizedWeight) -> str:
