@@ -28,7 +28,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..layers import QuantizedLinear, quantized_modules
-from ..layers.placement import check_weights_are_here, is_offloaded
+from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
@@ -184,12 +184,7 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
     if any(is_offloaded(layer) for layer in layers):
         layers = []
     for layer in layers:
-        check_weights_are_here(
-            layer,
-            "merging",
-            if_sharded="Save the adapter, and merge it in one process, into the quantized folder loaded without "
-            "distributed_config.",
-        )
+        check_weights_are_here(layer, "merging", if_sharded=f"Save the adapter, and merge it later. {IN_ONE_PROCESS}")
     states = [layer.snapshot() for layer in layers]
     try:
         for layer in layers:

@@ -21,6 +21,7 @@ from ..methods import QuantMethod, get_method, registered_methods
 from ..old_names import OldName
 from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
+from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
 from .watched import is_watched
@@ -179,8 +180,10 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         What is there already is not quantized again: it would come out in other codes.
 
         Raises:
-            ValueError: another shape, or NaN or Inf in ``weight``; the layer is left as it was.
+            ValueError: another shape, NaN or Inf in ``weight``, or this process has no or not all codes of the layer,
+                which is left as it was.
         """
+        check_weights_are_here(self, f"{self.layer_name}: writing a weight", if_sharded=IN_ONE_PROCESS)
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise ValueError(
                 f"{self.layer_name}: cannot write a weight of shape {tuple(weight.shape)} into a layer of shape "

@@ -12,6 +12,8 @@ from .codes_parameter import is_sharded
 
 # What brings offloaded weights back.
 ONLOAD = "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+# The way out for what changes single layers of a sharded model.
+IN_ONE_PROCESS = "Do it in one process, with the quantized folder loaded without distributed_config."
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -36,7 +38,7 @@ def check_weights_are_here(model: nn.Module, task: str, *, if_offloaded: str = "
                     f"{name} is sharded over processes, and {task} needs all of it. {if_sharded} The model was not "
                     "changed."
                 )
-            if has_offloaded_params(module):
+            if parameter.is_meta and has_offloaded_params(module):  # not while accelerate has fetched them
                 raise ValueError(
                     f"{name} is offloaded by accelerate, and {task} needs its numbers. Bring the weights into memory "
                     f"with {ONLOAD}, or load the model without offloading.{if_offloaded} The model was not changed."

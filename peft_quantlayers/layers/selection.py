@@ -101,6 +101,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     _check_overrides(selection, config)
     _warn_of_dense_experts(model)
     _check_rest(selection)
+    _warn_of_dense_head(model, selection, config)
     _warn_of_misfits(model, selection)
     _warn_of_large_metadata(model, selection)
     return selection.specs
@@ -184,6 +185,19 @@ def _check_rest(selection: Selection) -> None:
             len(done),
             len(done) + len(specs),
         )
+
+
+def _warn_of_dense_head(model: nn.Module, selection: Selection, config: QuantConfig) -> None:
+    """Warn if ``quantize_lm_head`` has no effect."""
+    heads = DenseRules(model).heads
+    if not config.quantize_lm_head or heads & selection.specs.keys() or (selection.done and not heads):
+        return
+    reasons = [
+        f"{name} stays dense ({selection.dense[name].reason})" for name in sorted(heads) if name in selection.dense
+    ]
+    logger.warning(
+        "quantize_lm_head=True has no effect: %s.", "; ".join(reasons[:3]) or "the model has no output head"
+    )
 
 
 def _warn_of_misfits(model: nn.Module, selection: Selection) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..arguments import check_integer, check_model, check_names, nearest
 from ..layers import QuantizedLinear
+from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import fingerprint, stamped
 
@@ -132,6 +133,7 @@ def _check_trainable(layer: LoraQuantizedLinear, adapter: str) -> None:
     if not isinstance(base, QuantizedLinear):
         raise ValueError(f"adapter {adapter!r} is on layers that were dequantized: merging them rounds nothing.")
     where = f"{base.layer_name}: adapter {adapter!r}"
+    check_weights_are_here(base, f"{where}: merge-aware training", if_sharded=IN_ONE_PROCESS)
     if layer.merged:
         raise ValueError(
             f"{where} cannot be trained merge-aware while {layer.merged_adapters} are merged. Unmerge them."

@@ -142,6 +142,8 @@ def _maxima(weight: QuantizedWeight) -> Tensor:
 def _with_maxima(weight: Tensor, spec: NF4Spec) -> QuantizedWeight:
     """The block maxima of ``weight`` as ``spec`` stores them, in float32 where its dtype cannot; codes are all 0."""
     maxima, dtype = weight.view(len(weight), -1, spec.block_size).abs().amax(2), getattr(torch, spec.scale_dtype)
+    if not maxima.any():  # any maximum stands for zeros, and none but zeros would look like a damaged file
+        maxima = torch.ones_like(maxima)
     tensors = {"codes": weight.new_zeros(len(weight), packed_row_bytes(weight.shape[1], 4), dtype=torch.uint8)}
     if spec.double_quant:
         low, high = maxima.aminmax(dim=1, keepdim=True)

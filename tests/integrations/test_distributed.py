@@ -88,6 +88,11 @@ def check_merging(rank: int, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"sharded over processes.*in one process.*not changed"):
             merge(peft_model)
     expected = logits_of(peft_model)
+    with pytest.raises(ValueError, match=r"sharded over processes.*merge-aware.*in one process"):
+        pql.enable_merge_aware(peft_model)
+    base = next(iter(pql.quantized_modules(model).values()))
+    with pytest.raises(ValueError, match=r"sharded over processes.*writing a weight.*in one process"):
+        base.weight = torch.zeros(base.out_features, base.in_features)
     # The way out: save the adapter (all processes gather it, one writes), and merge it on the whole model.
     peft_model.save_pretrained(folder / "adapter", is_main_process=rank == 0)
     if rank == 0:
