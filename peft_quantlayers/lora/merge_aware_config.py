@@ -59,12 +59,6 @@ class MergeAwareLoraConfig(LoraConfig):
         vars(aware).update(copy.copy(vars(config)))
         return aware
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's, which is about to load the weights beside the config: they must be a regular file."""
-        refuse_special_files(pretrained_model_name_or_path, subfolder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; an adapter on float layers is saved as if this class did not exist."""
         fields = super().to_dict()
@@ -86,7 +80,11 @@ class MergeAwareLoraConfig(LoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoraConfig:
-        """As PEFT's, with ``quantized_base`` where the adapter is in a folder."""
+        """As PEFT's, with ``quantized_base`` where the adapter is in a folder.
+
+        PEFT is about to load the weights beside the config: they must be a regular file.
+        """
+        refuse_special_files(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         file = Path(pretrained_model_name_or_path, subfolder or "", BASE_FILE)
         if file.is_file() and isinstance(config, MergeAwareLoraConfig):
