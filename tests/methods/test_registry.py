@@ -58,8 +58,8 @@ import peft_quantlayers as pql
 for name in ("Third", "Fourth"):
     config = getattr(pql, name + "Config")(skip_modules=["1"])
     assert pickle.loads(pickle.dumps(config)) == config
-    model = pql.quantize_model(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), config, progress=False)
-    assert type(model[0]) is getattr(pql, name.upper() + "Linear")
+    model = pql.quantize_model(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2)), config, progress=False)
+    assert type(model[0]) is getattr(pql, name + "Linear")
     assert type(model[0].spec) is getattr(pql, name + "Spec")
     assert type(model[1]) is nn.Linear
     x = torch.randn(3, 8)
@@ -117,7 +117,7 @@ class NoMethod:
         ("no_such_package:Method", "No module named 'no_such_package'"),
         ("every_method:NoSuchClass", "has no attribute 'NoSuchClass'"),
         ("every_method:QUICK", "'dict' object is not callable"),
-        (f"{__name__}:NoMethod", "has no attribute 'spec_type'"),
+        (f"{__name__}:NoMethod", "register_method takes a QuantMethod, got NoMethod"),
         (f"{__name__}:Impostor", "a quantization method named 'hqq' is registered already"),
     ],
 )
