@@ -3,6 +3,8 @@
 Used by ``models_table.py`` for all classes, and by ``tests/models`` for a sample.
 """
 
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,9 @@ def told(check: Callable[[], str]) -> str:
 
 
 def short(error: Exception) -> str:
+    """Its class and message in one line, without names of temporary folders."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/\w+", "FOLDER", text)
     return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 4].rsplit(" ", 1)[0] + " ..."
 
 

@@ -80,6 +80,5 @@ def _state(row: dict[str, Any], step: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """An error's text as Markdown that shows it as it is, without names of temporary folders."""
-    words = ["a folder" if word.startswith("/tmp/") else word for word in text.split()]
-    return "`" + " ".join(words).replace("`", "'") + "`"
+    """An error's text as Markdown that shows it as it is."""
+    return "`" + text.replace("`", "'") + "`"
