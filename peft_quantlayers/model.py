@@ -24,7 +24,7 @@ from .layers.replace import quantize_each
 from .layers.selection import checked_modules, finished_modules
 from .lora import has_adapters
 from .methods import QuantConfig
-from .methods.config import check_config
+from .methods.quant_config import check_config
 
 logger = logging.getLogger(__name__)
 

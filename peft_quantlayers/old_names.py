@@ -24,7 +24,7 @@ MOVED_MODULES: dict[str, tuple[str, ...]] = {
     "adapters.projections": ("lora.fused_projections",),
     "adapters.report": ("merging",),
     "adapters.scales": ("scales.layers",),
-    "adapters.scales_config": ("scales.config",),
+    "adapters.scales_config": ("scales.scales_config",),
     "adapters.stamp": ("lora.merge_aware_config",),
     "calibration.quantize": ("calibration.quantize_calibrated",),
     "quantizers": ("methods",),

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers.merging.rules import requantize
+from peft_quantlayers.merging.merge_rules import requantize
 from peft_quantlayers.methods import get_method
 from peft_quantlayers.old_names import MOVED_MODULES, PACKAGE, OldName
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..lora.base_fingerprint import layers_of_record
-from ..lora.merge_aware_config import stamp_of
-from ..scales.config import QuantScalesConfig
+from ..lora.merge_aware_config import fingerprints_of
+from ..scales.scales_config import QuantScalesConfig
 
 # Names that an error message shows.
 SHOWN_NAMES = 3
@@ -69,7 +69,7 @@ def check_loaded(model: nn.Module, config: Any, adapter: str, result: Any, sourc
         result: what PEFT's loading gave, with ``missing_keys`` and ``unexpected_keys``.
         source: the file, or the name on the Hub.
     """
-    is_strict = isinstance(config, QuantScalesConfig) or stamp_of(config) is not None
+    is_strict = isinstance(config, QuantScalesConfig) or fingerprints_of(config) is not None
     layers = layers_of_record(config)
     missing = [key for key in result.missing_keys if is_strict or any(f".{name}." in key for name in layers)]
     if missing:

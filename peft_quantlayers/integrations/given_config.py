@@ -15,7 +15,7 @@ from ..formats.checkpoint import QUANT_METHOD
 from ..formats.published_aqlm import SCHEME
 from ..layers.dense_types import dense_modules, dense_shape
 from ..methods import AQLMConfig, HQQConfig, QuantConfig, get_method
-from ..methods.config import config_type, matches
+from ..methods.quant_config import config_type, matches
 from .transformers_config import QuantlayersConfig
 
 logger = logging.getLogger(__name__)

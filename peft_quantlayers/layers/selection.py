@@ -9,7 +9,7 @@ from torch import nn
 from ..arguments import check_model
 from ..formats import QuantSpec
 from ..methods import QuantConfig
-from ..methods.config import matches
+from ..methods.quant_config import matches
 from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense
 from .dense_types import dense_shape, dense_type_of, dense_weight
 from .linear import QuantizedLinear

@@ -24,7 +24,7 @@ from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
 from .layer import LoraQuantizedLinear
-from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, stamp_of
+from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of
 
 # Numbers of each tensor that are looked at, evenly spaced.
 SAMPLE = 4096
@@ -119,7 +119,7 @@ def layers_of_record(config: Any) -> dict[str, str]:
 def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module, adapter: str) -> None:
     """Warn if ``model``, whose layers have the fingerprints ``found``, is not the base that the adapter had."""
     layers = layers_of_record(config)
-    if not layers or stamp_of(config) is not None:  # a merge-aware adapter is refused on another base
+    if not layers or fingerprints_of(config) is not None:  # a merge-aware adapter is refused on another base
         return
     modules = dict(model.named_modules())
     dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedLinear)]

@@ -25,9 +25,9 @@ from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
-from ..merging.rules import RULES
+from ..merging.merge_rules import RULES
 from ..old_names import OldName
-from .merge_aware_config import check_stamp, fingerprint, stamp_of
+from .merge_aware_config import check_fingerprint, fingerprint, fingerprints_of
 from .merge_plan import lora_factors, lora_plan
 from .plain_adapters import is_plain_input, plain_branches
 from .qalora import MergeableQALoraVariant, check_config, group_delta
@@ -50,10 +50,10 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     """``lora.Linear`` on a :class:`QuantizedLinear`.
 
     Forward, mixed batches and all LoRA variants are PEFT's. Merging differs: the deltas of all adapters are summed
-    in float32 and merged at once by one of the rules in ``merging/rules.py``, and the quantized weight from before the
-    first merge is kept, so that ``unmerge`` restores the same bits. Only where another adapter of a mixed model, or
-    the user, has written to the merged weight does it subtract the deltas, and quantize again, so that the other's
-    write stays.
+    in float32 and merged at once by one of the rules in ``merging/merge_rules.py``, and the quantized weight from
+    before the first merge is kept, so that ``unmerge`` restores the same bits. Only where another adapter of a mixed
+    model, or the user, has written to the merged weight does it subtract the deltas, and quantize again, so that the
+    other's write stays.
 
     Attributes:
         merge_strategy: name of the rule that ``merge`` follows; see :func:`set_merge_strategy`.
@@ -110,16 +110,16 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
                 "peft_quantlayers.initialize_loftq(peft_model, float_model) before training. Without the float model "
                 'use "pissa" or "olora", which move weight into the adapter and requantize the rest.'
             )
-        stamp = stamp_of(config)
+        recorded = fingerprints_of(config)
         # PiSSA and its like write to the base first, as they did before the training.
         writes_base = isinstance(config.init_lora_weights, str)
-        if stamp is not None and not writes_base:
-            check_stamp(stamp, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
+        if recorded is not None and not writes_base:
+            check_fingerprint(recorded, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
         self.merging.shares_base = self.merging.shares_base or config.layer_replication is not None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        if stamp is not None:
+        if recorded is not None:
             if writes_base:
-                check_stamp(stamp, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
+                check_fingerprint(recorded, base.layer_name, self.unmerged_weight(), adapter=adapter_name)
             self.aware_adapters[adapter_name] = fingerprint(self.unmerged_weight())
 
     def _check_experts(self, names: list[str] | None) -> None:

@@ -19,7 +19,7 @@ from ..arguments import check_integer, check_model, check_names, nearest
 from ..layers import QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here
 from .layer import LoraQuantizedLinear
-from .merge_aware_config import fingerprint, stamped
+from .merge_aware_config import fingerprint, with_fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ def _enable(model: nn.Module, adapters: list[str] | None) -> list[str]:
     """As :func:`enable_merge_aware`; returns the adapters that already change the model."""
     configs, trained = _configs(model), []
     for name, layers in _checked_layers(model, configs, adapters).items():
-        stamp = {}
+        recorded = {}
         if any(cast(nn.Linear, layer.lora_B[name]).weight.any() for layer in layers):
             trained.append(name)
         for layer in layers:
             base = layer.quantized_base()
-            stamp[base.layer_name] = layer.aware_adapters[name] = fingerprint(base.quantized_weight)
-        configs[name] = stamped(configs[name], stamp)
+            recorded[base.layer_name] = layer.aware_adapters[name] = fingerprint(base.quantized_weight)
+        configs[name] = with_fingerprints(configs[name], recorded)
     return trained
 
 

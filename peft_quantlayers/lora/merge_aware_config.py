@@ -105,27 +105,27 @@ def fingerprint(weight: QuantizedWeight) -> str:
     return f"{checksum:08x}"
 
 
-def stamped(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
+def with_fingerprints(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
     """A copy of ``config`` that records what its adapter is rounded against: name and fingerprint of each layer."""
     aware = MergeAwareLoraConfig.of(config)
     aware.merge_aware = {"rounding": ROUNDING_VERSION, "layers": layers}
     return aware
 
 
-def stamp_of(config: Any) -> dict[str, Any] | None:
-    """What :func:`stamped` wrote into ``config``, or None."""
+def fingerprints_of(config: Any) -> dict[str, Any] | None:
+    """What :func:`with_fingerprints` wrote into ``config``, or None."""
     return getattr(config, "merge_aware", None)
 
 
 def check_rounded_layers(config: Any, model: nn.Module) -> None:
     """Raise ValueError if the adapter was trained through the rounding of a layer that ``model`` has dense."""
-    stamp = stamp_of(config)
-    if stamp is None:
+    recorded = fingerprints_of(config)
+    if recorded is None:
         return
-    if not isinstance(stamp, dict) or not isinstance(stamp.get("layers"), dict):
-        raise ValueError(f"the adapter's config holds a damaged merge_aware={stamp!r}. {WAY_OUT}")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("layers"), dict):
+        raise ValueError(f"the adapter's config holds a damaged merge_aware={recorded!r}. {WAY_OUT}")
     modules = dict(model.named_modules())
-    for name in stamp["layers"]:
+    for name in recorded["layers"]:
         layer: Any = modules.get(name)
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         if layer is not None and not isinstance(base, QuantizedLinear):
@@ -135,14 +135,14 @@ def check_rounded_layers(config: Any, model: nn.Module) -> None:
             )
 
 
-def check_stamp(stamp: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
+def check_fingerprint(recorded: dict[str, Any], layer_name: str, weight: QuantizedWeight, *, adapter: str) -> None:
     """Raise ValueError unless the adapter was trained through the rounding of this very weight."""
-    if stamp.get("rounding") != ROUNDING_VERSION:
+    if recorded.get("rounding") != ROUNDING_VERSION:
         raise ValueError(
-            f"adapter {adapter!r} was trained through version {stamp.get('rounding')!r} of the rounding, and this is "
-            f"version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {WAY_OUT}"
+            f"adapter {adapter!r} was trained through version {recorded.get('rounding')!r} of the rounding, and this "
+            f"is version {ROUNDING_VERSION}: install the peft_quantlayers that it was trained with. {WAY_OUT}"
         )
-    if stamp["layers"].get(layer_name) != fingerprint(weight):
+    if recorded["layers"].get(layer_name) != fingerprint(weight):
         raise ValueError(
             f"{layer_name}: adapter {adapter!r} was trained merge-aware on another quantized weight than this one "
             f"({weight.spec}). {WAY_OUT}"

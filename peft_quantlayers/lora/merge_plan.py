@@ -17,7 +17,7 @@ from ..formats import QuantizedWeight
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..merging import AdapterTraits, MergePlan
-from ..merging.rules import fitting_strategies
+from ..merging.merge_rules import fitting_strategies
 from ..methods import get_method
 from .dense_stand_in import dense_stand_in_under
 from .merge_aware_config import fingerprint

@@ -21,7 +21,8 @@ class AdapterTraits:
     Fields:
         names: of the adapters.
         dtype: of their parameters.
-        strategies: the strategies that fit them, besides those that fit any; see :func:`.rules.fitting_strategies`.
+        strategies: the strategies that fit them, besides those that fit any; see
+            :func:`.merge_rules.fitting_strategies`.
         is_merge_aware: all were trained through the rounding of this very weight.
         trained_merge_aware: those that were trained through a rounding, of this weight or another.
         can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.

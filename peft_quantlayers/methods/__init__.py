@@ -5,8 +5,8 @@ A method is one file (or folder) here, which registers itself: all of them are i
 
 from .aqlm import AQLMConfig, AQLMMethod, AQLMSpec, move_aqlm_codes
 from .base import QuantMethod
-from .config import QuantConfig, config_type, make_config
 from .hqq import HQQConfig, HQQMethod, HQQSpec
+from .quant_config import QuantConfig, config_type, make_config
 from .registry import get_method, import_methods, register_method, registered_methods, spec_from_dict
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..arguments import check_choice, check_integer
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import dtype_name, suggest_divisor, with_smaller_groups
 from .base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
-from .config import make_config
+from .quant_config import make_config
 from .registry import register_method
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero: the table of the paper's appendix E.

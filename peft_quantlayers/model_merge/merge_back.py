@@ -18,11 +18,11 @@ from ..calibration import Calibration
 from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
 from ..merging.advice import nothing_merged
-from ..merging.rules import RULES_FOR_ANY_DELTA
+from ..merging.merge_rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
-from .calibrated import merge_calibrated
 from .effect import measured_effect, restore
 from .held_out import held_out_batches
+from .merge_calibrated import merge_calibrated
 from .merged_model import MergedModel
 from .refusals import (
     checked_names,

@@ -12,7 +12,7 @@ from torch import nn
 from ..integrations.private_peft import available_adapters
 from ..lora.dense_stand_in import dense_stand_in_under
 from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
-from ..merging.rules import RULES_FOR_ANY_DELTA
+from ..merging.merge_rules import RULES_FOR_ANY_DELTA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ..layers.dense_types import dense_type_of
 from ..layers.selection import Selection, fused_experts, select_modules
 from ..lora import has_adapters
 from ..methods import QuantConfig
-from ..methods.config import check_config
+from ..methods.quant_config import check_config
 from .model_summary import ModelSummary, ModuleSummary
 
 # Of a module of a registered type in a model whose config is not at hand.

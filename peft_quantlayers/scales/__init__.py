@@ -1,6 +1,6 @@
 """Scale-only finetuning as a PEFT method: its config and its layers."""
 
-from .config import QuantScalesConfig
 from .layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
+from .scales_config import QuantScalesConfig
 
 __all__ = ["QuantScalesConfig", "QuantScalesLayer", "QuantScalesLinear", "QuantScalesNorm"]

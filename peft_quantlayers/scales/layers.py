@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
 from ..merging import AdapterTraits, MergePlan, MergeResult, MergeRule, MergeSource, MergeState
-from ..merging.rules import RULES_FOR_EXACT_WEIGHTS
+from ..merging.merge_rules import RULES_FOR_EXACT_WEIGHTS
 
 
 class TunedTensors(nn.Module):

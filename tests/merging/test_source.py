@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_quantlayers import QuantizedLinear
 from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeSource, MergeState
-from peft_quantlayers.merging.rules import RULES_FOR_ANY_DELTA
+from peft_quantlayers.merging.merge_rules import RULES_FOR_ANY_DELTA
 
 pytestmark = pytest.mark.usefixtures("toy_method")
 

@@ -21,7 +21,7 @@ import torch
 
 from peft_quantlayers.formats import QuantizedWeight, QuantSpec, TensorLayout
 from peft_quantlayers.methods.base import QuantMethod
-from peft_quantlayers.methods.config import make_config
+from peft_quantlayers.methods.quant_config import make_config
 from peft_quantlayers.methods.registry import register_method
 
 

@@ -14,7 +14,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
 from peft_quantlayers.lora.layer import RULES
-from peft_quantlayers.merging import rules
+from peft_quantlayers.merging import merge_rules
 from peft_quantlayers.merging.advice import WITHOUT_NOISE
 from peft_quantlayers.model_merge.merge_back import STRATEGIES, TAKING_CALIBRATION
 
@@ -44,11 +44,13 @@ def x() -> torch.Tensor:
 
 def test_every_place_that_lists_strategies_knows_all_of_them():
     known = set(STRATEGIES)
-    assert known == {*rules.RULES, "calibrated"}
+    assert known == {*merge_rules.RULES, "calibrated"}
     assert known >= {*rules.RULES_FOR_ANY_DELTA, *rules.RULES_FOR_EXACT_WEIGHTS, *TAKING_CALIBRATION, *WITHOUT_NOISE}
     given = {"is_plain": True, "has_bias": False, "is_qalora": True}
     fitting = {
-        name for method in methods_for("requantize") for name in rules.fitting_strategies(quick_spec(method), **given)
+        name
+        for method in methods_for("requantize")
+        for name in merge_rules.fitting_strategies(quick_spec(method), **given)
     }
     assert fitting == known - {"auto", "requantize", "dense"}
     assert all(f'``"{name}"``' in pql.merge_back.__doc__ for name in known)
@@ -268,7 +270,7 @@ def test_aware_adapters_that_merge_like_any_other_are_named(caplog):
     pql.enable_merge_aware(model)
     model.add_adapter("plain", LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "plain"])
-    rules._warn_of_other_rounding.cache_clear()
+    merge_rules._warn_of_other_rounding.cache_clear()
     caplog.clear()  # of what enable_merge_aware says of trained adapters
     with caplog.at_level("WARNING"):
         pql.merge_back(model)

@@ -18,7 +18,7 @@ from quantlayers_kernels.tiled import WeightTiles
 from ...formats import QuantizedWeight, TensorLayout
 from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
-from .calibrated import Grid, descended_codes, fitted_grid, weighted_grid
+from .output_solver import Grid, descended_codes, fitted_grid, weighted_grid
 from .spec import HQQSpec
 
 # A million float32 weights and two buffers of that size stay within the last-level cache; other devices want

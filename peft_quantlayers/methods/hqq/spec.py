@@ -13,7 +13,7 @@ from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes,
 from ...arguments import check_choice, check_integer, check_number
 from ...formats import QuantSpec, TensorLayout
 from ...formats.spec import Role, dtype_name, suggest_divisor, with_smaller_groups
-from ..config import QuantConfig
+from ..quant_config import QuantConfig
 
 MAX_GROUP_SIZE = 1 << 24
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_quantlayers.methods import HQQMethod, HQQSpec
-from peft_quantlayers.methods.hqq.calibrated import Grid, descended_codes, fitted_grid, weighted_grid
+from peft_quantlayers.methods.hqq.output_solver import Grid, descended_codes, fitted_grid, weighted_grid
 
 OUT, IN, GROUP = 40, 192, 32
 

@@ -10,7 +10,7 @@ from plans import SHAPE, plan_of
 
 from peft_quantlayers import HQQSpec
 from peft_quantlayers.layers import LowRankBranch
-from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeResult, rules
+from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeResult, merge_rules
 from peft_quantlayers.merging.coefficients import retained_fraction
 
 pytestmark = pytest.mark.usefixtures("toy_method")
@@ -36,11 +36,13 @@ def plan_for(rule: str, method: str) -> MergePlan:
     return plan_of(spec, delta=groups.repeat_interleave(16, 1), group_delta=groups)
 
 
-@pytest.mark.parametrize(("rule", "method"), [(rule, method) for rule in rules.RULES for method in methods_for(rule)])
+@pytest.mark.parametrize(
+    ("rule", "method"), [(rule, method) for rule in merge_rules.RULES for method in methods_for(rule)]
+)
 def test_a_rule_retains_the_delta_and_changes_no_argument(rule, method):
     plan = plan_for(rule, method)
     before = copy.deepcopy(plan)
-    result = rules.RULES[rule](plan)
+    result = merge_rules.RULES[rule](plan)
     assert result.strategy == ("requantize" if rule == "auto" else rule)
     # One more codebook of 16 vectors holds a part of the delta; rounding adds noise to all of it.
     tolerance = {"exact": 0.02, "keep": 1e-4, "dense": 1e-4, "append": 0.5}.get(rule, 0.25)
@@ -57,41 +59,41 @@ def test_without_a_delta_every_bit_stays(method):
     plan = plan_of(quick_spec(method), delta=torch.zeros(SHAPE), adapters=AWARE)
     names = ["auto", "aware", "requantize"] + ["append"] * (method in methods_for("append"))
     for name in names:
-        assert same_tensors(rules.RULES[name](plan).weight.tensors, plan.weight.tensors), name
+        assert same_tensors(merge_rules.RULES[name](plan).weight.tensors, plan.weight.tensors), name
 
 
 @all_methods
 def test_on_grid_is_the_merge_of_the_method_and_what_merge_aware_training_computes(method):
     plan = plan_of(quick_spec(method), adapters=AWARE)
     expected = plan.method.merged(plan.weight, lambda rows: plan.left[rows] @ plan.right)
-    assert same_tensors(rules.on_grid(plan).tensors, expected.tensors)
-    assert same_tensors(rules.merge_aware(plan).weight.tensors, expected.tensors)
+    assert same_tensors(merge_rules.on_grid(plan).tensors, expected.tensors)
+    assert same_tensors(merge_rules.merge_aware(plan).weight.tensors, expected.tensors)
 
 
 def test_the_automatic_rule_takes_what_the_adapters_were_trained_for():
     spec = quick_spec("hqq")
-    assert rules.automatic(plan_of(spec, adapters=AWARE)).strategy == "aware"
-    assert rules.automatic(plan_for("exact", "hqq")).strategy == "exact"
-    assert rules.automatic(plan_of(spec)).strategy == "requantize"
+    assert merge_rules.automatic(plan_of(spec, adapters=AWARE)).strategy == "aware"
+    assert merge_rules.automatic(plan_for("exact", "hqq")).strategy == "exact"
+    assert merge_rules.automatic(plan_of(spec)).strategy == "requantize"
     known = plan_of(spec).weight
-    result = rules.automatic(plan_of(spec, exact=known))
+    result = merge_rules.automatic(plan_of(spec, exact=known))
     assert (result.strategy, result.weight is known) == ("exact", True)
 
 
 def test_adapters_that_were_trained_merge_aware_elsewhere_are_named_once(caplog):
-    rules._warn_of_other_rounding.cache_clear()
+    merge_rules._warn_of_other_rounding.cache_clear()
     adapters = AdapterTraits(names=("default",), trained_merge_aware=("default",))
     for _ in range(2):
-        assert rules.automatic(plan_of(quick_spec("hqq"), adapters=adapters)).strategy == "requantize"
+        assert merge_rules.automatic(plan_of(quick_spec("hqq"), adapters=adapters)).strategy == "requantize"
     assert caplog.text.count("['default'] were trained merge-aware") == 1
 
 
 def test_a_delta_that_leaves_the_range_of_codes_gets_a_new_grid():
     plan = plan_of(HQQSpec(nbits=3, group_size=16), size=30.0)
-    result = rules.requantize(plan)
+    result = merge_rules.requantize(plan)
     assert not torch.equal(result.weight.tensors["scale"], plan.weight.tensors["scale"])
     assert retained(plan, result) == pytest.approx(1.0, abs=0.05)
-    on_grid = MergeResult(strategy="on grid", weight=rules.on_grid(plan))
+    on_grid = MergeResult(strategy="on grid", weight=merge_rules.on_grid(plan))
     assert retained(plan, on_grid) < 0.5
 
 
@@ -109,12 +111,12 @@ def test_a_delta_that_leaves_the_range_of_codes_gets_a_new_grid():
 )
 def test_what_a_rule_cannot_merge_is_refused_with_the_way_out(rule, method, error, message):
     with pytest.raises(error, match=message):
-        rules.RULES[rule](plan_of(quick_spec(method)))
+        merge_rules.RULES[rule](plan_of(quick_spec(method)))
 
 
 def test_a_delta_that_is_no_product_cannot_be_kept_as_a_branch():
     with pytest.raises(NotImplementedError, match="plain LoRA and rsLoRA"):
-        rules.keep(plan_of(quick_spec("hqq"), factors=False))
+        merge_rules.keep(plan_of(quick_spec("hqq"), factors=False))
 
 
 def test_the_way_out_of_a_refusal_is_one_that_the_adapters_can_take():
@@ -124,16 +126,16 @@ def test_the_way_out_of_a_refusal_is_one_that_the_adapters_can_take():
     ):
         adapters = AdapterTraits(names=("default",), strategies=strategies)
         with pytest.raises(ValueError, match=expected) as caught:
-            rules.merge_aware(plan_of(quick_spec("hqq"), adapters=adapters))
+            merge_rules.merge_aware(plan_of(quick_spec("hqq"), adapters=adapters))
         assert missing not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", methods_for("append"))
 def test_an_appended_codebook_leaves_those_that_there_are_as_long_as_they_serve(method):
     plan = plan_of(quick_spec(method), size=0.2)
-    result = rules.append(plan)
+    result = merge_rules.append(plan)
     assert result.weight.spec == plan.weight.spec.extended()
-    errors = [(each.merged(plan) - plan.target).norm() for each in (result, rules.requantize(plan))]
+    errors = [(each.merged(plan) - plan.target).norm() for each in (result, merge_rules.requantize(plan))]
     assert errors[0] < errors[1]
 
 
@@ -141,7 +143,7 @@ def test_an_appended_codebook_leaves_those_that_there_are_as_long_as_they_serve(
 def test_dense_has_the_layers_dtype_and_its_branch_within(dtype):
     branch = LowRankBranch(torch.randn(2, SHAPE[1]), 0.01 * torch.randn(SHAPE[0], 2))
     plan = plan_of(quick_spec("hqq"), compute_dtype=dtype, branch=branch)
-    result = rules.dense(plan)
+    result = merge_rules.dense(plan)
     assert result.is_new_layer
     assert result.dense.dtype == dtype
     assert torch.equal(result.dense, (plan.target + branch.dense()).to(dtype))
@@ -152,7 +154,7 @@ def test_dense_has_the_layers_dtype_and_its_branch_within(dtype):
 def test_keep_leaves_the_codes_and_puts_its_factors_behind_those_of_the_layer():
     spec = quick_spec("hqq")
     plan = plan_of(spec)
-    result = rules.keep(plan)
+    result = merge_rules.keep(plan)
     assert result.weight is plan.weight
     assert result.branch.rank == 4
     torch.testing.assert_close(result.merged(plan), plan.target)
@@ -160,10 +162,10 @@ def test_keep_leaves_the_codes_and_puts_its_factors_behind_those_of_the_layer():
     assert result.bits_per_weight == pytest.approx(plan.weight.bits_per_weight + branch_bits)
 
     own = LowRankBranch(torch.randn(2, SHAPE[1]), 0.01 * torch.randn(SHAPE[0], 2))
-    both = rules.keep(plan_of(spec, branch=own))
+    both = merge_rules.keep(plan_of(spec, branch=own))
     assert both.branch.rank == 6
     torch.testing.assert_close(both.branch.dense(), own.dense() + plan.delta, rtol=1e-4, atol=1e-6)
-    half = rules.keep(plan_of(spec, adapters=AdapterTraits(names=("default",), dtype=torch.bfloat16)))
+    half = merge_rules.keep(plan_of(spec, adapters=AdapterTraits(names=("default",), dtype=torch.bfloat16)))
     assert half.branch.A.dtype == half.branch.B.dtype == torch.bfloat16
 
 
@@ -177,7 +179,7 @@ def test_strategies_are_named_for_the_adapters_that_they_fit(method):
         ({}, set()),
     ):
         given = {"is_plain": False, "has_bias": False, "is_qalora": False} | fields
-        assert set(rules.fitting_strategies(quick_spec(method), **given)) == of_weight | of_adapter
+        assert set(merge_rules.fitting_strategies(quick_spec(method), **given)) == of_weight | of_adapter
 
 
 def test_rows_of_the_delta_are_those_of_the_factors_or_of_the_difference():

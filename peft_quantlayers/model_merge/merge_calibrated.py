@@ -19,7 +19,7 @@ from ..layers.quantize_weight import named_errors
 from ..merging import MergePlan, MergeResult, MergeSource
 from ..merging.coefficients import coefficient, output_error
 from ..merging.layer_report import with_outputs
-from ..merging.rules import append, extended_spec, requantize
+from ..merging.merge_rules import append, extended_spec, requantize
 from ..methods import get_method
 from .targets import MergeTarget
 

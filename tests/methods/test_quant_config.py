@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_quantlayers.methods import AQLMConfig, HQQConfig, HQQSpec
-from peft_quantlayers.methods.config import matches
+from peft_quantlayers.methods.quant_config import matches
 
 
 @pytest.mark.parametrize(
