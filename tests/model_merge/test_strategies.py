@@ -45,7 +45,12 @@ def x() -> torch.Tensor:
 def test_every_place_that_lists_strategies_knows_all_of_them():
     known = set(STRATEGIES)
     assert known == {*merge_rules.RULES, "calibrated"}
-    assert known >= {*rules.RULES_FOR_ANY_DELTA, *rules.RULES_FOR_EXACT_WEIGHTS, *TAKING_CALIBRATION, *WITHOUT_NOISE}
+    assert known >= {
+        *merge_rules.RULES_FOR_ANY_DELTA,
+        *merge_rules.RULES_FOR_EXACT_WEIGHTS,
+        *TAKING_CALIBRATION,
+        *WITHOUT_NOISE,
+    }
     given = {"is_plain": True, "has_bias": False, "is_qalora": True}
     fitting = {
         name
