@@ -173,12 +173,10 @@ def _check_rest(selection: Selection) -> None:
             f"all {len(done)} layers are quantized already as the config says; the model was not changed."
         )
     if not specs:
-        misfits = [f"{name}: {dense.detail}" for name, dense in selection.dense.items() if dense.reason == MISFIT]
-        raise ValueError(
-            "there is nothing to quantize: outside its head the model has no nn.Linear, Conv1D or other registered "
-            "layer type that skip_modules does not name"
-            + (f", and whose shape fits ({'; '.join(misfits[:5])})." if misfits else ".")
-        )
+        said = [f"{name} ({dense.detail or dense.reason})" for name, dense in selection.dense.items()]
+        if not said:
+            said = ["the model has no nn.Linear, Conv1D or other registered layer type"]
+        raise ValueError(f"there is nothing to quantize: {', '.join(said[:5])}. The model was not changed.")
     if done:
         logger.warning(
             "%d of %d layers are quantized already as the config says, and stay as they are.",

@@ -16,7 +16,7 @@ from transformers import (
 from peft_quantlayers import Calibration, HQQConfig, QuantizedLinear, quantize_model
 from peft_quantlayers.calibration import BlockWork, InputStatistics, Visitor, layer_passes, walk
 
-WIDTH = 8
+WIDTH = 16
 
 
 class Block(nn.Module):

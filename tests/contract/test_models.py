@@ -4,7 +4,7 @@ import copy
 import multiprocessing
 import pickle
 from collections.abc import Iterator
-from multiprocessing.pool import Pool
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -226,10 +226,10 @@ def _product_of(pickled: bytes, x: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def new_process() -> Iterator[Pool]:
+def new_process() -> Iterator[ProcessPoolExecutor]:
     """A process that has imported nothing of ours before the first pickle; one for all tests, for it starts slowly."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        yield pool
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor
 
 
 def test_layers_of_methods_in_the_package_pickle_into_a_new_process(config, spec, new_process):
@@ -237,7 +237,7 @@ def test_layers_of_methods_in_the_package_pickle_into_a_new_process(config, spec
         pytest.skip("the toy is registered in this process only")
     layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec).requires_grad_(False)
     x = torch.randn(2, 64)
-    torch.testing.assert_close(new_process.apply(_product_of, (pickle.dumps(layer), x)), layer(x))
+    torch.testing.assert_close(new_process.submit(_product_of, pickle.dumps(layer), x).result(timeout=120), layer(x))
 
 
 def test_a_layer_compiles_whole(spec, fresh_compiler):
