@@ -219,7 +219,7 @@ def test_a_merge_that_fails_half_way_puts_every_layer_back(monkeypatch):
 
     from peft_quantlayers.model_merge import merge_calibrated
 
-    original = calibrated.for_outputs
+    original = merge_calibrated.for_outputs
 
     def breaks(plan, *args):
         calls.append(plan)
