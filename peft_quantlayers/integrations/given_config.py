@@ -59,10 +59,17 @@ def quant_config_of(given: Any) -> QuantConfig:
 
 def without_untagged(config: QuantConfig, given: Any, model: nn.Module) -> QuantConfig:
     """``config`` with the layers that no tag of a ``dynamic_config`` in ``given`` means skipped: float in ``hqq``."""
-    if not config.overrides or isinstance(given, QuantConfig):
+    if not config.overrides or not _has_tags(given):
         return config
     untagged = [name for name in dense_modules(model) if not any(matches(name, tag) for tag in config.overrides)]
     return dataclasses.replace(config, skip_modules=(*(config.skip_modules or ()), *untagged))
+
+
+def _has_tags(given: Any) -> bool:
+    """Whether ``given`` has one setting of the hqq package for each layer tag."""
+    fields = given.to_dict() if isinstance(given, (HqqConfig, QuantlayersConfig)) else {}
+    settings = fields.get("quant_config") or fields.get("dynamic_config") or {}
+    return bool(settings) and not {"weight_quant_params", "nbits"} & set(settings)
 
 
 def _of_own_fields(fields: dict[str, Any]) -> QuantConfig:

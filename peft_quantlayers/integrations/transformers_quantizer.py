@@ -256,8 +256,9 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
         state = state_with_wide_codes(model)
-        keep_from_conversions(model, model.state_dict())
-        return state, checksum_metadata(model, model.state_dict() if state is None else state)
+        written = model.state_dict() if state is None else state
+        keep_from_conversions(model, written)
+        return state, checksum_metadata(model, written)
 
     @property
     def is_trainable(self) -> bool:

@@ -45,6 +45,13 @@ def test_a_mapping_quantizes_with_the_fields_that_it_names(fields, folder):
     assert len(pql.quantized_modules(model)) == 7
 
 
+def test_overrides_in_a_mapping_leave_no_other_layer_dense(folder):
+    fields = pql.HQQConfig(nbits=4, overrides={"down_proj": {"nbits": 8}}).to_dict()
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=fields)
+    assert len(pql.quantized_modules(model)) == 7
+    assert specs_of(model) == {str(pql.HQQSpec(nbits=4)), str(pql.HQQSpec(nbits=8))}
+
+
 @pytest.mark.parametrize("config", [pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3), pql.NF4Config()])
 def test_the_mapping_of_every_method_makes_its_config_again(config, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config.to_dict())
