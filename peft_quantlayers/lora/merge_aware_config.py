@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..formats import QuantizedWeight
-from ..formats.quantized_weight import stored_bytes
+from ..formats.quantized_weight import weight_checksum
 from ..layers import QuantizedLinear
 from .adapter_folder import refuse_special_files
 
@@ -104,10 +104,8 @@ def base_record(folder: Any, subfolder: str | None = None) -> dict[str, Any] | N
 
 def fingerprint(weight: QuantizedWeight) -> str:
     """A checksum of the spec and all tensors of ``weight``: equal for the same codes on the same grid only."""
-    checksum = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
-    for name in sorted(weight.tensors):
-        checksum = zlib.crc32(stored_bytes(weight.tensors[name]), checksum)
-    return f"{checksum:08x}"
+    spec = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
+    return f"{weight_checksum(weight, start=spec):08x}"
 
 
 def with_fingerprints(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:
