@@ -37,6 +37,7 @@ from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
 from .private_transformers import kept_dtype
+from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -73,6 +74,7 @@ class _QuantizeWeight(ConversionOps):
                 module_name,
                 self.quantizer.specs[module_name],
                 compute_dtype=self.quantizer.compute_dtype,
+                device=self.quantizer.device,
             )
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
@@ -96,6 +98,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
+        # Where weights are quantized; None for where each is.
+        self.device: torch.device | str | None = None
         self.failures: list[str] = []
         # Of a checkpoint: the parameter for each name in its files, and the files in words.
         self.parameters: dict[str, str] = {}
@@ -165,6 +169,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if config.asked is not None:
             compare_with_asked(config.asked, self.specs, model)
         self.files, self.parameters = str(files), names.parameters(files.headers)
+        if description.has_sentinels:
+            found = without_sentinels(self.parameters, files, self.specs)
+            ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
+            self.parameters = found
         check_headers(files, self.parameters, self.specs, stored, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
@@ -253,9 +261,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
         """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
-        self.quantization_config = QuantlayersConfig.from_model(model)
-        model.config.quantization_config = self.quantization_config
+        config = self.quantization_config = QuantlayersConfig.from_model(model)
+        model.config.quantization_config = config
         state = state_with_wide_codes(model)
+        if config.checkpoint_format.name == QUANT_METHOD and not getattr(model, "_hf_peft_config_loaded", False):
+            state = (model.state_dict() if state is None else state) | sentinels(model)
         written = model.state_dict() if state is None else state
         keep_from_conversions(model, written)
         return state, checksum_metadata(model, written)
