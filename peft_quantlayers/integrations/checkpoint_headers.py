@@ -99,7 +99,8 @@ class CheckpointFiles:
             return torch.equal(self.read(name), self.read(other))
         a, b = self.slice(name), self.slice(other)
         step = max(1, _COMPARED_BYTES * first.shape[0] // max(1, self.n_bytes(name)))
-        return all(torch.equal(a[i : i + step], b[i : i + step]) for i in range(0, first.shape[0], step))
+        parts = [slice(i, min(i + step, first.shape[0])) for i in range(0, first.shape[0], step)]
+        return all(torch.equal(a[part], b[part]) for part in parts)
 
 
 def open_checkpoint(file: str, *, backend: str = "mmap") -> Any:

@@ -80,7 +80,7 @@ class FloatCheckpoint:
         paths = [str(file) for file in weight_files(folder)]
         self.files = CheckpointFiles(paths, backend="pread")
         if are_checksums_used():
-            refuse_damage(self.files)
+            refuse_damage(self.files.opened, name=str(folder))
         model_class = _model_class(folder)
         config = AutoConfig.from_pretrained(folder)
         self.config, self.dtype = _get_dtype(dtype, paths, config, None, None, True, None)
@@ -129,14 +129,18 @@ class FloatCheckpoint:
         for name, reason in info.conversion_errors.items():
             raise ValueError(f"{self.folder}: {name} cannot be converted: {reason}")
         for name, stored, wanted in info.mismatched_keys:
-            raise ValueError(
-                f"{self.folder}: {name} has the shape {tuple(stored)} in the files, and config.json asks for "
-                f"{tuple(wanted)}. They do not belong together."
-            )
+            self._check_shape(name, stored, wanted)
 
     def release(self, module: nn.Module | None = None) -> None:
         """Drop all numbers of ``module``, of the whole model by default."""
         (self.model if module is None else module).to("meta")
+
+    def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(stored) != tuple(wanted):
+            raise ValueError(
+                f"{self.folder}: {name} has the shape {tuple(stored)} in the files, and config.json asks for "
+                f"{tuple(wanted)}. They do not belong together."
+            )
 
     def _quantize_joined(self, quantizer: QuantlayersHfQuantizer) -> None:
         """Quantize what transformers did not ask about: it asks for one weight of several that a conversion makes."""
@@ -181,6 +185,8 @@ class FloatCheckpoint:
             if name not in state:
                 unexpected.append(key)
                 continue
+            if pattern is None:
+                self._check_shape(name, self.files.headers[key].shape, state[name].shape)
             keys.setdefault(name, []).append(key)
             patterns = of_pattern[pattern].target_patterns if pattern is not None else [""]
             made = (name.replace(patterns[0], other) for other in patterns)

@@ -112,11 +112,12 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
         for tensor_name, _ in layer.named_parameters()
         if tensor_name != "bias"
     }
-    own |= {f"{name}.weight" for name in quantized_modules(model)}  # sentinels
+    sentinels = [f"{name}.weight" for name in quantized_modules(model)]
+    own.update(sentinels)
     n_parts = {pattern: len(entry.source_patterns) for entry in converters for pattern in entry.source_patterns}
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     kept = set()
-    for name in names:
+    for name in [*names, *sentinels]:
         target, pattern = apply_converters(name, converters)
         if pattern is not None and name in own:
             kept.add(name)

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
@@ -33,6 +35,7 @@ from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
+from .frozen_adapters import warn_of_frozen_adapters
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
@@ -67,6 +70,12 @@ class _QuantizeWeight(ConversionOps):
 
     def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
         linear = model.get_submodule(module_name)
+        if weight.shape != linear.weight.shape:  # transformers does not compare what is quantized
+            self.quantizer.failures.append(
+                f"{module_name}.weight has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(linear.weight.shape)}. They do not belong together."
+            )
+            return
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
             quantize_module(
@@ -105,6 +114,14 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.parameters: dict[str, str] = {}
         self.files = ""
         self.quantized_tensors: list[QuantizedTensors] = []
+        # Of the files that are being saved.
+        self._metadata: dict[str, str] = {}
+        # That it is attached to, while that lives.
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled with its model, which is another one then."""
+        return vars(self) | {"_model": None}
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -157,7 +174,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
         if self.are_checksums_checked:
-            refuse_damage(files)
+            refuse_damage(files.opened, name="the checkpoint")
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = CheckpointNames(model)
         modules = names.modules(description.specs)
@@ -208,7 +225,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.failures:
             self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
@@ -235,6 +252,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True
+        self._model = weakref.ref(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
@@ -261,17 +279,38 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict]:
         """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
-        config = self.quantization_config = QuantlayersConfig.from_model(model)
-        model.config.quantization_config = config
-        state = state_with_wide_codes(model)
-        if config.checkpoint_format.name == QUANT_METHOD and not getattr(model, "_hf_peft_config_loaded", False):
-            state = (model.state_dict() if state is None else state) | sentinels(model)
-        written = model.state_dict() if state is None else state
+        self.quantization_config = QuantlayersConfig.from_model(model)
+        model.config.quantization_config = self.quantization_config
+        written = model.state_dict()
         keep_from_conversions(model, written)
-        return state, checksum_metadata(model, written)
+        self._metadata = {}
+        if any(is_sharded(tensor) for tensor in written.values()):
+            return None, self._metadata  # gathered_state fills it
+        state = self._as_in_files(model, written)
+        self._metadata |= checksum_metadata(model, state)
+        return state, self._metadata
+
+    def gathered_state(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state``, gathered from all processes, as files have it; and its checksums, which go into their headers.
+
+        Empty in processes that write nothing.
+        """
+        state = self._as_in_files(model, state) if state else state
+        self._metadata |= checksum_metadata(model, state) if state else {}
+        return state
+
+    def _as_in_files(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` as files have it, with sentinels unless adapters or a published layout are saved."""
+        state = state_with_wide_codes(model, state)
+        is_own = self.quantization_config.checkpoint_format.name == QUANT_METHOD
+        return state | sentinels(model) if is_own and not getattr(model, "_hf_peft_config_loaded", False) else state
 
     @property
     def is_trainable(self) -> bool:
+        """Yes. transformers' Trainer asks before it trains."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            warn_of_frozen_adapters(model)
         return True
 
     @property
@@ -281,6 +320,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def gathered_state_of(original: Callable[..., Any], model: Any, model_to_save: Any, *args: Any, **kwargs: Any) -> Any:
+    """``gather_sharded_state_dict_for_save`` of a transformers model, which may be quantized and sharded."""
+    state = original(model_to_save, *args, **kwargs)
+    quantizer = getattr(model_to_save, "hf_quantizer", None)
+    was_sharded = any(is_sharded(parameter) for parameter in model_to_save.parameters())
+    if not was_sharded or not isinstance(quantizer, QuantlayersHfQuantizer):
+        return state
+    return quantizer.gathered_state(model_to_save, state)
 
 
 def mark_for_kbit_training(model: PreTrainedModel) -> None:

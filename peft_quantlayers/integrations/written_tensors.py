@@ -41,7 +41,7 @@ class WrittenTensors:
             parent, _, name = target.rpartition(".")
             setattr(self._skeleton.get_submodule(parent), name, self._skeleton.get_parameter(source))
         state = self._state(self._skeleton)
-        keep_from_conversions(self._skeleton, {**state, **sentinels(self._skeleton)})
+        keep_from_conversions(self._skeleton, state)
         self._kept = set(remove_tied_weights_from_state_dict(dict(state), self._skeleton))
 
     def names(self, *, has_sentinels: bool) -> list[str]:
@@ -65,8 +65,7 @@ class WrittenTensors:
         return revert_weight_conversion(self._skeleton, dict(sentinels(model)))
 
     def _state(self, model: PreTrainedModel) -> dict[str, Any]:
-        wide = state_with_wide_codes(model)
-        state: dict[str, Any] = model.state_dict() if wide is None else wide
+        state: dict[str, Any] = state_with_wide_codes(model, model.state_dict())
         return {name: tensor for name, tensor in state.items() if name not in self._ignored}
 
 

@@ -74,22 +74,39 @@ def _n_outputs(module: nn.Module) -> int:
 
 def _head_modules(model: nn.Module) -> Iterator[str]:
     """Dense modules that make the outputs of a transformers model, or of one inside it: the heads of any task."""
-    body = _body(model)
-    inside = {id(module) for module in (body or model).modules()}
-    embeddings = {id(module) for module in _output_embeddings(model)}
+    heads = {id(module) for module in _output_embeddings(model)}
+    for owner in model.modules():
+        if _is_model(owner):
+            heads |= {id(module) for module in _outside_body(owner)}
     for name, module in model.named_modules():
-        if dense_type_of(module) is None:
-            continue
-        # A task's class that does not say which of its parts is the body has its heads beside it.
-        is_beside = body is None and "." not in name and "For" in type(model).__name__
-        if id(module) in embeddings or id(module) not in inside or is_beside:
+        if id(module) in heads and dense_type_of(module) is not None:
             yield name
 
 
-def _body(model: nn.Module) -> nn.Module | None:
-    prefix = getattr(model, "base_model_prefix", "")
-    body = getattr(model, prefix, None) if prefix else None
-    return body if isinstance(body, nn.Module) else None
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a transformers model, the outermost or one inside it, or declares as much as one."""
+    return isinstance(getattr(module, "base_model_prefix", None), str)
+
+
+def _outside_body(owner: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model that are no part of its body, without those of other models inside it.
+
+    A task's class that does not say which of its parts is the body has its heads beside it.
+    """
+    prefix: Any = owner.base_model_prefix
+    body = getattr(owner, prefix, None) if prefix else None
+    if not isinstance(body, nn.Module):
+        yield from owner.children() if "For" in type(owner).__name__ else ()
+        return
+    inside = set(body.modules())
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if child not in inside and not _is_model(child):
+                yield child
+                yield from walk(child)
+
+    yield from walk(owner)
 
 
 def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:

@@ -55,6 +55,11 @@ class QuantizedStorage(nn.Module):
         return self._parameter(self.spec.codes_name)
 
     @property
+    def codes_dtype(self) -> torch.dtype:
+        """The dtype of the codes in the layout and in files."""
+        return self._codes_dtype
+
+    @property
     def has_wide_codes(self) -> bool:
         """Whether the codes are registered as bytes, since process groups do not send their dtype."""
         return self._codes_dtype not in SENDABLE
