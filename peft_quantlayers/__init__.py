@@ -35,6 +35,7 @@ from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
 from .scales import QuantScalesConfig
+from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
+    "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
     "register",

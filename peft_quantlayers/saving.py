@@ -57,7 +57,7 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         if quantized_modules(model):
-            (written / "README.md").write_text(_model_card(model))
+            (written / "README.md").write_text(model_card(model))
         try:
             check_readable(written, model)
         except (ValueError, TypeError, FileNotFoundError) as error:
@@ -99,7 +99,8 @@ def _stored_bytes(model: nn.Module) -> int:
     return sum(sizes.values()) + _OTHER_BYTES
 
 
-def _model_card(model: PreTrainedModel) -> str:
+def model_card(model: PreTrainedModel) -> str:
+    """The README.md of a quantized model: how to load it, and what it is quantized to."""
     layers = quantized_modules(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
@@ -113,8 +114,8 @@ def _model_card(model: PreTrainedModel) -> str:
             "tags: [quantized, quantlayers]",
             "---",
             "",
-            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
-            "with random numbers and only warns.**",
+            "**Load this model with `peft_quantlayers`: without that import, transformers stops with a size mismatch.",
+            "Other programs: `peft-quantlayers run PROGRAM ...` imports it for them.**",
             "",
             "```python",
             "import peft_quantlayers",

@@ -40,6 +40,7 @@ from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
 from .private_transformers import kept_dtype
+from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -69,6 +70,12 @@ class _QuantizeWeight(ConversionOps):
 
     def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
         linear = model.get_submodule(module_name)
+        if weight.shape != linear.weight.shape:  # transformers does not compare what is quantized
+            self.quantizer.failures.append(
+                f"{module_name}.weight has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(linear.weight.shape)}. They do not belong together."
+            )
+            return
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
             quantize_module(
@@ -76,6 +83,7 @@ class _QuantizeWeight(ConversionOps):
                 module_name,
                 self.quantizer.specs[module_name],
                 compute_dtype=self.quantizer.compute_dtype,
+                device=self.quantizer.device,
             )
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
@@ -99,6 +107,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
+        # Where weights are quantized; None for where each is.
+        self.device: torch.device | str | None = None
         self.failures: list[str] = []
         # Of a checkpoint: the parameter for each name in its files, and the files in words.
         self.parameters: dict[str, str] = {}
@@ -176,6 +186,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if config.asked is not None:
             compare_with_asked(config.asked, self.specs, model)
         self.files, self.parameters = str(files), names.parameters(files.headers)
+        if description.has_sentinels:
+            found = without_sentinels(self.parameters, files, self.specs)
+            ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
+            self.parameters = found
         check_headers(files, self.parameters, self.specs, stored, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
@@ -211,7 +225,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.failures:
             self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
@@ -272,7 +286,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self._metadata = {}
         if any(is_sharded(tensor) for tensor in written.values()):
             return None, self._metadata  # gathered_state fills it
-        state = state_with_wide_codes(model, written)
+        state = self._as_in_files(model, written)
         self._metadata |= checksum_metadata(model, state)
         return state, self._metadata
 
@@ -281,9 +295,15 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
         Empty in processes that write nothing.
         """
-        state = state_with_wide_codes(model, state)
+        state = self._as_in_files(model, state) if state else state
         self._metadata |= checksum_metadata(model, state) if state else {}
         return state
+
+    def _as_in_files(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` as files have it, with sentinels unless adapters or a published layout are saved."""
+        state = state_with_wide_codes(model, state)
+        is_own = self.quantization_config.checkpoint_format.name == QUANT_METHOD
+        return state | sentinels(model) if is_own and not getattr(model, "_hf_peft_config_loaded", False) else state
 
     @property
     def is_trainable(self) -> bool:
