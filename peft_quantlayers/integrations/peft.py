@@ -2,9 +2,12 @@
 
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
 models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. A PEFT with
-a registry of dispatchers (``patches/``) is asked to register ours instead, and nothing is wrapped. PEFT's other tuners
+a registry of dispatchers (patches/peft/4-lora-dispatchers) is asked to register ours instead. PEFT's other tuners
 need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a
-registry of quantization backends (``patches/`` again) they are given ours, and a model's status names it.
+registry of quantization backends (patches/peft/3-backend-registry) they are given ours, and a model's status names it.
+
+What else is extended are checks around adapters and merges. No patch makes them unnecessary, since PEFT has no place
+for another package's checks; ``patches/README.md`` lists them.
 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
@@ -38,11 +41,9 @@ from ..scales import QuantScalesLayer
 from . import peft_scales as scales
 from .adapter_files import check_file, check_loaded, check_scaling, local_file
 from .pattern_check import check_patterns
+from .private_peft_names import TESTED_PEFT, check_names
 
 logger = logging.getLogger(__name__)
-
-# The release series whose dispatch this file was written against and is tested with.
-TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
@@ -57,11 +58,13 @@ def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
     if _originals:
         return
+    check_names()
     version = Version(peft.__version__)
-    if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
+    if not Version(TESTED_PEFT[0]) <= version < Version(TESTED_PEFT[1]):
         logger.warning(
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
+    # patches/peft/4-lora-dispatchers
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
@@ -72,6 +75,7 @@ def register() -> None:
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
+    # patches/peft/3-backend-registry
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
     _take_over(LoraModel, "_prepare_model", _prepare_model)
