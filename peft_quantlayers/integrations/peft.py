@@ -27,17 +27,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
+from ..layers.selection import quantized_layers
+from ..layers.stack import QuantizedStack
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
+from ..lora.stack_layer import LoraQuantizedStack
 from ..scales import QuantScalesLayer
 from . import peft_scales as scales
 from .adapter_files import check_file, check_loaded, check_scaling, local_file
 from .pattern_check import check_patterns
+from .target_parameters import has_stacks, inject_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ def register() -> None:
         peft.utils.register_quantization_backend(NAME, _backend)
     _take_over(LoraModel, "_prepare_model", _prepare_model)
     _take_over(LoraModel, "inject_adapter", _inject_adapter)
+    _take_over(LoraModel, "_inject_parameters", _inject_parameters)
     for owner in (PeftModel, PeftMixedModel):
         _take_over(owner, "load_adapter", _load_adapter)
     _take_over(LoraModel, "merge_adapter", _merge_adapter)
@@ -130,7 +135,7 @@ def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
 def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning."""
     config = self.peft_config[adapter_name]
-    if quantized_modules(model):
+    if quantized_layers(model):
         check_scaling(config)
     # Before PiSSA and its like change the base, as they will when the adapter is loaded.
     found = base_fingerprints(model) if is_recorded(config) else {}
@@ -140,10 +145,19 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 
 
+def _inject_parameters(
+    self: LoraModel, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """PEFT's; in a model with quantized experts ours, which finds stacks by the names of their parameters."""
+    if has_stacks(model):
+        return inject_in_order(self, peft_config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    return _original(LoraModel, "_inject_parameters")(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+
+
 def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """PEFT's; on a model with quantized layers, files that are damaged or do not fit their config are errors."""
     load = _original(PeftModel if isinstance(self, PeftModel) else PeftMixedModel, "load_adapter")
-    if not quantized_modules(self):
+    if not quantized_layers(self):
         return load(self, model_id, adapter_name, *args, **kwargs)
     source = local_file(model_id, kwargs.get("subfolder"))
     if source is not None:
@@ -180,7 +194,8 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
 
     An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
     """
-    layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    kinds = (LoraQuantizedLinear, LoraQuantizedStack)
+    layers = [module for module in model.model.modules() if isinstance(module, kinds)]
     if any(is_offloaded(layer) for layer in layers):
         layers = []
     for layer in layers:
@@ -210,6 +225,8 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:
     """The LoRA layer for ``target``; None if it is not on a quantized layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(getattr(base, kwargs.get("parameter_name") or "", None), QuantizedStack):
+        return LoraQuantizedStack(target, adapter_name, config=config, **kwargs)
     if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
         return None
     if isinstance(target, QuantScalesLayer):

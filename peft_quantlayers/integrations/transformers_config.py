@@ -14,7 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
+from ..layers.selection import quantized_layers, quantized_stacks
 from ..methods import QuantConfig
 from ..methods.aqlm.method import MAX_SCALE_ERROR
 from .private_transformers import kept_dtype
@@ -58,7 +60,7 @@ class QuantlayersConfig(QuantizationConfigMixin):
 
 def describe_model(model: nn.Module) -> ModelDescription:
     """What a checkpoint has to say about ``model``, a transformers model."""
-    layers = quantized_modules(model)
+    layers = quantized_layers(model)
     compute_dtype, compute_dtypes = _compute_dtypes(model, layers)
     return ModelDescription(
         specs={name: layer.spec for name, layer in layers.items()},
@@ -72,10 +74,11 @@ def describe_model(model: nn.Module) -> ModelDescription:
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ),
         lossy_in_model_dtype=tuple(name for name, layer in layers.items() if _is_lossy_in(model.dtype, layer)),
+        stacks=tuple(quantized_stacks(model)),
     )
 
 
-def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> tuple[str | None, dict[str, str]]:
+def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedStorage]) -> tuple[str | None, dict[str, str]]:
     """The layers' compute dtype, None for the model's, and that of the layers that have another one than the rest.
 
     A reader that finds none takes the model's dtype, or what the model's class keeps for a layer (``kept_dtype``).
@@ -92,7 +95,7 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _is_lossy_in(dtype: Any, layer: QuantizedLinear) -> bool:
+def _is_lossy_in(dtype: Any, layer: QuantizedStorage) -> bool:
     """Whether ``dtype`` is float16 and cannot hold the wider scales and codebooks of a layer."""
     wider = [
         tensor
