@@ -105,9 +105,10 @@ MIXTURES = {
 def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of the family, in evaluation mode; its biases and routers are no longer zeros."""
     torch.manual_seed(0)
-    model = MIXTURES[family]().to(dtype).eval()
+    model = MIXTURES[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # rotary tables stay as they are computed
             if not parameter.any():
                 parameter.normal_(std=0.05)
             elif parameter.dim() == 3:

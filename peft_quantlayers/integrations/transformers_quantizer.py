@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import ModelDescription
-from ..layers import LowRankBranch, dequantize_model, quantizable_modules, quantize_module
+from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules, quantize_module
 from ..layers.dense_rules import DenseRules
 from ..layers.dense_types import dense_key, dense_shape, dense_type_of, dense_weight
 from ..layers.expert_types import dense_stacks, find_stack
@@ -194,9 +194,9 @@ class QuantlayersHfQuantizer(HfQuantizer):
             layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtype, device="meta")
             rank = description.branches.get(stored_name)
             if rank is not None and isinstance(layer, QuantizedStack):
-                shape = (layer.n_experts, layer.out_features, layer.in_features)
-                layer.add_branch(StackBranch.empty_stack(rank, shape, dtype=layer.compute_dtype, device="meta"))
-            elif rank is not None:
+                stack_shape = (layer.n_experts, layer.out_features, layer.in_features)
+                layer.add_branch(StackBranch.empty_stack(rank, stack_shape, dtype=layer.compute_dtype, device="meta"))
+            elif rank is not None and isinstance(layer, QuantizedLinear):
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
                 layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 

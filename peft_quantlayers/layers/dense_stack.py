@@ -93,8 +93,7 @@ def as_called_stacks(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         for module, parameter in placed:
             stack = getattr(module, parameter)
             if isinstance(stack, DenseStack):
-                required = stack.weight.requires_grad
-                put_dense(module, parameter, stack.weight, is_kept=True).requires_grad_(required)
+                put_dense(module, parameter, stack.weight)
             elif isinstance(stack, QuantizedStack):
                 use_quantized_experts(module)
 

@@ -32,16 +32,14 @@ class ExpertView(WriteThroughWeight):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight, bias = (
-                kwargs.get(name, args[at] if len(args) > at else None)
-                for at, name in enumerate(("input", "weight", "bias"))
-            )
+            given: list[Any] = [*args, *(None,) * (3 - len(args))]
+            x, weight, bias = (kwargs.get(name, given[at]) for at, name in enumerate(("input", "weight", "bias")))
             if _multiplies(x, weight, is_transposed=False):
-                return cast(ExpertSource, weight._layer).product(x, bias)
+                return weight._layer.product(x, bias)
         elif func in _MATMULS and len(args) == 2 and not kwargs:
             x, weight = args if func is not Tensor.__rmatmul__ else reversed(args)
             if _multiplies(x, weight, is_transposed=True):
-                return cast(ExpertSource, weight._layer).product(x)
+                return weight._layer.product(x)
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_dtype, check_model
 from ..formats import QuantSpec
+from ..integrations.private_experts import use_usual_experts
 from ..integrations.private_transformers import kept_dtype, remove_quantization_config
 from ..methods import QuantConfig
 from .dense_types import dense_at
-from .expert_types import find_stack, stack_at
+from .expert_types import find_stack, fused_weights, stack_at
 from .linear import QuantizedLinear
 from .placement import check_weights_are_here
 from .quantized_storage import QuantizedStorage
@@ -120,7 +121,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
     for name, stack in quantized_stacks(model).items():
         experts, entry = stack_at(model, name)
-        put_dense(experts, entry.parameter, stack.dense_weight(dtype))
+        put_dense(experts, entry.parameter, nn.Parameter(stack.dense_weight(dtype), requires_grad=False))
+    for experts in model.modules():  # only now: the experts of all layers share one config
+        if fused_weights(experts):
+            use_usual_experts(experts)
     remove_quantization_config(model)
     return model
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
-from ..integrations.private_experts import use_quantized_experts, use_usual_experts
+from ..integrations.private_experts import use_quantized_experts
 from .expert_types import FusedWeight, stack_at
 from .quantize_weight import quantize_weight
 from .stack import QuantizedStack, parameter_order
@@ -83,19 +83,11 @@ def place_empty_stack(
     return put_stack(module, entry, quantized, name=name, compute_dtype=dtype)
 
 
-def put_dense(module: nn.Module, parameter_name: str, weight: Tensor, *, is_kept: bool = False) -> nn.Parameter:
-    """Put ``weight``, shaped as the fused parameter was, in place of the stack of that name; it does not train.
-
-    ``is_kept``: it is a Parameter, and that very object is put there.
-    """
+def put_dense(module: nn.Module, parameter_name: str, parameter: nn.Parameter) -> None:
+    """Put ``parameter``, shaped as the fused parameter was, in place of the stack of that name."""
     order = parameter_order(module)
     delattr(module, parameter_name)
-    is_parameter = is_kept and isinstance(weight, nn.Parameter)
-    parameter = weight if is_parameter else nn.Parameter(weight.detach(), requires_grad=False)
     module.register_parameter(parameter_name, parameter)
     for name in order:  # PEFT nests the adapters of one module in this order
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
-    if not any(isinstance(child, QuantizedStack) for child in module.children()):
-        use_usual_experts(module)
-    return parameter

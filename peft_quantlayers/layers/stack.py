@@ -49,6 +49,7 @@ class QuantizedStack(QuantizedStorage):
     """
 
     branch: StackBranch | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,

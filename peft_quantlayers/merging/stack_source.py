@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
-from ..layers.expert_types import FusedWeight
 from ..layers.quantize_weight import named_errors
 from ..layers.replace_stack import put_dense
 from ..layers.stack import QuantizedStack
@@ -157,13 +156,12 @@ def _with_report(plan: MergePlan, result: MergeResult) -> tuple[MergeResult, Lay
 def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Module | QuantizedWeight:
     """The stack's new weight, or what replaces the stack, from the results for its experts, all of one kind."""
     first = next(results)
-    entry = FusedWeight(parameter="", is_transposed=stack.is_transposed)
     rest = _chained(first, results)
     if first.weight is None:
         dense = torch.empty(stack.shape, dtype=cast(Tensor, first.dense).dtype, device=stack.device)
         for expert, result in enumerate(rest):
-            weight = cast(Tensor, result.dense)
-            dense[expert] = weight.t() if entry.is_transposed else weight
+            matrix = cast(Tensor, result.dense)
+            dense[expert] = matrix.t() if stack.is_transposed else matrix
         return DenseExperts(nn.Parameter(dense, requires_grad=False))
     branches = []
 

@@ -114,7 +114,9 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 def _in_own_dtype(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Inputs of experts in the dtype of their weights: the norm before them gives float32 now."""
-    dtype = next(module.parameters(recurse=False)).dtype
+    # Not of codes, nor of their scales; PEFT moves a wrapped parameter into a child while it computes.
+    owners = (each for each in module.modules() if not isinstance(each, QuantizedStorage))
+    dtype = next(parameter.dtype for owner in owners for parameter in owner.parameters(recurse=False))
 
     def cast_input(given: Any) -> Any:
         is_float = isinstance(given, Tensor) and given.is_floating_point()

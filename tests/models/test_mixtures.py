@@ -187,6 +187,10 @@ def test_dequantized_experts_compute_the_same_and_are_plain_again(tmp_path):
     logits = model(IDS).logits
     dense = copy.deepcopy(model)
     dense.dequantize()
+    assert (model.config._experts_implementation, dense.config._experts_implementation) == (
+        "quantlayers",
+        "grouped_mm",
+    )
     assert list(dense.state_dict()) == list(tiny_mixture("gpt_oss").state_dict())
     torch.testing.assert_close(dense(IDS).logits, logits, atol=1e-5, rtol=1e-5)
     dense.save_pretrained(tmp_path)
