@@ -224,7 +224,9 @@ class _Visits:
         for name in unreached:
             whole_name = f"{block}.{name}" if block else name
             self.unreached.append(whole_name)
-            self._visit(InputGroup((whole_name,), block, None))
+            module: Any = passes.block.get_submodule(name)
+            experts = ExpertInputs(len(module)) if is_called_stack(module) else None
+            self._visit(InputGroup((whole_name,), block, None, experts))
 
     def _visit_stack(self, block: str, inside: str, passes: LayerPasses) -> None:
         """Visit a stack of experts, which reads tokens sorted by expert."""
