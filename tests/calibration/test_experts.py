@@ -136,12 +136,11 @@ def test_padding_does_not_count():
     padded, mask = torch.cat([IDS, torch.zeros_like(IDS)], dim=1), torch.ones(16, 128, dtype=torch.long)
     mask[:, 64:] = 0
     batches = [{"input_ids": a, "attention_mask": b} for a, b in zip(padded.split(4), mask.split(4), strict=True)]
-    plain = [{"input_ids": a, "attention_mask": torch.ones_like(a)} for a in IDS.split(4)]
     model = tiny_mixture("qwen3_moe")
     names = [name for name, _, _ in dense_stacks(model)]
     with_padding, without = Seen(), Seen()
-    for data, visitor in ((batches, with_padding), (plain, without)):
-        walk(model, names, pql.Calibration(data=data), visitor, progress=False)
+    for given, visitor in ((pql.Calibration(data=batches), with_padding), (calibration(), without)):
+        walk(model, names, given, visitor, progress=False)
     assert set(with_padding.groups) == set(names)
     for name, group in with_padding.groups.items():
         other = without.groups[name]
