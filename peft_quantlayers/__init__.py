@@ -14,7 +14,16 @@ from .integrations import transformers_registry as _transformers
 from .integrations.hqq_package_folder import load_hqq_folder
 from .integrations.peft_scales import QuantScalesModel
 from .integrations.saved_folder import verify_model
-from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, layer_type, quantized_modules
+from .layers import (
+    AQLMLinear,
+    HQQLinear,
+    QuantizedLinear,
+    QuantizedStack,
+    dequantize_model,
+    layer_type,
+    quantized_modules,
+    quantized_stacks,
+)
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
 from .merging import LayerMergeReport, MergeReport
 from .methods import (
@@ -62,6 +71,7 @@ __all__ = [
     "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
+    "QuantizedStack",
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
@@ -73,6 +83,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "quantize_model",
     "quantized_modules",
+    "quantized_stacks",
     "register",
     "register_method",
     "registered_methods",
