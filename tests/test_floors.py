@@ -20,6 +20,7 @@ FLOORS = [
         "quantlayers_kernels",
         "evaluate",
         "old_names",
+        "integrations.private_experts",
         "integrations.private_peft",
         "integrations.private_transformers",
     },
