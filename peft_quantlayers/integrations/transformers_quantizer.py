@@ -32,10 +32,10 @@ from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
 from ..methods import spec_from_dict
+from .before_training import check_before_training
 from .checkpoint_headers import CheckpointFiles, check_headers
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
-from .frozen_adapters import warn_of_frozen_adapters
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
@@ -290,7 +290,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Yes. transformers' Trainer asks before it trains."""
         model = None if self._model is None else self._model()
         if model is not None:
-            warn_of_frozen_adapters(model)
+            check_before_training(model)
         return True
 
     @property
