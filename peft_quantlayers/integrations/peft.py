@@ -10,6 +10,7 @@ quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from peft.tuners import lora
 from peft.tuners.lora import loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -82,6 +83,9 @@ def register() -> None:
     for owner in (PeftModel, PeftMixedModel):
         _replaced.wrap(owner, "from_pretrained", adapter_loading.from_pretrained)
         _replaced.wrap(owner, "load_adapter", adapter_loading.load_adapter)
+    for module in (hotswap, save_and_load):
+        ours = functools.partial(adapter_loading.load_peft_weights, module.load_peft_weights)
+        _replaced.replace(module, "load_peft_weights", ours)
     _replaced.wrap(PeftModel, "save_pretrained", adapter_loading.save_pretrained)
     _replaced.wrap(PeftConfig, "from_pretrained", adapter_loading.config_from_pretrained)
     _replaced.wrap(PreTrainedModel, "load_adapter", adapter_loading.load_into_transformers)
