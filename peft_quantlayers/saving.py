@@ -31,7 +31,7 @@ def _placeholder(folder: Path) -> Mapping[str, Any]:
     return {"model_type": reason, "quantization_config": {"quant_method": QUANT_METHOD, "interrupted_save": reason}}
 
 
-_MODEL_FILES = FolderContents(
+MODEL_FILES = FolderContents(
     first_read="config.json",
     placeholder=_placeholder,
     is_replaced=lambda name: _WEIGHTS.fullmatch(name) is not None,
@@ -72,7 +72,7 @@ def save_model(
         )
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", folder.resolve().name)
-    with staged_folder(folder, _MODEL_FILES, overwrite=overwrite, n_bytes=_stored_bytes(model)) as written:
+    with staged_folder(folder, MODEL_FILES, overwrite=overwrite, n_bytes=_stored_bytes(model)) as written:
         model.save_pretrained(written, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
@@ -93,7 +93,7 @@ def undo_interrupted_save(folder: str | Path) -> bool:
     Raises:
         FileExistsError: a process is saving into ``folder`` now.
     """
-    return recover_folder(folder, _MODEL_FILES)
+    return recover_folder(folder, MODEL_FILES)
 
 
 def _check_arguments(model: Any, folder: Any, tokenizer: Any) -> None:
