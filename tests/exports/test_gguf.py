@@ -1,19 +1,27 @@
 """GGUF files, made by llama.cpp's own converter, read by the gguf package and by transformers."""
 
+import importlib.util
+
+import export_readers
 import numpy as np
 import pytest
 import torch
+from demo_model import demo_model_folder
 from llama_cpp_converter import ensure_converter
+from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import peft_quantlayers as pql
@@ -40,12 +48,17 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Gemma's readers take 256 for the sizes of a head and of the scale of its queries, whatever the config says.
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES | {"head_dim": 256})),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**{name: size for name, size in SIZES.items() if name != "head_dim"})),
+}
+LARGE_VOCABULARY = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=49152, n_positions=64)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | {"vocab_size": 49152})),
 }
 TEXT = "\n".join(f"the {index} quick brown foxes jump over {index * 7} lazy dogs by the river" for index in range(300))
 
@@ -114,66 +127,127 @@ def test_a_stand_in_tells_layer_and_row(dtype, shape):
                 rows_of_stand_in(changed)
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_llama_cpp_files_hold_the_grid_of_every_layer(tmp_path, family):
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama, and the folder that it was exported to; converting takes seconds."""
+    folder = tmp_path_factory.mktemp("llama") / "out"
+    model = model_of("llama")
+    return model, folder, exported(model, folder)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits[0]
+
+
+def assert_readers_compute_the_same(model, folder):
+    """transformers' GGUF loader up to float16 of the minima; llama.cpp, if it is there, up to 8-bit activations."""
+    ids = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(1))
+    expected = logits(model, ids)
+    found = export_readers.gguf_transformers(str(folder), ids[0].numpy(), None)
+    assert np.abs(expected.numpy() - found).max() < 2e-3 * expected.abs().max()
+    if importlib.util.find_spec("xllamacpp"):
+        found = torch.tensor(export_readers.llama_cpp(str(folder), ids[0].numpy(), None))
+        assert kl(expected, found) < 1e-4
+
+
+def kl(expected, found):
+    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "llama"])
+def test_readers_compute_what_the_quantized_model_does(tmp_path, family):
     model = model_of(family)
     report = exported(model, tmp_path / "out")
     assert report.is_exact
-    assert {layer.stored_as for layer in report.layers} == {"Q4_1"}
-    assert {layer.bits_after for layer in report.layers} == {5.0}
-    found = [np.sort(dequantized(t), axis=0) for t in tensors_of(tmp_path / "out" / "model.gguf").values()
-             if t.tensor_type == gguf.GGMLQuantizationType.Q4_1]  # fmt: skip
-    own = [np.sort(layer.dequantize(torch.float32).numpy(), axis=0) for layer in pql.quantized_modules(model).values()]
-    assert len(found) == len(own)
-    for weight in own:  # in some order of rows: which one, the next test asks a reader
-        assert any(each.shape == weight.shape and np.abs(each - weight).max() < 1e-3 for each in found)
+    assert {(layer.stored_as, layer.bits_after) for layer in report.layers} == {("Q4_1", 5.0)}
+    assert_readers_compute_the_same(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "mistral", "gemma3", "phi3"])
-def test_transformers_reads_the_file_and_computes_the_same(tmp_path, family):
-    model = model_of(family)
-    exported(model, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
-    ids = torch.randint(3, 300, (1, 24))
-    expected, found = model(ids).logits, loaded(ids).logits
-    assert (expected - found).abs().max() < 2e-3 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("nbits", "kind", "bits"), [(2, "Q4_1", 5), (5, "Q5_1", 6), (6, "Q8_0", 8.5), (8, "Q8_0", 8.5)]
-)
-def test_other_widths(tmp_path, nbits, kind, bits):
-    report = exported(model_of("llama", nbits=nbits), tmp_path / "out")
-    assert {(layer.stored_as, layer.bits_after) for layer in report.layers} == {(kind, bits)}
-    assert report.relative_error < 0.01
-    assert ("rounded to 8 bits" in str(report)) == (kind == "Q8_0")
-
-
-def test_mixed_widths_have_mixed_blocks(tmp_path):
-    report = exported(model_of("llama", overrides={"down_proj": {"nbits": 5}}), tmp_path / "out")
-    assert {layer.stored_as for layer in report.layers} == {"Q4_1", "Q5_1"}
+def test_every_layer_is_a_reordering_of_its_grid(llama):
+    model, folder, report = llama
     assert report.is_exact
+    found = [
+        dequantized(tensor)
+        for tensor in tensors_of(folder / "model.gguf").values()
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+    ]
+    assert len(found) == len(pql.quantized_modules(model)) == 14
+    for layer in pql.quantized_modules(model).values():
+        own = np.sort(layer.dequantize(torch.float32).numpy(), axis=0)
+        assert any(each.shape == own.shape and np.abs(np.sort(each, axis=0) - own).max() < 1e-3 for each in found)
+    assert_readers_compute_the_same(model, folder)
+
+
+def test_each_layer_has_the_blocks_that_hold_it(tmp_path):
+    overrides = {
+        "q_proj": {"nbits": 2},
+        "k_proj": {"nbits": 5},
+        "v_proj": {"nbits": 6},
+        "o_proj": {"group_size": 64},
+        "gate_proj": {"group_size": None},
+        "up_proj": {"nbits": 8, "group_size": 16},
+    }
+    model = model_of("llama", overrides=overrides)
+    report = exported(model, tmp_path / "out")
+    found = {layer.name.rpartition(".")[2]: (layer.stored_as, layer.bits_after) for layer in report.layers}
+    assert found == {
+        "q_proj": ("Q4_1", 5.0), "k_proj": ("Q5_1", 6.0), "v_proj": ("Q8_0", 8.5), "o_proj": ("Q4_1", 5.0),
+        "gate_proj": ("Q4_1", 5.0), "up_proj": ("Q8_0", 8.5), "down_proj": ("Q4_1", 5.0),
+    }  # fmt: skip
+    assert report.relative_error < 0.01
+    assert "rounded to 8 bits" in str(report)
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_1
+    ids = torch.randint(3, 300, (1, 24))
+    found = export_readers.gguf_transformers(str(tmp_path / "out"), ids[0].numpy(), None)
+    assert np.abs(logits(model, ids).numpy() - found).max() < 0.02
 
 
-@pytest.mark.parametrize("group_size", [64, None])
-def test_large_groups_are_repeated(tmp_path, group_size):
-    model = model_of("llama", group_size=group_size, skip_modules=["down_proj"])
-    assert exported(model, tmp_path / "out").is_exact
+@pytest.mark.real_model  # whose tokenizer llama.cpp knows by its rules for splitting
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_transposed_weights_and_normed_queries_follow(tmp_path, family):
+    model = LARGE_VOCABULARY[family]().eval()
+    pql.quantize_model(model, pql.HQQConfig(group_size=32), progress=False)
+    report = pql.export(model, tmp_path / "out", "gguf", tokenizer=demo_model_folder())
+    assert report.is_exact
+    assert_readers_compute_the_same(model, tmp_path / "out")
 
 
-def test_metadata_and_tokenizer_are_the_converters(tmp_path):
-    exported(model_of("llama"), tmp_path / "out")
-    fields = {
-        name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields.items()
-    }
+@pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp")
+def test_llama_cpp_reads_the_adapter_beside_it(tmp_path):
+    base = model_of("llama")
+    tuned = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    report = exported(base, tmp_path / "out", adapter=tuned)
+    adapter = tmp_path / "out" / "adapter.gguf"
+    assert report.serving_command == f"llama-server -m {tmp_path / 'out'}/model.gguf --lora {adapter}"
+    ids = torch.randint(3, 300, (1, 24))
+    expected = logits(tuned, ids)
+    found = torch.tensor(export_readers.llama_cpp(str(tmp_path / "out"), ids[0].numpy(), str(adapter)))
+    assert kl(expected, found) < 1e-4 < kl(expected, logits(base, ids))
+
+
+def test_an_adapter_on_a_dense_layer_is_refused(tmp_path):
+    tuned = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
+    with pytest.raises(NotImplementedError, match=r"layer lm_head, which is not quantized.*Merge the adapter first"):
+        exported(model_of("llama"), tmp_path / "out", adapter=tuned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_and_tokenizer_are_the_converters(llama):
+    _, folder, report = llama
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(folder / "model.gguf").fields.items()}
     assert fields["general.architecture"] == "llama"
     assert fields["llama.rope.freq_base"] == 10000.0
     assert len(fields["tokenizer.ggml.tokens"]) == 320
     assert "message" in fields["tokenizer.chat_template"]
-    assert files_of(tmp_path / "out") >= {"model.gguf", "README.md", "export_report.json", "tokenizer.json"}
-    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+    assert files_of(folder) >= {"model.gguf", "README.md", "export_report.json", "tokenizer.json"}
+    assert not any(path.name.startswith(".") for path in folder.parent.iterdir())
+    assert report.serving_command == f"llama-server -m {folder}/model.gguf"
 
 
 def test_weights_without_a_grid_go_into_eight_bits(tmp_path):
