@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test fuzz check lint conformance patches bench bench-gpu bench-quality features models tables clean
+.PHONY: demo test fuzz check lint conformance patches bench bench-gpu bench-quality features models export-check tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -70,6 +70,10 @@ bench-quality: $(VENV)/.installed
 features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
 	$(RUN) benchmarks/tables.py
+
+# Exports in the engines' own readers, and docs/exports.md from it; an environment of its own holds the readers.
+export-check: $(VENV)/.installed
+	$(RUN) benchmarks/exports_table.py $(ARGS)
 
 # Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
 # Some of them again: make models ARGS="'Llama*' 'Gemma*'"
