@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..arguments import check_choice, check_dtype
-from ..saving import MODEL_FILES
+from ..integrations.interrupted_save import MODEL_FILES
 from ..storage import staged_folder
 from .adapters import Adapter, branches_of, read_adapter
 from .config_json import write_config

@@ -34,9 +34,19 @@ def refuse_misfits(
 def _misfits(
     target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any], approximate: Approximation | None
 ) -> list[str]:
+    if target.is_of_decoders and (reason := _kind(config)):
+        return [f"it is {reason}, and the export of {target.name} is for language models that have a decoder only."]
     found = [f"{each.name}: {reason}." for each in facts if (reason := target.misfit(each, approximate))]
     together = "" if found else target.model_misfit(config, facts, approximate)
     return [*found, *([together + "."] if together else [])]
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """What a model is besides a decoder of text; empty if nothing."""
+    if config.get("is_encoder_decoder"):
+        return "an encoder-decoder"
+    parts = [name for name in config if name.endswith("_config") and name.startswith(("vision", "audio", "speech"))]
+    return f"a model of more than text ({parts[0]})" if any(config[name] for name in parts) else ""
 
 
 def _ways_out(target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any]) -> str:

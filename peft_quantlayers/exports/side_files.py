@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..streaming.other_files import CARD, copy_other_files
 from .formats.base import ExportFormat
 from .report import ExportReport
 
-CARD, REPORT = "README.md", "export_report.json"
+REPORT = "export_report.json"
+# Any of them makes a tokenizer.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_OTHER_FILES = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
 )  # fmt: skip
 
 
-def has_tokenizer(folder: Path | None) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     """Whether there are files of a tokenizer in ``folder``."""
-    return folder is not None and any(
-        (folder / name).is_file() for name in _TOKENIZER_FILES[:1] + _TOKENIZER_FILES[4:10]
-    )
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def copy_side_files(source: Path, destination: Path, *, tokenizer: Any, tokenizer_folder: Path | None) -> None:
@@ -38,17 +33,12 @@ def copy_side_files(source: Path, destination: Path, *, tokenizer: Any, tokenize
         tokenizer: saved with its own ``save_pretrained``; None for the files in ``tokenizer_folder``.
         tokenizer_folder: where the tokenizer's files are; None if there are none.
     """
-    names = [(source, name) for name in _OTHER_FILES]
+    if tokenizer_folder is not None and tokenizer_folder != source:
+        copy_other_files(tokenizer_folder, destination)
+    copy_other_files(source, destination)
+    (destination / REPORT).unlink(missing_ok=True)  # of an earlier export
     if tokenizer is not None:
         tokenizer.save_pretrained(destination)
-    elif tokenizer_folder is not None:
-        names += [(tokenizer_folder, name) for name in _TOKENIZER_FILES]
-        templates = tokenizer_folder / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, destination / templates.name)
-    for folder, name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, destination / name)
 
 
 def has_chat_template(folder: Path) -> bool:

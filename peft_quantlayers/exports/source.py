@@ -50,6 +50,7 @@ class ModelSource:
 
     Attributes:
         folder: where it is.
+        skeleton: the model on the meta device.
         config: the parsed config.json, without the quantization.
         layers: the quantized layers by name.
         dense_names: all other tensors.
@@ -58,6 +59,7 @@ class ModelSource:
     def __init__(self, opened: OpenedFolder) -> None:
         self._opened = opened
         self.folder = opened.folder
+        self.skeleton = opened.skeleton
         self.config: dict[str, Any] = opened.config
         self.layers = {name: _layer_of(opened, name, layer) for name, layer in opened.layers.items()}
         self.dense_names = [key for key in opened.files.headers if key not in _own_keys(opened)]

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import _tiny_models
 import pytest
 import torch
 from integrations.tiny import tiny_model
@@ -12,6 +13,7 @@ import peft_quantlayers as pql
 
 from . import decoders
 from .models import files_of, quantized
+from .tokenizers_for_tests import llama_tokenizer
 
 FORMATS = sorted(pql.export_formats())
 
@@ -145,3 +147,41 @@ def test_what_was_written_says_how_it_is_served(tmp_path):
     assert report.serving_command in str(report)
     assert "no chat template" in str(report)
     assert report.n_bytes > sum(tensor.nbytes for tensor in decoders.tensors_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "kind"),
+    [("T5ForConditionalGeneration", "an encoder-decoder"), ("LlavaForConditionalGeneration", "vision_config")],
+)
+def test_models_that_are_no_decoders_of_text_are_refused_by_what_they_are(tmp_path, class_name, kind):
+    model = pql.quantize_model(_tiny_models.tiny_model(class_name), pql.HQQConfig(group_size=32), progress=False)
+    for format in ("mlx", "humming", "gguf"):
+        if format != "gguf" or has_converter():
+            said = refused(model, tmp_path / "out", format, kind, tokenizer=llama_tokenizer())
+            assert "format='dense'" in said
+    loaded = type(model)
+    pql.export(model, tmp_path / "dense", "dense")
+    inputs = _tiny_models.tiny_inputs(model)
+    with torch.no_grad():
+        expected = _tiny_models.first_float(model(**inputs))
+        found = _tiny_models.first_float(loaded.from_pretrained(tmp_path / "dense")(**inputs))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def has_converter():
+    try:
+        pql.export_formats()["gguf"].check_installation()
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("format", ["mlx", "dense"])
+def test_experts_that_are_dense_stay_so(tmp_path, format):
+    model = _tiny_models.tiny_model("MixtralForCausalLM")
+    pql.quantize_model(model, pql.HQQConfig(group_size=32, skip_modules=["experts"]), progress=False)
+    report = pql.export(model, tmp_path / "out", format)
+    assert report.is_exact
+    experts = [name for name in decoders.tensors_of(tmp_path / "out") if ".experts." in name]
+    assert experts
+    assert not any(name.endswith("scales") for name in experts)

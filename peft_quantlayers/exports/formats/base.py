@@ -155,6 +155,7 @@ class ExportFormat(ABC):
         engines: what reads it.
         approximations: what ``approximate=`` may be.
         needs_tokenizer: the files hold the tokenizer too.
+        is_of_decoders: its engines read language models of text that have a decoder only.
         adapter_form: how an adapter beside the model is written.
         max_rank: of such an adapter.
         bytes_per_weight: that writing takes at most, beside the bytes of the source.
@@ -165,6 +166,7 @@ class ExportFormat(ABC):
     engines: ClassVar[tuple[str, ...]]
     approximations: ClassVar[tuple[Approximation, ...]] = ()
     needs_tokenizer: ClassVar[bool] = False
+    is_of_decoders: ClassVar[bool] = True
     adapter_form: ClassVar[AdapterForm] = "peft"
     max_rank: ClassVar[int] = 512  # vLLM's largest
     bytes_per_weight: ClassVar[float] = 1.0

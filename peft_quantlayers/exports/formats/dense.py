@@ -16,6 +16,7 @@ class DenseFormat(ExportFormat):
     name = "dense"
     holds = "weights of any method, dequantized to 16 or 32 bits"
     engines = ("all",)
+    is_of_decoders = False
     bytes_per_weight = 4.0
 
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:

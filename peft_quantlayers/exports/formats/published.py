@@ -21,6 +21,8 @@ from .base import Approximation, ExportFormat, ExportTask, LayerFacts, Written, 
 class _PublishedFormat(ExportFormat):
     """A layout of one method, which holds its tensors unchanged."""
 
+    is_of_decoders = False
+
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
         if facts.method != self.name:
             return f"{self.name} holds no {facts.method} weights"
