@@ -81,9 +81,11 @@ features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
 	$(RUN) benchmarks/tables.py
 
-# Exports in the engines' own readers, and docs/exports.md from it; an environment of its own holds the readers.
+# Exports in the engines' own readers, and docs/exports.md from it: half an hour. Some rows again:
+# make export-check ARGS="'SmolLM2 gguf*'"
 export-check: $(VENV)/.installed
-	$(RUN) benchmarks/exports_table.py $(ARGS)
+	$(RUN) benchmarks/exports_table.py $(or $(ARGS),--again)
+	$(RUN) benchmarks/tables.py
 
 # Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
 # Some of them again: make models ARGS="'Llama*' 'Gemma*'"
