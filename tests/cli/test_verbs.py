@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import cli_page
 import pytest
 import torch
 import yaml
@@ -262,6 +263,10 @@ def test_an_interrupt_is_said_and_leaves_nothing(float_model, tmp_path, capsys, 
         capsys, ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"], 130
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_page_is_what_the_options_say():
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python benchmarks/cli_page.py"
 
 
 def test_the_help_of_every_verb_names_every_option_with_words(capsys):
