@@ -15,7 +15,16 @@ from .integrations.hqq_package_folder import load_hqq_folder
 from .integrations.interrupted_save import undo_interrupted_save
 from .integrations.peft_scales import QuantScalesModel
 from .integrations.saved_folder import verify_model
-from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, layer_type, quantized_modules
+from .layers import (
+    AQLMLinear,
+    HQQLinear,
+    QuantizedLinear,
+    QuantizedStack,
+    dequantize_model,
+    layer_type,
+    quantized_modules,
+    quantized_stacks,
+)
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
 from .merging import LayerMergeReport, MergeReport
 from .methods import (
@@ -35,6 +44,7 @@ from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
 from .scales import QuantScalesConfig
+from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
@@ -63,6 +73,7 @@ __all__ = [
     "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
+    "QuantizedStack",
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
@@ -72,8 +83,10 @@ __all__ = [
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
+    "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
+    "quantized_stacks",
     "register",
     "register_method",
     "registered_methods",

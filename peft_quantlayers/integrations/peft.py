@@ -3,9 +3,12 @@
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
 models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. The methods
 that load and save adapters are wrapped too (:mod:`.adapter_loading`). A PEFT with a registry of dispatchers
-(``patches/``) is asked to register ours instead of the first. PEFT's other tuners need no registration, since a
-quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a registry of quantization backends
-(``patches/`` again) they are given ours, and a model's status names it.
+(patches/peft/4-lora-dispatchers) is asked to register ours instead of the first. PEFT's other tuners need no
+registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a registry of
+quantization backends (patches/peft/3-backend-registry) they are given ours, and a model's status names it.
+
+What else is extended are checks around adapters and merges. No patch makes them unnecessary, since PEFT has no place
+for another package's checks; ``patches/README.md`` lists them.
 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
@@ -30,25 +33,27 @@ from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
+from ..layers.selection import quantized_layers
+from ..layers.stack import QuantizedStack
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
+from ..lora.stack_layer import LoraQuantizedStack
 from ..scales import QuantScalesLayer
 from . import adapter_loading
 from . import peft_scales as scales
 from .adapter_files import check_scaling
 from .pattern_check import check_patterns
+from .private_peft_names import TESTED_PEFT, check_names
 from .replacements import Replacements
+from .target_parameters import has_stacks, inject_in_order
 from .unchanged_model import unchanged_after_error
 
 logger = logging.getLogger(__name__)
-
-# The release series whose dispatch this file was written against and is tested with.
-TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
@@ -61,11 +66,13 @@ def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
     if _replaced:
         return
+    check_names()
     version = Version(peft.__version__)
-    if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
+    if not Version(TESTED_PEFT[0]) <= version < Version(TESTED_PEFT[1]):
         logger.warning(
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
+    # patches/peft/4-lora-dispatchers
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
@@ -76,10 +83,12 @@ def register() -> None:
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
+    # patches/peft/3-backend-registry
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
     _replaced.replace(LoraModel, "_prepare_model", _prepare_model)
     _replaced.replace(LoraModel, "inject_adapter", _inject_adapter)
+    _replaced.replace(LoraModel, "_inject_parameters", _inject_parameters)
     for owner in (PeftModel, PeftMixedModel):
         _replaced.wrap(owner, "from_pretrained", adapter_loading.from_pretrained)
         _replaced.wrap(owner, "load_adapter", adapter_loading.load_adapter)
@@ -130,7 +139,7 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
     On a model with quantized layers, an error leaves the model as it was.
     """
     config = self.peft_config[adapter_name]
-    is_quantized = bool(quantized_modules(model))
+    is_quantized = bool(quantized_layers(model))
     if is_quantized:
         check_scaling(config)
     # Before PiSSA and its like change the base, as they will when the adapter is loaded.
@@ -140,6 +149,16 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
         _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
     if found:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
+
+
+def _inject_parameters(
+    self: LoraModel, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """PEFT's; in a model with quantized experts ours, which finds stacks by the names of their parameters."""
+    if has_stacks(model):
+        return inject_in_order(self, peft_config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    inject = _replaced.original(LoraModel, "_inject_parameters")
+    return inject(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -166,7 +185,8 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
 
     An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
     """
-    layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    kinds = (LoraQuantizedLinear, LoraQuantizedStack)
+    layers = [module for module in model.model.modules() if isinstance(module, kinds)]
     if any(is_offloaded(layer) for layer in layers):
         layers = []
     for layer in layers:
@@ -196,6 +216,8 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:
     """The LoRA layer for ``target``; None if it is not on a quantized layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(getattr(base, kwargs.get("parameter_name") or "", None), QuantizedStack):
+        return LoraQuantizedStack(target, adapter_name, config=config, **kwargs)
     if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
         return None
     if isinstance(target, QuantScalesLayer):

@@ -153,7 +153,7 @@ def test_the_compute_dtype_of_each_layer_is_saved_where_they_differ(tmp_path):
     assert {dtype for name, dtype in dtypes.items() if not name.endswith("wo")} == {torch.float16}
     pql.save_model(model, tmp_path / "quantized")
     fields = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
-    assert fields["format_version"] == 3
+    assert fields["format_version"] >= 3
     assert set(fields["compute_dtypes"].values()) == {"float32"}
     reload_is_equal(model, tmp_path / "quantized")
 
