@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test fuzz check lint conformance patches peft-main bench bench-gpu bench-quality features models tables clean
+.PHONY: demo test fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -26,6 +26,10 @@ test: $(VENV)/.installed lint
 # Damaged files and configs, and killed processes: ten times as many cases as in `make test`; about ten minutes.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES-600} FUZZ_KILLS=$${FUZZ_KILLS-200} $(RUN) -m pytest -s tests/fuzz $(ARGS)
+
+# Streamed quantization killed forty times at random moments; a few of them in `make test`.
+kill-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 KILLS=$${KILLS-40} $(RUN) -m pytest -s tests/streaming -k killed $(ARGS)
 
 # For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
 # what changed, without the slow ones.

@@ -39,6 +39,7 @@ PUBLIC = [
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
+    "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
     "register",

@@ -3,9 +3,10 @@
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
 ``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
 ``"branches": {name: rank}``, the layers that have a low-rank branch. Version 3 adds
-``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Readers accept
-every format version up to their own; writers write the oldest that says everything, so that older readers read what
-they can.
+``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Version 4 adds
+``"sentinels": true``: beside its tensors each layer may have one named ``weight``, of :data:`SENTINEL_SHAPE`, which
+means nothing here and stops programs that do not know this format. Readers accept every format version up to their
+own; writers write the oldest that says everything, so that older readers read what they can.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The fields that each version added.
 _ADDED_FIELDS = {2: "branches", 3: "compute_dtypes"}
+_SENTINELS, _SENTINELS_VERSION = "sentinels", 4
+SENTINEL_SHAPE = (1,)
 # The name under which transformers finds our quantizer and our checkpoints.
 QUANT_METHOD = "quantlayers"
 MAX_MODULES = 1_000_000
@@ -33,6 +36,8 @@ class QuantlayersFormat(CheckpointFormat):
 
     def write(self, description: ModelDescription) -> dict[str, Any]:
         fields = specs_to_json(description.specs, description.branches, description.compute_dtypes)
+        if description.has_sentinels:
+            fields |= {_SENTINELS: True, "format_version": max(fields["format_version"], _SENTINELS_VERSION)}
         dtype = description.compute_dtype
         return fields if dtype is None else fields | {"compute_dtype": dtype}
 
@@ -43,12 +48,15 @@ class QuantlayersFormat(CheckpointFormat):
         compute_dtype = fields.pop("compute_dtype", None)
         if compute_dtype is not None:
             check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
+        has_sentinels = fields.pop(_SENTINELS, False)
+        check_choice("quantization_config: sentinels", has_sentinels, (False, True))
         specs = specs_from_json(fields, spec_from_dict)
         return ModelDescription(
             specs=specs,
             compute_dtype=compute_dtype,
             compute_dtypes=_compute_dtypes_from_json(fields),
             branches=branches_from_json(fields),
+            has_sentinels=has_sentinels,
         )
 
 

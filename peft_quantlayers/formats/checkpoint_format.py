@@ -62,6 +62,7 @@ class ModelDescription:
         dense_linears: modules that a reader of ``nn.Linear`` by type would take for quantized, and that are dense.
         lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
         stored_layers: layers that are converted when they are read; all others are read as they are.
+        has_sentinels: whether layers have a tensor that stops readers which do not know the format.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -71,6 +72,7 @@ class ModelDescription:
     dense_linears: tuple[str, ...] = ()
     lossy_in_model_dtype: tuple[str, ...] = ()
     stored_layers: Mapping[str, StoredLayer] = field(default_factory=dict)
+    has_sentinels: bool = False
 
 
 class CheckpointFormat(ABC):

@@ -39,7 +39,11 @@ class QuantlayersConfig(QuantizationConfigMixin):
     @classmethod
     def from_model(cls, model: nn.Module) -> QuantlayersConfig:
         """The config that describes ``model`` as it is now, in the first format that can hold it."""
-        description = describe_model(model)
+        return cls.of(describe_model(model))
+
+    @classmethod
+    def of(cls, description: ModelDescription) -> QuantlayersConfig:
+        """The config of a model in memory with this description."""
         checkpoint_format = choose_format(description)
         config = cls(checkpoint_format, checkpoint_format.write(description))
         config.quant_method = QUANT_METHOD  # in memory the model is ours, in whichever format it is written
@@ -76,6 +80,7 @@ def describe_model(model: nn.Module) -> ModelDescription:
             for name, layer in layers.items()
             if model.dtype == torch.float16 and is_lossy_in_half(layer.quantized_weight)
         ),
+        has_sentinels=True,
     )
 
 

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ..layers import (
     quantize_module,
     quantized_modules,
 )
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.replace import place_empty_layer
 from ..layers.selection import DenseRules
@@ -33,10 +35,12 @@ from ..methods import spec_from_dict
 from .checkpoint_headers import CheckpointFiles, check_headers
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
+from .frozen_adapters import warn_of_frozen_adapters
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
 from .private_transformers import kept_dtype
+from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -66,6 +70,12 @@ class _QuantizeWeight(ConversionOps):
 
     def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
         linear = model.get_submodule(module_name)
+        if weight.shape != linear.weight.shape:  # transformers does not compare what is quantized
+            self.quantizer.failures.append(
+                f"{module_name}.weight has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(linear.weight.shape)}. They do not belong together."
+            )
+            return
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
             quantize_module(
@@ -73,6 +83,7 @@ class _QuantizeWeight(ConversionOps):
                 module_name,
                 self.quantizer.specs[module_name],
                 compute_dtype=self.quantizer.compute_dtype,
+                device=self.quantizer.device,
             )
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
@@ -96,11 +107,21 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
+        # Where weights are quantized; None for where each is.
+        self.device: torch.device | str | None = None
         self.failures: list[str] = []
         # Of a checkpoint: the parameter for each name in its files, and the files in words.
         self.parameters: dict[str, str] = {}
         self.files = ""
         self.quantized_tensors: list[QuantizedTensors] = []
+        # Of the files that are being saved.
+        self._metadata: dict[str, str] = {}
+        # That it is attached to, while that lives.
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled with its model, which is another one then."""
+        return vars(self) | {"_model": None}
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -153,7 +174,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
         if self.are_checksums_checked:
-            refuse_damage(files)
+            refuse_damage(files.opened, name="the checkpoint")
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = CheckpointNames(model)
         modules = names.modules(description.specs)
@@ -165,6 +186,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if config.asked is not None:
             compare_with_asked(config.asked, self.specs, model)
         self.files, self.parameters = str(files), names.parameters(files.headers)
+        if description.has_sentinels:
+            found = without_sentinels(self.parameters, files, self.specs)
+            ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
+            self.parameters = found
         check_headers(files, self.parameters, self.specs, stored, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
@@ -200,7 +225,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.failures:
             self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
@@ -227,6 +252,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True
+        self._model = weakref.ref(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
@@ -255,13 +281,36 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        state = state_with_wide_codes(model)
-        written = model.state_dict() if state is None else state
+        written = model.state_dict()
         keep_from_conversions(model, written)
-        return state, checksum_metadata(model, written)
+        self._metadata = {}
+        if any(is_sharded(tensor) for tensor in written.values()):
+            return None, self._metadata  # gathered_state fills it
+        state = self._as_in_files(model, written)
+        self._metadata |= checksum_metadata(model, state)
+        return state, self._metadata
+
+    def gathered_state(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state``, gathered from all processes, as files have it; and its checksums, which go into their headers.
+
+        Empty in processes that write nothing.
+        """
+        state = self._as_in_files(model, state) if state else state
+        self._metadata |= checksum_metadata(model, state) if state else {}
+        return state
+
+    def _as_in_files(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` as files have it, with sentinels unless adapters or a published layout are saved."""
+        state = state_with_wide_codes(model, state)
+        is_own = self.quantization_config.checkpoint_format.name == QUANT_METHOD
+        return state | sentinels(model) if is_own and not getattr(model, "_hf_peft_config_loaded", False) else state
 
     @property
     def is_trainable(self) -> bool:
+        """Yes. transformers' Trainer asks before it trains."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            warn_of_frozen_adapters(model)
         return True
 
     @property
@@ -271,6 +320,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def gathered_state_of(original: Callable[..., Any], model: Any, model_to_save: Any, *args: Any, **kwargs: Any) -> Any:
+    """``gather_sharded_state_dict_for_save`` of a transformers model, which may be quantized and sharded."""
+    state = original(model_to_save, *args, **kwargs)
+    quantizer = getattr(model_to_save, "hf_quantizer", None)
+    was_sharded = any(is_sharded(parameter) for parameter in model_to_save.parameters())
+    if not was_sharded or not isinstance(quantizer, QuantlayersHfQuantizer):
+        return state
+    return quantizer.gathered_state(model_to_save, state)
 
 
 def mark_for_kbit_training(model: PreTrainedModel) -> None:

@@ -86,15 +86,20 @@ class MergeAwareLoraConfig(LoraConfig):
         """
         refuse_special_files(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", BASE_FILE)
-        if file.is_file() and isinstance(config, MergeAwareLoraConfig):
-            try:
-                config.quantized_base = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(
-                    f"{file} is damaged ({error}). Delete it to load the adapter without a comparison of the bases."
-                ) from None
+        if isinstance(config, MergeAwareLoraConfig):
+            config.quantized_base = base_record(pretrained_model_name_or_path, subfolder)
         return config
+
+
+def base_record(folder: Any, subfolder: str | None = None) -> dict[str, Any] | None:
+    """What ``folder`` says of the base of the adapter in it; None where it says nothing, or is no folder here."""
+    file = Path(folder, subfolder or "", BASE_FILE)
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Delete it to load the adapter without a comparison of the bases."
+        ) from None
 
 
 def fingerprint(weight: QuantizedWeight) -> str:
