@@ -12,7 +12,7 @@ import peft_quantlayers as pql
 set_seed(0)
 folder = demo_model_folder()
 tokenizer = AutoTokenizer.from_pretrained(folder)
-train_orders, test_orders = make_orders(n_train=32, n_test=16)
+train_orders, test_orders = make_orders(n_train=32, n_test=8)
 
 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=pql.HQQConfig(nbits=4))
 print(f"loss before training: {answer_loss(model, tokenizer, test_orders):.3f}")

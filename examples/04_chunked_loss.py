@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 
 import peft_quantlayers as pql
 
-TOKENS = 1024
+TOKENS = 512
 
 
 class ChunkedLossTrainer(Trainer):

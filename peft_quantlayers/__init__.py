@@ -12,6 +12,7 @@ from .formats.checksums import DamagedTensor
 from .integrations import peft as _peft
 from .integrations import transformers_registry as _transformers
 from .integrations.hqq_package_folder import load_hqq_folder
+from .integrations.interrupted_save import undo_interrupted_save
 from .integrations.peft_scales import QuantScalesModel
 from .integrations.saved_folder import verify_model
 from .layers import (
@@ -41,8 +42,9 @@ from .model import quantize_model
 from .model_merge import MergedModel, merge_back
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
-from .saving import save_model, undo_interrupted_save
+from .saving import save_model
 from .scales import QuantScalesConfig
+from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
 __version__ = "0.1.0"
@@ -81,6 +83,7 @@ __all__ = [
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
+    "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
     "quantized_stacks",

@@ -1,42 +1,21 @@
 """Save a whole model: all of it or nothing, and only if it can be read again."""
 
 import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .formats.checkpoint import QUANT_METHOD
+from .integrations.interrupted_save import MODEL_FILES
 from .integrations.saved_folder import check_readable
+from .layers.codes_parameter import is_sharded
 from .layers.selection import quantized_layers, quantized_stacks
 from .lora import has_adapters
-from .storage import FolderContents, recover_folder, staged_folder
+from .storage import staged_folder
 
-# Of the model itself; adapter_model.safetensors and other programs' files are not ours to remove.
-_WEIGHTS = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
 # Beside the weights: config, tokenizer and card.
 _OTHER_BYTES = 2**20
-
-
-def _placeholder(folder: Path) -> Mapping[str, Any]:
-    """The config.json of a folder whose files are being moved; no reader of models takes it."""
-    reason = (
-        f"none: a save into this folder was interrupted while files were moved. Call "
-        f"peft_quantlayers.undo_interrupted_save({str(folder)!r}) to get back the model that was there, or save again "
-        "with overwrite=True"
-    )
-    # transformers shows the model type that it does not know; our own quantizer refuses the rest.
-    return {"model_type": reason, "quantization_config": {"quant_method": QUANT_METHOD, "interrupted_save": reason}}
-
-
-_MODEL_FILES = FolderContents(
-    first_read="config.json",
-    placeholder=_placeholder,
-    is_replaced=lambda name: _WEIGHTS.fullmatch(name) is not None,
-)
 
 
 def save_model(
@@ -45,8 +24,9 @@ def save_model(
     """Save a quantized model, all of it or nothing, with a model card that says how to load it.
 
     Everything is written to a hidden folder first (beside ``folder``, or inside it if it is there), read back as far
-    as its headers, and then moved. Whatever interrupts this leaves the old model, the new one, or (if the process is
-    killed within the few milliseconds in which files are moved) a folder that refuses to load and names the way out.
+    as its headers, and then moved. Whatever interrupts this leaves the old model or the new one: if the process is
+    killed within the few milliseconds in which files are moved, the next load or save finishes by bringing back the
+    old one. (Until then a program that does not import this package refuses the folder.)
 
     Args:
         model: a transformers model; a dense one (``merge_back(strategy="dense")``) is saved without a card.
@@ -61,7 +41,7 @@ def save_model(
         FileExistsError: ``folder`` holds files, an adapter, or is being written by another process.
         OSError: no permission, a read-only or full disk.
         TypeError: ``model`` is not a transformers model.
-        ValueError: the model carries adapters, or what was written could not be read again.
+        ValueError: the model carries adapters, or is sharded; or what was written could not be read again.
         In each case ``folder`` is as it was.
     """
     _check_arguments(model, folder, tokenizer)
@@ -73,28 +53,16 @@ def save_model(
         )
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", folder.resolve().name)
-    with staged_folder(folder, _MODEL_FILES, overwrite=overwrite, n_bytes=_stored_bytes(model)) as written:
+    with staged_folder(folder, MODEL_FILES, overwrite=overwrite, n_bytes=_stored_bytes(model)) as written:
         model.save_pretrained(written, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         if quantized_layers(model):
-            (written / "README.md").write_text(_model_card(model))
+            (written / "README.md").write_text(model_card(model))
         try:
             check_readable(written, model)
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise ValueError(f"the model would not load again, so it was not saved: {error}") from error
-
-
-def undo_interrupted_save(folder: str | Path) -> bool:
-    """Take ``folder`` back to the model that it held before a :func:`save_model` was killed, and clean up after that.
-
-    Returns:
-        Whether there was anything to do.
-
-    Raises:
-        FileExistsError: a process is saving into ``folder`` now.
-    """
-    return recover_folder(folder, _MODEL_FILES)
 
 
 def _check_arguments(model: Any, folder: Any, tokenizer: Any) -> None:
@@ -113,6 +81,12 @@ def _check_arguments(model: Any, folder: Any, tokenizer: Any) -> None:
             "Nothing was written. If there is one inside, pass that; for any other module use "
             "torch.save(model.state_dict(), file), and load_state_dict on a model that was quantized the same way."
         )
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "the model is sharded over processes, of which one writes; nothing was written. Call "
+            "model.save_pretrained(folder, is_main_process=rank == 0) in each of them, or save_model on the model "
+            "loaded in one process."
+        )
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(
             f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}. Nothing was written. From a name or "
@@ -126,7 +100,8 @@ def _stored_bytes(model: nn.Module) -> int:
     return sum(sizes.values()) + _OTHER_BYTES
 
 
-def _model_card(model: PreTrainedModel) -> str:
+def model_card(model: PreTrainedModel) -> str:
+    """The README.md of a quantized model: how to load it, and what it is quantized to."""
     layers, stacks = quantized_layers(model), quantized_stacks(model)
     sizes = {
         name: math.prod((*layer.leading, layer.out_features, layer.in_features)) for name, layer in layers.items()
@@ -146,8 +121,8 @@ def _model_card(model: PreTrainedModel) -> str:
             "tags: [quantized, quantlayers]",
             "---",
             "",
-            "**Load this model with `peft_quantlayers`: without that import, transformers fills the quantized layers",
-            "with random numbers and only warns.**",
+            "**Load this model with `peft_quantlayers`: without that import, transformers stops with a size mismatch.",
+            "Other programs: `peft-quantlayers run PROGRAM ...` imports it for them.**",
             "",
             "```python",
             "import peft_quantlayers",

@@ -19,8 +19,6 @@ SLOW = (
     "tests/integrations/test_training.py::test_the_whole_model_compiles_without_a_graph_break",
     "tests/integrations/test_transformers.py::test_a_new_process_computes_identical_logits",
     "tests/interop/test_aqlm_package.py",
-    "tests/kernels/test_native.py::test_the_environment_switches_them_off",
-    "tests/kernels/test_native.py::test_the_environment_chooses_the_instruction_set",
     "tests/kernels/test_native.py::test_a_wheel_is_tagged_by_what_is_in_it",
     "tests/kernels/test_triton.py",
     "tests/layers/test_fsdp2.py",

@@ -33,11 +33,11 @@ FLOORS = [
     {"model_merge"},
     {"integrations"},
     {"model", "saving", "training"},
-    {"export", "report"},
+    {"export", "report", "streaming"},
     {"cli"},
-    {"peft_quantlayers"},  # the package's own __init__: the public surface
+    {"peft_quantlayers", "__main__"},  # the package's own __init__: the public surface
 ]
-MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training"}
+MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training", "cli"}
 KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 
@@ -97,6 +97,9 @@ MAY_REPLACE = {
     "peft_quantlayers.calibration.paused_pass": {
         "vars(module)['forward']": "a pass must go on with the module that is in that place by then",
         "vars(module).pop('forward', None)": "the module's own forward again",
+    },
+    "peft_quantlayers.cli.autoload.sitecustomize": {
+        "loader.exec_module": "of a module that is about to be imported, for one call",
     },
     "peft_quantlayers.layers.codes_parameter": {
         "wrapped.__dict__.update(parameter.__dict__)": "an object of ours, made in the line before",

@@ -40,6 +40,7 @@ PUBLIC = [
     "load_hqq_folder",
     "merge_back",
     "prepare_model_for_kbit_training",
+    "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
     "quantized_stacks",

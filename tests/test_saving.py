@@ -12,12 +12,12 @@ from integrations.tiny import FAMILIES, tiny_model, token_ids
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
 from peft_quantlayers.formats import checksums
-from peft_quantlayers.storage import staged_folder
+from peft_quantlayers.storage import locked_folder, staged_folder
 
 CONFIG = HQQConfig(nbits=4, group_size=16)
 SHARDS = {"max_shard_size": "20KB"}
@@ -243,11 +243,9 @@ def test_a_save_that_could_not_be_read_again_is_refused_and_the_old_model_stays(
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("reader", [AutoModelForCausalLM, LlamaForCausalLM], ids=["auto", "llama"])
-def test_a_half_state_refuses_to_load_and_names_the_way_out(reader, sharded, monkeypatch):
-    """As a kill leaves it: no clean-up runs."""
-    expected = logits(load(sharded))
-    monkeypatch.setattr("peft_quantlayers.storage.staging.recover", lambda target, kind: None)
+@pytest.fixture
+def half_moved(sharded, monkeypatch):
+    """A folder as a kill leaves it while files are moved: no clean-up runs."""
     rename, names = Path.rename, []
 
     def interrupted(self, target):
@@ -256,16 +254,58 @@ def test_a_half_state_refuses_to_load_and_names_the_way_out(reader, sharded, mon
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pql.save_model(quantized(seed=1), sharded, overwrite=True, **SHARDS)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"interrupted while files were moved.*undo_interrupted_save"):
-        reader.from_pretrained(sharded)
-    assert pql.undo_interrupted_save(sharded)
-    assert torch.equal(logits(load(sharded)), expected)
-    assert not pql.undo_interrupted_save(sharded)
-    assert [path.name for path in sharded.iterdir() if path.name.startswith(".")] == []
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_quantlayers.storage.staging.recover", lambda target, kind: None)
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pql.save_model(quantized(seed=1), sharded, overwrite=True, **SHARDS)
+    assert "interrupted" in (sharded / "config.json").read_text()
+    return sharded
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for parent in (folder, folder.parent) for path in parent.glob(".*saving*")]
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        AutoModelForCausalLM.from_pretrained,
+        LlamaForCausalLM.from_pretrained,
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
+        lambda folder: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)) and load(folder),
+        lambda folder: pql.undo_interrupted_save(folder) and load(folder),
+    ],
+    ids=["auto", "llama", "subfolder", "config", "undo"],
+)
+def test_a_half_moved_folder_is_read_as_the_old_model(reader, half_moved):
+    assert torch.equal(logits(reader(half_moved)), logits(quantized()))
+    assert hidden(half_moved) == []
+    assert pql.verify_model(half_moved) == []
+    assert not pql.undo_interrupted_save(half_moved)
+
+
+def test_without_our_import_a_half_moved_folder_is_refused_with_the_way_out(half_moved):
+    pql.unregister()
+    try:
+        with pytest.raises(ValueError, match=r"interrupted while files were moved.*undo_interrupted_save"):
+            load(half_moved)
+    finally:
+        pql.register()
+    assert torch.equal(logits(load(half_moved)), logits(quantized()))
+
+
+def test_a_half_moved_folder_that_is_being_written_or_read_only_says_so(half_moved, monkeypatch):
+    monkeypatch.setattr("peft_quantlayers.integrations.interrupted_save._WAIT_SECONDS", 0.1)
+    with locked_folder(half_moved.resolve()), pytest.raises(OSError, match=r"cannot be brought back.*Make the folder"):
+        load(half_moved)
+    assert torch.equal(logits(load(half_moved)), logits(quantized()))
+
+
+def test_a_save_over_a_half_moved_folder_is_whole(half_moved):
+    pql.save_model(quantized(seed=2), half_moved, overwrite=True)
+    assert torch.equal(logits(load(half_moved)), logits(quantized(seed=2)))
+    assert hidden(half_moved) == []
 
 
 def test_overwriting_leaves_adapters_alone(folder, tmp_path):

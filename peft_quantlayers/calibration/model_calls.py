@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.private_transformers import frame_masks
 from .blocks import Call
 from .model_facts import is_encoder_decoder, main_input, text_config
 
 # Inputs of a decoder, or what a model makes them of.
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 IGNORED_LABEL = -100
+# Masks of recordings, in models that also read text.
+MASKS_OF_FEATURES = ("feature_attention_mask", "input_features_mask", "padding_mask")
 
 
 def model_calls(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> list[Call]:
@@ -40,7 +43,7 @@ def model_calls(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]])
             inputs = _with_decoder_inputs(model, inputs)
         inputs.pop("labels", None)
         kwargs = {name: _in_dtype_of(model, value) for name, value in inputs.items()}
-        calls.append(Call((), {**kwargs, **options}, runs_hooks=True, masks=_padding_masks(inputs)))
+        calls.append(Call((), {**kwargs, **options}, runs_hooks=True, masks=_padding_masks(model, inputs)))
     return calls
 
 
@@ -70,11 +73,21 @@ def _in_dtype_of(model: nn.Module, value: Any) -> Any:
     return value.to(dtype) if is_floating and isinstance(dtype, torch.dtype) and dtype.is_floating_point else value
 
 
-def _padding_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Masks (batch, length) of the tokens of encoder and decoder that are no padding; none where all count."""
-    found = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
-    masks = [mask != 0 for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
-    return tuple(mask for mask in masks if not bool(mask.all()))
+def _padding_masks(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Masks (batch, length) of the tokens of encoder and decoder that are no padding; none where all count.
+
+    Of a recording also those of the frames that the model makes of it.
+    """
+    names = ["attention_mask", "decoder_attention_mask", *MASKS_OF_FEATURES]
+    masks = {name: mask != 0 for name in names if isinstance(mask := inputs.get(name), Tensor) and mask.dim() == 2}
+    padded = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    frames = [
+        frame_mask
+        for name, mask in padded.items()
+        if name in MASKS_OF_FEATURES or (name == "attention_mask" and "input_ids" not in inputs)
+        for frame_mask in frame_masks(model, mask)
+    ]
+    return (*padded.values(), *frames)
 
 
 def _with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

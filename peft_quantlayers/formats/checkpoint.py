@@ -5,7 +5,9 @@
 
 2. ``"branches": {name: rank}``, the layers that have a low-rank branch.
 3. ``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest.
-4. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
+4. ``"sentinels": true``: beside its tensors each layer may have one named ``weight``, of :data:`SENTINEL_SHAPE`, which
+   means nothing here and stops programs that do not know this format.
+5. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
    the expert as first dimension.
 
 Readers accept every format version up to their own; writers write the oldest that says everything, so that older
@@ -19,9 +21,11 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # The fields that each version added.
-_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 4: "stacks"}
+_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks"}
+_SENTINELS, _SENTINELS_VERSION = "sentinels", 4
+SENTINEL_SHAPE = (1,)
 # The name under which transformers finds our quantizer and our checkpoints.
 QUANT_METHOD = "quantlayers"
 MAX_MODULES = 1_000_000
@@ -37,6 +41,8 @@ class QuantlayersFormat(CheckpointFormat):
 
     def write(self, description: ModelDescription) -> dict[str, Any]:
         fields = specs_to_json(description.specs, description.branches, description.compute_dtypes, description.stacks)
+        if description.has_sentinels:
+            fields |= {_SENTINELS: True, "format_version": max(fields["format_version"], _SENTINELS_VERSION)}
         dtype = description.compute_dtype
         return fields if dtype is None else fields | {"compute_dtype": dtype}
 
@@ -47,6 +53,8 @@ class QuantlayersFormat(CheckpointFormat):
         compute_dtype = fields.pop("compute_dtype", None)
         if compute_dtype is not None:
             check_choice("quantization_config: compute_dtype", compute_dtype, METADATA_DTYPES)
+        has_sentinels = fields.pop(_SENTINELS, False)
+        check_choice("quantization_config: sentinels", has_sentinels, (False, True))
         specs = specs_from_json(fields, spec_from_dict)
         return ModelDescription(
             specs=specs,
@@ -54,6 +62,7 @@ class QuantlayersFormat(CheckpointFormat):
             compute_dtypes=_compute_dtypes_from_json(fields),
             branches=branches_from_json(fields),
             stacks=tuple(fields.get("stacks", ())),
+            has_sentinels=has_sentinels,
         )
 
 

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .quantized_weight import stored_bytes
+
 METADATA_KEY = "quantlayers_checksums"
 SWITCH = "PEFT_QUANTLAYERS_NO_CHECKSUMS"
 """Environment variable; if set, checksums are neither written nor checked."""
@@ -59,8 +61,7 @@ def checksum(tensor: Tensor) -> str:
     """CRC-32 of dtype, shape and the bytes row by row, as 8 hexadecimal digits. Of any dtype and dimension."""
     tensor = tensor.detach()
     start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    rows = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(rows.numpy().data, start):08x}"
+    return f"{zlib.crc32(stored_bytes(tensor.reshape(-1)), start):08x}"
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .spec import QuantSpec
+
+# Error that storing scales in a narrower dtype may make, relative to their norm; only one that underflows makes more.
+MAX_SCALE_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,23 @@ class QuantizedWeight:
                 raise ValueError(f"{name}.{tensor_name} holds NaN or Inf: the checkpoint is damaged.")
         if damage := self.spec.find_damage(self.tensors, layout):
             raise ValueError(f"{name}{damage}: the checkpoint is damaged. Download or save it again.")
+
+
+def is_lossy_in_half(weight: QuantizedWeight) -> bool:
+    """Whether float16 cannot hold the wider scales and codebooks of ``weight``."""
+    wider = [
+        tensor
+        for name, tensor in weight.tensors.items()
+        if name != weight.spec.codes_name and tensor.dtype != torch.float16 and not tensor.is_meta
+    ]
+    return not all((tensor.half().float() - tensor).norm() <= MAX_SCALE_ERROR * tensor.norm() for tensor in wider)
+
+
+def weight_checksum(weight: QuantizedWeight, *, start: int = 0) -> int:
+    """CRC-32 of the bytes of all tensors, by name in sorted order, continued from ``start``."""
+    for name in sorted(weight.tensors):
+        start = zlib.crc32(stored_bytes(weight.tensors[name]), start)
+    return start
 
 
 def stored_bytes(tensor: Tensor) -> memoryview:

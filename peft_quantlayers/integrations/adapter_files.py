@@ -1,24 +1,34 @@
-"""What an adapter's files hold, checked when PEFT loads them onto a model with quantized layers.
+"""What an adapter's files hold: checked before and after PEFT loads them onto a model with quantized layers.
 
 PEFT loads what fits, warns of what is missing and drops the rest; the configs of our adapters name every layer, so
-that here it is an error. PEFT has added the adapter to the model by then.
+that here it is an error.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import try_to_load_from_cache
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from ..formats.checksums import are_checksums_used, checksums, to_metadata
+from ..lora.adapter_folder import refuse_special_files
 from ..lora.base_fingerprint import layers_of_record
 from ..lora.merge_aware_config import fingerprints_of
 from ..scales.scales_config import QuantScalesConfig
+from ..storage import replace_file
+from .checkpoint_headers import open_checkpoint
+from .checksums import refuse_damage
 
 # Names that an error message shows.
 SHOWN_NAMES = 3
@@ -26,23 +36,81 @@ SHOWN_NAMES = 3
 OUR_TENSORS = (".lora_", ".quant_scales_")
 
 
-def local_file(model_id: Any, subfolder: str | None) -> Path | None:
-    """The safetensors file of an adapter in a folder; None for one on the Hub, or a pickle."""
-    file = Path(os.fspath(model_id), subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    return file if file.is_file() else None
+def check_folder(model_id: Any, subfolder: str | None, *, with_config: bool = True) -> Path | None:
+    """The safetensors file of an adapter in a folder, checked; None for one on the Hub, or a pickle.
+
+    Args:
+        model_id: a folder, or a name on the Hub.
+        subfolder: of it.
+        with_config: whether adapter_config.json will be read too.
+
+    Raises:
+        TypeError, ValueError: a file is damaged or holds what no adapter has; names the file.
+    """
+    folder = Path(os.fspath(model_id), subfolder or "")
+    if not folder.is_dir():
+        return None
+    refuse_special_files(folder)
+    if with_config and (folder / CONFIG_NAME).is_file():
+        _check_config(folder / CONFIG_NAME)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    check_file(file)
+    return file
+
+
+def cached_file(model_id: Any, **options: Any) -> Path | None:
+    """The safetensors file of an adapter that was just downloaded from the Hub; None where there is none.
+
+    ``options`` are those of the download, and ``subfolder``.
+    """
+    name = "/".join(filter(None, (options.get("subfolder"), SAFETENSORS_WEIGHTS_NAME)))
+    options = {key: options[key] for key in ("cache_dir", "revision") if options.get(key) is not None}
+    found = try_to_load_from_cache(str(model_id), name, **options)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _check_config(file: Path) -> None:
+    """Raise TypeError or ValueError, naming ``file``, unless it is the config of an adapter."""
+    try:
+        fields = json.loads(file.read_text())
+        kind = fields["peft_type"]
+        config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        said = str(error) if isinstance(error, ValueError) else "it does not name a method of PEFT as peft_type"
+        raise ValueError(f"{file} is damaged ({said}). Copy or download the adapter again.") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when PEFT reads it
+            config = config_type.from_pretrained(str(file.parent))
+        layers_of_record(config)
+        check_scaling(config)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raised = TypeError if isinstance(error, TypeError) else ValueError
+        raise raised(f"{file} holds what the config of an adapter cannot hold: {error}") from error
 
 
 def check_file(file: Path) -> None:
     """Raise ValueError, naming ``file``, if it is damaged or holds integers where an adapter has floats."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            # In the dtype of the file: PEFT would cast them.
-            empty = {key: opened.get_slice(key)[:0].dtype for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download the adapter again.") from None
+    opened = open_checkpoint(str(file))
+    # In the dtype of the file: PEFT would cast them.
+    empty = {key: opened.get_slice(key)[:0].dtype for key in opened.keys()}  # noqa: SIM118
     wrong = [key for key, dtype in empty.items() if not dtype.is_floating_point and any(p in key for p in OUR_TENSORS)]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} holds {empty[wrong[0]]} and no floats. The file is damaged.")
+    refuse_damage({str(file): opened}, name=f"the adapter {file}")
+
+
+def add_checksums(file: Path) -> None:
+    """Write the checksums of all tensors of a safetensors file into its header, in a new file of that name."""
+    if not are_checksums_used() or not file.is_file():
+        return
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    with replace_file(file) as part:
+        save_file(tensors, part, metadata=metadata | to_metadata(checksums(tensors)))
 
 
 def check_scaling(config: Any) -> None:
@@ -73,7 +141,7 @@ def check_loaded(model: nn.Module, config: Any, adapter: str, result: Any, sourc
     layers = layers_of_record(config)
     if getattr(config, "target_parameters", None):  # adapters of stacks lie beside the module that holds them
         layers = [*layers, *{name.rpartition(".")[0] for name in layers if name.split(".")[-2:-1] == ["experts"]}]
-    missing = [key for key in result.missing_keys if is_strict or any(f".{name}." in key for name in layers)]
+    missing = [key for key in result.missing_keys if is_strict or any(f".{name}." in f".{key}" for name in layers)]
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} tensor(s) of the adapter, for example {missing[:SHOWN_NAMES]}, which "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+# Of each of two tensors that are compared.
+_COMPARED_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +47,15 @@ class CheckpointFiles:
         headers: by name of the tensor.
         opened: the files, by path.
 
+    ``backend``: how tensors are read, ``"mmap"`` or ``"pread"``. What was mapped stays in memory.
+
     Raises:
         ValueError: a file is damaged, or no safetensors file; two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: Iterable[str]) -> None:
+    def __init__(self, files: Iterable[str], *, backend: str = "mmap") -> None:
         self.headers: dict[str, FileHeader] = {}
-        self.opened = {file: open_checkpoint(file) for file in files}  # opening reads the whole header
+        self.opened = {file: open_checkpoint(file, backend=backend) for file in files}  # reads the whole header
         for file, opened in self.opened.items():
             for key in opened.keys():  # noqa: SIM118
                 if key in self.headers:
@@ -75,8 +81,30 @@ class CheckpointFiles:
         """The tensor ``name``, on the CPU."""
         return self.opened[self.headers[name].file].get_tensor(name)
 
+    def slice(self, name: str) -> Any:
+        """The tensor ``name``, not read yet; indexing it reads."""
+        return self.opened[self.headers[name].file].get_slice(name)
 
-def open_checkpoint(file: str) -> Any:
+    def n_bytes(self, name: str) -> int:
+        """What the tensor ``name`` takes in the file."""
+        header = self.headers[name]
+        n_bits = re.search(r"\d+", header.stored_dtype)  # of "BF16", "F8_E4M3"; BOOL has a byte
+        return math.prod(header.shape) * (8 if n_bits is None else int(n_bits[0])) // 8
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; reads a part of each at a time."""
+        first, second = self.headers[name], self.headers[other]
+        if first.shape != second.shape or first.stored_dtype != second.stored_dtype:
+            return False
+        if not first.shape:
+            return torch.equal(self.read(name), self.read(other))
+        a, b = self.slice(name), self.slice(other)
+        step = max(1, _COMPARED_BYTES * first.shape[0] // max(1, self.n_bytes(name)))
+        parts = [slice(i, min(i + step, first.shape[0])) for i in range(0, first.shape[0], step)]
+        return all(torch.equal(a[part], b[part]) for part in parts)
+
+
+def open_checkpoint(file: str, *, backend: str = "mmap") -> Any:
     """A safetensors file, opened to read single tensors. Raises ValueError for any other or a damaged file."""
     if not str(file).endswith(".safetensors"):
         raise ValueError(
@@ -86,7 +114,7 @@ def open_checkpoint(file: str) -> Any:
     if not Path(file).is_file():
         raise ValueError(f"{Path(file).name} is not there, or no regular file: a pipe or a device is not opened.")
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework="pt", device="cpu", backend=backend)
     except SafetensorError as error:
         raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 

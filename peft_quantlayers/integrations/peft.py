@@ -1,10 +1,14 @@
 """Registers quantized layers with PEFT's LoRA dispatch and backends, and scale-only finetuning as a method of PEFT.
 
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
-models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. A PEFT with
-a registry of dispatchers (``patches/``) is asked to register ours instead, and nothing is wrapped. PEFT's other tuners
-need no registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a
-registry of quantization backends (``patches/`` again) they are given ours, and a model's status names it.
+models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. The methods
+that load and save adapters are wrapped too (:mod:`.adapter_loading`). A PEFT with a registry of dispatchers
+(patches/peft/4-lora-dispatchers) is asked to register ours instead of the first. PEFT's other tuners need no
+registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a registry of
+quantization backends (patches/peft/3-backend-registry) they are given ours, and a model's status names it.
+
+What else is extended are checks around adapters and merges. No patch makes them unnecessary, since PEFT has no place
+for another package's checks; ``patches/README.md`` lists them.
 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
@@ -18,7 +22,7 @@ from typing import Any
 import peft
 import peft.utils
 from packaging.version import Version
-from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
 from peft.tuners.lora import loraga
@@ -26,6 +30,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layers import QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
@@ -38,54 +43,60 @@ from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
 from ..lora.stack_layer import LoraQuantizedStack
 from ..scales import QuantScalesLayer
+from . import adapter_loading
 from . import peft_scales as scales
-from .adapter_files import check_file, check_loaded, check_scaling, local_file
+from .adapter_files import check_scaling
 from .pattern_check import check_patterns
+from .private_peft_names import TESTED_PEFT, check_names
+from .replacements import Replacements
 from .target_parameters import has_stacks, inject_in_order
+from .unchanged_model import unchanged_after_error
 
 logger = logging.getLogger(__name__)
-
-# The release series whose dispatch this file was written against and is tested with.
-TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
 
-# Functions of PEFT that ours replace, by owner and name: what PEFT calls there, and the owner's own entry, which is
-# _INHERITED if it has none. Empty while nothing is registered.
-_originals: dict[tuple[Any, str], tuple[Any, Any]] = {}
-_INHERITED = object()
+# Empty while nothing is registered.
+_replaced = Replacements()
 
 
 def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
-    if _originals:
+    if _replaced:
         return
+    check_names()
     version = Version(peft.__version__)
-    if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
+    if not Version(TESTED_PEFT[0]) <= version < Version(TESTED_PEFT[1]):
         logger.warning(
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
+    # patches/peft/4-lora-dispatchers
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
-        _take_over(LoraModel, "_create_new_module", staticmethod(_create_new_module))
+        _replaced.replace(LoraModel, "_create_new_module", staticmethod(_create_new_module))
     else:
         raise ImportError(
             f"peft {version} has no static LoraModel._create_new_module to extend. Install peft>={TESTED_PEFT[0]},"
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
+    # patches/peft/3-backend-registry
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
-    _take_over(LoraModel, "_prepare_model", _prepare_model)
-    _take_over(LoraModel, "inject_adapter", _inject_adapter)
-    _take_over(LoraModel, "_inject_parameters", _inject_parameters)
+    _replaced.replace(LoraModel, "_prepare_model", _prepare_model)
+    _replaced.replace(LoraModel, "inject_adapter", _inject_adapter)
+    _replaced.replace(LoraModel, "_inject_parameters", _inject_parameters)
     for owner in (PeftModel, PeftMixedModel):
-        _take_over(owner, "load_adapter", _load_adapter)
-    _take_over(LoraModel, "merge_adapter", _merge_adapter)
-    _take_over(LoraModel, "_unload_and_optionally_merge", _unload)
-    _take_over(loraga, "estimate_gradients", _estimate_gradients)
+        _replaced.wrap(owner, "from_pretrained", adapter_loading.from_pretrained)
+        _replaced.wrap(owner, "load_adapter", adapter_loading.load_adapter)
+    _replaced.wrap(PeftModel, "save_pretrained", adapter_loading.save_pretrained)
+    _replaced.wrap(PeftConfig, "from_pretrained", adapter_loading.config_from_pretrained)
+    _replaced.wrap(PreTrainedModel, "load_adapter", adapter_loading.load_into_transformers)
+    _replaced.replace(LoraModel, "merge_adapter", _merge_adapter)
+    _replaced.replace(LoraModel, "_unload_and_optionally_merge", _unload)
+    _replaced.replace(loraga, "estimate_gradients", _estimate_gradients)
     scales.register()
     # Saved adapters are read with our config, which knows two fields more.
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = MergeAwareLoraConfig
@@ -93,35 +104,21 @@ def register() -> None:
 
 def unregister() -> None:
     """Restore PEFT's own dispatch."""
-    if not _originals:
+    if not _replaced:
         return
     if hasattr(lora, "unregister_lora_dispatcher"):
         lora.unregister_lora_dispatcher(NAME)
-    for (owner, name), (_, own) in _originals.items():
-        if own is _INHERITED:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-    _originals.clear()
+    _replaced.restore()
     if hasattr(peft.utils, "unregister_quantization_backend"):
         peft.utils.unregister_quantization_backend(NAME)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     scales.unregister()
 
 
-def _take_over(owner: Any, name: str, ours: Any) -> None:
-    _originals[owner, name] = (getattr(owner, name), vars(owner).get(name, _INHERITED))
-    setattr(owner, name, ours)
-
-
-def _original(owner: Any, name: str) -> Any:
-    return _originals[owner, name][0]
-
-
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     new_module = _dispatch(target, adapter_name, config=lora_config, **kwargs)
     if new_module is None:
-        return _original(LoraModel, "_create_new_module")(lora_config, adapter_name, target, **kwargs)
+        return _replaced.original(LoraModel, "_create_new_module")(lora_config, adapter_name, target, **kwargs)
     return new_module
 
 
@@ -129,18 +126,23 @@ def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
     """PEFT's, after a check that refuses a merge-aware adapter on a layer that is not quantized."""
     check_patterns(peft_config, model)
     check_rounded_layers(peft_config, model)
-    _original(LoraModel, "_prepare_model")(self, peft_config, model)
+    _replaced.original(LoraModel, "_prepare_model")(self, peft_config, model)
 
 
 def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning."""
+    """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning.
+
+    On a model with quantized layers, an error leaves the model as it was.
+    """
     config = self.peft_config[adapter_name]
-    if quantized_layers(model):
+    is_quantized = bool(quantized_layers(model))
+    if is_quantized:
         check_scaling(config)
     # Before PiSSA and its like change the base, as they will when the adapter is loaded.
     found = base_fingerprints(model) if is_recorded(config) else {}
     warn_of_another_base(config, found, model, adapter_name)
-    _original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
+    with unchanged_after_error(model) if is_quantized else nullcontext():
+        _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
     if found:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 
@@ -151,28 +153,13 @@ def _inject_parameters(
     """PEFT's; in a model with quantized experts ours, which finds stacks by the names of their parameters."""
     if has_stacks(model):
         return inject_in_order(self, peft_config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    return _original(LoraModel, "_inject_parameters")(self, peft_config, model, adapter_name, low_cpu_mem_usage)
-
-
-def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's; on a model with quantized layers, files that are damaged or do not fit their config are errors."""
-    load = _original(PeftModel if isinstance(self, PeftModel) else PeftMixedModel, "load_adapter")
-    if not quantized_layers(self):
-        return load(self, model_id, adapter_name, *args, **kwargs)
-    source = local_file(model_id, kwargs.get("subfolder"))
-    if source is not None:
-        check_file(source)
-    try:
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-    except RuntimeError as error:  # torch's, of tensors that do not fit
-        raise RuntimeError(f"{source or model_id}: {error}") from error
-    check_loaded(self, self.peft_config[adapter_name], adapter_name, result, source or model_id)
-    return result
+    own = _replaced.original(LoraModel, "_inject_parameters")
+    return own(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     with _quantized_layers_merged(self, adapter_names, safe_merge):
-        _original(LoraModel, "merge_adapter")(self, adapter_names, safe_merge)
+        _replaced.original(LoraModel, "merge_adapter")(self, adapter_names, safe_merge)
 
 
 def _unload(
@@ -183,7 +170,7 @@ def _unload(
     adapter_names: list[str] | None = None,
 ) -> Any:
     with _quantized_layers_merged(self, adapter_names, safe_merge) if merge else nullcontext():
-        return _original(LoraModel, "_unload_and_optionally_merge")(
+        return _replaced.original(LoraModel, "_unload_and_optionally_merge")(
             self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
@@ -219,7 +206,7 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
     if any(isinstance(target, QuantizedLinear) for target in targets.values()):
         estimate_gradients(model, targets, train_step)
     else:
-        _original(loraga, "estimate_gradients")(model, lora_config, train_step)
+        _replaced.original(loraga, "estimate_gradients")(model, lora_config, train_step)
 
 
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..formats.quantized_weight import stored_bytes
+from ..formats.quantized_weight import weight_checksum
 from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
 from ..scales.layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
@@ -216,12 +215,10 @@ def _checked_base(config: QuantScalesConfig, model: nn.Module) -> dict[str, int]
         layer = _base(model.get_submodule(name))
         if not isinstance(layer, QuantizedLinear):
             continue  # a norm
-        tensors = layer.quantized_weight.tensors
-        if any(type(tensor) is not torch.Tensor or tensor.is_meta for tensor in tensors.values()):
+        weight = layer.quantized_weight
+        if any(type(tensor) is not torch.Tensor or tensor.is_meta for tensor in weight.tensors.values()):
             continue  # sharded, or not there to be read
-        found[name] = 0
-        for tensor_name in sorted(tensors):
-            found[name] = zlib.crc32(stored_bytes(tensors[tensor_name]), found[name])
+        found[name] = weight_checksum(weight)
         if saved.get(name, found[name]) != found[name]:
             raise ValueError(
                 f"{name}: the adapter was trained on other codes, zeros, codebooks or scales than this base has "

@@ -1,7 +1,11 @@
-"""Private names of transformers that packages below this one need, each in one place. Imports nothing."""
+"""Private names of transformers that packages below this one need, each in one place. Imports torch only."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def mark_as_initialized(holder: Any) -> None:
@@ -39,3 +43,19 @@ def kept_dtype(model: Any, module_name: str, dtype: Any) -> str | None:
         if re.search(pattern.replace("*", ".*"), f"{module_name}.weight"):
             return str(kept).removeprefix("torch.")
     return None
+
+
+def frame_masks(model: Any, mask: Tensor) -> Iterator[Tensor]:
+    """Which frames a model of recordings makes of samples that are no padding, as its parts compute it.
+
+    ``mask``: (batch, samples) bool, with padding at the end. Yields (batch, frames) bool.
+    """
+    lengths = torch.cat([mask.sum(1), mask.new_tensor([mask.shape[1]], dtype=torch.long)])
+    for module in model.modules():
+        n_frames = getattr(module, "_get_feat_extract_output_lengths", None)
+        if n_frames is None:
+            continue
+        found = n_frames(lengths)
+        for counts in found if isinstance(found, tuple) else (found,):
+            *of_rows, width = counts.tolist()
+            yield torch.arange(int(width)) < torch.tensor(of_rows)[:, None]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..formats.checksums import DamagedTensor, find_damage, has_checksums
@@ -34,13 +35,13 @@ def check_readable(folder: Path, model: nn.Module) -> None:
 
 
 def verify_model(folder: str | Path) -> list[DamagedTensor]:
-    """The tensors of a saved model that are not as they were saved; [] if all are. Builds no model.
+    """The tensors of a saved model or adapter that are not as they were saved; [] if all are. Builds no model.
 
-    Reads every byte once, with the checksums that ``save_model`` and ``save_pretrained`` of a quantized model leave in
-    the files. Loading checks the same.
+    Reads every byte once, with the checksums that ``save_model`` and ``save_pretrained`` of a quantized model, or of
+    an adapter on one, leave in the files. Loading checks the same.
 
     Args:
-        folder: with config.json and safetensors files.
+        folder: with the safetensors files of a model, or of an adapter.
 
     Raises:
         FileNotFoundError: no model is in ``folder``.
@@ -59,13 +60,13 @@ def verify_model(folder: str | Path) -> list[DamagedTensor]:
     if opened and not has_checksums(opened):
         raise ValueError(
             f"the files in {folder} carry no checksums, so they cannot be verified. Load the model and save it "
-            "with peft_quantlayers.save_model to add them."
+            "with peft_quantlayers.save_model to add them (an adapter: with its own save_pretrained)."
         )
     return damage + find_damage(opened)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model in ``folder``, whether they are there or not.
+    """The safetensors files of the model or adapter in ``folder``, whether they are there or not.
 
     Raises:
         FileNotFoundError: there are none.
@@ -78,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{indices[0]} is damaged ({error!r}). Download or save the model again.") from None
         return [folder / name for name in sorted(names)]
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob(SAFETENSORS_WEIGHTS_NAME))
     if not files:
         raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
     return files

@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, apply_converters
 
 from ..formats.checkpoint_format import StoredLayer
+from ..layers import quantized_modules
 from ..layers.dense_types import dense_shape
 from ..layers.selection import quantized_layers
 
@@ -112,10 +113,12 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
         for tensor_name, _ in layer.named_parameters()
         if tensor_name != "bias"
     }
+    sentinels = [f"{name}.weight" for name in quantized_modules(model)]
+    own.update(sentinels)
     n_parts = {pattern: len(entry.source_patterns) for entry in converters for pattern in entry.source_patterns}
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     kept = set()
-    for name in names:
+    for name in [*names, *sentinels]:
         target, pattern = apply_converters(name, converters)
         if pattern is not None and name in own:
             kept.add(name)
@@ -129,7 +132,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def ignore_tensors(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Keep transformers from reporting tensors whose last name part is one of ``names`` as unexpected."""
-    patterns = {rf"\.{name}$" for name in names}
+    """Keep transformers from reporting tensors whose names end with one of ``names``, patterns, as unexpected."""
+    patterns = {rf"(^|\.){name}$" for name in names}
     if patterns:
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns

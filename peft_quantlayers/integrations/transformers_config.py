@@ -14,11 +14,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
+from ..formats.quantized_weight import is_lossy_in_half
 from ..layers import QuantizedLinear
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.selection import quantized_layers, quantized_stacks
 from ..methods import QuantConfig
-from ..methods.aqlm.method import MAX_SCALE_ERROR
 from .private_transformers import kept_dtype
 
 
@@ -41,7 +41,11 @@ class QuantlayersConfig(QuantizationConfigMixin):
     @classmethod
     def from_model(cls, model: nn.Module) -> QuantlayersConfig:
         """The config that describes ``model`` as it is now, in the first format that can hold it."""
-        description = describe_model(model)
+        return cls.of(describe_model(model))
+
+    @classmethod
+    def of(cls, description: ModelDescription) -> QuantlayersConfig:
+        """The config of a model in memory with this description."""
         checkpoint_format = choose_format(description)
         config = cls(checkpoint_format, checkpoint_format.write(description))
         config.quant_method = QUANT_METHOD  # in memory the model is ours, in whichever format it is written
@@ -73,7 +77,12 @@ def describe_model(model: nn.Module) -> ModelDescription:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ),
-        lossy_in_model_dtype=tuple(name for name, layer in layers.items() if _is_lossy_in(model.dtype, layer)),
+        lossy_in_model_dtype=tuple(
+            name
+            for name, layer in layers.items()
+            if model.dtype == torch.float16 and is_lossy_in_half(layer.quantized_weight)
+        ),
+        has_sentinels=True,
         stacks=tuple(quantized_stacks(model)),
     )
 
@@ -93,13 +102,3 @@ def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedStorage]) ->
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_lossy_in(dtype: Any, layer: QuantizedStorage) -> bool:
-    """Whether ``dtype`` is float16 and cannot hold the wider scales and codebooks of a layer."""
-    wider = [
-        tensor
-        for name, tensor in layer.quantized_weight.tensors.items()
-        if name != layer.spec.codes_name and dtype == torch.float16 != tensor.dtype and not tensor.is_meta
-    ]
-    return not all((tensor.to(dtype).float() - tensor).norm() <= MAX_SCALE_ERROR * tensor.norm() for tensor in wider)

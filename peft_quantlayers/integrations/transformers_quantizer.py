@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import ModelDescription
 from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules, quantize_module
+from ..layers.codes_parameter import is_sharded
 from ..layers.dense_rules import DenseRules
 from ..layers.dense_types import dense_key, dense_shape, dense_type_of, dense_weight
 from ..layers.expert_types import dense_stacks, find_stack
@@ -33,10 +35,12 @@ from .checkpoint_headers import CheckpointFiles, check_headers, check_kinds
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
 from .expert_conversion import ExpertByExpert
+from .frozen_adapters import warn_of_frozen_adapters
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
 from .private_transformers import kept_dtype
+from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -65,7 +69,15 @@ class _QuantizeWeight(ConversionOps):
         return rest
 
     def _quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        parent, _, parameter = dense_key(model, name).rpartition(".")
+        key = dense_key(model, name)
+        parent, _, parameter = key.rpartition(".")
+        expected = model.get_parameter(key).shape
+        if weight.shape != expected:  # transformers does not compare what is quantized
+            self.quantizer.failures.append(
+                f"{key} has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(expected)}. They do not belong together."
+            )
+            return
         setattr(model.get_submodule(parent), parameter, nn.Parameter(weight, requires_grad=False))
         try:
             quantize_module(
@@ -73,6 +85,7 @@ class _QuantizeWeight(ConversionOps):
                 name,
                 self.quantizer.specs[name],
                 compute_dtype=self.quantizer.compute_dtype,
+                device=self.quantizer.device,
             )
         except ValueError as error:
             # transformers would catch it here, and raise a RuntimeError without the reason at the end.
@@ -96,11 +109,21 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs: dict[str, QuantSpec] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
+        # Where weights are quantized; None for where each is.
+        self.device: torch.device | str | None = None
         self.failures: list[str] = []
         # Of a checkpoint: the parameter for each name in its files, and the files in words.
         self.parameters: dict[str, str] = {}
         self.files = ""
         self.quantized_tensors: list[QuantizedTensors] = []
+        # Of the files that are being saved.
+        self._metadata: dict[str, str] = {}
+        # That it is attached to, while that lives.
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled with its model, which is another one then."""
+        return vars(self) | {"_model": None}
 
     @classmethod
     def attached_to(cls, model: PreTrainedModel) -> QuantlayersHfQuantizer:
@@ -155,7 +178,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
         if self.are_checksums_checked:
-            refuse_damage(files)
+            refuse_damage(files.opened, name="the checkpoint")
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = CheckpointNames(model)
         modules = names.modules(description.specs)
@@ -168,6 +191,10 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if config.asked is not None:
             compare_with_asked(config.asked, self.specs, model)
         self.files, self.parameters = str(files), names.parameters(files.headers)
+        if description.has_sentinels:
+            found = without_sentinels(self.parameters, files, self.specs)
+            ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
+            self.parameters = found
         check_headers(files, self.parameters, self.specs, stored, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
@@ -217,7 +244,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             dtype = getattr(torch, kept_dtype(model, name, wanted) or self.compute_dtype)
         weights = (weight.t() if entry.is_transposed else weight for weight in experts)
         try:
-            quantized = quantized_experts(weights, n_experts, self.specs[name], layer_name=name)
+            quantized = quantized_experts(weights, n_experts, self.specs[name], layer_name=name, device=self.device)
             put_stack(module, entry, quantized, name=name, compute_dtype=dtype)
         except ValueError as error:
             self.failures.append(str(error))
@@ -226,7 +253,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     # ---- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and not self.failures:
             self._quantize_rest(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
@@ -257,6 +284,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True
+        self._model = weakref.ref(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
@@ -285,13 +313,36 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Tensors and checksums. transformers asks right before it saves, so the config is brought up to date here."""
         self.quantization_config = QuantlayersConfig.from_model(model)
         model.config.quantization_config = self.quantization_config
-        state = state_with_wide_codes(model)
-        written = model.state_dict() if state is None else state
+        written = model.state_dict()
         keep_from_conversions(model, written)
-        return state, checksum_metadata(model, written)
+        self._metadata = {}
+        if any(is_sharded(tensor) for tensor in written.values()):
+            return None, self._metadata  # gathered_state fills it
+        state = self._as_in_files(model, written)
+        self._metadata |= checksum_metadata(model, state)
+        return state, self._metadata
+
+    def gathered_state(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state``, gathered from all processes, as files have it; and its checksums, which go into their headers.
+
+        Empty in processes that write nothing.
+        """
+        state = self._as_in_files(model, state) if state else state
+        self._metadata |= checksum_metadata(model, state) if state else {}
+        return state
+
+    def _as_in_files(self, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` as files have it, with sentinels unless adapters or a published layout are saved."""
+        state = state_with_wide_codes(model, state)
+        is_own = self.quantization_config.checkpoint_format.name == QUANT_METHOD
+        return state | sentinels(model) if is_own and not getattr(model, "_hf_peft_config_loaded", False) else state
 
     @property
     def is_trainable(self) -> bool:
+        """Yes. transformers' Trainer asks before it trains."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            warn_of_frozen_adapters(model)
         return True
 
     @property
@@ -301,6 +352,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def gathered_state_of(original: Callable[..., Any], model: Any, model_to_save: Any, *args: Any, **kwargs: Any) -> Any:
+    """``gather_sharded_state_dict_for_save`` of a transformers model, which may be quantized and sharded."""
+    state = original(model_to_save, *args, **kwargs)
+    quantizer = getattr(model_to_save, "hf_quantizer", None)
+    was_sharded = any(is_sharded(parameter) for parameter in model_to_save.parameters())
+    if not was_sharded or not isinstance(quantizer, QuantlayersHfQuantizer):
+        return state
+    return quantizer.gathered_state(model_to_save, state)
 
 
 def mark_for_kbit_training(model: PreTrainedModel) -> None:

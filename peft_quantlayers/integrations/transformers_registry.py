@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from ..formats.known_formats import known_formats
+from ..layers.quantized_storage import QuantizedStorage
 from .given_config import asked_config
+from .interrupted_save import get_config_dict
+from .replacements import Replacements
 from .transformers_config import QuantlayersConfig
-from .transformers_quantizer import QuantlayersHfQuantizer
+from .transformers_quantizer import QuantlayersHfQuantizer, gathered_state_of
 
 _taken_over: dict[str, tuple[Any, Any]] = {}
-_merge_of_transformers: Any = AutoHfQuantizer.merge_quantization_configs
+_replaced = Replacements()
 
 
 def register() -> None:
@@ -23,7 +28,10 @@ def register() -> None:
         _taken_over[name] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(name), AUTO_QUANTIZER_MAPPING.get(name))
         AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QuantlayersConfig
         AUTO_QUANTIZER_MAPPING[name] = QuantlayersHfQuantizer
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)
+    _replaced.replace(AutoHfQuantizer, "merge_quantization_configs", staticmethod(_merge_quantization_configs))
+    _replaced.wrap(PreTrainedConfig, "get_config_dict", get_config_dict)
+    _replaced.wrap(PreTrainedModel, "gather_sharded_state_dict_for_save", gathered_state_of)
+    _replaced.replace(PreTrainedModel, "dtype", property(_dtype))
 
 
 def unregister() -> None:
@@ -34,8 +42,7 @@ def unregister() -> None:
                 mapping.pop(name, None)
             else:
                 mapping[name] = original
-    if _taken_over:
-        AutoHfQuantizer.merge_quantization_configs = _merge_of_transformers
+    _replaced.restore()
     _taken_over.clear()
 
 
@@ -44,9 +51,24 @@ def _merge_quantization_configs(saved: Any, given: Any) -> Any:
 
     The quantizer compares what was given with the layers, once it knows them.
     """
+    merge_of_transformers = _replaced.original(AutoHfQuantizer, "merge_quantization_configs")
     method = saved.get("quant_method") if isinstance(saved, dict) else getattr(saved, "quant_method", None)
     if given is None or AUTO_QUANTIZER_MAPPING.get(method) is not QuantlayersHfQuantizer:
-        return _merge_of_transformers(saved, given)
-    config = _merge_of_transformers(saved, None)
+        return merge_of_transformers(saved, given)
+    config = merge_of_transformers(saved, None)
     config.asked = asked_config(given)
     return config
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """``PreTrainedModel.dtype``, of the first floating parameter: where that is a quantized weight, its layer's.
+
+    transformers would take the dtype of a scale, save it as the model's, and load all other weights in it.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedStorage):
+            return module.compute_dtype
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.get_default_dtype()

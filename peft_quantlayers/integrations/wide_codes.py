@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats import QuantSpec
-from ..layers.codes_parameter import SENDABLE, as_bytes, is_sharded
+from ..layers.codes_parameter import SENDABLE, as_bytes, as_codes
 from ..layers.dense_types import dense_shape
 from ..layers.selection import quantized_layers
 
@@ -36,20 +36,11 @@ def layers_with_wide_codes(specs: Mapping[str, QuantSpec], model: nn.Module) -> 
     return found
 
 
-def state_with_wide_codes(model: nn.Module) -> dict[str, Any] | None:
-    """The state of ``model`` as files have it; None if that is what ``state_dict()`` gives.
-
-    Raises:
-        NotImplementedError: such codes are sharded over processes.
-    """
-    stored = {}
+def state_with_wide_codes(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state``, the whole state of ``model`` or nothing, as files have it."""
+    found = dict(state)
     for name, layer in quantized_layers(model).items():
-        codes_name = layer.spec.codes_name
-        if is_sharded(layer.codes) and layer.has_wide_codes:
-            raise NotImplementedError(
-                f"{name}: codes of more than 8 bits that are sharded over processes cannot be saved. They do not "
-                "change while an adapter is trained: save the adapter, and keep the folder that the model is from."
-            )
-        if layer.has_wide_codes:
-            stored[f"{name}.{codes_name}"] = layer.quantized_weight.tensors[codes_name]
-    return {**model.state_dict(), **stored} if stored else None
+        key = f"{name}.{layer.spec.codes_name}"
+        if layer.has_wide_codes and key in found:
+            found[key] = as_codes(found[key], layer.codes_dtype)
+    return found

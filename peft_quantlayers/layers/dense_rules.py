@@ -82,22 +82,32 @@ def _n_outputs(module: nn.Module) -> int:
 
 def _head_modules(model: nn.Module) -> Iterator[str]:
     """Dense modules that make the outputs of a transformers model, or of one inside it: the heads of any task."""
-    body = _body(model)
-    inside = {id(module) for module in (body or model).modules()}
-    embeddings = {id(module) for module in _output_embeddings(model)}
+    heads = {id(module) for module in _output_embeddings(model)}
+    for owner in model.modules():
+        if owner is model or _is_of_a_task(owner):
+            heads |= {id(module) for module in _outside_body(owner)}
     for name, module in model.named_modules():
-        if dense_type_of(module) is None:
-            continue
-        # A task's class that does not say which of its parts is the body has its heads beside it.
-        is_beside = body is None and "." not in name and "For" in type(model).__name__
-        if id(module) in embeddings or id(module) not in inside or is_beside:
+        if id(module) in heads and dense_type_of(module) is not None:
             yield name
 
 
-def _body(model: nn.Module) -> nn.Module | None:
-    prefix = getattr(model, "base_model_prefix", "")
-    body = getattr(model, prefix, None) if prefix else None
-    return body if isinstance(body, nn.Module) else None
+def _is_of_a_task(module: nn.Module) -> bool:
+    """Whether a module is a transformers model with a head, by the name of its class."""
+    return hasattr(module, "base_model_prefix") and re.search("For[A-Z]|Head", type(module).__name__) is not None
+
+
+def _outside_body(owner: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model that are no part of its body.
+
+    A task's class that does not say which of its parts is the body has its heads beside it.
+    """
+    prefix: Any = getattr(owner, "base_model_prefix", "")
+    body = getattr(owner, prefix, None) if prefix else None
+    if isinstance(body, nn.Module):
+        inside = set(body.modules())
+        yield from (module for module in owner.modules() if module not in inside)
+    elif "For" in type(owner).__name__:
+        yield from owner.children()
 
 
 def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:

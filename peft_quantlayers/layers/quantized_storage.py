@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
+from ..formats.checkpoint import SENTINEL_SHAPE
 from ..methods import QuantMethod, get_method
 from .codes_parameter import SENDABLE, CodesParameter, as_bytes, as_codes
 
@@ -63,6 +64,11 @@ class QuantizedStorage(nn.Module):
         return self._parameter(self.spec.codes_name)
 
     @property
+    def codes_dtype(self) -> torch.dtype:
+        """The dtype of the codes in the layout and in files."""
+        return self._codes_dtype
+
+    @property
     def has_wide_codes(self) -> bool:
         """Whether the codes are registered as bytes, since process groups do not send their dtype."""
         return self._codes_dtype not in SENDABLE
@@ -98,9 +104,13 @@ class QuantizedStorage(nn.Module):
         self._wrap_codes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch gives each module a dictionary of its own
+        sentinel = state_dict.get(key := f"{prefix}weight")
+        if sentinel is not None and tuple(sentinel.shape) == SENTINEL_SHAPE:
+            del state_dict[key]
         codes = state_dict.get(key := prefix + self.spec.codes_name)
         if codes is not None and codes.dtype == self._codes_dtype:  # from a file, or written by an older version
-            state_dict[key] = as_bytes(codes)  # torch gives each module a dictionary of its own
+            state_dict[key] = as_bytes(codes)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.n_writes += 1
 

@@ -73,7 +73,7 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     """
     if dense_type_of(model) is not None:
         raise ValueError(
-            "the model is a single linear layer. Quantize it with HQQLinear.from_linear(layer, HQQSpec(...)), or put "
+            "the model is a single linear layer. Quantize it with QuantizedLinear.from_linear(layer, spec), or put "
             "it into a module."
         )
     _check_patterns(model, config)

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..formats import QuantizedWeight
-from ..formats.quantized_weight import stored_bytes
+from ..formats.quantized_weight import weight_checksum
 from ..layers import QuantizedLinear
 from .adapter_folder import refuse_special_files
 
@@ -86,23 +86,26 @@ class MergeAwareLoraConfig(LoraConfig):
         """
         refuse_special_files(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", BASE_FILE)
-        if file.is_file() and isinstance(config, MergeAwareLoraConfig):
-            try:
-                config.quantized_base = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(
-                    f"{file} is damaged ({error}). Delete it to load the adapter without a comparison of the bases."
-                ) from None
+        if isinstance(config, MergeAwareLoraConfig):
+            config.quantized_base = base_record(pretrained_model_name_or_path, subfolder)
         return config
+
+
+def base_record(folder: Any, subfolder: str | None = None) -> dict[str, Any] | None:
+    """What ``folder`` says of the base of the adapter in it; None where it says nothing, or is no folder here."""
+    file = Path(folder, subfolder or "", BASE_FILE)
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Delete it to load the adapter without a comparison of the bases."
+        ) from None
 
 
 def fingerprint(weight: QuantizedWeight) -> str:
     """A checksum of the spec and all tensors of ``weight``: equal for the same codes on the same grid only."""
-    checksum = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
-    for name in sorted(weight.tensors):
-        checksum = zlib.crc32(stored_bytes(weight.tensors[name]), checksum)
-    return f"{checksum:08x}"
+    spec = zlib.crc32(json.dumps(weight.spec.to_dict(), sort_keys=True).encode())
+    return f"{weight_checksum(weight, start=spec):08x}"
 
 
 def with_fingerprints(config: LoraConfig, layers: dict[str, str]) -> MergeAwareLoraConfig:

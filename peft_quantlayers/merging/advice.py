@@ -85,16 +85,6 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
     )
 
 
-def no_delta(layers: Sequence[LayerMergeReport]) -> str | None:
-    """That the adapters change no weight, if so: they are not trained, or others than were meant."""
-    if not layers or any(layer.delta_norm for layer in layers):
-        return None
-    return (
-        "The adapters change nothing: their delta is zero in every layer. They were not trained, or others were meant "
-        "(adapters=[...])."
-    )
-
-
 def _other_ways(layers: Sequence[LayerMergeReport]) -> dict[str, str]:
     """Strategies that these layers could be merged with, the best first, each with its description."""
     if any(layer.is_merge_aware for layer in layers):

@@ -167,7 +167,7 @@ class MergeReport:
                 "The outputs are those that were trained. Errors and retained fractions are those of the delta in the "
                 "weights without its rounding, which was not trained."
             )
-        said = (advice.no_delta(self.layers), self.not_measured, self.recommendation)
+        said = (self.not_measured, self.recommendation)
         return notes + [each for each in said if each is not None]
 
 

@@ -75,7 +75,7 @@ class MergeSource(ABC):
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether there is a quantized weight to merge into. PEFT merges the other layers."""
+        """Whether there is a quantized weight to merge into. Other layers are merged by who owns the adapters."""
         return isinstance(self.quantized_base(), QuantizedLinear)
 
     # ---- merging
@@ -131,7 +131,7 @@ class MergeSource(ABC):
             self.restore(self.merging.unmerged)
 
     def forget_merge(self) -> None:
-        """Leave the merge to PEFT, which subtracts the deltas from the current weight."""
+        """Leave undoing to the owner of the adapters, who subtracts the deltas from the current weight."""
         self.set_host_state(self.merging.host_state)
         self.merging.unmerged, self.merging.report = None, None
 

@@ -52,6 +52,13 @@ class QuantMethod(ABC, Generic[SpecT]):
     ) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
+        ======================= =====================================================================
+        ``weight`` alone        grid and codes of the lowest weight error
+        ``start``               codes for the grid of ``start``, or a fit of both that begins there
+        ``hessian``             grid and codes of the lowest output error
+        ``hessian``, ``start``  the same, beginning from ``start``
+        ======================= =====================================================================
+
         The spec of the result may differ from ``spec`` where the weight needs it (wider metadata).
 
         Args:

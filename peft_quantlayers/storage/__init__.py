@@ -2,6 +2,6 @@
 
 from .lock import locked_folder
 from .single_file import replace_file
-from .staging import FolderContents, recover_folder, staged_folder
+from .staging import FolderContents, is_interrupted, recover_folder, staged_folder
 
-__all__ = ["FolderContents", "locked_folder", "recover_folder", "replace_file", "staged_folder"]
+__all__ = ["FolderContents", "is_interrupted", "locked_folder", "recover_folder", "replace_file", "staged_folder"]

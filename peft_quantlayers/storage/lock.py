@@ -11,12 +11,13 @@ from .names import INSIDE_LOCK, sibling_name
 
 
 @contextmanager
-def locked_folder(folder: Path, *, inside: bool = False) -> Iterator[None]:
-    """Hold the lock of ``folder``, a resolved path, or refuse at once. The system releases it if the process dies.
+def locked_folder(folder: Path, *, inside: bool = False, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the lock of ``folder``, a resolved path, or refuse. The system releases it if the process dies.
 
     Args:
         folder: may be absent; its parent is there.
         inside: keep the lock file in ``folder``; also done where the parent cannot be written. Otherwise beside it.
+        wait_seconds: how long to wait for another one that holds it.
 
     Raises:
         FileExistsError: another process or thread holds the lock.
@@ -24,7 +25,7 @@ def locked_folder(folder: Path, *, inside: bool = False) -> Iterator[None]:
     """
     is_inside = inside or (folder.is_dir() and not os.access(folder.parent, os.W_OK))
     file = folder / INSIDE_LOCK if is_inside else folder.parent / sibling_name(folder, ".lock")
-    lock = FileLock(file, timeout=0)
+    lock = FileLock(file, timeout=wait_seconds)
     try:
         lock.acquire()
     except Timeout:

@@ -4,7 +4,7 @@ Files are staged on the file system of the target and synced. Where the target i
 renamed. Otherwise (other files may be in it, and it may be a mount point, which cannot be renamed) the files are moved
 one by one. While that lasts, the file that readers open first is a placeholder that readers refuse; the old files are
 kept, and the placeholder says what was to be moved. So a kill leaves the old files, the new ones, or a folder that
-refuses to be read and that :func:`recover_folder` takes back to the old files.
+refuses to be read until :func:`recover_folder` takes it back to the old files, as the next writer does too.
 """
 
 from __future__ import annotations
@@ -91,8 +91,15 @@ def staged_folder(
         _remove(staging)
 
 
-def recover_folder(folder: str | Path, kind: FolderContents) -> bool:
+def is_interrupted(folder: str | Path, kind: FolderContents) -> bool:
+    """Whether a placeholder stands in ``folder``, with what it takes to get the old files back."""
+    return _journal(Path(os.path.realpath(folder)), kind) is not None
+
+
+def recover_folder(folder: str | Path, kind: FolderContents, *, wait_seconds: float = 0) -> bool:
     """Take ``folder`` back to the files that it held before a writer was interrupted, and remove what that left.
+
+    ``wait_seconds``: for another process that is writing to it.
 
     Returns:
         Whether there was anything to do.
@@ -103,7 +110,7 @@ def recover_folder(folder: str | Path, kind: FolderContents) -> bool:
     target = Path(os.path.realpath(folder))
     if not staging_paths(target) and _journal(target, kind) is None:
         return False
-    with locked_folder(target):
+    with locked_folder(target, wait_seconds=wait_seconds):
         recover(target, kind)
     return True
 
@@ -163,15 +170,19 @@ def _move_back(target: Path, staging: Path, names: list[str], kind: FolderConten
 
 
 def _journal(target: Path, kind: FolderContents) -> dict[str, Any] | None:
-    """What the placeholder in ``target`` says; None if none is there."""
+    """What the placeholder in ``target`` says; None if none is there, or the files that it speaks of are not."""
     file = target / kind.first_read
     try:
         journal = json.loads(file.read_text())[INTERRUPTED] if file.is_file() else {}
         names = [journal["staging"], *journal["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # Names only, no paths: the file may be anybody's.
-    return journal if all(isinstance(name, str) and Path(name).name == name for name in names) else None
+    # Names only, no paths and no links out of the folder: the file may be anybody's.
+    are_names = all(isinstance(name, str) and Path(name).name == name for name in names)
+    if not are_names or target / journal["staging"] not in staging_paths(target):
+        return None
+    staging = target / journal["staging"]
+    return None if any(path.is_symlink() for path in (staging, staging / "new", staging / "old")) else journal
 
 
 def _rename(new: Path, target: Path) -> None:

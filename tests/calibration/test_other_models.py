@@ -210,3 +210,30 @@ def test_padding_does_not_count(name, side):
     for layer in expected:
         assert recorder.seen[layer].n_tokens < 48, layer
         torch.testing.assert_close(recorder.seen[layer].second_moment, expected[layer], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
+def test_frames_of_padding_do_not_count(name):
+    """Where the processor gives a mask of samples or frames: in the model's own frames, which are fewer."""
+    model = other_model(name)
+    names = [layer for layer in quantizable_modules(model, CONFIG) if "decoder" not in layer]
+    key, n_samples = ("input_values", 400) if name == "wav2vec2" else ("input_features", 60)
+    [batch] = MODELS[name].batches()[:1]
+    sound = torch.randn(2, *([n_samples] if name == "wav2vec2" else [8, n_samples]))
+    mask = torch.ones(2, n_samples, dtype=torch.long)
+    n_real = n_samples // 2
+    mask[1, n_real:] = 0
+    sound[1, ..., n_real:] = 0
+    padded, whole, seen = {**batch, key: sound}, Recorder(), Recorder()
+    if name == "whisper":
+        padded["decoder_input_ids"] = ids(2, 6)
+    walk(model, names, Calibration(data=[padded | {"attention_mask": mask}]), seen, progress=False)
+    walk(model, names, Calibration(data=[padded]), whole, progress=False)
+    layer = next(layer for layer in names if "q_proj" in layer)
+    n_frames = whole.seen[layer].n_tokens
+    assert n_frames * 3 // 4 - 2 <= seen.seen[layer].n_tokens <= n_frames * 3 // 4 + 1
+    if name == "wav2vec2":  # whose layers see nothing of the padding
+        rows = [{key: sound[:1]}, {key: sound[1:, :n_real]}]
+        expected = moments_of_a_plain_pass(model, names, rows)
+        for layer in names:
+            torch.testing.assert_close(seen.seen[layer].second_moment, expected[layer], rtol=1e-3, atol=1e-4)

@@ -29,8 +29,9 @@ FILES = (
 )
 # Small classes whole, and the merging of every LoRA variant: about a minute for both methods on a free core.
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
-# A method with operators of its own, and one with codebooks. Each takes half a minute for each version of PEFT.
-QUICK_METHODS = ("hqq", "aqlm")
+# A method with operators of its own, and one with codebooks, on the two ends of the range of PEFT's versions. Each
+# takes half a minute.
+QUICK_METHODS = {"aqlm": LOWEST, "hqq": NEWEST}
 # All others, and why they are left to `make conformance`.
 NOT_QUICK = {"nf4": "the default product and the default merge, which tests/contract and tests/lora run"}
 QUICK = (

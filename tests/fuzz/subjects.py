@@ -55,8 +55,8 @@ SUBJECTS = (
     Subject("sharded", has_checksums=True),
     Subject("published_hqq", has_checksums=False),
     Subject("hqq_package_folder", has_checksums=True),  # those of a zip file
-    Subject("lora", has_checksums=False, base="hqq"),
-    Subject("quant_scales", has_checksums=False, base="hqq"),
+    Subject("lora", has_checksums=True, base="hqq"),
+    Subject("quant_scales", has_checksums=True, base="hqq"),
 )
 
 
@@ -67,6 +67,8 @@ def write_subjects(folder: Path) -> None:
             models.load(subject.name).save_pretrained(folder / subject.name)
         elif subject.name == "sharded":
             models.load("hqq_mixed").save_pretrained(folder / subject.name, max_shard_size=SHARD_SIZE)
+        elif subject.base:
+            subject.load(FILES / subject.name).save_pretrained(folder / subject.name)
         else:
             shutil.copytree(FILES / subject.name, folder / subject.name)
     # Of the same architecture, for shards of another save.

@@ -1,4 +1,4 @@
-"""A process that is killed while it saves or quantizes leaves the old model, the new one, or a refusal with a way out.
+"""A process that is killed while it saves or quantizes leaves the old model or the new one to whoever loads next.
 
 20 moments of each, or as many as FUZZ_KILLS says; ``make fuzz`` takes 200. A moment is the n-th event that Python
 reports of the file system (opening, renaming, removing, making a folder): so every step between two of them is met,
@@ -121,11 +121,7 @@ def test_saving(start, shard_size, tmp_path):
         elif start in ("new", "empty") and not (folder / "config.json").exists():
             found.append("nothing yet")
         else:
-            assert "undo_interrupted_save" in outcome.message, (moment, outcome)
-            found.append("refused")
-            assert pql.undo_interrupted_save(folder)
-            after = loaded(folder)
-            assert digests.get(after.value) == ("old" if start.startswith("old") else None), (moment, after)
+            raise AssertionError((moment, outcome))
         if start == "old and other files":
             assert (folder / "mine" / "thesis.txt").read_text() == "precious"
         save_to(folder)()

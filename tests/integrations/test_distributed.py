@@ -1,18 +1,14 @@
 """Two processes: a saved folder loads with FSDP2 and trains as in one; what does not work is refused with the road."""
 
 import copy
-import faulthandler
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import WORLD_SIZE, in_processes, needs_gloo, run_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -20,7 +16,6 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import peft_quantlayers as pql
 
-WORLD_SIZE = 2
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -37,7 +32,6 @@ CONFIGS = {
 }
 IDS = torch.arange(3, 17).view(2, 7)
 STEPS = 3
-TIMEOUT = 150  # seconds
 
 
 def losses(model: nn.Module) -> list[float]:
@@ -80,6 +74,25 @@ def check_sharded(rank: int, folder: Path) -> None:
             method(model)
 
 
+def check_saved(rank: int, folder: Path) -> None:
+    """Gathered by all, written by one: the same tensors, codes of more than a byte as in any file, with checksums."""
+    model = load(folder, distributed_config=DistributedConfig(fsdp_size=WORLD_SIZE))
+    expected = logits_of(model)
+    with pytest.raises(ValueError, match=r"sharded over processes.*save_pretrained\(folder, is_main_process"):
+        pql.save_model(model, folder / "never")
+    for original in (True, False):
+        again = folder / f"again-{original}"
+        model.save_pretrained(again, is_main_process=rank == 0, save_original_format=original)
+        if rank == 0:
+            assert pql.verify_model(again) == []
+            assert torch.equal(logits_of(load(again)), expected)
+            if original:
+                old, new = (load_file(each / "model.safetensors") for each in (folder, again))
+                assert old.keys() == new.keys()
+                assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
+        dist.barrier()
+
+
 def check_merging(rank: int, folder: Path) -> None:
     model = load(folder, distributed_config=DistributedConfig(fsdp_size=WORLD_SIZE))
     torch.manual_seed(1)
@@ -117,24 +130,12 @@ def check_refused(rank: int, folder: Path, float_folder: Path) -> None:
             load(folder, distributed_config=DistributedConfig(**sizes))
 
 
-def run(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # a rank that waits for another one would wait for ever
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD_SIZE),
-    }
-    try:
-        for saved in sorted(folder.glob("*-quantized-*")):
-            check_sharded(rank, saved)
-            check_merging(rank, saved)
-        check_refused(rank, folder / "mixtral-quantized-hqq", folder / "mixtral-float")
-        print("same", flush=True)
-    finally:
-        dist.destroy_process_group()
+def run(rank: int, folder: str) -> None:
+    for saved in sorted(Path(folder).glob("*-quantized-*")):
+        check_sharded(rank, saved)
+        check_saved(rank, saved)
+        check_merging(rank, saved)
+    check_refused(rank, Path(folder, "mixtral-quantized-hqq"), Path(folder, "mixtral-float"))
 
 
 def save_models(folder: Path) -> None:
@@ -147,17 +148,11 @@ def save_models(folder: Path) -> None:
             quantized.save_pretrained(folder / f"{name}-quantized-{method}")
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_a_saved_folder_loads_sharded_and_trains_as_in_one_process(tmp_path):
     save_models(tmp_path)
-    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=TIMEOUT + 30)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == WORLD_SIZE  # two processes may write into one line
+    run_file(__file__, tmp_path)
 
 
 if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
-    # A process of its own forks before torch has any threads; spawning would import everything once a rank.
-    mp.start_processes(run, args=(free_port, Path(sys.argv[1])), nprocs=WORLD_SIZE, start_method="fork")
+    in_processes(run)

@@ -414,3 +414,11 @@ def test_a_save_that_fails_leaves_no_half_written_checkpoint(saved, tmp_path, mo
         pql.save_model(model, target)
     assert not target.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".target")]
+
+
+def test_a_float_weight_of_another_shape_than_the_config_says_is_refused_while_quantizing(tmp_path):
+    folder = saved_tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(ValueError, match=r"up_proj\.weight has the shape \(96, 64\) in the files"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=HQQConfig(nbits=4, group_size=16))

@@ -22,9 +22,11 @@ COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 @pytest.fixture
 def fresh_library():
     """The library is looked for again in the test, and once more after it."""
-    native.library.cache_clear()
+    for cached in (native.library, native.variant):
+        cached.cache_clear()
     yield
-    native.library.cache_clear()
+    for cached in (native.library, native.variant):
+        cached.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C compiler")
@@ -50,28 +52,24 @@ def test_a_build_without_a_compiler_succeeds_without_the_kernels(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def layer_output():
+    torch.manual_seed(0)
+    W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
+    return hqq_linear(torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
+
+
 @pytest.mark.parametrize(("value", "is_off"), [("1", True), ("yes", True), ("0", False), ("", False)])
-def test_the_environment_switches_them_off(value, is_off):
-    """In a process of its own, as users do it; the product is the same up to rounding."""
-    program = """
-import torch
-from quantlayers_kernels import native
-from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_linear
-torch.manual_seed(0)
-W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
-y = hqq_linear(torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
-print(native.is_available(), *y.flatten().tolist())
-"""
-    environment = os.environ | {native.SWITCH: value}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    available, *numbers = done.stdout.split()
-    assert available == str(not is_off and native.is_available())
+def test_the_environment_switches_them_off(value, is_off, fresh_library, monkeypatch):
+    """The product is the same up to rounding."""
+    was_available = native.is_available()
+    native.library.cache_clear()
+    monkeypatch.setenv(native.SWITCH, value)
+    assert native.is_available() == (not is_off and was_available)
     torch.manual_seed(0)
     W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
     args = (torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None)
     expected = hqq_linear_reference(*args, nbits=3, axis=1)
-    torch.testing.assert_close(torch.tensor([float(number) for number in numbers]), expected.flatten())
+    torch.testing.assert_close(layer_output(), expected)
 
 
 def test_a_library_of_another_interface_is_refused_with_a_warning(fresh_library, monkeypatch, caplog):
@@ -139,39 +137,28 @@ def test_any_number_of_threads_gives_the_same_bits(n_threads):
         torch.set_num_threads(before)
 
 
-PRODUCT = """
-import torch
-from quantlayers_kernels import native
-from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_linear
-torch.manual_seed(0)
-W_q = pack(torch.randint(0, 8, (70, 128), dtype=torch.uint8), 3)
-for _ in range(2):
-    hqq_linear(torch.randn(2, 128), W_q, torch.rand(70, 2), torch.rand(70, 2), None, 3, 1)
-print(native.is_available(), native.VARIANTS[native.variant()])
-"""
-
-
-def product_with(**environment: str) -> subprocess.CompletedProcess[str]:
-    """Two products in a process of its own."""
-    command = [sys.executable, "-c", PRODUCT]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("choice", ["baseline", "avx2", "AVX512", "auto", "", "torch"])
-def test_the_environment_chooses_the_instruction_set(choice):
+def test_the_environment_chooses_the_instruction_set(choice, fresh_library, monkeypatch, caplog):
     if not native.is_available():
         pytest.skip("the compiled kernels were not built")
     best = native.VARIANTS[native.library().ql_best_variant()]
-    done = product_with(PEFT_QUANTLAYERS_CPU=choice)
+    native.library.cache_clear()
+    monkeypatch.setenv(native.CHOICE, choice)
+    layer_output()
     wanted = choice.lower() if choice.lower() in native.VARIANTS else best
     used = min(wanted, best, key=native.VARIANTS.index)
-    assert done.stdout.split() == ["False", "baseline"] if choice == "torch" else ["True", used]
-    assert ("this CPU has none of it" in done.stderr) == (used != wanted)
+    found = (native.is_available(), native.VARIANTS[native.variant()])
+    assert found == ((False, "baseline") if choice == "torch" else (True, used))
+    assert ("this CPU has none of it" in caplog.text) == (used != wanted)
 
 
 def test_an_unknown_instruction_set_is_refused_with_those_that_there_are():
-    done = product_with(PEFT_QUANTLAYERS_CPU="sse9")
+    """In a process of its own, as users meet it."""
+    program = "import torch\nfrom quantlayers_kernels import native\nnative.library()"
+    environment = os.environ | {native.CHOICE: "sse9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode
     assert "PEFT_QUANTLAYERS_CPU='sse9' is unknown. Choose from ('auto', 'torch', 'baseline'" in done.stderr
 

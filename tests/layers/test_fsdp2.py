@@ -1,19 +1,11 @@
 """FSDP2 shards the quantized tensors row by row, and gathers them for the product."""
 
-import socket
-import subprocess
-import sys
-
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLD_SIZE, in_processes, needs_gloo, run_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from peft_quantlayers import HQQLinear, HQQSpec
-
-WORLD_SIZE = 2
 
 
 def make_model(**fields) -> nn.Module:
@@ -25,47 +17,35 @@ def make_model(**fields) -> nn.Module:
     return nn.Sequential(quantized[0], nn.Linear(48, 48), quantized[1])
 
 
-def sharded_run(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
-    try:
-        for fields in ({}, {"axis": 0}):
-            model = make_model(**fields)
-            x = torch.randn(4, 48)
+def sharded_run(rank: int) -> None:
+    for fields in ({}, {"axis": 0}):
+        model = make_model(**fields)
+        x = torch.randn(4, 48)
+        y = model(x)
+        y.sum().backward()
+        expected = (y.detach(), model[1].weight.grad)
+        model.zero_grad()
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        for _ in range(2):
+            model.zero_grad()
             y = model(x)
             y.sum().backward()
-            expected = (y.detach(), model[1].weight.grad)
-            model.zero_grad()
-            for layer in model:
-                fully_shard(layer)
-            fully_shard(model)
-            for _ in range(2):
-                model.zero_grad()
-                y = model(x)
-                y.sum().backward()
-            local_codes = model[0].W_q.to_local()
-            assert local_codes.shape[0] == 48 // WORLD_SIZE, local_codes.shape
-            assert local_codes.dtype == torch.uint8
-            assert torch.equal(y, expected[0])
-            torch.testing.assert_close(model[1].weight.grad.full_tensor(), expected[1])
-            state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-            for name, tensor in make_model(**fields).state_dict().items():
-                assert torch.equal(state[name], tensor), name
-        print("same", flush=True)
-    finally:
-        dist.destroy_process_group()
+        local_codes = model[0].W_q.to_local()
+        assert local_codes.shape[0] == 48 // WORLD_SIZE, local_codes.shape
+        assert local_codes.dtype == torch.uint8
+        assert torch.equal(y, expected[0])
+        torch.testing.assert_close(model[1].weight.grad.full_tensor(), expected[1])
+        state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        for name, tensor in make_model(**fields).state_dict().items():
+            assert torch.equal(state[name], tensor), name
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_a_sharded_model_gives_the_same_outputs_gradients_and_state():
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == WORLD_SIZE  # two processes may write into one line
+    run_file(__file__)
 
 
 if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
-    # A process of its own forks before torch has any threads; spawning would import everything once a rank.
-    mp.start_processes(sharded_run, args=(free_port,), nprocs=WORLD_SIZE, start_method="fork")
+    in_processes(sharded_run)

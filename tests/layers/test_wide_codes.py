@@ -2,22 +2,17 @@
 
 import copy
 import pickle
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from processes import in_processes, needs_gloo, run_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from peft_quantlayers import AQLMConfig, AQLMSpec, quantize_model
 from peft_quantlayers.layers import AQLMLinear, QuantizedLinear
 
-WORLD_SIZE = 2
 # One codebook and three, so that the last dimension is odd too; codes of one byte, of 9 and of 16 bits.
 SPECS = {
     "8 bits": AQLMSpec(num_codebooks=1, nbits_per_codebook=8, rounds=0),
@@ -159,28 +154,16 @@ def sharded(rank: int, bits: str) -> None:
         assert torch.equal(tensor.full_tensor(), state[name]), name
 
 
-def run(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
-    try:
-        for bits in SPECS:
-            trained_in_parallel(rank, bits)
-            sharded(rank, bits)
-        print("same", flush=True)
-    finally:
-        dist.destroy_process_group()
+def run(rank: int) -> None:
+    for bits in SPECS:
+        trained_in_parallel(rank, bits)
+        sharded(rank, bits)
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_ddp_and_fsdp2_send_codes_of_any_width():
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == WORLD_SIZE
+    run_file(__file__)
 
 
 if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
-    # A process of its own forks before torch has any threads; spawning would import everything once a rank.
-    mp.start_processes(run, args=(free_port,), nprocs=WORLD_SIZE, start_method="fork")
+    in_processes(run)

@@ -96,7 +96,7 @@ def test_a_kept_model_saves_and_loads_without_peft(method, dtype, tmp_path):
         torch.testing.assert_close(merged(token_ids()).logits, expected, **TOLERANCE[dtype])
         assert torch.equal(loaded(token_ids()).logits, merged(token_ids()).logits)
     stored = json.loads((tmp_path / "kept" / "config.json").read_text())["quantization_config"]
-    assert stored["format_version"] == 2
+    assert stored["format_version"] >= 2
     assert stored["branches"]["model.layers.0.self_attn.q_proj"] == 3
     branch = loaded.model.layers[0].self_attn.q_proj.branch
     assert branch.A.dtype == torch.float32

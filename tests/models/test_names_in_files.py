@@ -24,6 +24,8 @@ MODELS = [
     "Qwen2VLForConditionalGeneration", "MllamaForConditionalGeneration", "VisionEncoderDecoderModel",
     "DetrForObjectDetection", "RTDetrForObjectDetection", "NomicBertModel",
 ]  # fmt: skip
+# Those that every method runs on; to the others a method makes no difference.
+EVERY_METHOD = ("LlavaForConditionalGeneration", "VisionEncoderDecoderModel", "NomicBertModel")
 OTHER_TASKS = [
     "BertForSequenceClassification", "ViTForImageClassification", "CLIPForImageClassification",
     "Wav2Vec2ForSequenceClassification", "ASTForAudioClassification", "WhisperForAudioClassification",
@@ -48,8 +50,10 @@ def reload_is_equal(model, folder):
     assert differences(model, loaded, None) == ""
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("class_name", MODELS)
+@pytest.mark.parametrize(
+    ("class_name", "method"),
+    [(name, method) for name in MODELS for method in CONFIGS if method == "hqq" or name in EVERY_METHOD],
+)
 def test_a_model_comes_back_as_it_was_saved(class_name, method, tmp_path):
     model_type = saved_float(class_name, tmp_path / "float")
     in_memory = pql.quantize_model(model_type.from_pretrained(tmp_path / "float"), CONFIGS[method], progress=False)
@@ -148,7 +152,7 @@ def test_the_compute_dtype_of_each_layer_is_saved_where_they_differ(tmp_path):
     assert {dtype for name, dtype in dtypes.items() if not name.endswith("wo")} == {torch.float16}
     pql.save_model(model, tmp_path / "quantized")
     fields = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
-    assert fields["format_version"] == 3
+    assert fields["format_version"] >= 3
     assert set(fields["compute_dtypes"].values()) == {"float32"}
     reload_is_equal(model, tmp_path / "quantized")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_quantlayers.storage import FolderContents, locked_folder, recover_folder, staged_folder
+from peft_quantlayers.storage import FolderContents, is_interrupted, locked_folder, recover_folder, staged_folder
 
 ROOT = Path(__file__).parents[2]
 KIND = FolderContents(
@@ -201,6 +201,26 @@ def test_a_placeholder_of_another_program_moves_nothing_out_of_the_folder(tmp_pa
         (folder / "config.json").write_text(json.dumps({"interrupted_save": journal}))
         save(folder, overwrite=True)
         assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("link", ["staging", "old", "new"])
+def test_a_placeholder_with_links_moves_nothing_from_outside(link, tmp_path):
+    folder, outside = write(tmp_path / "model", {"part1": "old"}), tmp_path / "outside"
+    write(outside, {"old/precious": "mine", "new/precious": "mine", "precious": "mine"})
+    staging = folder / ".saving-0123abcd"
+    if link == "staging":
+        staging.symlink_to(outside)
+    else:
+        staging.mkdir()
+        (staging / link).symlink_to(outside / link)
+    (folder / "config.json").write_text(
+        json.dumps({"interrupted_save": {"staging": staging.name, "files": ["part1"]}})
+    )
+    before = read(outside)
+    assert not is_interrupted(folder, KIND)
+    recover_folder(folder, KIND)
+    assert read(outside) == before
+    assert (folder / "part1").read_text() == "old"
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path):

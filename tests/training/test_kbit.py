@@ -1,10 +1,12 @@
 """Preparing for training: adapters stay as they are, experts keep their dtype, and one line says the cost."""
 
+import copy
 import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from integrations.tiny import training_arguments
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DbrxConfig,
@@ -13,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
+    Trainer,
 )
 
 import peft_quantlayers as pql
@@ -126,3 +129,36 @@ def test_an_adapter_of_add_adapter_stays_trainable():
     pql.prepare_model_for_kbit_training(model)
     assert before
     assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_the_trainer_says_that_pefts_function_froze_the_adapter(after, caplog, tmp_path):
+    import peft
+
+    model = quantized(LlamaConfig(**SIZES), torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    if after:
+        model = peft.prepare_model_for_kbit_training(get_peft_model(model, config))
+    else:
+        model = get_peft_model(peft.prepare_model_for_kbit_training(model), config)
+    rows = [{"input_ids": row, "labels": row} for row in ids()]
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(model, training_arguments(tmp_path, steps=1, bf16=False), train_dataset=rows)
+    assert ("no parameter of the model is trainable" in caplog.text) == after
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora" in name}
+    if after:
+        model.set_adapter("default")
+        caplog.clear()
+        trainer = Trainer(model, training_arguments(tmp_path, steps=1, bf16=False), train_dataset=rows)
+        assert not caplog.text
+    trainer.train()
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters() if "lora" in name)
+
+
+def test_a_model_to_evaluate_with_is_not_warned_of(caplog, tmp_path):
+    get_peft_model(quantized(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized(LlamaConfig(**SIZES)), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        Trainer(loaded, training_arguments(tmp_path, steps=1, bf16=False))
+    assert "trainable" not in caplog.text
+    assert copy.deepcopy(loaded.get_base_model()).hf_quantizer.is_trainable

@@ -15,6 +15,7 @@ from quantlayers_kernels.aqlm.update import updated_codes
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight
+from ...formats.quantized_weight import MAX_SCALE_ERROR
 from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
 from .code_moves import moved_codes
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Width of the beam search where trying all pairs is too slow.
 NARROW_BEAM = 8
-# Error that storing the scales may make, relative to their norm; only a dtype that underflows makes a larger one.
-MAX_SCALE_ERROR = 0.01
 
 
 class AQLMMethod(QuantMethod[AQLMSpec]):

@@ -1,5 +1,7 @@
 """The Triton kernels of HQQ in Triton's interpreter, against the reference and a float64 truth."""
 
+from itertools import cycle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,7 @@ def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_wr
         assert memory[[0, -1]].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
+@pytest.mark.parametrize(("nbits", "dtype"), zip(SUPPORTED_NBITS, cycle(DTYPES)), ids=str)
 def test_the_error_of_a_product_is_at_most_twice_that_of_the_dense_one(nbits, dtype):
     for shape in SHAPES + RAGGED:
         out_features, in_features, _ = shape

@@ -1,0 +1,303 @@
+"""A float checkpoint on a disk, read group by group into a model on the meta device, as ``from_pretrained`` reads it.
+
+The only file that knows how transformers turns the tensors of files into parameters without loading all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
+from transformers.utils import ContextManagers
+from transformers.utils import logging as transformers_logging
+
+from ..formats.checksums import are_checksums_used
+from ..layers.dense_types import dense_key, dense_names
+from ..methods import QuantConfig
+from .checkpoint_headers import CheckpointFiles
+from .checksums import refuse_damage
+from .saved_folder import weight_files
+from .transformers_quantizer import QuantlayersHfQuantizer
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of the files that make one parameter, or several, together.
+
+    Fields:
+        keys: names in the files, in the order in which transformers reads them.
+        parameters: the names in the model of what they make.
+        n_bytes: of the tensors in the files.
+    """
+
+    keys: tuple[str, ...]
+    parameters: tuple[str, ...]
+    n_bytes: int
+
+
+class FloatCheckpoint:
+    """A model of floats in a folder, of which nothing is in memory but what was loaded last.
+
+    Attributes:
+        folder: where it is.
+        model: the model on the meta device; :meth:`load` puts numbers into a part of it, :meth:`release` drops them.
+        files: the tensors, read with plain reads: mapped files would stay resident.
+        dtype: that ``from_pretrained`` loads it in.
+        groups: all that the model takes from the files.
+        unexpected: names in the files that the model has no place for.
+        tied: parameters that the files have no tensor for, or the same numbers, to the one whose numbers they share.
+
+    Raises:
+        FileNotFoundError: no config.json or no safetensors files.
+        ValueError: the model is quantized already, an adapter, of an unknown class, or its files lack a parameter.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype | str = "auto") -> None:
+        self.folder = folder
+        self._refuse_others()
+        paths = [str(file) for file in weight_files(folder)]
+        self.files = CheckpointFiles(paths, backend="pread")
+        if are_checksums_used():
+            refuse_damage(self.files.opened, name=str(folder))
+        model_class = _model_class(folder)
+        config = AutoConfig.from_pretrained(folder)
+        self.config, self.dtype = _get_dtype(dtype, paths, config, None, None, True, None)
+        self._model_class = model_class
+        self.model = self.new_model()
+        self.conversions: list[Any] = []
+        self.groups, self.unexpected = self._find_groups()
+        self.tied = self._find_tied()
+        self.groups = self._without_copies()
+        self._check_complete()
+
+    def fingerprints(self) -> dict[str, list[int]]:
+        """Of each file its size, the time of its last change in ns, and the CRC-32 of its header."""
+        found = {}
+        for path in map(Path, self.files.opened):
+            status = path.stat()
+            with path.open("rb") as opened:
+                header = opened.read(int.from_bytes(opened.read(8), "little"))
+            found[path.name] = [status.st_size, status.st_mtime_ns, zlib.crc32(header)]
+        return found
+
+    def new_model(self) -> PreTrainedModel:
+        """The model on the meta device, all of it dense."""
+        with ContextManagers(self._model_class.get_init_context(self.dtype, True, False, None)):
+            return self._model_class(self.config).eval()
+
+    def load(self, groups: Sequence[TensorGroup], quantizer: QuantlayersHfQuantizer | None = None) -> None:
+        """Put the numbers of ``groups`` into the model, those of layers that ``quantizer`` knows quantized.
+
+        Raises:
+            ValueError: a tensor does not fit the model, or a layer cannot be quantized; names it.
+        """
+        slices = {key: self.files.slice(key) for group in groups for key in group.keys}
+        options = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            hf_quantizer=quantizer or _Unquantized(),
+            weight_mapping=get_model_conversion_mapping(self.model, None, quantizer),
+        )
+        with _without_progress_bars():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, options)
+        if quantizer is not None:
+            self._quantize_joined(quantizer)
+            if quantizer.failures:
+                raise ValueError("\n".join(quantizer.failures))
+        for name, reason in info.conversion_errors.items():
+            raise ValueError(f"{self.folder}: {name} cannot be converted: {reason}")
+        for name, stored, wanted in info.mismatched_keys:
+            self._check_shape(name, stored, wanted)
+
+    def release(self, module: nn.Module | None = None) -> None:
+        """Drop all numbers of ``module``, of the whole model by default."""
+        (self.model if module is None else module).to("meta")
+
+    def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(stored) != tuple(wanted):
+            raise ValueError(
+                f"{self.folder}: {name} has the shape {tuple(stored)} in the files, and config.json asks for "
+                f"{tuple(wanted)}. They do not belong together."
+            )
+
+    def _quantize_joined(self, quantizer: QuantlayersHfQuantizer) -> None:
+        """Quantize what transformers did not ask about: it asks for one weight of several that a conversion makes."""
+        operation: Any = quantizer.get_quantize_ops()
+        dense = set(dense_names(self.model))
+        for name in quantizer.specs:
+            key = dense_key(self.model, name)
+            weight: Any = self.model.get_parameter(key) if name in dense else None
+            if weight is not None and not weight.is_meta:
+                operation.convert({key: weight}, full_layer_name=key, model=self.model)
+
+    def _refuse_others(self) -> None:
+        file = self.folder / "config.json"
+        if (self.folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{self.folder} holds an adapter (adapter_config.json). Give the folder of a float model; to have the "
+                "adapter in it, merge it into that first."
+            )
+        if not file.is_file():
+            raise FileNotFoundError(f"{self.folder} holds no config.json: there is no model in it.")
+        quantized = json.loads(file.read_text()).get("quantization_config")
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise ValueError(
+                f"{self.folder} is quantized already ({method}). Give the float model that it was made of."
+            )
+
+    def _find_groups(self) -> tuple[list[TensorGroup], list[str]]:
+        """Which tensors go where, by transformers' own rules, in the order in which it reads them."""
+        conversions = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        state: dict[str, Any] = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        keys: dict[str, list[str]] = {}
+        targets: dict[str, tuple[str, ...]] = {}
+        unexpected = []
+        for key in sorted(self.files.headers, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            if name not in state:
+                unexpected.append(key)
+                continue
+            if pattern is None:
+                self._check_shape(name, self.files.headers[key].shape, state[name].shape)
+            keys.setdefault(name, []).append(key)
+            patterns = of_pattern[pattern].target_patterns if pattern is not None else [""]
+            made = (name.replace(patterns[0], other) for other in patterns)
+            targets[name] = tuple(dict.fromkeys([name, *(target for target in made if target in state)]))
+        self.conversions = [entry for entry in conversions if entry.was_used()]
+        groups = [
+            TensorGroup(tuple(found), targets[name], sum(self.files.n_bytes(key) for key in found))
+            for name, found in keys.items()
+        ]
+        return groups, unexpected
+
+    def _find_tied(self) -> dict[str, str]:
+        """What ``tie_weights`` would tie after loading: all that is declared, but for what differs in the files."""
+        key_of = {name: group.keys for group in self.groups for name in group.parameters}
+        tied: dict[str, str] = {}
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            stored, other = key_of.get(target), key_of.get(source)
+            if stored is None or other is None or self._are_equal(stored, other):
+                tied[target] = source
+                if stored is not None:
+                    key_of[source] = stored  # the first that is there stands for all
+        return tied
+
+    def _without_copies(self) -> list[TensorGroup]:
+        """The groups without those that make only what an earlier one makes, tied to it."""
+        made: set[str] = set()
+        groups = []
+        for group in self.groups:
+            names = {self.tied.get(name, name) for name in group.parameters}
+            if not names <= made:
+                groups.append(group)
+            made |= names
+        return groups
+
+    def _are_equal(self, keys: Sequence[str], others: Sequence[str]) -> bool:
+        return len(keys) == len(others) == 1 and self.files.are_equal(keys[0], others[0])
+
+    def _check_complete(self) -> None:
+        found = {name for group in self.groups for name in group.parameters}
+        found |= {source for target, source in self.tied.items() if target in found}
+        found |= {target for target, source in self.tied.items() if source in found}
+        ignored = set(self.model._keys_to_ignore_on_save or ())
+        missing = [name for name in self.model.state_dict() if name not in found | ignored]
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} tensor(s) of a {type(self.model).__name__}, for example "
+                f"{missing[:3]}: they would be random numbers. Load the model with from_pretrained, train or remove "
+                "what is missing, save it, and give that folder."
+            )
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model: ``source`` itself, or where the model of that name on the hub has been downloaded to.
+
+    Raises:
+        FileNotFoundError: no folder, and no name on the hub, or the hub cannot be reached.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder, and could not be loaded as a model of the hub either: {error}"
+        ) from None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what determines the bytes of a quantized model."""
+    found = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with suppress(PackageNotFoundError):  # run from its sources
+        found["peft_quantlayers"] = version("peft_quantlayers")
+    return found
+
+
+class _Unquantized:
+    """In the place of a quantizer: transformers then reads the tensors one at a time, in this thread."""
+
+    pre_quantized = False
+
+    def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+def new_quantizer(checkpoint: FloatCheckpoint, config: QuantConfig, specs: dict[str, Any]) -> QuantlayersHfQuantizer:
+    """A quantizer for :meth:`FloatCheckpoint.load` that quantizes the layers ``specs``."""
+    quantizer = QuantlayersHfQuantizer(config, pre_quantized=False)
+    quantizer.specs = dict(specs)
+    return quantizer
+
+
+def _model_class(folder: Path) -> type[PreTrainedModel]:
+    names = json.loads((folder / "config.json").read_text()).get("architectures") or [None]
+    found = getattr(transformers, str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"{folder}/config.json names the architectures {names}, and this version of transformers has none such. "
+            "Code that comes with a model is not run here: load it with trust_remote_code, and quantize it in memory."
+        )
+    return found
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers shows a bar for each call; ours counts all."""
+    is_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,157 @@
+"""Quantize a model from files to files, a part at a time: the model is never in memory as a whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ..arguments import check_device, check_flag
+from ..integrations.float_checkpoint import FloatCheckpoint, local_folder, package_versions
+from ..layers.selection import quantizable_modules
+from ..methods import QuantConfig
+from ..methods.quant_config import check_config
+from ..storage import locked_folder
+from ..storage.names import contents
+from .assembly import RUN_FILE, Assembly
+from .parts import PartsOfModel
+from .work_folder import HIDDEN, WorkFolder
+
+# Room for what lies beside the weights, and for the file system.
+_SPARE_BYTES = 2**24
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    config: QuantConfig,
+    *,
+    resume: bool = True,
+    device: torch.device | str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> Path:
+    """Quantize the model in ``source`` into ``destination``, with no more of it in memory than its largest layer.
+
+    The tensors of the quantized layers have the same bytes as with ``quantize_model`` and ``save_model``. Tokenizer,
+    chat template, generation config and card are copied. The same call after an interruption of any kind, also in
+    another process, goes on where it was, and ends with the same files; after the end it does nothing.
+
+    Args:
+        source: folder or hub name of a float model, in safetensors files.
+        destination: the folder to write, which must not exist or be empty. It becomes a model only at the end; until
+            then finished parts lie in ``.quantizing`` inside it.
+        config: the method, and overrides by name.
+        resume: False to remove what an interrupted call has left, and start from scratch.
+        device: where to quantize, for example ``"cuda"``; None for the CPU.
+        max_shard_size: of one safetensors file, as in ``save_pretrained``.
+        progress: show a progress bar.
+
+    Returns:
+        ``destination``.
+
+    Raises:
+        TypeError: ``config`` is not a QuantConfig; an argument of another kind.
+        ValueError: the source is quantized already, an adapter, of an unknown class, or lacks tensors; nothing to
+            quantize; a shape does not fit the config; a weight holds NaN or Inf (finished parts are kept).
+        FileNotFoundError: no model in ``source``.
+        FileExistsError: ``destination`` holds other files, or a run with another config, or another process writes to
+            it.
+        OSError: no permission; the disk is full (finished parts are kept).
+    """
+    check_config("config", config)
+    check_flag("resume", resume)
+    check_device("device", device)
+    check_flag("progress", progress)
+    folder, target = local_folder(source), Path(os.path.realpath(destination))
+    if target == Path(os.path.realpath(folder)):
+        raise ValueError(f"source and destination are both {target}. Nothing was written; choose another destination.")
+    checkpoint = FloatCheckpoint(folder)
+    specs = quantizable_modules(checkpoint.model, config)
+    run = {
+        "source": str(source),
+        "files": checkpoint.fingerprints(),
+        "config": config.to_dict(),
+        "dtype": str(checkpoint.dtype),
+        "device": str(device or "cpu"),
+        "max_shard_size": max_shard_size,
+        "versions": package_versions(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked_folder(target):
+        if _is_done(target, run):
+            return Path(destination)
+        work = WorkFolder(target, run, resume=resume)
+        parts = PartsOfModel(checkpoint, specs, config, device=device)
+        assembly = Assembly(work, parts, max_shard_size=max_shard_size)
+        try:
+            if not assembly.is_planned:
+                _check_space(target, parts, work, max_shard_size)
+                parts.quantize(work, progress=progress)
+            assembly.write(target, run)
+        except OSError as error:
+            raise _with_way_out(error, target, work, parts) from None
+    return Path(destination)
+
+
+def _is_done(target: Path, run: dict[str, Any]) -> bool:
+    """Whether ``target`` holds the result of ``run``; removes what a kill at the very end has left.
+
+    Raises:
+        FileExistsError: it holds anything else.
+    """
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file, not a folder; nothing was written.")
+    names = {path.name for path in contents(target)}
+    if not (target / "config.json").exists():
+        if names and HIDDEN not in names:
+            raise FileExistsError(f"{target} is not empty; nothing was written. Choose another folder.")
+        return False
+    file = target / RUN_FILE
+    if not file.exists() or json.loads(file.read_text()) != run:
+        raise FileExistsError(
+            f"{target} holds another model, or the same one quantized in another way; nothing was written. Choose "
+            "another folder, or remove it."
+        )
+    shutil.rmtree(target / HIDDEN, ignore_errors=True)
+    return True
+
+
+def _check_space(target: Path, parts: PartsOfModel, work: WorkFolder, max_shard_size: int | str) -> None:
+    """Raise OSError unless the disk holds what is still to be written.
+
+    That is the rest of the parts, and one file of weights: parts go as files come.
+    """
+    split = split_state_dict_into_shards_factory(
+        parts.sizes,
+        get_storage_size=int,
+        filename_pattern="{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    largest_file = max(sum(parts.sizes[group] for group in groups) for groups in split.filename_to_tensors.values())
+    done = sum(path.stat().st_size for path in work.folder.glob("*.safetensors"))
+    needed = max(0, sum(parts.sizes.values()) - done) + largest_file + _SPARE_BYTES
+    usage = shutil.disk_usage(target)
+    if usage.total and usage.free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{target} needs about {needed / 1e9:.2f} GB more, and {usage.free / 1e9:.2f} GB are free there",
+        )
+
+
+def _with_way_out(error: OSError, target: Path, work: WorkFolder, parts: PartsOfModel) -> OSError:
+    """``error`` with what is kept, and how to go on, where it says that the disk is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    n_done = sum(work.is_finished(number) for number in range(len(parts.parts)))
+    return OSError(
+        error.errno,
+        f"{error.strerror}. {n_done} of {len(parts.parts)} parts are finished and kept in {work.folder}; free some "
+        f"space there and call the same again to go on, or remove {target} to give up",
+    )

@@ -1,0 +1,149 @@
+"""``peft-quantlayers run``: other programs run as without it, and load our models, in the processes they start too."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from _tiny_models import tiny_model
+
+import peft_quantlayers as pql
+from peft_quantlayers import cli
+from peft_quantlayers.cli import run as run_module
+
+ROOT = Path(__file__).parents[2]
+
+# A program that knows nothing of ours, and starts another one that does not either.
+PROGRAM = """
+import json, subprocess, sys
+import neighbour
+CHILD = (
+    "import sys; before = 'torch' in sys.modules\\n"
+    "import peft\\n"  # which imports transformers on its way: ours has to wait until peft is there
+    "from transformers import AutoModelForCausalLM\\n"
+    "print(before, type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
+)
+if __name__ == "__main__":
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    child = subprocess.run([sys.executable, "-c", CHILD, sys.argv[1]], capture_output=True, text=True)
+    print(json.dumps({
+        "layer": type(model.model.layers[0].mlp.up_proj).__name__, "arguments": sys.argv, "neighbour": neighbour.NAME,
+        "main": sys.modules["__main__"].__file__, "child": child.stdout.strip(), "error": child.stderr[-2000:],
+    }))
+    sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    config = pql.HQQConfig(nbits=4, group_size=16)
+    pql.save_model(pql.quantize_model(tiny_model("LlamaForCausalLM"), config, progress=False), path / "m")
+    (path / "program.py").write_text(PROGRAM)
+    (path / "neighbour.py").write_text("NAME = 'beside the script'")
+    return path
+
+
+def command(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "peft_quantlayers", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
+    )
+
+
+def test_a_script_and_the_processes_that_it_starts_load_a_saved_model(folder):
+    # The variable keeps an import from registering; run registers all the same.
+    done = command("run", folder / "program.py", folder / "m", "--flag", PEFT_QUANTLAYERS_NO_REGISTER="1")
+    assert done.returncode == 7, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["layer"] == "HQQLinear"
+    assert told["arguments"] == [str(folder / "program.py"), str(folder / "m"), "--flag"]
+    assert told["main"] == str(folder / "program.py")
+    assert told["neighbour"] == "beside the script"
+    assert told["child"] == "False HQQLinear", told["error"]
+
+
+def test_autoload_in_the_environment_is_enough_and_hides_no_other_sitecustomize(folder):
+    own = folder / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("import sys; sys.was_here = True")
+    path = os.pathsep.join([run_module.AUTOLOAD_FOLDER, str(own), str(ROOT), str(ROOT / "kernels")])
+    program = (
+        "import sys; assert sys.was_here; assert 'transformers' not in sys.modules\n"
+        "import transformers; assert 'peft_quantlayers' in sys.modules\n"
+        f"print(type(transformers.AutoModelForCausalLM.from_pretrained({str(folder / 'm')!r}).lm_head))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def in_process(monkeypatch, capsys, *arguments):
+    """Exit code and output of ``run`` in this process, whose settings are put back."""
+    monkeypatch.setattr(sys, "argv", ["peft-quantlayers"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    code = cli.main(["run", *map(str, arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_a_module_runs_as_with_dash_m(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "a_module.py").write_text("import sys; print(__name__, sys.argv[1:])")
+    monkeypatch.chdir(tmp_path)
+    assert in_process(monkeypatch, capsys, "-m", "a_package.a_module", "-m", "x")[:2] == (0, "__main__ ['-m', 'x']\n")
+    assert os.environ["PYTHONPATH"] == os.pathsep.join([run_module.AUTOLOAD_FOLDER, "/somewhere"])
+
+
+@pytest.mark.parametrize("prefix", [(), ("--",), ("python",), ("--", "python3")])
+def test_a_command_of_the_environment_runs_in_this_process(prefix, monkeypatch, capsys):
+    entry = EntryPoint("a-command", f"{__name__}:a_command", "console_scripts")
+    monkeypatch.setattr(run_module, "entry_points", lambda group: [entry])
+    assert in_process(monkeypatch, capsys, *prefix, "a-command", "--help")[:2] == (3, f"{os.getpid()} ['--help']\n")
+
+
+def a_command():
+    print(os.getpid(), sys.argv[1:])
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "is no program"),
+        (("--flag",), "'--flag' is no program.*--help"),
+        (("-m",), "name of a module"),
+        (("missing/script.py",), "there is no file missing/script.py"),
+        (("accelerat", "launch"), "no command 'accelerat'.*'accelerate'"),
+    ],
+)
+def test_what_is_no_program_is_told_and_exits_with_2(arguments, message, monkeypatch, capsys):
+    code, out, error = in_process(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert re.search(message, error)
+
+
+def test_help_says_what_run_does_and_autoload_prints_a_folder(capsys):
+    assert cli.main(["run", "--help"]) == 0
+    assert "accelerate launch" in capsys.readouterr().out
+    assert cli.main(["autoload"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "sitecustomize.py").is_file()
+    assert cli.main(["runn"]) == 2
+
+
+def test_the_commands_that_are_installed_are_there():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"peft-quantlayers", "pql"}
+    assert all(EntryPoint(name, value, "console_scripts").load() is cli.main for name, value in scripts.items())
