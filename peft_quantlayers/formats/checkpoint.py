@@ -61,8 +61,8 @@ class QuantlayersFormat(CheckpointFormat):
             compute_dtype=compute_dtype,
             compute_dtypes=_compute_dtypes_from_json(fields),
             branches=branches_from_json(fields),
-            has_sentinels=has_sentinels,
             stacks=tuple(fields.get("stacks", ())),
+            has_sentinels=has_sentinels,
         )
 
 

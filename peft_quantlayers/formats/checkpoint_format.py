@@ -62,8 +62,8 @@ class ModelDescription:
         dense_linears: modules that a reader of ``nn.Linear`` by type would take for quantized, and that are dense.
         lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
         stored_layers: layers that are converted when they are read; all others are read as they are.
-        has_sentinels: whether layers have a tensor that stops readers which do not know the format.
         stacks: those of ``specs`` that are fused weights of experts, one tensor of several weights.
+        has_sentinels: whether layers have a tensor that stops readers which do not know the format.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -73,8 +73,8 @@ class ModelDescription:
     dense_linears: tuple[str, ...] = ()
     lossy_in_model_dtype: tuple[str, ...] = ()
     stored_layers: Mapping[str, StoredLayer] = field(default_factory=dict)
-    has_sentinels: bool = False
     stacks: Collection[str] = ()
+    has_sentinels: bool = False
 
 
 class CheckpointFormat(ABC):

@@ -16,7 +16,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 from ..lora import MergeAwareLoraConfig
 from ..lora.merge_aware_config import base_record
 from .adapter_files import add_checksums, cached_file, check_file, check_folder, check_loaded
@@ -99,7 +99,7 @@ def config_from_pretrained(
 
 
 def _is_quantized(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedStorage) for module in model.modules())
 
 
 def _check_loaded(

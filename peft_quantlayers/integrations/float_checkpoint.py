@@ -34,7 +34,7 @@ from transformers.utils import ContextManagers
 from transformers.utils import logging as transformers_logging
 
 from ..formats.checksums import are_checksums_used
-from ..layers.dense_types import dense_type_of
+from ..layers.dense_types import dense_key, dense_names
 from ..methods import QuantConfig
 from .checkpoint_headers import CheckpointFiles
 from .checksums import refuse_damage
@@ -145,11 +145,12 @@ class FloatCheckpoint:
     def _quantize_joined(self, quantizer: QuantlayersHfQuantizer) -> None:
         """Quantize what transformers did not ask about: it asks for one weight of several that a conversion makes."""
         operation: Any = quantizer.get_quantize_ops()
+        dense = set(dense_names(self.model))
         for name in quantizer.specs:
-            module = self.model.get_submodule(name)
-            weight: Any = module.weight if dense_type_of(module) is not None else None
+            key = dense_key(self.model, name)
+            weight: Any = self.model.get_parameter(key) if name in dense else None
             if weight is not None and not weight.is_meta:
-                operation.convert({name: weight}, full_layer_name=f"{name}.weight", model=self.model)
+                operation.convert({key: weight}, full_layer_name=key, model=self.model)
 
     def _refuse_others(self) -> None:
         file = self.folder / "config.json"

@@ -157,8 +157,8 @@ def _inject_parameters(
     """PEFT's; in a model with quantized experts ours, which finds stacks by the names of their parameters."""
     if has_stacks(model):
         return inject_in_order(self, peft_config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    inject = _replaced.original(LoraModel, "_inject_parameters")
-    return inject(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+    own = _replaced.original(LoraModel, "_inject_parameters")
+    return own(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -69,16 +69,16 @@ class _QuantizeWeight(ConversionOps):
         return rest
 
     def _quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        owner, _, parameter = dense_key(model, name).rpartition(".")
-        module = model.get_submodule(owner)
-        asked = tuple(getattr(module, parameter).shape)
-        if tuple(weight.shape) != asked:  # transformers does not compare what is quantized
+        key = dense_key(model, name)
+        parent, _, parameter = key.rpartition(".")
+        expected = model.get_parameter(key).shape
+        if weight.shape != expected:  # transformers does not compare what is quantized
             self.quantizer.failures.append(
-                f"{dense_key(model, name)} has the shape {tuple(weight.shape)} in the files, and config.json asks for "
-                f"{asked}. They do not belong together."
+                f"{key} has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(expected)}. They do not belong together."
             )
             return
-        setattr(module, parameter, nn.Parameter(weight, requires_grad=False))
+        setattr(model.get_submodule(parent), parameter, nn.Parameter(weight, requires_grad=False))
         try:
             quantize_module(
                 model,
@@ -244,7 +244,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             dtype = getattr(torch, kept_dtype(model, name, wanted) or self.compute_dtype)
         weights = (weight.t() if entry.is_transposed else weight for weight in experts)
         try:
-            quantized = quantized_experts(weights, n_experts, self.specs[name], layer_name=name)
+            quantized = quantized_experts(weights, n_experts, self.specs[name], layer_name=name, device=self.device)
             put_stack(module, entry, quantized, name=name, compute_dtype=dtype)
         except ValueError as error:
             self.failures.append(str(error))

@@ -13,9 +13,10 @@ from ..formats import QuantSpec
 from ..formats.quantized_weight import is_lossy_in_half
 from ..integrations.float_checkpoint import FloatCheckpoint, TensorGroup, new_quantizer
 from ..integrations.written_tensors import WrittenTensors
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_shape
 from ..layers.replace import place_empty_layer
+from ..layers.selection import quantized_layers
 from ..methods import QuantConfig, spec_from_dict
 from .work_folder import WorkFolder
 
@@ -84,20 +85,19 @@ class PartsOfModel:
         model = self.checkpoint.model
         return {
             name: _record_of(layer, is_half=model.dtype == torch.float16)
-            for name, layer in quantized_modules(model).items()
+            for name, layer in quantized_layers(model).items()
             if not layer.codes.is_meta
         }
 
     def _n_bytes(self, parameter: str) -> int:
-        name, _, tensor_name = parameter.rpartition(".")
-        model = self.checkpoint.model
-        if tensor_name == "weight" and name in self.specs:
-            layout = self.specs[name].tensor_layout(*dense_shape(model, name))
+        name, model = self.quantizer.quantized_name(parameter), self.checkpoint.model
+        if name is not None:
+            layout = self.specs[name].layout_of(dense_shape(model, name))
             return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
         return model.get_parameter_or_buffer(parameter).nbytes
 
 
-def _record_of(layer: QuantizedLinear, *, is_half: bool) -> dict[str, Any]:
+def _record_of(layer: QuantizedLinear | QuantizedStack, *, is_half: bool) -> dict[str, Any]:
     """What the config of the model has to say of a layer, and can say only while it is in memory."""
     return {
         "spec": layer.spec.to_dict(),

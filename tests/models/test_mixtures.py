@@ -70,7 +70,7 @@ def test_saved_and_loaded_and_quantized_while_loading_are_the_same(family, origi
         assert_same(loaded, model)
         torch.testing.assert_close(loaded(IDS).logits, logits, atol=1e-6, rtol=1e-6)
     fields = json.loads((tmp_path / "memory" / "config.json").read_text())["quantization_config"]
-    assert fields["format_version"] == 4
+    assert fields["format_version"] == 5
     assert set(fields["stacks"]) == set(quantized_stacks(model))
     generated = loaded.generate(IDS[:, :5], max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False))
@@ -204,7 +204,7 @@ def test_dequantized_experts_compute_the_same_and_are_plain_again(tmp_path):
         (lambda fields: fields.update(stacks=[]), "'stacks' must be a mapping"),
         (lambda fields: fields["stacks"].update({"model.layers.0.mlp.experts.down_proj": 9}), "not an index"),
         (lambda fields: fields["modules"].update({"model.layers.0.mlp.experts.down_proj": 0}), "in 'modules' and in"),
-        (lambda fields: fields.update(format_version=3), "unknown field"),
+        (lambda fields: fields.update(format_version=4), "unknown field"),
         (
             lambda fields: fields["modules"].update(
                 {"model.layers.0.mlp.experts.down_proj": fields["stacks"].pop("model.layers.0.mlp.experts.down_proj")}
@@ -255,4 +255,12 @@ def test_models_without_experts_are_written_as_before(tmp_path):
     model = pql.quantize_model(tiny_model(), CONFIG, progress=False)
     pql.save_model(model, tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert (fields["format_version"], "stacks" in fields) == (1, False)
+    assert (fields["format_version"], "stacks" in fields) == (4, False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_from_files_to_files_gives_the_same_experts(family, tmp_path):
+    tiny_mixture(family).save_pretrained(tmp_path / "float")
+    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", CONFIG, progress=False)
+    assert pql.verify_model(tmp_path / "quantized") == []
+    assert_same(load(tmp_path / "quantized"), quantized(family))

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from ...layers import quantized_modules
+from ...layers.selection import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
@@ -165,7 +165,7 @@ def load_quantized(settings: Namespace) -> PreTrainedModel:
     if saved is None:
         load["quantization_config"] = options.method_config(settings.quantization)
     model = load_model(settings.model, **load)
-    if not quantized_modules(model):
+    if not quantized_layers(model):
         raise ValueError(f"{settings.model} holds no layer that this package has quantized.")
     return model
 
