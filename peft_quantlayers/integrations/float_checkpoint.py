@@ -34,10 +34,12 @@ from transformers.utils import ContextManagers
 from transformers.utils import logging as transformers_logging
 
 from ..formats.checksums import are_checksums_used
+from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_type_of
 from ..methods import QuantConfig
 from .checkpoint_headers import CheckpointFiles
 from .checksums import refuse_damage
+from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
 from .transformers_quantizer import QuantlayersHfQuantizer
 
@@ -132,8 +134,32 @@ class FloatCheckpoint:
             self._check_shape(name, stored, wanted)
 
     def release(self, module: nn.Module | None = None) -> None:
-        """Drop all numbers of ``module``, of the whole model by default."""
-        (self.model if module is None else module).to("meta")
+        """Drop the numbers that files have of ``module``, of the whole model by default; others are computed once."""
+        for each in (self.model if module is None else module).modules():
+            if isinstance(each, QuantizedLinear):
+                each.to("meta")
+                continue
+            for name, parameter in each.named_parameters(recurse=False):
+                each.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            buffers = dict(each.named_buffers(recurse=False))
+            for name in buffers.keys() & each.state_dict().keys() if buffers else ():
+                each.register_buffer(name, buffers[name].to("meta"))
+
+    def prepare_forward(self) -> None:
+        """Fill the buffers that no file has (rotary frequencies, ...), so that loaded parts of the model run."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            mark_as_initialized(tensor)
+        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        self.model._initialize_missing_keys(False)
+
+    def tie(self) -> None:
+        """Let tied parameters share the numbers of the one that was loaded."""
+        for target, source in self.tied.items():
+            places = [name.rpartition(".") for name in (source, target)]
+            parameters = [self.model.get_parameter(name) for name in (source, target)]
+            loaded = next((parameter for parameter in parameters if not parameter.is_meta), None)
+            for parent, _, name in places if loaded is not None else ():
+                self.model.get_submodule(parent).register_parameter(name, loaded)
 
     def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(stored) != tuple(wanted):

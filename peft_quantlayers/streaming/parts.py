@@ -1,9 +1,9 @@
-"""A model cut into parts that are quantized one at a time, and what is known of each layer once it is."""
+"""A model cut into parts, each a file of its own until the end, and what is known of each quantized layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,23 @@ from ..methods import QuantConfig, spec_from_dict
 from .work_folder import WorkFolder
 
 # Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
-PART_BYTES = 2**26
+PART_BYTES = 2**25
 
 
 class PartsOfModel:
     """Groups of tensors of ``checkpoint``, put together until a part is large enough to be worth a file.
 
+    With ``blocks``, names of modules, each of them is one part; what lies around them is put together apart from
+    layers that are to be quantized, which are parts of their own.
+
     Attributes:
         checkpoint: the float model.
         specs: of the layers to quantize.
         written: what goes into the files.
-        parts: the groups of each part, in the order of the files.
-        layers: of the quantized layers so far, what :meth:`_record_of` says.
+        parts: the groups of each part.
+        number_of: the part that each block is.
+        late: parts with layers to be quantized outside of the blocks; none without ``blocks``.
+        layers: of the quantized layers so far, what :func:`_record_of` says.
         sizes: about what each group takes once it is quantized, in bytes; by its first name in the files.
     """
 
@@ -42,30 +47,55 @@ class PartsOfModel:
         config: QuantConfig,
         *,
         device: torch.device | str | None = None,
+        blocks: Sequence[str] = (),
     ) -> None:
-        self.checkpoint, self.specs, self.config = checkpoint, dict(specs), config
+        self.checkpoint, self.specs, self.config, self.device = checkpoint, dict(specs), config, device
         self.written = WrittenTensors(checkpoint, specs)
-        self.quantizer = new_quantizer(checkpoint, config, self.specs)
-        self.quantizer.device = device
         self.layers: dict[str, dict[str, Any]] = {}
         self.sizes = {group.keys[0]: sum(map(self._n_bytes, group.parameters)) for group in checkpoint.groups}
-        self.parts = list(_packed(checkpoint.groups, self.sizes))
+        inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks}
+        around, late = [], []
+        for group in checkpoint.groups:
+            block = next((block for block in blocks if group.parameters[0].startswith(f"{block}.")), None)
+            if block is not None:
+                inside[block].append(group)
+            elif blocks and any(name.removesuffix(".weight") in self.specs for name in group.parameters):
+                late.append(group)
+            else:
+                around.append(group)
+        self.parts = list(_packed(around, self.sizes))
+        self.number_of = {block: len(self.parts) + index for index, block in enumerate(inside)}
+        self.parts += inside.values()
+        self.late = range(len(self.parts), len(self.parts) + len(late))
+        self.parts += [[group] for group in late]
+
+    @property
+    def around(self) -> list[int]:
+        """The parts that are no blocks."""
+        return [number for number in range(len(self.parts)) if number not in self.number_of.values()]
 
     def quantize(self, work: WorkFolder, *, progress: bool) -> None:
         """Make all parts that ``work`` does not have. Raises ValueError for a layer that cannot be quantized."""
-        bar = tqdm(total=len(self.specs), desc="Quantizing", unit="layer", disable=not progress)
-        with bar:
+        quantizer = new_quantizer(self.checkpoint, self.config, self.specs)
+        quantizer.device = self.device
+        with tqdm(total=len(self.specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
             for number, groups in enumerate(self.parts):
                 before = len(self.layers)
                 if work.is_finished(number):
                     self.restore(work.record(number)["layers"])
                 else:
-                    self.checkpoint.load(groups, self.quantizer)
-                    layers = self._record()
-                    work.keep(number, self.written.in_memory(self.checkpoint.model), {"layers": layers})
+                    self.checkpoint.load(groups, quantizer)
+                    self.keep(work, number)
                     self.checkpoint.release()
-                    self.layers |= layers
                 bar.update(len(self.layers) - before)
+
+    def keep(self, work: WorkFolder, number: int) -> None:
+        """Store a part that is in memory, quantized."""
+        parameters = {name for group in self.parts[number] for name in group.parameters}
+        tensors, names = self.written.of_parameters(self.checkpoint.model, parameters)
+        layers = self._record(parameters)
+        work.keep(number, tensors, {"layers": layers, "names": names})
+        self.layers |= layers
 
     def restore(self, layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Put empty layers in the place of those that an earlier call has quantized."""
@@ -79,13 +109,13 @@ class PartsOfModel:
             )
             self.layers[name] = dict(about)
 
-    def _record(self) -> dict[str, dict[str, Any]]:
-        """About the quantized layers that are in memory."""
+    def _record(self, parameters: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """About the quantized layers in a part."""
         model = self.checkpoint.model
+        layers = quantized_modules(model)
+        names = (name.removesuffix(".weight") for name in parameters)
         return {
-            name: _record_of(layer, is_half=model.dtype == torch.float16)
-            for name, layer in quantized_modules(model).items()
-            if not layer.codes.is_meta
+            name: _record_of(layers[name], is_half=model.dtype == torch.float16) for name in names if name in layers
         }
 
     def _n_bytes(self, parameter: str) -> int:
