@@ -26,7 +26,7 @@ SMOLLM2 = "smollm2"
 CONFIG = pql.HQQConfig(nbits=4, group_size=64)
 
 
-def write_checkpoint(folder: Path, *, hidden: int, layers: int) -> None:
+def write_checkpoint(folder: Path, *, hidden: int, layers: int, vocabulary: int = 32000) -> None:
     """Random bfloat16 weights of Llama shapes, sharded, with no more than a tensor in memory."""
     config = LlamaConfig(
         hidden_size=hidden,
@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, *, hidden: int, layers: int) -> None:
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 256,
-        vocab_size=32000,
+        vocab_size=vocabulary,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
@@ -74,7 +74,7 @@ def measure(source: str, destination: str, calibrated: str) -> dict[str, float]:
     start = time.perf_counter()
     options = {}
     if calibrated == "yes":
-        ids = torch.randint(0, 1000, (8, 256), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, 500, (8, 256), generator=torch.Generator().manual_seed(0))
         options["calibration"] = pql.Calibration(data=ids, n_tokens=2048, sequence_length=256)
     pql.quantize_checkpoint(source, destination, CONFIG, progress=False, **options)
     seconds = time.perf_counter() - start

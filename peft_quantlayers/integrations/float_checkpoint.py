@@ -6,7 +6,9 @@ The only file that knows how transformers turns the tensors of files into parame
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,6 +44,8 @@ from .checksums import refuse_damage
 from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
 from .transformers_quantizer import QuantlayersHfQuantizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class FloatCheckpoint:
         self.tied = self._find_tied()
         self.groups = self._without_copies()
         self._check_complete()
+        self._warn_of_unexpected()
 
     def fingerprints(self) -> dict[str, list[int]]:
         """Of each file its size, the time of its last change in ns, and the CRC-32 of its header."""
@@ -249,6 +254,18 @@ class FloatCheckpoint:
 
     def _are_equal(self, keys: Sequence[str], others: Sequence[str]) -> bool:
         return len(keys) == len(others) == 1 and self.files.are_equal(keys[0], others[0])
+
+    def _warn_of_unexpected(self) -> None:
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
+        left_out = [key for key in self.unexpected if not any(pattern.search(key) for pattern in ignored)]
+        if left_out:
+            logger.warning(
+                "%s: a %s has no place for %d tensor(s), which are left out, for example %s.",
+                self.folder,
+                type(self.model).__name__,
+                len(left_out),
+                left_out[:3],
+            )
 
     def _check_complete(self) -> None:
         found = {name for group in self.groups for name in group.parameters}

@@ -94,6 +94,7 @@ def quantize_checkpoint(
         raise ValueError(f"source and destination are both {target}. Nothing was written; choose another destination.")
     checkpoint = FloatCheckpoint(folder)
     specs = quantizable_modules(checkpoint.model, config)
+    _check_shard_size(max_shard_size)
     run: dict[str, Any] = {
         "source": str(source),
         "files": checkpoint.fingerprints(),
@@ -110,6 +111,7 @@ def quantize_checkpoint(
         batches = given.batches(checkpoint.model, progress=progress)
         run["calibration"] = describe_calibration(given, batches)
         blocks = [block for found in find_block_lists(checkpoint.model, list(specs)) for block in found]
+    run = json.loads(json.dumps(run))  # as it is read again
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(target):
         if _is_done(target, run):
@@ -151,6 +153,16 @@ def _is_done(target: Path, run: dict[str, Any]) -> bool:
         )
     shutil.rmtree(target / HIDDEN, ignore_errors=True)
     return True
+
+
+def _check_shard_size(max_shard_size: Any) -> None:
+    """Raise ValueError unless ``max_shard_size`` is a number of bytes, or text with a unit."""
+    try:
+        split_state_dict_into_shards_factory(
+            {}, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=max_shard_size
+        )
+    except ValueError:
+        raise ValueError(f"max_shard_size={max_shard_size!r} is no size; write for example '5GB'.") from None
 
 
 def _check_space(target: Path, parts: PartsOfModel, work: WorkFolder, max_shard_size: int | str) -> None:

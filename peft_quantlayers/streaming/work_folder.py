@@ -51,7 +51,7 @@ class WorkFolder:
                 part.write_text(json.dumps(run, indent=2, sort_keys=True))
             return
         before = json.loads(file.read_text())
-        if before != json.loads(json.dumps(run)):
+        if before != run:
             differing = sorted(key for key in {**before, **run} if before.get(key) != run.get(key))
             raise FileExistsError(
                 f"{destination} holds an unfinished run with other values of {', '.join(differing)}. Call it with "

@@ -393,10 +393,23 @@ def test_other_arguments_that_cannot_be_are_refused_before_anything_is_written(t
         pql.quantize_checkpoint("no/such/model/here", tmp_path / "quantized", PLAIN, progress=False)
     with pytest.raises(TypeError, match="config must be an HQQConfig"):
         pql.quantize_checkpoint(folder, tmp_path / "quantized", {"nbits": 4})
+    with pytest.raises(ValueError, match="max_shard_size='a lot' is no size"):
+        pql.quantize_checkpoint(folder, tmp_path / "quantized", PLAIN, max_shard_size="a lot")
     with pytest.raises(ValueError, match="matches no module"):
         pql.quantize_checkpoint(folder, tmp_path / "quantized", pql.HQQConfig(skip_modules=["nothing"]))
     assert not (tmp_path / "quantized").exists()
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
+
+
+def test_tensors_that_the_model_has_no_place_for_are_left_out_with_a_warning(tmp_path, caplog):
+    from safetensors.torch import save_file
+
+    folder = saved(tmp_path / "float")
+    tensors = load_file(folder / "model.safetensors") | {"model.other.weight": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pql.quantize_checkpoint(folder, tmp_path / "quantized", PLAIN, progress=False)
+    assert "no place for 1 tensor(s), which are left out, for example ['model.other.weight']" in caplog.text
+    assert "model.other.weight" not in tensors_of(tmp_path / "quantized")
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path):
