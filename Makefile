@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test fuzz kill-test check lint conformance patches bench bench-gpu bench-quality features models tables clean
+.PHONY: demo test fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -43,9 +43,15 @@ METHOD ?= hqq
 conformance: $(VENV)/.installed
 	$(RUN) tests/conformance/run.py --peft $(PEFT) --method $(METHOD) $(ARGS)
 
-# Applies the patches to the released sources; each new test must fail without its patch and pass with it.
+# Applies the patches to the released sources; their tests must fail without and pass with them. On upstream's main:
+# make patches ARGS="--only peft --clone https://github.com/huggingface/peft"
 patches: $(VENV)/.installed
 	$(RUN) patches/check.py $(ARGS)
+
+# Our tests on PEFT's newest commit, to see what its next release will break. Fails where it cannot be cloned.
+PEFT_MAIN ?= https://github.com/huggingface/peft
+peft-main: $(VENV)/.installed
+	$(RUN) patches/check.py --only peft --clone $(PEFT_MAIN) --unpatched
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -3,9 +3,12 @@
 ``LoraModel._create_new_module`` is wrapped once: it is the one place through which ``get_peft_model``, mixed
 models, X-LoRA, ``PeftModel.from_pretrained``, ``load_adapter`` and transformers' ``add_adapter`` all go. The methods
 that load and save adapters are wrapped too (:mod:`.adapter_loading`). A PEFT with a registry of dispatchers
-(``patches/``) is asked to register ours instead of the first. PEFT's other tuners need no registration, since a
-quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a registry of quantization backends
-(``patches/`` again) they are given ours, and a model's status names it.
+(patches/peft/4-lora-dispatchers) is asked to register ours instead of the first. PEFT's other tuners need no
+registration, since a quantized layer is an ``nn.Linear`` whose weight can be written; where PEFT has a registry of
+quantization backends (patches/peft/3-backend-registry) they are given ours, and a model's status names it.
+
+What else is extended are checks around adapters and merges. No patch makes them unnecessary, since PEFT has no place
+for another package's checks; ``patches/README.md`` lists them.
 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
@@ -41,13 +44,11 @@ from . import adapter_loading
 from . import peft_scales as scales
 from .adapter_files import check_scaling
 from .pattern_check import check_patterns
+from .private_peft_names import TESTED_PEFT, check_names
 from .replacements import Replacements
 from .unchanged_model import unchanged_after_error
 
 logger = logging.getLogger(__name__)
-
-# The release series whose dispatch this file was written against and is tested with.
-TESTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
 
 # Our entry in PEFT's registries.
 NAME = "quantlayers"
@@ -60,11 +61,13 @@ def register() -> None:
     """Make PEFT wrap quantized layers in :class:`LoraQuantizedLinear`. Does nothing when it is done already."""
     if _replaced:
         return
+    check_names()
     version = Version(peft.__version__)
-    if not TESTED_PEFT[0] <= version < TESTED_PEFT[1]:
+    if not Version(TESTED_PEFT[0]) <= version < Version(TESTED_PEFT[1]):
         logger.warning(
             "peft %s is outside the range %s to %s that peft_quantlayers is tested with.", version, *TESTED_PEFT
         )
+    # patches/peft/4-lora-dispatchers
     if hasattr(lora, "register_lora_dispatcher"):
         lora.register_lora_dispatcher(NAME, _dispatch)
     elif isinstance(LoraModel.__dict__.get("_create_new_module"), staticmethod):
@@ -75,6 +78,7 @@ def register() -> None:
             f"<{TESTED_PEFT[1]}, or set PEFT_QUANTLAYERS_NO_REGISTER=1 and pass LoraQuantizedLinear through "
             "LoraConfig._register_custom_module."
         )
+    # patches/peft/3-backend-registry
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
     _replaced.replace(LoraModel, "_prepare_model", _prepare_model)

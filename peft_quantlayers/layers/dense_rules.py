@@ -76,37 +76,30 @@ def _head_modules(model: nn.Module) -> Iterator[str]:
     """Dense modules that make the outputs of a transformers model, or of one inside it: the heads of any task."""
     heads = {id(module) for module in _output_embeddings(model)}
     for owner in model.modules():
-        if _is_model(owner):
+        if owner is model or _is_of_a_task(owner):
             heads |= {id(module) for module in _outside_body(owner)}
     for name, module in model.named_modules():
         if id(module) in heads and dense_type_of(module) is not None:
             yield name
 
 
-def _is_model(module: nn.Module) -> bool:
-    """Whether a module is a transformers model, the outermost or one inside it, or declares as much as one."""
-    return isinstance(getattr(module, "base_model_prefix", None), str)
+def _is_of_a_task(module: nn.Module) -> bool:
+    """Whether a module is a transformers model with a head, by the name of its class."""
+    return hasattr(module, "base_model_prefix") and re.search("For[A-Z]|Head", type(module).__name__) is not None
 
 
 def _outside_body(owner: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model that are no part of its body, without those of other models inside it.
+    """The modules of a model that are no part of its body.
 
     A task's class that does not say which of its parts is the body has its heads beside it.
     """
-    prefix: Any = owner.base_model_prefix
+    prefix: Any = getattr(owner, "base_model_prefix", "")
     body = getattr(owner, prefix, None) if prefix else None
-    if not isinstance(body, nn.Module):
-        yield from owner.children() if "For" in type(owner).__name__ else ()
-        return
-    inside = set(body.modules())
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if child not in inside and not _is_model(child):
-                yield child
-                yield from walk(child)
-
-    yield from walk(owner)
+    if isinstance(body, nn.Module):
+        inside = set(body.modules())
+        yield from (module for module in owner.modules() if module not in inside)
+    elif "For" in type(owner).__name__:
+        yield from owner.children()
 
 
 def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:

@@ -14,7 +14,6 @@ from ..calibration.model_calls import batch_tensors, model_calls
 from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_options
 from ..calibration.walk import BlockWork, walk_blocks
 from ..formats.quantized_weight import stored_bytes
-from ..integrations.float_checkpoint import new_quantizer
 from .folder_blocks import FolderBlocks
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
@@ -50,7 +49,7 @@ def quantize_calibrated_parts(
     numbers = range(len(parts.parts))
     if all(work.is_finished(number) for number in numbers):
         for number in numbers:
-            parts.restore(work.record(number)["layers"])
+            parts.take(work, number)
         return
     source = FolderBlocks(
         parts, work, model_calls(parts.checkpoint.model, batches), needs_targets=calibration.finetune_epochs > 0
@@ -63,15 +62,11 @@ def quantize_calibrated_parts(
             len(source.unreached),
             source.unreached[0],
         )
-    quantizer = new_quantizer(parts.checkpoint, parts.config, parts.specs)
-    quantizer.device = parts.device
     for number in (parts.number_of[block] for block in source.unreached):
         if work.is_finished(number):
-            parts.restore(work.record(number)["layers"])
+            parts.take(work, number)
         else:
-            parts.checkpoint.load(parts.parts[number], quantizer)
-            parts.keep(work, number)
-            parts.checkpoint.release()
+            parts.make(work, number)
 
 
 class _StreamingVisitor(QuantizeVisitor):

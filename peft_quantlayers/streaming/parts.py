@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..formats import QuantSpec
 from ..formats.quantized_weight import is_lossy_in_half
@@ -16,22 +15,20 @@ from ..integrations.written_tensors import WrittenTensors
 from ..layers import QuantizedLinear, quantized_modules
 from ..layers.dense_types import dense_shape
 from ..layers.replace import place_empty_layer
+from ..layers.selection import select_modules
 from ..methods import QuantConfig, spec_from_dict
 from .work_folder import WorkFolder
 
-# Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
-PART_BYTES = 2**25
-
 
 class PartsOfModel:
-    """Groups of tensors of ``checkpoint``, put together until a part is large enough to be worth a file.
+    """Groups of tensors of ``checkpoint``, put together until a part would take more than ``part_bytes``.
 
     With ``blocks``, names of modules, each of them is one part; what lies around them is put together apart from
     layers that are to be quantized, which are parts of their own.
 
     Attributes:
         checkpoint: the float model.
-        specs: of the layers to quantize.
+        specs: of the layers to quantize; those that the config selects.
         written: what goes into the files.
         parts: the groups of each part.
         number_of: the part that each block is.
@@ -43,14 +40,16 @@ class PartsOfModel:
     def __init__(
         self,
         checkpoint: FloatCheckpoint,
-        specs: Mapping[str, QuantSpec],
         config: QuantConfig,
         *,
+        specs: Mapping[str, QuantSpec] | None = None,
         device: torch.device | str | None = None,
         blocks: Sequence[str] = (),
+        part_bytes: int,
     ) -> None:
-        self.checkpoint, self.specs, self.config, self.device = checkpoint, dict(specs), config, device
-        self.written = WrittenTensors(checkpoint, specs)
+        self.checkpoint, self.config, self.device, self.part_bytes = checkpoint, config, device, part_bytes
+        self.specs = select_modules(checkpoint.model, config).specs if specs is None else dict(specs)
+        self.written = WrittenTensors(checkpoint, self.specs)
         self.layers: dict[str, dict[str, Any]] = {}
         self.sizes = {group.keys[0]: sum(map(self._n_bytes, group.parameters)) for group in checkpoint.groups}
         inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks}
@@ -63,7 +62,7 @@ class PartsOfModel:
                 late.append(group)
             else:
                 around.append(group)
-        self.parts = list(_packed(around, self.sizes))
+        self.parts = list(_packed(around, self.sizes, part_bytes))
         self.number_of = {block: len(self.parts) + index for index, block in enumerate(inside)}
         self.parts += inside.values()
         self.late = range(len(self.parts), len(self.parts) + len(late))
@@ -74,20 +73,17 @@ class PartsOfModel:
         """The parts that are no blocks."""
         return [number for number in range(len(self.parts)) if number not in self.number_of.values()]
 
-    def quantize(self, work: WorkFolder, *, progress: bool) -> None:
-        """Make all parts that ``work`` does not have. Raises ValueError for a layer that cannot be quantized."""
+    def make(self, work: WorkFolder, number: int) -> None:
+        """Quantize and store a part. Raises ValueError for a layer that cannot be quantized."""
         quantizer = new_quantizer(self.checkpoint, self.config, self.specs)
         quantizer.device = self.device
-        with tqdm(total=len(self.specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
-            for number, groups in enumerate(self.parts):
-                before = len(self.layers)
-                if work.is_finished(number):
-                    self.restore(work.record(number)["layers"])
-                else:
-                    self.checkpoint.load(groups, quantizer)
-                    self.keep(work, number)
-                    self.checkpoint.release()
-                bar.update(len(self.layers) - before)
+        self.checkpoint.load(self.parts[number], quantizer)
+        self.keep(work, number)
+        self.checkpoint.release()
+
+    def take(self, work: WorkFolder, number: int) -> None:
+        """Put empty layers in the place of those of a finished part."""
+        self.restore(work.record(number)["layers"])
 
     def keep(self, work: WorkFolder, number: int) -> None:
         """Store a part that is in memory, quantized."""
@@ -136,12 +132,12 @@ def _record_of(layer: QuantizedLinear, *, is_half: bool) -> dict[str, Any]:
     }
 
 
-def _packed(groups: Iterable[TensorGroup], sizes: Mapping[str, int]) -> Iterator[list[TensorGroup]]:
+def _packed(groups: Iterable[TensorGroup], sizes: Mapping[str, int], part_bytes: int) -> Iterator[list[TensorGroup]]:
     found: list[TensorGroup] = []
     total = 0
     for group in groups:
         size = sizes[group.keys[0]]
-        if found and total + size > PART_BYTES:
+        if found and total + size > part_bytes:
             yield found
             found, total = [], 0
         found.append(group)

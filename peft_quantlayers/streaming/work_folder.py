@@ -58,6 +58,13 @@ class WorkFolder:
                 "those, or pass resume=False to remove what it has done, or choose another folder."
             )
 
+    @classmethod
+    def of_another_process(cls, folder: Path) -> WorkFolder:
+        """The folder of a process that holds the lock, to put parts into."""
+        work = cls.__new__(cls)
+        work.folder = folder
+        return work
+
     # ---- parts
 
     def is_finished(self, part: int) -> bool:

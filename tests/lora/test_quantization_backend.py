@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import peft_quantlayers as pql
 from peft_quantlayers import LoraQuantizedLinear
+from peft_quantlayers.integrations import peft as integration
 from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 
 from .surfaces import Two
@@ -124,9 +125,20 @@ def test_unregistering_leaves_no_function_of_ours_in_pefts_lora():
 
 @pytest.mark.skipif(not HAS_REGISTRIES, reason="this PEFT has no registries; `make patches` runs this on one that has")
 class TestOnAPeftWithRegistries:
-    def test_nothing_of_peft_is_wrapped(self):
+    def test_layers_and_backends_are_registered_through_public_names_and_only_checks_are_wrapped(self):
         dispatch = peft.LoraModel.__dict__["_create_new_module"].__func__
         assert dispatch.__module__ == "peft.tuners.lora.model"
+        # Checks around adapters and merges, and LoRA-GA's gradients: no registry is a place for them.
+        assert {name for _, name in integration._originals} == {
+            "_prepare_model",
+            "_unload_and_optionally_merge",
+            "estimate_gradients",
+            "inject_adapter",
+            "load_adapter",
+            "merge_adapter",
+        }
+        assert "register_lora_dispatcher" in peft.tuners.lora.__all__
+        assert "register_quantization_backend" in peft.utils.__all__
         lora = get_peft_model(quantized_two("hqq"), LoraConfig(r=2, target_modules=["first"]))
         assert type(lora.base_model.model.first) is LoraQuantizedLinear
 

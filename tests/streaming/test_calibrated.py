@@ -12,7 +12,7 @@ from _tiny_models import tiny_inputs, tiny_model
 from safetensors.torch import load_file
 
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import calibrated, folder_blocks, parts
+from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
 IDS = torch.randint(3, 100, (600,), generator=torch.Generator().manual_seed(3))
@@ -26,7 +26,7 @@ CLASSES = (
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
 
 
 def saved(folder, name="LlamaForCausalLM"):
@@ -166,8 +166,8 @@ KILLED = """
 import os, random, signal, sys
 import torch
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import parts
-parts.PART_BYTES = 20_000
+from peft_quantlayers.streaming import quantize_files
+quantize_files.PART_BYTES = 20_000
 source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 ids = torch.load(sys.argv[4])
 calibration = pql.Calibration(data=ids, n_tokens=256, sequence_length=64)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm.auto import tqdm
 
-from ..arguments import check_callable, check_device, check_flag, check_tokenizer
+from ..arguments import check_callable, check_device, check_flag, check_integer, check_tokenizer
 from ..calibration import Calibration, LayerResult
 from ..calibration.blocks import find_block_lists
 from ..calibration.quantize_calibrated import check_can_calibrate
@@ -26,8 +27,11 @@ from ..storage.names import contents
 from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
 from .parts import PartsOfModel
+from .processes import made_in_processes
 from .work_folder import HIDDEN, WorkFolder
 
+# Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
+PART_BYTES = 2**25
 # Room for what lies beside the weights, and for the file system.
 _SPARE_BYTES = 2**24
 
@@ -42,6 +46,7 @@ def quantize_checkpoint(
     resume: bool = True,
     device: torch.device | str | None = None,
     max_shard_size: int | str = "5GB",
+    n_processes: int = 1,
     progress: bool = True,
     on_layer: Callable[[LayerResult], None] | None = None,
 ) -> Path:
@@ -62,6 +67,8 @@ def quantize_checkpoint(
         resume: False to remove what an interrupted call has left, and start from scratch.
         device: where to quantize, for example ``"cuda"``; None for the CPU.
         max_shard_size: of one safetensors file, as in ``save_pretrained``.
+        n_processes: how many share the work, each with memory of its own; the files are the same. One with
+            ``calibration``, where each block needs those before it.
         progress: show a progress bar.
         on_layer: called after each layer with its errors; only with ``calibration``.
 
@@ -83,6 +90,12 @@ def quantize_checkpoint(
     check_flag("progress", progress)
     check_tokenizer(tokenizer)
     check_callable("on_layer", on_layer, "a LayerResult")
+    check_integer("n_processes", n_processes, at_least=1, at_most=1024)
+    if calibration is not None and n_processes > 1:
+        raise ValueError(
+            f"n_processes={n_processes} with calibration: each block needs the outputs of those before it. Leave "
+            "n_processes out; torch uses several threads by itself. Nothing was written."
+        )
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
     if given is not None and given.resume_folder is not None:
         raise ValueError(
@@ -102,6 +115,7 @@ def quantize_checkpoint(
         "dtype": str(checkpoint.dtype),
         "device": str(device or "cpu"),
         "max_shard_size": max_shard_size,
+        "part_bytes": PART_BYTES,
         "versions": package_versions(),
     }
     blocks: list[str] = []
@@ -117,19 +131,37 @@ def quantize_checkpoint(
         if _is_done(target, run):
             return Path(destination)
         work = WorkFolder(target, run, resume=resume)
-        parts = PartsOfModel(checkpoint, specs, config, device=device, blocks=blocks)
+        parts = PartsOfModel(
+            checkpoint, config, specs=specs, device=device, blocks=blocks, part_bytes=run["part_bytes"]
+        )
         assembly = Assembly(work, parts, max_shard_size=max_shard_size)
         try:
             if not assembly.is_planned:
                 _check_space(target, parts, work, max_shard_size)
                 if given is None:
-                    parts.quantize(work, progress=progress)
+                    _quantize_plain(parts, work, n_processes=n_processes, progress=progress)
                 else:
                     quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
             assembly.write(target, run)
         except OSError as error:
             raise _with_way_out(error, target, work, parts) from None
     return Path(destination)
+
+
+def _quantize_plain(parts: PartsOfModel, work: WorkFolder, *, n_processes: int, progress: bool) -> None:
+    """Make all parts that ``work`` does not have."""
+    numbers = range(len(parts.parts))
+    missing = [number for number in numbers if not work.is_finished(number)]
+    with tqdm(total=len(parts.specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
+        if n_processes > 1 and len(missing) > 1:
+            for number in made_in_processes(parts, work, missing, n_processes=min(n_processes, len(missing))):
+                bar.update(len(work.record(number)["layers"]))
+        for number in numbers:
+            if work.is_finished(number):
+                parts.take(work, number)
+            else:
+                parts.make(work, number)
+            bar.update(len(parts.layers) - bar.n if bar.n < len(parts.layers) else 0)
 
 
 def _is_done(target: Path, run: dict[str, Any]) -> bool:

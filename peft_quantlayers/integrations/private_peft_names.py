@@ -1,0 +1,105 @@
+"""The names of PEFT that this package uses, apart from those in ``peft.__all__``; all are checked before any is used.
+
+PEFT may move or rename them in a release, and then whatever import or call comes first would fail. Imports PEFT only.
+"""
+
+import importlib
+from collections.abc import Mapping
+from operator import attrgetter
+
+import peft
+
+# The release series whose names these are; ``pyproject.toml`` allows no other.
+TESTED_PEFT = ("0.21.0", "0.22.0")
+
+# Names in modules.
+IMPORTED = {
+    "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
+    "peft.tuners": ("lora",),
+    "peft.tuners.lora": ("Linear", "LoraLayer", "loraga"),
+    "peft.tuners.lora.layer": ("LoraVariant",),
+    "peft.tuners.lora.loraga": ("estimate_gradients", "get_target_modules"),
+    "peft.tuners.lora.model": ("LoraModel",),
+    "peft.tuners.lora.variants": ("QALoraLinearVariant",),
+    "peft.tuners.tuners_utils": (
+        "BaseTuner",
+        "BaseTunerLayer",
+        "_maybe_include_all_linear_layers",
+        "check_adapters_to_merge",
+        "check_target_module_exists",
+    ),
+    "peft.utils": ("AuxiliaryTrainingWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME"),
+    "peft.utils.other": ("AuxiliaryTrainingWrapper",),
+    "peft.utils.quantization_utils": ("QuantizationBackend",),
+}
+
+# Methods of their classes that ours call, override or take the place of.
+METHODS = {
+    "peft.tuners.lora.model.LoraModel": (
+        "_enable_peft_forward_hooks",
+        "_prepare_model",
+        "_unload_and_optionally_merge",
+        "inject_adapter",
+        "merge_adapter",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner": (
+        "_check_target_module_exists",
+        "_create_and_replace",
+        "_get_tied_target_modules",
+        "_prepare_adapter_config",
+        "_replace_module",
+    ),
+    "peft.tuners.tuners_utils.BaseTunerLayer": ("_get_available_adapters",),
+    "peft.PeftModel": ("load_adapter",),
+    "peft.PeftMixedModel": ("load_adapter",),
+}
+
+
+def missing_names(table: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Those of ``table`` that the installed PEFT does not have, with their modules and classes."""
+    missing = []
+    for owner, names in table.items():
+        try:
+            found = _find(owner)
+        except (ImportError, AttributeError):
+            missing.append(owner)
+            continue
+        missing += [f"{owner}.{name}" for name in names if not hasattr(found, name)]
+    return missing
+
+
+def check_imports() -> None:
+    """Check that PEFT has the names that modules of this package import.
+
+    Raises:
+        ImportError: it lacks some of them; names these, and the methods that it lacks.
+    """
+    if missing_names(IMPORTED):
+        raise _error()
+
+
+def check_names() -> None:
+    """Check that PEFT has all that :func:`.peft.register` needs.
+
+    Raises:
+        ImportError: all names that it lacks.
+    """
+    if missing_names(IMPORTED) or missing_names(METHODS):
+        raise _error()
+
+
+def _error() -> ImportError:
+    missing = ", ".join(missing_names(IMPORTED) + missing_names(METHODS))
+    return ImportError(
+        f"peft {peft.__version__} lacks what peft_quantlayers uses: {missing}. Install peft>={TESTED_PEFT[0]},"
+        f"<{TESTED_PEFT[1]}. Nothing was registered with PEFT."
+    )
+
+
+def _find(path: str) -> object:
+    """A module, or a class in one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return attrgetter(name)(importlib.import_module(module))
