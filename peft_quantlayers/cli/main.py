@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from .export import add_export, run_export
 from .run import AUTOLOAD_FOLDER, RUN_HELP, run
 
 PROGRAM = "peft-quantlayers"
@@ -21,12 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(given)
     if parsed.verb == "autoload":
         print(AUTOLOAD_FOLDER)
+    if parsed.verb == "export":
+        return run_export(parsed)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, epilog=EPILOG, description="Quantize models, and run other programs on them."
+        prog=PROGRAM, epilog=EPILOG, description="Export quantized models, and run other programs on them."
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -43,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "Nothing is installed; without the variable all is as before.",
         formatter_class=described,
     )
+    add_export(verbs)
     return parser
 
 
