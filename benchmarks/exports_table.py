@@ -89,13 +89,12 @@ class Case:
 
 def cases() -> list[Case]:
     whole = {"fields": {"integer_zero": True}}
+    # Rows of one quantized model follow each other.
     found = [
         Case(model="SmolLM2", format="gguf", reader="llama.cpp"),
-        Case(model="SmolLM2", format="gguf", reader="gguf-transformers"),
-        *(Case(model="SmolLM2", format="gguf", reader="llama.cpp", nbits=nbits) for nbits in (3, 5, 8)),
-        Case(model="SmolLM2", format="gguf", reader="llama.cpp", group_size=32),
-        *(Case(model="SmolLM2", format="mlx", reader="mlx", nbits=nbits) for nbits in (4, 3, 8)),
-        Case(model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", **whole),
+        Case(model="SmolLM2", format="mlx", reader="mlx"),
+        Case(model="SmolLM2", format="humming", reader=None),
+        Case(model="SmolLM2", format="hqq", reader=None),
         *(
             Case(
                 model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", options={"approximate": way}
@@ -103,9 +102,11 @@ def cases() -> list[Case]:
             for way in ("8bit", "adapter", "requantize")
         ),
         Case(model="SmolLM2", format="dense", reader="transformers"),
-        Case(model="SmolLM2", format="dense", reader="transformers", options={"dtype": torch.float16}),
+        Case(model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", **whole),
         *(Case(model="SmolLM2", format=name, reader=None, **whole) for name in ("awq", "gptq")),
-        *(Case(model="SmolLM2", format=name, reader=None) for name in ("humming", "hqq")),
+        *(Case(model="SmolLM2", format="mlx", reader="mlx", nbits=nbits) for nbits in (3, 8)),
+        *(Case(model="SmolLM2", format="gguf", reader="llama.cpp", nbits=nbits) for nbits in (3, 5, 8)),
+        Case(model="SmolLM2", format="gguf", reader="llama.cpp", group_size=32),
     ]
     for family in TINY:
         found.append(Case(model=family, format="gguf", reader="llama.cpp", group_size=32))

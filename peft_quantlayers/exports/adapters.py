@@ -18,8 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..arguments import nearest
+from ..lora.base_fingerprint import sampled_fingerprint
+from ..lora.merge_aware_config import BASE_FILE
 from .formats.base import LowRank
-from .source import ModelSource
+from .source import ModelSource, SourceLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -122,6 +124,32 @@ def read_adapter(folder: Path, source_modules: Mapping[str, tuple[str, tuple[int
             raise ValueError(f"{folder}: the factors of {module} hold NaN or Inf. Nothing was written.")
         factors[name] = (A, B * _scaling(config, module, len(A)))
     return Adapter(factors)
+
+
+def another_base(
+    folder: Path, source_modules: Mapping[str, tuple[str, Any]], layers: Mapping[str, SourceLayer]
+) -> str:
+    """A sentence if the adapter in ``folder`` records other quantized layers than ``layers``; empty otherwise.
+
+    Args:
+        folder: of the adapter.
+        source_modules: of each linear module of the model, its name in the files first.
+        layers: the quantized layers by their names in the files.
+    """
+    file = folder / BASE_FILE
+    recorded = json.loads(file.read_text()).get("layers", {}) if file.is_file() else {}
+    names = {module: source_modules[module][0] for module in recorded if module in source_modules}
+    others = [
+        module
+        for module, name in names.items()
+        if name not in layers or sampled_fingerprint(layers[name].weight()) != recorded[module]
+    ]
+    if not others:
+        return ""
+    return (
+        f"The adapter was trained on another quantized base: {others[0]} is another one there ({len(others)} of "
+        f"{len(names)} layers). It will compute something else than it was trained to."
+    )
 
 
 def branches_of(source: ModelSource) -> dict[str, LowRank]:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ..arguments import check_choice, check_dtype
 from ..integrations.interrupted_save import MODEL_FILES
 from ..storage import staged_folder
-from .adapters import Adapter, branches_of, read_adapter
+from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
 from .divergence import kl_of_export
 from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
@@ -102,7 +102,7 @@ def export(
                 f"{format} files hold the tokenizer too, and there is none in the model's folder: pass "
                 "tokenizer=AutoTokenizer.from_pretrained(name). Nothing was written."
             )
-        user_adapter = _read_adapter(adapter, given)
+        user_adapter, adapter_note = _read_adapter(adapter, given)
         token_ids = _token_ids(text, tokenizer, tokenizer_folder)
         requantized = None
         if approximate == "requantize":
@@ -122,6 +122,7 @@ def export(
                 )
                 copy_side_files(source.folder, staged, tokenizer=tokenizer, tokenizer_folder=tokenizer_folder)
                 written = target.write(task)
+                written.notes += [adapter_note] if adapter_note else []
                 own = branches_of(source) if target.name != "dense" else {}
                 adapter_name = _write_adapters(target, task, written, user_adapter, own)
             report = _report(target, task, written, Path(destination), adapter_name)
@@ -176,16 +177,20 @@ def _token_ids(text: Any, tokenizer: Any, folder: Path | None) -> Tensor | None:
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _read_adapter(adapter: Any, given: GivenModel) -> Adapter:
+def _read_adapter(adapter: Any, given: GivenModel) -> tuple[Adapter, str]:
+    """The adapter, and a note on the base that it was trained on."""
     if adapter is None:
-        return Adapter()
+        return Adapter(), ""
     if isinstance(adapter, (str, Path)):
-        return read_adapter(Path(adapter), given.modules)
+        note = another_base(Path(adapter), given.modules, given.layers)
+        if note:
+            logger.warning(note)
+        return read_adapter(Path(adapter), given.modules), note
     if not hasattr(adapter, "peft_config"):
         raise TypeError(f"adapter must be the folder of an adapter, or a PeftModel, got {type(adapter).__name__}.")
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)
-        return read_adapter(Path(folder), given.modules)
+        return _read_adapter(folder, given)
 
 
 def _requantized(

@@ -12,6 +12,8 @@ from .formats.grid_format import GridFormat
 # For a method without a width of its own, such as AQLM.
 DEFAULT_NBITS = 4
 DEFAULT_GROUP_SIZE = 64
+# That kernels of engines take.
+_GROUP_SIZES = (128, 64, 32, 16)
 
 
 def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
@@ -22,8 +24,8 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
     """
     wanted = facts.nbits or DEFAULT_NBITS
     nbits = next((width for width in sorted(export_format.widths) if width >= wanted), max(export_format.widths))
-    sizes = export_format.group_sizes or (facts.group_size or DEFAULT_GROUP_SIZE,)
     own = facts.group_size or DEFAULT_GROUP_SIZE
+    sizes = export_format.group_sizes or (own, *_GROUP_SIZES)
     fitting = [size for size in sizes if facts.in_features % size == 0]
     if not fitting:
         raise ValueError(

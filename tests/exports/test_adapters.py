@@ -139,6 +139,13 @@ def test_other_tuners_and_other_models_adapters_are_refused(tmp_path):
         pql.export(quantized(), tmp_path / "out", "mlx", adapter=tmp_path)
 
 
+def test_an_adapter_of_another_base_is_told(tmp_path):
+    adapter = saved_adapter(tmp_path / "adapter")
+    assert "another quantized base" not in str(pql.export(quantized(), tmp_path / "same", "mlx", adapter=adapter))
+    report = pql.export(quantized(nbits=3), tmp_path / "other", "mlx", adapter=adapter)
+    assert "trained on another quantized base" in str(report)
+
+
 def test_merge_aware_adapters_are_to_be_merged(tmp_path):
     model = peft_model()
     pql.enable_merge_aware(model)

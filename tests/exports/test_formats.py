@@ -1,6 +1,7 @@
 """What each format writes, decoded in numpy from the readers' specifications."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -119,6 +120,28 @@ def test_requantized_weights_have_zeros_that_are_codes(tmp_path, format):
     pql.dequantize_model(float_model)
     better = pql.export(model, tmp_path / "from-float", format, approximate="requantize", float_model=float_model)
     assert better.relative_error > 0
+
+
+def test_weights_of_other_methods_are_requantized(tmp_path):
+    model = quantized(config=pql.AQLMConfig(nbits_per_codebook=4))
+    report = pql.export(model, tmp_path / "out", "compressed-tensors", approximate="requantize")
+    assert {layer.stored_as for layer in report.layers} == {"4 bits in groups of 64", "4 bits in groups of 32"}
+    assert 0.01 < report.relative_error < 0.3
+
+
+def test_a_mixture_of_widths_tells_that_transformers_reads_one(tmp_path):
+    model = quantized(integer_zero=True, overrides={"layers.1.*": {"nbits": 8}})
+    report = pql.export(model, tmp_path / "out", "compressed-tensors")
+    assert "transformers reads one width" in str(report)
+    groups = decoders.config_of(tmp_path / "out")["quantization_config"]["config_groups"]
+    assert {group["weights"]["num_bits"] for group in groups.values()} == {4, 8}
+    tensors = decoders.tensors_of(tmp_path / "out")
+    for name, weight in weights(model).items():
+        nbits = pql.quantized_modules(model)[name].spec.nbits
+        matching = [each for each in groups.values() if any(re.match(t[3:], name) for t in each["targets"])]
+        assert [each["weights"]["num_bits"] for each in matching] == [nbits]
+        found = decoders.compressed_tensors_weight(tensors, name, nbits)
+        np.testing.assert_allclose(found, weight.double().numpy(), atol=1e-6, rtol=0)
 
 
 def test_requantizing_with_calibration(tmp_path):

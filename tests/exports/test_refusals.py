@@ -1,7 +1,9 @@
 """What cannot be exported is refused before anything is written, with the ways out."""
 
 import json
+import os
 import shutil
+import signal
 
 import _tiny_models
 import pytest
@@ -10,6 +12,7 @@ from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 
 import peft_quantlayers as pql
+from peft_quantlayers.exports import shards
 
 from . import decoders
 from .models import files_of, quantized
@@ -129,6 +132,19 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("peft_quantlayers.exports.shards.save_file", fail)
     refused(quantized(), tmp_path / "out", "mlx", "the disk burns", error=RuntimeError)
+
+
+def test_a_kill_in_the_middle_leaves_nothing_half_written(tmp_path):
+    model = quantized()
+    pid = os.fork()
+    if pid == 0:
+        shards.save_file = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        pql.export(model, tmp_path / "out", "mlx")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    pql.export(model, tmp_path / "out", "mlx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what the kill left is gone
 
 
 def test_a_model_with_adapters_is_refused(tmp_path):

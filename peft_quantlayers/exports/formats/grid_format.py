@@ -149,9 +149,14 @@ class GridFormat(ExportFormat):
         for name, tensor in task.source.dense_tensors(task.dtype):
             writer.add(name, tensor)
         writer.close()
+        written.notes += self.notes(settings)
         config = engine_config(task.source.config, task.dtype)
         written.config = config | self.config_fields(self.quantization_config(settings, task.source.dense_linears))
         return written
+
+    def notes(self, settings: Mapping[str, GridSettings]) -> list[str]:
+        """What a user should know about layers of these settings, in sentences."""
+        return []
 
     def config_fields(self, quantization: dict[str, Any]) -> dict[str, Any]:
         """Where in config.json ``quantization`` stands."""

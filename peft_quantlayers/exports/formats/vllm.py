@@ -130,6 +130,11 @@ class CompressedTensorsFormat(GridFormat):
             "ignore": list(dense_linears),
         }
 
+    def notes(self, settings: Mapping[str, GridSettings]) -> list[str]:
+        # Its integration takes the scheme of the first group for all layers.
+        is_mixed = len(set(settings.values())) > 1
+        return ["transformers reads one width for all layers, and these have several: use vLLM."] if is_mixed else []
+
     def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
         return _vllm_command(folder, adapter)
 
