@@ -3,7 +3,8 @@
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
 ``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
 ``"branches": {name: rank}``, the layers that have a low-rank branch. Version 3 adds
-``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Readers accept
+``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Version 4 has specs with
+fields that older readers do not know (:attr:`QuantSpec.format_version`). Readers accept
 every format version up to their own; writers write the oldest that says everything, so that older readers read what
 they can.
 """
@@ -15,7 +16,7 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The fields that each version added.
 _ADDED_FIELDS = {2: "branches", 3: "compute_dtypes"}
 # The name under which transformers finds our quantizer and our checkpoints.
@@ -62,9 +63,10 @@ def specs_to_json(
     distinct = list(dict.fromkeys(specs.values()))
     given = {"branches": branches, "compute_dtypes": compute_dtypes}
     added = {name: dict(values) for name, values in given.items() if values}
+    versions = [version for version, name in _ADDED_FIELDS.items() if name in added]
     return added | {
         "quant_method": QUANT_METHOD,
-        "format_version": max([1, *(version for version, name in _ADDED_FIELDS.items() if name in added)]),
+        "format_version": max([1, *versions, *(spec.format_version for spec in distinct)]),
         "specs": [spec.to_dict() for spec in distinct],
         "modules": {name: distinct.index(spec) for name, spec in specs.items()},
     }
