@@ -51,17 +51,30 @@ def test_zeros_are_whole_codes_and_groups_of_one_value_exact(nbits, is_symmetric
 
 @every_kind
 @pytest.mark.parametrize("std", [1e-25, 0.02, 1e25])
-def test_the_error_is_below_that_of_plain_rounding_in_every_group(nbits, is_symmetric, std):
+def test_the_error_is_below_that_of_plain_rounding(nbits, is_symmetric, std):
     groups = random_groups(200, 64) * (std / 0.02)
     groups[:20, 3] *= 8  # with an outlier
     groups[20:40] = groups[20:40].abs()
-    scale, zero = solve_whole_zeros(groups, nbits=nbits, is_symmetric=is_symmetric)
-    errors = [
-        ((found - groups) / std).square().sum(1)
-        for found in (rebuilt(groups, scale, zero, nbits), plain_rounding(groups, nbits, is_symmetric))
-    ]
-    assert (errors[0] <= 1.0001 * errors[1]).all()
-    assert errors[0].sum() < 0.97 * errors[1].sum()
+    plain = ((plain_rounding(groups, nbits, is_symmetric) - groups) / std).square().sum(1)
+    for importance in (torch.ones(1, 1), None):
+        scale, zero = solve_whole_zeros(groups, nbits=nbits, is_symmetric=is_symmetric, importance=importance)
+        error = ((rebuilt(groups, scale, zero, nbits) - groups) / std).square().sum(1)
+        assert error.sum() < 0.97 * plain.sum()
+        if importance is not None:
+            assert (error <= 1.0001 * plain).all()
+
+
+def test_without_data_large_weights_are_clipped_less_and_outputs_shrink_less():
+    groups = random_groups(2000, 64)
+    clipped, shrunk = [], []
+    for importance in (torch.ones(1, 1), None):
+        scale, zero = solve_whole_zeros(groups, nbits=4, importance=importance)
+        dense = rebuilt(groups, scale, zero, 4)
+        is_large = groups.abs() > 2.5 * 0.02
+        clipped.append(float((dense - groups)[is_large].square().mean()))
+        shrunk.append(1 - float((dense * groups).sum() / groups.square().sum()))
+    assert clipped[1] < 0.8 * clipped[0]
+    assert shrunk[1] < 0.8 * shrunk[0]
 
 
 @every_kind

@@ -103,7 +103,7 @@ def test_what_the_target_cannot_hold_is_refused_with_what_it_can(target, fields,
 
 
 def test_fields_of_other_kinds_are_refused_as_in_any_config():
-    with pytest.raises(TypeError, match="no field.*group_size"):
+    with pytest.raises(TypeError, match=r"no field.*group_size"):
         HQQConfig.for_export("gguf", groupsize=32)
     with pytest.raises(TypeError, match="nbits must be an integer"):
         HQQConfig.for_export("gguf", nbits="4")

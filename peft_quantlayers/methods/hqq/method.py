@@ -29,8 +29,8 @@ CPU_CHUNK_WEIGHTS = 1 << 20
 DEVICE_CHUNK_WEIGHTS = 1 << 26
 # Fraction of a group delta, by norm, that rounding the zeros may lose. The outputs' divergence scales with its square.
 MAX_DELTA_LOST = 1e-2
-# The same where the format of an export target has no wider zeros. Half a unit in the last place of a float16 zero of 8
-# is 0.004 steps: next to the half step of each code it is nothing, so this only keeps deltas that would vanish.
+# The same where the format of an export target has no wider zeros. Rounding a float16 zero moves it by 0.004 steps at
+# most, which is nothing next to the half step of a code; this bound is for deltas that would mostly vanish.
 MAX_DELTA_LOST_FOR_TARGET = 0.25
 
 
