@@ -4,6 +4,7 @@ PEFT may move or rename them in a release, and then whatever import or call come
 """
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from operator import attrgetter
 
@@ -16,8 +17,8 @@ TESTED_PEFT = ("0.21.0", "0.22.0")
 IMPORTED = {
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
     "peft.tuners": ("lora",),
-    "peft.tuners.lora": ("Linear", "LoraLayer", "loraga"),
-    "peft.tuners.lora.layer": ("LoraVariant",),
+    "peft.tuners.lora": ("Linear", "LoraLayer", "ParamWrapper", "loraga"),
+    "peft.tuners.lora.layer": ("LoraVariant", "ParamWrapper"),
     "peft.tuners.lora.loraga": ("estimate_gradients", "get_target_modules"),
     "peft.tuners.lora.model": ("LoraModel",),
     "peft.tuners.lora.variants": ("QALoraLinearVariant",),
@@ -28,21 +29,32 @@ IMPORTED = {
         "check_adapters_to_merge",
         "check_target_module_exists",
     ),
-    "peft.utils": ("AuxiliaryTrainingWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME"),
+    "peft.utils": (
+        "AuxiliaryTrainingWrapper",
+        "CONFIG_NAME",
+        "PeftType",
+        "SAFETENSORS_WEIGHTS_NAME",
+        "hotswap",
+        "save_and_load",
+    ),
+    "peft.utils.hotswap": ("load_peft_weights",),
     "peft.utils.other": ("AuxiliaryTrainingWrapper",),
     "peft.utils.quantization_utils": ("QuantizationBackend",),
+    "peft.utils.save_and_load": ("load_peft_weights",),
 }
 
 # Methods of their classes that ours call, override or take the place of.
 METHODS = {
     "peft.tuners.lora.model.LoraModel": (
         "_enable_peft_forward_hooks",
+        "_inject_parameters",
         "_prepare_model",
         "_unload_and_optionally_merge",
         "inject_adapter",
         "merge_adapter",
     ),
     "peft.tuners.tuners_utils.BaseTuner": (
+        "_check_target_module_compatiblity",
         "_check_target_module_exists",
         "_create_and_replace",
         "_get_tied_target_modules",
@@ -50,8 +62,9 @@ METHODS = {
         "_replace_module",
     ),
     "peft.tuners.tuners_utils.BaseTunerLayer": ("_get_available_adapters",),
-    "peft.PeftModel": ("load_adapter",),
-    "peft.PeftMixedModel": ("load_adapter",),
+    "peft.PeftConfig": ("from_pretrained",),
+    "peft.PeftModel": ("from_pretrained", "load_adapter", "save_pretrained"),
+    "peft.PeftMixedModel": ("from_pretrained", "load_adapter"),
 }
 
 
@@ -64,7 +77,7 @@ def missing_names(table: Mapping[str, tuple[str, ...]]) -> list[str]:
         except (ImportError, AttributeError):
             missing.append(owner)
             continue
-        missing += [f"{owner}.{name}" for name in names if not hasattr(found, name)]
+        missing += [f"{owner}.{name}" for name in names if not (hasattr(found, name) or _is_module(owner, name))]
     return missing
 
 
@@ -94,6 +107,14 @@ def _error() -> ImportError:
         f"peft {peft.__version__} lacks what peft_quantlayers uses: {missing}. Install peft>={TESTED_PEFT[0]},"
         f"<{TESTED_PEFT[1]}. Nothing was registered with PEFT."
     )
+
+
+def _is_module(owner: str, name: str) -> bool:
+    """Whether ``owner`` is a package with this module, which may not be an attribute before it is imported."""
+    try:
+        return importlib.util.find_spec(f"{owner}.{name}") is not None
+    except ModuleNotFoundError:  # owner is no package
+        return False
 
 
 def _find(path: str) -> object:

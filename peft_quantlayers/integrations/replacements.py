@@ -48,6 +48,10 @@ class Replacements:
         """What ``owner.name`` was."""
         return self._originals[owner, name][0]
 
+    def names(self) -> set[str]:
+        """The names of all that is replaced, without their owners."""
+        return {name for _, name in self._originals}
+
     def restore(self) -> None:
         """Put everything back."""
         for (owner, name), (_, own) in self._originals.items():

@@ -36,7 +36,7 @@ def test_every_name_that_is_imported_from_a_module_of_peft_is_in_the_table():
 def test_every_function_that_registering_takes_over_is_in_the_table():
     listed = {name for names in (*METHODS.values(), *IMPORTED.values()) for name in names}
     # Where a dispatcher cannot be registered this one is needed, and the error says what else can be done.
-    assert {name for _, name in integration._originals} - {"_create_new_module"} <= listed
+    assert integration._replaced.names() - {"_create_new_module"} <= listed
 
 
 def test_the_installed_peft_has_them_all():
@@ -58,7 +58,7 @@ def test_all_that_is_missing_is_in_one_error_and_nothing_is_registered(monkeypat
                 "Nothing was registered",
             ):
                 assert name in str(caught.value)
-            assert not integration._originals
+            assert not integration._replaced
     finally:
         pql.register()
 
