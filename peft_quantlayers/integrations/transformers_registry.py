@@ -1,4 +1,8 @@
-"""Makes transformers use our quantizers, and undoes that."""
+"""Makes transformers use our quantizers, and undoes that.
+
+Its own for "hqq" loads no model, and the one for "aqlm" quantizes layers that a checkpoint says are dense. With
+patches/transformers/2-hqq and patches/transformers/1-aqlm-list they work, and using ours becomes a choice.
+"""
 
 from __future__ import annotations
 
