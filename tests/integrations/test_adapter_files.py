@@ -20,6 +20,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.formats.checksums import METADATA_KEY, SWITCH
@@ -304,6 +305,24 @@ def test_transformers_writes_them_too(in_peft_format, tmp_path):
     assert [damage.name for damage in pql.verify_model(tmp_path)] == [name]
     with pytest.raises(ValueError, match=name):
         quantized().load_adapter(str(tmp_path))
+
+
+def test_adapters_on_quantized_experts_are_checked_too(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 128}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    skipped = pql.HQQConfig(group_size=16, iters=1, skip_modules=["self_attn"])
+    base = pql.quantize_model(MixtralForCausalLM(config), skipped, progress=False)
+    assert not pql.quantized_modules(base)
+    lora = LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], r=2)
+    get_peft_model(copy.deepcopy(base), lora).save_pretrained(tmp_path)
+    assert pql.verify_model(tmp_path) == []
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    name, before, had = bits_flipped(tmp_path), bits(base), attributes(base)
+    with pytest.raises(ValueError, match=name):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+    assert attributes(base) == had
 
 
 # ---- the config
