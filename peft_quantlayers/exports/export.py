@@ -23,7 +23,7 @@ from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTas
 from .formats.grid_format import GridFormat
 from .formats.registry import export_formats
 from .given_model import GivenModel, opened_model
-from .refusals import refuse_misfits
+from .refusals import Model, refuse_misfits
 from .report import ExportReport
 from .requantize import float_weights, requantized_layers, requantized_model
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
@@ -94,7 +94,9 @@ def export(
     target.check_installation()
     with opened_model(model) as given:
         facts = {name: facts_of(layer) for name, layer in given.layers.items()}
-        refuse_misfits(target, list(facts.values()), given.config, approximate)
+        dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
+        asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
+        refuse_misfits(target, asked, approximate)
         tokenizer = _loaded_tokenizer(tokenizer)
         tokenizer_folder = next((each for each in given.folders if has_tokenizer(each)), None)
         if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:

@@ -72,6 +72,13 @@ def test_transposed_modules_are_refused_where_readers_turn_them_again(tmp_path):
         refused(quantized("gpt2", integer_zero=True), tmp_path / "out", format, "Conv1D")
 
 
+@pytest.mark.parametrize("format", ["humming", "compressed-tensors", "awq"])
+def test_a_dense_part_of_what_engines_fuse_is_refused(tmp_path, format):
+    model = quantized(integer_zero=True, skip_modules=["k_proj"])
+    said = refused(model, tmp_path / "out", format, r"self_attn.k_proj as one layer, and model.*k_proj is dense")
+    assert "format='mlx'" in said
+
+
 def test_one_width_for_all_layers(tmp_path):
     model = quantized(integer_zero=True, overrides={"mlp.*": {"nbits": 8}})
     said = refused(model, tmp_path / "out", "gptq", "one width and group size for all layers")
