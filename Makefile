@@ -95,6 +95,7 @@ models: $(VENV)/.installed
 
 tables: $(VENV)/.installed
 	$(RUN) benchmarks/tables.py
+	$(RUN) benchmarks/cli_page.py
 
 clean:
 	rm -rf $(VENV) build kernels/quantlayers_kernels/_native*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -493,6 +493,36 @@ def models() -> str:
     )
 
 
+def mixture_sizes() -> str:
+    """Gigabytes of mixtures of experts, as floats and quantized."""
+    measured = result("mixture_sizes")
+    rows = []
+    for name, found in measured["sizes"].items():
+        sizes = [found[key] for key in ("float", "experts_dense", "hqq4", "hqq3", "hqq2")]
+        share = found["experts"] / found["n_parameters"]
+        cells = [
+            f"{found['n_parameters'] / 1e9:.1f} B",
+            f"{100 * share:.0f} %",
+            *(f"{each / 1e9:.1f}" for each in sizes),
+        ]
+        rows.append([name, *cells])
+    head = ["model", "parameters", "in experts", "bfloat16", "4 bits, experts dense", "4 bits", "3 bits", "2 bits"]
+    return f"{table(head, rows)}\n\nIn GB, embeddings and head in bfloat16, group 64: `{measured['command']}`."
+
+
+def experts() -> str:
+    """A LoRA step on the experts of a mixture, and loading it."""
+    measured = result("experts")
+    rows = []
+    for name, found in measured["variants"].items():
+        memory = [f"{found[key]:,.0f}" for key in ("load_peak_mib", "model_mib", "step_peak_mib")]
+        rows.append([name, *memory, f"{found['load_cpu_seconds']:.1f}", f"{found['step_cpu_seconds']:.2f}"])
+    head = ["", "peak while loading, MiB", "model, MiB", "step above the model, MiB", "loading, CPU s", "step, CPU s"]
+    return f"{table(head, rows)}\n\n{measured['layers']} layers, {measured['tokens']} tokens. " + device_line(
+        measured["device"], measured["command"]
+    )
+
+
 def exports() -> str:
     """Exported models in the engines' own readers."""
     measured = result("exports")
@@ -521,6 +551,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     ROOT / "docs" / "models.md": {"models": models},
+    ROOT / "docs" / "experts.md": {"mixture_sizes": mixture_sizes, "experts": experts},
     ROOT / "docs" / "exports.md": {"exports": exports},
 }
 

@@ -16,7 +16,16 @@ from .integrations.hqq_package_folder import load_hqq_folder
 from .integrations.interrupted_save import undo_interrupted_save
 from .integrations.peft_scales import QuantScalesModel
 from .integrations.saved_folder import verify_model
-from .layers import AQLMLinear, HQQLinear, QuantizedLinear, dequantize_model, layer_type, quantized_modules
+from .layers import (
+    AQLMLinear,
+    HQQLinear,
+    QuantizedLinear,
+    QuantizedStack,
+    dequantize_model,
+    layer_type,
+    quantized_modules,
+    quantized_stacks,
+)
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
 from .merging import LayerMergeReport, MergeReport
 from .methods import (
@@ -68,6 +77,7 @@ __all__ = [
     "QuantScalesModel",
     "QuantSpec",
     "QuantizedLinear",
+    "QuantizedStack",
     "QuantizedWeight",
     "TensorLayout",
     "dequantize_model",
@@ -82,6 +92,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "quantized_modules",
+    "quantized_stacks",
     "register",
     "register_method",
     "registered_methods",

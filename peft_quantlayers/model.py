@@ -17,11 +17,10 @@ from .arguments import (
 )
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.attached_quantizers import attach_quantizers
-from .layers import quantized_modules
 from .layers.other_quantizers import refuse_other_quantizers
 from .layers.placement import check_weights_are_here
 from .layers.replace import quantize_each
-from .layers.selection import checked_modules, finished_modules
+from .layers.selection import checked_modules, finished_modules, quantized_layers
 from .lora import has_adapters
 from .methods import QuantConfig
 from .methods.quant_config import check_config
@@ -39,7 +38,7 @@ def quantize_model(
     progress: bool = True,
     on_layer: Callable[[LayerResult], None] | None = None,
 ) -> nn.Module:
-    """Quantize the linear layers of ``model`` in place, one at a time, and return it.
+    """Quantize the linear layers of ``model``, and the fused experts of a mixture, in place, one at a time; return it.
 
     Every layer is checked before the first one changes, so a refused call leaves the model as it was. A layer's float
     weight is released as soon as the layer is quantized. An interrupted call leaves the remaining layers dense: the
@@ -131,11 +130,11 @@ def _refuse_lost_targets(calibration: Calibration) -> None:
 @contextmanager
 def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
     """Mark a transformers model as quantized, with the layers that are, even if an error ends the run."""
-    n_before = len(quantized_modules(model))
+    n_before = len(quantized_layers(model))
     try:
         yield
     except BaseException:
-        if n_done := len(quantized_modules(model)) - n_before:
+        if n_done := len(quantized_layers(model)) - n_before:
             logger.warning(
                 "quantizing was interrupted: %d of %d layers are quantized, the others are still dense. The model "
                 "works, saves and loads in this state; quantize_model with the same config quantizes the rest.",
@@ -144,5 +143,5 @@ def _described(model: nn.Module, *, n_planned: int) -> Iterator[None]:
             )
         raise
     finally:
-        if len(quantized_modules(model)) > n_before:
+        if len(quantized_layers(model)) > n_before:
             attach_quantizers(model)

@@ -19,7 +19,7 @@ PACKAGE = __name__.rpartition(".")[0]
 MOVED_MODULES: dict[str, tuple[str, ...]] = {
     "adapters": ("lora", "merging", "model_merge", "scales"),
     "adapters.aware": ("lora.merge_aware",),
-    "adapters.lora": ("lora.layer",),
+    "adapters.lora": ("lora.layer", "lora.merge_strategy"),
     "adapters.merge": ("model_merge",),
     "adapters.projections": ("lora.fused_projections",),
     "adapters.report": ("merging",),

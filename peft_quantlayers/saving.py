@@ -1,5 +1,6 @@
 """Save a whole model: all of it or nothing, and only if it can be read again."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from transformers import PreTrainedModel
 
 from .integrations.interrupted_save import MODEL_FILES
 from .integrations.saved_folder import check_readable
-from .layers import quantized_modules
 from .layers.codes_parameter import is_sharded
+from .layers.selection import quantized_layers, quantized_stacks
 from .lora import has_adapters
 from .storage import staged_folder
 
@@ -56,7 +57,7 @@ def save_model(
         model.save_pretrained(written, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-        if quantized_modules(model):
+        if quantized_layers(model):
             (written / "README.md").write_text(model_card(model))
         try:
             check_readable(written, model)
@@ -101,11 +102,17 @@ def _stored_bytes(model: nn.Module) -> int:
 
 def model_card(model: PreTrainedModel) -> str:
     """The README.md of a quantized model: how to load it, and what it is quantized to."""
-    layers = quantized_modules(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight * layer.in_features * layer.out_features for layer in layers.values()) / max(
-        1, weights
-    )
+    layers, stacks = quantized_layers(model), quantized_stacks(model)
+    sizes = {
+        name: math.prod((*layer.leading, layer.out_features, layer.in_features)) for name, layer in layers.items()
+    }
+    weights = sum(sizes.values())
+    bits = sum(layer.bits_per_weight * sizes[name] for name, layer in layers.items()) / max(1, weights)
+    n_linear = len(layers) - len(stacks)
+    kinds = [f"{n_linear} linear layers"] if n_linear else []
+    if stacks:
+        n_experts = sum(stack.n_experts for stack in stacks.values())
+        kinds.append(f"{len(stacks)} stacks of experts with {n_experts} matrices")
     specs = sorted({str(layer.spec) for layer in layers.values()})
     return "\n".join(
         [
@@ -124,7 +131,7 @@ def model_card(model: PreTrainedModel) -> str:
             'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
             "```",
             "",
-            f"{len(layers)} linear layers, {weights:,} weights at {bits:.2f} bits each, metadata included:",
+            f"{', '.join(kinds)}, {weights:,} weights at {bits:.2f} bits each, metadata included:",
             "",
             *[f"- `{spec}`" for spec in specs],
             "",

@@ -10,8 +10,8 @@ from pathlib import Path
 import orders_task
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_folder import byte_tokenizer, save_tiny_llama
+from transformers import LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -34,30 +34,12 @@ def number_after(label: str, output: str) -> float:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte: made here, so that no model has to be fetched."""
-    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def tiny_folder(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer)
 
 
 def test_no_order_is_both_trained_on_and_held_out():

@@ -20,6 +20,7 @@ FLOORS = [
         "quantlayers_kernels",
         "evaluate",
         "old_names",
+        "integrations.private_experts",
         "integrations.private_peft",
         "integrations.private_transformers",
     },
@@ -36,7 +37,7 @@ FLOORS = [
     {"cli"},
     {"peft_quantlayers", "__main__"},  # the package's own __init__: the public surface
 ]
-MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training"}
+MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training", "cli"}
 KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 

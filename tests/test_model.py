@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import peft_quantlayers as pql
@@ -93,8 +93,12 @@ def test_a_single_linear_is_refused_with_the_way_out():
 
 
 def test_fused_experts_that_stay_dense_are_said(caplog):
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(2, 64, 64))
+
+    model = nn.ModuleDict({"attention": nn.Linear(64, 64), "experts": Experts()})
     with caplog.at_level(logging.WARNING, logger="peft_quantlayers"):
         pql.quantize_model(model, HQQConfig(), progress=False)
     assert "experts" in caplog.text

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.dense_stack import is_called_stack
 from .blocks import Call, Stop, device_of, input_of
+from .expert_inputs import SortedInput
 from .paused_pass import Pass, replaced_forwards
 
 # Passes that wait at a time, each with what the block has computed so far.
@@ -30,7 +32,7 @@ class LayerPasses:
         is_on_cpu = device_of(block, torch.device("cpu")).type == "cpu"
         self.n_waiting = min(len(calls), MAX_WAITING) if is_on_cpu else 0
         self.waiting: dict[int, Pass] = {}
-        self.arrived: Tensor | None = None
+        self.arrived: Any = None
 
     def __enter__(self) -> LayerPasses:
         return self
@@ -56,6 +58,14 @@ class LayerPasses:
                 if found is not None:
                     yield call.real_tokens(found)
 
+    def sorted_inputs(self, name: str) -> Generator[SortedInput]:
+        """What the stack of experts ``name`` reads in each call, without padding."""
+        with self._paused([name]):
+            for index, call in enumerate(self.calls):
+                found = self._input(index, call)
+                if found is not None:
+                    yield SortedInput.of(call, found)
+
     def outputs(self) -> Iterator[Any]:
         """All that the block returns for each call, with the layers as they are now."""
         for index, call in enumerate(self.calls):
@@ -63,7 +73,7 @@ class LayerPasses:
             yield call.run(self.block) if waiting is None else waiting.resume()
             self.waiting.pop(index, None)
 
-    def _input(self, index: int, call: Call) -> Tensor | None:
+    def _input(self, index: int, call: Call) -> Any:
         if index >= self.n_waiting:
             self.arrived = None
             with suppress(Stop):
@@ -88,7 +98,7 @@ class LayerPasses:
 
         def paused(name: str, module: nn.Module, own_forward: Callable) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                x, current = input_of(args, kwargs), Pass.current()
+                x, current = args if is_called_stack(module) else input_of(args, kwargs), Pass.current()
                 if current is None:
                     self.arrived = x
                     raise Stop

@@ -7,9 +7,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from ..formats import QuantSpec
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
+from ..layers.dense_types import dense_weight
 from ..layers.replace import linear_of, quantize_module
+from ..layers.stack import QuantizedStack
 from ..methods import QuantConfig, get_method
 from .data import Calibration
 from .finetune import finetune_block
@@ -63,14 +66,8 @@ def quantize_calibrated(
             another run or is damaged; the model is as it was.
         OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
-    unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
-    if unfit:
-        raise ValueError(
-            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). "
-            f"{get_method(specs[unfit[0]].method).calibration_requirement} Or quantize without calibration. The model "
-            "was not changed."
-        )
-    visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
+    check_can_calibrate(specs)
+    visitor = QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     try:
         walk(model, list(specs), calibration, visitor, device=device, progress=progress)
     finally:
@@ -78,7 +75,20 @@ def quantize_calibrated(
             visitor.folder.close()
 
 
-class _QuantizeVisitor(Visitor):
+def check_can_calibrate(specs: Mapping[str, QuantSpec]) -> None:
+    """Raise ValueError if there is a layer, by name, whose method makes no use of calibration data."""
+    unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
+    if unfit:
+        raise ValueError(
+            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). "
+            f"{get_method(specs[unfit[0]].method).calibration_requirement} Or quantize without calibration. The model "
+            "was not changed."
+        )
+
+
+class QuantizeVisitor(Visitor):
+    """Quantizes each layer that the walk comes to, with the statistics of its inputs."""
+
     statistics = ("second_moment",)
 
     def __init__(
@@ -105,26 +115,62 @@ class _QuantizeVisitor(Visitor):
         return self.folder is not None and self.folder.restore(self.model, block, self.config)
 
     def visit_group(self, group: InputGroup) -> None:
+        if group.experts is not None:
+            return self._quantize_stack(group)
         hessian = group.hessian(self.calibration)
         for name in group.names:
             self._quantize(name, hessian)
+        return None
+
+    def _quantize_stack(self, group: InputGroup) -> None:
+        """One expert after the other, each with the second moment that it has."""
+        (name,) = group.names
+        weight = dense_weight(self.model, name).detach()
+        start = time.perf_counter()
+        stack = cast(
+            QuantizedStack,
+            quantize_module(
+                self.model,
+                name,
+                self.specs[name],
+                compute_dtype=self.config.compute_dtype,
+                device=self.device,
+                hessian_of=lambda expert: group.hessian_of_expert(expert, self.calibration),
+            ),
+        )
+        seconds = time.perf_counter() - start
+        errors = _Errors()
+        for expert in range(stack.n_experts):
+            errors.add(
+                weight[expert],
+                stack.dequantize_expert(expert, torch.float32),
+                group.hessian_of_expert(expert, self.calibration),
+            )
+        self._tell(errors.result(name, stack.quantized_weight.bits_per_weight, seconds))
+
+    def _tell(self, result: LayerResult) -> None:
+        logger.info("%s", result)
+        if self.on_layer is not None:
+            self.on_layer(result)
 
     def _quantize(self, name: str, hessian: Tensor | None) -> None:
         weight = linear_of(self.model, name)[0].detach().clone()
         start = time.perf_counter()
-        layer = quantize_module(
-            self.model,
-            name,
-            self.specs[name],
-            compute_dtype=self.config.compute_dtype,
-            device=self.device,
-            hessian=hessian,
+        layer = cast(
+            QuantizedLinear,
+            quantize_module(
+                self.model,
+                name,
+                self.specs[name],
+                compute_dtype=self.config.compute_dtype,
+                device=self.device,
+                hessian=hessian,
+            ),
         )
         seconds = time.perf_counter() - start
-        result = _layer_result(name, weight, layer, hessian, seconds)
-        logger.info("%s", result)
-        if self.on_layer is not None:
-            self.on_layer(result)
+        errors = _Errors()
+        errors.add(weight, layer.dequantize(torch.float32), hessian)
+        self._tell(errors.result(name, layer.quantized_weight.bits_per_weight, seconds))
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
         is_finetuned = bool(self.calibration.finetune_epochs and names)
@@ -138,23 +184,42 @@ class _QuantizeVisitor(Visitor):
         return is_finetuned
 
 
-def _layer_result(
-    name: str, weight: Tensor, layer: QuantizedLinear, hessian: Tensor | None, seconds: float
-) -> LayerResult:
-    weight = weight.float()
-    difference = layer.dequantize(torch.float32).to(weight.device) - weight
+class _Errors:
+    """Sums over one weight, or over the weights of a stack, from which the errors of a :class:`LayerResult` follow."""
 
-    def ratio(moment: Tensor | None) -> float:
-        error, norm = (part if moment is None else part @ moment.to(part.device) for part in (difference, weight))
-        return float((error * difference).sum() / (norm * weight).sum().clamp(min=1e-30))
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+        self.has_outputs = False
 
-    return LayerResult(
-        name=name,
-        bits_per_weight=layer.quantized_weight.bits_per_weight,
-        weight_error=ratio(None),
-        output_error=None if hessian is None else ratio(hessian),
-        seconds=seconds,
-    )
+    def add(self, weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> None:
+        """Add one weight and its quantized values, (out_features, in_features), with its inputs' second moment."""
+        weight = weight.float()
+        difference = quantized.to(weight.device) - weight
+        moments = [None] if hessian is None else [None, hessian.to(weight.device)]
+        for at, moment in enumerate(moments):
+            for into, part in enumerate((difference, weight)):
+                self.sums[2 * at + into] += float(((part if moment is None else part @ moment) * part).sum())
+        self.has_outputs |= hessian is not None
+
+    def result(self, name: str, bits_per_weight: float, seconds: float) -> LayerResult:
+        """The errors relative to the weights' and to the outputs' energy."""
+        weight_error, output_error = (self.sums[at] / max(self.sums[at + 1], 1e-30) for at in (0, 2))
+        return LayerResult(
+            name=name,
+            bits_per_weight=bits_per_weight,
+            weight_error=weight_error,
+            output_error=output_error if self.has_outputs else None,
+            seconds=seconds,
+        )
+
+
+def calibration_options(calibration: Calibration) -> dict[str, Any]:
+    """How the data is used: all fields that determine the result, but for the data."""
+    return {
+        field.name: getattr(calibration, field.name)
+        for field in dataclasses.fields(calibration)
+        if field.name not in ("data", "tokenizer", "resume_folder")
+    }
 
 
 def _fingerprint(
@@ -162,11 +227,7 @@ def _fingerprint(
 ) -> str:
     """A digest of all that determines the result: weights, specs, data, and how the data is used."""
     digest = hashlib.sha256()
-    options = {
-        field.name: getattr(calibration, field.name)
-        for field in dataclasses.fields(calibration)
-        if field.name not in ("data", "tokenizer", "resume_folder")
-    }
+    options = calibration_options(calibration)
     described = {"specs": {name: spec.to_dict() for name, spec in specs.items()}, "options": options}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for batch in batches:

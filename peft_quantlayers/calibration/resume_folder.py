@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..formats.checksums import are_checksums_used, checksums, find_damage, to_metadata
-from ..layers import quantized_modules
-from ..layers.dense_types import dense_shape
-from ..layers.replace import linear_of, place_empty_layer
+from ..layers.dense_types import dense_key, dense_shape, dense_weight
+from ..layers.replace import place_empty_layer
+from ..layers.selection import quantized_layers
 from ..methods import QuantConfig, spec_from_dict
 from ..storage import locked_folder, replace_file
 
@@ -56,7 +57,7 @@ class ResumeFolder:
 
     def keep(self, model: nn.Module, block: str, names: Sequence[str]) -> None:
         """Store the block as it is now, with ``names``, its quantized layers."""
-        layers = quantized_modules(model)
+        layers = quantized_layers(model)
         specs = {name: layers[name].spec.to_dict() for name in names}
         tensors = {key: value.contiguous() for key, value in model.get_submodule(block).state_dict().items()}
         for name in names:  # codes as files have them, whatever the layer registers
@@ -76,7 +77,7 @@ class ResumeFolder:
             return False
         specs, tensors = self._read(file, model)
         for name, spec in specs.items():
-            device = linear_of(model, name)[0].device
+            device = dense_weight(model, name).device
             place_empty_layer(model, name, spec, compute_dtype=config.compute_dtype, device=device)
         model.get_submodule(block).load_state_dict(tensors)
         return True
@@ -142,8 +143,8 @@ def _check_tensors(
     }
     for name, spec in specs.items():
         inside = name.removeprefix(f"{block}.")
-        del expected[f"{inside}.weight"]
-        layout = spec.tensor_layout(*dense_shape(model, name))
+        del expected[dense_key(model, name).removeprefix(f"{block}.")]
+        layout = spec.layout_of(dense_shape(model, name))
         expected |= {f"{inside}.{key}": (tuple(entry.shape), entry.dtype) for key, entry in layout.items()}
     found = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
     for key in sorted(found.keys() | expected.keys()):
@@ -153,6 +154,6 @@ def _check_tensors(
             raise ValueError(f"{key} holds NaN or Inf")
     for name, spec in specs.items():
         inside = name.removeprefix(f"{block}.")
-        out_features, in_features = dense_shape(model, name)
-        own = {key: tensors[f"{inside}.{key}"] for key in spec.tensor_layout(out_features, in_features)}
-        QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=own).check(name)
+        empty = QuantizedWeight.empty(spec, dense_shape(model, name), "meta")
+        own = {key: tensors[f"{inside}.{key}"] for key in empty.tensors}
+        dataclasses.replace(empty, tensors=own).check(name)

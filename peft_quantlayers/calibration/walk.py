@@ -12,14 +12,18 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..layers.dense_stack import as_called_stacks, is_called_stack
+from ..layers.expert_types import fused_weights
 from .block_source import BlockSource, ModelBlocks
 from .blocks import Call, Stop, hidden_of, input_of, moved, run_until
 from .data import Calibration
+from .expert_inputs import ExpertInputs, collect_experts
 from .layer_passes import LayerPasses
 from .model_calls import batch_tensors, model_calls
 from .model_passes import ModelPasses
@@ -36,17 +40,26 @@ class InputGroup:
         names: of the layers, in the order in which they run.
         block: name of the block that they are in; empty outside of the blocks.
         statistics: of that input; None where the data never reached it.
+        experts: of a stack of experts, which is a group of its own, what each expert reads; None of other layers.
     """
 
     names: tuple[str, ...]
     block: str
     statistics: InputStatistics | None
+    experts: ExpertInputs | None = None
 
     def hessian(self, calibration: Calibration) -> Tensor | None:
         """The second moment, damped and shrunk as ``calibration`` says, in memory of its own; None without data."""
         if self.statistics is None:
             return None
         return self.statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
+
+    def hessian_of_expert(self, expert: int, calibration: Calibration) -> Tensor | None:
+        """:meth:`hessian` of one expert's own inputs, or of the stack's where they are shared or too few."""
+        statistics = None if self.experts is None else self.experts.statistics_of(expert)
+        if statistics is None:
+            return self.hessian(calibration)
+        return statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
 
 
 class Visitor:
@@ -118,7 +131,8 @@ def walk(
     batches = calibration.batches(model, progress=progress)
     calls = model_calls(model, batches)
     visitor.begin(batch_tensors(batches))
-    walk_blocks(ModelBlocks(model, names, calls, device=device), visitor, progress=progress)
+    with as_called_stacks(model, names):
+        walk_blocks(ModelBlocks(model, names, calls, device=device), visitor, progress=progress)
 
 
 @torch.no_grad()
@@ -174,6 +188,7 @@ class _Visits:
         unreached: layers that no data reached, or zeros only.
         reached: the others.
         scarce: layers with more inputs than tokens, to these two numbers.
+        scarce_experts: of stacks, the experts that take the stack's second moment, since they saw too few tokens.
     """
 
     visitor: Visitor
@@ -181,12 +196,16 @@ class _Visits:
     unreached: list[str] = field(default_factory=list)
     reached: list[str] = field(default_factory=list)
     scarce: dict[str, tuple[int, int]] = field(default_factory=dict)
+    scarce_experts: dict[str, list[int]] = field(default_factory=dict)
 
     def in_order(self, block: str, names: list[str], passes: LayerPasses) -> None:
         """Visit the layers ``names`` of a block in the order in which they run; those that never run come last."""
         start = len(block) + 1 if block else 0
         groups, unreached = layers_by_input(passes.block, [name[start:] for name in names], passes.calls)
         for inside in groups:
+            if is_called_stack(passes.block.get_submodule(inside[0])):
+                self._visit_stack(block, inside[0], passes)
+                continue
             # Closed whatever happens: while it is open, the layers' forwards are not their own.
             with closing(passes.inputs(inside)) as inputs:
                 statistics = collect(inputs, self.visitor.statistics)
@@ -205,7 +224,30 @@ class _Visits:
         for name in unreached:
             whole_name = f"{block}.{name}" if block else name
             self.unreached.append(whole_name)
-            self._visit(InputGroup((whole_name,), block, None))
+            module: Any = passes.block.get_submodule(name)
+            experts = ExpertInputs(len(module)) if is_called_stack(module) else None
+            self._visit(InputGroup((whole_name,), block, None, experts))
+
+    def _visit_stack(self, block: str, inside: str, passes: LayerPasses) -> None:
+        """Visit a stack of experts, which reads tokens sorted by expert."""
+        module: Any = passes.block.get_submodule(inside)
+        parent, _, parameter = inside.rpartition(".")
+        # The first weight of an experts module reads the block's tokens, any other what the expert made of them.
+        is_shared = fused_weights(passes.block.get_submodule(parent))[0].parameter == parameter
+        with closing(passes.sorted_inputs(inside)) as inputs:
+            statistics, experts = collect_experts(
+                inputs, self.visitor.statistics, n_experts=len(module), is_shared=is_shared
+            )
+        name, width = f"{block}.{inside}" if block else inside, module.in_features
+        if statistics is None:
+            self.unreached.append(name)
+        else:
+            self.reached.append(name)
+            if width > statistics.n_tokens:
+                self.scarce[name] = (width, statistics.n_tokens)
+            elif not is_shared and (scarce := experts.scarce(width)):
+                self.scarce_experts[name] = scarce
+        self._visit(InputGroup((name,), block, statistics, experts))
 
     def _visit(self, group: InputGroup) -> None:
         self.visitor.visit_group(group)
@@ -234,6 +276,15 @@ class _Visits:
                 len(self.reached),
                 widest,
                 *self.scarce[widest],
+            )
+
+        if self.scarce_experts:
+            shown = [f"{name}: {', '.join(map(str, found))}" for name, found in self.scarce_experts.items()]
+            logger.warning(
+                "%d expert(s) saw fewer tokens of the calibration data than they have inputs, and are quantized with "
+                "the second moment of all experts beside them: %s. Give more data, or a larger n_tokens.",
+                sum(map(len, self.scarce_experts.values())),
+                "; ".join(shown[:4]) + (f"; and in {len(shown) - 4} more stacks" if len(shown) > 4 else ""),
             )
 
 

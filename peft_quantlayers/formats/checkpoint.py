@@ -1,24 +1,29 @@
 """Our own format: the quantization part of ``config.json``, which says how each module is stored.
 
 ``{"quant_method": "quantlayers", "format_version": 1, "specs": [...], "modules": {name: index into specs}}``, with
-``"compute_dtype"`` where the layers compute in another dtype than the model's. Version 2 adds
-``"branches": {name: rank}``, the layers that have a low-rank branch. Version 3 adds
-``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest. Version 4 adds
-``"sentinels": true``: beside its tensors each layer may have one named ``weight``, of :data:`SENTINEL_SHAPE`, which
-means nothing here and stops programs that do not know this format. Readers accept every format version up to their
-own; writers write the oldest that says everything, so that older readers read what they can.
+``"compute_dtype"`` where the layers compute in another dtype than the model's. Later versions add:
+
+2. ``"branches": {name: rank}``, the layers that have a low-rank branch.
+3. ``"compute_dtypes": {name: dtype}``, the layers that compute in another dtype than the rest.
+4. ``"sentinels": true``: beside its tensors each layer may have one named ``weight``, of :data:`SENTINEL_SHAPE`, which
+   means nothing here and stops programs that do not know this format.
+5. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
+   the expert as first dimension.
+
+Readers accept every format version up to their own; writers write the oldest that says everything, so that older
+readers read what they can.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # The fields that each version added.
-_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes"}
+_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks"}
 _SENTINELS, _SENTINELS_VERSION = "sentinels", 4
 SENTINEL_SHAPE = (1,)
 # The name under which transformers finds our quantizer and our checkpoints.
@@ -35,7 +40,7 @@ class QuantlayersFormat(CheckpointFormat):
         return None
 
     def write(self, description: ModelDescription) -> dict[str, Any]:
-        fields = specs_to_json(description.specs, description.branches, description.compute_dtypes)
+        fields = specs_to_json(description.specs, description.branches, description.compute_dtypes, description.stacks)
         if description.has_sentinels:
             fields |= {_SENTINELS: True, "format_version": max(fields["format_version"], _SENTINELS_VERSION)}
         dtype = description.compute_dtype
@@ -56,6 +61,7 @@ class QuantlayersFormat(CheckpointFormat):
             compute_dtype=compute_dtype,
             compute_dtypes=_compute_dtypes_from_json(fields),
             branches=branches_from_json(fields),
+            stacks=tuple(fields.get("stacks", ())),
             has_sentinels=has_sentinels,
         )
 
@@ -64,22 +70,28 @@ def specs_to_json(
     specs: Mapping[str, QuantSpec],
     branches: Mapping[str, int] | None = None,
     compute_dtypes: Mapping[str, str] | None = None,
+    stacks: Collection[str] = (),
 ) -> dict[str, Any]:
     """The JSON form of module names and their specs, each distinct spec written once, with the ranks of branches and
-    the compute dtypes of single layers."""
+    the compute dtypes of single layers. ``stacks`` are the names that are fused weights of experts."""
     distinct = list(dict.fromkeys(specs.values()))
-    given = {"branches": branches, "compute_dtypes": compute_dtypes}
+    indices = {name: distinct.index(spec) for name, spec in specs.items()}
+    given = {
+        "branches": branches,
+        "compute_dtypes": compute_dtypes,
+        "stacks": {name: index for name, index in indices.items() if name in stacks},
+    }
     added = {name: dict(values) for name, values in given.items() if values}
     return added | {
         "quant_method": QUANT_METHOD,
         "format_version": max([1, *(version for version, name in _ADDED_FIELDS.items() if name in added)]),
         "specs": [spec.to_dict() for spec in distinct],
-        "modules": {name: distinct.index(spec) for name, spec in specs.items()},
+        "modules": {name: index for name, index in indices.items() if name not in stacks},
     }
 
 
 def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, QuantSpec]:
-    """Module names and specs from what :func:`specs_to_json` wrote, every value checked.
+    """Names and specs of modules and stacks, from what :func:`specs_to_json` wrote, every value checked.
 
     Args:
         fields: the parsed ``quantization_config``.
@@ -108,10 +120,14 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
     )
     if unknown:
         raise ValueError(f"quantization_config: unknown field(s) {sorted(map(str, unknown))}.")
-    raw_specs, modules = fields.get("specs"), fields.get("modules")
-    if not isinstance(raw_specs, list) or not isinstance(modules, Mapping) or not modules:
+    raw_specs, modules, stacks = fields.get("specs"), fields.get("modules"), fields.get("stacks", {})
+    if not isinstance(stacks, Mapping):
+        raise TypeError("quantization_config: 'stacks' must be a mapping of parameter names to indices.")
+    if not isinstance(raw_specs, list) or not isinstance(modules, Mapping) or not (modules or stacks):
         raise TypeError("quantization_config: 'specs' must be a list and 'modules' a non-empty mapping.")
-    if len(modules) > MAX_MODULES:
+    if twice := sorted(modules.keys() & stacks.keys()):
+        raise ValueError(f"quantization_config: {twice[:3]} are named in 'modules' and in 'stacks'.")
+    if len(modules) + len(stacks) > MAX_MODULES:
         raise ValueError(f"quantization_config: {len(modules)} modules are more than any model has.")
     specs = []
     for position, raw in enumerate(raw_specs):
@@ -119,10 +135,15 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
             specs.append(spec_from_dict(raw))
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantization_config: specs[{position}]: {error}") from None
-    for name, index in modules.items():
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
-            raise ValueError(f"quantization_config: modules[{name!r}]={index!r} is not an index into 'specs'.")
-    return {name: specs[index] for name, index in modules.items()}
+    for field, named in (("modules", modules), ("stacks", stacks)):
+        for name, index in named.items():
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
+                raise ValueError(f"quantization_config: {field}[{name!r}]={index!r} is not an index into 'specs'.")
+    return {name: specs[index] for name, index in {**modules, **stacks}.items()}
+
+
+def _quantized_names(fields: Mapping[str, Any]) -> set[str]:
+    return {*fields.get("modules", {}), *fields.get("stacks", {})}
 
 
 def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
@@ -138,7 +159,7 @@ def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:
     for name, rank in branches.items():
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"quantization_config: branches[{name!r}]={rank!r} must be an integer.")
-        if rank < 1 or name not in fields.get("modules", {}):
+        if rank < 1 or name not in _quantized_names(fields):
             raise ValueError(f"quantization_config: branches[{name!r}]={rank!r} is not a rank of a quantized module.")
     return dict(branches)
 
@@ -148,7 +169,7 @@ def _compute_dtypes_from_json(fields: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(dtypes, Mapping):
         raise TypeError("quantization_config: 'compute_dtypes' must be a mapping of module names to dtypes.")
     for name, dtype in dtypes.items():
-        if name not in fields.get("modules", {}):
+        if name not in _quantized_names(fields):
             raise ValueError(f"quantization_config: compute_dtypes[{name!r}] is for no quantized module.")
         check_choice(f"quantization_config: compute_dtypes[{name!r}]", dtype, METADATA_DTYPES)
     return dict(dtypes)

@@ -5,7 +5,7 @@ models nor transformers. The list of all formats is in :mod:`.known_formats`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -39,8 +39,8 @@ class StoredLayer(Protocol):
     """A layer whose tensors are stored in another layout than that of its spec."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
+    def shape(self) -> tuple[int, ...]:
+        """(out_features, in_features), for a stack with the number of experts before them."""
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -62,6 +62,7 @@ class ModelDescription:
         dense_linears: modules that a reader of ``nn.Linear`` by type would take for quantized, and that are dense.
         lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
         stored_layers: layers that are converted when they are read; all others are read as they are.
+        stacks: those of ``specs`` that are fused weights of experts, one tensor of several weights.
         has_sentinels: whether layers have a tensor that stops readers which do not know the format.
     """
 
@@ -72,6 +73,7 @@ class ModelDescription:
     dense_linears: tuple[str, ...] = ()
     lossy_in_model_dtype: tuple[str, ...] = ()
     stored_layers: Mapping[str, StoredLayer] = field(default_factory=dict)
+    stacks: Collection[str] = ()
     has_sentinels: bool = False
 
 

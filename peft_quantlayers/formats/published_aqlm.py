@@ -30,6 +30,8 @@ class PublishedAqlmFormat(CheckpointFormat):
             return f"it has no field for a compute dtype of {next(iter(description.compute_dtypes))} alone."
         if description.branches:
             return f"it has no low-rank branches, and {next(iter(description.branches))} has one."
+        if description.stacks:
+            return f"it has no fused experts, and {next(iter(description.stacks))} holds some."
         if description.lossy_in_model_dtype:
             layer = description.lossy_in_model_dtype[0]
             return f"the aqlm package casts scales to the model's dtype, which cannot hold those of {layer}."

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -93,25 +93,75 @@ class QuantizedWeight:
         return dataclasses.replace(self, tensors=tensors, leading=self.leading[1:])
 
     @classmethod
-    def stacked(cls, weights: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
-        """A stack of ``weights`` along a new first dimension; their tensors are copied.
+    def stacked(cls, weights: Iterable["QuantizedWeight"], n_weights: int | None = None) -> "QuantizedWeight":
+        """A stack of ``weights`` along a new first dimension; their tensors are copied, one weight at a time.
+
+        Where some are of a widened spec (wider metadata), the stack is, and the others' metadata are widened too.
+
+        Args:
+            weights: of one shape, and of one spec but for that.
+            n_weights: how many; not needed for a sequence.
 
         Raises:
             ValueError: no weights, or weights of different specs or shapes.
         """
-        if len({(weight.spec, weight.shape) for weight in weights}) != 1:
+        if isinstance(weights, Sequence):
+            n_weights = len(weights)
+        stack = first = None
+        for index, weight in enumerate(weights):
+            if first is None or stack is None:
+                first = weight
+                stack = dataclasses.replace(
+                    weight,
+                    leading=(cast(int, n_weights), *weight.leading),
+                    tensors={k: t.new_empty(cast(int, n_weights), *t.shape) for k, t in weight.tensors.items()},
+                )
+            if weight.shape != first.shape:
+                raise ValueError("only weights of one spec and one shape can be stacked.")
+            stack = stack.with_entry(index, weight, in_place=True)
+        if stack is None:
             raise ValueError("only weights of one spec and one shape can be stacked.")
-        first = weights[0]
-        tensors = {name: torch.stack([weight.tensors[name] for weight in weights]) for name in first.tensors}
-        return dataclasses.replace(first, tensors=tensors, leading=(len(weights), *first.leading))
+        return stack
+
+    def with_entry(self, index: int, weight: "QuantizedWeight", *, in_place: bool = False) -> "QuantizedWeight":
+        """This stack with ``weight`` as the entry ``index`` of its first dimension; see :meth:`stacked`.
+
+        ``in_place``: write into this stack's tensors where their dtypes stay; otherwise they are copied.
+
+        Raises:
+            ValueError: ``weight`` is of another spec, apart from wider metadata.
+        """
+        spec = self.spec
+        if weight.spec != spec:
+            if spec.widened() not in (weight.spec, weight.spec.widened()):
+                raise ValueError("only weights of one spec and one shape can be stacked.")
+            spec = spec.widened()
+        tensors = {}
+        for name, entry in spec.layout_of(self.shape).items():
+            own = self.tensors[name].to(entry.dtype, copy=not in_place)
+            own[index] = weight.tensors[name]
+            tensors[name] = own
+        return dataclasses.replace(self, spec=spec, tensors=tensors)
+
+    @classmethod
+    def empty(cls, spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> "QuantizedWeight":
+        """A weight or stack of ``shape`` (..., out_features, in_features) whose tensors hold no values yet."""
+        *leading, out_features, in_features = shape
+        tensors = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device=device)
+            for name, entry in spec.layout_of(shape).items()
+        }
+        return cls(
+            spec=spec, out_features=out_features, in_features=in_features, tensors=tensors, leading=tuple(leading)
+        )
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming the layer ``name``, unless the invariant holds and the values make sense."""
-        layout = self.spec.tensor_layout(self.out_features, self.in_features)
+        layout = self.spec.layout_of(self.shape)
         if set(layout) != set(self.tensors):
             raise ValueError(f"{name}: expected the tensors {sorted(layout)}, got {sorted(self.tensors)}.")
         for tensor_name, expected in layout.items():
-            tensor, shape = self.tensors[tensor_name], (*self.leading, *expected.shape)
+            tensor, shape = self.tensors[tensor_name], expected.shape
             if tuple(tensor.shape) != shape or tensor.dtype != expected.dtype:
                 raise ValueError(
                     f"{name}.{tensor_name}: expected {expected.dtype} of shape {shape}, got "

@@ -71,6 +71,16 @@ class QuantSpec(ABC):
             ValueError: a weight of this shape cannot be stored this way; says why and what would fit.
         """
 
+    def layout_of(self, shape: tuple[int, ...]) -> dict[str, TensorLayout]:
+        """:meth:`tensor_layout` of a stack of weights (..., out_features, in_features), its first dimensions before
+        those of each tensor."""
+        *leading, out_features, in_features = shape
+        layout = self.tensor_layout(out_features, in_features)
+        return {
+            name: dataclasses.replace(entry, shape=(*leading, *entry.shape)) if leading else entry
+            for name, entry in layout.items()
+        }
+
     def bits_per_weight(self, out_features: int, in_features: int) -> tuple[float, float]:
         """Stored bits per weight of the codes, and of all tensors together. Raises as :meth:`tensor_layout`."""
         bits = {

@@ -139,6 +139,8 @@ def check_loaded(model: nn.Module, config: Any, adapter: str, result: Any, sourc
     """
     is_strict = isinstance(config, QuantScalesConfig) or fingerprints_of(config) is not None
     layers = layers_of_record(config)
+    if getattr(config, "target_parameters", None):  # adapters of stacks lie beside the module that holds them
+        layers = [*layers, *{name.rpartition(".")[0] for name in layers if name.split(".")[-2:-1] == ["experts"]}]
     missing = [key for key in result.missing_keys if is_strict or any(f".{name}." in f".{key}" for name in layers)]
     if missing:
         raise ValueError(

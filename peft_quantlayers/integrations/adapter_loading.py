@@ -16,7 +16,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 from ..lora import MergeAwareLoraConfig
 from ..lora.merge_aware_config import base_record
 from .adapter_files import add_checksums, cached_file, check_file, check_folder, check_loaded
@@ -68,6 +68,15 @@ def load_into_transformers(
     return result
 
 
+def load_peft_weights(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's, where it loads a file without :func:`load_adapter`: only its checksums tell that it is of our layers."""
+    if isinstance(model_id, str | os.PathLike):
+        file = Path(model_id, kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            check_file(file)
+    return original(model_id, *args, **kwargs)
+
+
 def save_pretrained(original: Callable[..., None], peft_model: Any, *args: Any, **kwargs: Any) -> None:
     """``PeftModel.save_pretrained``: the header of each file gets the checksums of its tensors."""
     original(*args, **kwargs)
@@ -90,7 +99,7 @@ def config_from_pretrained(
 
 
 def _is_quantized(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedStorage) for module in model.modules())
 
 
 def _check_loaded(

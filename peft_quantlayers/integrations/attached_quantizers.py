@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 from .transformers_quantizer import QuantlayersHfQuantizer
 
 
@@ -63,7 +63,7 @@ def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _has_quantized_layers(module: nn.Module, *, outside_transformers: bool = False) -> bool:
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, QuantizedStorage):
         return True
     if outside_transformers and isinstance(module, PreTrainedModel):
         return False

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -31,7 +31,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             return
         seen.add(id(module))
         yield name, module
-        for child_name, child in [] if isinstance(module, QuantizedLinear) else module.named_children():
+        for child_name, child in [] if isinstance(module, QuantizedStorage) else module.named_children():
             yield from walk(f"{name}.{child_name}" if name else child_name, child)
 
     yield from walk("", base_model(model))

@@ -17,6 +17,7 @@ from ..formats import QuantSpec
 from ..formats.checkpoint_format import TensorHeader
 from ..formats.spec import TensorLayout
 from ..layers.dense_types import dense_shape
+from ..layers.expert_types import find_stack
 from ..methods import registered_methods
 
 _SAFETENSORS_DTYPES = {
@@ -118,6 +119,21 @@ def open_checkpoint(file: str, *, backend: str = "mmap") -> Any:
         raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
+def check_kinds(model: nn.Module, names: Mapping[str, str], stacks: Collection[str]) -> None:
+    """Raise ValueError where a checkpoint has a stack of experts and the model a linear layer, or the other way round.
+
+    ``names``: the model's name of each stored name; ``stacks``: the stored names that are stacks.
+    """
+    for stored_name, name in names.items():
+        if (stored_name in stacks) != (find_stack(model, name) is not None):
+            kinds = ("a stack of experts", "a linear layer")
+            stored, wanted = kinds if stored_name in stacks else reversed(kinds)
+            raise ValueError(
+                f"{stored_name}: config.json describes {stored}, and the model has {wanted} there. The two do not "
+                "belong together."
+            )
+
+
 def check_headers(
     files: CheckpointFiles,
     parameters: Mapping[str, str],
@@ -137,7 +153,7 @@ def check_headers(
     Raises:
         ValueError: a tensor is missing, unexpected, there twice, or of another shape or dtype.
     """
-    layouts = {name: spec.tensor_layout(*dense_shape(model, name)) for name, spec in specs.items()}
+    layouts = {name: spec.layout_of(dense_shape(model, name)) for name, spec in specs.items()}
     codes_names = {method.spec_type.codes_name for method in registered_methods().values()}
     dense = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     found: dict[str, str] = {}
@@ -165,8 +181,19 @@ def check_headers(
     if missing:
         raise ValueError(
             f"{files}: the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
-            f"{missing[:3]}. Download or save it again."
+            f"{missing[:3]}. {_other_names(files, parameters)}Download or save it again."
         )
+
+
+def _other_names(files: CheckpointFiles, parameters: Mapping[str, str]) -> str:
+    """A sentence on tensors in the files that have no place in the model; empty without any."""
+    unknown = [key for key in files.headers if key not in parameters]
+    if not unknown:
+        return ""
+    return (
+        f"It holds tensors for which the model has no place, for example {unknown[0]!r}; key_mapping does not reach "
+        "quantized layers, so rename tensors in the files. "
+    )
 
 
 def _check_layer_tensor(

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
-from ..layers import quantized_modules
-from ..layers.dense_types import dense_modules
+from ..layers.dense_types import dense_names
+from ..layers.selection import quantized_layers
 
 
 class CheckpointNames:
@@ -35,7 +35,7 @@ class CheckpointNames:
         self._is_headless = getattr(model, "base_model", model) is model
         # What a class takes from checkpoints of another one that has more modules.
         self._ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-        self._layers = {*dense_modules(model), *quantized_modules(model), *layers}
+        self._layers = {*dense_names(model), *quantized_layers(model), *layers}
         self._places = _Places(model.state_dict(), self._layers)
 
     def parameters(self, keys: Iterable[str]) -> dict[str, str]:
@@ -77,7 +77,8 @@ class CheckpointNames:
             elif not self._is_headless and not any(p.search(stored_name) for p in self._ignored):
                 raise ValueError(
                     f"the checkpoint has a quantized module {stored_name!r}, and the model has no linear layer of "
-                    "that name. The two do not belong together."
+                    "that name. The two do not belong together, or tensors were renamed (key_mapping does not reach "
+                    "quantized layers)."
                 )
         if not modules:
             raise ValueError("the checkpoint has quantized modules, and the model has none of them.")

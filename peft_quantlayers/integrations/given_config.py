@@ -13,7 +13,7 @@ from transformers import AqlmConfig, HqqConfig
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.published_aqlm import SCHEME
-from ..layers.dense_types import dense_modules, dense_shape
+from ..layers.dense_types import dense_names, dense_shape
 from ..methods import AQLMConfig, HQQConfig, QuantConfig, get_method
 from ..methods.quant_config import config_type, matches
 from .transformers_config import QuantlayersConfig
@@ -61,7 +61,7 @@ def without_untagged(config: QuantConfig, given: Any, model: nn.Module) -> Quant
     """``config`` with the layers that no tag of a ``dynamic_config`` in ``given`` means skipped: float in ``hqq``."""
     if not config.overrides or not _has_tags(given):
         return config
-    untagged = [name for name in dense_modules(model) if not any(matches(name, tag) for tag in config.overrides)]
+    untagged = [name for name in dense_names(model) if not any(matches(name, tag) for tag in config.overrides)]
     return dataclasses.replace(config, skip_modules=(*(config.skip_modules or ()), *untagged))
 
 
@@ -149,7 +149,7 @@ def compare_with_asked(asked: QuantConfig, specs: Mapping[str, QuantSpec], model
         ValueError: ``asked`` asks for something else; names the first such layer.
     """
     for name, spec in specs.items():
-        wanted = asked.fitted_spec(asked.spec_for(name), *dense_shape(model, name))
+        wanted = asked.fitted_spec(asked.spec_for(name), *dense_shape(model, name)[-2:])
         if not _is_stored_as(spec, wanted):
             raise ValueError(
                 f"the saved model is quantized already: {name} is {spec}, and quantization_config asks for {wanted}. "

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
+from ..layers.selection import quantized_layers
+from ..layers.stack import QuantizedStack
 from .parallel_loading import check_finite_shards
 from .private_transformers import is_marked_as_initialized
 
@@ -24,7 +26,7 @@ def check_loaded(model: PreTrainedModel, *, files: str, stored: Collection[str])
         files: the checkpoint in words.
         stored: the parameters for which there is a tensor in the files.
     """
-    layers = quantized_modules(model)
+    layers = quantized_layers(model)
     missing = [
         f"{name}.{tensor_name}"
         for name, layer in layers.items()
@@ -44,7 +46,7 @@ def check_loaded(model: PreTrainedModel, *, files: str, stored: Collection[str])
             raise ValueError(f"{files}: {name} holds NaN or Inf: the checkpoint is damaged.")
 
 
-def _check_layer(name: str, layer: QuantizedLinear, files: str) -> None:
+def _check_layer(name: str, layer: QuantizedLinear | QuantizedStack, files: str) -> None:
     if is_sharded(layer.codes):  # headers were checked; this process has some of the values
         return check_finite_shards(name, layer)
     if layer.codes.device.type == "meta":

@@ -13,6 +13,7 @@ for another package's checks; ``patches/README.md`` lists them.
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,17 +29,20 @@ from peft.tuners import lora
 from peft.tuners.lora import loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
+from ..layers.selection import quantized_layers
+from ..layers.stack import QuantizedStack
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
+from ..lora.stack_layer import LoraQuantizedStack
 from ..scales import QuantScalesLayer
 from . import adapter_loading
 from . import peft_scales as scales
@@ -46,6 +50,7 @@ from .adapter_files import check_scaling
 from .pattern_check import check_patterns
 from .private_peft_names import TESTED_PEFT, check_names
 from .replacements import Replacements
+from .target_parameters import has_stacks, inject_in_order
 from .unchanged_model import unchanged_after_error
 
 logger = logging.getLogger(__name__)
@@ -83,9 +88,13 @@ def register() -> None:
         peft.utils.register_quantization_backend(NAME, _backend)
     _replaced.replace(LoraModel, "_prepare_model", _prepare_model)
     _replaced.replace(LoraModel, "inject_adapter", _inject_adapter)
+    _replaced.replace(LoraModel, "_inject_parameters", _inject_parameters)
     for owner in (PeftModel, PeftMixedModel):
         _replaced.wrap(owner, "from_pretrained", adapter_loading.from_pretrained)
         _replaced.wrap(owner, "load_adapter", adapter_loading.load_adapter)
+    for module in (hotswap, save_and_load):
+        ours = functools.partial(adapter_loading.load_peft_weights, module.load_peft_weights)
+        _replaced.replace(module, "load_peft_weights", ours)
     _replaced.wrap(PeftModel, "save_pretrained", adapter_loading.save_pretrained)
     _replaced.wrap(PeftConfig, "from_pretrained", adapter_loading.config_from_pretrained)
     _replaced.wrap(PreTrainedModel, "load_adapter", adapter_loading.load_into_transformers)
@@ -130,7 +139,7 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
     On a model with quantized layers, an error leaves the model as it was.
     """
     config = self.peft_config[adapter_name]
-    is_quantized = bool(quantized_modules(model))
+    is_quantized = bool(quantized_layers(model))
     if is_quantized:
         check_scaling(config)
     # Before PiSSA and its like change the base, as they will when the adapter is loaded.
@@ -140,6 +149,16 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
         _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
     if found:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
+
+
+def _inject_parameters(
+    self: LoraModel, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """PEFT's; in a model with quantized experts ours, which finds stacks by the names of their parameters."""
+    if has_stacks(model):
+        return inject_in_order(self, peft_config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    own = _replaced.original(LoraModel, "_inject_parameters")
+    return own(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
 
 def _merge_adapter(self: LoraModel, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -166,7 +185,8 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
 
     An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
     """
-    layers = [module for module in model.model.modules() if isinstance(module, LoraQuantizedLinear)]
+    kinds = (LoraQuantizedLinear, LoraQuantizedStack)
+    layers = [module for module in model.model.modules() if isinstance(module, kinds)]
     if any(is_offloaded(layer) for layer in layers):
         layers = []
     for layer in layers:
@@ -196,6 +216,8 @@ def _estimate_gradients(model: nn.Module, lora_config: Any, train_step: Callable
 def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: Any) -> nn.Module | None:
     """The LoRA layer for ``target``; None if it is not on a quantized layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(getattr(base, kwargs.get("parameter_name") or "", None), QuantizedStack):
+        return LoraQuantizedStack(target, adapter_name, config=config, **kwargs)
     if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
         return None
     if isinstance(target, QuantScalesLayer):

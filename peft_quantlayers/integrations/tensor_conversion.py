@@ -15,6 +15,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from ..formats.checkpoint_format import StoredLayer
 from ..layers import quantized_modules
 from ..layers.dense_types import dense_shape
+from ..layers.selection import quantized_layers
 
 _PATTERN = "tensors of quantized layers"
 
@@ -108,7 +109,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
     converters = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightConverter)]
     own = {
         f"{name}.{tensor_name}"
-        for name, layer in quantized_modules(model).items()
+        for name, layer in quantized_layers(model).items()
         for tensor_name, _ in layer.named_parameters()
         if tensor_name != "bias"
     }

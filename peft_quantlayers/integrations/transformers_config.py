@@ -15,7 +15,9 @@ from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
 from ..formats.quantized_weight import is_lossy_in_half
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
+from ..layers.selection import quantized_layers, quantized_stacks
 from ..methods import QuantConfig
 from .private_transformers import kept_dtype
 
@@ -62,7 +64,7 @@ class QuantlayersConfig(QuantizationConfigMixin):
 
 def describe_model(model: nn.Module) -> ModelDescription:
     """What a checkpoint has to say about ``model``, a transformers model."""
-    layers = quantized_modules(model)
+    layers = quantized_layers(model)
     compute_dtype, compute_dtypes = _compute_dtypes(model, layers)
     return ModelDescription(
         specs={name: layer.spec for name, layer in layers.items()},
@@ -81,10 +83,11 @@ def describe_model(model: nn.Module) -> ModelDescription:
             if model.dtype == torch.float16 and is_lossy_in_half(layer.quantized_weight)
         ),
         has_sentinels=True,
+        stacks=tuple(quantized_stacks(model)),
     )
 
 
-def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> tuple[str | None, dict[str, str]]:
+def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedStorage]) -> tuple[str | None, dict[str, str]]:
     """The layers' compute dtype, None for the model's, and that of the layers that have another one than the rest.
 
     A reader that finds none takes the model's dtype, or what the model's class keeps for a layer (``kept_dtype``).

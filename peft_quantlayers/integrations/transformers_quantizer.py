@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,22 +20,22 @@ from transformers.quantizers.base import HfQuantizer
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import ModelDescription
-from ..layers import (
-    LowRankBranch,
-    dequantize_model,
-    quantizable_modules,
-    quantize_module,
-    quantized_modules,
-)
+from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules, quantize_module
 from ..layers.codes_parameter import is_sharded
-from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
+from ..layers.dense_rules import DenseRules
+from ..layers.dense_types import dense_key, dense_shape, dense_type_of, dense_weight
+from ..layers.expert_types import dense_stacks, find_stack
 from ..layers.replace import place_empty_layer
-from ..layers.selection import DenseRules
+from ..layers.replace_stack import put_stack, quantized_experts
+from ..layers.selection import quantized_layers
+from ..layers.stack import QuantizedStack
+from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict
-from .checkpoint_headers import CheckpointFiles, check_headers
+from .before_training import check_before_training
+from .checkpoint_headers import CheckpointFiles, check_headers, check_kinds
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
-from .frozen_adapters import warn_of_frozen_adapters
+from .expert_conversion import ExpertByExpert
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
@@ -59,29 +59,31 @@ class _QuantizeWeight(ConversionOps):
         names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
         rest = {}
         for name, value in zip(names, input_dict.values(), strict=True):
-            module_name = name.removesuffix(".weight")
-            if name == module_name or module_name not in self.quantizer.specs:
+            quantized_name = self.quantizer.quantized_name(name)
+            if quantized_name is None:
                 rest[name] = value
                 continue
-            self._quantize(model, module_name, value[0] if isinstance(value, list) else value)
+            self._quantize(model, quantized_name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return rest
 
-    def _quantize(self, model: nn.Module, module_name: str, weight: torch.Tensor) -> None:
-        linear = model.get_submodule(module_name)
-        if weight.shape != linear.weight.shape:  # transformers does not compare what is quantized
+    def _quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        key = dense_key(model, name)
+        parent, _, parameter = key.rpartition(".")
+        expected = model.get_parameter(key).shape
+        if weight.shape != expected:  # transformers does not compare what is quantized
             self.quantizer.failures.append(
-                f"{module_name}.weight has the shape {tuple(weight.shape)} in the files, and config.json asks for "
-                f"{tuple(linear.weight.shape)}. They do not belong together."
+                f"{key} has the shape {tuple(weight.shape)} in the files, and config.json asks for "
+                f"{tuple(expected)}. They do not belong together."
             )
             return
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        setattr(model.get_submodule(parent), parameter, nn.Parameter(weight, requires_grad=False))
         try:
             quantize_module(
                 model,
-                module_name,
-                self.quantizer.specs[module_name],
+                name,
+                self.quantizer.specs[name],
                 compute_dtype=self.quantizer.compute_dtype,
                 device=self.quantizer.device,
             )
@@ -140,18 +142,20 @@ class QuantlayersHfQuantizer(HfQuantizer):
             )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        module_name, _, tensor_name = param_name.rpartition(".")
-        if self.pre_quantized:
-            return False
-        return tensor_name == "weight" and module_name in self.specs
+        return not self.pre_quantized and self.quantized_name(param_name) is not None
+
+    def quantized_name(self, param_name: str) -> str | None:
+        """The name in ``specs`` of the weight that a parameter is: its module's, or a stack's own; else None."""
+        module_name = param_name.removesuffix(".weight")
+        return next((name for name in (param_name, module_name) if name in self.specs), None)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeWeight(self)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        module_name = param_name.rpartition(".")[0]
-        if self.param_needs_quantization(model, param_name):
-            layout = self.specs[module_name].tensor_layout(*dense_shape(model, module_name))
+        name = self.quantized_name(param_name)
+        if name is not None and not self.pre_quantized:
+            layout = self.specs[name].layout_of(dense_shape(model, name))
             return sum(_nbytes(entry.shape, entry.dtype) for entry in layout.values()) / param.numel()
         if hasattr(param, "n_weights"):  # codes, whose numel() counts weights
             return param.nelement() * param.element_size() / max(1, param.numel())
@@ -178,6 +182,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = CheckpointNames(model)
         modules = names.modules(description.specs)
+        check_kinds(model, modules, description.stacks)
         self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
         tensor_names = self._tensor_names(model, [modules[name] for name in description.branches if name in modules])
         stored = {modules[name]: layer for name, layer in description.stored_layers.items() if name in modules}
@@ -203,7 +208,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         names = {f"{name}.branch.{part}" for name in branches for part in ("A", "B")}
         for name, spec in self.specs.items():
             try:
-                names |= {f"{name}.{part}" for part in spec.tensor_layout(*dense_shape(model, name))}
+                names |= {f"{name}.{part}" for part in spec.layout_of(dense_shape(model, name))}
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return names
@@ -215,12 +220,35 @@ class QuantlayersHfQuantizer(HfQuantizer):
             dtype = dtype or kept_dtype(model, name, dense_weight(model, name).dtype)
             layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtype, device="meta")
             rank = description.branches.get(stored_name)
-            if rank is not None:
+            if rank is not None and isinstance(layer, QuantizedStack):
+                stack_shape = (layer.n_experts, layer.out_features, layer.in_features)
+                layer.add_branch(StackBranch.empty_stack(rank, stack_shape, dtype=layer.compute_dtype, device="meta"))
+            elif rank is not None and isinstance(layer, QuantizedLinear):
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
                 layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if not self.pre_quantized:
+            weight_conversions = [ExpertByExpert.around(entry, self._quantize_experts) for entry in weight_conversions]
         return [*self.quantized_tensors, *weight_conversions]
+
+    def _quantize_experts(self, model: nn.Module, name: str, n_experts: int, experts: Iterator[torch.Tensor]) -> bool:
+        """Quantize the experts of the stack ``name``, each as it is read; False if they stay dense."""
+        found = find_stack(model, name)
+        if found is None or name not in self.specs or dense_shape(model, name)[0] != n_experts:
+            return False
+        module, entry = found
+        dtype = entry.weight(module).dtype
+        if self.compute_dtype is not None:
+            wanted = getattr(torch, self.compute_dtype)
+            dtype = getattr(torch, kept_dtype(model, name, wanted) or self.compute_dtype)
+        weights = (weight.t() if entry.is_transposed else weight for weight in experts)
+        try:
+            quantized = quantized_experts(weights, n_experts, self.specs[name], layer_name=name, device=self.device)
+            put_stack(module, entry, quantized, name=name, compute_dtype=dtype)
+        except ValueError as error:
+            self.failures.append(str(error))
+        return True
 
     # ---- after loading
 
@@ -231,7 +259,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             raise ValueError("\n".join(self.failures))
         if self.pre_quantized:
             check_loaded(model, files=self.files, stored=set(self.parameters.values()))
-        for layer in quantized_modules(model).values():
+        for layer in quantized_layers(model).values():
             for parameter_name, parameter in layer.named_parameters(recurse=False):
                 if parameter_name != "bias":
                     parameter.requires_grad = False  # the loader makes floats trainable
@@ -245,7 +273,11 @@ class QuantlayersHfQuantizer(HfQuantizer):
         conversion makes, and for none that the checkpoint lacks. Weights that were tied since are not among it."""
         operation = _QuantizeWeight(self)
         rules = DenseRules(model, quantize_lm_head=self.quantization_config.quantize_lm_head)
+        stacks = {name for name, _, _ in dense_stacks(model)}
         for name in self.specs:
+            if name in stacks:
+                operation.convert({name: model.get_parameter(name)}, full_layer_name=name, model=model)
+                continue
             module = model.get_submodule(name)
             if dense_type_of(module) is not None and rules.reason(name, module) is None:
                 operation.convert({name: module.weight}, full_layer_name=f"{name}.weight", model=model)
@@ -310,7 +342,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Yes. transformers' Trainer asks before it trains."""
         model = None if self._model is None else self._model()
         if model is not None:
-            warn_of_frozen_adapters(model)
+            check_before_training(model)
         return True
 
     @property

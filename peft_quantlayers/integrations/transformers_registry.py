@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from ..formats.known_formats import known_formats
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 from .given_config import asked_config
 from .interrupted_save import get_config_dict
 from .replacements import Replacements
@@ -66,7 +66,7 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
     transformers would take the dtype of a scale, save it as the model's, and load all other weights in it.
     """
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedStorage):
             return module.compute_dtype
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():

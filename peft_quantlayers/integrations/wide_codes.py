@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats import QuantSpec
-from ..layers import quantized_modules
 from ..layers.codes_parameter import SENDABLE, as_bytes, as_codes
 from ..layers.dense_types import dense_shape
+from ..layers.selection import quantized_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class WideCodes:
     """A :class:`StoredLayer` of which only the codes are converted, to bytes."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     tensor_names: tuple[str, ...]
 
     def convert(self, tensor_name: str, stored: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def layers_with_wide_codes(specs: Mapping[str, QuantSpec], model: nn.Module) -> 
     found = {}
     for name, spec in specs.items():
         shape = dense_shape(model, name)
-        if spec.tensor_layout(*shape)[spec.codes_name].dtype not in SENDABLE:
+        if spec.layout_of(shape)[spec.codes_name].dtype not in SENDABLE:
             found[name] = WideCodes(shape=shape, tensor_names=(spec.codes_name,))
     return found
 
@@ -39,7 +39,7 @@ def layers_with_wide_codes(specs: Mapping[str, QuantSpec], model: nn.Module) -> 
 def state_with_wide_codes(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """``state``, the whole state of ``model`` or nothing, as files have it."""
     found = dict(state)
-    for name, layer in quantized_modules(model).items():
+    for name, layer in quantized_layers(model).items():
         key = f"{name}.{layer.spec.codes_name}"
         if layer.has_wide_codes and key in found:
             found[key] = as_codes(found[key], layer.codes_dtype)

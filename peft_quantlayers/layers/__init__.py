@@ -1,10 +1,11 @@
-"""Quantized linear layers, and putting them into a model. Imports formats and methods; never PEFT."""
+"""Quantized layers and stacks of experts, and putting them into a model. Imports formats and methods; never PEFT."""
 
 from .dense_types import DenseType, register_dense_type
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
 from .replace import dequantize_model, quantize_module
-from .selection import quantizable_modules, quantized_modules
+from .selection import quantizable_modules, quantized_modules, quantized_stacks
+from .stack import QuantizedStack
 
 __all__ = [
     "AQLMLinear",
@@ -12,10 +13,12 @@ __all__ = [
     "HQQLinear",
     "LowRankBranch",
     "QuantizedLinear",
+    "QuantizedStack",
     "dequantize_model",
     "layer_type",
     "quantizable_modules",
     "quantize_module",
     "quantized_modules",
+    "quantized_stacks",
     "register_dense_type",
 ]

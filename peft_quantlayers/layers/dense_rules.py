@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .dense_types import dense_type_of
+from .expert_types import FusedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,13 @@ class DenseRules:
         if n_outputs <= _HANDFUL:
             return StaysDense(reason=FEW_OUTPUTS, detail=f"{n_outputs} output(s)")
         return None
+
+    def reason_of_fused(self, module: nn.Module, entry: FusedWeight) -> StaysDense | None:
+        """Why a fused weight of experts stays dense; None if nothing of the model is against quantizing it."""
+        n_outputs = entry.shape(module)[1]
+        if id(getattr(module, entry.parameter)) in self._shared:
+            return StaysDense(reason=SHARED)
+        return StaysDense(reason=FEW_OUTPUTS, detail=f"{n_outputs} output(s)") if n_outputs <= _HANDFUL else None
 
     def is_router(self, name: str) -> bool:
         """Whether a module, or one that holds it, is called a router, or is a gate beside experts."""

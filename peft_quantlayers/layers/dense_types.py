@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .expert_types import dense_stacks, find_stack
+
 
 def _from_sizes(module_type: type[nn.Module], out_features: int, in_features: int) -> nn.Module:
     return cast(Any, module_type)(in_features, out_features, bias=False)
@@ -43,10 +45,7 @@ class DenseType:
         return getattr(sys.modules.get(module_name), class_name, None) is type(module)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(out_features, in_features) of ``module``, which is of this type.
-
-        Types that hold several weights in one tensor will give leading dimensions before these two.
-        """
+        """(out_features, in_features) of ``module``, which is of this type."""
         first, second = cast(Tensor, module.weight).shape
         return (second, first) if self.is_transposed else (first, second)
 
@@ -112,21 +111,34 @@ def dense_at(model: nn.Module, name: str) -> tuple[nn.Module, DenseType]:
     return module, entry
 
 
-def dense_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """(out_features, in_features) of the dense module ``name``; raises as :func:`dense_at`."""
-    module, entry = dense_at(model, name)
+def dense_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """(out_features, in_features) of the dense module ``name``, or (n_experts, ...) of the fused weight of that name;
+    raises as :func:`dense_at`."""
+    module, entry = find_stack(model, name) or dense_at(model, name)
     return entry.shape(module)
 
 
 def dense_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight (out_features, in_features) of the dense module ``name``; raises as :func:`dense_at`."""
-    module, entry = dense_at(model, name)
+    """The weight of the shape :func:`dense_shape`: the model's own tensor or a view; raises as :func:`dense_at`."""
+    module, entry = find_stack(model, name) or dense_at(model, name)
     return entry.weight(module)
+
+
+def dense_key(model: nn.Module, name: str) -> str:
+    """The name of the parameter that :func:`dense_weight` gives, in the state of ``model``."""
+    found = find_stack(model, name)
+    is_parameter = found is not None and isinstance(getattr(found[0], found[1].parameter), nn.Parameter)
+    return name if is_parameter else f"{name}.weight"
 
 
 def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of ``model`` of a registered type, by name."""
     return {name: module for name, module in model.named_modules() if dense_type_of(module) is not None}
+
+
+def dense_names(model: nn.Module) -> list[str]:
+    """Names of all that can be quantized: modules of a registered type, and fused weights of experts."""
+    return [*dense_modules(model), *(name for name, _, _ in dense_stacks(model))]
 
 
 LINEAR = register_dense_type(DenseType(path="torch.nn.modules.linear:Linear"))

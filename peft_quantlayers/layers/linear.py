@@ -17,7 +17,7 @@ from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
-from ..methods import QuantMethod, get_method, registered_methods
+from ..methods import get_method, registered_methods
 from ..old_names import OldName
 from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
@@ -136,9 +136,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         dense_type: DenseType = LINEAR,
     ) -> QuantizedLinear:
         """A layer of ``spec``'s layout with uninitialised tensors, to load a checkpoint into."""
-        layout = spec.tensor_layout(out_features, in_features)
-        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for name, entry in layout.items()}
-        quantized = QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
+        quantized = QuantizedWeight.empty(spec, (out_features, in_features), device)
         bias_tensor = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         return layer_type(spec.method)(
             quantized, bias_tensor, compute_dtype=compute_dtype, layer_name=layer_name, dense_type=dense_type
@@ -152,11 +150,6 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
     def is_conv1d(self) -> bool:
         """Whether the architecture's module keeps its weight transposed, as transformers' ``Conv1D`` does."""
         return self.dense_type.is_transposed
-
-    @property
-    def method(self) -> QuantMethod:
-        """The quantization method of this layer."""
-        return get_method(self.spec.method)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in ``dtype`` (default: ``compute_dtype``)."""
@@ -259,23 +252,6 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
 
         y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
         return (y if self.branch is None else y + self.branch(x)).to(output_dtype)
-
-    def _checked_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes of the product and of its result."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise ValueError(
-                f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
-                f"shape {tuple(x.shape)}."
-            )
-        codes = self._parameters[self.spec.codes_name]
-        if codes is not None and codes.is_meta and not x.is_meta:
-            raise RuntimeError(
-                f"{self.layer_name}: its weight is on the meta device, without numbers. Load the weights first."
-            )
-        dtype, output_dtype = self.compute_dtype, x.dtype
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
-        return dtype, output_dtype
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]

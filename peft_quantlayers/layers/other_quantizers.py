@@ -9,7 +9,7 @@ from torch import nn
 
 from ..formats.checkpoint import QUANT_METHOD
 from .codes_parameter import is_sharded
-from .linear import QuantizedLinear
+from .quantized_storage import QuantizedStorage
 
 
 def refuse_other_quantizers(model: nn.Module) -> None:
@@ -38,7 +38,7 @@ def _named_quantizer(model: nn.Module) -> str | None:
 
 def _foreign_parameter(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedStorage):
             continue
         for tensor_name, parameter in module.named_parameters(recurse=False):
             is_number = parameter.is_floating_point() or parameter.is_complex()

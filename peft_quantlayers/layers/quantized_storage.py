@@ -1,11 +1,12 @@
 """The tensors of a quantized weight as Parameters of a module: registered, moved, copied and loaded as torch does it.
 
 Here is what torch must not do to them: change their dtypes, or count packed bytes as weights. What the weight means,
-and how it computes, is in ``linear.py``.
+and how it computes, is in ``linear.py`` for one weight and in ``stack.py`` for a stack of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..formats.checkpoint import SENTINEL_SHAPE
+from ..methods import QuantMethod, get_method
 from .codes_parameter import SENDABLE, CodesParameter, as_bytes, as_codes
 
 
@@ -29,9 +31,11 @@ class QuantizedStorage(nn.Module):
         compute_dtype: dtype of the dense weight.
         layer_name: the module's name in its model, for messages.
         n_writes: how often the weight was written.
+        leading: dimensions of a stack of weights; () for a single one.
     """
 
     spec: QuantSpec
+    leading: tuple[int, ...] = ()
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
@@ -48,6 +52,11 @@ class QuantizedStorage(nn.Module):
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
         self._wrap_codes()
         self._is_built = True
+
+    @property
+    def method(self) -> QuantMethod:
+        """The quantization method of this layer."""
+        return get_method(self.spec.method)
 
     @property
     def codes(self) -> Tensor:
@@ -71,10 +80,10 @@ class QuantizedStorage(nn.Module):
 
     @quantized_weight.setter
     def quantized_weight(self, quantized: QuantizedWeight) -> None:
-        if quantized.shape != (self.out_features, self.in_features):
+        shape = (*self.leading, self.out_features, self.in_features)
+        if quantized.shape != shape:
             raise ValueError(
-                f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape "
-                f"{(self.out_features, self.in_features)}."
+                f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape {shape}."
             )
         self.n_writes += 1
         self.spec = quantized.spec
@@ -125,8 +134,29 @@ class QuantizedStorage(nn.Module):
 
     def _weight_of(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
         return QuantizedWeight(
-            spec=self.spec, out_features=self.out_features, in_features=self.in_features, tensors=tensors
+            spec=self.spec,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            tensors=tensors,
+            leading=self.leading,
         )
+
+    def _checked_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of the product with ``x`` and of its result."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(
+                f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
+                f"shape {tuple(x.shape)}."
+            )
+        codes = self._parameters[self.spec.codes_name]
+        if codes is not None and codes.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"{self.layer_name}: its weight is on the meta device, without numbers. Load the weights first."
+            )
+        dtype, output_dtype = self.compute_dtype, x.dtype
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            dtype = output_dtype = torch.get_autocast_dtype(x.device.type)
+        return dtype, output_dtype
 
     def _wrap_codes(self) -> None:
         codes = self.codes
@@ -136,7 +166,7 @@ class QuantizedStorage(nn.Module):
         if not isinstance(codes, CodesParameter):  # a DTensor of FSDP2 or tensor parallelism keeps its own class
             return
         metadata = sum(self._parameter(name).nelement() for name in self._tensor_names if name != self.spec.codes_name)
-        codes.n_weights = self.in_features * self.out_features - metadata
+        codes.n_weights = math.prod(self.leading) * self.in_features * self.out_features - metadata
         codes.layer_name = self.layer_name
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
-"""Replace dense modules of a model by quantized layers, and the other way round."""
+"""Replace dense modules of a model by quantized layers, and the other way round; for fused weights of experts too."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -8,12 +9,17 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_dtype, check_model
 from ..formats import QuantSpec
+from ..integrations.private_experts import use_usual_experts
 from ..integrations.private_transformers import kept_dtype, remove_quantization_config
 from ..methods import QuantConfig
 from .dense_types import dense_at
+from .expert_types import find_stack, fused_weights, stack_at
 from .linear import QuantizedLinear
 from .placement import check_weights_are_here
-from .selection import quantized_modules
+from .quantized_storage import QuantizedStorage
+from .replace_stack import place_empty_stack, put_dense, quantize_stack
+from .selection import quantized_modules, quantized_stacks
+from .stack import QuantizedStack
 
 
 def quantize_each(
@@ -37,11 +43,20 @@ def quantize_module(
     compute_dtype: str | None = None,
     device: torch.device | str | None = None,
     hessian: torch.Tensor | None = None,
-) -> QuantizedLinear:
-    """Replace the module ``name`` of ``model`` by its quantized form, and return that.
+    hessian_of: Callable[[int], torch.Tensor | None] | None = None,
+) -> QuantizedStorage:
+    """Replace the module ``name`` of ``model``, or the fused weight of that name, by its quantized form; return that.
 
-    ``hessian`` is the second moment of its inputs, as in :meth:`QuantMethod.quantize`.
+    ``hessian`` is the second moment of its inputs, as in :meth:`QuantMethod.quantize`; ``hessian_of`` gives that of
+    each expert of a fused weight.
     """
+    if find_stack(model, name) is not None:
+        wanted = None if compute_dtype is None else getattr(torch, compute_dtype)
+        dtype = kept_dtype(model, name, wanted) if wanted is not None else None
+        dtype = wanted if dtype is None else getattr(torch, dtype)
+        return quantize_stack(
+            model, name, spec, compute_dtype=dtype, device=device, hessian_of=hessian_of or (lambda _: hessian)
+        )
     module, entry = dense_at(model, name)
     weight, bias = linear_of(model, name)
     home = weight.device
@@ -60,11 +75,14 @@ def quantize_module(
 
 def place_empty_layer(
     model: nn.Module, name: str, spec: QuantSpec, *, compute_dtype: str | None, device: torch.device | str
-) -> QuantizedLinear:
-    """Replace the dense module ``name`` by a quantized layer with uninitialised tensors, and return that.
+) -> QuantizedLinear | QuantizedStack:
+    """Replace the dense module or fused weight ``name`` by a quantized one with uninitialised tensors; return that.
 
     A checkpoint is loaded into it. The bias, uninitialised too, keeps its dtype.
     """
+    if find_stack(model, name) is not None:
+        dtype = getattr(torch, compute_dtype) if compute_dtype else None
+        return place_empty_stack(model, name, spec, compute_dtype=dtype, device=device)
     module, entry = dense_at(model, name)
     weight, bias = linear_of(model, name)
     out_features, in_features = weight.shape
@@ -101,6 +119,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, layer in quantized_modules(model).items():
         weight = layer.dense_weight(dtype).detach()
         model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
+    for name, stack in quantized_stacks(model).items():
+        experts, entry = stack_at(model, name)
+        put_dense(experts, entry.parameter, nn.Parameter(stack.dense_weight(dtype), requires_grad=False))
+    for experts in model.modules():  # only now: the experts of all layers share one config
+        if fused_weights(experts):
+            use_usual_experts(experts)
     remove_quantization_config(model)
     return model
 

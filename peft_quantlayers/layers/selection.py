@@ -1,6 +1,7 @@
 """Which modules of a model a config selects, checked before anything is changed."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,20 +13,37 @@ from ..methods import QuantConfig
 from ..methods.quant_config import matches
 from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense
 from .dense_types import dense_shape, dense_type_of, dense_weight
+from .expert_types import dense_stacks
 from .linear import QuantizedLinear
+from .quantized_storage import QuantizedStorage
+from .stack import QuantizedStack
 
 logger = logging.getLogger(__name__)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantized layers of ``model`` by name; TypeError if it is not a module."""
+    """All quantized linear layers of ``model`` by name; TypeError if it is not a module."""
     check_model("quantized_modules", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def quantized_stacks(model: nn.Module) -> dict[str, QuantizedStack]:
+    """All quantized stacks of experts of ``model`` by name; TypeError if it is not a module."""
+    check_model("quantized_stacks", model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedStack)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedStack]:
+    """:func:`quantized_modules` and :func:`quantized_stacks` in the order of the model."""
+    check_model("quantized_layers", model)
+    kinds = (QuantizedLinear, QuantizedStack)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a config selects in a model; each module of a registered type (:mod:`.dense_types`) is in one of the three.
+    """What a config selects in a model; each module of a registered type (:mod:`.dense_types`), and each fused weight
+    of experts (:mod:`.expert_types`), is in one of the three.
 
     Fields:
         specs: the modules to quantize, each with the spec that it will have.
@@ -43,7 +61,8 @@ class Selection:
 def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     """What ``config`` selects in ``model``, which is not changed.
 
-    These are all modules of a registered type except those that :class:`DenseRules` or ``skip_modules`` leave dense.
+    These are all modules of a registered type, and all fused weights of experts by the name of their parameter, except
+    those that :class:`DenseRules` or ``skip_modules`` leave dense.
     ``on_misfit`` of the config says what becomes of a module whose shape does not fit its spec. Layers that an earlier
     call quantized to the requested spec stay as they are, so that an interrupted run can continue.
 
@@ -62,15 +81,13 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     selection = Selection(specs={}, dense={}, done=tuple(finished_modules(model, config)), asked={})
     problems: list[str] = []
     done = set(selection.done)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and name not in done and not config.is_skipped(name):
-            problems.append(f"{name}: the layer is quantized already ({module.extra_repr()}).")
-        entry = dense_type_of(module)
-        if entry is None:
-            continue
-        dense = StaysDense(reason=SKIPPED) if config.is_skipped(name) else rules.reason(name, module)
+    for name, layer in quantized_layers(model).items():
+        if name not in done and not config.is_skipped(name):
+            problems.append(f"{name}: the layer is quantized already ({layer.extra_repr()}).")
+    for name, shape, reason in _candidates(model, rules):
+        dense = StaysDense(reason=SKIPPED) if config.is_skipped(name) else reason
         if dense is None:
-            asked, shape = config.spec_for(name), entry.shape(module)
+            asked = config.spec_for(name)
             try:
                 spec = config.fitted_spec(asked, *shape)
             except ValueError as error:
@@ -89,6 +106,16 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     return selection
 
 
+def _candidates(model: nn.Module, rules: DenseRules) -> Iterator[tuple[str, tuple[int, int], StaysDense | None]]:
+    """Name, (out_features, in_features) and what is against quantizing it of all that could be quantized."""
+    for name, module in model.named_modules():
+        entry = dense_type_of(module)
+        if entry is not None:
+            yield name, entry.shape(module), rules.reason(name, module)
+    for name, module, fused in dense_stacks(model):
+        yield name, fused.shape(module)[1:], rules.reason_of_fused(module, fused)
+
+
 def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
     """Name and spec of every module that ``config`` selects (:func:`select_modules`), with warnings of what may
     surprise: shapes that do not fit, metadata larger than the codes, experts that stay dense.
@@ -99,7 +126,7 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     """
     selection = select_modules(model, config)
     _check_overrides(selection, config)
-    _warn_of_dense_experts(model)
+    _warn_of_dense_experts(model, selection)
     _check_rest(selection)
     _warn_of_dense_head(model, selection, config)
     _warn_of_misfits(model, selection)
@@ -111,12 +138,12 @@ def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
     """Names of the layers that are already quantized to the spec that ``config`` has for them."""
     return [
         name
-        for name, layer in quantized_modules(model).items()
+        for name, layer in quantized_layers(model).items()
         if not config.is_skipped(name) and _has_spec_of(layer, config, name)
     ]
 
 
-def _has_spec_of(layer: QuantizedLinear, config: QuantConfig, name: str) -> bool:
+def _has_spec_of(layer: QuantizedStorage, config: QuantConfig, name: str) -> bool:
     try:
         spec = config.fitted_spec(config.spec_for(name), layer.out_features, layer.in_features)
     except ValueError:
@@ -143,6 +170,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
     names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, _, _ in dense_stacks(model)]
     for field in ("skip_modules", "overrides"):
         for pattern in getattr(config, field) or ():
             if not any(matches(name, pattern) for name in names):
@@ -202,7 +230,7 @@ def _warn_of_misfits(model: nn.Module, selection: Selection) -> None:
     """One line that names the layers whose shape does not fit the config's spec, and says what becomes of them."""
     parts: dict[str, list[str]] = {}
     for name, asked in selection.asked.items():
-        spec, (out_features, in_features) = selection.specs[name], dense_shape(model, name)
+        spec, (out_features, in_features) = selection.specs[name], dense_shape(model, name)[-2:]
         bits = spec.bits_per_weight(out_features, in_features)[1]
         fate = f"take {_difference(asked, spec)}, {bits:.1f} bits per weight"
         parts.setdefault(f"{fate}, since {asked.misfit(out_features, in_features)}", []).append(name)
@@ -233,12 +261,12 @@ def _warn_of_large_metadata(model: nn.Module, selection: Selection) -> None:
     """
     found = []
     for name, spec in selection.specs.items():
-        codes, total = spec.bits_per_weight(*dense_shape(model, name))
+        codes, total = spec.bits_per_weight(*dense_shape(model, name)[-2:])
         if total > 2 * codes + 1e-6 and name not in selection.asked:
             found.append((name, codes, total))
     if found:
         name, codes, total = max(found, key=lambda entry: entry[2] / entry[1])
-        better = selection.specs[name].smaller_metadata(*dense_shape(model, name))
+        better = selection.specs[name].smaller_metadata(*dense_shape(model, name)[-2:])
         logger.warning(
             "%d layer(s) take more bits for their metadata than for their codes, for example %s: %.1f bits per "
             "weight, of which codes are %.1f.%s",
@@ -255,12 +283,14 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")}
 
 
-def _warn_of_dense_experts(model: nn.Module) -> None:
-    fused = fused_experts(model)
+def _warn_of_dense_experts(model: nn.Module, selection: Selection) -> None:
+    """Warn of experts that nobody knows how to quantize; others stay dense for a reason that is told elsewhere."""
+    known = selection.specs.keys() | selection.dense.keys()
+    fused = {name: parameter for name, parameter in fused_experts(model).items() if name not in known}
     if fused:
         share = sum(p.numel() for p in fused.values()) / sum(p.numel() for p in model.parameters())
         logger.warning(
-            "%.0f %% of the weights lie in fused experts (%s, ...), which are no linear layers and stay dense.",
+            "%.0f %% of the weights lie in fused experts (%s, ...) of a class that is not known here, and stay dense.",
             100 * share,
             next(iter(fused)),
         )

@@ -23,7 +23,9 @@ class QuantizedSource(Protocol):
     out_features: int
     compute_dtype: torch.dtype
     layer_name: str
-    n_writes: int
+
+    @property
+    def n_writes(self) -> int: ...
 
     @property
     def codes(self) -> Tensor: ...

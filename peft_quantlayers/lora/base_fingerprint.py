@@ -23,8 +23,11 @@ from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
+from ..layers.quantized_storage import QuantizedStorage
+from ..layers.stack import QuantizedStack
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of
+from .stack_layer import LoraQuantizedStack
 
 # Numbers of each tensor that are looked at, evenly spaced.
 SAMPLE = 4096
@@ -55,10 +58,10 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        place = name.removesuffix(".base_layer")
-        if isinstance(module, LoraQuantizedLinear):
+        place = _place(name, module)
+        if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)):
             weight = module.unmerged_snapshot().weight
-        elif isinstance(module, QuantizedLinear) and place not in found:
+        elif isinstance(module, (QuantizedLinear, QuantizedStack)) and place not in found:
             weight = module.quantized_weight
         else:
             continue
@@ -66,6 +69,13 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
         if fingerprint:
             found[place] = fingerprint
     return found
+
+
+def _place(name: str, module: nn.Module) -> str:
+    """The name of the quantized layer under ``module`` in the model without adapters; a stack's is its parameter's."""
+    if isinstance(module, LoraQuantizedStack):
+        return f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+    return name.replace(".base_layer", "") if isinstance(module, QuantizedStack) else name.removesuffix(".base_layer")
 
 
 def is_recorded(config: Any) -> bool:
@@ -79,9 +89,10 @@ def recorded(config: LoraConfig, found: Mapping[str, str], model: nn.Module, ada
     ``config`` itself where it has a record already, or if none of these layers is quantized.
     """
     layers = {
-        name: found[name]
+        place: found[place]
         for name, module in model.named_modules()
-        if isinstance(module, LoraQuantizedLinear) and adapter in module.lora_A and name in found
+        if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)) and adapter in module.lora_A
+        if (place := _place(name, module)) in found
     }
     if not layers or getattr(config, "quantized_base", None) is not None:
         return config
@@ -121,8 +132,8 @@ def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module
     layers = layers_of_record(config)
     if not layers or fingerprints_of(config) is not None:  # a merge-aware adapter is refused on another base
         return
-    modules = dict(model.named_modules())
-    dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedLinear)]
+    modules: dict[str, Any] = dict(model.named_parameters()) | dict(model.named_modules())
+    dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedStorage)]
     others = [name for name, print_ in layers.items() if found.get(name, print_) != print_]
     if dense:
         said = f"here {_some(dense)} are not quantized"
@@ -141,7 +152,7 @@ def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module
     )
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _base(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

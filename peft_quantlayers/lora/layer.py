@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from quantlayers_kernels.frozen_linear import FrozenLinear, add_branches, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
-from ..arguments import check_choice, check_model
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
@@ -293,33 +292,3 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
 
     def set_host_state(self, state: dict[str, Any]) -> None:
         set_variant_caches(self, state)
-
-
-def set_merge_strategy(model: nn.Module, strategy: str) -> None:
-    """Choose what PEFT's own ``merge_adapter`` and ``merge_and_unload`` do with the quantized layers of ``model``.
-
-    Args:
-        model: a PEFT model, or a transformers model with adapters. Layers that get an adapter later start with
-            ``"auto"``: call this again after ``add_adapter``.
-        strategy: as for :func:`merge_back`; ``"auto"`` is the default.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: an unknown strategy, or no layer of ours in the model; nothing was changed.
-    """
-    check_model("set_merge_strategy", model)
-    check_choice(
-        "strategy",
-        strategy,
-        tuple(RULES),
-        remedy="Calibrated merges need data: peft_quantlayers.merge_back(model, strategy='calibrated', "
-        "calibration=..., unload=False), and merge_and_unload() after it.",
-    )
-    layers = [module for module in model.modules() if isinstance(module, LoraQuantizedLinear)]
-    if not layers:
-        raise ValueError(
-            "the model has no LoRA adapter on a quantized layer, and strategies are for those. PEFT's other tuners "
-            'merge by requantizing; merge_back(strategy="dense") gives a float model.'
-        )
-    for layer in layers:
-        layer.merge_strategy = strategy

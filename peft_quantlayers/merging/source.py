@@ -32,12 +32,14 @@ class MergeSource(ABC):
         can_be_calibrated: whether data may choose the codes of the merged weight.
         knows_unmerged_weight: whether the weight from before is known as well where a merge was called on the layer
             itself, which is then undone bit for bit.
+        measures_outputs: whether the module's own result is that of the one layer, so that both can be compared.
     """
 
     merging: MergeState
     merge_rules: ClassVar[Mapping[str, MergeRule]]
     can_be_calibrated: ClassVar[bool] = False
     knows_unmerged_weight: ClassVar[bool] = False
+    measures_outputs: ClassVar[bool] = True
     if TYPE_CHECKING:
         merged_adapters: list[str]
 

@@ -8,9 +8,10 @@ retains more of the delta. A gain on the delta makes up for the fraction that is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import BlockWork, Calibration, InputGroup, Visitor, walk
 from ..calibration.finetune import finetune_block
@@ -18,8 +19,9 @@ from ..formats import QuantizedWeight, QuantSpec
 from ..layers.quantize_weight import named_errors
 from ..merging import MergePlan, MergeResult, MergeSource
 from ..merging.coefficients import coefficient, output_error
-from ..merging.layer_report import with_outputs
+from ..merging.layer_report import LayerMergeReport, layer_report, with_outputs
 from ..merging.merge_rules import append, extended_spec, requantize
+from ..merging.stack_source import StackSource
 from ..methods import get_method
 from .targets import MergeTarget
 
@@ -54,7 +56,8 @@ def merge_calibrated(
         NotImplementedError: "append", and a format cannot be extended.
     """
     model = peft_model.get_base_model()
-    sources = {id(target.source): target.source for target in targets}
+    # A linear layer's adapter is the module that is called; a stack is called itself, inside its experts module.
+    sources = {id(called_module(target.source)): target.source for target in targets}
     layers = {name: sources[id(module)] for name, module in model.named_modules() if id(module) in sources}
     for name, layer in layers.items():
         spec = layer.quantized_base().spec
@@ -82,9 +85,29 @@ class _MergeVisitor(Visitor):
         self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
 
     def visit_group(self, group: InputGroup) -> None:
+        if group.experts is not None:
+            return self._merge_stack(group)
         hessian = group.hessian(self.calibration)
         for name in group.names:
             self._merge(name, hessian)
+        return None
+
+    def _merge_stack(self, group: InputGroup) -> None:
+        """Each expert with the second moment that it has."""
+        (name,) = group.names
+        source = cast(StackSource, self.layers[name])
+
+        def merged(expert: int, plan: MergePlan) -> tuple[MergeResult, LayerMergeReport]:
+            hessian = group.hessian_of_expert(expert, self.calibration)
+            if hessian is None:
+                result = append(plan) if self.strategy == "append" else requantize(plan)
+                return result, layer_report(plan, result)
+            spec = extended_spec(plan.weight.spec) if self.strategy == "append" else plan.weight.spec
+            weight = for_outputs(plan, spec, hessian)
+            result = MergeResult(strategy=self.strategy, weight=weight)
+            return result, with_outputs(layer_report(plan, result), plan, weight, hessian)
+
+        source.merge_experts(merged, self.names)
 
     def _merge(self, name: str, hessian: Tensor | None) -> None:
         layer = self.layers[name]
@@ -116,6 +139,11 @@ class _MergeVisitor(Visitor):
             _report_outputs(layer, plan, layer.quantized_base().quantized_weight, hessian)
         self.hessians.clear()
         return True
+
+
+def called_module(source: MergeSource) -> nn.Module:
+    """The module whose forward pass reads the inputs of the layer under the adapters."""
+    return source.current_base() if isinstance(source, StackSource) else cast(nn.Module, source)
 
 
 def _report_outputs(layer: MergeSource, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor) -> None:

@@ -60,7 +60,11 @@ def watched(layers: Iterable[tuple[MergeTarget, Snapshot, OutputRetention]]) -> 
 
         return hook
 
-    handles = [target.module.register_forward_hook(hook_of(merged, retention)) for target, merged, retention in layers]
+    handles = [
+        target.module.register_forward_hook(hook_of(merged, retention))
+        for target, merged, retention in layers
+        if target.source.measures_outputs
+    ]
     try:
         yield
     finally:

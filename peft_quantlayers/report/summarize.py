@@ -9,10 +9,13 @@ from torch import nn
 from ..arguments import check_model
 from ..formats import QuantSpec
 from ..integrations.base_modules import base_model, base_modules
-from ..layers import DenseType, QuantizedLinear, quantized_modules
+from ..layers import DenseType, QuantizedLinear
 from ..layers.dense_rules import MISFIT, ROUTER, DenseRules, StaysDense
 from ..layers.dense_types import dense_type_of
-from ..layers.selection import Selection, fused_experts, select_modules
+from ..layers.expert_types import FusedWeight, fused_weights
+from ..layers.quantized_storage import QuantizedStorage
+from ..layers.selection import Selection, fused_experts, quantized_layers, select_modules
+from ..layers.stack import QuantizedStack
 from ..lora import has_adapters
 from ..methods import QuantConfig
 from ..methods.quant_config import check_config
@@ -56,12 +59,22 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     owners: dict[int, str] = {}
     found = []
     for name, module in base_modules(model):
-        parameters = list(module.parameters(recurse=isinstance(module, QuantizedLinear)))
+        parameters = list(module.parameters(recurse=isinstance(module, QuantizedStorage)))
+        for stack in _dense_stacks(module):
+            parameter = getattr(module, stack.parameter)
+            stack_name = f"{name}.{stack.parameter}"
+            parameters = [each for each in parameters if each is not parameter]
+            if stack_name in specs:
+                found.append(_planned(stack_name, stack.shape(module), None, specs[stack_name]))
+            else:
+                found.append(_dense(stack_name, reasons.of_fused(stack_name, stack.shape(module)), [parameter], set()))
+            owners[id(parameter)] = stack_name
         own = [parameter for parameter in parameters if id(parameter) not in owners]
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, QuantizedStack)):
             found.append(_quantized(name, module, own))
         elif name in specs:
-            found.append(_planned(name, module, specs[name]))
+            shape = cast(DenseType, dense_type_of(module)).shape(module)
+            found.append(_planned(name, shape, cast(nn.Parameter | None, module.bias), specs[name]))
         elif parameters:
             shared = {owners[id(parameter)] for parameter in parameters if id(parameter) in owners}
             found.append(_dense(name, reasons.of(name, module), own, shared))
@@ -84,7 +97,7 @@ class _Reasons:
         self._rules = DenseRules(model)
         # With PEFT's parts, as the rules know them.
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._specs = Counter(layer.spec for layer in quantized_modules(model).values())
+        self._specs = Counter(layer.spec for layer in quantized_layers(model).values())
         self._experts = {id(parameter) for parameter in fused_experts(model).values()}
 
     def of(self, name: str, module: nn.Module) -> StaysDense:
@@ -92,6 +105,16 @@ class _Reasons:
         if dense_type_of(module) is None:
             return self._of_unregistered(module)
         return self._of_left_out(module) if self._selection is None else self._selection.dense[name]
+
+    def of_fused(self, name: str, shape: tuple[int, int, int]) -> StaysDense:
+        """Of a fused weight of experts; ``name``: without PEFT's parts."""
+        if self._selection is not None:
+            return self._selection.dense[name]
+        if not self._specs:
+            return StaysDense(reason=FUSED_EXPERTS)
+        spec = self._specs.most_common(1)[0][0]
+        fits = spec.fitted(*shape[1:]) is not None
+        return StaysDense(reason=FUSED_EXPERTS, detail=LEFT_OUT if fits else spec.misfit(*shape[1:]))
 
     def _of_left_out(self, module: nn.Module) -> StaysDense:
         found = self._rules.reason(self._names[id(module)], module)
@@ -117,28 +140,31 @@ class _Reasons:
         return StaysDense(reason=OTHER, detail=kind)
 
 
-def _quantized(name: str, layer: QuantizedLinear, own: list[nn.Parameter]) -> ModuleSummary:
+def _dense_stacks(module: nn.Module) -> list[FusedWeight]:
+    """The fused weights of experts that are dense parameters of ``module``."""
+    return [entry for entry in fused_weights(module) if isinstance(getattr(module, entry.parameter), nn.Parameter)]
+
+
+def _quantized(name: str, layer: QuantizedLinear | QuantizedStack, own: list[nn.Parameter]) -> ModuleSummary:
     n_bias = 0 if layer.bias is None else layer.bias.numel()
     return ModuleSummary(
         name=name,
         spec=layer.spec,
-        n_parameters=layer.in_features * layer.out_features + n_bias,
+        n_parameters=math.prod((*layer.leading, layer.out_features, layer.in_features)) + n_bias,
         nbytes=sum(parameter.nbytes for parameter in own),
         bits_per_weight=layer.bits_per_weight,
     )
 
 
-def _planned(name: str, module: nn.Module, spec: QuantSpec) -> ModuleSummary:
-    shape = cast(DenseType, dense_type_of(module)).shape(module)
-    layout = spec.tensor_layout(*shape).values()
-    bias = cast(nn.Parameter | None, module.bias)
+def _planned(name: str, shape: tuple[int, ...], bias: nn.Parameter | None, spec: QuantSpec) -> ModuleSummary:
+    layout = spec.layout_of(shape).values()
     return ModuleSummary(
         name=name,
         spec=spec,
         n_parameters=math.prod(shape) + (0 if bias is None else bias.numel()),
         nbytes=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout)
         + (0 if bias is None else bias.nbytes),
-        bits_per_weight=spec.bits_per_weight(*shape)[1],
+        bits_per_weight=spec.bits_per_weight(*shape[-2:])[1],
     )
 
 

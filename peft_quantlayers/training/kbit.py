@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear
+from ..layers.quantized_storage import QuantizedStorage
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def prepare_model_for_kbit_training(
     Raises:
         ValueError: the model has no quantized layer.
     """
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not any(isinstance(module, QuantizedStorage) for module in model.modules()):
         raise ValueError(
             "the model has no quantized layer. Quantize it first: peft_quantlayers.quantize_model(model, config), or "
             "from_pretrained(..., quantization_config=config)."
@@ -82,7 +82,7 @@ def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def _upcast(model: nn.Module, *, left_alone: set[int]) -> None:
     n_bytes = 0
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedStorage):
             continue
         parameters = [
             parameter
@@ -114,7 +114,9 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 def _in_own_dtype(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Inputs of experts in the dtype of their weights: the norm before them gives float32 now."""
-    dtype = next(module.parameters()).dtype
+    # Not of codes, nor of their scales; PEFT moves a wrapped parameter into a child while it computes.
+    owners = (each for each in module.modules() if not isinstance(each, QuantizedStorage))
+    dtype = next(parameter.dtype for owner in owners for parameter in owner.parameters(recurse=False))
 
     def cast_input(given: Any) -> Any:
         is_float = isinstance(given, Tensor) and given.is_floating_point()

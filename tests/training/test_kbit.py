@@ -50,10 +50,10 @@ MIXTURES = {
 }
 
 
-def quantized(config, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+def quantized(config, dtype: torch.dtype = torch.bfloat16, **fields) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return pql.quantize_model(model, pql.HQQConfig(nbits=4, group_size=16), progress=False)
+    return pql.quantize_model(model, pql.HQQConfig(nbits=4, group_size=16, **fields), progress=False)
 
 
 def ids() -> torch.Tensor:
@@ -65,15 +65,16 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_experts_keep_their_dtype_and_the_model_trains(name):
-    model = quantized(MIXTURES[name])
+@pytest.mark.parametrize("skipped", [None, ["experts"]])
+def test_experts_keep_their_dtype_and_the_model_trains(name, skipped):
+    model = quantized(MIXTURES[name], skip_modules=skipped)
     expected = loss_of(model)
-    n_bytes = sum(p.nbytes for n, p in model.named_parameters() if "experts" in n.split("."))
-    assert n_bytes
+    before = {n: (p.dtype, p.nbytes) for n, p in model.named_parameters() if "experts" in n.split(".")}
+    assert before
     pql.prepare_model_for_kbit_training(model)
     experts = {n: p for n, p in model.named_parameters() if "experts" in n.split(".")}
-    assert all(p.dtype == torch.bfloat16 for p in experts.values())
-    assert sum(p.nbytes for p in experts.values()) == n_bytes
+    assert {n: (p.dtype, p.nbytes) for n, p in experts.items()} == before
+    assert any(p.dtype == torch.bfloat16 for p in experts.values()) or skipped is None
     assert model.get_output_embeddings().weight.dtype == torch.float32
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2)).train()
     loss = loss_of(model)
@@ -161,3 +162,16 @@ def test_a_model_to_evaluate_with_is_not_warned_of(caplog, tmp_path):
         Trainer(loaded, training_arguments(tmp_path, steps=1, bf16=False))
     assert "trainable" not in caplog.text
     assert copy.deepcopy(loaded.get_base_model()).hf_quantizer.is_trainable
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [(None, True), ("1", True), ("2", False)])
+def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_path):
+    model = get_peft_model(quantized(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"]))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"FSDP1 joins.*Use FSDP2"):
+            Trainer(model, training_arguments(tmp_path, steps=1, bf16=False))
+    else:
+        assert model.hf_quantizer.is_trainable

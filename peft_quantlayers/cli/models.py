@@ -1,0 +1,53 @@
+"""Loading what a verb is given: models of any class, tokenizers, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+
+def model_class(name: str) -> Any:
+    """The class that the config of ``name`` names as the model's, or ``AutoModelForCausalLM``."""
+    config = AutoConfig.from_pretrained(name)
+    architectures = config.architectures or [""]
+    return getattr(transformers, architectures[0], AutoModelForCausalLM)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> PreTrainedModel:
+    """A model from a folder or the Hub, as its config describes it.
+
+    Args:
+        name: folder, or name on the Hub.
+        dtype: of its float weights; "auto" for that of the files.
+        device: where to put it, such as "cuda"; None for the CPU.
+        options: for ``from_pretrained``.
+    """
+    refuse_missing_folder("model", name)
+    placed = {} if device is None else {"device_map": device}
+    return model_class(name).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or of a model on the Hub; None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def needed_tokenizer(name: str) -> Any:
+    """As :func:`load_tokenizer`; ValueError where there is none."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, which is needed here. Name one: --tokenizer FOLDER_OR_NAME.")
+    return tokenizer
+
+
+def refuse_missing_folder(option: str, name: str) -> None:
+    """Raise FileNotFoundError where ``name`` looks like a path, and nothing is there."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"--{option} {name}: there is no such folder.")

@@ -1,0 +1,113 @@
+"""Options that several verbs have: the fields of methods, calibration, where a model is and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..calibration import Calibration
+from ..methods import QuantConfig, config_type, registered_methods
+from .data import DATA_HELP, load_data
+from .field_help import field_help
+from .parsing import VerbParser
+
+DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def add_model(parser: ArgumentParser, *, required: bool = True) -> None:
+    """``--model``, ``--tokenizer``, ``--dtype`` and ``--device``."""
+    help_text = "folder of a model, or its name on the Hub"
+    if required:
+        parser.add_argument("--model", type=str, required=True, help=help_text)
+    else:
+        parser.add_argument("--model", type=str | None, default=None, help=f"{help_text}; null: the adapter's base")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="its folder or name; null: the model's")
+    parser.add_argument("--dtype", type=DTYPES, default="auto", help="of float weights; auto: as the files have them")
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="where to compute, such as cuda; null: the CPU"
+    )
+
+
+def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it must not exist, or be empty") -> None:
+    """``--output``, ``--overwrite`` and ``--dry_run``."""
+    parser.add_argument("--output", type=str, required=True, help=help_text)
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --output")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
+    )
+
+
+def refuse_output_in_use(settings: Namespace, *, way_out: str = "") -> None:
+    """Raise an error before hours of work, if ``--output`` holds files or is none that could be written."""
+    folder = Path(settings.output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {folder} is a file. Name a folder.")
+    if folder.exists() and any(folder.iterdir()) and not settings.overwrite:
+        raise FileExistsError(
+            f"--output {folder} is not empty. Choose another folder, or replace what is in it: --overwrite{way_out}."
+        )
+
+
+def add_method(parser: VerbParser, prefix: str = "") -> None:
+    """``--method`` and the fields of all registered methods, each without a default: the method's own holds."""
+    configs = _configs()
+    parser.add_argument(f"--{prefix}method", type=Literal[tuple(configs)], default="hqq", help="how to quantize")
+    hints: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    defaults: dict[str, list[str]] = {}
+    for method, config in configs.items():
+        types, help_of = get_type_hints(config), field_help(config)
+        for field in dataclasses.fields(config):
+            hints[field.name] = types[field.name] | hints[field.name] if field.name in hints else types[field.name]
+            texts.setdefault(field.name, help_of.get(field.name, ""))
+            defaults.setdefault(field.name, []).append(f"{method} {field.default}")
+    for name, hint in hints.items():
+        own = defaults[name]
+        values = {text.partition(" ")[2] for text in own}
+        shown = values.pop() if len(values) == 1 and len(own) == len(configs) else ", ".join(own)
+        parser.add_without_default(f"{prefix}{name}", type=_from_yaml(hint), help=f"{texts[name]} [{shown}]")
+
+
+def method_config(settings: Namespace) -> QuantConfig:
+    """The config that the options of :func:`add_method` make. Raises as the config does."""
+    config: Any = _configs()[settings.method]
+    names = {field.name for other in _configs().values() for field in dataclasses.fields(other)}
+    given: dict[str, Any] = {name: value for name, value in vars(settings).items() if name in names}
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def add_calibration(parser: ArgumentParser) -> None:
+    """``--calibration.data`` and the other fields of a :class:`Calibration`."""
+    hints, texts = get_type_hints(Calibration), field_help(Calibration)
+    parser.add_argument(
+        "--calibration.data", type=str | None, default=None, help=f"{DATA_HELP}; null: without calibration"
+    )
+    for field in dataclasses.fields(Calibration):
+        if field.name not in ("data", "tokenizer"):
+            hint = str | None if field.name == "resume_folder" else hints[field.name]
+            parser.add_argument(
+                f"--calibration.{field.name}", type=hint, default=field.default, help=texts.get(field.name, "")
+            )
+
+
+def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
+    """The :class:`Calibration` that the options of :func:`add_calibration` make; None without data."""
+    fields = vars(settings.calibration)
+    if fields["data"] is None:
+        return None
+    data = load_data("calibration.data", fields["data"])
+    return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
+
+
+def _configs() -> dict[str, type[QuantConfig]]:
+    return {name: config_type(method.spec_type) for name, method in registered_methods().items()}
+
+
+def _from_yaml(hint: Any) -> Any:
+    """``hint`` with a list where the config has a tuple of any length: YAML has no tuples."""
+    if hint == tuple[str, ...] | None:
+        return list[str] | None
+    return hint

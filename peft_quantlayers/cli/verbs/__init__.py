@@ -1,0 +1,1 @@
+"""The verbs, a file each: ``POSITIONALS``, ``add_arguments(parser)`` and ``run(settings) -> Result``."""

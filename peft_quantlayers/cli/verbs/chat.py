@@ -1,0 +1,85 @@
+"""``chat MODEL``: talk with a model in the terminal, with its adapter, or with base and adapter side by side."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from peft import PeftConfig, PeftModel
+from transformers import TextStreamer
+
+from .. import options
+from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..result import Result
+
+DESCRIPTION = (
+    "Talk with a model: a line is a message, an empty line or Ctrl-D ends. --compare answers without the adapter too."
+)
+POSITIONALS = ("model",)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the verb."""
+    options.add_model(parser, required=False)
+    parser.add_argument("--adapter", type=str | None, default=None, help="adapter to put on the model")
+    parser.add_argument("--compare", action="store_true", help="answer twice: without the adapter, then with it")
+    parser.add_argument(
+        "--prompt", type=str | None, default=None, help="one message, answered once; null: a conversation"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: the most likely token")
+
+
+def run(settings: Namespace) -> Result:
+    """Answer until the input ends."""
+    if settings.model is None and settings.adapter is None:
+        raise ValueError("name a model: chat MODEL, or an adapter: chat --adapter FOLDER.")
+    if settings.compare and settings.adapter is None:
+        raise ValueError("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
+    refuse_missing_folder("adapter", settings.adapter or "")
+    name = settings.model or PeftConfig.from_pretrained(settings.adapter).base_model_name_or_path
+    tokenizer = needed_tokenizer(settings.tokenizer or name)
+    model: Any = load_model(name, dtype=settings.dtype, device=settings.device)
+    if settings.adapter is not None:
+        model = PeftModel.from_pretrained(model, settings.adapter).eval()
+    said = {False: list[dict[str, str]](), True: list[dict[str, str]]()}
+    for message in [settings.prompt] if settings.prompt is not None else _lines():
+        for is_base in [True, False] if settings.compare else [False]:
+            if settings.compare:
+                print("without the adapter:" if is_base else "with the adapter:", flush=True)
+            said[is_base].append({"role": "user", "content": message})
+            with model.disable_adapter() if is_base else nullcontext():
+                text = _answer(model, tokenizer, said[is_base], settings)
+            said[is_base].append({"role": "assistant", "content": text})
+    return Result(
+        text="", data={"messages": said[False], **({"without_adapter": said[True]} if settings.compare else {})}
+    )
+
+
+def _lines() -> Any:
+    """What is typed, until an empty line or the end."""
+    while True:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], settings: Namespace) -> str:
+    if tokenizer.chat_template is None:  # a base model goes on with the text
+        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
+    streamer = None if settings.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = model.generate(
+        **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, streamer=streamer, **sampling
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

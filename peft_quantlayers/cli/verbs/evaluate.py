@@ -1,0 +1,83 @@
+"""``evaluate MODEL --text FILE``: perplexity, divergence from a reference, and the tasks of lm-eval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ...evaluate import divergence, perplexity
+from .. import options
+from ..data import DATA_HELP, token_ids
+from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..result import Result
+
+DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."
+POSITIONALS = ("model",)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the verb."""
+    options.add_model(parser)
+    parser.add_argument("--adapter", type=str | None, default=None, help="adapter to put on the model")
+    parser.add_argument("--reference", type=str | None, default=None, help="model to compare the predictions with")
+    parser.add_argument("--text", type=str | None, default=None, help=f"held-out text: {DATA_HELP}")
+    parser.add_argument("--n_tokens", type=int, default=16_384, help="tokens of the text to use")
+    parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
+    parser.add_argument(
+        "--tasks", type=list[str] | None, default=None, help="tasks of lm-eval, which must be installed"
+    )
+    parser.add_argument("--limit", type=int | None, default=None, help="examples of each task; null: all")
+
+
+def run(settings: Namespace) -> Result:
+    """Measure what was asked for."""
+    if settings.text is None and settings.tasks is None:
+        raise ValueError("there is nothing to measure on: give --text FILE, or --tasks NAME.")
+    if settings.reference is not None and settings.text is None:
+        raise ValueError("--reference is compared on a text: give --text FILE.")
+    refuse_missing_folder("adapter", settings.adapter or "")
+    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    load = {"dtype": settings.dtype, "device": settings.device}
+    model: Any = load_model(settings.model, **load)
+    if settings.adapter is not None:
+        model = PeftModel.from_pretrained(model, settings.adapter).eval()
+    found: dict[str, Any] = {"model": settings.model, "adapter": settings.adapter}
+    if settings.text is not None:
+        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        found["perplexity"] = perplexity(model, ids, window=settings.window)
+        found["n_tokens"] = len(ids)
+        if settings.reference is not None:
+            reference = load_model(settings.reference, **load)
+            compared = divergence(model, reference, ids, window=settings.window)
+            found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
+    if settings.tasks is not None:
+        found["tasks"] = task_scores(model, tokenizer, settings.tasks, settings.limit)
+    return Result(text=_text(found), data=found)
+
+
+def task_scores(model: PreTrainedModel, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
+    """The scores of lm-eval's ``tasks``, by task."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise ImportError("--tasks needs lm-eval: pip install lm-eval.") from None
+    return simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)["results"]
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [found["model"] + ("" if found["adapter"] is None else f" with {found['adapter']}")]
+    if "perplexity" in found:
+        lines.append(f"  perplexity {found['perplexity']:.3f} on {found['n_tokens']:,} tokens")
+    if "kl" in found:
+        lines.append(
+            f"  beside {found['reference']}: KL {found['kl']:.4f} nats a token, the same most likely token "
+            f"{100 * found['top1_agreement']:.1f} % of the time"
+        )
+    for task, scores in found.get("tasks", {}).items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+        lines.append(f"  {task}: {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""``merge ADAPTER OUTPUT``: merge an adapter into its quantized base and save one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from peft import PeftConfig, PeftModel
+
+from ...model_merge import merge_back
+from ...model_merge.merge_back import Strategy
+from ...saving import save_model
+from .. import options
+from ..data import DATA_HELP, token_ids
+from ..models import load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder
+from ..result import Result
+
+DESCRIPTION = "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model."
+POSITIONALS = ("adapter", "output")
+REPORT_FILE = "merge_report.json"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--adapter", type=str, required=True, help="folder of the adapter, or its name on the Hub")
+    options.add_model(parser, required=False)
+    options.add_output(parser)
+    parser.add_argument(
+        "--strategy", type=Strategy, default="auto", help="how the delta gets into the codes; see merge_back"
+    )
+    parser.add_argument(
+        "--evaluate_on", type=str | None, default=None, help=f"held-out text, to measure what is left: {DATA_HELP}"
+    )
+    parser.add_argument("--evaluate_tokens", type=int, default=4096, help="tokens of it to use")
+    options.add_calibration(parser)
+
+
+def run(settings: Namespace) -> Result:
+    """Merge, save, and report."""
+    refuse_missing_folder("adapter", settings.adapter)
+    name = settings.model or PeftConfig.from_pretrained(settings.adapter).base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{settings.adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
+    if settings.dry_run:
+        return Result(
+            text=f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
+        )
+    options.refuse_output_in_use(settings)
+    tokenizer = load_tokenizer(settings.tokenizer or name)
+    data = options.calibration(settings, tokenizer)
+    held_out = None
+    if settings.evaluate_on is not None:
+        tokenizer = needed_tokenizer(settings.tokenizer or name)
+        held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    base = load_model(name, dtype=settings.dtype, device=settings.device)
+    peft_model = PeftModel.from_pretrained(base, settings.adapter)
+    model: Any
+    model, report = merge_back(
+        peft_model, strategy=settings.strategy, calibration=data, tokenizer=tokenizer, evaluate_on=held_out
+    )
+    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
+    report.save(f"{settings.output}/{REPORT_FILE}")
+    return Result(
+        text=f"{report}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        data=report.to_dict(),
+        output=settings.output,
+    )

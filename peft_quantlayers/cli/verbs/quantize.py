@@ -1,0 +1,95 @@
+"""``quantize MODEL OUTPUT``: quantize a model and save it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from transformers import AutoConfig
+
+from ...methods import QuantConfig
+from ...model import quantize_model
+from ...report import ModelSummary, summary
+from ...saving import save_model
+from ...streaming import quantize_checkpoint
+from .. import options
+from ..models import load_model, load_tokenizer, model_class, refuse_missing_folder
+from ..parsing import VerbParser
+from ..result import Result
+
+DESCRIPTION = (
+    "Quantize a model and save it, with its tokenizer. With --calibration.data the outputs' error is minimised; "
+    "without it files are quantized one tensor at a time, and the same command goes on after an interruption."
+)
+POSITIONALS = ("model", "output")
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Options of the verb."""
+    options.add_model(parser)
+    options.add_output(parser)
+    options.add_method(parser)
+    options.add_calibration(parser)
+
+
+def run(settings: Namespace) -> Result:
+    """Quantize, save, and say what became of the model."""
+    config = options.method_config(settings)
+    refuse_missing_folder("model", settings.model)
+    if settings.dry_run:
+        found = planned(settings.model, config)
+        return _result(found, f"{settings.output} would hold:\n{found}")
+    if can_be_streamed(settings):
+        found = planned(settings.model, config)
+        quantize_checkpoint(settings.model, settings.output, config, device=settings.device)
+    else:
+        options.refuse_output_in_use(settings)
+        found = quantized_in_memory(settings, config)
+    return _result(found, f"{found}\nsaved in {settings.output}", output=settings.output)
+
+
+def can_be_streamed(settings: Namespace) -> bool:
+    """Whether files are quantized one tensor at a time: nothing needs the whole model, and nothing is replaced."""
+    is_plain = settings.calibration.data is None and settings.dtype == "auto" and settings.tokenizer is None
+    return is_plain and not settings.overwrite
+
+
+def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummary:
+    """Load, quantize and save; what became of the model."""
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
+    data = options.calibration(settings, tokenizer)
+    load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
+    if data is None:
+        load["quantization_config"] = config
+    model: Any = load_model(settings.model, **load)
+    if data is not None:
+        quantize_model(model, config, calibration=data)
+    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
+    return summary(model)
+
+
+def planned(name: str, config: QuantConfig) -> ModelSummary:
+    """What ``config`` would make of the model ``name``, from its config alone."""
+    described = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        found = model_class(name)
+        model = getattr(found, "from_config", found)(described)
+    return summary(model.to(described.dtype or torch.float32), config)
+
+
+def _result(found: ModelSummary, text: str, *, output: str | None = None) -> Result:
+    return Result(
+        text=text,
+        output=output,
+        data={
+            "n_parameters": found.n_parameters,
+            "nbytes": found.nbytes,
+            "fraction_quantized": found.fraction_quantized,
+            "quantized": [
+                {"spec": group.label, "layers": len(group.names), "bits_per_weight": group.bits_per_weight}
+                for group in found.by_spec
+            ],
+            "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
+        },
+    )

@@ -1,0 +1,239 @@
+"""``train MODEL OUTPUT --data FILE``: train an adapter with TRL's trainers, and merge it if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from ...layers.selection import quantized_layers
+from ...lora import enable_merge_aware
+from ...model_merge import merge_back
+from ...model_merge.merge_back import Strategy
+from ...saving import save_model
+from ...scales import QuantScalesConfig
+from ...training import prepare_model_for_kbit_training
+from .. import options
+from ..data import DATA_HELP, load_data
+from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..parsing import VerbParser
+from ..result import Result
+
+DESCRIPTION = (
+    "Train an adapter on a quantized model; a float model is quantized while it is loaded. Data: rows with `text`, "
+    "`messages`, `prompt` and `completion`, or `instruction`, `input` and `output`; for dpo `prompt`, `chosen` and "
+    "`rejected`."
+)
+POSITIONALS = ("model", "output")
+IGNORED_LABEL = -100
+# Fields that PEFT fills itself.
+OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
+# Fields of the trainers' arguments that other options give.
+OF_OURS = {"output_dir", "model_init_kwargs", "ref_model_init_kwargs"}
+
+
+def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
+    """Options of the verb; ``--trainer``, on the line or in the file, decides which class ``--training`` fills."""
+    arguments_type, _ = _trl(_chosen_trainer(arguments))
+    options.add_model(parser)
+    options.add_output(parser, help_text="folder of the adapter; the Trainer's checkpoints are in it while it trains")
+    parser.add_argument(
+        "--trainer", type=Literal["sft", "dpo"], default="sft", help="supervised finetuning, or preferences"
+    )
+    parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
+    parser.add_argument(
+        "--eval_data", type=str | None, default=None, help=f"to evaluate on while training: {DATA_HELP}"
+    )
+    parser.add_argument("--adapter_type", type=Literal["lora", "scales"], default="lora", help="what is trained")
+    parser.add_argument("--merge_aware", type=bool, default=False, help="LoRA through the rounding of its merge")
+    parser.add_argument(
+        "--show_batch", action="store_true", help="print what is read and what is learned; train nothing"
+    )
+    parser.add_argument("--merge", type=Strategy | None, default=None, help="merge at the end by this strategy")
+    parser.add_argument(
+        "--merged_output", type=str | None, default=None, help="folder of the merged model; null: OUTPUT/merged"
+    )
+    options.add_method(parser, "quantization.")
+    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
+    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
+    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
+    parser.add_argument(
+        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
+    )
+    parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
+    parser.set_defaults({"training.report_to": "none"})
+
+
+def run(settings: Namespace) -> Result:
+    """Train, save the adapter, and merge it if asked."""
+    refuse_missing_folder("model", settings.model)
+    resume = settings.training.resume_from_checkpoint
+    if not (resume or settings.show_batch):
+        ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
+        options.refuse_output_in_use(settings, way_out=ways)
+    set_seed(settings.training.seed)
+    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    rows = load_rows("data", settings.data)
+    eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data)
+    if settings.dry_run:
+        return Result(text=f"would train {settings.model} on {len(rows)} rows into {settings.output}")
+    model = adapted(settings)
+    arguments_type, trainer_type = _trl(settings.trainer)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = arguments_type(
+            **vars(settings.training), output_dir=scratch if settings.show_batch else settings.output
+        )
+        trainer = trainer_type(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
+        )
+        if settings.show_batch:
+            return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
+    done = trainer.train(resume_from_checkpoint=_checkpoint(resume))
+    model.save_pretrained(settings.output)
+    tokenizer.save_pretrained(settings.output)
+    found: dict[str, Any] = {"metrics": done.metrics, "log": trainer.state.log_history}
+    lines = [f"trained {done.global_step} steps, loss {done.training_loss:.4f}; the adapter is in {settings.output}"]
+    if settings.merge is not None:
+        merged: Any
+        merged, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
+        folder = settings.merged_output or str(Path(settings.output) / "merged")
+        save_model(merged, folder, tokenizer=tokenizer, overwrite=settings.overwrite)
+        found["merge"] = report.to_dict()
+        lines += [str(report), f"merged model in {folder}"]
+    return Result(text="\n".join(lines), data=found, output=settings.output)
+
+
+def load_rows(option: str, name: str) -> Any:
+    """A dataset in the forms that TRL takes.
+
+    Raises:
+        ValueError: no rows, or columns that no form has.
+    """
+    rows = load_data(option, name)
+    if isinstance(rows, Path):
+        from datasets import Dataset
+
+        rows = Dataset.from_dict({"text": [part for part in rows.read_text().split("\n\n") if part.strip()]})
+    if hasattr(rows, "keys"):
+        rows = rows["train"]
+    if not len(rows):
+        raise ValueError(f"--{option} {name} holds no rows.")
+    columns = set(rows.column_names)
+    if {"instruction", "output"} <= columns:
+        return rows.map(_from_alpaca, remove_columns=rows.column_names)
+    if "conversations" in columns and "messages" not in columns:
+        return rows.map(_from_sharegpt, remove_columns=rows.column_names)
+    if not columns & {"text", "messages", "prompt", "chosen", "input_ids"}:
+        raise ValueError(
+            f"--{option} {name} has the columns {sorted(columns)}. Give rows with text, with messages, with prompt "
+            "and completion, with instruction and output, or, for --trainer dpo, with prompt, chosen and rejected."
+        )
+    return rows
+
+
+def adapted(settings: Namespace) -> Any:
+    """The quantized model with a new adapter, prepared for training."""
+    model: Any = load_quantized(settings)
+    checkpointing = bool(settings.training.gradient_checkpointing)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    if settings.adapter_type == "scales":
+        fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
+        return get_peft_model(model, QuantScalesConfig(task_type="CAUSAL_LM", **fields))
+    names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
+    fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
+    defaults = LoraConfig()
+    fields = {name: value for name, value in fields.items() if value != _plain(getattr(defaults, name, None))}
+    peft_model = get_peft_model(model, LoraConfig(**fields))
+    if settings.merge_aware:
+        enable_merge_aware(peft_model)
+    return peft_model
+
+
+def load_quantized(settings: Namespace) -> PreTrainedModel:
+    """The model, which is quantized while it is loaded unless it is already."""
+    from transformers import AutoConfig
+
+    load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
+    saved = getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None)
+    if saved is None:
+        load["quantization_config"] = options.method_config(settings.quantization)
+    model = load_model(settings.model, **load)
+    if not quantized_layers(model):
+        raise ValueError(f"{settings.model} holds no layer that this package has quantized.")
+    return model
+
+
+def shown_batch(batch: dict[str, Tensor], tokenizer: Any) -> str:
+    """The texts of a batch, with what is learned between brackets."""
+    lines = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        pieces, learns = [], False
+        for token, label in zip(ids, labels, strict=True):
+            if (label != IGNORED_LABEL) != learns:
+                learns = not learns
+                pieces.append("[" if learns else "]")
+            pieces.append(tokenizer.decode([token]))
+        n_learned = sum(label != IGNORED_LABEL for label in labels)
+        lines.append(f"{len(ids)} tokens, {n_learned} learned: {''.join(pieces)}{']' if learns else ''}")
+    return "\n".join(lines)
+
+
+def _chosen_trainer(arguments: Sequence[str]) -> str:
+    """``--trainer`` on the line, or the ``trainer:`` of the YAML file; "sft" if neither is there."""
+    import yaml
+
+    for position, argument in enumerate(arguments):
+        if argument == "--trainer" and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith("--trainer="):
+            return argument.partition("=")[2]
+    for file in (argument for argument in arguments if argument.endswith((".yaml", ".yml"))):
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            continue  # the parser says what is wrong with it
+        if isinstance(content, dict) and "trainer" in content:
+            return str(content["trainer"])
+    return "sft"
+
+
+def _trl(trainer: str) -> tuple[type, type]:
+    """The arguments' class and the trainer of TRL."""
+    try:
+        import trl
+    except ImportError:
+        raise ImportError("train needs TRL: pip install 'peft_quantlayers[train]'.") from None
+    if trainer == "dpo":
+        return trl.DPOConfig, trl.DPOTrainer
+    return trl.SFTConfig, trl.SFTTrainer
+
+
+def _checkpoint(given: str | None) -> str | bool | None:
+    """``--training.resume_from_checkpoint`` as the Trainer takes it: "true" is the last one."""
+    return {"true": True, "false": None}.get(str(given).lower(), given)
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's groups as the mappings that they stand for."""
+    if isinstance(value, Namespace):
+        return {name: _plain(each) for name, each in vars(value).items()}
+    return vars(value) if dataclasses.is_dataclass(value) else value
+
+
+def _from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    return {"prompt": f"{question}\n\n", "completion": row["output"]}
+
+
+def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    from ...calibration.texts import ROLES
+
+    said = [(turn["from"].lower(), turn["value"]) for turn in row["conversations"]]
+    return {"messages": [{"role": ROLES.get(role, role), "content": text} for role, text in said]}

@@ -1,0 +1,93 @@
+"""Replace fused parameters of experts by quantized stacks, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight, QuantSpec
+from ..integrations.private_experts import use_quantized_experts
+from .expert_types import FusedWeight, stack_at
+from .quantize_weight import quantize_weight
+from .stack import QuantizedStack, parameter_order
+
+
+def quantize_stack(
+    model: nn.Module,
+    name: str,
+    spec: QuantSpec,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    hessian_of: Callable[[int], Tensor | None] = lambda expert: None,
+) -> QuantizedStack:
+    """Replace the fused parameter ``name`` by its quantized form, one expert at a time, and return that.
+
+    ``hessian_of`` gives the second moment of an expert's inputs, as in :meth:`QuantMethod.quantize`.
+    """
+    module, entry = stack_at(model, name)
+    dense = entry.weight(module).detach()
+    weights = (dense[expert] for expert in range(len(dense)))
+    quantized = quantized_experts(weights, len(dense), spec, layer_name=name, device=device, hessian_of=hessian_of)
+    return put_stack(module, entry, quantized.to(dense.device), name=name, compute_dtype=compute_dtype or dense.dtype)
+
+
+def quantized_experts(
+    weights: Iterable[Tensor],
+    n_experts: int,
+    spec: QuantSpec,
+    *,
+    layer_name: str,
+    device: torch.device | str | None = None,
+    hessian_of: Callable[[int], Tensor | None] = lambda expert: None,
+) -> QuantizedWeight:
+    """A stack of the ``n_experts`` weights (out_features, in_features), each quantized before the next is taken."""
+
+    def quantized() -> Iterator[QuantizedWeight]:
+        for expert, weight in enumerate(weights):
+            weight = weight if device is None else weight.to(device)
+            try:
+                yield quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian_of(expert))
+            except ValueError as error:
+                raise ValueError(f"{error} (Expert {expert}.)") from None
+
+    return QuantizedWeight.stacked(quantized(), n_experts)
+
+
+def put_stack(
+    module: nn.Module, entry: FusedWeight, quantized: QuantizedWeight, *, name: str, compute_dtype: torch.dtype
+) -> QuantizedStack:
+    """Put a stack of ``quantized`` in place of the fused parameter of ``module``, or of a stack that is there."""
+    stack = QuantizedStack(
+        quantized,
+        compute_dtype=compute_dtype,
+        layer_name=name,
+        is_transposed=entry.is_transposed,
+        parameter_order=parameter_order(module),
+    )
+    delattr(module, entry.parameter)
+    module.add_module(entry.parameter, stack.train(module.training))
+    use_quantized_experts(module)
+    return stack
+
+
+def place_empty_stack(
+    model: nn.Module, name: str, spec: QuantSpec, *, compute_dtype: torch.dtype | None, device: torch.device | str
+) -> QuantizedStack:
+    """Replace the fused parameter ``name`` by a stack with uninitialised tensors, to load a checkpoint into."""
+    module, entry = stack_at(model, name)
+    dtype = compute_dtype or entry.weight(module).dtype
+    quantized = QuantizedWeight.empty(spec, entry.shape(module), device)
+    return put_stack(module, entry, quantized, name=name, compute_dtype=dtype)
+
+
+def put_dense(module: nn.Module, parameter_name: str, parameter: nn.Parameter) -> None:
+    """Put ``parameter``, shaped as the fused parameter was, in place of the stack of that name."""
+    order = parameter_order(module)
+    delattr(module, parameter_name)
+    module.register_parameter(parameter_name, parameter)
+    for name in order:  # PEFT nests the adapters of one module in this order
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)

@@ -1,0 +1,220 @@
+"""Adapters on a stack of experts: merged expert by expert, so that one dense weight is in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight
+from ..layers.quantize_weight import named_errors
+from ..layers.replace_stack import put_dense
+from ..layers.stack import QuantizedStack
+from ..layers.stack_branch import StackBranch
+from .layer_report import LayerMergeReport, layer_report
+from .merge_rules import RULES
+from .plan import MergePlan, MergeResult, MergeRule
+from .source import MergeSource
+from .state import MergeState, Snapshot
+
+# The result for one expert, and the report on it, from its plan.
+ExpertRule = Callable[[int, MergePlan], tuple[MergeResult, LayerMergeReport]]
+
+
+class DenseExperts(nn.Module):
+    """The fused parameter of a stack that was merged to dense weights, as the base under the adapters."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class StackSource(MergeSource):
+    """A :class:`MergeSource` whose base is one stack of an experts module.
+
+    Attributes:
+        parameter_name: of the stack in :meth:`experts_module`.
+    """
+
+    # QA-LoRA and merge-aware adapters are on linear layers only.
+    merge_rules = {name: rule for name, rule in RULES.items() if name not in ("exact", "aware")}
+    can_be_calibrated = True
+    knows_unmerged_weight = True
+    measures_outputs = False
+
+    parameter_name: str
+
+    def __init__(self) -> None:
+        self.merging = MergeState()
+
+    @abstractmethod
+    def experts_module(self) -> nn.Module:
+        """The architecture's experts module, which holds the stack."""
+
+    @abstractmethod
+    def plan_of(self, expert: int, names: Sequence[str]) -> MergePlan:
+        """The merge of the adapters ``names`` into one expert, in place of what is merged now. Changes nothing."""
+
+    def plan(self, names: Sequence[str]) -> NoReturn:
+        """Not for a stack, whose dense weights are not in memory together: see :meth:`plan_of`."""
+        raise NotImplementedError("a stack of experts is merged expert by expert.")
+
+    # ---- the base
+
+    def current_base(self) -> nn.Module:
+        base = getattr(self.experts_module(), self.parameter_name)
+        return DenseExperts(base) if isinstance(base, nn.Parameter) else base
+
+    def put_base(self, base: nn.Module) -> None:
+        module, name = self.experts_module(), self.parameter_name
+        if isinstance(base, DenseExperts):
+            put_dense(module, name, base.weight)
+        elif getattr(module, name) is not base:
+            delattr(module, name)
+            module.add_module(name, base)
+
+    def unmerged_stack(self) -> QuantizedStack:
+        """The quantized stack under the adapters, even while a merge has replaced it."""
+        return cast(QuantizedStack, cast(Any, self.quantized_base()))
+
+    @property
+    def is_mergeable(self) -> bool:
+        return isinstance(self.quantized_base(), QuantizedStack)
+
+    @property
+    def is_written_by_others(self) -> bool:
+        return False
+
+    # ---- merging
+
+    def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
+        self.merge_experts(lambda expert, plan: _with_report(plan, rule(plan)), names)
+
+    def merge_experts(self, rule: ExpertRule, names: Sequence[str]) -> None:
+        """Merge exactly these adapters, each expert by ``rule``, in place of what was merged before.
+
+        Raises:
+            ValueError, NotImplementedError: what a plan or the rule refuses, with the stack's name; the stack is left
+                as it was.
+        """
+        stack, reports = self.unmerged_stack(), []
+
+        def results() -> Iterator[MergeResult]:
+            for expert in range(stack.n_experts):
+                plan = self.plan_of(expert, names)
+                result, report = rule(expert, plan)
+                reports.append(report)
+                yield result
+
+        with torch.no_grad(), named_errors(stack.layer_name):
+            base = _merged_base(stack, results())
+        self._put_merged(base, names)
+        self.merging.report = _total(stack.layer_name, reports, self.current_base())
+
+    def _put_merged(self, base: nn.Module | QuantizedWeight, names: Sequence[str]) -> None:
+        unmerged = self.unmerged_snapshot()
+        if isinstance(base, QuantizedWeight):
+            stack = cast(QuantizedStack, unmerged.base)
+            stack.quantized_weight = base.to(stack.device)
+            base = stack
+        self.put_base(base)
+        self.merging.unmerged, self.merging.report = unmerged, None
+        self.merged_adapters[:] = names
+
+    def snapshot(self) -> Snapshot:
+        base, state = self.current_base(), self.merging
+        return Snapshot(
+            base=base,
+            weight=base.quantized_weight if isinstance(base, QuantizedStack) else None,
+            tensors={},
+            parameters={},
+            host_state=None,
+            merged_adapters=tuple(self.merged_adapters),
+            report=state.report,
+            unmerged=state.unmerged,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        device = next(self.current_base().parameters()).device
+        base = snapshot.base.to(device)
+        if isinstance(base, QuantizedStack) and snapshot.weight is not None:
+            base.quantized_weight = snapshot.weight.to(device)
+        self.put_base(base)
+        self.merging.unmerged, self.merging.report = snapshot.unmerged, snapshot.report
+        self.merged_adapters[:] = snapshot.merged_adapters
+
+
+def _with_report(plan: MergePlan, result: MergeResult) -> tuple[MergeResult, LayerMergeReport]:
+    return result, layer_report(plan, result)
+
+
+def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Module | QuantizedWeight:
+    """The stack's new weight, or what replaces the stack, from the results for its experts, all of one kind."""
+    first = next(results)
+    rest = _chained(first, results)
+    if first.weight is None:
+        dense = torch.empty(stack.shape, dtype=cast(Tensor, first.dense).dtype, device=stack.device)
+        for expert, result in enumerate(rest):
+            matrix = cast(Tensor, result.dense)
+            dense[expert] = matrix.t() if stack.is_transposed else matrix
+        return DenseExperts(nn.Parameter(dense, requires_grad=False))
+    branches = []
+
+    def weights() -> Iterator[QuantizedWeight]:
+        for result in rest:
+            if result.branch is not None:
+                branches.append(result.branch)
+            yield cast(QuantizedWeight, result.weight)
+
+    weight = QuantizedWeight.stacked(weights(), stack.n_experts)
+    if not branches:
+        return weight
+    merged = QuantizedStack(
+        weight,
+        compute_dtype=stack.compute_dtype,
+        layer_name=stack.layer_name,
+        is_transposed=stack.is_transposed,
+        parameter_order=stack.parameter_order,
+    )
+    merged.add_branch(StackBranch(*(torch.stack([getattr(branch, part) for branch in branches]) for part in "AB")))
+    return merged.train(stack.training)
+
+
+def _chained(first: MergeResult, rest: Iterator[MergeResult]) -> Iterator[MergeResult]:
+    yield first
+    yield from rest
+
+
+def _total(name: str, reports: Sequence[LayerMergeReport], base: nn.Module) -> LayerMergeReport:
+    """One report on all experts of a stack."""
+    energy = sum(report.delta_norm**2 for report in reports)
+    strategies = [report.strategy for report in reports]
+
+    def norm(field: str) -> float:
+        return math.sqrt(sum(getattr(report, field) ** 2 for report in reports))
+
+    def weighted(field: str, default: float) -> float:
+        if not energy:
+            return default
+        return sum(getattr(report, field) * report.delta_norm**2 for report in reports) / energy
+
+    are_measured = all(report.output_retained is not None for report in reports)
+    bits = base.bits_per_weight if isinstance(base, QuantizedStack) else 8.0 * next(base.parameters()).dtype.itemsize
+    return replace(
+        reports[0],
+        name=name,
+        strategy=max(set(strategies), key=strategies.count),
+        n_weights=sum(report.n_weights for report in reports),
+        bits_after=bits,
+        weight_norm=norm("weight_norm"),
+        delta_norm=norm("delta_norm"),
+        error_norm=norm("error_norm"),
+        delta_retained=weighted("delta_retained", 1.0),
+        output_retained=weighted("output_retained", 1.0) if are_measured else None,
+        output_noise=weighted("output_noise", 0.0) if are_measured else None,
+    )

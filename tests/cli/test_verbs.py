@@ -1,0 +1,283 @@
+"""Each verb on a tiny model, in this process; what is wrong is one line and leaves nothing behind."""
+
+import json
+import re
+from pathlib import Path
+
+import cli_page
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_folder import byte_tokenizer, save_tiny_llama
+from transformers import AutoModelForCausalLM
+
+import peft_quantlayers as pql
+from peft_quantlayers.cli import main
+
+TEXT = "The lamp is red, the chair is blue, and the table is neither.\n\n" * 60
+
+
+@pytest.fixture(scope="module")
+def float_model(tmp_path_factory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("float"), byte_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def quantized(float_model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    assert main(["quantize", float_model, str(folder), "--group_size", "32"]) == 0
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def adapter(quantized, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder)
+    return str(folder)
+
+
+def printed(capsys, arguments: list[str], *, exit_code: int = 0) -> str:
+    capsys.readouterr()
+    assert main(arguments) == exit_code
+    return capsys.readouterr().out
+
+
+def refused(capsys, arguments: list[str], exit_code: int) -> str:
+    capsys.readouterr()
+    assert main(arguments) == exit_code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("peft-quantlayers ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---- each verb
+
+
+def test_quantize_gives_the_model_of_the_python_call(float_model, tmp_path, capsys):
+    folder = tmp_path / "out"
+    config = tmp_path / "q.yaml"
+    config.write_text(
+        yaml.safe_dump({"model": float_model, "nbits": 4, "group_size": 32, "overrides": {"down_proj": {"nbits": 8}}})
+    )
+    text = printed(capsys, ["quantize", str(config), "--output", str(folder), "--nbits", "3"])
+    assert "hqq nbits=3" in text
+    expected = pql.quantize_model(
+        AutoModelForCausalLM.from_pretrained(float_model),
+        pql.HQQConfig(nbits=3, group_size=32, overrides={"down_proj": {"nbits": 8}}),
+        progress=False,
+    )
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    assert (folder / "tokenizer.json").exists()
+    # The settings that are saved beside it do the same again.
+    again = tmp_path / "again"
+    assert main(["quantize", str(folder / "quantize.yaml"), "--output", str(again)]) == 0
+    first, second = (load_file(each / "model.safetensors") for each in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_quantize_calibrated_with_another_method(float_model, text_file, tmp_path, capsys):
+    small = ["--num_codebooks", "1", "--nbits_per_codebook", "4", "--rounds", "1"]
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]
+    found = json.loads(
+        printed(capsys, ["quantize", float_model, str(tmp_path / "a"), "--method", "aqlm", *small, *data, "--json"])
+    )
+    assert found["quantized"][0]["layers"] == 14
+
+
+def test_a_dry_run_tells_the_sizes_and_writes_nothing(float_model, quantized, tmp_path, capsys):
+    arguments = ["quantize", float_model, str(tmp_path / "out"), "--group-size", "32", "--dry-run", "--json"]
+    planned = json.loads(printed(capsys, arguments))
+    assert not (tmp_path / "out").exists()
+    assert planned["nbytes"] == pql.summary(AutoModelForCausalLM.from_pretrained(quantized)).nbytes
+
+
+def test_merge_saves_one_model_and_its_report(quantized, adapter, text_file, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    held_out = ["--evaluate_on", text_file, "--evaluate_tokens", "1024"]
+    text = printed(capsys, ["merge", adapter, str(folder), *held_out])
+    assert "capture" in text
+    report = json.loads((folder / "merge_report.json").read_text())
+    assert report["strategy"] == "auto"
+    assert len(report["layers"]) == 14
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(quantized)
+    q_proj = "model.layers.0.self_attn.q_proj.W_q"
+    assert not torch.equal(merged.state_dict()[q_proj], base.state_dict()[q_proj])
+
+
+def test_evaluate_measures_perplexity_and_divergence(float_model, quantized, text_file, capsys):
+    arguments = ["evaluate", quantized, "--text", text_file, "--window", "64", "--n_tokens", "1024", "--json"]
+    found = json.loads(printed(capsys, [*arguments, "--reference", float_model]))
+    assert found["perplexity"] > 1
+    assert 0 < found["kl"] < 0.1
+    assert 0.5 < found["top1_agreement"] <= 1
+    same = json.loads(printed(capsys, [*arguments, "--reference", quantized]))
+    assert (same["kl"], same["top1_agreement"]) == (0.0, 1.0)
+
+
+def test_inspect_tells_bits_adapters_and_damage(quantized, adapter, tmp_path, capsys):
+    text = printed(capsys, ["inspect", quantized])
+    assert "hqq nbits=4" in text
+    assert "every tensor is as it was saved" in text
+    assert "rank" in text or "r: 4" in printed(capsys, ["inspect", adapter])
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in Path(quantized).iterdir():
+        content = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            content[-5] ^= 1
+        (damaged / file.name).write_bytes(content)
+    assert "1 tensors are damaged" in printed(capsys, ["inspect", str(damaged)], exit_code=1)
+
+
+def test_chat_answers_with_and_without_the_adapter(quantized, adapter, capsys):
+    arguments = ["chat", quantized, "--adapter", adapter, "--prompt", "The lamp", "--max_new_tokens", "8"]
+    found = json.loads(
+        printed(capsys, [*arguments, "--compare", "--json"])[len("without the adapter:\nwith the adapter:\n") :]
+    )
+    (ours,), (theirs,) = (
+        [each for each in found[name] if each["role"] == "assistant"] for name in ("messages", "without_adapter")
+    )
+    assert ours["content"] != theirs["content"]
+
+
+def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
+    rows = [{"prompt": "The lamp is", "completion": " red."}, {"prompt": "The chair is", "completion": " blue."}] * 8
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model": float_model,
+        "data": str(data),
+        "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
+        "merge": "requantize",
+    }
+    file, folder = tmp_path / "train.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(settings))
+    shown = printed(capsys, ["train", str(file), "--output", str(folder), "--show-batch"])
+    assert "[ red." in shown or "[ blue." in shown
+    assert not (folder / "adapter_config.json").exists()
+    text = printed(capsys, ["train", str(file), "--output", str(folder)])
+    assert "trained 3 steps" in text
+    assert (folder / "adapter_model.safetensors").exists()
+    assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
+
+
+def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
+    folder = tmp_path / "mlx"
+    text = printed(capsys, ["export", quantized, str(folder), "--format", "mlx"])
+    assert "mlx_lm" in text
+    assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
+    assert "ggml" in refused(capsys, ["export", quantized, str(tmp_path / "x"), "--format", "ggml"], 1)
+    assert not (tmp_path / "x").exists()
+
+
+# ---- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantise"], "no verb 'quantise' (did you mean 'quantize'?)"),
+        (["quantize", "m", "o", "--nbit", "3"], "there is no option --nbit (did you mean '--nbits'?)"),
+        (["quantize", "m", "o", "--nbits", "three"], "nbits='three': expected int"),
+        (["quantize", "m"], "output must be given"),
+        (["quantize", "m", "o", "p"], "'p' is one argument too many"),
+        (["quantize", "no.yaml"], "no.yaml cannot be read"),
+        (["merge", "a"], "output must be given"),
+        (["merge", "a", "o", "--strategy", "requantise"], "requantise"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, said, capsys):
+    assert said in refused(capsys, arguments, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: m\nnbit: 3\n", "unknown key 'nbit' (did you mean 'nbits'?)"),
+        (
+            "model: m\ncalibration:\n  n_token: 3\n",
+            "unknown key 'calibration.n_token' (did you mean 'calibration.n_tokens'?)",
+        ),
+        ("- a\n", "must hold options"),
+        ("a: [\n", "is no YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line(content, said, tmp_path, capsys):
+    file = tmp_path / "q.yaml"
+    file.write_text(content)
+    assert said in refused(capsys, ["quantize", str(file), "--output", str(tmp_path / "out")], 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_other_trainers_mean_the_same(float_model, tmp_path, capsys):
+    file = tmp_path / "q.yaml"
+    file.write_text(f"model_name_or_path: {float_model}\nbits: 3\ngroup_size: 32\n")
+    found = printed(capsys, ["quantize", str(file), "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    assert "nbits=3" in found
+
+
+def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapter, text_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    cases = [
+        (["quantize", "./no/such/folder", out], "there is no such folder"),
+        (["quantize", float_model, out, "--nbits", "9"], "nbits"),
+        (["quantize", float_model, out, "--num_codebooks", "2"], "HQQConfig has no field ['num_codebooks']"),
+        (["quantize", float_model, quantized, "--dtype", "float32"], "is not empty. Choose another folder"),
+        (["quantize", float_model, quantized], quantized),
+        (["quantize", float_model, out, "--calibration.data", "no.txt"], "there is no such file"),
+        (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
+        (["merge", float_model, out], ""),
+        (["evaluate", quantized], "nothing to measure on"),
+        (["evaluate", quantized, "--text", "no.txt"], "there is no such file"),
+        (["chat", quantized, "--compare"], "--compare needs --adapter"),
+    ]
+    for arguments, said in cases:
+        assert said in refused(capsys, arguments, 1), arguments
+    assert not Path(out).exists()
+
+
+def test_an_interrupt_is_said_and_leaves_nothing(float_model, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_quantlayers.cli.verbs.quantize.quantize_checkpoint", interrupted)
+    assert "interrupted" in refused(
+        capsys, ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"], 130
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_page_is_what_the_options_say():
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python benchmarks/cli_page.py"
+
+
+def test_the_help_of_every_verb_names_every_option_with_words(capsys):
+    from peft_quantlayers.cli.main import VERBS, verb_parser
+
+    for verb in VERBS.keys() - {"run", "autoload"}:
+        module = __import__(f"peft_quantlayers.cli.verbs.{verb}", fromlist=["run"])
+        parser = verb_parser(verb, module)
+        text = parser.format_help()
+        for name in parser.names():
+            if not name.startswith(("lora.", "training.")):
+                found = re.search(rf"^  --{re.escape(name)}\b[^\n]*?(?:  |\n +)(\S.*)", text, re.M)
+                assert found, (verb, name)
+                assert not found[1].startswith("(type"), (verb, name)
