@@ -97,8 +97,7 @@ def export(
         dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
         asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
         refuse_misfits(target, asked, approximate)
-        tokenizer = _loaded_tokenizer(tokenizer)
-        tokenizer_folder = next((each for each in given.folders if has_tokenizer(each)), None)
+        tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
         if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
             raise FileNotFoundError(
                 f"{format} files hold the tokenizer too, and there is none in the model's folder: pass "
@@ -160,11 +159,15 @@ def _facts(source: ModelSource) -> dict[str, LayerFacts]:
     return {name: facts_of(layer) for name, layer in source.layers.items()}
 
 
-def _loaded_tokenizer(tokenizer: Any) -> Any:
-    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
-        return tokenizer
+def _tokenizer(tokenizer: Any, given: GivenModel) -> tuple[Any, Path | None]:
+    """A tokenizer to save, or the folder whose files are copied: loading and saving may leave out some of them."""
+    if tokenizer is None:
+        return None, next((each for each in given.folders if has_tokenizer(each)), None)
+    if hasattr(tokenizer, "save_pretrained"):
+        return tokenizer, None
     if isinstance(tokenizer, (str, Path)):
-        return AutoTokenizer.from_pretrained(tokenizer)
+        folder = Path(tokenizer)
+        return (None, folder) if has_tokenizer(folder) else (AutoTokenizer.from_pretrained(tokenizer), None)
     raise TypeError(f"tokenizer must be a tokenizer, or its name or folder, got {type(tokenizer).__name__}.")
 
 

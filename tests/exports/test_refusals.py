@@ -16,7 +16,7 @@ from peft_quantlayers.exports import shards
 
 from . import decoders
 from .models import files_of, quantized
-from .tokenizers_for_tests import llama_tokenizer
+from .tokenizers_for_tests import llama_tokenizer, save_sentencepiece
 
 FORMATS = sorted(pql.export_formats())
 
@@ -219,3 +219,14 @@ def test_experts_that_are_dense_stay_so(tmp_path, format):
     experts = [name for name in decoders.tensors_of(tmp_path / "out") if ".experts." in name]
     assert experts
     assert not any(name.endswith("scales") for name in experts)
+
+
+def test_files_of_a_tokenizers_folder_are_copied_as_they_are(tmp_path):
+    save_sentencepiece(tmp_path / "tokenizer", "some words to learn from, and some more of them " * 50, 280)
+    (tmp_path / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.123}')
+    model = quantized()
+    model.save_pretrained(tmp_path / "saved")
+    own = (tmp_path / "saved" / "generation_config.json").read_text()
+    pql.export(tmp_path / "saved", tmp_path / "out", "mlx", tokenizer=tmp_path / "tokenizer")
+    assert {"tokenizer.model", "tokenizer_config.json"} <= files_of(tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == own
