@@ -7,6 +7,15 @@ HEAD = [
     "model", "format", "bits / group, zeros", "exact", "read by", "max logit difference", "KL", "MB", "serve it with",
 ]  # fmt: skip
 
+# What reads the formats whose engines run on GPUs, or with another version of transformers.
+_IN_TESTS = {
+    "humming": "humming's own schema, and decoded from its specification, in the tests",
+    "hqq": "the hqq package, in the tests",
+    "aqlm": "our own reader, in the tests",
+    "awq": "decoded from its specification, in the tests",
+    "gptq": "decoded from its specification, in the tests",
+}
+
 
 def exports_rows(measured: Mapping[str, Any]) -> list[list[str]]:
     """One row for each case, as text."""
@@ -21,7 +30,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     if "mb" not in row:
         return [row["model"], format_name, grid, "refused: " + row["refused"], "", "", "", "", ""]
     exact = "yes" if row["is_exact"] else f"no: {row['relative_error']:.1%} of the weights"
-    reader = row.get("reader") or "decoded from the specification in the tests"
+    reader = row.get("reader") or _IN_TESTS[row["format"]]
     if "refused" in row:
         reader += f" refuses: {row['refused']}"
     has_logits = "kl" in row

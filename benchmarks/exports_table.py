@@ -103,10 +103,6 @@ def cases() -> list[Case]:
         ),
         Case(model="SmolLM2", format="dense", reader="transformers"),
         Case(model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", **whole),
-        *(Case(model="SmolLM2", format=name, reader=None, **whole) for name in ("awq", "gptq")),
-        *(Case(model="SmolLM2", format="mlx", reader="mlx", nbits=nbits) for nbits in (3, 8)),
-        *(Case(model="SmolLM2", format="gguf", reader="llama.cpp", nbits=nbits) for nbits in (3, 5, 8)),
-        Case(model="SmolLM2", format="gguf", reader="llama.cpp", group_size=32),
     ]
     for family in TINY:
         found.append(Case(model=family, format="gguf", reader="llama.cpp", group_size=32))
@@ -114,6 +110,12 @@ def cases() -> list[Case]:
         found.append(
             Case(model=family, format="compressed-tensors", reader="compressed-tensors", group_size=32, **whole)
         )
+    found += [
+        *(Case(model="SmolLM2", format=name, reader=None, **whole) for name in ("awq", "gptq")),
+        *(Case(model="SmolLM2", format="mlx", reader="mlx", nbits=nbits) for nbits in (3, 8)),
+        *(Case(model="SmolLM2", format="gguf", reader="llama.cpp", nbits=nbits) for nbits in (3, 5, 8)),
+        Case(model="SmolLM2", format="gguf", reader="llama.cpp", group_size=32),
+    ]
     return found
 
 

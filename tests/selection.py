@@ -15,6 +15,7 @@ ALWAYS = ("tests/contract", "tests/formats", "tests/golden", "tests/test_public_
 SLOW = (
     "tests/conformance/test_conformance.py",
     "tests/exports/test_gguf.py",
+    "tests/exports/test_trained_models.py",
     "tests/fuzz/test_fuzz.py",
     "tests/fuzz/test_kills.py",
     "tests/integrations/test_training.py::test_the_whole_model_compiles_without_a_graph_break",

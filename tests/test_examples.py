@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import orders_task
@@ -142,6 +143,17 @@ def test_merge_example():
     assert kept == pytest.approx(adapter, rel=0.01)
     assert 0.5 < number_after("capture", output) < 1
     assert number_after("saved and loaded:", output) == kept
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp")
+def test_serving_example():
+    output = run_example("05_train_and_serve.py")
+    trained = number_after("loss in training:", output)
+    assert number_after("loss of the merged model:", output) == pytest.approx(trained, abs=2e-3)
+    assert "5.00 after" in output
+    assert ", exact." in output
+    assert re.search(r"llama.cpp goes on with: +'.+'", output)
 
 
 @pytest.mark.real_model

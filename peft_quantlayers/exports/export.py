@@ -23,7 +23,7 @@ from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTas
 from .formats.grid_format import GridFormat
 from .formats.registry import export_formats
 from .given_model import GivenModel, opened_model
-from .refusals import refuse_misfits
+from .refusals import Model, refuse_misfits
 from .report import ExportReport
 from .requantize import float_weights, requantized_layers, requantized_model
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
@@ -94,9 +94,10 @@ def export(
     target.check_installation()
     with opened_model(model) as given:
         facts = {name: facts_of(layer) for name, layer in given.layers.items()}
-        refuse_misfits(target, list(facts.values()), given.config, approximate)
-        tokenizer = _loaded_tokenizer(tokenizer)
-        tokenizer_folder = next((each for each in given.folders if has_tokenizer(each)), None)
+        dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
+        asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
+        refuse_misfits(target, asked, approximate)
+        tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
         if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
             raise FileNotFoundError(
                 f"{format} files hold the tokenizer too, and there is none in the model's folder: pass "
@@ -158,11 +159,15 @@ def _facts(source: ModelSource) -> dict[str, LayerFacts]:
     return {name: facts_of(layer) for name, layer in source.layers.items()}
 
 
-def _loaded_tokenizer(tokenizer: Any) -> Any:
-    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
-        return tokenizer
+def _tokenizer(tokenizer: Any, given: GivenModel) -> tuple[Any, Path | None]:
+    """A tokenizer to save, or the folder whose files are copied: loading and saving may leave out some of them."""
+    if tokenizer is None:
+        return None, next((each for each in given.folders if has_tokenizer(each)), None)
+    if hasattr(tokenizer, "save_pretrained"):
+        return tokenizer, None
     if isinstance(tokenizer, (str, Path)):
-        return AutoTokenizer.from_pretrained(tokenizer)
+        folder = Path(tokenizer)
+        return (None, folder) if has_tokenizer(folder) else (AutoTokenizer.from_pretrained(tokenizer), None)
     raise TypeError(f"tokenizer must be a tokenizer, or its name or folder, got {type(tokenizer).__name__}.")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .formats.base import Approximation, ExportFormat, LayerFacts
@@ -12,11 +13,25 @@ from .formats.registry import export_formats
 _SHOWN_LAYERS = 3
 
 
-def refuse_misfits(
-    target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any], approximate: Approximation | None
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What decides whether a format can hold a model.
+
+    Fields:
+        config: the parsed config.json.
+        facts: of each quantized layer.
+        dense_linears: names of the linear modules that are dense.
+    """
+
+    config: Mapping[str, Any]
+    facts: Sequence[LayerFacts]
+    dense_linears: Collection[str]
+
+
+def refuse_misfits(target: ExportFormat, asked: Model, approximate: Approximation | None) -> None:
     """Raise ValueError, naming layers and ways out, unless ``target`` can hold all layers."""
-    reasons = _misfits(target, facts, config, approximate)
+    facts = asked.facts
+    reasons = _misfits(target, asked, approximate)
     if not facts and target.name not in ("dense", "gguf"):
         raise ValueError(
             f"the model has no quantized layers, and {target.name} is a format of such. Quantize it first "
@@ -26,18 +41,15 @@ def refuse_misfits(
         return
     shown = "\n  ".join([*reasons[:_SHOWN_LAYERS], *([f"... and {len(reasons) - 3} more."] if reasons[3:] else [])])
     raise ValueError(
-        f"{target.name} cannot hold this model, and nothing was written:\n  {shown}\n"
-        + _ways_out(target, facts, config)
+        f"{target.name} cannot hold this model, and nothing was written:\n  {shown}\n" + _ways_out(target, asked)
     )
 
 
-def _misfits(
-    target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any], approximate: Approximation | None
-) -> list[str]:
-    if target.is_of_decoders and (reason := _kind(config)):
+def _misfits(target: ExportFormat, asked: Model, approximate: Approximation | None) -> list[str]:
+    if target.is_of_decoders and (reason := _kind(asked.config)):
         return [f"it is {reason}, and the export of {target.name} is for language models that have a decoder only."]
-    found = [f"{each.name}: {reason}." for each in facts if (reason := target.misfit(each, approximate))]
-    together = "" if found else target.model_misfit(config, facts, approximate)
+    found = [f"{each.name}: {reason}." for each in asked.facts if (reason := target.misfit(each, approximate))]
+    together = "" if found else target.model_misfit(asked.facts, asked.dense_linears, approximate)
     return [*found, *([together + "."] if together else [])]
 
 
@@ -49,10 +61,8 @@ def _kind(config: Mapping[str, Any]) -> str:
     return f"a model of more than text ({parts[0]})" if any(config[name] for name in parts) else ""
 
 
-def _ways_out(target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any]) -> str:
-    ways = [f"approximate={each!r}" for each in target.approximations if not _misfits(target, facts, config, each)]
-    others = [
-        each for each in export_formats().values() if each is not target and not _misfits(each, facts, config, None)
-    ]
+def _ways_out(target: ExportFormat, asked: Model) -> str:
+    ways = [f"approximate={each!r}" for each in target.approximations if not _misfits(target, asked, each)]
+    others = [each for each in export_formats().values() if each is not target and not _misfits(each, asked, None)]
     ways += [f"format={each.name!r} (for {', '.join(each.engines)})" for each in others]
     return "What works for it: " + "; ".join(ways) + ". Or quantize the float model onto a grid of the format."

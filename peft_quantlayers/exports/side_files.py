@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..streaming.other_files import CARD, copy_other_files
 from .formats.base import ExportFormat
 from .report import ExportReport
 
-REPORT = "export_report.json"
+REPORT, GENERATION = "export_report.json", "generation_config.json"
 # Any of them makes a tokenizer.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -33,9 +34,11 @@ def copy_side_files(source: Path, destination: Path, *, tokenizer: Any, tokenize
         tokenizer: saved with its own ``save_pretrained``; None for the files in ``tokenizer_folder``.
         tokenizer_folder: where the tokenizer's files are; None if there are none.
     """
+    copy_other_files(source, destination)
     if tokenizer_folder is not None and tokenizer_folder != source:
         copy_other_files(tokenizer_folder, destination)
-    copy_other_files(source, destination)
+        if (source / GENERATION).is_file():  # of the model, not of the one that the tokenizer is from
+            shutil.copyfile(source / GENERATION, destination / GENERATION)
     (destination / REPORT).unlink(missing_ok=True)  # of an earlier export
     if tokenizer is not None:
         tokenizer.save_pretrained(destination)

@@ -134,7 +134,10 @@ def linear_modules(model: nn.Module, names: Mapping[str, str]) -> dict[str, tupl
         names: in the files, of the modules that are called otherwise there.
     """
     found = {name: (layer.out_features, layer.in_features) for name, layer in quantized_modules(model).items()}
-    found |= {name: dense_shape(model, name) for name in dense_modules(model)}
+    for name in dense_modules(model):
+        *leading, out_features, in_features = dense_shape(model, name)
+        if not leading:  # experts in one tensor are no linear modules
+            found[name] = (out_features, in_features)
     return {name: (names.get(name, name), shape) for name, shape in found.items()}
 
 

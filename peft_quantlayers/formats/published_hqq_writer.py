@@ -35,6 +35,9 @@ def published_hqq_tensors(weight: QuantizedWeight, compute_dtype: torch.dtype) -
     packing = _PACKING_OF_NBITS[spec.nbits]
     rows = _rows(spec, weight.out_features, weight.in_features)
     metadata_shape = (n_groups, 1) if spec.axis == 1 else (1, n_groups)
+    scale = weight.tensors["scale"]
+    middle = torch.full_like(scale, 1 << (spec.nbits - 1))  # symmetric codes come without zeros
+    zero = weight.tensors.get("zero", middle)
     settings = {
         "nbits": spec.nbits,
         "group_size": group_size,
@@ -55,8 +58,8 @@ def published_hqq_tensors(weight: QuantizedWeight, compute_dtype: torch.dtype) -
     }
     return {
         "W_q": _pack(weight.codes().reshape(rows, -1), packing),
-        "scale": weight.tensors["scale"].reshape(metadata_shape),
-        "zero": weight.tensors["zero"].reshape(metadata_shape),
+        "scale": scale.reshape(metadata_shape),
+        "zero": zero.reshape(metadata_shape),
     } | {name: _encoded(value) for name, value in settings.items()}
 
 

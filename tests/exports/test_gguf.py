@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import export_demo
 import export_readers
 import numpy as np
 import pytest
@@ -210,6 +211,12 @@ def test_each_layer_has_the_blocks_that_hold_it(tmp_path):
     ids = torch.randint(3, 300, (1, 24))
     found = export_readers.gguf_transformers(str(tmp_path / "out"), ids[0].numpy(), None)
     assert np.abs(logits(model, ids).numpy() - found).max() < 0.02
+
+
+@needs_llama_cpp
+def test_llama_cpp_writes_text_as_the_demo_has_it(llama):
+    _, folder, _ = llama
+    assert isinstance(export_demo.text_from_llama_cpp(folder / "model.gguf", "w1 w2 w3", n_tokens=4), str)
 
 
 @needs_llama_cpp

@@ -16,7 +16,7 @@ from peft_quantlayers.exports import shards
 
 from . import decoders
 from .models import files_of, quantized
-from .tokenizers_for_tests import llama_tokenizer
+from .tokenizers_for_tests import llama_tokenizer, save_sentencepiece
 
 FORMATS = sorted(pql.export_formats())
 
@@ -70,6 +70,13 @@ def test_other_methods_are_refused_where_codes_are_no_integers(tmp_path, config)
 def test_transposed_modules_are_refused_where_readers_turn_them_again(tmp_path):
     for format in ("mlx", "humming", "gptq", "awq", "compressed-tensors", "hqq"):
         refused(quantized("gpt2", integer_zero=True), tmp_path / "out", format, "Conv1D")
+
+
+@pytest.mark.parametrize("format", ["humming", "compressed-tensors", "awq"])
+def test_a_dense_part_of_what_engines_fuse_is_refused(tmp_path, format):
+    model = quantized(integer_zero=True, skip_modules=["k_proj"])
+    said = refused(model, tmp_path / "out", format, r"self_attn.k_proj as one layer, and model.*k_proj is dense")
+    assert "format='mlx'" in said
 
 
 def test_one_width_for_all_layers(tmp_path):
@@ -193,6 +200,17 @@ def has_converter():
 
 
 @pytest.mark.parametrize("format", ["mlx", "dense"])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_quantized_experts_are_refused_by_name(tmp_path, format, is_saved):
+    model = pql.quantize_model(
+        _tiny_models.tiny_model("MixtralForCausalLM"), pql.HQQConfig(group_size=32), progress=False
+    )
+    if is_saved:
+        model.save_pretrained(tmp_path / "saved")
+    refused(tmp_path / "saved" if is_saved else model, tmp_path / "out", format, r"experts.*dequantize_model")
+
+
+@pytest.mark.parametrize("format", ["mlx", "dense"])
 def test_experts_that_are_dense_stay_so(tmp_path, format):
     model = _tiny_models.tiny_model("MixtralForCausalLM")
     pql.quantize_model(model, pql.HQQConfig(group_size=32, skip_modules=["experts"]), progress=False)
@@ -201,3 +219,14 @@ def test_experts_that_are_dense_stay_so(tmp_path, format):
     experts = [name for name in decoders.tensors_of(tmp_path / "out") if ".experts." in name]
     assert experts
     assert not any(name.endswith("scales") for name in experts)
+
+
+def test_files_of_a_tokenizers_folder_are_copied_as_they_are(tmp_path):
+    save_sentencepiece(tmp_path / "tokenizer", "some words to learn from, and some more of them " * 50, 280)
+    (tmp_path / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.123}')
+    model = quantized()
+    model.save_pretrained(tmp_path / "saved")
+    own = (tmp_path / "saved" / "generation_config.json").read_text()
+    pql.export(tmp_path / "saved", tmp_path / "out", "mlx", tokenizer=tmp_path / "tokenizer")
+    assert {"tokenizer.model", "tokenizer_config.json"} <= files_of(tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -62,7 +62,7 @@ class LayerFacts:
 
 def facts_of(layer: SourceLayer) -> LayerFacts:
     """Reads the scales and zeros of ``layer``, not its codes."""
-    shape = {"out_features": layer.out_features, "in_features": layer.in_features}
+    shape: dict[str, Any] = {"out_features": layer.out_features, "in_features": layer.in_features}
     spec: Any = layer.spec
     common: dict[str, Any] = {"name": layer.name, "spec": spec, "is_transposed": layer.is_transposed}
     if spec.method != "hqq" or spec.axis != 1:
@@ -179,9 +179,9 @@ class ExportFormat(ABC):
         """Why a layer cannot be held, to follow its name; empty if it can."""
 
     def model_misfit(
-        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+        self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
-        """Why these layers cannot be held together; empty if they can."""
+        """Why these layers, and dense linear modules of these names, cannot be held together; empty if they can."""
         return ""
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,7 @@ class DenseFormat(ExportFormat):
         for name, layer in task.source.layers.items():
             quantized = layer.weight()
             weight = get_method(quantized.spec.method).dequantize(quantized, dtype=torch.float32)
-            branch = 0.0
+            branch: torch.Tensor | float = 0.0
             if layer.branch is not None:
                 A, B = layer.branch()
                 branch = B.float() @ A.float()

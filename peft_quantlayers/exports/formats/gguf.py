@@ -8,7 +8,7 @@ place.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class GgufFormat(GridFormat):
         return ""
 
     def model_misfit(
-        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+        self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
         return ""
 

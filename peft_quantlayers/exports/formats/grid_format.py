@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,7 +102,7 @@ class GridFormat(ExportFormat):
         return ""
 
     def model_misfit(
-        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+        self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
         kinds = {each.name: self._kind(each, approximate) for each in facts}
         if self.has_one_setting and len(set(kinds.values())) > 1:
@@ -111,6 +111,9 @@ class GridFormat(ExportFormat):
             fused: dict[str, dict[str, Any]] = {}
             for name, kind in kinds.items():
                 fused.setdefault(fused_name(name), {})[name] = kind
+            for name in dense_linears:
+                if parts := fused.get(fused_name(name)):
+                    return f"engines compute {', '.join(parts)} and {name} as one layer, and {name} is dense"
             for parts in fused.values():
                 if len(set(parts.values())) > 1:
                     return (

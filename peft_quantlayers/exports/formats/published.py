@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -100,7 +100,7 @@ class AqlmFormat(_PublishedFormat):
         return dict(layer.weight().tensors)
 
     def model_misfit(
-        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+        self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
         return PublishedAqlmFormat().can_hold(_description(facts, ())) or ""
 
