@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models tables clean
+.PHONY: demo test fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -81,6 +81,12 @@ features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
 	$(RUN) benchmarks/tables.py
 
+# Exports in the engines' own readers, and docs/exports.md from it: half an hour. Some rows again:
+# make export-check ARGS="'SmolLM2 gguf*'"
+export-check: $(VENV)/.installed
+	$(RUN) benchmarks/exports_table.py $(or $(ARGS),--again)
+	$(RUN) benchmarks/tables.py
+
 # Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
 # Some of them again: make models ARGS="'Llama*' 'Gemma*'"
 models: $(VENV)/.installed
@@ -89,6 +95,7 @@ models: $(VENV)/.installed
 
 tables: $(VENV)/.installed
 	$(RUN) benchmarks/tables.py
+	$(RUN) benchmarks/cli_page.py
 
 clean:
 	rm -rf $(VENV) build kernels/quantlayers_kernels/_native*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

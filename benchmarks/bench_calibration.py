@@ -35,9 +35,15 @@ HQQ = {
     "2 bits, group 64": (2, 64),
     "2 bits, group 16": (2, 16),
 }
+WHOLE_ZEROS = {
+    f"HQQ 4 bits, group 64, {kind} zeros": pql.HQQConfig(nbits=4, group_size=64, **field)
+    for kind, field in {"integer": {"integer_zero": True}, "symmetric": {"symmetric": True}}.items()
+}
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
     **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
+    **{name: (config, None) for name, config in WHOLE_ZEROS.items()},
+    **{f"{name}, calibrated": (config, {}) for name, config in WHOLE_ZEROS.items()},
     "HQQ 2 bits, group 64, calibrated, finetuned": (pql.HQQConfig(nbits=2, group_size=64), FINETUNE),
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _exports_rows import HEAD as EXPORTS_HEAD
+from _exports_rows import exports_rows
 from _models_rows import HEAD as MODELS_HEAD
 from _models_rows import models_differences, models_left_out, models_rows, models_summary
 
@@ -521,6 +523,12 @@ def experts() -> str:
     )
 
 
+def exports() -> str:
+    """Exported models in the engines' own readers."""
+    measured = result("exports")
+    return f"{device_line(measured['device'], 'make export-check')}\n\n{table(EXPORTS_HEAD, exports_rows(measured))}"
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "quality": quality,
@@ -544,6 +552,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     ROOT / "docs" / "models.md": {"models": models},
     ROOT / "docs" / "experts.md": {"mixture_sizes": mixture_sizes, "experts": experts},
+    ROOT / "docs" / "exports.md": {"exports": exports},
 }
 
 

@@ -4,6 +4,7 @@
     python examples/demo.py --model NAME --nbits 3
     python examples/demo.py --calibrate             quantize and merge with calibration data: slower, much lower error
     python examples/demo.py --method aqlm --calibrate
+    python examples/demo.py --export gguf           ends with a line of text from llama.cpp
 
 The task is made by ``orders_task.py``. The table at the end has the cost and the quality of each step.
 """
@@ -28,6 +29,7 @@ import peft
 import torch
 import transformers
 from demo_model import demo_model_folder
+from export_demo import export_and_generate
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -150,6 +152,12 @@ def main() -> None:
         pql.save_model(merged, output / "merged", tokenizer=tokenizer, overwrite=True)
         saved = {"merged": check_in_new_process(merged, demo, output / "merged")}
 
+    exported = None
+    if options.export:
+        with demo.step(f"Export as {options.export} to {output / options.export}"):
+            folder, prompt = output / options.export, demo.test_orders[0].prompt
+            exported = export_and_generate(output / "merged", folder, options.export, prompt)
+
     result = {
         "model": str(demo.source.name if isinstance(demo.source, Path) else demo.source),
         "quantized": label,
@@ -158,6 +166,7 @@ def main() -> None:
         "stages": [asdict(stage) for stage in demo.stages],
         "merges": [totals(report) for report in merges.values()],
         "saved": saved,
+        "exported": exported,
         "note": note(demo.stages),
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time(),
@@ -183,6 +192,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--orders", type=int, default=48, help="held-out orders to score")
     parser.add_argument("--windows", type=int, default=6, help=f"windows of {WINDOW} tokens for the perplexity")
+    parser.add_argument("--export", help="format to export the merged model to, for example gguf")
     parser.add_argument("--output", default="demo-output", help="folder for the adapter, the models and the result")
     parser.add_argument("--json", help="where to write the result (default: demo.json in the output folder)")
     return parser.parse_args()
@@ -318,6 +328,9 @@ def print_result(result: dict[str, Any]) -> None:
             f"merge {merge['strategy']}: {merge['delta_retained']:.2f} of the adapter's delta retained, "
             f"relative error of the weights {merge['relative_error']:.4f}"
         )
+    if result["exported"]:
+        print(f"exported: {result['exported']['size_mb']:.0f} MB; {result['exported']['serving_command']}")
+        print(f"llama.cpp wrote: {result['exported'].get('written', '')!r}")
     for name, check in result["saved"].items():
         same = "identical" if check["logits_identical"] else f"off by {check['largest_difference']:.3g}"
         print(f"saved {name}: {check['size_on_disk_mb']:.0f} MB on disk, logits in a new process {same}")

@@ -237,11 +237,13 @@ def check_series(folder: Path, source: Source) -> list[str]:
 
 def style_tools(source: Source) -> Path:
     """The ``bin`` folder of an environment with the formatters of upstream; made on the first call, then cached."""
-    (ruff,) = set(re.findall(r'"(ruff[~=]=[^"]+)"', (source.folder / "setup.py").read_text()))
+    # The very version that is named: a newer one has more rules, which upstream's own code breaks.
+    (version,) = set(re.findall(r'"ruff[~=]=([^"]+)"', (source.folder / "setup.py").read_text()))
+    ruff = f"ruff=={version}"
     environment = cache_folder() / "environments" / re.sub(r"\W+", "-", ruff)
     if not (environment / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
-        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", ruff, *STYLE_TOOLS]
+        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--quiet", ruff, *STYLE_TOOLS]
         subprocess.run(pip, check=True)
         (environment / "complete").touch()
     return environment / "bin"
@@ -256,7 +258,8 @@ def style(source: Source) -> tuple[bool, str]:
     python = [file for file in present if file.endswith(".py")]
     commands = [["ruff", "check", *python], ["ruff", "format", "--check", *python]]
     if source.project == "peft":
-        commands.append(["doc-builder", "style", *present, "--max_len", "119", "--check_only"])
+        docs = ["docs/source"] if (source.folder / "docs").exists() else []
+        commands.append(["doc-builder", "style", *python, *docs, "--max_len", "119", "--check_only"])
     if (source.folder / "scripts" / "check_doc_coverage.py").exists():
         commands.append(["python", "scripts/check_doc_coverage.py"])
     for command in commands:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from .calibration import Calibration, LayerResult
+from .exports import ExportFormat, ExportReport, LayerExport, export, export_formats
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .formats.checksums import DamagedTensor
 from .integrations import peft as _peft
@@ -55,9 +56,12 @@ __all__ = [
     "AQLMSpec",
     "Calibration",
     "DamagedTensor",
+    "ExportFormat",
+    "ExportReport",
     "HQQConfig",
     "HQQLinear",
     "HQQSpec",
+    "LayerExport",
     "LayerMergeReport",
     "LayerResult",
     "LoftQResult",
@@ -78,6 +82,8 @@ __all__ = [
     "TensorLayout",
     "dequantize_model",
     "enable_merge_aware",
+    "export",
+    "export_formats",
     "fuse_projections",
     "initialize_loftq",
     "load_hqq_folder",

@@ -80,6 +80,40 @@ def mistake(
     return pytest.param(on, call, error, words, id=name)
 
 
+# In the arguments of a call: what ``on`` makes.
+MODEL: Any = object()
+
+
+class Calls:
+    """Makes mistakes in calls of ``function``: each is given the arguments ``usual`` unless it has ``args``.
+
+    ``on`` makes the model, where one is among the arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any], *usual: Any, on: Callable[[], Any] = nothing) -> None:
+        self.function, self.usual, self.on = function, usual, on
+
+    def __call__(
+        self,
+        name: str,
+        error: type[Exception],
+        *words: str,
+        args: Sequence[Any] | None = None,
+        on: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        given = self.usual if args is None else args
+        is_used = any(value is MODEL for value in (*given, *options.values()))
+
+        def call(model: Any) -> Any:
+            def put(value: Any) -> Any:
+                return model if value is MODEL else value
+
+            return self.function(*map(put, given), **{key: put(value) for key, value in options.items()})
+
+        return mistake(call, error, *words, on=on or (self.on if is_used else nothing), name=name)
+
+
 def short_bert() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return BertForMaskedLM(BertConfig(**sizes, vocab_size=128, max_position_embeddings=16))

@@ -14,6 +14,7 @@ ALWAYS = ("tests/contract", "tests/formats", "tests/golden", "tests/test_public_
 # Tests that take more than about three seconds, mostly since they start other processes; by the start of their names.
 SLOW = (
     "tests/conformance/test_conformance.py",
+    "tests/exports/test_gguf.py",
     "tests/fuzz/test_fuzz.py",
     "tests/fuzz/test_kills.py",
     "tests/integrations/test_training.py::test_the_whole_model_compiles_without_a_graph_break",
@@ -24,6 +25,12 @@ SLOW = (
     "tests/layers/test_fsdp2.py",
     "tests/methods/test_registry.py::test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere",
     "tests/scales/test_scales.py::test_it_compiles_without_a_graph_break",
+    "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
+    "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
+    "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
+    "tests/streaming/test_memory.py",
+    "tests/streaming/test_quantize_checkpoint.py::test_two_processes_write_the_same_files_as_one",
+    "tests/streaming/test_quantize_checkpoint.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
     "tests/test_benchmarks.py",
     "tests/test_contributing.py::test_every_pytest_command_of_a_page_selects_tests",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",

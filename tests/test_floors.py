@@ -33,7 +33,7 @@ FLOORS = [
     {"model_merge"},
     {"integrations"},
     {"model", "saving", "training"},
-    {"export", "report", "streaming"},
+    {"exports", "report", "streaming"},
     {"cli"},
     {"peft_quantlayers", "__main__"},  # the package's own __init__: the public surface
 ]

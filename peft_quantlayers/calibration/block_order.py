@@ -55,11 +55,18 @@ def order_of(
         repeated = [block for blocks in looped.values() for block in blocks]
         raise ValueError(
             f"cannot calibrate block by block: {repeated[:3]} do not run exactly once in a forward pass, but several "
-            "times. Quantize the model without calibration, or leave these blocks out with "
-            f"skip_modules={list(dict.fromkeys(map(_parent, repeated)))}. Nothing was changed."
+            f"times. Quantize the model without calibration{_without(repeated, layers)}. Nothing was changed."
         )
     kept = [blocks for blocks in reached if not looped[blocks[0]] and not first.nested & set(blocks)]
     return _common_order(kept, [first, *others])
+
+
+def _without(repeated: Sequence[str], layers: Sequence[str]) -> str:
+    """The other way out, as the end of a sentence; empty if none of ``layers`` lies outside of these blocks."""
+    skipped = list(dict.fromkeys(map(_parent, repeated)))
+    if layers and all(layer.startswith(tuple(f"{parent}." for parent in skipped)) for layer in layers):
+        return ""
+    return f", or leave these blocks out with skip_modules={skipped}"
 
 
 def _common_order(lists: list[list[str]], traces: Sequence[_Trace]) -> list[str]:

@@ -56,7 +56,10 @@ class BlockSource(Protocol):
         """The model's forward on each batch, waiting at its blocks; a context manager."""
 
     def opened(self, block: str) -> AbstractContextManager[nn.Module]:
-        """The block, where it is to be run, made available and released in the end."""
+        """The block, where it is to be run, made available and released in the end.
+
+        It is the module of that name in the model that visitors change, whether the rest of that is in memory or not.
+        """
 
     def home(self, block: str) -> torch.device:
         """Where the model takes the outputs of a block."""

@@ -7,10 +7,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +66,8 @@ def quantize_calibrated(
             another run or is damaged; the model is as it was.
         OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
-    unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
-    if unfit:
-        raise ValueError(
-            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). "
-            f"{get_method(specs[unfit[0]].method).calibration_requirement} Or quantize without calibration. The model "
-            "was not changed."
-        )
-    visitor = _QuantizeVisitor(model, specs, config, calibration, device, on_layer)
+    check_can_calibrate(specs)
+    visitor = QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     try:
         walk(model, list(specs), calibration, visitor, device=device, progress=progress)
     finally:
@@ -81,7 +75,20 @@ def quantize_calibrated(
             visitor.folder.close()
 
 
-class _QuantizeVisitor(Visitor):
+def check_can_calibrate(specs: Mapping[str, QuantSpec]) -> None:
+    """Raise ValueError if there is a layer, by name, whose method makes no use of calibration data."""
+    unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
+    if unfit:
+        raise ValueError(
+            f"{unfit[0]}: calibration is not possible for {specs[unfit[0]]} ({len(unfit)} layer(s)). "
+            f"{get_method(specs[unfit[0]].method).calibration_requirement} Or quantize without calibration. The model "
+            "was not changed."
+        )
+
+
+class QuantizeVisitor(Visitor):
+    """Quantizes each layer that the walk comes to, with the statistics of its inputs."""
+
     statistics = ("second_moment",)
 
     def __init__(
@@ -206,16 +213,21 @@ class _Errors:
         )
 
 
+def calibration_options(calibration: Calibration) -> dict[str, Any]:
+    """How the data is used: all fields that determine the result, but for the data."""
+    return {
+        field.name: getattr(calibration, field.name)
+        for field in dataclasses.fields(calibration)
+        if field.name not in ("data", "tokenizer", "resume_folder")
+    }
+
+
 def _fingerprint(
     model: nn.Module, specs: dict[str, QuantSpec], calibration: Calibration, batches: list[Tensor]
 ) -> str:
     """A digest of all that determines the result: weights, specs, data, and how the data is used."""
     digest = hashlib.sha256()
-    options = {
-        field.name: getattr(calibration, field.name)
-        for field in dataclasses.fields(calibration)
-        if field.name not in ("data", "tokenizer", "resume_folder")
-    }
+    options = calibration_options(calibration)
     described = {"specs": {name: spec.to_dict() for name, spec in specs.items()}, "options": options}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for batch in batches:

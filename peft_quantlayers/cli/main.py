@@ -24,6 +24,7 @@ VERBS = {
     "quantize": "quantize a model and save it",
     "train": "train an adapter on a quantized model",
     "merge": "merge an adapter into its quantized model",
+    "export": "write a model as an inference engine reads it",
     "evaluate": "measure a model on text and tasks",
     "inspect": "say what a folder holds",
     "chat": "talk with a model",

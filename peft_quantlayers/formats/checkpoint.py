@@ -9,6 +9,7 @@
    means nothing here and stops programs that do not know this format.
 5. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
    the expert as first dimension.
+6. Fields of specs that older readers do not know (:attr:`QuantSpec.format_version`).
 
 Readers accept every format version up to their own; writers write the oldest that says everything, so that older
 readers read what they can.
@@ -21,7 +22,7 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # The fields that each version added.
 _ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks"}
 _SENTINELS, _SENTINELS_VERSION = "sentinels", 4
@@ -82,9 +83,10 @@ def specs_to_json(
         "stacks": {name: index for name, index in indices.items() if name in stacks},
     }
     added = {name: dict(values) for name, values in given.items() if values}
+    versions = [version for version, name in _ADDED_FIELDS.items() if name in added]
     return added | {
         "quant_method": QUANT_METHOD,
-        "format_version": max([1, *(version for version, name in _ADDED_FIELDS.items() if name in added)]),
+        "format_version": max([1, *versions, *(spec.format_version for spec in distinct)]),
         "specs": [spec.to_dict() for spec in distinct],
         "modules": {name: index for name, index in indices.items() if name not in stacks},
     }

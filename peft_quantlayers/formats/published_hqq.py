@@ -31,7 +31,7 @@ from .checkpoint_format import (
 from .spec import QuantSpec
 
 # packing name: (dtype of a word, codes a word, bits between two codes of a word)
-_PACKINGS = {
+PACKINGS = {
     "8bit_u8": (torch.uint8, 1, 8),
     "4bit_u8": (torch.uint8, 2, 4),
     "3bit_32": (torch.int32, 10, 3),
@@ -85,7 +85,7 @@ class StoredHqqLayer:
     Fields:
         shape: (out_features, in_features).
         axis: 1 if groups run along the inputs, 0 if along the outputs.
-        packing: a key of ``_PACKINGS``.
+        packing: a key of ``PACKINGS``.
         stored_group_size: weights per stored scale; with ``axis=1`` a group may run over the end of a row.
         spec: of our layout. It may have fewer bits per code than the packing, and smaller groups.
     """
@@ -150,7 +150,7 @@ def describe_hqq_layer(stored: Mapping[str, Any], *, name: str, spec_from_dict: 
         if entry not in stored:
             raise ValueError(f"{name}: the checkpoint has no {name}.{entry}, which every HQQ layer must have.")
     shape, axis, packing = _shape(stored, name), _integer(stored, "axis", name), _string(stored["packing"])
-    if axis not in (0, 1) or packing not in _PACKINGS:
+    if axis not in (0, 1) or packing not in PACKINGS:
         raise ValueError(f"{name}: axis={axis!r}, packing={packing!r} is not a layout that hqq writes.")
     n_weights = math.prod(shape)
     for part in ("scale", "zero"):
@@ -227,7 +227,7 @@ def _check_floating(entry: Any, name: str) -> None:
 
 def _check_packed(W_q: Any, packing: str, n_rows: int, n_columns: int, name: str) -> None:
     """Raise ValueError unless ``W_q``, a tensor or a header, has the shape and dtype of that many packed codes."""
-    word, per_word, _ = _PACKINGS[packing]
+    word, per_word, _ = PACKINGS[packing]
     if not isinstance(W_q, (Tensor, TensorHeader)) or len(W_q.shape) != 2:
         raise ValueError(f"{name} must be a matrix of packed codes.")
     dtype, shape = W_q.dtype, tuple(W_q.shape)
@@ -244,7 +244,7 @@ def _check_packed(W_q: Any, packing: str, n_rows: int, n_columns: int, name: str
 
 def _unpack(W_q: Tensor, packing: str, n_rows: int) -> Tensor:
     """Codes (n_rows, n_columns), uint8, of a ``W_q`` that :func:`_check_packed` accepts."""
-    word, per_word, nbits = _PACKINGS[packing]
+    word, per_word, nbits = PACKINGS[packing]
     if W_q.dtype != word:
         W_q = W_q.contiguous().view(word)
     mask = (1 << nbits) - 1
@@ -266,9 +266,9 @@ def _metadata(stored: Mapping[str, Any], part: str, name: str) -> Tensor:
     if not isinstance(quantized, Tensor) or not isinstance(nested, Mapping):
         raise ValueError(f"{name}: the checkpoint has no {name}.{part}, which every HQQ layer must have.")
     packing = _string(nested.get("packing"))
-    if packing not in _PACKINGS or quantized.dim() != 2:
+    if packing not in PACKINGS or quantized.dim() != 2:
         raise ValueError(f"{name}.{part}: packing={packing!r} is not a layout that hqq writes.")
-    rows = quantized.shape[0] * _PACKINGS[packing][1]
+    rows = quantized.shape[0] * PACKINGS[packing][1]
     _check_packed(quantized, packing, rows, quantized.shape[1], f"{name}.{part}")
     codes = _unpack(quantized, packing, rows)
     scale, zero = (_metadata(nested, entry, f"{name}.{part}") for entry in ("scale", "zero"))

@@ -184,11 +184,17 @@ class QuantSpec(ABC):
     def widened(self) -> Self:
         """This spec with floating tensors in float32, so that trained ones are stored unrounded.
 
-        A spec without a field ``scale_dtype`` is returned as it is: it has one dtype for its tensors.
+        A spec without a field ``scale_dtype`` is returned as it is: it has one dtype for its tensors. So is one that
+        must not leave its dtype.
         """
         if any(field.name == "scale_dtype" for field in dataclasses.fields(self)):
             return dataclasses.replace(self, scale_dtype="float32")  # type: ignore[call-arg]
         return self
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of our checkpoint format whose readers know all that this spec says."""
+        return 1
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the method's name."""

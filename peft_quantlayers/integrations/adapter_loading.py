@@ -68,6 +68,15 @@ def load_into_transformers(
     return result
 
 
+def load_peft_weights(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's, where it loads a file without :func:`load_adapter`: only its checksums tell that it is of our layers."""
+    if isinstance(model_id, str | os.PathLike):
+        file = Path(model_id, kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            check_file(file)
+    return original(model_id, *args, **kwargs)
+
+
 def save_pretrained(original: Callable[..., None], peft_model: Any, *args: Any, **kwargs: Any) -> None:
     """``PeftModel.save_pretrained``: the header of each file gets the checksums of its tensors."""
     original(*args, **kwargs)

@@ -181,8 +181,19 @@ def check_headers(
     if missing:
         raise ValueError(
             f"{files}: the checkpoint lacks {len(missing)} tensor(s) that its config.json promises, for example "
-            f"{missing[:3]}. Download or save it again."
+            f"{missing[:3]}. {_other_names(files, parameters)}Download or save it again."
         )
+
+
+def _other_names(files: CheckpointFiles, parameters: Mapping[str, str]) -> str:
+    """A sentence on tensors in the files that have no place in the model; empty without any."""
+    unknown = [key for key in files.headers if key not in parameters]
+    if not unknown:
+        return ""
+    return (
+        f"It holds tensors for which the model has no place, for example {unknown[0]!r}; key_mapping does not reach "
+        "quantized layers, so rename tensors in the files. "
+    )
 
 
 def _check_layer_tensor(

@@ -76,7 +76,8 @@ class CheckpointNames:
             elif not self._is_headless and not any(p.search(stored_name) for p in self._ignored):
                 raise ValueError(
                     f"the checkpoint has a quantized module {stored_name!r}, and the model has no linear layer of "
-                    "that name. The two do not belong together."
+                    "that name. The two do not belong together, or tensors were renamed (key_mapping does not reach "
+                    "quantized layers)."
                 )
         if not modules:
             raise ValueError("the checkpoint has quantized modules, and the model has none of them.")

@@ -6,7 +6,9 @@ The only file that knows how transformers turns the tensors of files into parame
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,12 +36,16 @@ from transformers.utils import ContextManagers
 from transformers.utils import logging as transformers_logging
 
 from ..formats.checksums import are_checksums_used
+from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_key, dense_names
 from ..methods import QuantConfig
 from .checkpoint_headers import CheckpointFiles
 from .checksums import refuse_damage
+from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
 from .transformers_quantizer import QuantlayersHfQuantizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class FloatCheckpoint:
         self.tied = self._find_tied()
         self.groups = self._without_copies()
         self._check_complete()
+        self._warn_of_unexpected()
 
     def fingerprints(self) -> dict[str, list[int]]:
         """Of each file its size, the time of its last change in ns, and the CRC-32 of its header."""
@@ -132,8 +139,32 @@ class FloatCheckpoint:
             self._check_shape(name, stored, wanted)
 
     def release(self, module: nn.Module | None = None) -> None:
-        """Drop all numbers of ``module``, of the whole model by default."""
-        (self.model if module is None else module).to("meta")
+        """Drop the numbers that files have of ``module``, of the whole model by default; others are computed once."""
+        for each in (self.model if module is None else module).modules():
+            if isinstance(each, QuantizedLinear | QuantizedStack):
+                each.to("meta")
+                continue
+            for name, parameter in each.named_parameters(recurse=False):
+                each.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            buffers = dict(each.named_buffers(recurse=False))
+            for name in buffers.keys() & each.state_dict().keys() if buffers else ():
+                each.register_buffer(name, buffers[name].to("meta"))
+
+    def prepare_forward(self) -> None:
+        """Fill the buffers that no file has (rotary frequencies, ...), so that loaded parts of the model run."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            mark_as_initialized(tensor)
+        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        self.model._initialize_missing_keys(False)
+
+    def tie(self) -> None:
+        """Let tied parameters share the numbers of the one that was loaded."""
+        for target, source in self.tied.items():
+            places = [name.rpartition(".") for name in (source, target)]
+            parameters = [self.model.get_parameter(name) for name in (source, target)]
+            loaded = next((parameter for parameter in parameters if not parameter.is_meta), None)
+            for parent, _, name in places if loaded is not None else ():
+                self.model.get_submodule(parent).register_parameter(name, loaded)
 
     def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(stored) != tuple(wanted):
@@ -224,6 +255,18 @@ class FloatCheckpoint:
 
     def _are_equal(self, keys: Sequence[str], others: Sequence[str]) -> bool:
         return len(keys) == len(others) == 1 and self.files.are_equal(keys[0], others[0])
+
+    def _warn_of_unexpected(self) -> None:
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
+        left_out = [key for key in self.unexpected if not any(pattern.search(key) for pattern in ignored)]
+        if left_out:
+            logger.warning(
+                "%s: a %s has no place for %d tensor(s), which are left out, for example %s.",
+                self.folder,
+                type(self.model).__name__,
+                len(left_out),
+                left_out[:3],
+            )
 
     def _check_complete(self) -> None:
         found = {name for group in self.groups for name in group.parameters}

@@ -13,6 +13,7 @@ for another package's checks; ``patches/README.md`` lists them.
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from peft.tuners import lora
 from peft.tuners.lora import loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -91,6 +92,9 @@ def register() -> None:
     for owner in (PeftModel, PeftMixedModel):
         _replaced.wrap(owner, "from_pretrained", adapter_loading.from_pretrained)
         _replaced.wrap(owner, "load_adapter", adapter_loading.load_adapter)
+    for module in (hotswap, save_and_load):
+        ours = functools.partial(adapter_loading.load_peft_weights, module.load_peft_weights)
+        _replaced.replace(module, "load_peft_weights", ours)
     _replaced.wrap(PeftModel, "save_pretrained", adapter_loading.save_pretrained)
     _replaced.wrap(PeftConfig, "from_pretrained", adapter_loading.config_from_pretrained)
     _replaced.wrap(PreTrainedModel, "load_adapter", adapter_loading.load_into_transformers)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def frame_masks(model: Any, mask: Tensor) -> Iterator[Tensor]:
         n_frames = getattr(module, "_get_feat_extract_output_lengths", None)
         if n_frames is None:
             continue
-        found = n_frames(lengths)
-        for counts in found if isinstance(found, tuple) else (found,):
-            *of_rows, width = counts.tolist()
-            yield torch.arange(int(width)) < torch.tensor(of_rows)[:, None]
+        # Some classes have it from another one, and cannot compute it; some take one length at a time.
+        with suppress(AttributeError, NotImplementedError, TypeError):
+            found = [n_frames(length) for length in lengths]
+            for counts in zip(*(each if isinstance(each, tuple) else (each,) for each in found), strict=True):
+                *of_rows, width = map(int, counts)
+                yield torch.arange(width) < torch.tensor(of_rows)[:, None]

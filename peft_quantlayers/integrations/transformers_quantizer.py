@@ -31,11 +31,11 @@ from ..layers.selection import quantized_layers
 from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict
+from .before_training import check_before_training
 from .checkpoint_headers import CheckpointFiles, check_headers, check_kinds
 from .checkpoint_names import CheckpointNames
 from .checksums import checksum_metadata, refuse_damage
 from .expert_conversion import ExpertByExpert
-from .frozen_adapters import warn_of_frozen_adapters
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
@@ -347,7 +347,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         """Yes. transformers' Trainer asks before it trains."""
         model = None if self._model is None else self._model()
         if model is not None:
-            warn_of_frozen_adapters(model)
+            check_before_training(model)
         return True
 
     @property

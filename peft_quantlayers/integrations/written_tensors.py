@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..formats import QuantSpec
+from ..layers import quantized_modules
 from ..layers.replace import place_empty_layer
 from .float_checkpoint import FloatCheckpoint
 from .sentinels import sentinels
@@ -51,14 +52,26 @@ class WrittenTensors:
             state |= {name: tensor.to("meta") for name, tensor in sentinels(self._skeleton).items()}
         return list(revert_weight_conversion(self._skeleton, state))
 
-    def in_memory(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The tensors of that part of ``model`` that is in memory at the moment, without sentinels."""
-        state = {
-            self._tied.get(name, name): tensor for name, tensor in self._state(model).items() if not tensor.is_meta
-        }
-        return revert_weight_conversion(
-            self._skeleton, {name: tensor for name, tensor in state.items() if name in self._kept}
-        )
+    def of_parameters(
+        self, model: PreTrainedModel, parameters: Collection[str]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the files that are made of ``parameters`` of the float model, without sentinels.
+
+        Returns:
+            The tensors by their names in the files; and the name in the file for each in the state of ``model`` that
+            is the same tensor there.
+        """
+        layers = {name for name in quantized_modules(model) if f"{name}.weight" in parameters}
+        state = {}
+        for name, tensor in self._state(model).items():
+            module, _, tensor_name = name.rpartition(".")
+            is_of_layer = module in layers and tensor_name != "bias"
+            if (name in parameters or is_of_layer) and self._tied.get(name, name) in self._kept:
+                state[self._tied.get(name, name)] = tensor
+        written = revert_weight_conversion(self._skeleton, dict(state))
+        places = {(tensor.data_ptr(), tensor.dtype, tensor.shape): key for key, tensor in written.items()}
+        same = {name: places.get((tensor.data_ptr(), tensor.dtype, tensor.shape)) for name, tensor in state.items()}
+        return written, {name: key for name, key in same.items() if key is not None}
 
     def sentinels(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The sentinels of all quantized layers of ``model``."""

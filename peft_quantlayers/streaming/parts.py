@@ -1,13 +1,12 @@
-"""A model cut into parts that are quantized one at a time, and what is known of each layer once it is."""
+"""A model cut into parts, each a file of its own until the end, and what is known of each quantized layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..formats import QuantSpec
 from ..formats.quantized_weight import is_lossy_in_half
@@ -16,57 +15,83 @@ from ..integrations.written_tensors import WrittenTensors
 from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_shape
 from ..layers.replace import place_empty_layer
-from ..layers.selection import quantized_layers
+from ..layers.selection import quantized_layers, select_modules
 from ..methods import QuantConfig, spec_from_dict
 from .work_folder import WorkFolder
 
-# Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
-PART_BYTES = 2**26
-
 
 class PartsOfModel:
-    """Groups of tensors of ``checkpoint``, put together until a part is large enough to be worth a file.
+    """Groups of tensors of ``checkpoint``, put together until a part would take more than ``part_bytes``.
+
+    With ``blocks``, names of modules, each of them is one part; what lies around them is put together apart from
+    layers that are to be quantized, which are parts of their own.
 
     Attributes:
         checkpoint: the float model.
-        specs: of the layers to quantize.
+        specs: of the layers to quantize; those that the config selects.
         written: what goes into the files.
-        parts: the groups of each part, in the order of the files.
-        layers: of the quantized layers so far, what :meth:`_record_of` says.
+        parts: the groups of each part.
+        number_of: the part that each block is.
+        late: parts with layers to be quantized outside of the blocks; none without ``blocks``.
+        layers: of the quantized layers so far, what :func:`_record_of` says.
         sizes: about what each group takes once it is quantized, in bytes; by its first name in the files.
     """
 
     def __init__(
         self,
         checkpoint: FloatCheckpoint,
-        specs: Mapping[str, QuantSpec],
         config: QuantConfig,
         *,
+        specs: Mapping[str, QuantSpec] | None = None,
         device: torch.device | str | None = None,
+        blocks: Sequence[str] = (),
+        part_bytes: int,
     ) -> None:
-        self.checkpoint, self.specs, self.config = checkpoint, dict(specs), config
-        self.written = WrittenTensors(checkpoint, specs)
-        self.quantizer = new_quantizer(checkpoint, config, self.specs)
-        self.quantizer.device = device
+        self.checkpoint, self.config, self.device, self.part_bytes = checkpoint, config, device, part_bytes
+        self.specs = select_modules(checkpoint.model, config).specs if specs is None else dict(specs)
+        self.written = WrittenTensors(checkpoint, self.specs)
         self.layers: dict[str, dict[str, Any]] = {}
         self.sizes = {group.keys[0]: sum(map(self._n_bytes, group.parameters)) for group in checkpoint.groups}
-        self.parts = list(_packed(checkpoint.groups, self.sizes))
+        inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks}
+        around, late = [], []
+        for group in checkpoint.groups:
+            block = next((block for block in blocks if group.parameters[0].startswith(f"{block}.")), None)
+            if block is not None:
+                inside[block].append(group)
+            elif blocks and any(name.removesuffix(".weight") in self.specs for name in group.parameters):
+                late.append(group)
+            else:
+                around.append(group)
+        self.parts = list(_packed(around, self.sizes, part_bytes))
+        self.number_of = {block: len(self.parts) + index for index, block in enumerate(inside)}
+        self.parts += inside.values()
+        self.late = range(len(self.parts), len(self.parts) + len(late))
+        self.parts += [[group] for group in late]
 
-    def quantize(self, work: WorkFolder, *, progress: bool) -> None:
-        """Make all parts that ``work`` does not have. Raises ValueError for a layer that cannot be quantized."""
-        bar = tqdm(total=len(self.specs), desc="Quantizing", unit="layer", disable=not progress)
-        with bar:
-            for number, groups in enumerate(self.parts):
-                before = len(self.layers)
-                if work.is_finished(number):
-                    self.restore(work.record(number)["layers"])
-                else:
-                    self.checkpoint.load(groups, self.quantizer)
-                    layers = self._record()
-                    work.keep(number, self.written.in_memory(self.checkpoint.model), {"layers": layers})
-                    self.checkpoint.release()
-                    self.layers |= layers
-                bar.update(len(self.layers) - before)
+    @property
+    def around(self) -> list[int]:
+        """The parts that are no blocks."""
+        return [number for number in range(len(self.parts)) if number not in self.number_of.values()]
+
+    def make(self, work: WorkFolder, number: int) -> None:
+        """Quantize and store a part. Raises ValueError for a layer that cannot be quantized."""
+        quantizer = new_quantizer(self.checkpoint, self.config, self.specs)
+        quantizer.device = self.device
+        self.checkpoint.load(self.parts[number], quantizer)
+        self.keep(work, number)
+        self.checkpoint.release()
+
+    def take(self, work: WorkFolder, number: int) -> None:
+        """Put empty layers in the place of those of a finished part."""
+        self.restore(work.record(number)["layers"])
+
+    def keep(self, work: WorkFolder, number: int) -> None:
+        """Store a part that is in memory, quantized."""
+        parameters = {name for group in self.parts[number] for name in group.parameters}
+        tensors, names = self.written.of_parameters(self.checkpoint.model, parameters)
+        layers = self._record(parameters)
+        work.keep(number, tensors, {"layers": layers, "names": names})
+        self.layers |= layers
 
     def restore(self, layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Put empty layers in the place of those that an earlier call has quantized."""
@@ -80,18 +105,18 @@ class PartsOfModel:
             )
             self.layers[name] = dict(about)
 
-    def _record(self) -> dict[str, dict[str, Any]]:
-        """About the quantized layers that are in memory."""
+    def _record(self, parameters: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """About the quantized layers in a part."""
         model = self.checkpoint.model
+        layers = quantized_layers(model)
+        names = (name.removesuffix(".weight") for name in parameters)
         return {
-            name: _record_of(layer, is_half=model.dtype == torch.float16)
-            for name, layer in quantized_layers(model).items()
-            if not layer.codes.is_meta
+            name: _record_of(layers[name], is_half=model.dtype == torch.float16) for name in names if name in layers
         }
 
     def _n_bytes(self, parameter: str) -> int:
-        name, model = self.quantizer.quantized_name(parameter), self.checkpoint.model
-        if name is not None:
+        name, model = parameter.removesuffix(".weight"), self.checkpoint.model
+        if name in self.specs:
             layout = self.specs[name].layout_of(dense_shape(model, name))
             return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
         return model.get_parameter_or_buffer(parameter).nbytes
@@ -106,12 +131,12 @@ def _record_of(layer: QuantizedLinear | QuantizedStack, *, is_half: bool) -> dic
     }
 
 
-def _packed(groups: Iterable[TensorGroup], sizes: Mapping[str, int]) -> Iterator[list[TensorGroup]]:
+def _packed(groups: Iterable[TensorGroup], sizes: Mapping[str, int], part_bytes: int) -> Iterator[list[TensorGroup]]:
     found: list[TensorGroup] = []
     total = 0
     for group in groups:
         size = sizes[group.keys[0]]
-        if found and total + size > PART_BYTES:
+        if found and total + size > part_bytes:
             yield found
             found, total = [], 0
         found.append(group)

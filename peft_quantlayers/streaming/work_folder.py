@@ -51,12 +51,19 @@ class WorkFolder:
                 part.write_text(json.dumps(run, indent=2, sort_keys=True))
             return
         before = json.loads(file.read_text())
-        if before != json.loads(json.dumps(run)):
+        if before != run:
             differing = sorted(key for key in {**before, **run} if before.get(key) != run.get(key))
             raise FileExistsError(
                 f"{destination} holds an unfinished run with other values of {', '.join(differing)}. Call it with "
                 "those, or pass resume=False to remove what it has done, or choose another folder."
             )
+
+    @classmethod
+    def of_another_process(cls, folder: Path) -> WorkFolder:
+        """The folder of a process that holds the lock, to put parts into."""
+        work = cls.__new__(cls)
+        work.folder = folder
+        return work
 
     # ---- parts
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _tiny_models import tiny_model
 from integrations.tiny import SIZES
 from torch import Tensor, nn
 from transformers import (
@@ -335,6 +336,18 @@ def test_what_the_refusal_of_a_loop_says_is_the_way_out():
     config = HQQConfig(group_size=8, skip_modules=["blocks", "inner"])
     model = quantize_model(BothLoop().eval(), config, calibration=DATA, progress=False)
     assert isinstance(model.head, QuantizedLinear)
+
+
+def test_a_model_that_is_all_loops_is_not_told_to_skip_everything():
+    model = tiny_model("HrmTextForCausalLM")
+    ids = torch.randint(3, 200, (8, 40), generator=torch.Generator().manual_seed(0))
+    config, data = HQQConfig(group_size=32, iters=1), Calibration(data=ids, n_tokens=320, sequence_length=40)
+    with pytest.raises(
+        ValueError, match=r"several times\. Quantize the model without calibration\. Nothing"
+    ) as refused:
+        quantize_model(model, config, calibration=data, progress=False)
+    assert "skip_modules" not in str(refused.value)
+    quantize_model(model, config, progress=False)
 
 
 class Reorders(Blocks):

@@ -1,155 +1,79 @@
 """Calibration data of the wrong kind is refused with the way out; files, chats, splits and loaders are read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from calibration.other_models import ids, llava, t5, whisper
-from mistakes import CONFIG, IDS, Tokenizer, assert_refused, calibrated_with, dense, letters, mistake, short_bert
+from mistakes import IDS, Calls, Tokenizer, assert_refused, calibrated_with, dense, letters, mistake, short_bert
 
-import peft_quantlayers as pql
 from peft_quantlayers import Calibration
 
-CALIBRATION = [
-    mistake(
-        lambda _: Calibration(data=IDS, tokens=10), TypeError, "did you mean 'n_tokens'?", "batch_size", name="field"
-    ),
-    mistake(
-        lambda _: Calibration(data=IDS, seq_len=10), TypeError, "sequence_length", name="field of another library"
-    ),
-    mistake(lambda _: Calibration(IDS), TypeError, "Calibration(data=...)", name="without keyword"),
-    mistake(lambda _: Calibration(data=None), TypeError, "data=None", "texts", name="none"),
-    mistake(
-        lambda _: Calibration(data=IDS, n_tokens="many"),
-        TypeError,
-        "n_tokens must be an integer",
-        name="text as number",
-    ),
-    mistake(
-        lambda _: Calibration(data=IDS, batch_size=2.0),
-        TypeError,
-        "batch_size must be an integer",
-        name="float as integer",
-    ),
-    mistake(
-        lambda _: Calibration(data=IDS, damping=True), TypeError, "damping must be a number", name="flag as number"
-    ),
-    mistake(lambda _: Calibration(data=IDS, tokenizer="gpt2"), TypeError, "from_pretrained('gpt2')", name="tokenizer"),
-    mistake(
-        lambda _: Calibration(data=IDS, resume_folder=3),
-        TypeError,
-        "resume_folder must be the path",
-        name="resume folder",
-    ),
-    mistake(calibrated_with(__file__), ValueError, "path of a file", "pathlib.Path(", on=dense, name="path as text"),
-    mistake(calibrated_with([__file__]), ValueError, "path of a file", on=dense, name="list of paths as texts"),
-    mistake(
-        calibrated_with(Path("/no/such/file.txt"), tokenizer=letters),
-        ValueError,
-        "is not a file",
-        on=dense,
-        name="missing file",
-    ),
-    mistake(
-        lambda model: pql.quantize_model(
-            model,
-            CONFIG,
-            calibration=datasets.DatasetDict(
-                {
-                    "validation": datasets.Dataset.from_dict({"text": ["a"]}),
-                    "test": datasets.Dataset.from_dict({"text": ["a"]}),
-                }
-            ),
-        ),
-        ValueError,
-        "splits ['validation', 'test']",
-        "data['validation']",
-        on=dense,
-        name="splits without train",
-    ),
-    mistake(
-        calibrated_with(datasets.Dataset.from_dict({"question": ["a"], "answer": ["b"]})),
-        ValueError,
-        "['question', 'answer']",
-        "'messages'",
-        "rename_column",
-        on=dense,
-        name="columns",
-    ),
-    mistake(
-        calibrated_with([{"messages": [{"role": "user", "content": "a" * 200}]}], tokenizer=Tokenizer()),
-        ValueError,
-        "chat template",
-        "chat_template",
-        on=dense,
-        name="chats without a template",
-    ),
-    mistake(calibrated_with({1, 2, 3}), TypeError, "texts, token ids", on=dense, name="set"),
-    mistake(calibrated_with(b"text" * 100), TypeError, "texts, token ids", on=dense, name="bytes"),
-    mistake(calibrated_with(np.ones(300)), TypeError, "integers", on=dense, name="array of floats"),
-    mistake(
-        calibrated_with([IDS, {"input_ids": ids(), "attention_mask": torch.zeros_like(ids())}]),
-        TypeError,
-        "batches must all be mappings",
-        on=dense,
-        name="batches and ids",
-    ),
-    mistake(
-        calibrated_with({"input_ids": ids(), "pixel_value": torch.ones(4, 3, 8, 8)}),
-        ValueError,
-        "did you mean 'pixel_values'?",
-        on=llava,
-        name="keyword's typo",
-    ),
-    mistake(
-        calibrated_with({"input_ids": ids(), "pixel_values": torch.full((4, 3, 16, 16), torch.nan)}),
-        ValueError,
-        "pixel_values",
-        "NaN",
-        on=llava,
-        name="NaN",
-    ),
-    mistake(
-        calibrated_with({"input_ids": ids(), "pixel_values": torch.ones(4, 3, 16, 16)}),
-        ValueError,
-        "LlavaForConditionalGeneration does not run on the calibration data (input_ids, pixel_values)",
-        "Nothing was changed",
-        on=llava,
-        name="images without their tokens",
-    ),
-    mistake(
-        calibrated_with(
-            torch.utils.data.DataLoader(list(zip(torch.ones(8, 3, 4), range(8), strict=True)), batch_size=2)
-        ),
-        TypeError,
-        "collate_fn",
-        on=dense,
-        name="loader of tuples",
-    ),
-    mistake(calibrated_with(IDS), TypeError, "'input_features'", "processor", on=whisper, name="ids for speech"),
-    mistake(
-        calibrated_with({"input_features": torch.ones(2, 8, 60)}),
+# The fields of a Calibration; a row of the second names the data, and the model that it is for.
+calibration = Calls(Calibration)
+
+
+def data(name: str, error: type[Exception], *words: str, of: Any, on: Callable[[], Any] = dense, **fields: Any) -> Any:
+    return mistake(calibrated_with(of, **fields), error, *words, on=on, name=name)
+
+
+FIELDS = [
+    calibration("field", TypeError, "did you mean 'n_tokens'?", "batch_size", data=IDS, tokens=10),
+    calibration("field of another library", TypeError, "sequence_length", data=IDS, seq_len=10),
+    calibration("without keyword", TypeError, "Calibration(data=...)", args=(IDS,)),
+    calibration("none", TypeError, "data=None", "texts", data=None),
+    calibration("text as number", TypeError, "n_tokens must be an integer", data=IDS, n_tokens="many"),
+    calibration("float as integer", TypeError, "batch_size must be an integer", data=IDS, batch_size=2.0),
+    calibration("flag as number", TypeError, "damping must be a number", data=IDS, damping=True),
+    calibration("tokenizer", TypeError, "from_pretrained('gpt2')", data=IDS, tokenizer="gpt2"),
+    calibration("resume folder", TypeError, "resume_folder must be the path", data=IDS, resume_folder=3),
+]
+WITHOUT_TRAIN = datasets.DatasetDict(
+    dict.fromkeys(("validation", "test"), datasets.Dataset.from_dict({"text": ["a"]}))
+)
+QUESTIONS = datasets.Dataset.from_dict({"question": ["a"], "answer": ["b"]})
+TUPLES = torch.utils.data.DataLoader(list(zip(torch.ones(8, 3, 4), range(8), strict=True)), batch_size=2)
+PADDED = {"input_ids": ids(2, 40), "attention_mask": torch.arange(40).expand(2, 40) % 2}
+HIDDEN = {"input_ids": ids(), "attention_mask": torch.zeros_like(ids())}
+NO_NUMBERS = {"input_ids": ids(), "pixel_values": torch.full((4, 3, 16, 16), torch.nan)}
+NO_IMAGE_TOKENS = {"input_ids": ids(), "pixel_values": torch.ones(4, 3, 16, 16)}
+FAILS = "LlavaForConditionalGeneration does not run on the calibration data (input_ids, pixel_values)"
+TYPO = {"input_ids": ids(), "pixel_value": torch.ones(4, 3, 8, 8)}
+CHAT = [{"messages": [{"role": "user", "content": "a" * 200}]}]
+DATA = [
+    data("path as text", ValueError, "path of a file", "pathlib.Path(", of=__file__),
+    data("list of paths as texts", ValueError, "path of a file", of=[__file__]),
+    data("missing file", ValueError, "is not a file", of=Path("/no/such/file.txt"), tokenizer=letters),
+    data("no train", ValueError, "splits ['validation', 'test']", "data['validation']", of=WITHOUT_TRAIN),
+    data("columns", ValueError, "['question', 'answer']", "'messages'", "rename_column", of=QUESTIONS),
+    data("chats", ValueError, "chat template", "chat_template", of=CHAT, tokenizer=Tokenizer()),
+    data("set", TypeError, "texts, token ids", of={1, 2, 3}),
+    data("bytes", TypeError, "texts, token ids", of=b"text" * 100),
+    data("array of floats", TypeError, "integers", of=np.ones(300)),
+    data("batches and ids", TypeError, "batches must all be mappings", of=[IDS, HIDDEN]),
+    data("keyword's typo", ValueError, "did you mean 'pixel_values'?", of=TYPO, on=llava),
+    data("NaN", ValueError, "pixel_values", "NaN", of=NO_NUMBERS, on=llava),
+    data("images without their tokens", ValueError, FAILS, "Nothing was changed", of=NO_IMAGE_TOKENS, on=llava),
+    data("loader of tuples", TypeError, "collate_fn", of=TUPLES),
+    data("ids for speech", TypeError, "'input_features'", "processor", of=IDS, on=whisper),
+    data(
+        "speech without a text",
         ValueError,
         "'decoder_input_ids' or 'labels'",
+        of={"input_features": torch.ones(2, 8, 60)},
         on=whisper,
-        name="speech without a text",
     ),
-    mistake(calibrated_with([torch.ones(2, 8)]), TypeError, "token ids", on=t5, name="floats for text"),
-    mistake(
-        calibrated_with({"input_ids": ids(2, 40), "attention_mask": torch.arange(40).expand(2, 40) % 2}),
-        ValueError,
-        "positions for 16",
-        "truncation=True",
-        on=short_bert,
-        name="too long",
-    ),
+    data("floats for text", TypeError, "token ids", of=[torch.ones(2, 8)], on=t5),
+    data("too long", ValueError, "positions for 16", "truncation=True", of=PADDED, on=short_bert),
 ]
 
 
-@pytest.mark.parametrize(("on", "call", "error", "words"), CALIBRATION)
+@pytest.mark.parametrize(("on", "call", "error", "words"), [*FIELDS, *DATA])
 def test_a_mistake_is_refused_with_the_way_out_and_changes_nothing(on, call, error, words):
     assert_refused(on, call, error, words)
 

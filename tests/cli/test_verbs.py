@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import cli_page
 import pytest
 import torch
 import yaml
@@ -178,6 +179,15 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
     assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
 
 
+def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
+    folder = tmp_path / "mlx"
+    text = printed(capsys, ["export", quantized, str(folder), "--format", "mlx"])
+    assert "mlx_lm" in text
+    assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
+    assert "ggml" in refused(capsys, ["export", quantized, str(tmp_path / "x"), "--format", "ggml"], 1)
+    assert not (tmp_path / "x").exists()
+
+
 # ---- what is wrong
 
 
@@ -230,7 +240,8 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["quantize", "./no/such/folder", out], "there is no such folder"),
         (["quantize", float_model, out, "--nbits", "9"], "nbits"),
         (["quantize", float_model, out, "--num_codebooks", "2"], "HQQConfig has no field ['num_codebooks']"),
-        (["quantize", float_model, quantized], "is not empty. Choose another folder"),
+        (["quantize", float_model, quantized, "--dtype", "float32"], "is not empty. Choose another folder"),
+        (["quantize", float_model, quantized], quantized),
         (["quantize", float_model, out, "--calibration.data", "no.txt"], "there is no such file"),
         (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
         (["merge", float_model, out], ""),
@@ -247,11 +258,15 @@ def test_an_interrupt_is_said_and_leaves_nothing(float_model, tmp_path, capsys, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_quantlayers.cli.verbs.quantize.save_model", interrupted)
+    monkeypatch.setattr("peft_quantlayers.cli.verbs.quantize.quantize_checkpoint", interrupted)
     assert "interrupted" in refused(
         capsys, ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"], 130
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_page_is_what_the_options_say():
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python benchmarks/cli_page.py"
 
 
 def test_the_help_of_every_verb_names_every_option_with_words(capsys):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from mistakes import assert_unchanged, bits
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -226,6 +227,18 @@ def test_a_flipped_bit_is_found_by_name(folder):
     name = bits_flipped(folder)
     assert_refused(folder, ValueError, rf"(?s){FILE} is damaged.*{name}: does not have the checksum")
     assert [damage.name for damage in pql.verify_model(folder)] == [name]
+
+
+@pytest.mark.parametrize("kind", ["lora"], indirect=True)
+def test_a_hotswapped_adapter_is_checked_too(folder):
+    model = load(folder)
+    before = bits(model)
+    hotswap_adapter(model, str(folder), "default")
+    assert_unchanged(model, before)
+    name = bits_flipped(folder)
+    with pytest.raises(ValueError, match=f"{name}: does not have the checksum"):
+        hotswap_adapter(model, str(folder), "default")
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("kind", ["lora"], indirect=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _model_journey import differences
 from _tiny_models import tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
@@ -204,3 +205,33 @@ def test_one_missing_layer_of_a_published_folder_is_an_error(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.safetensors.*lacks 1 tensor.*layers\.0\.mlp\.up_proj\.weight"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("class_name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"])
+def test_loftq_finds_the_float_weights_under_the_files_names(class_name, tmp_path):
+    model_type = saved_float(class_name, tmp_path / "float")
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    errors = []
+    for reference in (tmp_path / "float", model_type.from_pretrained(tmp_path / "float")):
+        base = pql.quantize_model(model_type.from_pretrained(tmp_path / "float"), CONFIGS["hqq"], progress=False)
+        assert not all(f"{name}.weight" in stored for name in quantized_modules(base))
+        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
+        errors.append(
+            {each.name: each.error_after for each in pql.initialize_loftq(adapted, reference, progress=False)}
+        )
+    assert errors[0] == errors[1]
+    assert errors[0]
+
+
+def test_a_key_mapping_that_quantized_layers_would_need_is_refused_in_words(tmp_path):
+    """transformers does not tell a quantizer of it; without one the folder loads under any name that it knows."""
+    model = pql.quantize_model(tiny_model("LlamaForCausalLM"), CONFIGS["hqq"], progress=False)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved", key_mapping={"^nothing": "else"})
+    assert differences(model, loaded, None) == ""
+    file = tmp_path / "saved" / "model.safetensors"
+    renamed = {key.replace("model.layers", "transformer.blocks"): t for key, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    for options in ({}, {"key_mapping": {"^transformer.blocks": "model.layers"}}):
+        with pytest.raises(ValueError, match=r"lacks \d+ tensor.*key_mapping.*rename"):
+            type(model).from_pretrained(tmp_path / "saved", **options)

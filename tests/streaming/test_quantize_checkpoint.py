@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.storage import locked_folder
-from peft_quantlayers.streaming import parts, work_folder
+from peft_quantlayers.streaming import parts, quantize_files, work_folder
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
 PLAIN = pql.HQQConfig(nbits=4, group_size=16)
@@ -32,7 +32,7 @@ CLASSES = (
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Tiny models have several parts too."""
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
 
 
 def saved(folder, name="LlamaForCausalLM", *, dtype=torch.float32, **kwargs):
@@ -99,6 +99,15 @@ def test_scales_that_half_precision_cannot_hold_are_widened_as_in_memory(tmp_pat
         method = config.spec_type.method
         pql.quantize_checkpoint(tmp_path / "float", tmp_path / method, config, progress=False)
         assert_same(tmp_path / method, in_memory(tmp_path / "float", tmp_path / f"{method}-expected", config))
+
+
+def test_two_processes_write_the_same_files_as_one(tmp_path):
+    folder = saved(tmp_path / "float")
+    pql.quantize_checkpoint(folder, tmp_path / "one", CONFIG, progress=False)
+    pql.quantize_checkpoint(folder, tmp_path / "two", CONFIG, n_processes=2, progress=False)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    with pytest.raises(ValueError, match="n_processes=2 with calibration"):
+        pql.quantize_checkpoint(folder, tmp_path / "no", CONFIG, calibration=torch.ones(300).long(), n_processes=2)
 
 
 def test_shards_are_read_and_written(tmp_path):
@@ -190,7 +199,7 @@ def test_stopped_before_any_write_it_goes_on_and_ends_with_the_same_files(tmp_pa
     assert n_writes > 15
     for n in range(1, n_writes):
         monkeypatch.undo()
-        monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+        monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
         killed_after(1 if n % 3 else n, monkeypatch)  # sometimes all that was there, mostly one file more each time
         with pytest.raises(Killed):
             pql.quantize_checkpoint(folder, target, CONFIG, max_shard_size="60KB", progress=False)
@@ -200,7 +209,7 @@ def test_stopped_before_any_write_it_goes_on_and_ends_with_the_same_files(tmp_pa
             break
     for n in range(1, 200):
         monkeypatch.undo()
-        monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+        monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
         killed_after(2, monkeypatch)  # run.json or one part, or what is written last again
         try:
             pql.quantize_checkpoint(folder, target, CONFIG, max_shard_size="60KB", progress=False)
@@ -209,7 +218,7 @@ def test_stopped_before_any_write_it_goes_on_and_ends_with_the_same_files(tmp_pa
             assert n < 150
             if (target / ".quantizing" / "new" / "config.json").exists():
                 monkeypatch.undo()
-                monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+                monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
                 pql.quantize_checkpoint(folder, target, CONFIG, max_shard_size="60KB", progress=False)
                 break
     assert files_of(target) == files_of(tmp_path / "expected")
@@ -218,8 +227,8 @@ def test_stopped_before_any_write_it_goes_on_and_ends_with_the_same_files(tmp_pa
 KILLED = """
 import os, random, signal, sys
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import parts
-parts.PART_BYTES = 20_000
+from peft_quantlayers.streaming import quantize_files
+quantize_files.PART_BYTES = 20_000
 config = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
 source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 n_left = 0
@@ -268,7 +277,7 @@ def test_the_same_call_does_nothing_once_all_is_there_and_another_one_is_refused
     folder, target = saved(tmp_path / "float"), tmp_path / "quantized"
     pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
-    monkeypatch.setattr(parts.PartsOfModel, "quantize", None)
+    monkeypatch.setattr(parts.PartsOfModel, "make", None)
     pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
     with pytest.raises(FileExistsError, match="another model, or the same one quantized in another way"):
@@ -304,7 +313,7 @@ def test_a_full_disk_says_so_and_keeps_what_is_done(tmp_path, monkeypatch):
     ):
         pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
     pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     assert_same(target, in_memory(folder, tmp_path / "expected", PLAIN))
 
@@ -321,7 +330,7 @@ def test_a_damaged_part_is_named_and_made_again_once_it_is_gone(tmp_path, monkey
     with pytest.raises(Killed):
         pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
     file = target / ".quantizing" / "00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
@@ -393,10 +402,23 @@ def test_other_arguments_that_cannot_be_are_refused_before_anything_is_written(t
         pql.quantize_checkpoint("no/such/model/here", tmp_path / "quantized", PLAIN, progress=False)
     with pytest.raises(TypeError, match="config must be an HQQConfig"):
         pql.quantize_checkpoint(folder, tmp_path / "quantized", {"nbits": 4})
+    with pytest.raises(ValueError, match="max_shard_size='a lot' is no size"):
+        pql.quantize_checkpoint(folder, tmp_path / "quantized", PLAIN, max_shard_size="a lot")
     with pytest.raises(ValueError, match="matches no module"):
         pql.quantize_checkpoint(folder, tmp_path / "quantized", pql.HQQConfig(skip_modules=["nothing"]))
     assert not (tmp_path / "quantized").exists()
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
+
+
+def test_tensors_that_the_model_has_no_place_for_are_left_out_with_a_warning(tmp_path, caplog):
+    from safetensors.torch import save_file
+
+    folder = saved(tmp_path / "float")
+    tensors = load_file(folder / "model.safetensors") | {"model.other.weight": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pql.quantize_checkpoint(folder, tmp_path / "quantized", PLAIN, progress=False)
+    assert "no place for 1 tensor(s), which are left out, for example ['model.other.weight']" in caplog.text
+    assert "model.other.weight" not in tensors_of(tmp_path / "quantized")
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path):

@@ -162,3 +162,16 @@ def test_a_model_to_evaluate_with_is_not_warned_of(caplog, tmp_path):
         Trainer(loaded, training_arguments(tmp_path, steps=1, bf16=False))
     assert "trainable" not in caplog.text
     assert copy.deepcopy(loaded.get_base_model()).hf_quantizer.is_trainable
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [(None, True), ("1", True), ("2", False)])
+def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_path):
+    model = get_peft_model(quantized(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"]))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"FSDP1 joins.*Use FSDP2"):
+            Trainer(model, training_arguments(tmp_path, steps=1, bf16=False))
+    else:
+        assert model.hf_quantizer.is_trainable

@@ -1,4 +1,6 @@
-"""Scales and zero points of HQQ groups, from float weights: arithmetic in float32, no layers and no files.
+"""Scales and float zero points of HQQ groups, from float weights: arithmetic in float32, no layers and no files.
+
+Whole zero points are found in ``solve_whole_zeros.py``.
 
 The iterations are defined in ``solve_reference.py``; where the compiled kernels can be used (``solve_cpu.py``), they
 do the same up to rounding, and to the bit while the shrink is not active.
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import solve_cpu
-from .solve_reference import HalfQuadraticOptions, affine_fit, encode, fitted_scale, half_quadratic_offset
+from .solve_reference import HalfQuadraticOptions, affine_fit, encode, half_quadratic_offset
 
 __all__ = ["HalfQuadraticOptions", "encode", "solve_groups"]
 
@@ -26,7 +28,6 @@ def solve_groups(
     *,
     nbits: int,
     options: HalfQuadraticOptions,
-    integer_zero: bool = False,
     round_zero: bool = False,
     refine_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,6 @@ def solve_groups(
         groups: (n_groups, group_size), float32, finite.
         nbits: bits per code; codes run from 0 to ``2**nbits - 1``.
         options: constants of the half-quadratic iteration.
-        integer_zero: keep the zero an integer code, as integer formats need it; the scale is then fitted to it.
         round_zero: start from a whole zero, as the ``hqq`` package does at 4 bits, so that a weight of 0.0 starts on
             the grid; the zero that is found is not whole.
         refine_scale: after the iteration, fit scale and zero to the codes by least squares and code again,
@@ -48,8 +48,6 @@ def solve_groups(
     """
     max_code = 2**nbits - 1
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # eight times as fast as aminmax
-    if integer_zero:
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     extent = high - low
     # Below the smallest normal float the division overflows: such a group counts as one value.
     is_constant = extent <= max_code * torch.finfo(torch.float32).tiny
@@ -60,19 +58,14 @@ def solve_groups(
     start = low_steps - low_steps.round() if round_zero else torch.zeros_like(low)
     offset = _half_quadratic_offset(shifted, start, steps_per_unit, max_code=max_code, options=options)
     slope = torch.ones_like(offset)
-    if refine_scale and not integer_zero:
+    if refine_scale:
         slope, offset = _refined(shifted, offset, low_steps, max_code=max_code, round_zero=round_zero)
     scale = slope / steps_per_unit
     zero = offset - low / scale
-    if integer_zero:
-        zero = zero.round().clamp_(0, max_code)
-        scale = fitted_scale(groups, scale, zero, max_code=max_code)
 
     magnitude = low.abs()
     constant_scale = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
     scale = torch.where(is_constant, constant_scale, scale)
-    if integer_zero:  # zero is in the range of codes, and code max_code or 0 stands for the value
-        return scale, torch.where(is_constant, (low < 0).float(), zero)
     return scale, torch.where(is_constant, -low.sign(), zero)
 
 

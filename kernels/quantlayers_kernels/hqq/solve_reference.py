@@ -189,13 +189,3 @@ def _fit_slope_and_offset(
             index, shifted, slope, offset = (part[kept] for part in (index, shifted, slope, offset))
             mean, spread = mean[kept], spread[kept]
     return solved_slope, solved_offset, solved_error
-
-
-def fitted_scale(groups: Tensor, scale: Tensor, zero: Tensor, *, max_code: int) -> Tensor:
-    """Scale that minimises ``sum (w - scale * (q - zero))**2`` for a fixed zero, rounding and fitting in turn."""
-    for _ in range(3):
-        steps = encode(groups, scale, zero, max_code=max_code).sub_(zero)
-        energy = steps.square().sum(1, keepdim=True)
-        fitted = (steps * groups).sum(1, keepdim=True) / energy
-        scale = torch.where((energy > 0) & (fitted > 0), fitted, scale)
-    return scale

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jsonargparse import Namespace
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
-from ...calibration import Calibration
 from ...methods import QuantConfig
 from ...model import quantize_model
 from ...report import ModelSummary, summary
 from ...saving import save_model
+from ...streaming import quantize_checkpoint
 from .. import options
 from ..models import load_model, load_tokenizer, model_class, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
 
 DESCRIPTION = (
-    "Quantize a model and save it, with its tokenizer. With --calibration.data the outputs' error is minimised."
+    "Quantize a model and save it, with its tokenizer. With --calibration.data the outputs' error is minimised; "
+    "without it files are quantized one tensor at a time, and the same command goes on after an interruption."
 )
 POSITIONALS = ("model", "output")
 
@@ -37,32 +40,42 @@ def run(settings: Namespace) -> Result:
     if settings.dry_run:
         found = planned(settings.model, config)
         return _result(found, f"{settings.output} would hold:\n{found}")
-    options.refuse_output_in_use(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
-    data = options.calibration(settings, tokenizer)
-    model = quantized(settings, config, data)
-    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
-    found = summary(model)
+    if can_be_streamed(settings):
+        found = planned(settings.model, config)
+        quantize_checkpoint(settings.model, settings.output, config, device=settings.device)
+    else:
+        options.refuse_output_in_use(settings)
+        found = quantized_in_memory(settings, config)
     return _result(found, f"{found}\nsaved in {settings.output}", output=settings.output)
 
 
-def quantized(settings: Namespace, config: QuantConfig, data: Calibration | None) -> PreTrainedModel:
-    """The model, quantized while loading where no layer's inputs are needed."""
-    load = {"dtype": settings.dtype, "device": settings.device}
+def can_be_streamed(settings: Namespace) -> bool:
+    """Whether files are quantized one tensor at a time: nothing needs the whole model, and nothing is replaced."""
+    is_plain = settings.calibration.data is None and settings.dtype == "auto" and settings.tokenizer is None
+    return is_plain and not settings.overwrite
+
+
+def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummary:
+    """Load, quantize and save; what became of the model."""
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
+    data = options.calibration(settings, tokenizer)
+    load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
     if data is None:
-        return load_model(settings.model, **load, quantization_config=config)
-    model = load_model(settings.model, **load)
-    quantize_model(model, config, calibration=data)
-    return model
+        load["quantization_config"] = config
+    model: Any = load_model(settings.model, **load)
+    if data is not None:
+        quantize_model(model, config, calibration=data)
+    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
+    return summary(model)
 
 
 def planned(name: str, config: QuantConfig) -> ModelSummary:
     """What ``config`` would make of the model ``name``, from its config alone."""
+    described = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         found = model_class(name)
-        build = getattr(found, "from_config", found)
-        model = build(AutoConfig.from_pretrained(name))
-    return summary(model, config)
+        model = getattr(found, "from_config", found)(described)
+    return summary(model.to(described.dtype or torch.float32), config)
 
 
 def _result(found: ModelSummary, text: str, *, output: str | None = None) -> Result:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import hqq_dequantize
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
+from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
@@ -18,7 +20,7 @@ from quantlayers_kernels.tiled import WeightTiles
 from ...formats import QuantizedWeight, TensorLayout
 from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
-from .output_solver import Grid, descended_codes, fitted_grid, weighted_grid
+from .output_solver import Grid, descended_codes, fitted_grid, weighted_grid, weighted_whole_grid
 from .spec import HQQSpec
 
 # A million float32 weights and two buffers of that size stay within the last-level cache; other devices want
@@ -27,6 +29,9 @@ CPU_CHUNK_WEIGHTS = 1 << 20
 DEVICE_CHUNK_WEIGHTS = 1 << 26
 # Fraction of a group delta, by norm, that rounding the zeros may lose. The outputs' divergence scales with its square.
 MAX_DELTA_LOST = 1e-2
+# The same where the format of an export target has no wider zeros. Rounding a float16 zero moves it by 0.004 steps at
+# most, which is nothing next to the half step of a code; this bound is for deltas that would mostly vanish.
+MAX_DELTA_LOST_FOR_TARGET = 0.25
 
 
 class HQQMethod(QuantMethod[HQQSpec]):
@@ -94,14 +99,20 @@ class HQQMethod(QuantMethod[HQQSpec]):
     def group_delta_size(self, spec: HQQSpec, *, in_features: int) -> int:
         if spec.axis != 1:
             raise NotImplementedError("the groups run along the outputs (axis=0). Quantize with axis=1.")
-        if spec.integer_zero:
-            raise NotImplementedError("the zeros are integers. Quantize with integer_zero=False.")
+        if spec.zeros != "float":
+            field = "symmetric" if spec.symmetric else "integer_zero"
+            at = f" for an export target that holds float zeros, unlike {spec.export_target!r}"
+            raise NotImplementedError(
+                f"the zeros are {'fixed' if spec.symmetric else 'integers'}. Quantize with {field}=False"
+                f"{at if spec.export_target is not None else ''}."
+            )
         return spec.group_size or in_features
 
     def with_group_delta(self, weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight:
         """As :meth:`QuantMethod.with_group_delta`: ``(code - (zero - delta / scale)) * scale``.
 
-        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_DELTA_LOST`` of the delta.
+        Zeros and scales become float32 where the zeros' dtype would lose more than ``MAX_DELTA_LOST`` of the delta. An
+        ``export_target`` without float32 keeps its dtype, up to ``MAX_DELTA_LOST_FOR_TARGET``; ValueError beyond it.
         """
         spec, (_, scale, zero) = _parts(weight)
         self.group_delta_size(spec, in_features=weight.in_features)
@@ -110,21 +121,34 @@ class HQQMethod(QuantMethod[HQQSpec]):
         if not torch.isfinite(shifted).all():
             raise ValueError("the zeros with the delta folded in hold NaN or Inf. The adapter seems to be broken.")
         stored = shifted.to(zero.dtype)
-        lost = ((stored.float() - shifted) * scale).norm()
-        if lost <= MAX_DELTA_LOST * delta.norm():
+        lost = ((stored.float() - shifted) * scale).norm() / delta.norm().clamp(min=1e-30)
+        wide = spec.widened()
+        if lost <= (MAX_DELTA_LOST if wide != spec else MAX_DELTA_LOST_FOR_TARGET):
             return dataclasses.replace(weight, tensors=weight.tensors | {"zero": stored})
+        if wide == spec:
+            raise ValueError(
+                f"zeros in {spec.scale_dtype}, as export_target={spec.export_target!r} stores them, would lose "
+                f"{float(lost):.0%} of the delta, which is much smaller than a step. Merge with "
+                'strategy="requantize", or quantize for a target that stores zeros in float32, such as "mlx".'
+            )
         tensors = weight.tensors | {"scale": scale, "zero": shifted}
-        return dataclasses.replace(weight, spec=spec.widened(), tensors=tensors)
+        return dataclasses.replace(weight, spec=wide, tensors=tensors)
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         spec: Any = weight.spec  # no cast: this is called for every token
         tensors = weight.tensors
-        return hqq.linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+        zero = _zeros(spec, tensors) if spec.symmetric else tensors["zero"]
+        return hqq.linear(x, tensors["W_q"], tensors["scale"], zero, bias, spec.nbits, spec.axis)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
-    tensors = weight.tensors
-    return cast(HQQSpec, weight.spec), (tensors["W_q"], tensors["scale"], tensors["zero"])
+    spec, tensors = cast(HQQSpec, weight.spec), weight.tensors
+    return spec, (tensors["W_q"], tensors["scale"], _zeros(spec, tensors))
+
+
+def _zeros(spec: HQQSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The zero points, shaped and typed as the scales; symmetric ones are not stored."""
+    return torch.full_like(tensors["scale"], spec.symmetric_zero) if spec.symmetric else tensors["zero"]
 
 
 def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight:
@@ -133,7 +157,14 @@ def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> Q
         solved = _solved_in_dtype(weight, stored_as, layout)
         if solved is not None:
             return solved
-    raise AssertionError("float32 holds every scale and zero.")
+    raise _too_narrow(spec)
+
+
+def _too_narrow(spec: HQQSpec) -> ValueError:
+    return ValueError(
+        f"{spec.scale_dtype} cannot hold the scales and zeros of this weight (very small or very large weights, or a "
+        f"large common offset), and export_target={spec.export_target!r} has no wider ones."
+    )
 
 
 def _solved_in_dtype(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight | None:
@@ -154,14 +185,16 @@ def _solved_in_dtype(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayo
         groups = weight_groups[part].to(torch.float32).contiguous()
         if not torch.isfinite(groups.sum()):  # cheaper than looking at each; the sum of large ones overflows too
             refuse_not_finite(groups)
-        group_scale, group_zero = solve_groups(
-            groups,
-            nbits=spec.nbits,
-            options=options,
-            integer_zero=spec.integer_zero,
-            round_zero=spec.round_zero,
-            refine_scale=spec.refine_scale,
-        )
+        if spec.zeros == "float":
+            group_scale, group_zero = solve_groups(
+                groups,
+                nbits=spec.nbits,
+                options=options,
+                round_zero=spec.round_zero,
+                refine_scale=spec.refine_scale,
+            )
+        else:
+            group_scale, group_zero = solve_whole_zeros(groups, nbits=spec.nbits, is_symmetric=spec.symmetric)
         if dtype != torch.float32:
             stored_scale, stored_zero = group_scale.to(dtype), group_zero.to(dtype)
             if not _can_store(group_scale, group_zero, stored_scale, stored_zero, spec.max_code):
@@ -169,20 +202,25 @@ def _solved_in_dtype(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayo
             group_scale, group_zero = stored_scale.float(), stored_zero.float()
         flat_scale[part], flat_zero[part] = group_scale, group_zero
         code_groups[part] = encode(groups, group_scale, group_zero, max_code=spec.max_code).to(torch.uint8)
-    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.to(dtype), "zero": zero.to(dtype)}
+    tensors = _stored(spec, codes, scale.to(dtype), zero.to(dtype))
     return QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
+
+
+def _stored(spec: HQQSpec, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+    """The tensors of the layout of ``spec``; ``codes`` (out_features, in_features), uint8."""
+    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale}
+    return tensors if spec.symmetric else tensors | {"zero": zero}
 
 
 def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     """``weight`` with the scales and zeros of ``start``, and the codes that are nearest on that grid."""
-    spec = cast(HQQSpec, start.spec)
-    scale, zero = (start.tensors[part].to(weight.device) for part in ("scale", "zero"))
+    spec, (_, *grid) = _parts(start)
+    scale, zero = (part.to(weight.device) for part in grid)
     groups = _by_group(weight.float(), spec.axis, weight.numel() // scale.numel())
     flat = (scale.float().reshape(-1, 1), zero.float().reshape(-1, 1))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     _by_group(codes, spec.axis, groups.shape[1]).copy_(encode(groups, *flat, max_code=spec.max_code))
-    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.clone(), "zero": zero.clone()}
-    return dataclasses.replace(start, tensors=tensors)
+    return dataclasses.replace(start, tensors=_stored(spec, codes, scale.clone(), zero.clone()))
 
 
 # Sweeps over the codes and a fit of the grid, in turn; twice as many lower the held-out error by 2 %.
@@ -195,31 +233,35 @@ def _for_outputs(
 ) -> QuantizedWeight:
     """``weight``, float32, quantized with a low output error, starting from the grid of ``initial``.
 
-    Integer zeros and their scales do not change. With ``from_start`` the first sweep starts from the grid and the
-    codes of ``initial``; otherwise the grid is first fitted with the Hessian's diagonal as weights.
+    Zero points that are not float do not change in the iterations. With ``from_start`` the first sweep starts from the
+    grid and the codes of ``initial``; otherwise the grid is first fitted with the Hessian's diagonal as weights.
     """
-    spec = cast(HQQSpec, initial.spec)
+    spec, (_, *stored) = _parts(initial)
     dtype = getattr(torch, spec.scale_dtype)
-    scale, zero = (initial.tensors[part].to(weight.device).float() for part in ("scale", "zero"))
+    scale, zero = (part.to(weight.device).float() for part in stored)
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=spec.max_code)
     if from_start:
         codes = initial.codes().to(weight.device).float().view(groups.shape)
     else:
-        if not spec.integer_zero:
-            grid = weighted_grid(groups, grid, hessian.diagonal().view(groups.shape[1:]))
+        importance = hessian.diagonal().view(groups.shape[1:])
+        if spec.zeros == "float":
+            grid = weighted_grid(groups, grid, importance)
+        else:
+            grid = weighted_whole_grid(groups, importance, nbits=spec.nbits, is_symmetric=spec.symmetric)
         codes = grid.nearest_codes(groups)
     for _ in range(iterations):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ITERATION)
-        if not spec.integer_zero:
-            grid = fitted_grid(groups, codes, grid, hessian)
+        grid = fitted_grid(groups, codes, grid, hessian, keeps_zeros=spec.zeros != "float")
     scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)
     if not _can_store(grid.scale, grid.zero, scale, zero, grid.max_code):
-        spec, scale, zero = spec.widened(), grid.scale, grid.zero
+        narrow, spec = spec, spec.widened()
+        if spec == narrow:
+            raise _too_narrow(spec)
+        scale, zero = grid.scale, grid.zero
     grid = Grid(scale.float(), zero.float(), grid.max_code)
-    codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape)
-    tensors = {"W_q": pack(codes.to(torch.uint8), spec.nbits), "scale": scale, "zero": zero}
-    return dataclasses.replace(initial, spec=spec, tensors=tensors)
+    codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape).to(torch.uint8)
+    return dataclasses.replace(initial, spec=spec, tensors=_stored(spec, codes, scale, zero))
 
 
 def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:

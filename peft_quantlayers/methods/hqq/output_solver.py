@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantlayers_kernels.hqq.choice import block_columns, chosen_in_columns
+from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 
 from ..least_squares import conjugate_gradient
 
@@ -64,6 +65,15 @@ def weighted_grid(groups: Tensor, grid: Grid, importance: Tensor) -> Grid:
     return grid
 
 
+def weighted_whole_grid(groups: Tensor, importance: Tensor, *, nbits: int, is_symmetric: bool) -> Grid:
+    """The grid with whole zero points that has a low weighted squared error; arguments as :func:`weighted_grid`."""
+    flat = groups.flatten(0, 1)
+    scale, zero = solve_whole_zeros(
+        flat, nbits=nbits, is_symmetric=is_symmetric, importance=importance.expand(groups.shape).reshape(flat.shape)
+    )
+    return Grid(scale.view(groups.shape[:2]), zero.view(groups.shape[:2]), max_code=2**nbits - 1)
+
+
 def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, sweeps: int) -> Tensor:
     """Codes after ``sweeps`` sweeps of coordinate descent, which chooses each column's codes with all others fixed.
 
@@ -96,31 +106,40 @@ def descended_codes(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, 
     return codes.view(shape)
 
 
-def fitted_grid(groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, iters: int = GRID_ITERS) -> Grid:
+def fitted_grid(
+    groups: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, *, keeps_zeros: bool = False, iters: int = GRID_ITERS
+) -> Grid:
     """Scales and zeros with a lower output error for the given codes, fitted for all groups of a row together.
 
     The values are ``scale * (code - mean code) + offset``, linear in scale and offset, which are nearly independent.
+    With ``keeps_zeros`` they are ``scale * (code - zero)``, and only the scales are fitted.
     """
     shape = groups.shape
-    mean_code = codes.mean(-1)
-    centred = codes - mean_code[..., None]
+    centre = grid.zero if keeps_zeros else codes.mean(-1)
+    centred = codes - centre[..., None]
+    n_parameters = 1 if keeps_zeros else 2
 
     def values(parameters: Tensor) -> Tensor:
-        return parameters[0][..., None] * centred + parameters[1][..., None]
+        scaled = parameters[0][..., None] * centred
+        return scaled if keeps_zeros else scaled + parameters[1][..., None]
 
     def gathered(differences: Tensor) -> Tensor:
         differences = (differences.reshape(shape[0], -1) @ hessian).view(shape)
-        return torch.stack([(differences * centred).sum(-1), differences.sum(-1)])
+        return torch.stack([(differences * centred).sum(-1), differences.sum(-1)][:n_parameters])
 
     importance = hessian.diagonal().view(shape[1:])
-    diagonal = torch.stack([(importance * centred.square()).sum(-1), importance.sum(-1).expand(shape[:2])])
+    diagonal = torch.stack(
+        [(importance * centred.square()).sum(-1), importance.sum(-1).expand(shape[:2])][:n_parameters]
+    )
     inverse = torch.where(diagonal > 0, diagonal.clamp(min=1e-30).reciprocal(), 0.0)
-    current = torch.stack([grid.scale, (mean_code - grid.zero) * grid.scale])
+    current = torch.stack([grid.scale, (centre - grid.zero) * grid.scale][:n_parameters])
     step = conjugate_gradient(
         lambda direction: gathered(values(direction)), gathered(groups - values(current)), inverse, iters=iters
     )
-    scale, offset = current + step
-    ratio = scale / grid.scale
+    fitted = current + step
+    ratio = fitted[0] / grid.scale
     is_fitted = (ratio > 1 / MAX_SCALE_RATIO) & (ratio < MAX_SCALE_RATIO)
-    scale = torch.where(is_fitted, scale, grid.scale)
-    return replace(grid, scale=scale, zero=torch.where(is_fitted, mean_code - offset / scale, grid.zero))
+    scale = torch.where(is_fitted, fitted[0], grid.scale)
+    if keeps_zeros:
+        return replace(grid, scale=scale)
+    return replace(grid, scale=scale, zero=torch.where(is_fitted, centre - fitted[1] / scale, grid.zero))

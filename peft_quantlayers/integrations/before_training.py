@@ -1,11 +1,31 @@
-"""Adapters that a training run would not change, told before it starts."""
+"""What would make a training run fail or change nothing, told before it starts."""
 
 import logging
+import os
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 logger = logging.getLogger(__name__)
+
+
+def check_before_training(model: nn.Module) -> None:
+    """Warn of frozen adapters; raise ValueError if accelerate is about to shard ``model`` with FSDP1."""
+    refuse_fsdp1()
+    warn_of_frozen_adapters(model)
+
+
+def refuse_fsdp1() -> None:
+    """Raise ValueError if accelerate was told, by its variables of the environment, to use FSDP1.
+
+    It joins all parameters of a module into one float tensor; torch's own error does not name the way out.
+    """
+    is_used = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
+    if is_used and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "FSDP1 joins all parameters into one float tensor, of which the codes of quantized layers cannot be part. "
+            "Use FSDP2: fsdp_version: 2 in accelerate's config, or TrainingArguments(fsdp_config={'version': 2})."
+        )
 
 
 def warn_of_frozen_adapters(model: nn.Module) -> None:

@@ -6,13 +6,18 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm.auto import tqdm
 
-from ..arguments import check_device, check_flag
+from ..arguments import check_callable, check_device, check_flag, check_integer, check_tokenizer
+from ..calibration import Calibration, LayerResult
+from ..calibration.blocks import find_block_lists
+from ..calibration.quantize_calibrated import check_can_calibrate
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder, package_versions
 from ..layers.selection import quantizable_modules
 from ..methods import QuantConfig
@@ -20,9 +25,13 @@ from ..methods.quant_config import check_config
 from ..storage import locked_folder
 from ..storage.names import contents
 from .assembly import RUN_FILE, Assembly
+from .calibrated import describe_calibration, quantize_calibrated_parts
 from .parts import PartsOfModel
+from .processes import made_in_processes
 from .work_folder import HIDDEN, WorkFolder
 
+# Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
+PART_BYTES = 2**25
 # Room for what lies beside the weights, and for the file system.
 _SPARE_BYTES = 2**24
 
@@ -32,26 +41,36 @@ def quantize_checkpoint(
     destination: str | Path,
     config: QuantConfig,
     *,
+    calibration: Any = None,
+    tokenizer: Any = None,
     resume: bool = True,
     device: torch.device | str | None = None,
     max_shard_size: int | str = "5GB",
+    n_processes: int = 1,
     progress: bool = True,
+    on_layer: Callable[[LayerResult], None] | None = None,
 ) -> Path:
     """Quantize the model in ``source`` into ``destination``, with no more of it in memory than its largest layer.
 
-    The tensors of the quantized layers have the same bytes as with ``quantize_model`` and ``save_model``. Tokenizer,
-    chat template, generation config and card are copied. The same call after an interruption of any kind, also in
-    another process, goes on where it was, and ends with the same files; after the end it does nothing.
+    With ``calibration`` it is one block, its activations, and what lies around the blocks (embeddings, head). The
+    tensors of the quantized layers have the same bytes as with ``quantize_model`` and ``save_model``. Tokenizer, chat
+    template, generation config and card are copied. The same call after an interruption of any kind, also in another
+    process, goes on where it was, and ends with the same files; after the end it does nothing.
 
     Args:
         source: folder or hub name of a float model, in safetensors files.
         destination: the folder to write, which must not exist or be empty. It becomes a model only at the end; until
             then finished parts lie in ``.quantizing`` inside it.
         config: the method, and overrides by name.
+        calibration: as in ``quantize_model``. Each block is read twice, and its inputs are kept in memory.
+        tokenizer: for texts; None for the one in ``source``.
         resume: False to remove what an interrupted call has left, and start from scratch.
         device: where to quantize, for example ``"cuda"``; None for the CPU.
         max_shard_size: of one safetensors file, as in ``save_pretrained``.
+        n_processes: how many share the work, each with memory of its own; the files are the same. One with
+            ``calibration``, where each block needs those before it.
         progress: show a progress bar.
+        on_layer: called after each layer with its errors; only with ``calibration``.
 
     Returns:
         ``destination``.
@@ -69,35 +88,80 @@ def quantize_checkpoint(
     check_flag("resume", resume)
     check_device("device", device)
     check_flag("progress", progress)
+    check_tokenizer(tokenizer)
+    check_callable("on_layer", on_layer, "a LayerResult")
+    check_integer("n_processes", n_processes, at_least=1, at_most=1024)
+    if calibration is not None and n_processes > 1:
+        raise ValueError(
+            f"n_processes={n_processes} with calibration: each block needs the outputs of those before it. Leave "
+            "n_processes out; torch uses several threads by itself. Nothing was written."
+        )
+    given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    if given is not None and given.resume_folder is not None:
+        raise ValueError(
+            "quantize_checkpoint keeps finished blocks in the destination: leave resume_folder out of the "
+            "Calibration. Nothing was written."
+        )
     folder, target = local_folder(source), Path(os.path.realpath(destination))
     if target == Path(os.path.realpath(folder)):
         raise ValueError(f"source and destination are both {target}. Nothing was written; choose another destination.")
     checkpoint = FloatCheckpoint(folder)
     specs = quantizable_modules(checkpoint.model, config)
-    run = {
+    _check_shard_size(max_shard_size)
+    run: dict[str, Any] = {
         "source": str(source),
         "files": checkpoint.fingerprints(),
         "config": config.to_dict(),
         "dtype": str(checkpoint.dtype),
         "device": str(device or "cpu"),
         "max_shard_size": max_shard_size,
+        "part_bytes": PART_BYTES,
         "versions": package_versions(),
     }
+    blocks: list[str] = []
+    batches: Any = []
+    if given is not None:
+        check_can_calibrate(specs)
+        batches = given.batches(checkpoint.model, progress=progress)
+        run["calibration"] = describe_calibration(given, batches)
+        blocks = [block for found in find_block_lists(checkpoint.model, list(specs)) for block in found]
+    run = json.loads(json.dumps(run))  # as it is read again
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(target):
         if _is_done(target, run):
             return Path(destination)
         work = WorkFolder(target, run, resume=resume)
-        parts = PartsOfModel(checkpoint, specs, config, device=device)
+        parts = PartsOfModel(
+            checkpoint, config, specs=specs, device=device, blocks=blocks, part_bytes=run["part_bytes"]
+        )
         assembly = Assembly(work, parts, max_shard_size=max_shard_size)
         try:
             if not assembly.is_planned:
                 _check_space(target, parts, work, max_shard_size)
-                parts.quantize(work, progress=progress)
+                if given is None:
+                    _quantize_plain(parts, work, n_processes=n_processes, progress=progress)
+                else:
+                    quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
             assembly.write(target, run)
         except OSError as error:
             raise _with_way_out(error, target, work, parts) from None
     return Path(destination)
+
+
+def _quantize_plain(parts: PartsOfModel, work: WorkFolder, *, n_processes: int, progress: bool) -> None:
+    """Make all parts that ``work`` does not have."""
+    numbers = range(len(parts.parts))
+    missing = [number for number in numbers if not work.is_finished(number)]
+    with tqdm(total=len(parts.specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
+        if n_processes > 1 and len(missing) > 1:
+            for number in made_in_processes(parts, work, missing, n_processes=min(n_processes, len(missing))):
+                bar.update(len(work.record(number)["layers"]))
+        for number in numbers:
+            if work.is_finished(number):
+                parts.take(work, number)
+            else:
+                parts.make(work, number)
+            bar.update(len(parts.layers) - bar.n if bar.n < len(parts.layers) else 0)
 
 
 def _is_done(target: Path, run: dict[str, Any]) -> bool:
@@ -121,6 +185,16 @@ def _is_done(target: Path, run: dict[str, Any]) -> bool:
         )
     shutil.rmtree(target / HIDDEN, ignore_errors=True)
     return True
+
+
+def _check_shard_size(max_shard_size: Any) -> None:
+    """Raise ValueError unless ``max_shard_size`` is a number of bytes, or text with a unit."""
+    try:
+        split_state_dict_into_shards_factory(
+            {}, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=max_shard_size
+        )
+    except ValueError:
+        raise ValueError(f"max_shard_size={max_shard_size!r} is no size; write for example '5GB'.") from None
 
 
 def _check_space(target: Path, parts: PartsOfModel, work: WorkFolder, max_shard_size: int | str) -> None:

@@ -1,0 +1,72 @@
+"""``export MODEL OUTPUT --format NAME``: write a model as an inference engine reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+
+from ...exports import export, export_formats
+from .. import options
+from ..data import DATA_HELP, token_ids
+from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..parsing import VerbParser
+from ..result import Result
+
+DESCRIPTION = "Write a quantized model as an inference engine reads it, exactly, and print the command that serves it."
+POSITIONALS = ("model", "output")
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Options of the verb."""
+    names = ", ".join(export_formats())
+    parser.add_argument("--model", type=str, required=True, help="folder of a quantized model, or its name on the Hub")
+    parser.add_argument("--format", type=str, required=True, help=f"one of {names}")
+    options.add_output(parser)
+    parser.add_argument("--adapter", type=str | None, default=None, help="adapter to write beside it, for the engine")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="its folder or name; null: the model's")
+    parser.add_argument("--dtype", type=options.DTYPES, default="auto", help="of dense tensors, scales and zeros")
+    parser.add_argument(
+        "--approximate",
+        type=Literal["8bit", "adapter", "requantize"] | None,
+        default=None,
+        help="how to store zeros that the format does not hold; null: refuse",
+    )
+    parser.add_argument(
+        "--float_model", type=str | None, default=None, help="for requantize: what the model was made of"
+    )
+    parser.add_argument("--text", type=str | None, default=None, help=f"to compare the export on (KL): {DATA_HELP}")
+    parser.add_argument("--n_tokens", type=int, default=2048, help="tokens of the text to use")
+    options.add_calibration(parser)
+
+
+def run(settings: Namespace) -> Result:
+    """Export, and say what came of it."""
+    refuse_missing_folder("model", settings.model)
+    refuse_missing_folder("adapter", settings.adapter or "")
+    options.refuse_output_in_use(settings)
+    if settings.dry_run:
+        known = export_formats().get(settings.format)
+        return Result(text=f"would write {settings.model} into {settings.output}\n{known or settings.format}")
+    tokenizer = None if settings.tokenizer is None else needed_tokenizer(settings.tokenizer)
+    data = options.calibration(settings, tokenizer)
+    text: Any = None
+    if settings.text is not None:
+        tokenizer = tokenizer or needed_tokenizer(settings.model)
+        text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+    report = export(
+        settings.model,
+        settings.output,
+        settings.format,
+        adapter=settings.adapter,
+        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        approximate=settings.approximate,
+        tokenizer=tokenizer,
+        calibration=data,
+        float_model=None if settings.float_model is None else load_model(settings.float_model),
+        text=text,
+        overwrite=settings.overwrite,
+    )
+    return Result(text=str(report), data=dataclasses.asdict(report), output=settings.output)

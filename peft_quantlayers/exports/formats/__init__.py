@@ -1,0 +1,1 @@
+"""One object per export format; :mod:`.registry` lists them."""

@@ -1,0 +1,200 @@
+"""What all export formats share: what a format is asked about a layer, and what it does with a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...formats import QuantizedWeight, QuantSpec
+from ...methods import get_method
+from ..grids import are_zeros_codes
+from ..report import LayerExport
+from ..source import ModelSource, SourceLayer
+
+Approximation = Literal["8bit", "adapter", "requantize"]
+AdapterForm = Literal["peft", "mlx", "gguf"]
+APPROXIMATIONS: tuple[Approximation, ...] = ("8bit", "adapter", "requantize")
+ANY_RANK = 1 << 16
+# Two factors of a low-rank delta, (r, in_features) and (out_features, r), scaling included.
+LowRank = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What decides whether a format can hold a layer.
+
+    Fields:
+        name: of the layer.
+        spec: how it is stored.
+        out_features, in_features: of its weight.
+        nbits, group_size: of a uniform grid with groups along the inputs; 0 for any other weight.
+        has_code_zeros: its zeros are codes: integers in their range.
+        is_symmetric: its zeros all lie in the middle of the codes.
+        is_transposed: its architecture keeps the weight as (in_features, out_features), as GPT-2 does.
+    """
+
+    name: str
+    spec: QuantSpec
+    out_features: int
+    in_features: int
+    nbits: int = 0
+    group_size: int = 0
+    has_code_zeros: bool = False
+    is_symmetric: bool = False
+    is_transposed: bool = False
+
+    @property
+    def method(self) -> str:
+        """The quantization method."""
+        return self.spec.method
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the weight is integers times scales, with groups along the inputs."""
+        return self.nbits > 0
+
+
+def facts_of(layer: SourceLayer) -> LayerFacts:
+    """Reads the scales and zeros of ``layer``, not its codes."""
+    shape = {"out_features": layer.out_features, "in_features": layer.in_features}
+    spec: Any = layer.spec
+    common: dict[str, Any] = {"name": layer.name, "spec": spec, "is_transposed": layer.is_transposed}
+    if spec.method != "hqq" or spec.axis != 1:
+        return LayerFacts(**common, **shape)
+    has_zeros = "zero" in spec.tensor_layout(**shape)
+    middle = float(1 << (spec.nbits - 1))
+    zero = layer.tensor("zero").float() if has_zeros else torch.tensor([middle])
+    return LayerFacts(
+        **common,
+        **shape,
+        nbits=spec.nbits,
+        group_size=spec.group_size or layer.in_features,
+        has_code_zeros=are_zeros_codes(zero, spec.nbits),
+        is_symmetric=bool((zero == middle).all()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportTask:
+    """One export, checked and ready to be written.
+
+    Fields:
+        source: the model.
+        folder: where to write, empty and not yet at its place.
+        facts: of each layer of the source.
+        dtype: of dense tensors, scales and zeros.
+        approximate: how to store what the format does not hold; None for what it holds.
+        requantized: gives the weight that is written in the place of a layer's own, by name; None without one.
+        computed: if given, takes the weight that readers compute for each layer, by name.
+    """
+
+    source: ModelSource
+    folder: Path
+    facts: Mapping[str, LayerFacts]
+    dtype: torch.dtype
+    approximate: Approximation | None
+    requantized: Callable[[str], QuantizedWeight] | None = None
+    computed: dict[str, Tensor] | None = None
+
+    def weight(self, layer: SourceLayer) -> QuantizedWeight:
+        """The weight of ``layer`` that is to be written."""
+        return layer.weight() if self.requantized is None else self.requantized(layer.name)
+
+
+@dataclass(kw_only=True)
+class Written:
+    """What a format has written.
+
+    Fields:
+        layers: the quantized layers.
+        config: config.json; None for a format without one.
+        low_rank: deltas that the format leaves to an adapter, by layer.
+        notes: for the report.
+        row_order: where an engine stores rows of layers in another order: of each of its tensors, the layer, and the
+            row of it in each place.
+    """
+
+    layers: list[LayerExport]
+    config: dict[str, Any] | None = None
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    row_order: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+
+
+def compared(
+    task: ExportTask, layer: SourceLayer, computed: Tensor, *, stored_as: str, bits_after: float
+) -> LayerExport:
+    """The report of a layer of which readers compute the weight ``computed``, (out_features, in_features), float32."""
+    if task.computed is not None:
+        task.computed[layer.name] = computed
+    own = layer.weight()
+    weight = get_method(own.spec.method).dequantize(own, dtype=torch.float32)
+    return LayerExport(
+        name=layer.name,
+        n_weights=layer.n_weights,
+        stored_as=stored_as,
+        bits_before=own.bits_per_weight,
+        bits_after=bits_after,
+        error_norm=(computed - weight).norm(dtype=torch.float64).item(),
+        weight_norm=weight.norm(dtype=torch.float64).item(),
+    )
+
+
+class ExportFormat(ABC):
+    """One layout of files, for one or several engines. Stateless.
+
+    Attributes:
+        name: what ``format=`` is given.
+        holds: what it holds, in words.
+        engines: what reads it.
+        approximations: what ``approximate=`` may be.
+        needs_tokenizer: the files hold the tokenizer too.
+        is_of_decoders: its engines read language models of text that have a decoder only.
+        adapter_form: how an adapter beside the model is written.
+        max_rank: of such an adapter.
+        bytes_per_weight: that writing takes at most, beside the bytes of the source.
+    """
+
+    name: ClassVar[str]
+    holds: ClassVar[str]
+    engines: ClassVar[tuple[str, ...]]
+    approximations: ClassVar[tuple[Approximation, ...]] = ()
+    needs_tokenizer: ClassVar[bool] = False
+    is_of_decoders: ClassVar[bool] = True
+    adapter_form: ClassVar[AdapterForm] = "peft"
+    max_rank: ClassVar[int] = 512  # vLLM's largest
+    bytes_per_weight: ClassVar[float] = 1.0
+
+    def check_installation(self) -> None:  # noqa: B027  most need nothing
+        """Raise ImportError, with the pip line, if something that writing needs is not there."""
+
+    @abstractmethod
+    def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
+        """Why a layer cannot be held, to follow its name; empty if it can."""
+
+    def model_misfit(
+        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+    ) -> str:
+        """Why these layers cannot be held together; empty if they can."""
+        return ""
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a model of ``dtype`` is written where the caller asks for none."""
+        return dtype
+
+    @abstractmethod
+    def write(self, task: ExportTask) -> Written:
+        """Write the tensors of ``task`` into its folder."""
+
+    @abstractmethod
+    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+        """Starts an engine with the model in ``folder`` and the adapter in the folder or file ``adapter``."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.holds}; for {', '.join(self.engines)}"

@@ -1,0 +1,193 @@
+"""Formats that hold codes, scales and zeros as tensors in safetensors files: all but their layouts is the same."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config_json import engine_config
+from ..grids import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
+from ..report import LayerExport
+from ..shards import ShardedWriter
+from ..source import SourceLayer
+from .base import Approximation, ExportFormat, ExportTask, LayerFacts, LowRank, Written, compared
+
+# Projections of one block that vLLM and SGLang compute as one layer, which has one layout.
+_FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings:
+    """How one layer is stored: what a config says of it."""
+
+    nbits: int
+    group_size: int
+    is_symmetric: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredGrid:
+    """One layer as a format stores it.
+
+    Fields:
+        tensors: by the last part of their names.
+        weight: (out_features, in_features), float32, what readers compute from the tensors.
+        settings: for the config.
+    """
+
+    tensors: dict[str, Tensor]
+    weight: Tensor
+    settings: GridSettings
+
+
+class GridFormat(ExportFormat):
+    """A layout of codes, scales and zeros.
+
+    Attributes:
+        widths: bits per code that it holds.
+        group_sizes: that its readers take; larger groups are divided, other sizes are refused. None for any.
+        has_float_zeros: whether zeros may be any numbers.
+        is_fused_by_engine: whether layers that vLLM fuses must be stored alike.
+        has_one_setting: whether all layers must be stored alike.
+    """
+
+    widths: ClassVar[tuple[int, ...]]
+    group_sizes: ClassVar[tuple[int, ...] | None] = None
+    has_float_zeros: ClassVar[bool] = False
+    is_fused_by_engine: ClassVar[bool] = False
+    has_one_setting: ClassVar[bool] = False
+
+    @abstractmethod
+    def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
+        """The tensors of one layer."""
+
+    @abstractmethod
+    def quantization_config(
+        self, settings: Mapping[str, GridSettings], dense_linears: Sequence[str]
+    ) -> dict[str, Any]:
+        """What config.json says of the layers in ``settings`` and of the linear modules that are dense."""
+
+    # ---- what fits
+
+    def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
+        if not facts.is_uniform and approximate != "requantize":
+            reason = "groups along the outputs (axis=0)" if facts.method == "hqq" else f"{facts.method} weights"
+            return f"{self.name} has no place for {reason}"
+        if facts.is_transposed:
+            return f"it is a Conv1D, which keeps its weight transposed, and readers of {self.name} take none"
+        if approximate == "requantize":
+            return ""
+        nbits = 8 if approximate == "8bit" else facts.nbits
+        if nbits not in self.widths:
+            return f"{self.name} holds {_listed(self.widths)} bits per code, not {nbits}"
+        if self._group_size(facts.group_size) is None:
+            sizes = _listed(self.group_sizes or ())
+            return f"{self.name} holds groups of {sizes} and multiples of these, not of {facts.group_size}"
+        if not self.has_float_zeros and not facts.has_code_zeros and approximate is None:
+            return f"its zeros are no integers from 0 to {2**facts.nbits - 1}, and {self.name} holds no others"
+        return self.shape_misfit(facts, nbits)
+
+    def shape_misfit(self, facts: LayerFacts, nbits: int) -> str:
+        """Why a shape cannot be packed; empty if it can."""
+        if facts.in_features * nbits % 32:
+            return f"a row of in_features={facts.in_features} codes of {nbits} bits does not fill words of 32 bits"
+        return ""
+
+    def model_misfit(
+        self, config: Mapping[str, Any], facts: Sequence[LayerFacts], approximate: Approximation | None
+    ) -> str:
+        kinds = {each.name: self._kind(each, approximate) for each in facts}
+        if self.has_one_setting and len(set(kinds.values())) > 1:
+            return f"{self.name} has one width and group size for all layers, and these have {_kinds(kinds)}"
+        if self.is_fused_by_engine:
+            fused: dict[str, dict[str, Any]] = {}
+            for name, kind in kinds.items():
+                fused.setdefault(fused_name(name), {})[name] = kind
+            for parts in fused.values():
+                if len(set(parts.values())) > 1:
+                    return (
+                        f"engines compute {', '.join(parts)} as one layer, which has one width and group size, and "
+                        f"these have {_kinds(parts)}"
+                    )
+        return ""
+
+    def _kind(self, facts: LayerFacts, approximate: Approximation | None) -> tuple[int, int | None]:
+        return 8 if approximate == "8bit" else facts.nbits, self._group_size(facts.group_size)
+
+    def _group_size(self, group_size: int) -> int | None:
+        """The size of group in which groups of ``group_size`` are stored; None where there is none."""
+        if self.group_sizes is None or group_size in self.group_sizes:
+            return group_size
+        return next((size for size in sorted(self.group_sizes, reverse=True) if group_size % size == 0), None)
+
+    # ---- writing
+
+    def write(self, task: ExportTask) -> Written:
+        writer = ShardedWriter(task.folder)
+        written = Written(layers=[])
+        settings = {}
+        for name, layer in task.source.layers.items():
+            grid = uniform_grid(task.weight(layer))
+            if task.approximate == "8bit":
+                grid = in_eight_bits(grid)
+            elif task.approximate == "adapter" and not task.facts[name].has_code_zeros:
+                grid, A, B = with_rounded_zeros(grid)
+                written.low_rank[name] = (A, B)
+            stored = self.store(grid.with_groups_of(self._group_size(grid.group_size) or grid.group_size), task.dtype)
+            for part, tensor in stored.tensors.items():
+                writer.add(f"{name}.{part}", tensor)
+            settings[name] = stored.settings
+            written.layers.append(_layer_export(task, layer, stored, written.low_rank.get(name)))
+        for name, tensor in task.source.dense_tensors(task.dtype):
+            writer.add(name, tensor)
+        writer.close()
+        written.notes += self.notes(settings)
+        config = engine_config(task.source.config, task.dtype)
+        written.config = config | self.config_fields(self.quantization_config(settings, task.source.dense_linears))
+        return written
+
+    def notes(self, settings: Mapping[str, GridSettings]) -> list[str]:
+        """What a user should know about layers of these settings, in sentences."""
+        return []
+
+    def config_fields(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        """Where in config.json ``quantization`` stands."""
+        return {"quantization_config": quantization}
+
+
+def _layer_export(task: ExportTask, layer: SourceLayer, stored: StoredGrid, low_rank: LowRank | None) -> LayerExport:
+    settings, computed = stored.settings, stored.weight
+    if low_rank is not None:
+        computed = computed + low_rank[1] @ low_rank[0]
+    n_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
+    kept = "" if low_rank is None else " and an adapter"
+    return compared(
+        task,
+        layer,
+        computed,
+        stored_as=f"{settings.nbits} bits in groups of {settings.group_size}{kept}",
+        bits_after=8 * n_bytes / layer.n_weights,
+    )
+
+
+def fused_name(name: str) -> str:
+    """The name under which vLLM and SGLang know the layer ``name``, which they may compute with others."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{_FUSED.get(last, last)}" if parent else _FUSED.get(last, last)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _kinds(kinds: Mapping[str, tuple[int, int | None]]) -> str:
+    distinct = sorted({(nbits, group or 0) for nbits, group in kinds.values()})
+    return " and ".join(f"{nbits} bits in groups of {group}" for nbits, group in distinct)

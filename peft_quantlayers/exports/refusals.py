@@ -1,0 +1,58 @@
+"""What a format cannot hold, said with the layers and every way out. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .formats.base import Approximation, ExportFormat, LayerFacts
+from .formats.registry import export_formats
+
+# Layers that a refusal names.
+_SHOWN_LAYERS = 3
+
+
+def refuse_misfits(
+    target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any], approximate: Approximation | None
+) -> None:
+    """Raise ValueError, naming layers and ways out, unless ``target`` can hold all layers."""
+    reasons = _misfits(target, facts, config, approximate)
+    if not facts and target.name not in ("dense", "gguf"):
+        raise ValueError(
+            f"the model has no quantized layers, and {target.name} is a format of such. Quantize it first "
+            '(peft_quantlayers.quantize_model), or export it as "dense". Nothing was written.'
+        )
+    if not reasons:
+        return
+    shown = "\n  ".join([*reasons[:_SHOWN_LAYERS], *([f"... and {len(reasons) - 3} more."] if reasons[3:] else [])])
+    raise ValueError(
+        f"{target.name} cannot hold this model, and nothing was written:\n  {shown}\n"
+        + _ways_out(target, facts, config)
+    )
+
+
+def _misfits(
+    target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any], approximate: Approximation | None
+) -> list[str]:
+    if target.is_of_decoders and (reason := _kind(config)):
+        return [f"it is {reason}, and the export of {target.name} is for language models that have a decoder only."]
+    found = [f"{each.name}: {reason}." for each in facts if (reason := target.misfit(each, approximate))]
+    together = "" if found else target.model_misfit(config, facts, approximate)
+    return [*found, *([together + "."] if together else [])]
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """What a model is besides a decoder of text; empty if nothing."""
+    if config.get("is_encoder_decoder"):
+        return "an encoder-decoder"
+    parts = [name for name in config if name.endswith("_config") and name.startswith(("vision", "audio", "speech"))]
+    return f"a model of more than text ({parts[0]})" if any(config[name] for name in parts) else ""
+
+
+def _ways_out(target: ExportFormat, facts: Sequence[LayerFacts], config: Mapping[str, Any]) -> str:
+    ways = [f"approximate={each!r}" for each in target.approximations if not _misfits(target, facts, config, each)]
+    others = [
+        each for each in export_formats().values() if each is not target and not _misfits(each, facts, config, None)
+    ]
+    ways += [f"format={each.name!r} (for {', '.join(each.engines)})" for each in others]
+    return "What works for it: " + "; ".join(ways) + ". Or quantize the float model onto a grid of the format."

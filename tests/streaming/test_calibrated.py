@@ -1,0 +1,240 @@
+"""Calibrated from files to files: the bytes of quantize_model in memory, one block at a time, resumed after a kill."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from _tiny_models import tiny_inputs, tiny_model
+from safetensors.torch import load_file
+
+import peft_quantlayers as pql
+from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
+
+CONFIG = pql.HQQConfig(nbits=4, group_size=16)
+IDS = torch.randint(3, 100, (600,), generator=torch.Generator().manual_seed(3))
+
+# Plain, tied, experts, encoder-decoders, a tower that text does not reach, several modalities.
+CLASSES = (
+    "LlamaForCausalLM", "Gemma2ForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneration",
+    "WhisperForConditionalGeneration", "LlavaForConditionalGeneration", "BertForSequenceClassification",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
+
+
+def saved(folder, name="LlamaForCausalLM"):
+    model = tiny_model(name)
+    model.save_pretrained(folder)
+    return model
+
+
+def calibration_for(model, **options):
+    inputs = tiny_inputs(model)
+    data = IDS if set(inputs) - {"use_cache"} == {"input_ids"} else [inputs | {"use_cache": False}] * 2
+    if data is not IDS:
+        data = [{key: value for key, value in batch.items() if key != "use_cache"} for batch in data]
+    return pql.Calibration(data=data, n_tokens=256, sequence_length=64, **options)
+
+
+def in_memory(folder, destination, config, calibration):
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder)
+    pql.save_model(pql.quantize_model(model, config, calibration=calibration, progress=False), destination)
+    return destination
+
+
+def assert_same(folder, expected):
+    found, wanted = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert json.loads((folder / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
+    assert pql.verify_model(folder) == []
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_it_writes_what_calibration_in_memory_writes(name, tmp_path):
+    calibration = calibration_for(saved(tmp_path / "float", name))
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
+    )
+    assert_same(tmp_path / "quantized", in_memory(tmp_path / "float", tmp_path / "expected", CONFIG, calibration))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, rounds=1),
+        pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=10, rounds=1),
+        pql.HQQConfig(nbits=3, group_size=32, quantize_lm_head=True, overrides={"down_proj": {"nbits": 8}}),
+    ],
+    ids=["aqlm", "wide codes", "head too"],
+)
+def test_every_method_and_layers_outside_of_blocks(config, tmp_path):
+    calibration = calibration_for(saved(tmp_path / "float"))
+    results = []
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "quantized", config, calibration=calibration, progress=False,
+        on_layer=results.append,
+    )  # fmt: skip
+    assert_same(tmp_path / "quantized", in_memory(tmp_path / "float", tmp_path / "expected", config, calibration))
+    n_layers = len(json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"].get(
+        "modules", [None] * 14
+    ))  # fmt: skip
+    assert len(results) == n_layers
+    assert all(result.output_error is not None for result in results)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_stopped_after_each_block_it_ends_with_the_same_files(epochs, name, tmp_path, monkeypatch):
+    model = saved(tmp_path / "float", name)
+    calibration = calibration_for(model, finetune_epochs=epochs)
+    options = {"calibration": calibration, "progress": False}
+    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, **options)
+    assert_same(tmp_path / "expected", in_memory(tmp_path / "float", tmp_path / "memory", CONFIG, calibration))
+    own, done = parts.PartsOfModel.keep, []
+
+    def keep(self, work, number):
+        own(self, work, number)
+        done.append(number)
+        raise Killed
+
+    n_stops = 0
+    while True:
+        monkeypatch.setattr(parts.PartsOfModel, "keep", keep)
+        try:
+            pql.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", CONFIG, **options)
+            break
+        except Killed:
+            n_stops += 1
+            assert n_stops < 20
+    assert n_stops == len(set(done)) > 2  # nothing is made twice
+    assert files_of(tmp_path / "quantized") == files_of(tmp_path / "expected")
+
+
+def test_one_block_is_in_memory_at_a_time_and_none_before_and_after(tmp_path, monkeypatch):
+    model = saved(tmp_path / "float")
+    n_blocks = len(model.model.layers)
+    seen = []
+    own = folder_blocks.FolderBlocks.opened
+
+    def opened(self, block):
+        def here():
+            layers = self.model.model.layers
+            return [i for i in range(n_blocks) if any(not p.is_meta for p in layers[i].parameters())]
+
+        seen.append(here())
+        inner = own(self, block)
+
+        class Watched:
+            def __enter__(self):
+                module = inner.__enter__()
+                seen.append(here())
+                return module
+
+            def __exit__(self, *exception):
+                result = inner.__exit__(*exception)
+                seen.append(here())
+                return result
+
+        return Watched()
+
+    monkeypatch.setattr(folder_blocks.FolderBlocks, "opened", opened)
+    calibration = calibration_for(model)
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
+    )
+    assert seen == [state for i in range(n_blocks) for state in ([], [i], [])]
+
+
+KILLED = """
+import os, random, signal, sys
+import torch
+import peft_quantlayers as pql
+from peft_quantlayers.streaming import quantize_files
+quantize_files.PART_BYTES = 20_000
+source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+ids = torch.load(sys.argv[4])
+calibration = pql.Calibration(data=ids, n_tokens=256, sequence_length=64)
+n_left = 0
+def hook(event, arguments):
+    global n_left
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and folder in str(arguments[:2]):
+        n_left -= 1
+        if n_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+done = status = 0
+drawn = random.Random(1)
+while kills > 0 or status != 0:
+    n_left = drawn.randint(1, 60) if kills > 0 else 0
+    pid = os.fork()
+    if pid == 0:
+        sys.addaudithook(hook)
+        pql.quantize_checkpoint(
+            source, f"{folder}/{done}", pql.HQQConfig(nbits=4, group_size=16), calibration=calibration, progress=False
+        )
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status), status
+    kills -= status != 0
+    done += status == 0
+"""
+
+
+def test_killed_at_any_file_operation_it_ends_with_the_same_files(tmp_path):
+    saved(tmp_path / "float")
+    calibration = pql.Calibration(data=IDS, n_tokens=256, sequence_length=64)
+    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, calibration=calibration, progress=False)
+    (tmp_path / "all").mkdir()
+    torch.save(IDS, tmp_path / "ids")
+    arguments = [tmp_path / "float", tmp_path / "all", os.environ.get("KILLS", "4"), tmp_path / "ids"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folders = [path for path in (tmp_path / "all").iterdir() if path.is_dir()]
+    assert folders
+    assert all(files_of(each) == files_of(tmp_path / "expected") for each in folders)
+
+
+def test_other_data_is_another_run(tmp_path, monkeypatch):
+    saved(tmp_path / "float")
+    monkeypatch.setattr(calibrated, "walk_blocks", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        pql.quantize_checkpoint(tmp_path / "float", tmp_path / "q", CONFIG, calibration=IDS, progress=False)
+    with pytest.raises(FileExistsError, match="other values of calibration"):
+        pql.quantize_checkpoint(tmp_path / "float", tmp_path / "q", CONFIG, calibration=IDS.flip(0), progress=False)
+
+
+def test_what_calibration_cannot_do_is_refused_before_anything_is_written(tmp_path):
+    saved(tmp_path / "float")
+    for config, calibration, match in (
+        (pql.HQQConfig(axis=0, group_size=16), IDS, "axis=1"),
+        (CONFIG, IDS[:20], "at least 128"),
+        (CONFIG, pql.Calibration(data=IDS, resume_folder=tmp_path / "resume"), "leave resume_folder out"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pql.quantize_checkpoint(
+                tmp_path / "float", tmp_path / "q", config, calibration=calibration, progress=False
+            )
+    assert not (tmp_path / "q").exists()
