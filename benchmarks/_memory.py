@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,24 @@ def in_own_process(*arguments: str) -> str:
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
     return done.stdout.splitlines()[-1]
+
+
+def peak_of_anonymous(call: Callable[[], object]) -> float:
+    """MiB that memory other than mapped files rose during the call, as a thread sees it every 10 ms."""
+    before, found, is_done = resident_bytes("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not is_done.wait(0.01):
+            found[0] = max(found[0], resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        is_done.set()
+        watcher.join()
+    return (max(found[0], resident_bytes("RssAnon")) - before) / MIB
 
 
 def extra_memory_of(call: Callable[[], object]) -> dict[str, float]:

@@ -5,13 +5,14 @@ vocabulary) is written once. Every variant runs in a process of its own: it load
 meanwhile, and does steps of forward and backward with ``--tokens`` tokens. LoRA of rank 8 lies on both weights of all
 experts, by PEFT's own ``target_parameters``. "Dense, without LoRA" is the forward and backward pass of the dense model
 without any adapter. Seconds are those of the CPU, so that another program beside it does not count. Memory is the rise
-of the resident set: from before loading for the load, above the loaded model for a step.
+of what is no mapped file while loading, and of the resident set above the loaded model in a step.
 
 Before anything is timed, ours is compared with PEFT on dense experts of the same values, on a small model.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from _device import describe_device
-from _memory import MIB, extra_memory_of, in_own_process, resident_bytes
+from _memory import MIB, extra_memory_of, in_own_process, peak_of_anonymous, resident_bytes
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -111,9 +112,8 @@ def measure(folder: str, variant: str, n_tokens: int, repeats: int) -> dict[str,
         models.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantized))
 
     start = time.process_time()
-    loading = extra_memory_of(load)
+    found["load_peak_mib"] = peak_of_anonymous(load)
     found["load_cpu_seconds"] = time.process_time() - start
-    found["load_seconds"], found["load_peak_mib"] = loading["seconds"], loading["extra_peak_mib"]
     model = models[0].train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -165,7 +165,13 @@ def main() -> None:
             print(variant, json.dumps({name: round(value, 2) for name, value in rows[variant].items()}), flush=True)
     result = {
         "device": describe_device(),
-        "command": "python benchmarks/bench_experts.py",
+        "command": shlex.join(
+            [
+                "python",
+                "benchmarks/bench_experts.py",
+                *(["--threads", str(options.threads)] if options.threads != 2 else []),
+            ]
+        ),
         "layers": options.layers,
         "tokens": options.tokens,
         "difference": difference,

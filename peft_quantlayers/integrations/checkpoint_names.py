@@ -69,10 +69,9 @@ class CheckpointNames:
             elif re.search(r"\.experts\.\d+\.", stored_name):
                 raise ValueError(
                     f"{stored_name}: the checkpoint holds each expert of a mixture of experts as quantized layers of "
-                    "its own. transformers 5 keeps all experts of a block in one tensor, and this version of "
-                    "peft_quantlayers cannot load quantized experts into it. Use the checkpoint with transformers 4 "
-                    "and the package that wrote it, or quantize the float model with peft_quantlayers (its experts "
-                    "stay dense)."
+                    "its own. transformers 5 keeps all experts of a block in one tensor, and says for this model not "
+                    "where this layer belongs in it. Use the checkpoint with transformers 4 and the package that "
+                    "wrote it, or quantize the float model with peft_quantlayers."
                 )
             elif not self._is_headless and not any(p.search(stored_name) for p in self._ignored):
                 raise ValueError(

@@ -73,7 +73,7 @@ class ExpertByExpert(WeightConverter):
     def _experts(self, layer_name: str, model: Any, config: Any) -> Iterator[Tensor]:
         collected = {pattern: list(tensors) for pattern, tensors in self.collected_tensors.items()}
         while all(collected.values()):
-            one: dict[str, Any] = {pattern: [_read(tensors.pop(0))] for pattern, tensors in collected.items()}
+            one: dict[str, Any] = {pattern: [read_tensor(tensors.pop(0))] for pattern, tensors in collected.items()}
             for operation in self.operations:
                 one = operation.convert(
                     one,
@@ -108,7 +108,7 @@ def _is_for_each(operation: ConversionOps) -> bool:
     return isinstance(operation, (Concatenate, Interleave)) and operation.dim != 0
 
 
-def _read(tensor: Any) -> Tensor:
+def read_tensor(tensor: Any) -> Tensor:
     """The tensor that transformers' loader has read, is reading in a thread, or will read when it is called."""
     if isinstance(tensor, Tensor):
         return tensor

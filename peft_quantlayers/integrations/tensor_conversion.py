@@ -53,7 +53,7 @@ class StoredLayers:
             return None
 
 
-class _NoOperation(ConversionOps):
+class NoOperation(ConversionOps):
     """Not called, but transformers asks for one."""
 
     def convert(self, input_dict: dict, **kwargs: Any) -> dict:
@@ -68,7 +68,7 @@ class QuantizedTensors(WeightConverter):
     """
 
     def __init__(self, names: Mapping[str, str], layers: StoredLayers | None = None) -> None:
-        super().__init__(_PATTERN, _PATTERN, [_NoOperation()])
+        super().__init__(_PATTERN, _PATTERN, [NoOperation()])
         self.names = names
         self.layers = layers
 
@@ -92,6 +92,10 @@ class QuantizedTensors(WeightConverter):
         return type(self)(self.names, self.layers)  # transformers makes a copy for each tensor
 
 
+def _is_of_ours(entry: Any) -> bool:
+    return isinstance(entry, WeightConverter) and isinstance(entry.operations[0], NoOperation)
+
+
 def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Have ``model`` saved with the tensors ``names``, all that it has, in the layout that they have in it.
 
@@ -105,7 +109,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
             for entry in get_model_conversion_mapping(model, add_legacy=False)
             if not isinstance(entry, PrefixChange)
         ]
-    conversions = [entry for entry in conversions if not isinstance(entry, QuantizedTensors)]
+    conversions = [entry for entry in conversions if not _is_of_ours(entry)]
     converters = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightConverter)]
     own = {
         f"{name}.{tensor_name}"

@@ -41,6 +41,7 @@ from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
 from .private_transformers import kept_dtype
 from .sentinels import ignore_sentinels, sentinels, without_sentinels
+from .single_experts import StackedTensors, stacked_tensors, stacks_of_layers
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
@@ -115,7 +116,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         # Of a checkpoint: the parameter for each name in its files, and the files in words.
         self.parameters: dict[str, str] = {}
         self.files = ""
-        self.quantized_tensors: list[QuantizedTensors] = []
+        self.quantized_tensors: list[QuantizedTensors | StackedTensors] = []
         # Of the files that are being saved.
         self._metadata: dict[str, str] = {}
         # That it is attached to, while that lives.
@@ -163,7 +164,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Tensors of quantized layers keep the dtype of the file: a wrong one must be an error, not a cast."""
-        if isinstance(converter, QuantizedTensors):
+        if isinstance(converter, (QuantizedTensors, StackedTensors)):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -181,9 +182,12 @@ class QuantlayersHfQuantizer(HfQuantizer):
             refuse_damage(files.opened, name="the checkpoint")
         description = config.checkpoint_format.read(config.fields, files, spec_from_dict=spec_from_dict)
         names = CheckpointNames(model)
-        modules = names.modules(description.specs)
+        stacks = stacks_of_layers(model, description, names)
+        single = {name for stack in stacks.values() for name in stack.stored_names}
+        modules = names.modules(name for name in description.specs if name not in single)
         check_kinds(model, modules, description.stacks)
         self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
+        self.specs |= {name: stack.spec for name, stack in stacks.items()}
         tensor_names = self._tensor_names(model, [modules[name] for name in description.branches if name in modules])
         stored = {modules[name]: layer for name, layer in description.stored_layers.items() if name in modules}
         stored_layers = StoredLayers(layers_with_wide_codes(self.specs, model) | stored, failures=self.failures)
@@ -195,12 +199,13 @@ class QuantlayersHfQuantizer(HfQuantizer):
             found = without_sentinels(self.parameters, files, self.specs)
             ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
             self.parameters = found
-        check_headers(files, self.parameters, self.specs, stored, model)
+        check_headers(files, self.parameters, self.specs, {*stored, *stacks}, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
-            QuantizedTensors({name: self.parameters[key] for key, name in renamed.items()}, stored_layers)
+            *stacked_tensors(stacks, files.headers, names, self.failures),
+            QuantizedTensors({name: self.parameters[key] for key, name in renamed.items()}, stored_layers),
         ]
-        self._place_layers(model, description, modules)
+        self._place_layers(model, description, modules | {name: name for name in stacks})
         ignore_tensors(model, config.checkpoint_format.setting_names)
 
     def _tensor_names(self, model: PreTrainedModel, branches: Collection[str]) -> set[str]:

@@ -264,3 +264,20 @@ def test_from_files_to_files_gives_the_same_experts(family, tmp_path):
     pql.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", CONFIG, progress=False)
     assert pql.verify_model(tmp_path / "quantized") == []
     assert_same(load(tmp_path / "quantized"), quantized(family))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_experts_of_a_checkpoint_are_joined_one_at_a_time(family, tmp_path, monkeypatch):
+    from transformers.core_model_loading import MergeModulelist
+
+    tiny_mixture(family).save_pretrained(tmp_path)
+    seen, own = [], MergeModulelist.convert
+
+    def convert(self, input_dict, *args, **kwargs):
+        seen.extend(len(tensors) for tensors in input_dict.values())
+        return own(self, input_dict, *args, **kwargs)
+
+    monkeypatch.setattr(MergeModulelist, "convert", convert)
+    model = load(tmp_path, quantization_config=CONFIG)
+    assert quantized_stacks(model)
+    assert set(seen) == {1}

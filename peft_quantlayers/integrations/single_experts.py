@@ -1,0 +1,193 @@
+"""Checkpoints that hold each expert as quantized layers of its own, read into the stacks of the model.
+
+So transformers 4 wrote them. transformers' own conversions of float experts say which layer of which expert belongs
+into which fused weight, and where: gate and up lie one above the other in each expert's weight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    apply_converters,
+    dot_natural_key,
+)
+
+from ..formats import QuantSpec
+from ..formats.checkpoint_format import ModelDescription, StoredLayer
+from ..layers.dense_types import dense_shape
+from ..layers.expert_types import find_stack
+from .checkpoint_names import CheckpointNames
+from .expert_conversion import read_tensor
+from .tensor_conversion import NoOperation
+
+_PATTERN = "experts of quantized stacks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackOfLayers:
+    """The stored layers that make one stack.
+
+    Fields:
+        name: of the stack in the model.
+        spec: of all of them.
+        tensor_names: of each.
+        layer: how each is stored, where it is converted when it is read.
+        parts: names in the checkpoint, of each part of an expert's weight (gate, up) one for each expert, in order.
+    """
+
+    name: str
+    spec: QuantSpec
+    tensor_names: tuple[str, ...]
+    layer: StoredLayer | None
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """All names in the checkpoint."""
+        return tuple(name for part in self.parts for name in part)
+
+
+def stacks_of_layers(
+    model: nn.Module, description: ModelDescription, names: CheckpointNames
+) -> dict[str, StackOfLayers]:
+    """The stacks of ``model``, by name, that the checkpoint of ``description`` holds expert by expert.
+
+    Raises:
+        ValueError: experts or parts are missing, are stored in different ways, or cannot lie in one weight.
+    """
+    specs = description.specs
+    found = {}
+    for stack_name, by_part in _parts(model, specs, names).items():
+        n_experts, *sides = dense_shape(model, stack_name)
+        stored = [sorted(part, key=dot_natural_key) for part in by_part]
+        first = next(part for part in stored if part)[0]
+        if {len(part) for part in stored} != {n_experts}:
+            counts = ", ".join(str(len(part)) for part in stored)
+            raise ValueError(
+                f"{first}: the checkpoint holds {counts} quantized layers of the experts of {stack_name}, which has "
+                f"{n_experts}. Download or save it again."
+            )
+        kinds = {(specs[name], description.stored_layers.get(name)) for part in stored for name in part}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{stack_name}: its experts are stored in {len(kinds)} different ways, for example "
+                f"{sorted(str(spec) for spec, _ in kinds)[:2]}, and a stack has one. Quantize the float model with "
+                "peft_quantlayers."
+            )
+        spec, layer = kinds.pop()
+        layout = spec.tensor_layout(*sides)
+        # One weight below another: the tensors are those of both only if each row has its own entries.
+        are_rows = getattr(spec, "axis", 1) == 1 and all(entry.rows_per_entry == 1 for entry in layout.values())
+        if len(stored) > 1 and not are_rows:
+            raise ValueError(
+                f"{first}: the checkpoint holds each expert of a mixture as quantized layers of its own, and "
+                f"two {spec.method} weights (gate and up) cannot lie in one, as transformers 5 keeps them: {spec} "
+                "shares codebooks or groups over the rows of each. Use the checkpoint with transformers 4 and the "
+                "package that wrote it, or quantize the float model with peft_quantlayers."
+            )
+        found[stack_name] = StackOfLayers(
+            name=stack_name, spec=spec, tensor_names=tuple(layout), layer=layer, parts=tuple(map(tuple, stored))
+        )
+    return found
+
+
+def _parts(model: nn.Module, specs: Iterable[str], names: CheckpointNames) -> dict[str, list[list[str]]]:
+    """Of each stack the stored names of each part of its experts' weights."""
+    is_known = isinstance(model, PreTrainedModel)
+    conversions: list[Any] = get_model_conversion_mapping(model) if is_known else []
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter) and _stacks(entry.operations)]
+    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    parts: dict[str, list[list[str]]] = {}
+    keys = {f"{name}.weight": name for name in specs}
+    for key, renamed in names.renamed(keys).items():
+        target, pattern = apply_converters(renamed, converters)
+        if pattern is None:
+            continue
+        place = names.parameters([target]).get(target, target)
+        if find_stack(model, place) is not None:
+            patterns = list(of_pattern[pattern].source_patterns)
+            parts.setdefault(place, [[] for _ in patterns])[patterns.index(pattern)].append(keys[key])
+    return parts
+
+
+def _stacks(operations: Any) -> bool:
+    """Whether they put matrices of experts into one tensor, the parts of an expert one above the other."""
+    first, *rest = operations
+    is_plain = all(isinstance(each, Concatenate) and each.dim == 1 for each in rest)
+    return isinstance(first, MergeModulelist) and first.dim == 0 and len(rest) <= 1 and is_plain
+
+
+class StackedTensors(WeightConverter):
+    """A conversion of transformers that makes the tensors of stacks from those of single experts.
+
+    ``places``: the parameter and the part, by the name that transformers compares with conversions; ``stacks``: by
+    name, all with as many parts.
+    """
+
+    def __init__(
+        self, places: Mapping[str, tuple[str, int]], stacks: Mapping[str, StackOfLayers], failures: list[str]
+    ) -> None:
+        n_parts = len(next(iter(stacks.values())).parts)
+        self.patterns = [f"{_PATTERN}: {part} of {n_parts}" for part in range(n_parts)]
+        super().__init__(list(self.patterns), _PATTERN, [NoOperation()])
+        self.places, self.stacks, self.failures = places, stacks, failures
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        found = self.places.get(source_key)
+        return (source_key, None) if found is None else (found[0], self.patterns[found[1]])
+
+    def convert(  # type: ignore[override]
+        self, layer_name: str, *args: Any, loading_info: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        stack_name, _, tensor_name = layer_name.rpartition(".")
+        if loading_info is not None:
+            loading_info.missing_keys.discard(layer_name)
+        layer = self.stacks[stack_name].layer
+        parts = [self.collected_tensors.pop(pattern) for pattern in self.patterns if pattern in self.collected_tensors]
+        made: list[Tensor] = []
+        try:
+            for tensors in zip(*parts, strict=True):
+                read = [read_tensor(tensor) for tensor in tensors]
+                if layer is not None and tensor_name in layer.tensor_names:
+                    read = [layer.convert(tensor_name, tensor) for tensor in read]
+                made.append(torch.cat(read) if len(read) > 1 else read[0])
+            return {layer_name: torch.stack(made)}
+        except (ValueError, RuntimeError) as error:
+            self.failures.append(f"{layer_name}: {error}")
+            return {}
+
+    def reverse_transform(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return type(self)(self.places, self.stacks, self.failures)  # transformers makes a copy for each tensor
+
+
+def stacked_tensors(
+    stacks: Mapping[str, StackOfLayers], keys: Iterable[str], names: CheckpointNames, failures: list[str]
+) -> list[StackedTensors]:
+    """The conversions for the tensors ``keys`` of the files that belong to ``stacks``; [] if none do."""
+    owners = {
+        name: (stack, part) for stack in stacks.values() for part, held in enumerate(stack.parts) for name in held
+    }
+    places: dict[int, dict[str, tuple[str, int]]] = defaultdict(dict)
+    for key, renamed in names.renamed(keys).items():
+        name, _, tensor_name = key.rpartition(".")
+        stack, part = owners.get(name, (None, 0))
+        if stack is not None and tensor_name in stack.tensor_names:
+            places[len(stack.parts)][renamed] = (f"{stack.name}.{tensor_name}", part)
+    return [
+        StackedTensors(found, {name: s for name, s in stacks.items() if len(s.parts) == n_parts}, failures)
+        for n_parts, found in places.items()
+    ]
