@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.block_order import order_of
 from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
+from .free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
 
@@ -75,6 +76,7 @@ class FolderBlocks(ModelBlocks):
             yield module
         finally:
             self.parts.checkpoint.release(module)
+            return_free_memory()
 
     def restore(self, block: str) -> bool:
         """Put the quantized block in the place of the float one, if an earlier call has finished it."""
@@ -134,4 +136,8 @@ class FolderBlocks(ModelBlocks):
         return read
 
     def _after(self, block: str) -> Callable[..., None]:
-        return lambda module, args, output: self.parts.checkpoint.release(module)
+        def drop(module: nn.Module, args: tuple, output: Any) -> None:
+            self.parts.checkpoint.release(module)
+            return_free_memory()
+
+        return drop

@@ -17,6 +17,7 @@ from ..layers.dense_types import dense_shape
 from ..layers.replace import place_empty_layer
 from ..layers.selection import quantized_layers, select_modules
 from ..methods import QuantConfig, spec_from_dict
+from .free_memory import return_free_memory
 from .work_folder import WorkFolder
 
 
@@ -80,6 +81,7 @@ class PartsOfModel:
         self.checkpoint.load(self.parts[number], quantizer)
         self.keep(work, number)
         self.checkpoint.release()
+        return_free_memory()
 
     def take(self, work: WorkFolder, number: int) -> None:
         """Put empty layers in the place of those of a finished part."""
