@@ -86,9 +86,8 @@ def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[T
         calibration = pql.Calibration(
             data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options
         )
-    results: list[pql.LayerResult] = []
     began = time.perf_counter()
-    pql.quantize_model(model, config, calibration=calibration, progress=False, on_layer=results.append)
+    pql.quantize_model(model, config, calibration=calibration, progress=False)
     row: dict[str, Any] = {
         "name": name,
         "quantize_s": time.perf_counter() - began,

@@ -11,6 +11,9 @@ all of them can be:
 * AQLM clusters groups before it fits them, and a sum in another order may start another clustering. Up to 15 % of
   the codes of such small weights moved with other instruction sets, at the same error. Here the error is compared.
 
+Integer zeros got a solver of their own later: the items "hqq integer zeros", the same calibrated, and the 6-bit layer
+of "merge: hqq requantize, coarse" are those of that solver, and the rest of the file is as it was written.
+
 Checked on one machine with torch's code for AVX-512, AVX2 and no vector instructions, with the compiled kernels for
 each, without them, and with MKL's compatible mode.
 """

@@ -64,7 +64,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
         initial = _solved(weight, spec, layout) if start is None else start
         if hessian is not None:
             hessian = checked_hessian(hessian, weight)
-            iterations = CALIBRATED_ITERATIONS if iterations is None else iterations
+            if iterations is None:
+                iterations = CALIBRATED_ITERATIONS if spec.zeros == "float" else WHOLE_ZERO_ITERATIONS
             return _for_outputs(weight.float(), initial, hessian, from_start=start is not None, iterations=iterations)
         return _on_grid_of(initial, weight) if start is not None else initial
 
@@ -225,6 +226,8 @@ def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
 
 # Sweeps over the codes and a fit of the grid, in turn; twice as many lower the held-out error by 2 %.
 CALIBRATED_ITERATIONS = 2
+# Without float zeros the same gives 4 %, and the square root of the Hessian's diagonal for the first grid 4 % more.
+WHOLE_ZERO_ITERATIONS = 4
 SWEEPS_PER_ITERATION = 3
 
 

@@ -66,11 +66,14 @@ def weighted_grid(groups: Tensor, grid: Grid, importance: Tensor) -> Grid:
 
 
 def weighted_whole_grid(groups: Tensor, importance: Tensor, *, nbits: int, is_symmetric: bool) -> Grid:
-    """The grid with whole zero points that has a low weighted squared error; arguments as :func:`weighted_grid`."""
+    """A grid with whole zero points from which the sweeps end in a low output error.
+
+    Arguments as :func:`weighted_grid`. The weights are the square root of ``importance``: it lies between the error of
+    the weights and that of the outputs without correlations, and the sweeps ended lower from it than from either.
+    """
     flat = groups.flatten(0, 1)
-    scale, zero = solve_whole_zeros(
-        flat, nbits=nbits, is_symmetric=is_symmetric, importance=importance.expand(groups.shape).reshape(flat.shape)
-    )
+    weights = importance.sqrt().expand(groups.shape).reshape(flat.shape)
+    scale, zero = solve_whole_zeros(flat, nbits=nbits, is_symmetric=is_symmetric, importance=weights)
     return Grid(scale.view(groups.shape[:2]), zero.view(groups.shape[:2]), max_code=2**nbits - 1)
 
 
