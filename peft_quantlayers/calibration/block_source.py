@@ -86,10 +86,10 @@ class ModelBlocks:
         self.blocks: list[str] = []
         self.rest: list[str] = []
         self._layers: dict[str, list[str]] = {}
-        self._set_blocks([block for blocks in self.lists for block in blocks])
+        self.set_blocks([block for blocks in self.lists for block in blocks])
         self._homes = {block: self._device_of(block) for block in self.blocks}
 
-    def _set_blocks(self, blocks: list[str]) -> None:
+    def set_blocks(self, blocks: list[str]) -> None:
         """Walk ``blocks``, in this order; all other layers are the rest."""
         self.blocks = blocks
         self._layers = {block: [name for name in self.names if name.startswith(f"{block}.")] for block in blocks}
@@ -107,7 +107,7 @@ class ModelBlocks:
             yield
 
     def check(self, *, progress: bool = False) -> None:
-        self._set_blocks(order_of(self.model, self.lists, self.calls, layers=self.names, progress=progress))
+        self.set_blocks(order_of(self.model, self.lists, self.calls, layers=self.names, progress=progress))
 
     def passes(self) -> ModelPasses:
         return ModelPasses(self.model, self.blocks, self.calls)

@@ -64,7 +64,7 @@ class FolderBlocks(ModelBlocks):
         self.unreached = [block for block in all_blocks if block not in self._ran]
         for block in self._resident:
             self._load(block)
-        self._set_blocks(order)
+        self.set_blocks(order)
         self.rest = [name for name in self.rest if not any(name.startswith(f"{block}.") for block in self.unreached)]
 
     @contextmanager
