@@ -19,6 +19,7 @@ from _memory import MIB, in_own_process, resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.streaming import quantize_files
 from peft_quantlayers.streaming.safetensors_file import StoredTensor, write_safetensors
 
 SHARD_BYTES = 10**9
@@ -59,9 +60,10 @@ def write_checkpoint(folder: Path, *, hidden: int, layers: int, vocabulary: int 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def measure(source: str, destination: str, calibrated: str) -> dict[str, float]:
+def measure(source: str, destination: str, calibrated: str, part_bytes: str) -> dict[str, float]:
     """In a process of its own: quantize, while a thread looks at the memory."""
     torch.set_num_threads(1)
+    quantize_files.PART_BYTES = int(part_bytes)
     peak, is_done = [resident_bytes("RssAnon")], threading.Event()
     before = peak[0]
 
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="where the checkpoints are made; the system's own temporary folder by default"
     )
-    parser.add_argument("--measure", nargs=3, metavar=("SOURCE", "DESTINATION", "CALIBRATED"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         print(json.dumps(measure(*given.measure)))
@@ -113,7 +115,8 @@ def main() -> None:
                 write_checkpoint(source, hidden=given.hidden, layers=case)
             n_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
             calibrated = "yes" if given.calibrated else "no"
-            told = json.loads(in_own_process("--measure", str(source), str(Path(scratch, "quantized")), calibrated))
+            arguments = [str(source), str(Path(scratch, "quantized")), calibrated, str(quantize_files.PART_BYTES)]
+            told = json.loads(in_own_process("--measure", *arguments))
             row = {"case": case, "hidden": given.hidden, "calibrated": given.calibrated, "file_gb": n_bytes / 1e9}
             print(json.dumps(row | told), flush=True)
 
