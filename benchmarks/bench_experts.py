@@ -12,7 +12,6 @@ Before anything is timed, ours is compared with PEFT on dense experts of the sam
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -165,13 +164,7 @@ def main() -> None:
             print(variant, json.dumps({name: round(value, 2) for name, value in rows[variant].items()}), flush=True)
     result = {
         "device": describe_device(),
-        "command": shlex.join(
-            [
-                "python",
-                "benchmarks/bench_experts.py",
-                *(["--threads", str(options.threads)] if options.threads != 2 else []),
-            ]
-        ),
+        "command": f"python benchmarks/bench_experts.py --threads {options.threads} --repeats {options.repeats}",
         "layers": options.layers,
         "tokens": options.tokens,
         "difference": difference,

@@ -17,7 +17,7 @@ from ..formats.known_formats import known_formats
 from ..layers import QuantizedLinear, quantized_modules
 from .checkpoint_headers import CheckpointFiles
 from .saved_folder import weight_files
-from .tensor_conversion import StoredLayers
+from .tensor_conversion import QuantizedTensors, StoredLayers
 from .transformers_config import QuantlayersConfig
 from .transformers_quantizer import QuantlayersHfQuantizer
 from .wide_codes import WideCodes
@@ -108,7 +108,7 @@ def open_folder(folder: Path) -> OpenedFolder:
         for name, layer in quantized_modules(skeleton).items()
     }
     for entry in quantizer.quantized_tensors:
-        stored = entry.layers or stored
+        stored = (entry.layers if isinstance(entry, QuantizedTensors) else None) or stored
     return OpenedFolder(
         folder=folder,
         config={name: value for name, value in fields.items() if name != "quantization_config"},

@@ -13,8 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..formats import QuantSpec
-from ..layers import quantized_modules
 from ..layers.replace import place_empty_layer
+from ..layers.selection import quantized_layers
 from .float_checkpoint import FloatCheckpoint
 from .sentinels import sentinels
 from .tensor_conversion import keep_from_conversions
@@ -61,7 +61,7 @@ class WrittenTensors:
             The tensors by their names in the files; and the name in the file for each in the state of ``model`` that
             is the same tensor there.
         """
-        layers = {name for name in quantized_modules(model) if f"{name}.weight" in parameters}
+        layers = {name for name in quantized_layers(model) if {name, f"{name}.weight"} & set(parameters)}
         state = {}
         for name, tensor in self._state(model).items():
             module, _, tensor_name = name.rpartition(".")
