@@ -84,7 +84,23 @@ def test_the_fitted_grid_is_the_least_squares_solution_of_a_row():
     torch.testing.assert_close(fitted[4], (columns @ solution).flatten(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"nbits": 4}, {"nbits": 2}, {"nbits": 3, "integer_zero": True}], ids=str)
+def test_scales_beside_zeros_that_stay_are_the_least_squares_solution_of_a_row():
+    groups, hessian = random_weight().view(OUT, -1, GROUP), second_moment()
+    grid = plain_grid(groups, 3)
+    codes = grid.nearest_codes(groups)
+    fitted = fitted_grid(groups, codes, grid, hessian, keeps_zeros=True, iters=300)
+    assert torch.equal(fitted.zero, grid.zero)
+    root = torch.linalg.cholesky(hessian.double()).t()
+    steps = (codes - grid.zero[..., None])[4].double()
+    columns = torch.block_diag(*[step[:, None] for step in steps])
+    solution = torch.linalg.lstsq(root @ columns, root @ groups[4].double().view(IN, 1)).solution
+    torch.testing.assert_close(fitted.scale[4].double(), solution.flatten(), rtol=1e-3, atol=1e-6)
+
+
+WHOLE = [{"nbits": 3, "integer_zero": True}, {"nbits": 3, "symmetric": True}]
+
+
+@pytest.mark.parametrize("fields", [{"nbits": 4}, {"nbits": 2}, *WHOLE], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hessian_lowers_the_error_of_the_outputs_and_keeps_the_format(fields, dtype):
     weight, hessian, method = random_weight().to(dtype), second_moment(), HQQMethod()
