@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods.hqq.export_grids import TARGETS
 from .formats.base import Approximation, ExportFormat, LayerFacts
 from .formats.registry import export_formats
 
@@ -65,4 +66,5 @@ def _ways_out(target: ExportFormat, asked: Model) -> str:
     ways = [f"approximate={each!r}" for each in target.approximations if not _misfits(target, asked, each)]
     others = [each for each in export_formats().values() if each is not target and not _misfits(each, asked, None)]
     ways += [f"format={each.name!r} (for {', '.join(each.engines)})" for each in others]
-    return "What works for it: " + "; ".join(ways) + ". Or quantize the float model onto a grid of the format."
+    grid = f": HQQConfig.for_export({target.name!r})" if target.name in TARGETS else ""
+    return f"What works for it: {'; '.join(ways)}. Or quantize the float model onto a grid of the format{grid}."
