@@ -29,7 +29,7 @@ SLOW = (
     "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
     "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
     "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
-    "tests/streaming/test_memory.py",
+    "tests/streaming/test_peak_memory.py",
     "tests/streaming/test_quantize_checkpoint.py::test_two_processes_write_the_same_files_as_one",
     "tests/streaming/test_quantize_checkpoint.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
     "tests/test_benchmarks.py",

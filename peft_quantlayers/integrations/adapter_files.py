@@ -15,6 +15,7 @@ from typing import Any, SupportsFloat
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -115,7 +116,8 @@ def add_checksums(file: Path) -> None:
 
 def check_scaling(config: Any) -> None:
     """Raise ValueError if ``lora_alpha`` or one of ``alpha_pattern`` is no finite number: JSON may say NaN."""
-    alphas = {"lora_alpha": getattr(config, "lora_alpha", 1)}
+    alpha = getattr(config, "lora_alpha", None)  # other methods may leave it open
+    alphas = {"lora_alpha": alpha} if alpha is not None or isinstance(config, LoraConfig) else {}
     alphas |= {
         f"alpha_pattern[{key!r}]": value for key, value in (getattr(config, "alpha_pattern", None) or {}).items()
     }

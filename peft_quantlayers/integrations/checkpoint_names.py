@@ -79,7 +79,7 @@ class CheckpointNames:
                     "that name. The two do not belong together, or tensors were renamed (key_mapping does not reach "
                     "quantized layers)."
                 )
-        if not modules:
+        if stored_names and not modules:
             raise ValueError("the checkpoint has quantized modules, and the model has none of them.")
         twice = _first_duplicate(modules)
         if twice is not None:

@@ -20,10 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checkpoint_format import ModelDescription
-from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules, quantize_module
+from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules
 from ..layers.codes_parameter import is_sharded
 from ..layers.dense_rules import DenseRules
-from ..layers.dense_types import dense_key, dense_shape, dense_type_of, dense_weight
+from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.expert_types import dense_stacks, find_stack
 from ..layers.replace import place_empty_layer
 from ..layers.replace_stack import put_stack, quantized_experts
@@ -44,53 +44,8 @@ from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .single_experts import StackedTensors, stacked_tensors, stacks_of_layers
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
+from .weight_operation import QuantizeWeight
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
-
-
-class _QuantizeWeight(ConversionOps):
-    """Quantizes one float weight that the loader has read, in place of the module on the meta device."""
-
-    def __init__(self, quantizer: QuantlayersHfQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict, *, full_layer_name: str, model: nn.Module, missing_keys: set | None = None, **_: Any
-    ) -> dict:
-        # One tensor under any name, or all that a conversion of transformers made at once, by their whole names.
-        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
-        rest = {}
-        for name, value in zip(names, input_dict.values(), strict=True):
-            quantized_name = self.quantizer.quantized_name(name)
-            if quantized_name is None:
-                rest[name] = value
-                continue
-            self._quantize(model, quantized_name, value[0] if isinstance(value, list) else value)
-            if missing_keys is not None:
-                missing_keys.discard(name)
-        return rest
-
-    def _quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        key = dense_key(model, name)
-        parent, _, parameter = key.rpartition(".")
-        expected = model.get_parameter(key).shape
-        if weight.shape != expected:  # transformers does not compare what is quantized
-            self.quantizer.failures.append(
-                f"{key} has the shape {tuple(weight.shape)} in the files, and config.json asks for "
-                f"{tuple(expected)}. They do not belong together."
-            )
-            return
-        setattr(model.get_submodule(parent), parameter, nn.Parameter(weight, requires_grad=False))
-        try:
-            quantize_module(
-                model,
-                name,
-                self.quantizer.specs[name],
-                compute_dtype=self.quantizer.compute_dtype,
-                device=self.quantizer.device,
-            )
-        except ValueError as error:
-            # transformers would catch it here, and raise a RuntimeError without the reason at the end.
-            self.quantizer.failures.append(str(error))
 
 
 class QuantlayersHfQuantizer(HfQuantizer):
@@ -151,7 +106,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         return next((name for name in (param_name, module_name) if name in self.specs), None)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeWeight(self)
+        return QuantizeWeight(self)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         name = self.quantized_name(param_name)
@@ -276,7 +231,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _quantize_rest(self, model: PreTrainedModel) -> None:
         """Quantize what the loader has put into the model by itself: it asks for one weight of several that a
         conversion makes, and for none that the checkpoint lacks. Weights that were tied since are not among it."""
-        operation = _QuantizeWeight(self)
+        operation = QuantizeWeight(self)
         rules = DenseRules(model, quantize_lm_head=self.quantization_config.quantize_lm_head)
         stacks = {name for name, _, _ in dense_stacks(model)}
         for name in self.specs:

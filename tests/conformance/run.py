@@ -29,11 +29,13 @@ FILES = (
 )
 # Small classes whole, and the merging of every LoRA variant: about a minute for both methods on a free core.
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
-# A method with operators of its own, and one with codebooks, on the two ends of the range of PEFT's versions. Each
-# takes half a minute.
-QUICK_METHODS = {"aqlm": LOWEST, "hqq": NEWEST}
+# On the two ends of the range of PEFT's versions; half a minute each.
+QUICK_METHODS = (("hqq", LOWEST), ("hqq", NEWEST))
 # All others, and why they are left to `make conformance`.
-NOT_QUICK = {"nf4": "the default product and the default merge, which tests/contract and tests/lora run"}
+NOT_QUICK = {
+    "aqlm": "a minute or more, for the layer that all methods share; tests/contract and tests/lora run it",
+    "nf4": "the default product and the default merge, which tests/contract and tests/lora run",
+}
 QUICK = (
     "test_mixed_adapter_batches_mlp or DynamicDispatch or MultiRank or BdLora or TestQuantization "
     "or (Vanilla and LoRA and not GLoRA and (test_merge_layers[ or test_disable_adapters_with_merging[))"

@@ -59,7 +59,7 @@ def test_merge_aware_and_qalora_end_exact_in_mlx(tmp_path):
     for index, (expected, model) in enumerate(merged_models()):
         folder = tmp_path / str(index)
         pql.export(model, folder, "mlx")
-        assert loss_of(export_readers.mlx(str(folder), IDS.numpy(), None)) == pytest.approx(expected, abs=1e-5)
+        assert loss_of(export_readers.mlx(str(folder), IDS.numpy(), None)) == pytest.approx(expected, abs=1e-4)
         assert expected < untrained - 0.3
 
 

@@ -79,8 +79,8 @@ def test_a_vision_language_model_loads_and_saves(class_name, tmp_path):
     assert all(torch.equal(again.state_dict()[name], p) for name, p in loaded.state_dict().items())
 
 
-def test_quantized_experts_one_by_one_are_refused_with_the_way_out(tmp_path):
-    """transformers 4 kept each expert as linear layers of its own."""
+def test_a_checkpoint_whose_only_quantized_layers_are_experts_loads(tmp_path):
+    """transformers 4 kept each expert as linear layers of its own; here all others are dense."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
     torch.manual_seed(0)
     config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
@@ -99,5 +99,10 @@ def test_quantized_experts_one_by_one_are_refused_with_the_way_out(tmp_path):
     skipped = ["lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj"]
     fields["quantization_config"] = {"quant_config": SETTINGS, "quant_method": "hqq", "skip_modules": skipped}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"each expert of a mixture of experts.*transformers 4.*quantize the float"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(pql.quantized_stacks(loaded)) == {
+        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    }
+    assert not pql.quantized_modules(loaded)
+    for name, stack in pql.quantized_stacks(loaded).items():  # 4 bits in groups of 16
+        torch.testing.assert_close(stack.dequantize(), model.get_parameter(name), atol=0.02, rtol=0)
