@@ -41,7 +41,7 @@ class DenseRules:
         self.heads = set(_head_modules(model))
         self._are_heads_dense = not quantize_lm_head
         self._shared = _shared_parameters(model)
-        self._tied = _tied_modules(model)
+        self._tied = _tied_weights(model)
         self._with_experts = {
             name
             for name, module in model.named_modules()
@@ -61,10 +61,10 @@ class DenseRules:
             return StaysDense(reason=FEW_OUTPUTS, detail=f"{n_outputs} output(s)")
         return None
 
-    def reason_of_fused(self, module: nn.Module, entry: FusedWeight) -> StaysDense | None:
+    def reason_of_fused(self, name: str, module: nn.Module, entry: FusedWeight) -> StaysDense | None:
         """Why a fused weight of experts stays dense; None if nothing of the model is against quantizing it."""
         n_outputs = entry.shape(module)[1]
-        if id(getattr(module, entry.parameter)) in self._shared:
+        if id(getattr(module, entry.parameter)) in self._shared or name in self._tied:
             return StaysDense(reason=SHARED)
         return StaysDense(reason=FEW_OUTPUTS, detail=f"{n_outputs} output(s)") if n_outputs <= _HANDFUL else None
 
@@ -124,11 +124,11 @@ def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
             yield from found.modules()
 
 
-def _tied_modules(model: nn.Module) -> set[str]:
-    """Names of the modules whose weights are declared as tied, whether they have been tied by now or not."""
+def _tied_weights(model: nn.Module) -> set[str]:
+    """Names of the modules, and of fused weights, that are declared as tied, whether they have been tied or not."""
     tied: Any = getattr(model, "all_tied_weights_keys", None)
     names = {*tied.keys(), *tied.values()} if isinstance(tied, dict) else set()
-    return {name.rpartition(".")[0] for name in names if name.endswith(".weight")}
+    return {name.removesuffix(".weight") for name in names}
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

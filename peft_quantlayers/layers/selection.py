@@ -113,7 +113,7 @@ def _candidates(model: nn.Module, rules: DenseRules) -> Iterator[tuple[str, tupl
         if entry is not None:
             yield name, entry.shape(module), rules.reason(name, module)
     for name, module, fused in dense_stacks(model):
-        yield name, fused.shape(module)[1:], rules.reason_of_fused(module, fused)
+        yield name, fused.shape(module)[1:], rules.reason_of_fused(name, module, fused)
 
 
 def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:

@@ -27,7 +27,7 @@ FILES = (
     "test_mixed.py",
     OURS,
 )
-# Small classes whole, and the merging of every LoRA variant: about a minute for both methods on a free core.
+# Small classes whole, and the merging of every LoRA variant.
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
 # On the two ends of the range of PEFT's versions; half a minute each.
 QUICK_METHODS = (("hqq", LOWEST), ("hqq", NEWEST))

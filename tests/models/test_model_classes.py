@@ -15,9 +15,9 @@ SAMPLE = (
     # decoders: plain, tied, Conv1D, FalconLinear, biases, parallel blocks, float32 parts
     "LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "FalconForCausalLM", "BloomForCausalLM",
     "GPTNeoXForCausalLM", "Phi3ForCausalLM", "OPTForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM",
-    # experts: fused, with shared ones, routers of many kinds
+    # experts: fused, with shared ones, tied, routers of many kinds
     "MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "PhimoeForCausalLM",
-    "Llama4ForCausalLM", "HunYuanMoEV1ForCausalLM", "LongcatFlashForCausalLM",
+    "Llama4ForCausalLM", "HunYuanMoEV1ForCausalLM", "LongcatFlashForCausalLM", "DiffusionGemmaForBlockDiffusion",
     # no attention, or not only
     "MambaForCausalLM", "Mamba2ForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM", "RecurrentGemmaForCausalLM",
     "Qwen3NextForCausalLM", "NemotronHForCausalLM", "RwkvForCausalLM",
