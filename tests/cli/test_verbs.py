@@ -164,7 +164,7 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
         "data": str(data),
         "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
         "lora": {"r": 4, "lora_alpha": 8},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
         "merge": "requantize",
     }
     file, folder = tmp_path / "train.yaml", tmp_path / "out"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -68,7 +69,8 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
     )
     parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
-    parser.set_defaults({"training.report_to": "none"})
+    # TRL asks for bfloat16 on a GPU where it is not told otherwise, and stops where there is none.
+    parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
 
 
 def run(settings: Namespace) -> Result:
