@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -28,6 +29,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from peft_quantlayers.layers.selection import quantized_stacks
 
 SIZES = {
     "vocab_size": 128,
@@ -114,3 +117,16 @@ def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
             elif parameter.dim() == 3:
                 parameter.mul_(5)  # such that experts matter
     return model
+
+
+def codes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the tensors of all stacks, by name."""
+    return {
+        f"{name}.{part}": tensor.clone()
+        for name, stack in quantized_stacks(model).items()
+        for part, tensor in stack.quantized_weight.tensors.items()
+    }
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

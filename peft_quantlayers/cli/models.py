@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
@@ -28,6 +29,20 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **o
     refuse_missing_folder("model", name)
     placed = {} if device is None else {"device_map": device}
     return model_class(name).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+
+
+def base_of(adapter: str) -> str:
+    """The name of the model that an adapter was trained on. Raises ValueError where the adapter does not say it."""
+    refuse_missing_folder("adapter", adapter)
+    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
+    return name
+
+
+def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
+    """``model`` with the adapter of a folder or of the Hub on it, or as it is without one."""
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 
 def load_tokenizer(name: str) -> Any:

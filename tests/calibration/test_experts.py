@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from mixtures import MIXTURES, tiny_mixture
+from mixtures import MIXTURES, codes, same, tiny_mixture
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -28,18 +28,6 @@ def calibration(**fields) -> pql.Calibration:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS[:4]).logits
-
-
-def codes(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{part}": tensor.clone()
-        for name, stack in quantized_stacks(model).items()
-        for part, tensor in stack.quantized_weight.tensors.items()
-    }
-
-
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("family", sorted(MIXTURES))

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from every_method import all_methods, quick_config
-from mixtures import MIXTURES, tiny_mixture
+from mixtures import MIXTURES, codes, same, tiny_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
@@ -58,18 +58,6 @@ def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.
 
 def stack_layers(model: nn.Module) -> list[LoraQuantizedStack]:
     return [module for module in model.modules() if isinstance(module, LoraQuantizedStack)]
-
-
-def codes(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{part}": tensor.clone()
-        for name, stack in quantized_stacks(model).items()
-        for part, tensor in stack.quantized_weight.tensors.items()
-    }
-
-
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("family", sorted(MIXTURES))

@@ -7,11 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from peft import PeftConfig, PeftModel
 from transformers import TextStreamer
 
 from .. import options
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import base_of, load_model, needed_tokenizer, refuse_missing_folder, with_adapter
 from ..result import Result
 
 DESCRIPTION = (
@@ -39,11 +38,9 @@ def run(settings: Namespace) -> Result:
     if settings.compare and settings.adapter is None:
         raise ValueError("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
     refuse_missing_folder("adapter", settings.adapter or "")
-    name = settings.model or PeftConfig.from_pretrained(settings.adapter).base_model_name_or_path
+    name = settings.model or base_of(settings.adapter)
     tokenizer = needed_tokenizer(settings.tokenizer or name)
-    model: Any = load_model(name, dtype=settings.dtype, device=settings.device)
-    if settings.adapter is not None:
-        model = PeftModel.from_pretrained(model, settings.adapter).eval()
+    model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), settings.adapter)
     said = {False: list[dict[str, str]](), True: list[dict[str, str]]()}
     for message in [settings.prompt] if settings.prompt is not None else _lines():
         for is_base in [True, False] if settings.compare else [False]:

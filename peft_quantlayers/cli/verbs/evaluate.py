@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ...evaluate import divergence, perplexity
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import load_model, needed_tokenizer, refuse_missing_folder, with_adapter
 from ..result import Result
 
 DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."
@@ -41,9 +40,7 @@ def run(settings: Namespace) -> Result:
     refuse_missing_folder("adapter", settings.adapter or "")
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
     load = {"dtype": settings.dtype, "device": settings.device}
-    model: Any = load_model(settings.model, **load)
-    if settings.adapter is not None:
-        model = PeftModel.from_pretrained(model, settings.adapter).eval()
+    model = with_adapter(load_model(settings.model, **load), settings.adapter)
     found: dict[str, Any] = {"model": settings.model, "adapter": settings.adapter}
     if settings.text is not None:
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from peft import PeftConfig, PeftModel
 
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder
+from ..models import base_of, load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder, with_adapter
 from ..result import Result
 
 DESCRIPTION = "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model."
@@ -38,9 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
     refuse_missing_folder("adapter", settings.adapter)
-    name = settings.model or PeftConfig.from_pretrained(settings.adapter).base_model_name_or_path
-    if name is None:
-        raise ValueError(f"{settings.adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
+    name = settings.model or base_of(settings.adapter)
     if settings.dry_run:
         return Result(
             text=f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
@@ -53,7 +50,7 @@ def run(settings: Namespace) -> Result:
         tokenizer = needed_tokenizer(settings.tokenizer or name)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
     base = load_model(name, dtype=settings.dtype, device=settings.device)
-    peft_model = PeftModel.from_pretrained(base, settings.adapter)
+    peft_model = with_adapter(base, settings.adapter)
     model: Any
     model, report = merge_back(
         peft_model, strategy=settings.strategy, calibration=data, tokenizer=tokenizer, evaluate_on=held_out
