@@ -1,6 +1,7 @@
 """Our backend for PEFT's generic tuners, and PEFT's registries, where it has them (`patches/`)."""
 
 import copy
+import importlib
 import pickle
 import re
 from pathlib import Path
@@ -31,6 +32,11 @@ TUNERS = {
     "vera": lambda: VeraConfig(r=4, init_weights=False),
 }
 tuners = pytest.mark.parametrize("tuner", TUNERS)
+
+
+def asks_for_backends(tuner: str) -> bool:
+    """Whether this PEFT has moved the tuner to the generic backends; OFT is there since 0.21."""
+    return hasattr(importlib.import_module(f"peft.tuners.{tuner}.layer"), "resolve_quantization_backend")
 
 
 def quantized_two(method: str) -> Two:
@@ -146,7 +152,7 @@ class TestOnAPeftWithRegistries:
         assert type(lora.base_model.model.first) is LoraQuantizedLinear
 
     @all_methods
-    @tuners
+    @pytest.mark.parametrize("tuner", [tuner for tuner in TUNERS if asks_for_backends(tuner)])
     def test_the_status_names_our_backend_and_merging_goes_through_it(self, method, tuner, monkeypatch):
         model = tuned(quantized_two(method), tuner)
         assert {layer.quantization_backend for layer in model.get_layer_status()} == {f"quantlayers-{method}"}
