@@ -1,4 +1,6 @@
-"""Which tests are slow, and which `make check` runs. Run as a script, prints the latter.
+"""Which tests are slow, which `make test` leaves to `make test-all`, and which `make check` runs.
+
+Run as a script, prints the latter.
 
 Imports nothing of ours, so that `make check` can ask before anything heavy is loaded.
 """
@@ -38,6 +40,19 @@ SLOW = (
     "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
+# Tests that `make test` leaves to `make test-all`: each takes half a minute or more, and shows on a larger model or on a
+# second version what another test shows in seconds.
+THOROUGH = (
+    "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
+    "tests/test_examples.py::test_chunked_loss_example",
+    "tests/test_examples.py::test_merge_example",
+    "tests/test_examples.py::test_serving_example",
+)
+
+
+def is_thorough(node_id: str) -> bool:
+    """Whether a test, ``tests/...::test_...``, is one of ``THOROUGH``."""
+    return node_id.startswith(THOROUGH)
 
 
 def is_slow(node_id: str) -> bool:
