@@ -124,3 +124,9 @@ class SourceLayer:
 def weight_of(weight: QuantizedWeight, matrix: Matrix) -> QuantizedWeight:
     """The weight of the linear layer or expert that ``matrix`` is a part of, all rows of it."""
     return weight if matrix.expert is None else weight[matrix.expert]
+
+
+def part_of(weight: QuantizedWeight, matrix: Matrix) -> QuantizedWeight:
+    """The rows of ``matrix`` alone; raises as :meth:`QuantizedWeight.rows`."""
+    whole = weight_of(weight, matrix)
+    return whole if matrix.rows == slice(0, whole.out_features) else whole.rows(matrix.rows)

@@ -10,6 +10,7 @@ import torch
 from demo_model import demo_model_folder
 from llama_cpp_converter import ensure_converter
 from mixtures import MIXTURES, tiny_mixture
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
@@ -241,17 +242,100 @@ def converter():
     ensure_converter()
 
 
-@pytest.mark.usefixtures("converter")
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "llama4", "glm4_moe", "deepseek_v3", "nemotron_h"])
-def test_gguf_holds_the_experts_of_a_block_in_one_tensor(tmp_path, family):
-    torch.manual_seed(0)
-    tokenizer = llama_tokenizer() if family in ("mixtral", "granitemoe") else demo_model_folder()
+def exported_gguf(family, folder):
+    """A model of the family, and its GGUF file's tensors; with a tokenizer of the kind that the converter wants."""
+    has_llama_tokenizer = family in ("mixtral", "granitemoe")
     model = tiny_mixture(family)
-    model.resize_token_embeddings(320 if family in ("mixtral", "granitemoe")  else 49152)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(320 if has_llama_tokenizer else 49152)
     pql.quantize_model(model, pql.HQQConfig(group_size=32), progress=False)
-    report = pql.export(model, tmp_path / "out", "gguf", tokenizer=tokenizer)
-    print(report)
-    print({k: (t.shape, t.tensor_type) for k, t in test_gguf.tensors_of(tmp_path / "out" / "model.gguf").items() if "exps" in k})
-    found = export_readers.llama_cpp(str(tmp_path / "out"), IDS.numpy(), None)
-    e = torch.from_numpy(logits(model))
-    print("KL", test_gguf.kl(e, torch.from_numpy(found)), test_gguf.kl(e, e[torch.randperm(24)]))
+    tokenizer = llama_tokenizer() if has_llama_tokenizer else demo_model_folder()
+    report = pql.export(model, folder, "gguf", tokenizer=tokenizer)
+    assert report.is_exact
+    assert {layer.bits_after for layer in report.layers} == {5.0}
+    return model, test_gguf.tensors_of(folder / "model.gguf")
+
+
+def assert_gguf_holds_the_experts(model, tensors):
+    for index, block in enumerate(model.model.layers):
+        experts = (block.mlp if hasattr(block, "mlp") else block.block_sparse_moe).experts
+        for expert in range(4):
+            gate_up, down = (
+                getattr(experts, name).dequantize_expert(expert, torch.float32).numpy()
+                for name in ("gate_up_proj", "down_proj")
+            )
+            halves = (gate_up[::2], gate_up[1::2]) if model.config.model_type == "gpt_oss" else np.split(gate_up, 2)
+            for name, weight in zip(("gate", "up", "down"), (*halves, down), strict=True):
+                tensor = tensors[f"blk.{index}.ffn_{name}_exps.weight"]
+                assert tensor.tensor_type.name == "Q4_1"
+                np.testing.assert_allclose(test_gguf.dequantized(tensor)[expert], weight, atol=2e-3)
+
+
+@pytest.mark.usefixtures("converter")
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_gguf_holds_the_experts_of_a_block_in_one_tensor(tmp_path, family):
+    model, tensors = exported_gguf(family, tmp_path / "out")
+    assert_gguf_holds_the_experts(model, tensors)
+    if importlib.util.find_spec("xllamacpp"):
+        expected = torch.from_numpy(logits(model))
+        found = torch.from_numpy(export_readers.llama_cpp(str(tmp_path / "out"), IDS.numpy(), None))
+        assert test_gguf.kl(expected, found) < 1e-5
+        assert test_gguf.kl(expected, expected.flip(0)) > 1e-3
+
+
+@pytest.mark.real_model  # whose tokenizer llama.cpp knows by its rules for splitting
+@pytest.mark.usefixtures("converter")
+@pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind(tmp_path, family):
+    model, tensors = exported_gguf(family, tmp_path / "out")
+    assert_gguf_holds_the_experts(model, tensors)
+    expected = torch.from_numpy(logits(model))
+    found = torch.from_numpy(export_readers.llama_cpp(str(tmp_path / "out"), IDS.numpy(), None))
+    assert test_gguf.kl(expected, found) < 1e-5
+
+
+def tuned(config, **fields):
+    model = get_peft_model(model_of("qwen3_moe", **fields), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("format", ["mlx", "humming", "dense"])
+def test_an_adapter_on_experts_is_refused_beside_the_base_with_the_way_out(tmp_path, format):
+    model = tuned(LoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))
+    refused(
+        model_of("qwen3_moe"), tmp_path / "out", format, r"adapter on experts \(target_parameters\). Merge it first",
+        error=NotImplementedError, adapter=model,
+    )  # fmt: skip
+    merged, _ = pql.merge_back(model, strategy="requantize")
+    assert pql.export(merged, tmp_path / "out", format).is_exact
+
+
+def test_an_adapter_on_attention_lies_beside_quantized_experts(tmp_path):
+    model = tuned(LoraConfig(target_modules=["q_proj", "v_proj"]))
+    pql.export(model_of("qwen3_moe"), tmp_path / "out", "mlx", adapter=model)
+    if importlib.util.find_spec("mlx_lm"):
+        found = export_readers.mlx(str(tmp_path / "out"), IDS.numpy(), str(tmp_path / "out" / "adapter"))
+        np.testing.assert_allclose(found, logits(model), atol=5e-5)
+
+
+def test_low_rank_branches_beside_experts_are_refused_but_in_dense_files(tmp_path):
+    model = tuned(LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]))
+    merged, _ = pql.merge_back(model, strategy="keep")
+    said = refused(merged, tmp_path / "out", "mlx", r"experts.gate_up_proj: low-rank branches lie beside")
+    assert "format='dense'" in said
+    pql.export(merged, tmp_path / "out", "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits(loaded), logits(merged), atol=1e-4, rtol=1e-4)
+
+
+def test_other_methods_of_experts_go_into_dense_files(tmp_path):
+    model = pql.quantize_model(tiny_mixture("mixtral"), pql.NF4Config(block_size=32), progress=False)
+    said = refused(model, tmp_path / "out", "mlx", r"mlx has no place for nf4 weights")
+    assert "format='dense'" in said
+    pql.export(model, tmp_path / "out", "dense", text=IDS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)

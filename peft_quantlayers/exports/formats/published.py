@@ -16,7 +16,7 @@ from ...formats.published_hqq_writer import published_hqq_misfit, published_hqq_
 from ...methods import get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
-from ..source_layer import StackFacts, weight_of
+from ..source_layer import StackFacts, part_of
 from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written, why_not_single
 
 
@@ -49,7 +49,7 @@ class _PublishedFormat(ExportFormat):
         for layer in task.source.layers.values():
             weight, comparison, n_bytes = layer.weight(), Comparison(task, layer), 0
             for matrix in layer.matrices:
-                part = weight_of(weight, matrix).rows(matrix.rows)
+                part = part_of(weight, matrix)
                 for name, tensor in self.tensors(part, task).items():
                     writer.add(f"{matrix.name}.{name}", tensor)
                     n_bytes += tensor.nbytes
