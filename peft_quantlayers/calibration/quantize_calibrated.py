@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from ..methods import QuantConfig, get_method
 from .asymmetric_targets import asymmetric_target
 from .data import Calibration
 from .finetune import finetune_block
+from .initial_codes import chosen_initial_codes
 from .resume_folder import ResumeFolder
 from .statistics import InputStatistics, Statistic
 from .walk import BlockWork, InputGroup, Visitor, walk
@@ -69,7 +70,7 @@ def quantize_calibrated(
             another run or is damaged; the model is as it was.
         OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
-    check_can_calibrate(specs)
+    check_can_calibrate(specs, calibration)
     visitor = QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     try:
         walk(model, list(specs), calibration, visitor, device=device, progress=progress)
@@ -78,8 +79,16 @@ def quantize_calibrated(
             visitor.folder.close()
 
 
-def check_can_calibrate(specs: Mapping[str, QuantSpec]) -> None:
-    """Raise ValueError if there is a layer, by name, whose method makes no use of calibration data."""
+def check_can_calibrate(specs: Mapping[str, QuantSpec], calibration: Calibration) -> None:
+    """Raise ValueError if there is a layer, by name, whose method makes no use of ``calibration``."""
+    wanted = calibration.initial_codes
+    for name, spec in specs.items():
+        known = get_method(spec.method).initial_codes
+        if wanted != "best" and wanted not in known:
+            raise ValueError(
+                f"{name}: initial_codes={wanted!r} is not possible for {spec.method}, whose codes begin with "
+                f'{list(known)}. Use initial_codes="best", which takes what each layer can. The model was not changed.'
+            )
     unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
     if unfit:
         raise ValueError(
@@ -105,7 +114,7 @@ class QuantizeVisitor(Visitor):
         self.device, self.on_layer = device, on_layer
         self.folder: ResumeFolder | None = None
         self.needs_targets = calibration.finetune_epochs > 0
-        self.statistics = wanted_statistics(calibration)
+        self.statistics = wanted_statistics(calibration, specs.values())
 
     def begin(self, batches: list[Tensor]) -> None:
         folder = self.calibration.resume_folder
@@ -159,6 +168,13 @@ class QuantizeVisitor(Visitor):
         weight = linear_of(self.model, name)[0].detach().clone()
         start = time.perf_counter()
         target = asymmetric_target(weight, statistics)
+        initial_codes = chosen_initial_codes(
+            weight if target is None else target,
+            self.specs[name],
+            statistics,
+            self.calibration,
+            layer_name=name,
+        )
         layer = cast(
             QuantizedLinear,
             quantize_module(
@@ -169,6 +185,7 @@ class QuantizeVisitor(Visitor):
                 device=self.device,
                 target=target,
                 hessian=hessian,
+                initial_codes=initial_codes,
             ),
         )
         seconds = time.perf_counter() - start
@@ -221,15 +238,19 @@ class _Errors:
         )
 
 
-def wanted_statistics(calibration: Calibration) -> tuple[Statistic, ...]:
-    """What is collected of the inputs of layers that are quantized or merged with ``calibration``."""
+def wanted_statistics(calibration: Calibration, specs: Iterable[QuantSpec] = ()) -> tuple[Statistic, ...]:
+    """What is collected of the inputs of layers that are quantized to ``specs``, or merged."""
+    has_choice = any(len(get_method(spec.method).initial_codes) > 1 for spec in specs)
+    wanted: tuple[Statistic, ...] = ("second_moment",)
     if calibration.asymmetric_targets:
-        return ("second_moment", "deviation_moment", "first_half")
-    return ("second_moment",)
+        wanted += ("deviation_moment",)
+    if calibration.asymmetric_targets or (calibration.initial_codes == "best" and has_choice):
+        wanted += ("first_half",)
+    return wanted
 
 
 # Options that came later, with the value that means what was done before: runs that began then can go on.
-LATER_OPTIONS = {"asymmetric_targets": False}
+LATER_OPTIONS = {"asymmetric_targets": False, "initial_codes": "nearest"}
 
 
 def calibration_options(calibration: Calibration) -> dict[str, Any]:

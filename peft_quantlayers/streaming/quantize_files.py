@@ -128,7 +128,7 @@ def quantize_checkpoint(
                 f"{experts[0]}: experts are not calibrated from files to files yet. Leave calibration out, leave them "
                 "dense with skip_modules=['experts'], or use quantize_model on the loaded model. Nothing was written."
             )
-        check_can_calibrate(specs)
+        check_can_calibrate(specs, given)
         batches = given.batches(checkpoint.model, progress=progress)
         run["calibration"] = describe_calibration(given, batches)
         blocks = [block for found in find_block_lists(checkpoint.model, list(specs)) for block in found]

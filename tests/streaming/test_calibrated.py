@@ -102,8 +102,14 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"finetune_epochs": 2}, {"asymmetric_targets": True}, {"asymmetric_targets": True, "finetune_epochs": 2}],
-    ids=["plain", "finetuned", "asymmetric", "asymmetric, finetuned"],
+    [
+        {},
+        {"finetune_epochs": 2},
+        {"asymmetric_targets": True},
+        {"asymmetric_targets": True, "finetune_epochs": 2},
+        {"asymmetric_targets": True, "initial_codes": "best"},
+    ],
+    ids=["plain", "finetuned", "asymmetric", "asymmetric, finetuned", "asymmetric, error feedback"],
 )
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
 def test_stopped_after_each_block_it_ends_with_the_same_files(fields, name, tmp_path, monkeypatch):
