@@ -18,7 +18,10 @@ from peft_quantlayers.lora import LoraQuantizedStack
 
 IDS = torch.randint(3, 128, (2, 17), generator=torch.Generator().manual_seed(3))
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
-TARGETS = {"nemotron_h": ["experts.up_proj", "experts.down_proj"]}
+TARGETS = {
+    "nemotron_h": ["experts.up_proj", "experts.down_proj"],
+    "jetmoe": ["input_linear.weight", "output_linear.weight"],
+}
 
 
 def targets_of(family: str) -> list[str]:
@@ -98,7 +101,7 @@ def test_no_dense_stack_and_no_dense_delta_is_made(monkeypatch):
     loss_and_gradients(peft_model)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4", "jetmoe"])
 def test_adapters_travel_between_quantized_and_dense_models(family, tmp_path):
     model = quantized(family)
     dense = dense_twin(model)
@@ -164,7 +167,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(grad, expected[name])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4", "jetmoe"])
 @pytest.mark.parametrize("strategy", ["auto", "requantize", "keep", "dense"])
 def test_every_strategy_merges_and_is_undone_to_the_bit(family, strategy):
     peft_model = adapted(quantized(family, pql.HQQConfig(nbits=8, group_size=16)), family)
