@@ -26,11 +26,13 @@ class FolderBlocks(ModelBlocks):
     walked one by one. A block is read when it is opened, and dropped when it is left.
 
     Attributes:
+        needs_originals: whether the visitor runs the float model too, so that finished blocks are read as well.
         unreached: blocks that no data reaches, known after :meth:`check`; the walk does not come to them.
     """
 
-    def __init__(self, parts: PartsOfModel, work: WorkFolder, calls: list[Call], *, needs_targets: bool) -> None:
-        self.parts, self.work, self.needs_targets = parts, work, needs_targets
+    def __init__(self, parts: PartsOfModel, work: WorkFolder, calls: list[Call]) -> None:
+        self.parts, self.work = parts, work
+        self.needs_originals = False
         super().__init__(parts.checkpoint.model, list(parts.specs), calls, device=parts.device)
         self.unreached: list[str] = []
         self._ran: set[str] = set()
@@ -76,7 +78,7 @@ class FolderBlocks(ModelBlocks):
     @contextmanager
     def opened(self, block: str) -> Iterator[nn.Module]:
         module = self.model.get_submodule(block)
-        if self.needs_targets or not self.work.is_finished(self.parts.number_of[block]):
+        if self.needs_originals or not self.work.is_finished(self.parts.number_of[block]):
             self._load(block)
         try:
             yield module

@@ -121,7 +121,7 @@ def quantize_checkpoint(
     blocks: list[str] = []
     batches: Any = []
     if given is not None:
-        check_can_calibrate(specs)
+        check_can_calibrate(specs, given)
         batches = given.batches(checkpoint.model, progress=progress)
         run["calibration"] = describe_calibration(given, batches)
         blocks = [block for found in find_block_lists(checkpoint.model, list(specs)) for block in found]

@@ -63,9 +63,10 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("is_asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_it_writes_what_calibration_in_memory_writes(name, tmp_path):
-    calibration = calibration_for(saved(tmp_path / "float", name))
+def test_it_writes_what_calibration_in_memory_writes(name, is_asymmetric, tmp_path):
+    calibration = calibration_for(saved(tmp_path / "float", name), asymmetric_targets=is_asymmetric)
     pql.quantize_checkpoint(
         tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
     )
@@ -118,11 +119,26 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "MixtralForCausalLM"])
-def test_stopped_after_each_block_it_ends_with_the_same_files(epochs, name, tmp_path, monkeypatch):
+BOTH = {"asymmetric_targets": True, "finetune_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"finetune_epochs": 2}),
+        ("LlamaForCausalLM", {"asymmetric_targets": True}),
+        ("LlamaForCausalLM", BOTH),
+        ("LlamaForCausalLM", {"asymmetric_targets": True, "initial_codes": "best"}),
+        ("Gemma2ForCausalLM", {}),
+        ("Gemma2ForCausalLM", BOTH),
+        ("MixtralForCausalLM", {}),
+        ("MixtralForCausalLM", {"finetune_epochs": 2}),
+    ],
+)
+def test_stopped_after_each_block_it_ends_with_the_same_files(name, fields, tmp_path, monkeypatch):
     model = saved(tmp_path / "float", name)
-    calibration = calibration_for(model, finetune_epochs=epochs)
+    calibration = calibration_for(model, **fields)
     options = {"calibration": calibration, "progress": False}
     pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, **options)
     assert_same(tmp_path / "expected", in_memory(tmp_path / "float", tmp_path / "memory", CONFIG, calibration))
