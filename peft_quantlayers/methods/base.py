@@ -7,7 +7,7 @@ and loading, tuned scales and the contract tests work with it; see ``docs/new_me
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from ..old_names import OldName
 from .dithered_codes import dithered_codes
 
 SpecT = TypeVar("SpecT", bound=QuantSpec)
+
+# Where the codes of a calibrated weight begin: at the nearest values, or rounded with error feedback, in the order of
+# the columns or those of large inputs first.
+InitialCodes = Literal["nearest", "error_feedback", "act_order"]
 
 # Rows of a delta for a range of rows: (n, in_features), float32, finite, in weight units.
 DeltaRows = Callable[[slice], Tensor]
@@ -39,6 +43,8 @@ class QuantMethod(ABC, Generic[SpecT]):
     spec_type: ClassVar[type[QuantSpec]]
     improves_start: ClassVar[bool] = False
     """Whether ``quantize`` with ``start`` also refines the grid, so that its error is lower than from scratch."""
+    initial_codes: ClassVar[tuple[InitialCodes, ...]] = ("nearest",)
+    """The values of ``initial_codes`` that :meth:`quantize` takes; it needs no such argument for "nearest" alone."""
     calibration_requirement: ClassVar[str] = "This method has no calibrated quantizer."
     """A sentence for error messages: why a spec of this method cannot use a Hessian, and what to do."""
 
