@@ -21,8 +21,9 @@ _OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"
 # Lines of the converter's output that an error shows.
 _SHOWN_LINES = 5
 
-# A stand-in for a weight says in each row which layer and row it is, in digits to this base, which every dtype holds.
-_BASE = 128
+# A stand-in for a weight says in each row which row of all it is, in so many digits to this base, which every dtype
+# holds.
+_BASE, _DIGITS = 128, 5
 # Columns after which the digits are repeated, each with its own meaning.
 _PERIOD = 8
 _MARK = 127.0
@@ -69,37 +70,41 @@ def convert(model: Path, file: Path, dtype: torch.dtype) -> None:
         raise ValueError(f"llama.cpp's converter does not take this model; nothing was written. It says:\n  {said}")
 
 
-def stand_in(layer: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """A weight (out_features, in_features) whose rows say which ones they are.
+def stand_in(rows: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """A weight (len(rows), in_features) whose rows say which ones they are.
 
-    The converter moves the rows of some weights and splits others. With this in the place of a weight one can read
-    off where each row went, and do the same with codes.
+    The converter moves the rows of some weights, splits others, and stacks those of experts. With this in the place of
+    a weight one can read off where each row went, and do the same with codes.
+
+    Args:
+        rows: the number of each row among those of all layers, int64.
+        in_features: columns.
+        dtype: any floating one; all of them hold the digits.
     """
-    rows, columns = torch.arange(out_features), torch.arange(in_features)
-    by_row: list[Tensor | int] = [layer % _BASE, layer // _BASE, rows % _BASE, rows // _BASE % _BASE, rows // _BASE**2]
+    columns = torch.arange(in_features)
     by_column = [columns // _PERIOD % _BASE, columns // (_PERIOD * _BASE)]
-    weight = torch.empty(out_features, in_features, dtype=dtype)
-    for place, digit in enumerate(by_row):
-        weight[:, place::_PERIOD] = digit.to(dtype).unsqueeze(1) if isinstance(digit, Tensor) else digit
-    for place, digits in enumerate(by_column, start=len(by_row)):
+    weight = torch.empty(len(rows), in_features, dtype=dtype)
+    for place in range(_DIGITS):
+        weight[:, place::_PERIOD] = (rows // _BASE**place % _BASE).to(dtype).unsqueeze(1)
+    for place, digits in enumerate(by_column, start=_DIGITS):
         weight[:, place::_PERIOD] = digits[place::_PERIOD].to(dtype)
     weight[:, _PERIOD - 1 :: _PERIOD] = _MARK
     return weight
 
 
-def rows_of_stand_in(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Layer and row, int64, of each row of ``weight``, float32; None if it is no :func:`stand_in`.
+def rows_of_stand_in(weight: Tensor) -> Tensor | None:
+    """The number of each row of ``weight``, float32; None if it is no :func:`stand_in`.
 
     Raises:
         ValueError: it is one, but its numbers or columns were changed.
     """
     if weight.dim() != 2 or weight.shape[1] < _PERIOD or not (weight[:, _PERIOD - 1] == _MARK).all():
         return None
-    digits = weight[:, :5].long()
-    layers, rows = digits[:, 0] + _BASE * digits[:, 1], digits[:, 2] + _BASE * digits[:, 3] + _BASE**2 * digits[:, 4]
+    digits = weight[:, :_DIGITS].long()
+    rows = (digits * _BASE ** torch.arange(_DIGITS)).sum(1)
     columns = torch.arange(weight.shape[1])
     for place, each in enumerate([*digits.unbind(1), columns // _PERIOD % _BASE, columns // (_PERIOD * _BASE)]):
-        expected = each.unsqueeze(1) if place < 5 else each[place::_PERIOD]
+        expected = each.unsqueeze(1) if place < _DIGITS else each[place::_PERIOD]
         if not (weight[:, place::_PERIOD] == expected).all():
             raise ValueError("the converter changes the weights or the order of their inputs")
-    return layers, rows
+    return rows

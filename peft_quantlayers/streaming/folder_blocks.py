@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from ..calibration.block_order import order_of
 from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
+from ..integrations.float_checkpoint import TensorGroup
+from ..layers.dense_stack import as_called_stacks, as_parameters
 from .free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
@@ -48,7 +50,11 @@ class FolderBlocks(ModelBlocks):
             for number in set(parts.around) - set(parts.late):
                 if not self.work.is_finished(number):
                     parts.keep(self.work, number)
-            with evaluating(self.model), torch.autocast(device.type, enabled=False, cache_enabled=False):
+            with (
+                evaluating(self.model),
+                torch.autocast(device.type, enabled=False, cache_enabled=False),
+                as_called_stacks(self.model, parts.specs),
+            ):
                 yield
             for number in [*parts.late, *(parts.number_of[block] for block in self._resident)]:
                 parts.keep(self.work, number)
@@ -100,8 +106,12 @@ class FolderBlocks(ModelBlocks):
 
     def _load(self, block: str) -> None:
         """The float block, where it runs."""
-        self.parts.checkpoint.load(self.parts.parts[self.parts.number_of[block]])
+        self._load_groups(block, self.parts.parts[self.parts.number_of[block]])
         self.model.get_submodule(block).to(self.device or self.home(block))
+
+    def _load_groups(self, block: str, groups: Sequence[TensorGroup]) -> None:
+        with as_parameters(self.model, [name for name in self.parts.specs if name.startswith(f"{block}.")]):
+            self.parts.checkpoint.load(groups)
 
     def _load_finished(self, block: str, record: dict[str, Any]) -> None:
         """The quantized block, whose layers are in their places; what a file holds in another form is read again."""
@@ -113,7 +123,7 @@ class FolderBlocks(ModelBlocks):
         module.load_state_dict(stored, strict=False, assign=True)
         missing = {name for name, tensor in module.state_dict(prefix=f"{block}.").items() if tensor.is_meta}
         groups = [group for group in self.parts.parts[number] if missing & set(group.parameters)]
-        self.parts.checkpoint.load(groups)
+        self._load_groups(block, groups)
         module.to(self.device or self.home(block))
 
     @contextmanager

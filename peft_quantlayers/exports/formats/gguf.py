@@ -7,6 +7,7 @@ place.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...formats import QuantizedWeight
 from ...methods import get_method
 from ..config_json import engine_config, write_config
 from ..gguf_blocks import BLOCK, Bytes, affine_blocks, affine_weight, eight_bit_blocks
 from ..gguf_converter import convert, converter_folder, rows_of_stand_in, stand_in
 from ..grids import UniformGrid, uniform_grid
 from ..shards import ShardedWriter
+from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from ..target_grid import requantized_facts
-from .base import ANY_RANK, Approximation, ExportTask, LayerFacts, Written, compared
+from .base import ANY_RANK, Approximation, Comparison, ExportTask, LayerFacts, Written
 from .grid_format import GridFormat, GridSettings, StoredGrid
 
 FILE = "model.gguf"
@@ -70,6 +73,9 @@ class GgufFormat(GridFormat):
             return f"{self.name} holds groups of multiples of {BLOCK}, not of {facts.group_size}"
         return ""
 
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        return ""
+
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
@@ -86,25 +92,32 @@ class GgufFormat(GridFormat):
         return {}  # the file says it of each tensor
 
     def write(self, task: ExportTask) -> Written:
-        numbers = {name: number for number, name in enumerate(task.source.layers)}
         scratch = task.folder.parent / "gguf-scratch"
         try:
-            self._write_stand_ins(task, numbers, scratch / "dense")
+            self._write_stand_ins(task, scratch / "dense")
             convert(scratch / "dense", scratch / FILE, task.dtype)
-            return _FileCopy(self, task, list(numbers)).copy(scratch / FILE, task.folder / FILE)
+            return _FileCopy(self, task).copy(scratch / FILE, task.folder / FILE)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _write_stand_ins(self, task: ExportTask, numbers: Mapping[str, int], folder: Path) -> None:
+    def _write_stand_ins(self, task: ExportTask, folder: Path) -> None:
         """The model in ``folder`` with a stand-in for each quantized weight, and the tokenizer."""
         folder.mkdir(parents=True)
         for file in task.folder.iterdir():  # tokenizer and generation config
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
         writer = ShardedWriter(folder)
-        for name, layer in task.source.layers.items():
-            weight = stand_in(numbers[name], layer.out_features, layer.in_features, task.dtype)
-            writer.add(f"{name}.weight", weight.t() if layer.is_transposed else weight)
+        first = 0
+        for layer in task.source.layers.values():
+
+            def stands_for(matrix: Matrix, first: int = first, layer: SourceLayer = layer) -> Tensor:
+                start = first + (matrix.expert or 0) * layer.out_features
+                rows = torch.arange(start + matrix.rows.start, start + matrix.rows.stop)
+                return stand_in(rows, layer.in_features, task.dtype)
+
+            for name, weight in layer.float_tensors(stands_for):
+                writer.add(name, weight)
+            first += layer.n_rows
         for name, tensor in task.source.dense_tensors(task.dtype):
             writer.add(name, tensor)
         writer.close()
@@ -124,14 +137,16 @@ class GgufFormat(GridFormat):
 class _FileCopy:
     """A copy of the converter's file with codes in the place of stand-ins."""
 
-    def __init__(self, export_format: GgufFormat, task: ExportTask, names: list[str]) -> None:
+    def __init__(self, export_format: GgufFormat, task: ExportTask) -> None:
         self._task = task
-        self._names = names
+        self._layers = list(task.source.layers.values())
         facts = task.facts if task.requantized is None else requantized_facts(task.facts, export_format)
-        self._kinds = {name: export_format.block_kind(facts[name]) for name in names}
+        self._kinds = {layer.name: export_format.block_kind(facts[layer.name]) for layer in self._layers}
+        n_rows = torch.tensor([0, *(layer.n_rows for layer in self._layers)])
+        self._first_rows = n_rows.cumsum(0)  # of each layer among those of all, and their number
         self._last: tuple[str, Bytes] | None = None
         self._written = Written(layers=[])
-        self._rows_found = torch.zeros(len(names), dtype=torch.int64)
+        self._rows_found = torch.zeros(len(self._layers), dtype=torch.int64)
 
     def copy(self, source: Path, destination: Path) -> Written:
         import gguf
@@ -149,9 +164,9 @@ class _FileCopy:
             else:
                 quantization = gguf.GGMLQuantizationType[kind]
                 _, bytes_of_block = gguf.GGML_QUANT_SIZES[quantization]
-                columns, rows = (int(size) for size in tensor.shape)
-                shape = (rows, columns // BLOCK * bytes_of_block)
-                writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), shape[0] * shape[1], quantization)
+                columns, *leading = (int(size) for size in tensor.shape)
+                shape = (*reversed(leading), columns // BLOCK * bytes_of_block)
+                writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), quantization)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -159,58 +174,65 @@ class _FileCopy:
             place = places[tensor.name]
             writer.write_tensor_data(tensor.data if place is None else self._data(*place))
             if place is not None and len(set(place[0].tolist())) == 1:
-                self._written.row_order[tensor.name] = (self._names[int(place[0][0])], place[1])
+                self._written.row_order[tensor.name] = (self._layers[int(place[0][0])].name, place[1])
         writer.close()
         if "Q8_0" in self._kinds.values():
             self._written.notes.append("Layers without a grid of 5 bits or less were rounded to 8 bits (Q8_0).")
         return self._written
 
     def _place(self, tensor: Any) -> tuple[Tensor, Tensor] | None:
+        """Layer and row of it of each row of a tensor, or of a stack of experts' weights one after the other."""
         import gguf
 
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) not in (2, 3):
             return None
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-        try:
-            place = rows_of_stand_in(values)
-        except ValueError as error:
-            raise ValueError(
-                f"{tensor.name}: {error}, which codes cannot follow. Dequantize the model "
-                "(peft_quantlayers.dequantize_model), and export it in 16 bits. Nothing was written."
-            ) from None
-        if place is not None:
-            self._rows_found += torch.bincount(place[0], minlength=len(self._names))
-        return place
+        found = []
+        for data in tensor.data if len(tensor.shape) == 3 else [tensor.data]:
+            values = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).astype(np.float32))
+            try:
+                found.append(rows_of_stand_in(values))
+            except ValueError as error:
+                raise ValueError(
+                    f"{tensor.name}: {error}, which codes cannot follow. Dequantize the model "
+                    "(peft_quantlayers.dequantize_model), and export it in 16 bits. Nothing was written."
+                ) from None
+        numbers = [each for each in found if each is not None]
+        if len(numbers) < len(found):
+            return None
+        rows = torch.cat(numbers)
+        layers = torch.searchsorted(self._first_rows, rows, right=True) - 1
+        self._rows_found += torch.bincount(layers, minlength=len(self._layers))
+        return layers, rows - self._first_rows[layers]
 
     def _check_complete(self) -> None:
-        layers = self._task.source.layers
-        found = zip(self._names, self._rows_found.tolist(), strict=True)
-        wrong = [name for name, n_rows in found if n_rows != layers[name].out_features]
-        if wrong:
-            raise ValueError(
-                f"llama.cpp's converter left out or repeated rows of {wrong[0]}; its architecture cannot be exported "
-                "with codes. Dequantize the model (peft_quantlayers.dequantize_model). Nothing was written."
-            )
+        for layer, n_rows in zip(self._layers, self._rows_found.tolist(), strict=True):
+            if n_rows != layer.n_rows:
+                raise ValueError(
+                    f"llama.cpp's converter left out or repeated rows of {layer.name}; its architecture cannot be "
+                    "exported with codes. Dequantize the model (peft_quantlayers.dequantize_model). Nothing was "
+                    "written."
+                )
 
-    def _blocks(self, name: str) -> Bytes:
+    def _blocks(self, layer: SourceLayer) -> Bytes:
         """Of one layer; several tensors in a row may be parts of it."""
-        if self._last is None or self._last[0] != name:
-            layer, kind = self._task.source.layers[name], self._kinds[name]
-            weight = self._task.weight(layer)
-            if kind == "Q8_0":
-                dense = get_method(weight.spec.method).dequantize(weight, dtype=torch.float32)
-                blocks, computed = eight_bit_blocks(dense)
-            else:
-                grid = uniform_grid(weight).with_groups_of(BLOCK)
-                blocks, computed = affine_blocks(grid), affine_weight(grid)
-            self._last = (name, blocks)
-            bits = 8 * blocks.nbytes / layer.n_weights
-            report = compared(self._task, layer, computed, stored_as=kind, bits_after=bits)
-            self._written.layers = [each for each in self._written.layers if each.name != name] + [report]
+        if self._last is None or self._last[0] != layer.name:
+            kind, weight, comparison = self._kinds[layer.name], self._task.weight(layer), Comparison(self._task, layer)
+            found = []
+            for expert in range(layer.n_rows // layer.out_features):
+                matrix = Matrix(
+                    name=layer.name, expert=expert if layer.stack else None, rows=slice(0, layer.out_features)
+                )
+                blocks, computed = _blocks_of(weight_of(weight, matrix), kind)
+                comparison.add(matrix, computed)
+                found.append(blocks)
+            self._last = (layer.name, np.concatenate(found) if len(found) > 1 else found[0])
+            bits = 8 * self._last[1].nbytes / layer.n_weights
+            report = comparison.result(stored_as=kind, bits_after=bits)
+            self._written.layers = [each for each in self._written.layers if each.name != layer.name] + [report]
         return self._last[1]
 
     def _block_type(self, layers: Tensor) -> str:
-        names = [self._names[number] for number in sorted(set(layers.tolist()))]
+        names = [self._layers[number].name for number in layers.unique().tolist()]
         kinds = {self._kinds[name] for name in names}
         if len(kinds) > 1:
             raise ValueError(
@@ -221,8 +243,8 @@ class _FileCopy:
 
     def _data(self, layers: Tensor, rows: Tensor) -> Bytes:
         data: Bytes | None = None
-        for number in sorted(set(layers.tolist())):
-            blocks = self._blocks(self._names[number])
+        for number in layers.unique().tolist():
+            blocks = self._blocks(self._layers[number])
             if data is None:
                 data = np.empty((len(rows), blocks.shape[1]), dtype=np.uint8)
             here = (layers == number).numpy()
@@ -243,3 +265,11 @@ class _FileCopy:
             writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most]])
         else:
             writer.add_file_type(reader.fields["general.file_type"].contents())
+
+
+def _blocks_of(weight: QuantizedWeight, kind: str) -> tuple[Bytes, Tensor]:
+    """The blocks of a weight, and what readers compute from them."""
+    if kind == "Q8_0":
+        return eight_bit_blocks(get_method(weight.spec.method).dequantize(weight, dtype=torch.float32))
+    grid = uniform_grid(weight).with_groups_of(BLOCK)
+    return affine_blocks(grid), affine_weight(grid)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_dequantize
+from quantlayers_kernels.hqq import experts, hqq_dequantize
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 from quantlayers_kernels.hqq.tiles import weight_tiles
@@ -143,6 +143,18 @@ class HQQMethod(QuantMethod[HQQSpec]):
         tensors = weight.tensors
         zero = _zeros(spec, tensors) if spec.symmetric else tensors["zero"]
         return hqq.linear(x, tensors["W_q"], tensors["scale"], zero, bias, spec.nbits, spec.axis)
+
+    def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        spec, parts = _parts(weight)
+        if not experts.can_use(x, *parts, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features):
+            return super().experts_linear(x, weight, counts)
+        return experts.linear(x, *parts, counts, nbits=spec.nbits)
+
+    def experts_input_gradient(self, grad: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        spec, parts = _parts(weight)
+        if not experts.can_use(grad, *parts, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features):
+            return super().experts_input_gradient(grad, weight, counts)
+        return experts.input_gradient(grad, *parts, counts, nbits=spec.nbits, in_features=weight.in_features)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
