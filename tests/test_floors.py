@@ -28,6 +28,7 @@ FLOORS = [
     {"methods"},
     {"layers"},
     {"calibration"},
+    {"bit_allocation"},
     {"merging"},
     {"lora", "scales"},
     {"model_merge"},
