@@ -97,7 +97,9 @@ def test_every_method_and_layers_outside_of_blocks(config, tmp_path):
     assert all(result.output_error is not None for result in results)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "longcat_flash", "granitemoe", "jetmoe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "longcat_flash", "granitemoe", "jetmoe"]
+)
 def test_experts_are_calibrated_one_block_at_a_time(family, tmp_path):
     tiny_mixture(family).save_pretrained(tmp_path / "float")
     calibration = pql.Calibration(data=IDS, n_tokens=256, sequence_length=64)
