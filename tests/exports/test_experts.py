@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.layers.selection import quantized_layers
+from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 
 from . import decoders, test_gguf
 from .tokenizers_for_tests import llama_tokenizer
@@ -225,6 +226,24 @@ def test_the_published_hqq_layout_is_read_into_the_same_stacks(tmp_path, family)
     with pytest.raises(ValueError, match=r"experts as quantized layers of its own.*from_pretrained"):
         pql.export(tmp_path / "out", tmp_path / "again", "dense")
     pql.export(loaded, tmp_path / "again", "dense")
+
+
+def test_the_published_aqlm_layout_has_each_projection_of_each_expert_with_its_codebooks(tmp_path):
+    config = pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4, rounds=1)
+    model = pql.quantize_model(tiny_mixture("mixtral"), config, progress=False)
+    report = pql.export(model, tmp_path / "out", "aqlm")
+    assert report.relative_error == 0
+    assert decoders.config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "aqlm"
+    tensors = decoders.tensors_of(tmp_path / "out")
+    experts = model.model.layers[1].mlp.experts
+    for expert in range(4):
+        gate_up, down = (getattr(experts, name).dequantize_expert(expert) for name in ("gate_up_proj", "down_proj"))
+        for name, weight in (("w1", gate_up[:32]), ("w3", gate_up[32:]), ("w2", down)):
+            module = f"model.layers.1.block_sparse_moe.experts.{expert}.{name}"
+            found = dequantize_aqlm_reference(
+                *(tensors[f"{module}.{part}"] for part in ("codes", "codebooks", "scales"))
+            )
+            torch.testing.assert_close(found.float(), weight, atol=1e-6, rtol=0)
 
 
 def test_what_mlx_lm_would_quantize_again_is_refused(tmp_path):

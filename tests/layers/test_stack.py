@@ -1,8 +1,10 @@
 """A stack of experts in place of a fused parameter: products, gradients, reading, writing, copies, state."""
 
 import copy
+import dataclasses
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from every_method import all_methods, quick_spec
 from mixtures import MIXTURES, tiny_mixture
 from torch import nn
 
+import peft_quantlayers as pql
 from peft_quantlayers.formats import QuantizedWeight
+from peft_quantlayers.integrations.parallel_loading import refuse_parallel_loading
 from peft_quantlayers.layers.expert_types import FusedWeight, dense_stacks
 from peft_quantlayers.layers.replace_stack import put_dense, put_stack, quantize_stack, quantized_experts
 from peft_quantlayers.layers.stack import QuantizedStack
@@ -124,6 +128,28 @@ def test_experts_spread_over_processes_are_refused():
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(NotImplementedError, match="expert parallelism"):
         model(IDS)
+
+
+def test_experts_that_are_spread_over_processes_already_are_not_quantized():
+    model = tiny_mixture("qwen3_moe")
+    for block in model.model.layers:
+        block.mlp.experts._is_expert_parallel = True
+    config = pql.HQQConfig(group_size=16)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj: .*expert parallelism.*without ep_size.*skip_modules"):
+        pql.quantize_model(model, config, progress=False)
+    assert not any(isinstance(module, QuantizedStack) for module in model.modules())
+    pql.quantize_model(model, dataclasses.replace(config, skip_modules=("experts",)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("is_quantizing", "said"), [(True, "while quantizing"), (False, "is not supported for quantized")]
+)
+def test_expert_parallel_loading_is_refused_with_the_way_that_works(is_quantizing, said):
+    config = SimpleNamespace(distributed_config=SimpleNamespace(ep_size=2, fsdp_size=None))
+    with pytest.raises(ValueError, match=said) as error:
+        refuse_parallel_loading(config, is_quantizing=is_quantizing)
+    assert "expert parallelism (ep_size=2)" in str(error.value)
+    assert "fsdp_size" in str(error.value)
 
 
 def test_autocast_decides_the_dtype():
