@@ -104,6 +104,7 @@ def export(
                 "tokenizer=AutoTokenizer.from_pretrained(name). Nothing was written."
             )
         user_adapter, adapter_note = _read_adapter(adapter, given)
+        _refuse_adapters(target, adapter, given)
         token_ids = _token_ids(text, tokenizer, tokenizer_folder)
         requantized = None
         if approximate == "requantize":
@@ -143,11 +144,26 @@ def _check_arguments(target: ExportFormat, destination: Any, *, approximate: Any
     if not isinstance(destination, (str, Path)):
         raise TypeError(f"destination must be a path, got {type(destination).__name__}. Nothing was written.")
     check_dtype("dtype", dtype)
+    if dtype is not None and target.dtypes is not None and dtype not in target.dtypes:
+        can = " or ".join(f"dtype={each}" for each in target.dtypes)
+        raise ValueError(f"{target.name} files are not written in {dtype}; use {can}. Nothing was written.")
     if approximate is not None:
         check_choice("approximate", approximate, APPROXIMATIONS)
         if approximate not in target.approximations:
             can = f"it takes {', '.join(target.approximations)}" if target.approximations else "it takes none"
             raise ValueError(f"{target.name} cannot be written with approximate={approximate!r}; {can}.")
+
+
+def _refuse_adapters(target: ExportFormat, adapter: Any, given: GivenModel) -> None:
+    """Raise NotImplementedError if something is to lie beside the model, and the format has no form for it."""
+    has_branches = any(layer.branch is not None for layer in given.layers.values())
+    if target.adapter_form is None and (adapter is not None or has_branches):
+        what = "an adapter" if adapter is not None else 'a low-rank branch, which a merge with "keep" leaves,'
+        raise NotImplementedError(
+            f"{target.name}: {what} is not written beside the model. Merge the adapter first "
+            "(peft_quantlayers.merge_back, with another strategy than keep), and export the merged model. Nothing was "
+            "written."
+        )
 
 
 def _bytes_to_write(target: ExportFormat, given: GivenModel) -> int:
@@ -223,6 +239,7 @@ def _write_adapters(
             f'{target.max_rank} at most. Larger groups, approximate="8bit" or another format need none. Nothing was '
             "written."
         )
+    assert target.adapter_form is not None  # others were refused
     return write_adapter(target.adapter_form, user, task, written)
 
 

@@ -32,7 +32,7 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
             f"{facts.name}: no group size of {export_format.name} divides in_features={facts.in_features}."
         )
     group_size = min(fitting, key=lambda size: abs(size - own))
-    return HQQSpec(nbits=nbits, group_size=group_size, integer_zero=not export_format.has_float_zeros)
+    return HQQSpec(nbits=nbits, group_size=group_size, integer_zero=not export_format.holds_float_zeros(nbits))
 
 
 def requantized_facts(facts: Mapping[str, LayerFacts], export_format: GridFormat) -> dict[str, LayerFacts]:

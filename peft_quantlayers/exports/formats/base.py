@@ -156,8 +156,9 @@ class ExportFormat(ABC):
         approximations: what ``approximate=`` may be.
         needs_tokenizer: the files hold the tokenizer too.
         is_of_decoders: its engines read language models of text that have a decoder only.
-        adapter_form: how an adapter beside the model is written.
+        adapter_form: how an adapter beside the model is written; None where its engines read none.
         max_rank: of such an adapter.
+        dtypes: that dense tensors, scales and zeros may have; None for any.
         bytes_per_weight: that writing takes at most, beside the bytes of the source.
     """
 
@@ -167,8 +168,9 @@ class ExportFormat(ABC):
     approximations: ClassVar[tuple[Approximation, ...]] = ()
     needs_tokenizer: ClassVar[bool] = False
     is_of_decoders: ClassVar[bool] = True
-    adapter_form: ClassVar[AdapterForm] = "peft"
+    adapter_form: ClassVar[AdapterForm | None] = "peft"
     max_rank: ClassVar[int] = 512  # vLLM's largest
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
     bytes_per_weight: ClassVar[float] = 1.0
 
     def check_installation(self) -> None:  # noqa: B027  most need nothing

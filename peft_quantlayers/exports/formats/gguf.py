@@ -1,14 +1,12 @@
 """GGUF for llama.cpp and all that is built on it: its own converter makes the file, and codes take the weights' place.
 
-The converter gets a model whose quantized weights are stand-ins (:mod:`..gguf_converter`), so that metadata,
+The converter gets a model whose quantized weights are stand-ins (:mod:`..stand_ins`), so that metadata,
 tokenizer, names and the order of rows are llama.cpp's own. Then the file is copied, with blocks of codes in their
 place.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ...methods import get_method
-from ..config_json import engine_config, write_config
-from ..gguf_blocks import BLOCK, Bytes, affine_blocks, affine_weight, eight_bit_blocks
-from ..gguf_converter import convert, converter_folder, rows_of_stand_in, stand_in
+from ..gguf_blocks import BLOCK, affine_blocks, affine_weight, eight_bit_blocks
+from ..gguf_converter import convert, converter_folder
 from ..grids import UniformGrid, uniform_grid
-from ..shards import ShardedWriter
-from ..target_grid import requantized_facts
+from ..report import LayerExport
+from ..stand_ins import Place, StandIns
 from .base import ANY_RANK, Approximation, ExportTask, LayerFacts, Written, compared
-from .grid_format import GridFormat, GridSettings, StoredGrid
+from .converted import ConvertedFormat
+from .grid_format import GridSettings, StoredGrid
 
 FILE = "model.gguf"
 _AFFINE_BITS = 5
@@ -32,10 +30,11 @@ _AFFINE_BITS = 5
 _FILE_TYPES = {"Q4_1": "MOSTLY_Q4_1", "Q5_1": "MOSTLY_Q5_1", "Q8_0": "MOSTLY_Q8_0"}
 
 
-class GgufFormat(GridFormat):
+class GgufFormat(ConvertedFormat):
     """One file: HQQ up to 4 bits as Q4_1, 5 bits as Q5_1; wider ones and, with "8bit", all others as Q8_0."""
 
     name = "gguf"
+    converter = "llama.cpp's converter"
     holds = (
         "1 to 4 bits as Q4_1 and 5 as Q5_1, exactly up to float16; 6 and 8 rounded to Q8_0; groups of multiples of 32"
     )
@@ -70,45 +69,14 @@ class GgufFormat(GridFormat):
             return f"{self.name} holds groups of multiples of {BLOCK}, not of {facts.group_size}"
         return ""
 
-    def model_misfit(
-        self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
-    ) -> str:
-        return ""
-
     def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
         settings = GridSettings(nbits=grid.nbits, group_size=grid.group_size, is_symmetric=False)
         blocks = torch.from_numpy(affine_blocks(grid))
         return StoredGrid(tensors={"blocks": blocks}, weight=affine_weight(grid), settings=settings)
 
-    def quantization_config(
-        self, settings: Mapping[str, GridSettings], dense_linears: Sequence[str]
-    ) -> dict[str, Any]:
-        return {}  # the file says it of each tensor
-
-    def write(self, task: ExportTask) -> Written:
-        numbers = {name: number for number, name in enumerate(task.source.layers)}
-        scratch = task.folder.parent / "gguf-scratch"
-        try:
-            self._write_stand_ins(task, numbers, scratch / "dense")
-            convert(scratch / "dense", scratch / FILE, task.dtype)
-            return _FileCopy(self, task, list(numbers)).copy(scratch / FILE, task.folder / FILE)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def _write_stand_ins(self, task: ExportTask, numbers: Mapping[str, int], folder: Path) -> None:
-        """The model in ``folder`` with a stand-in for each quantized weight, and the tokenizer."""
-        folder.mkdir(parents=True)
-        for file in task.folder.iterdir():  # tokenizer and generation config
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        writer = ShardedWriter(folder)
-        for name, layer in task.source.layers.items():
-            weight = stand_in(numbers[name], layer.out_features, layer.in_features, task.dtype)
-            writer.add(f"{name}.weight", weight.t() if layer.is_transposed else weight)
-        for name, tensor in task.source.dense_tensors(task.dtype):
-            writer.add(name, tensor)
-        writer.close()
-        write_config(folder, engine_config(task.source.config, task.dtype))
+    def write_converted(self, task: ExportTask, dense: Path, scratch: Path) -> Written:
+        convert(dense, scratch / FILE, task.dtype)
+        return _FileCopy(self, task).copy(scratch / FILE, task.folder / FILE)
 
     def block_kind(self, facts: LayerFacts) -> str:
         """The type of block of a layer of the grid that ``facts`` tells."""
@@ -124,22 +92,19 @@ class GgufFormat(GridFormat):
 class _FileCopy:
     """A copy of the converter's file with codes in the place of stand-ins."""
 
-    def __init__(self, export_format: GgufFormat, task: ExportTask, names: list[str]) -> None:
+    def __init__(self, export_format: GgufFormat, task: ExportTask) -> None:
         self._task = task
-        self._names = names
-        facts = task.facts if task.requantized is None else requantized_facts(task.facts, export_format)
-        self._kinds = {name: export_format.block_kind(facts[name]) for name in names}
-        self._last: tuple[str, Bytes] | None = None
-        self._written = Written(layers=[])
-        self._rows_found = torch.zeros(len(names), dtype=torch.int64)
+        facts = export_format.facts_to_write(task)
+        self._kinds = {name: export_format.block_kind(each) for name, each in facts.items()}
+        self._stand_ins = StandIns(task, export_format.converter, self._kinds, self._blocks)
 
     def copy(self, source: Path, destination: Path) -> Written:
         import gguf
 
         reader = gguf.GGUFReader(source)
         places = {tensor.name: self._place(tensor) for tensor in reader.tensors}
-        self._check_complete()
-        types = {name: None if place is None else self._block_type(place[0]) for name, place in places.items()}
+        self._stand_ins.check_complete()
+        types = {name: None if place is None else self._stand_ins.kind(place) for name, place in places.items()}
         writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
         self._copy_fields(reader, writer, [each for each in types.values() if each])
         for tensor in reader.tensors:
@@ -155,80 +120,48 @@ class _FileCopy:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        row_order = {}
         for tensor in reader.tensors:
             place = places[tensor.name]
-            writer.write_tensor_data(tensor.data if place is None else self._data(*place))
-            if place is not None and len(set(place[0].tolist())) == 1:
-                self._written.row_order[tensor.name] = (self._names[int(place[0][0])], place[1])
+            if place is None:
+                writer.write_tensor_data(tensor.data)
+                continue
+            writer.write_tensor_data(self._stand_ins.tensors(place)["blocks"].numpy())
+            if len(place.numbers) == 1:
+                row_order[tensor.name] = (self._stand_ins.names[place.numbers[0]], place.rows)
         writer.close()
+        written = Written(layers=[self._stand_ins.reports[name] for name in self._kinds], row_order=row_order)
         if "Q8_0" in self._kinds.values():
-            self._written.notes.append("Layers without a grid of 5 bits or less were rounded to 8 bits (Q8_0).")
-        return self._written
+            written.notes.append("Layers without a grid of 5 bits or less were rounded to 8 bits (Q8_0).")
+        return written
 
-    def _place(self, tensor: Any) -> tuple[Tensor, Tensor] | None:
+    def _place(self, tensor: Any) -> Place | None:
         import gguf
 
         if len(tensor.shape) != 2:
             return None
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-        try:
-            place = rows_of_stand_in(values)
-        except ValueError as error:
+        place = self._stand_ins.place(tensor.name, values)
+        if place is not None and place.is_transposed:
             raise ValueError(
-                f"{tensor.name}: {error}, which codes cannot follow. Dequantize the model "
-                "(peft_quantlayers.dequantize_model), and export it in 16 bits. Nothing was written."
-            ) from None
-        if place is not None:
-            self._rows_found += torch.bincount(place[0], minlength=len(self._names))
+                f"{tensor.name}: llama.cpp's converter turned a weight, whose groups then lie along its outputs. "
+                "Dequantize the model (peft_quantlayers.dequantize_model). Nothing was written."
+            )
         return place
 
-    def _check_complete(self) -> None:
-        layers = self._task.source.layers
-        found = zip(self._names, self._rows_found.tolist(), strict=True)
-        wrong = [name for name, n_rows in found if n_rows != layers[name].out_features]
-        if wrong:
-            raise ValueError(
-                f"llama.cpp's converter left out or repeated rows of {wrong[0]}; its architecture cannot be exported "
-                "with codes. Dequantize the model (peft_quantlayers.dequantize_model). Nothing was written."
-            )
-
-    def _blocks(self, name: str) -> Bytes:
-        """Of one layer; several tensors in a row may be parts of it."""
-        if self._last is None or self._last[0] != name:
-            layer, kind = self._task.source.layers[name], self._kinds[name]
-            weight = self._task.weight(layer)
-            if kind == "Q8_0":
-                dense = get_method(weight.spec.method).dequantize(weight, dtype=torch.float32)
-                blocks, computed = eight_bit_blocks(dense)
-            else:
-                grid = uniform_grid(weight).with_groups_of(BLOCK)
-                blocks, computed = affine_blocks(grid), affine_weight(grid)
-            self._last = (name, blocks)
-            bits = 8 * blocks.nbytes / layer.n_weights
-            report = compared(self._task, layer, computed, stored_as=kind, bits_after=bits)
-            self._written.layers = [each for each in self._written.layers if each.name != name] + [report]
-        return self._last[1]
-
-    def _block_type(self, layers: Tensor) -> str:
-        names = [self._names[number] for number in sorted(set(layers.tolist()))]
-        kinds = {self._kinds[name] for name in names}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"llama.cpp joins {', '.join(names)}, which have the block types {sorted(kinds)}. Give them one width."
-                " Nothing was written."
-            )
-        return kinds.pop()
-
-    def _data(self, layers: Tensor, rows: Tensor) -> Bytes:
-        data: Bytes | None = None
-        for number in sorted(set(layers.tolist())):
-            blocks = self._blocks(self._names[number])
-            if data is None:
-                data = np.empty((len(rows), blocks.shape[1]), dtype=np.uint8)
-            here = (layers == number).numpy()
-            data[here] = blocks[rows[torch.from_numpy(here)].numpy()]
-        assert data is not None
-        return data
+    def _blocks(self, name: str) -> tuple[dict[str, Tensor], LayerExport]:
+        """Of one layer."""
+        layer, kind = self._task.source.layers[name], self._kinds[name]
+        weight = self._task.weight(layer)
+        if kind == "Q8_0":
+            dense = get_method(weight.spec.method).dequantize(weight, dtype=torch.float32)
+            blocks, computed = eight_bit_blocks(dense)
+        else:
+            grid = uniform_grid(weight).with_groups_of(BLOCK)
+            blocks, computed = affine_blocks(grid), affine_weight(grid)
+        bits = 8 * blocks.nbytes / layer.n_weights
+        report = compared(self._task, layer, computed, stored_as=kind, bits_after=bits)
+        return {"blocks": torch.from_numpy(blocks)}, report
 
     def _copy_fields(self, reader: Any, writer: Any, kinds: list[str]) -> None:
         import gguf

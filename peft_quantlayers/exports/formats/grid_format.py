@@ -54,7 +54,7 @@ class GridFormat(ExportFormat):
     Attributes:
         widths: bits per code that it holds.
         group_sizes: that its readers take; larger groups are divided, other sizes are refused. None for any.
-        has_float_zeros: whether zeros may be any numbers.
+        has_float_zeros: whether zeros may be any numbers; :meth:`holds_float_zeros` where that depends on the width.
         is_fused_by_engine: whether layers that vLLM fuses must be stored alike.
         has_one_setting: whether all layers must be stored alike.
     """
@@ -77,6 +77,10 @@ class GridFormat(ExportFormat):
 
     # ---- what fits
 
+    def holds_float_zeros(self, nbits: int) -> bool:
+        """Whether zeros of codes of ``nbits`` may be any numbers."""
+        return self.has_float_zeros
+
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
         if not facts.is_uniform and approximate != "requantize":
             reason = "groups along the outputs (axis=0)" if facts.method == "hqq" else f"{facts.method} weights"
@@ -88,10 +92,10 @@ class GridFormat(ExportFormat):
         nbits = 8 if approximate == "8bit" else facts.nbits
         if nbits not in self.widths:
             return f"{self.name} holds {_listed(self.widths)} bits per code, not {nbits}"
-        if self._group_size(facts.group_size) is None:
+        if self.stored_group_size(facts.group_size) is None:
             sizes = _listed(self.group_sizes or ())
             return f"{self.name} holds groups of {sizes} and multiples of these, not of {facts.group_size}"
-        if not self.has_float_zeros and not facts.has_code_zeros and approximate is None:
+        if not self.holds_float_zeros(nbits) and not facts.has_code_zeros and approximate is None:
             return f"its zeros are no integers from 0 to {2**facts.nbits - 1}, and {self.name} holds no others"
         return self.shape_misfit(facts, nbits)
 
@@ -104,7 +108,7 @@ class GridFormat(ExportFormat):
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
-        kinds = {each.name: self._kind(each, approximate) for each in facts}
+        kinds = {each.name: self.kind(each, approximate) for each in facts}
         if self.has_one_setting and len(set(kinds.values())) > 1:
             return f"{self.name} has one width and group size for all layers, and these have {_kinds(kinds)}"
         if self.is_fused_by_engine:
@@ -122,10 +126,11 @@ class GridFormat(ExportFormat):
                     )
         return ""
 
-    def _kind(self, facts: LayerFacts, approximate: Approximation | None) -> tuple[int, int | None]:
-        return 8 if approximate == "8bit" else facts.nbits, self._group_size(facts.group_size)
+    def kind(self, facts: LayerFacts, approximate: Approximation | None) -> tuple[int, int | None]:
+        """Bits per code and group size in which a layer is stored."""
+        return 8 if approximate == "8bit" else facts.nbits, self.stored_group_size(facts.group_size)
 
-    def _group_size(self, group_size: int) -> int | None:
+    def stored_group_size(self, group_size: int) -> int | None:
         """The size of group in which groups of ``group_size`` are stored; None where there is none."""
         if self.group_sizes is None or group_size in self.group_sizes:
             return group_size
@@ -138,17 +143,13 @@ class GridFormat(ExportFormat):
         written = Written(layers=[])
         settings = {}
         for name, layer in task.source.layers.items():
-            grid = uniform_grid(task.weight(layer))
-            if task.approximate == "8bit":
-                grid = in_eight_bits(grid)
-            elif task.approximate == "adapter" and not task.facts[name].has_code_zeros:
-                grid, A, B = with_rounded_zeros(grid)
-                written.low_rank[name] = (A, B)
-            stored = self.store(grid.with_groups_of(self._group_size(grid.group_size) or grid.group_size), task.dtype)
+            stored, low_rank = self.stored(task, layer)
+            if low_rank is not None:
+                written.low_rank[name] = low_rank
             for part, tensor in stored.tensors.items():
                 writer.add(f"{name}.{part}", tensor)
             settings[name] = stored.settings
-            written.layers.append(_layer_export(task, layer, stored, written.low_rank.get(name)))
+            written.layers.append(layer_export(task, layer, stored, low_rank))
         for name, tensor in task.source.dense_tensors(task.dtype):
             writer.add(name, tensor)
         writer.close()
@@ -156,6 +157,18 @@ class GridFormat(ExportFormat):
         config = engine_config(task.source.config, task.dtype)
         written.config = config | self.config_fields(self.quantization_config(settings, task.source.dense_linears))
         return written
+
+    def stored(self, task: ExportTask, layer: SourceLayer) -> tuple[StoredGrid, LowRank | None]:
+        """``layer`` as it is written, and what an adapter is to restore of it."""
+        grid = uniform_grid(task.weight(layer))
+        low_rank: LowRank | None = None
+        if task.approximate == "8bit":
+            grid = in_eight_bits(grid)
+        elif task.approximate == "adapter" and not task.facts[layer.name].has_code_zeros:
+            grid, A, B = with_rounded_zeros(grid)
+            low_rank = A, B
+        group_size = self.stored_group_size(grid.group_size) or grid.group_size
+        return self.store(grid.with_groups_of(group_size), task.dtype), low_rank
 
     def notes(self, settings: Mapping[str, GridSettings]) -> list[str]:
         """What a user should know about layers of these settings, in sentences."""
@@ -166,7 +179,10 @@ class GridFormat(ExportFormat):
         return {"quantization_config": quantization}
 
 
-def _layer_export(task: ExportTask, layer: SourceLayer, stored: StoredGrid, low_rank: LowRank | None) -> LayerExport:
+def layer_export(
+    task: ExportTask, layer: SourceLayer, stored: StoredGrid, low_rank: LowRank | None = None
+) -> LayerExport:
+    """The report of ``layer``, written as ``stored``, with ``low_rank`` in an adapter beside it."""
     settings, computed = stored.settings, stored.weight
     if low_rank is not None:
         computed = computed + low_rank[1] @ low_rank[0]
