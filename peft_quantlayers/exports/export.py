@@ -127,7 +127,7 @@ def export(
                 written.notes += [adapter_note] if adapter_note else []
                 own = branches_of(source) if target.name != "dense" else {}
                 adapter_name = _write_adapters(target, task, written, user_adapter, own)
-            report = _report(target, task, written, Path(destination), adapter_name)
+            report = _report(target, task, written, Path(destination), adapter_name, user_adapter.rank)
             if token_ids is not None:
                 kl = kl_of_export(given.loaded(), task.computed or {}, token_ids)
                 report = replace(report, kl=kl)
@@ -244,7 +244,7 @@ def _write_adapters(
 
 
 def _report(
-    target: ExportFormat, task: ExportTask, written: Written, destination: Path, adapter: str | None
+    target: ExportFormat, task: ExportTask, written: Written, destination: Path, adapter: str | None, rank: int
 ) -> ExportReport:
     notes = list(written.notes)
     folder = str(destination)
@@ -255,5 +255,5 @@ def _report(
         folder=folder,
         layers=tuple(written.layers),
         notes=tuple(notes),
-        serving_command=target.serving_command(folder, adapter=f"{folder}/{adapter}" if adapter else None),
+        serving_command=target.serving_command(folder, adapter=f"{folder}/{adapter}" if adapter else None, rank=rank),
     )

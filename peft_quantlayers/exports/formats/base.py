@@ -16,6 +16,7 @@ from ...methods import get_method
 from ..grids import are_zeros_codes
 from ..report import LayerExport
 from ..source import ModelSource, SourceLayer
+from .vllm_command import MAX_RANK
 
 Approximation = Literal["8bit", "adapter", "requantize"]
 AdapterForm = Literal["peft", "mlx", "gguf"]
@@ -169,7 +170,7 @@ class ExportFormat(ABC):
     needs_tokenizer: ClassVar[bool] = False
     is_of_decoders: ClassVar[bool] = True
     adapter_form: ClassVar[AdapterForm | None] = "peft"
-    max_rank: ClassVar[int] = 512  # vLLM's largest
+    max_rank: ClassVar[int] = MAX_RANK
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
     bytes_per_weight: ClassVar[float] = 1.0
 
@@ -195,8 +196,14 @@ class ExportFormat(ABC):
         """Write the tensors of ``task`` into its folder."""
 
     @abstractmethod
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        """Starts an engine with the model in ``folder`` and the adapter in the folder or file ``adapter``."""
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        """Starts an engine with the model in ``folder`` and the adapter in the folder or file ``adapter``.
+
+        Args:
+            folder: the exported one.
+            adapter: None for none.
+            rank: the largest of the adapter's layers.
+        """
 
     def __str__(self) -> str:
         return f"{self.name}: {self.holds}; for {', '.join(self.engines)}"

@@ -8,6 +8,7 @@ from ...methods import get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
 from .base import Approximation, ExportFormat, ExportTask, LayerFacts, Written, compared
+from .vllm_command import vllm_command
 
 
 class DenseFormat(ExportFormat):
@@ -51,6 +52,5 @@ class DenseFormat(ExportFormat):
         written.config = engine_config(task.source.config, task.dtype)
         return written
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        with_adapter = f" --enable-lora --max-lora-rank 512 --lora-modules tuned={adapter}" if adapter else ""
-        return f"vllm serve {folder}{with_adapter}"
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        return vllm_command(folder, adapter=adapter, rank=rank)

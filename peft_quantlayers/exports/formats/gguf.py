@@ -84,7 +84,7 @@ class GgufFormat(ConvertedFormat):
             return "Q8_0"
         return "Q4_1" if facts.nbits < _AFFINE_BITS else "Q5_1"
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         with_adapter = f" --lora {adapter}" if adapter else ""
         return f"llama-server -m {folder}/{FILE}{with_adapter}"
 

@@ -69,7 +69,7 @@ class OnnxFormat(ContainerFormat):
                 shutil.copyfile(file, task.folder / file.name)
         return written_in_graph(task, stand_ins)
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         return (
             f"python -c \"import onnxruntime_genai as og; m = og.Model('{folder}'); t = og.Tokenizer(m); "
             "g = og.Generator(m, og.GeneratorParams(m)); g.append_tokens(t.encode('Once upon a time')); "

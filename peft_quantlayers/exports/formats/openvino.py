@@ -65,7 +65,7 @@ class OpenVinoFormat(ContainerFormat):
         written.notes += _write_tokenizer(task.folder)
         return written
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         return (
             f"python -c \"import openvino_genai as ov; pipeline = ov.LLMPipeline('{folder}', 'CPU'); "
             "print(pipeline.generate('Once upon a time', max_new_tokens=32))\""
