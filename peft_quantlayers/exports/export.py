@@ -18,14 +18,15 @@ from ..integrations.interrupted_save import MODEL_FILES
 from ..storage import staged_folder
 from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
-from .divergence import kl_of_export
 from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
 from .formats.grid_format import GridFormat
 from .formats.registry import export_formats
 from .given_model import GivenModel, opened_model
+from .kl_of_export import kl_of_export
 from .refusals import Model, refuse_misfits
 from .report import ExportReport
 from .requantize import float_weights, requantized_layers, requantized_model
+from .shards import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
 from .source import ModelSource
 from .target_grid import target_spec
@@ -168,7 +169,8 @@ def _refuse_adapters(target: ExportFormat, adapter: Any, given: GivenModel) -> N
 
 def _bytes_to_write(target: ExportFormat, given: GivenModel) -> int:
     n_weights = sum(layer.n_weights for layer in given.layers.values())
-    return given.n_bytes + int(target.bytes_per_weight * n_weights)
+    n_bytes = given.n_bytes + int(target.bytes_per_weight * n_weights)
+    return n_bytes + min(n_bytes, SHARD_BYTES)  # tensors of one file wait in another one
 
 
 def _facts(source: ModelSource) -> dict[str, LayerFacts]:

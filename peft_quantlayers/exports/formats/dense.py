@@ -33,7 +33,7 @@ class DenseFormat(ExportFormat):
             if layer.branch is not None:
                 A, B = layer.branch()
                 branch = B.float() @ A.float()
-            stored = (weight + branch).to(task.dtype)
+            stored = weight.add_(branch).to(task.dtype)
             if not torch.isfinite(stored).all():
                 raise ValueError(f"{name}: {task.dtype} cannot hold its weights. Export with dtype=torch.float32.")
             writer.add(f"{name}.weight", stored.t() if layer.is_transposed else stored)
