@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
+.PHONY: demo test test-all fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -21,6 +21,10 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed lint
+	$(PYTEST) -m "not thorough" $(ARGS)
+
+# Also the tests that tests/selection.py leaves out of `make test`; before a release.
+test-all: $(VENV)/.installed lint
 	$(PYTEST) $(ARGS)
 
 # Damaged files and configs, and killed processes: ten times as many cases as in `make test`; about ten minutes.

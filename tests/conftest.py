@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from selection import is_slow
+from selection import is_slow, is_thorough
 
 from quantlayers_kernels import tiled
 
@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.nodeid):
             item.add_marker("slow")
+        if is_thorough(item.nodeid):
+            item.add_marker("thorough")
     first = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("real_model")}
     items.sort(key=lambda item: item.path not in first)
 

@@ -7,7 +7,6 @@ process of its own forks before torch has any threads; spawning would import eve
 import faulthandler
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from programs import run_program
 
 WORLD_SIZE = 2
 TIMEOUT = 150  # seconds
@@ -27,15 +27,7 @@ needs_gloo = pytest.mark.skipif(
 
 def run_file(file: str, *arguments: Any) -> None:
     """Run ``file`` as a program; fails if one of its processes does."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, file, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT + 30,
-        env=environment,
-        check=False,
-    )
+    done = run_program(file, *arguments, timeout=TIMEOUT + 30)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("same") == WORLD_SIZE  # two processes may write into one line
 

@@ -1,4 +1,6 @@
-"""Which tests are slow, and which `make check` runs. Run as a script, prints the latter.
+"""Which tests are slow, which `make test` leaves to `make test-all`, and which `make check` runs.
+
+Run as a script, prints the latter.
 
 Imports nothing of ours, so that `make check` can ask before anything heavy is loaded.
 """
@@ -25,7 +27,7 @@ SLOW = (
     "tests/kernels/test_triton.py",
     "tests/layers/test_fsdp2.py",
     "tests/methods/test_registry.py::test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere",
-    "tests/scales/test_scales.py::test_it_compiles_without_a_graph_break",
+    "tests/scales/test_training.py::test_it_compiles_without_a_graph_break",
     "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
     "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
     "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
@@ -38,6 +40,19 @@ SLOW = (
     "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
+# Left to `make test-all`: each takes half a minute or more, and shows on a larger model or on a
+# second version what another test shows in seconds.
+THOROUGH = (
+    "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
+    "tests/test_examples.py::test_chunked_loss_example",
+    "tests/test_examples.py::test_merge_example",
+    "tests/test_examples.py::test_serving_example",
+)
+
+
+def is_thorough(node_id: str) -> bool:
+    """Whether a test, ``tests/...::test_...``, is one of ``THOROUGH``."""
+    return node_id.startswith(THOROUGH)
 
 
 def is_slow(node_id: str) -> bool:

@@ -1,14 +1,10 @@
 """Benchmarks that take long, or that wait for a GPU, go through all their parts in small."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from _models_rows import models_differences, models_left_out, models_rows, models_summary
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+from programs import run_program
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCH_GPU = BENCHMARKS / "bench_gpu.py"
@@ -18,8 +14,7 @@ PARTS |= {"decoding_slow_peers"}
 
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):
     output = tmp_path / "gpu.json"
-    command = [sys.executable, str(BENCH_GPU), "--device", "cpu", "--tiny", "--no-tests", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_program(BENCH_GPU, "--device", "cpu", "--tiny", "--no-tests", "--output", output)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(output.read_text())
     assert not result["failed"]
@@ -31,8 +26,7 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):
 def test_the_models_table_has_a_row_for_each_class_and_goes_on_where_it_ended(tmp_path):
     output = tmp_path / "models.json"
     for pattern in ("LlamaForCausalLM", "GPT2LMHead*"):
-        command = [sys.executable, str(BENCHMARKS / "models_table.py"), pattern, "--output", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
+        done = run_program(BENCHMARKS / "models_table.py", pattern, "--output", output)
         assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(output.read_text())
     assert [row["class"] for row in measured["rows"]] == ["GPT2LMHeadModel", "LlamaForCausalLM"]

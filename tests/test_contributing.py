@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from programs import run_program
 from test_floors import floor
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,7 @@ def test_every_pytest_command_of_a_page_selects_tests():
         "    status = pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *arguments])\n"
         "    assert status == 0, arguments"  # 5 if nothing was selected
     )
-    command = [sys.executable, "-c", program, *(json.dumps(shlex.split(arguments)) for arguments in COMMANDS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program("-c", program, *(json.dumps(shlex.split(arguments)) for arguments in COMMANDS), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
 
 

@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import orders_task
 import pytest
 import torch
+from programs import run_program
 from tiny_folder import byte_tokenizer, save_tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -18,13 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_example(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+    done = run_program(EXAMPLES / name, *arguments, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

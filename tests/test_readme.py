@@ -1,21 +1,18 @@
 """The README says what was measured, and its first example runs."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from demo_model import demo_model_folder
+from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_tables_are_what_the_benchmarks_wrote():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_program("benchmarks/tables.py", "--check", cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -23,7 +20,8 @@ def test_the_tables_are_what_the_benchmarks_wrote():
 def test_the_first_example_runs_as_it_stands(tmp_path):
     example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     example = example.replace("HuggingFaceTB/SmolLM2-135M", str(demo_model_folder()))
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, capture_output=True)
+    done = run_program("-c", example, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from selection import ALWAYS, ROOT, SLOW, is_slow, mirrors_of, selected
+from selection import ALWAYS, ROOT, SLOW, THOROUGH, is_slow, is_thorough, mirrors_of, selected
 
 EXISTING = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("*.py")]
 
@@ -13,6 +13,13 @@ def test_a_slow_entry_names_a_test_that_exists(entry: str):
     file, _, function = entry.partition("::")
     assert f"def {function or 'test_'}" in (ROOT / file).read_text()
     assert is_slow(f"{entry}[1-True]")
+
+
+@pytest.mark.parametrize("entry", THOROUGH)
+def test_a_thorough_entry_names_a_test_that_exists(entry: str):
+    file, _, function = entry.partition("::")
+    assert f"def {function.partition('[')[0] or 'test_'}" in (ROOT / file).read_text()
+    assert is_thorough(f"{entry}[1-True]")
 
 
 @pytest.mark.parametrize("path", ALWAYS)

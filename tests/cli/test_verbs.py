@@ -11,10 +11,12 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_folder import byte_tokenizer, save_tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
+from peft_quantlayers.cli.verbs import quantize
+from peft_quantlayers.streaming.parts import PartsOfModel
 
 TEXT = "The lamp is red, the chair is blue, and the table is neither.\n\n" * 60
 
@@ -96,6 +98,40 @@ def test_quantize_calibrated_with_another_method(float_model, text_file, tmp_pat
         printed(capsys, ["quantize", float_model, str(tmp_path / "a"), "--method", "aqlm", *small, *data, "--json"])
     )
     assert found["quantized"][0]["layers"] == 14
+
+
+def test_quantize_calibrated_goes_from_files_to_files_and_on_after_an_interruption(
+    float_model, text_file, tmp_path, capsys, monkeypatch
+):
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "256", "--calibration.sequence_length", "64"]
+    command = ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32", *data]
+    n_made = 0
+
+    def interrupted(self, work, number):
+        nonlocal n_made
+        n_made += 1
+        if n_made == 2:
+            raise KeyboardInterrupt
+        return keep(self, work, number)
+
+    keep = PartsOfModel.keep
+    monkeypatch.setattr(quantize, "load_model", None)  # the model as a whole is not needed
+    monkeypatch.setattr(PartsOfModel, "keep", interrupted)
+    assert "interrupted" in refused(capsys, command, 130)
+    assert not (tmp_path / "out" / "config.json").exists()
+    printed(capsys, command)
+    calibration = pql.Calibration(
+        data=TEXT, tokenizer=AutoTokenizer.from_pretrained(float_model), n_tokens=256, sequence_length=64
+    )
+    expected = pql.quantize_model(
+        AutoModelForCausalLM.from_pretrained(float_model),
+        pql.HQQConfig(group_size=32),
+        calibration=calibration,
+        progress=False,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.state_dict().items())
+    assert "--overwrite" in refused(capsys, [*command, "--overwrite", "--n_processes", "2"], 1)
 
 
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(float_model, quantized, tmp_path, capsys):

@@ -5,12 +5,12 @@
 
 import json
 import subprocess
-import sys
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from programs import run_program
 from upstream import FetchError
 
 from conformance import run as conformance
@@ -90,7 +90,7 @@ def judged(folder, exceptions: str) -> tuple[int, dict]:
         folder, "hqq", files=["test_made_up.py"],
         arguments=["--exceptions", str(folder / "exceptions.toml"), "--summary", str(folder / "summary.json")],
     )  # fmt: skip
-    done = subprocess.run(command, cwd=folder, env=conformance.environment(folder), capture_output=True, check=False)
+    done = run_program(*command[1:], cwd=folder, env=conformance.environment(folder))
     *_, summary = json.loads((folder / "summary.json").read_text())
     return done.returncode, summary
 
@@ -139,6 +139,6 @@ def test_a_source_that_pip_cannot_fetch_says_what_pip_said(tmp_path, monkeypatch
 
 
 def test_the_command_line_takes_version_and_method():
-    done = subprocess.run([sys.executable, conformance.__file__, "--help"], capture_output=True, text=True, check=True)
+    done = run_program(conformance.__file__, "--help")
     assert "--peft" in done.stdout
     assert "--method" in done.stdout

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -220,7 +219,8 @@ def test_a_new_process_computes_identical_logits(saved, tmp_path):
         "ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))\n"
         f"torch.save(model(ids).logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = run_program("-c", script)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 

@@ -1,5 +1,7 @@
 """AQLM models, both ways: published checkpoints load here, and ours run in the stock ``aqlm`` package."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -29,14 +31,15 @@ STOCK = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 assert "peft_quantlayers" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-layer = model.model.layers[0].mlp.up_proj
-assert type(layer).__module__.startswith("aqlm"), type(layer)
-assert type(model.lm_head) is torch.nn.Linear, type(model.lm_head)
-model.save_pretrained(sys.argv[3])  # before the first product, for which aqlm turns the codes round in place
 ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
-with torch.no_grad():
-    torch.save(model(ids).logits, sys.argv[2])
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer).__module__.startswith("aqlm"), type(layer)
+    assert type(model.lm_head) is torch.nn.Linear, type(model.lm_head)
+    model.save_pretrained(f"{folder}/stock")  # before the first product, for which aqlm turns the codes round in place
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{folder}/logits.pt")
 """
 
 
@@ -54,39 +57,65 @@ def float_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
-def quantized_model(scheme: str) -> LlamaForCausalLM:
+@functools.cache
+def _quantized(scheme: str) -> LlamaForCausalLM:
     fields = SCHEMES[scheme]
     return pql.quantize_model(float_model(), AQLMConfig(**fields, rounds=1, scale_dtype="float32"), progress=False)
 
 
+def quantized_model(scheme: str) -> LlamaForCausalLM:
+    """A copy: quantizing takes seconds."""
+    return copy.deepcopy(_quantized(scheme))
+
+
+def model_with_a_widened_layer(dtype: torch.dtype) -> LlamaForCausalLM:
+    """One layer's weights are too small for scales in float16."""
+    model = float_model().to(dtype)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = (weight.float() * 1e-6).to(dtype)
+    return pql.quantize_model(model, AQLMConfig(rounds=1), progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, tuple[LlamaForCausalLM, Path]]:
+    """Models and the folders they were saved in."""
+    models = {scheme: quantized_model(scheme) for scheme in SCHEMES}
+    models["widened"] = model_with_a_widened_layer(torch.float32)
+    folders = {name: tmp_path_factory.mktemp(name) for name in models}
+    for name, model in models.items():
+        model.save_pretrained(folders[name])
+    return {name: (model, folders[name]) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def ran_in_stock(saved) -> None:
+    """In each folder: ``logits.pt``, and the model as the stock package saves it in ``stock``."""
+    pytest.importorskip("aqlm", reason="the peer is not installed")
+    environment = os.environ | {"NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    folders = [str(folder) for _, folder in saved.values()]
+    subprocess.run([sys.executable, "-c", STOCK, *folders], check=True, env=environment)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "widened"])
+def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package(name, saved, ran_in_stock):
+    model, folder = saved[name]
+    torch.testing.assert_close(torch.load(folder / "logits.pt"), logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_model_saved_here_gives_the_same_logits_in_the_stock_package_and_loads_from_there_again(scheme, tmp_path):
-    model = quantized_model(scheme)
-    model.save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+def test_a_model_that_the_stock_package_saved_loads_again(scheme, saved, ran_in_stock):
+    model, folder = saved[scheme]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "aqlm"
     assert {"lm_head", "lm_head.weight"} <= set(config["linear_weights_not_to_quantize"])
-    torch.testing.assert_close(stock_logits(tmp_path / "model"), logits(model), rtol=1e-4, atol=1e-5)
-
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "stock")
+    back = AutoModelForCausalLM.from_pretrained(folder / "stock")
     assert set(pql.quantized_modules(back)) == set(pql.quantized_modules(model))
     assert torch.equal(logits(back), logits(model))
 
 
-def stock_logits(folder: Path) -> torch.Tensor:
-    pytest.importorskip("aqlm", reason="the peer is not installed")
-    environment = os.environ | {"NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STOCK, str(folder), str(folder / "logits.pt"), str(folder / "stock")]
-    subprocess.run(command, check=True, env=environment)
-    return torch.load(folder / "logits.pt")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_layer_widened_among_others_saves_for_the_stock_package_where_its_dtype_can_hold_it(dtype, tmp_path):
-    model = float_model().to(dtype)
-    weight = model.model.layers[1].mlp.down_proj.weight
-    weight.data = (weight.float() * 1e-6).to(dtype)
-    pql.quantize_model(model, AQLMConfig(rounds=1), progress=False)
+def test_a_layer_widened_among_others_is_in_the_stock_layout_where_the_models_dtype_can_hold_it(dtype, tmp_path):
+    model = model_with_a_widened_layer(dtype)
     widths = [layer.spec.scale_dtype for layer in pql.quantized_modules(model).values()]
     assert sorted(widths) == 13 * ["float16"] + ["float32"]
     model.save_pretrained(tmp_path)
@@ -95,8 +124,6 @@ def test_a_layer_widened_among_others_saves_for_the_stock_package_where_its_dtyp
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     method = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"]
     assert method == ("aqlm" if dtype == torch.float32 else "quantlayers")
-    if dtype == torch.float32:
-        torch.testing.assert_close(stock_logits(tmp_path), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [["lm_head.weight"], ["lm_head"], []], ids=["published", "module", "none"])

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,8 @@ from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
+
+from .killed import folders_of_killed_runs
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
 IDS = torch.randint(3, 100, (600,), generator=torch.Generator().manual_seed(3))
@@ -162,57 +162,15 @@ def test_one_block_is_in_memory_at_a_time_and_none_before_and_after(tmp_path, mo
     assert seen == [state for i in range(n_blocks) for state in ([], [i], [])]
 
 
-KILLED = """
-import os, random, signal, sys
-import torch
-import peft_quantlayers as pql
-from peft_quantlayers.streaming import quantize_files
-quantize_files.PART_BYTES = 20_000
-source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
-ids = torch.load(sys.argv[4])
-calibration = pql.Calibration(data=ids, n_tokens=256, sequence_length=64)
-n_left = 0
-def hook(event, arguments):
-    global n_left
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and folder in str(arguments[:2]):
-        n_left -= 1
-        if n_left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-done = status = 0
-drawn = random.Random(1)
-while kills > 0 or status != 0:
-    n_left = drawn.randint(1, 60) if kills > 0 else 0
-    pid = os.fork()
-    if pid == 0:
-        sys.addaudithook(hook)
-        pql.quantize_checkpoint(
-            source, f"{folder}/{done}", pql.HQQConfig(nbits=4, group_size=16), calibration=calibration, progress=False
-        )
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), status
-    kills -= status != 0
-    done += status == 0
-"""
-
-
 def test_killed_at_any_file_operation_it_ends_with_the_same_files(tmp_path):
     saved(tmp_path / "float")
     calibration = pql.Calibration(data=IDS, n_tokens=256, sequence_length=64)
-    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, calibration=calibration, progress=False)
-    (tmp_path / "all").mkdir()
-    torch.save(IDS, tmp_path / "ids")
-    arguments = [tmp_path / "float", tmp_path / "all", os.environ.get("KILLS", "4"), tmp_path / "ids"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folders = [path for path in (tmp_path / "all").iterdir() if path.is_dir()]
+
+    def run(folder):
+        pql.quantize_checkpoint(tmp_path / "float", folder, CONFIG, calibration=calibration, progress=False)
+
+    run(tmp_path / "expected")
+    folders = folders_of_killed_runs(run, tmp_path / "all", int(os.environ.get("KILLS", "4")), seed=1)
     assert folders
     assert all(files_of(each) == files_of(tmp_path / "expected") for each in folders)
 

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,8 @@ from safetensors.torch import load_file
 import peft_quantlayers as pql
 from peft_quantlayers.storage import locked_folder
 from peft_quantlayers.streaming import parts, quantize_files, work_folder
+
+from .killed import folders_of_killed_runs
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
 PLAIN = pql.HQQConfig(nbits=4, group_size=16)
@@ -224,51 +224,14 @@ def test_stopped_before_any_write_it_goes_on_and_ends_with_the_same_files(tmp_pa
     assert files_of(target) == files_of(tmp_path / "expected")
 
 
-KILLED = """
-import os, random, signal, sys
-import peft_quantlayers as pql
-from peft_quantlayers.streaming import quantize_files
-quantize_files.PART_BYTES = 20_000
-config = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
-source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
-n_left = 0
-def hook(event, arguments):
-    global n_left
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and folder in str(arguments[:2]):
-        n_left -= 1
-        if n_left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-done = status = 0
-drawn = random.Random(0)
-while kills > 0 or status != 0:
-    n_left = drawn.randint(1, 60) if kills > 0 else 0
-    pid = os.fork()  # everything is imported once
-    if pid == 0:
-        sys.addaudithook(hook)
-        pql.quantize_checkpoint(source, f"{folder}/{done}", config, max_shard_size="60KB", progress=False)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), status
-    kills -= status != 0
-    done += status == 0
-"""
-
-
 def test_killed_at_any_file_operation_it_ends_with_the_same_files(tmp_path):
-    folder = saved(tmp_path / "float")
-    pql.quantize_checkpoint(folder, tmp_path / "expected", CONFIG, max_shard_size="60KB", progress=False)
-    (tmp_path / "all").mkdir()
-    n_kills = os.environ.get("KILLS", "8")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "all"), n_kills],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    folders = [path for path in (tmp_path / "all").iterdir() if path.is_dir()]
+    source = saved(tmp_path / "float")
+
+    def run(folder):
+        pql.quantize_checkpoint(source, folder, CONFIG, max_shard_size="60KB", progress=False)
+
+    run(tmp_path / "expected")
+    folders = folders_of_killed_runs(run, tmp_path / "all", int(os.environ.get("KILLS", "8")), seed=0)
     assert folders
     assert all(files_of(each) == files_of(tmp_path / "expected") for each in folders)
 

@@ -19,8 +19,8 @@ from ..parsing import VerbParser
 from ..result import Result
 
 DESCRIPTION = (
-    "Quantize a model and save it, with its tokenizer. With --calibration.data the outputs' error is minimised; "
-    "without it files are quantized one tensor at a time, and the same command goes on after an interruption."
+    "Quantize a model and save it, with its tokenizer; with --calibration.data so that the outputs' error is small. "
+    "Files are read one tensor or one block at a time, and the same command goes on after an interruption."
 )
 POSITIONALS = ("model", "output")
 
@@ -31,6 +31,9 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_output(parser)
     options.add_method(parser)
     options.add_calibration(parser)
+    parser.add_argument(
+        "--n_processes", type=int, default=1, help="how many share the work; 1 with calibration or --overwrite"
+    )
 
 
 def run(settings: Namespace) -> Result:
@@ -42,7 +45,19 @@ def run(settings: Namespace) -> Result:
         return _result(found, f"{settings.output} would hold:\n{found}")
     if can_be_streamed(settings):
         found = planned(settings.model, config)
-        quantize_checkpoint(settings.model, settings.output, config, device=settings.device)
+        quantize_checkpoint(
+            settings.model,
+            settings.output,
+            config,
+            calibration=options.calibration(settings, load_tokenizer(settings.model)),
+            device=settings.device,
+            n_processes=settings.n_processes,
+        )
+    elif settings.n_processes > 1:
+        raise ValueError(
+            f"--n_processes {settings.n_processes} goes from files to files: leave out --overwrite, --dtype, "
+            "--tokenizer and --calibration.resume_folder. Nothing was written."
+        )
     else:
         options.refuse_output_in_use(settings)
         found = quantized_in_memory(settings, config)
@@ -50,8 +65,8 @@ def run(settings: Namespace) -> Result:
 
 
 def can_be_streamed(settings: Namespace) -> bool:
-    """Whether files are quantized one tensor at a time: nothing needs the whole model, and nothing is replaced."""
-    is_plain = settings.calibration.data is None and settings.dtype == "auto" and settings.tokenizer is None
+    """Whether files become files, a part at a time: nothing needs the whole model, and nothing is replaced."""
+    is_plain = settings.dtype == "auto" and settings.tokenizer is None and settings.calibration.resume_folder is None
     return is_plain and not settings.overwrite
 
 
