@@ -154,7 +154,7 @@ def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> di
     try:
         report = pql.export(model, out, case.format, tokenizer=tokenizer, **options)
     except (ValueError, NotImplementedError) as error:
-        return result | {"refused": str(error).replace("\n  ", " ").split(". ")[0]}
+        return result | {"refused": words_of(error)}
     weights = [*out.glob("*.safetensors"), *out.glob("*.gguf"), *out.glob("adapter/*.safetensors")]
     result |= {
         "relative_error": report.relative_error,
@@ -164,6 +164,14 @@ def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> di
         "command": report.serving_command.replace(str(out), "MODEL"),
     }
     return result if case.reader is None else result | read(case, out, ids, expected, readers, folder)
+
+
+def words_of(error: Exception) -> str:
+    """The first sentence of a refusal, or the last line of a converter's own words."""
+    ours, _, theirs = str(error).partition(" It says:\n")
+    if theirs:
+        return f"{ours.partition(';')[0]}: {theirs.splitlines()[-1].strip()}"
+    return ours.replace("\n  ", " ").split(". ")[0]
 
 
 def some_adapter(model: Any, ids: torch.Tensor, folder: Path) -> tuple[Path, torch.Tensor]:

@@ -60,7 +60,9 @@ def test_widths_and_groups_are_held_exactly(tmp_path, format):
     report = exported(model, tmp_path / "out", format)
     assert report.relative_error < 1e-6
     assert_computes(model, tmp_path / "out", format)
-    assert files_of(tmp_path / "out") >= {"tokenizer.json", "README.md", "export_report.json", "config.json"}
+    files = {"tokenizer.json", "README.md", "export_report.json", "config.json"}
+    files |= {"genai_config.json"} if format == "onnx" else {"openvino_tokenizer.xml", "openvino_detokenizer.bin"}
+    assert files_of(tmp_path / "out") >= files
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
@@ -85,8 +87,9 @@ def test_half_precision_is_rounded_once_and_weights_stay_codes(tmp_path):
     import openvino
 
     model = quantized()
-    report = exported(model, tmp_path / "out", "openvino", dtype=torch.float16)
+    report = pql.export(model, tmp_path / "out", "openvino", dtype=torch.float16)
     assert report.is_exact
+    assert "openvino-genai needs a tokenizer" in str(report)
     assert report.bits[1] == 4 + 2 * 16 / 32
     assert_computes(model, tmp_path / "out", "openvino", atol=2e-3)
     compiled = openvino.compile_model(tmp_path / "out" / "openvino_model.xml", "CPU").get_runtime_model()
@@ -99,8 +102,9 @@ def test_half_precision_is_rounded_once_and_weights_stay_codes(tmp_path):
     assert size < 1.1 * (2 * floats + codes / 2)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_other_weights_are_requantized(tmp_path, format):
+@needs_onnx
+def test_other_weights_are_requantized(tmp_path):
+    format = "onnx"
     model = readable(config=pql.AQLMConfig(nbits_per_codebook=4))
     with pytest.raises(ValueError, match=r"no place for aqlm weights(.|\n)*approximate='requantize'"):
         exported(model, tmp_path / "out", format)
@@ -163,11 +167,3 @@ def test_what_lies_beside_a_model_is_refused(tmp_path, format):
 def test_a_missing_package_is_told_with_its_pip_line(tmp_path, monkeypatch, format, package, line):
     monkeypatch.setitem(sys.modules, package, None)
     refused(quantized(), tmp_path / "out", format, line, error=ImportError)
-
-
-@needs_openvino
-def test_openvinos_tokenizer_lies_beside_the_model(tmp_path):
-    exported(quantized(), tmp_path / "out", "openvino")
-    assert files_of(tmp_path / "out") >= {"openvino_tokenizer.xml", "openvino_detokenizer.bin"}
-    report = pql.export(quantized(), tmp_path / "without", "openvino")
-    assert "openvino-genai needs a tokenizer" in str(report)
