@@ -62,8 +62,8 @@ def quantize_model(
         ValueError: the model carries adapters; another library has quantized it; its weights are offloaded, sharded or
             on the meta device; nothing to quantize; a layer is quantized already to another spec; a shape does not fit
             the config, with ``on_misfit="refuse"``; a pattern matches no module; a weight holds NaN or Inf; too little
-            calibration data; block finetuning or a resume folder for a model that is quantized in part. The model is
-            as it was.
+            calibration data; block finetuning, asymmetric targets or a resume folder for a model that is quantized in
+            part. The model is as it was.
     """
     _check_arguments(model, config, tokenizer, device, progress, on_layer, is_calibrated=calibration is not None)
     if has_adapters(model):
@@ -119,11 +119,11 @@ def _check_arguments(
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
     """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs."""
-    if calibration.finetune_epochs or calibration.resume_folder is not None:
+    if calibration.finetune_epochs or calibration.resume_folder is not None or calibration.asymmetric_targets:
         raise ValueError(
-            "some layers are quantized already, and block finetuning and resume_folder need the float model; nothing "
-            "was changed. Load the float model again (finished blocks are taken from resume_folder), or continue with "
-            "finetune_epochs=0 and resume_folder=None."
+            "some layers are quantized already, and block finetuning, asymmetric targets and resume_folder need the "
+            "float model; nothing was changed. Load the float model again (finished blocks are taken from "
+            "resume_folder), or continue with finetune_epochs=0, asymmetric_targets=False and resume_folder=None."
         )
 
 

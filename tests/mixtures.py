@@ -13,6 +13,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LongcatFlashConfig,
@@ -92,6 +94,12 @@ MIXTURES = {
             **{k: v for k, v in SIZES.items() if k != "num_hidden_layers"} | {"num_key_value_heads": 4}, **MLA,
             num_layers=2, head_dim=8, ffn_hidden_size=64, n_routed_experts=4, zero_expert_num=2, moe_topk=2,
             expert_ffn_hidden_size=32,
+        )
+    ),
+    "jetmoe": lambda: JetMoeForCausalLM(
+        JetMoeConfig(
+            **{k: v for k, v in SIZES.items() if k != "num_attention_heads"}, kv_channels=16, num_local_experts=4,
+            num_experts_per_tok=2, intermediate_size=32,
         )
     ),
     "nemotron_h": lambda: NemotronHForCausalLM(

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from peft_quantlayers.integrations import peft as integration
-
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "patches"
 PATCHES = sorted(FOLDER.glob("*/*/*.patch"))
@@ -97,6 +95,15 @@ def test_a_pull_request_of_peft_names_the_issue_and_documents_new_public_names(s
     assert {name for name in exported if name not in docs} == set()
 
 
+@pytest.mark.parametrize("project", ["peft", "transformers"])
+def test_an_issue_has_the_fields_of_the_form_for_bugs_and_says_that_ai_was_used(project):
+    issue = (FOLDER / project / "issue.md").read_text()
+    assert re.findall(r"^### (.+)$", issue, re.M) == [
+        "System Info", "Who can help?", "Reproduction", "Expected behavior"
+    ]  # fmt: skip
+    assert "*Disclosure: an AI agent " in issue
+
+
 def test_the_issue_has_a_reproduction_for_every_row_of_its_table():
     issue = (FOLDER / "peft" / "issue.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.*\]\(#(\S+)\) \|$", issue, re.M)
@@ -122,6 +129,10 @@ def test_every_patch_that_our_code_or_its_documentation_names_is_there():
     assert named <= {f"{series.parent.name}/{series.name}" for series in SERIES}
 
 
-def test_every_function_of_peft_that_ours_extends_is_in_the_readme():
-    for name in integration._replaced.names():
-        assert f"`{name}`" in README or f".{name}`" in README, name
+@pytest.mark.parametrize("series", [series for series in SERIES if series.parent.name == "peft"])
+def test_no_tuner_of_peft_names_the_resolver_of_backends_unless_it_supports_them(series):
+    """PEFT's `scripts/generate_method_capabilities.py` takes the name in a tuner's source for support of them all."""
+    for patch in series.glob("*.patch"):
+        for file, lines in added_lines(patch).items():
+            if file.startswith("src/peft/tuners/"):
+                assert "resolve_quantization_backend" not in "\n".join(lines), file

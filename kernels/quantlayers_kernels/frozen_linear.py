@@ -76,7 +76,7 @@ def lora_linears(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...
         floats += place.branch.A, place.branch.B
     if not torch.is_grad_enabled() or not (x.requires_grad or any(f is not None and f.requires_grad for f in floats)):
         return _without_gradients(x, layers, places)
-    dtype = _dtype_of_branches(x, [place.branch for place in places])
+    dtype = dtype_of_branches(x, [place.branch for place in places])
     return _LoraLinears.apply(x, layers, places, dtype, *floats)
 
 
@@ -88,9 +88,9 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
         x: (..., in_features), floating.
         branches: as for :func:`lora_linears`, without dropout.
     """
-    dtype = _dtype_of_branches(x, branches)
+    dtype = dtype_of_branches(x, branches)
     is_one_token = x.numel() == x.shape[-1] and y.dtype == dtype and _can_multiply_vectors(x, dtype)
-    with _without_autocast(x):
+    with without_autocast(x):
         if is_one_token:
             token, into = x.reshape(-1).to(dtype), y.view(-1)
             for A, B, scaling, _ in branches:
@@ -98,7 +98,7 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
             return y
         rows, into = _rows(x, dtype), y.view(-1, y.shape[-1])
         for A, B, scaling, _ in branches:
-            _add_product(into, (A.to(dtype) @ rows.t()).t(), B.to(dtype).t(), scaling=scaling)
+            add_product(into, (A.to(dtype) @ rows.t()).t(), B.to(dtype).t(), scaling=scaling)
     return y
 
 
@@ -109,11 +109,11 @@ def _can_multiply_vectors(x: Tensor, dtype: torch.dtype) -> bool:
 
 def _without_gradients(x: Tensor, layers: Sequence[FrozenLinear], places: "list[_Place]") -> tuple[Tensor, ...]:
     if any(place.branch.dropout > 0 for place in places):
-        return _results(x, layers, places, _dtype_of_branches(x, [place.branch for place in places]))[0]
+        return _results(x, layers, places, dtype_of_branches(x, [place.branch for place in places]))[0]
     return tuple(add_branches(layer.multiply(x), x, layer.branches) for layer in layers)
 
 
-def _dtype_of_branches(x: Tensor, branches: Sequence[Branch]) -> torch.dtype:
+def dtype_of_branches(x: Tensor, branches: Sequence[Branch]) -> torch.dtype:
     dtype = branches[0].A.dtype if branches else x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -167,18 +167,18 @@ def _results(
 ) -> tuple[tuple[Tensor, ...], Tensor, list[_Block], list[Tensor | None]]:
     """The results of :func:`lora_linears`, and for the gradient the hidden state, its blocks and dropout's masks."""
     blocks = _blocks(places)
-    with _without_autocast(x):
+    with without_autocast(x):
         rows = _rows(x, dtype)
-        masks = [_coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
+        masks = [coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
         hidden = rows.new_empty(places[-1].ranks.stop if places else 0, rows.shape[0])
         for block, mask in zip(blocks, masks, strict=True):
             A = _stacked([place.branch.A for place in places[block.branches]], dtype)
-            torch.mm(A, _dropped(rows, mask, block.dropout).t(), out=hidden[block.ranks])
+            torch.mm(A, dropped(rows, mask, block.dropout).t(), out=hidden[block.ranks])
         results = tuple(layer.multiply(x) for layer in layers)
         for branch, at, ranks in places:
             y = results[at]
             into = y.view(-1, y.shape[-1])
-            _add_product(into, hidden[ranks].t(), branch.B.to(dtype).t(), scaling=branch.scaling)
+            add_product(into, hidden[ranks].t(), branch.B.to(dtype).t(), scaling=branch.scaling)
     return results, hidden, blocks, masks
 
 
@@ -246,7 +246,7 @@ class _LoraLinears(torch.autograd.Function):
         wants_x, _, _, _, *wants = ctx.needs_input_grad
         layers = _gradients(ctx.layers, ctx.places, grads, floats, wants)
         branches = [branch for layer in layers for branch in layer.branches]
-        with _without_autocast(x):
+        with without_autocast(x):
             grad_hidden = torch.zeros_like(hidden)
             for layer in layers:
                 _add_gradients_of_layer(layer, hidden, grad_hidden)
@@ -299,7 +299,7 @@ def _add_gradients_of_block(
 ) -> None:
     """Gradients of a block's ``A``, and its part of the input's gradient, which is added to ``grad_x``."""
     if any(each.wants_A for each in branches):
-        pieces = (grad_hidden @ _dropped(rows, mask, block.dropout)).split([len(each.A) for each in branches])
+        pieces = (grad_hidden @ dropped(rows, mask, block.dropout)).split([len(each.A) for each in branches])
         for each, piece in zip(branches, pieces, strict=True):
             if each.wants_A and grads[each.place.layer] is not None:
                 each.grad_A = piece.to(each.A.dtype)
@@ -307,12 +307,12 @@ def _add_gradients_of_block(
         return
     A = _stacked([each.A for each in branches], rows.dtype)
     if mask is None:
-        _add_product(grad_x, grad_hidden.t(), A)
+        add_product(grad_x, grad_hidden.t(), A)
     else:
-        grad_x.add_(_dropped(grad_hidden.t() @ A, mask, block.dropout))
+        grad_x.add_(dropped(grad_hidden.t() @ A, mask, block.dropout))
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(x: Tensor) -> AbstractContextManager:
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -325,7 +325,7 @@ def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts))).to(dtype)
 
 
-def _add_product(into: Tensor, left: Tensor, right: Tensor, *, scaling: float = 1.0) -> None:
+def add_product(into: Tensor, left: Tensor, right: Tensor, *, scaling: float = 1.0) -> None:
     """``into += scaling * left @ right``, whatever the dtype of ``into``."""
     if into.dtype == left.dtype:
         into.addmm_(left, right, alpha=scaling)
@@ -333,11 +333,11 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, *, scaling: float = 
         into.add_(left @ right, alpha=scaling)
 
 
-def _coin_flips(rows: Tensor, probability: float) -> Tensor:
+def coin_flips(rows: Tensor, probability: float) -> Tensor:
     return torch.empty(rows.shape, dtype=torch.bool, device=rows.device).bernoulli_(probability)
 
 
-def _dropped(rows: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def dropped(rows: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     if mask is None:
         return rows
     return rows * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)

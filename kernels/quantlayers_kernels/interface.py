@@ -59,6 +59,16 @@ class DenseRows(Structure):
     )
 
 
+class ExpertTokens(Structure):
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("offsets", c_void_p),
+        ("n_experts", c_int64),
+        ("out_features", c_int64),
+    )
+
+
 class HQQGradient(Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -162,6 +172,8 @@ KERNELS: dict[str, tuple[type[Structure], ...]] = {
     "ql_hqq_linear": (HQQWeight, Product),
     "ql_hqq_dequantize": (HQQWeight, DenseRows),
     "ql_hqq_gradient": (HQQWeight, HQQGradient),
+    "ql_hqq_experts_linear": (HQQWeight, ExpertTokens),
+    "ql_hqq_experts_gradient": (HQQWeight, ExpertTokens),
     "ql_hqq_half_quadratic": (HQQGroups, HQQHalfQuadratic),
     "ql_hqq_affine_fit": (HQQGroups, HQQAffineFit),
     "ql_hqq_choose": (HQQChoice,),
@@ -175,6 +187,7 @@ KERNELS: dict[str, tuple[type[Structure], ...]] = {
 FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ql_interface": (c_uint32, ()),
     "ql_best_variant": (c_int, ()),
+    "ql_has_matrix_tiles": (c_int, ()),
     "ql_set_parallel_region": (None, (c_void_p,)),
     **{
         name: (c_int, (*(POINTER(structure) for structure in structures), c_int, c_int))

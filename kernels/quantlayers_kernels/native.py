@@ -111,6 +111,13 @@ def variant() -> int:
     return min(best, VARIANTS.index(chosen))
 
 
+@cache
+def has_matrix_tiles() -> bool:
+    """Whether the kernels that multiply in AMX's tiles can be called: on Linux, with the "avx512" variant."""
+    loaded = library()
+    return loaded is not None and variant() == VARIANTS.index("avx512") and bool(loaded.ql_has_matrix_tiles())
+
+
 def call(name: str, *structures: ctypes.Structure) -> None:
     """Run one kernel on as many threads as torch uses; other Python threads go on meanwhile.
 

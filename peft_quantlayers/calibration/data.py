@@ -4,12 +4,20 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_fields, check_integer, check_keywords_only, check_number, check_tokenizer
+from ..arguments import (
+    check_choice,
+    check_fields,
+    check_flag,
+    check_integer,
+    check_keywords_only,
+    check_number,
+    check_tokenizer,
+)
 from .forward_batches import forward_batches
 from .model_facts import main_input, max_length, takes_token_ids, vocabulary_size
 from .texts import token_sequences
@@ -44,6 +52,12 @@ class Calibration:
             relies less on the data.
         shrinkage: fraction by which off-diagonal entries of the second moment are shrunk towards zero. A larger value
             relies less on the data.
+        asymmetric_targets: quantize each weight of a block to give the float model's outputs from the inputs that the
+            quantized blocks before it make, which makes up for part of their error. The float model runs beside, with
+            a second copy of one block in memory. Experts and layers outside of the blocks are as without.
+        initial_codes: what the sweeps over the codes begin with, for HQQ and NF4: the nearest codes; rounding with
+            error feedback, as in GPTQ, by columns; the same with the columns of large inputs first; or, with "best",
+            for each layer the one of these with the lowest error on held-out tokens. Experts begin with the nearest.
         finetune_epochs: after a block is quantized, epochs over the data in which its scales, zeros, codebooks, biases
             and float32 norms are trained to restore the block's original output; 0 for none.
         learning_rate: of that training, relative to the size of each tensor.
@@ -57,6 +71,8 @@ class Calibration:
     batch_size: int = 4
     damping: float = 0.05
     shrinkage: float = 0.3
+    asymmetric_targets: bool = False
+    initial_codes: Literal["nearest", "error_feedback", "act_order", "best"] = "nearest"
     finetune_epochs: int = 0
     learning_rate: float = 1e-3
     resume_folder: str | Path | None = None
@@ -77,6 +93,8 @@ class Calibration:
         check_number("damping", self.damping, above=0.0, at_most=1e6)
         if self.shrinkage != 0:
             check_number("shrinkage", self.shrinkage, above=0.0, at_most=1.0)
+        check_flag("asymmetric_targets", self.asymmetric_targets)
+        check_choice("initial_codes", self.initial_codes, ("nearest", "error_feedback", "act_order", "best"))
         check_integer("finetune_epochs", self.finetune_epochs, at_least=0, at_most=10_000)
         check_number("learning_rate", self.learning_rate, above=0.0, at_most=1.0)
         if self.resume_folder is not None and not isinstance(self.resume_folder, (str, Path)):

@@ -19,6 +19,7 @@ from ..layers.dense_stack import is_called_stack
 from .blocks import Call, Stop, device_of, input_of
 from .expert_inputs import SortedInput
 from .paused_pass import Pass, replaced_forwards
+from .statistics import PairedInput
 
 # Passes that wait at a time, each with what the block has computed so far.
 MAX_WAITING = 32
@@ -47,16 +48,34 @@ class LayerPasses:
                 stack.callback(each.close)
         self.waiting.clear()
 
-    def inputs(self, names: list[str]) -> Generator[Tensor]:
+    def inputs(self, names: list[str], *, beside: LayerPasses | None = None) -> Generator[PairedInput]:
         """What the first of the layers ``names`` to run reads in each call, without padding.
 
         Calls that reach none of them give nothing.
+
+        Args:
+            names: of layers that read the same.
+            beside: passes of the unchanged block with the same batches, whose layers' inputs are given too.
         """
-        with self._paused(names):
+        with ExitStack() as stack:
+            stack.enter_context(self._paused(names))
+            if beside is not None:
+                stack.enter_context(beside._paused(names))
             for index, call in enumerate(self.calls):
                 found = self._input(index, call)
-                if found is not None:
-                    yield call.real_tokens(found)
+                original = None if beside is None else beside._input(index, beside.calls[index])
+                if found is None:
+                    continue
+                if original is not None and (original.shape != found.shape or not self._is_unrouted(names, found)):
+                    original = None
+                yield PairedInput(call.real_tokens(found), None if original is None else call.real_tokens(original))
+
+    def _is_unrouted(self, names: list[str], x: Tensor) -> bool:
+        """Whether ``x`` holds tokens in their own order: sequences, or nothing that a list of experts was given."""
+        if x.dim() > 2:
+            return True
+        parents = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)}
+        return not any(isinstance(self.block.get_submodule(parent), nn.ModuleList) for parent in parents)
 
     def sorted_inputs(self, name: str) -> Generator[SortedInput]:
         """What the stack of experts ``name`` reads in each call, without padding."""

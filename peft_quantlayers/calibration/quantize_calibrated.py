@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,12 @@ from ..layers.dense_types import dense_weight
 from ..layers.replace import linear_of, quantize_module
 from ..layers.stack import QuantizedStack
 from ..methods import QuantConfig, get_method
+from .asymmetric_targets import asymmetric_target
 from .data import Calibration
 from .finetune import finetune_block
+from .initial_codes import chosen_initial_codes
 from .resume_folder import ResumeFolder
+from .statistics import InputStatistics, Statistic
 from .walk import BlockWork, InputGroup, Visitor, walk
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ class LayerResult:
         name: of the module.
         bits_per_weight: stored bits, metadata included.
         weight_error: squared norm of the weight's error over that of the weight.
-        output_error: the same for the outputs on the calibration inputs; None if no input reached the layer.
+        output_error: the same for the outputs on the calibration inputs, with asymmetric targets of the error to the
+            target; None if no input reached the layer.
         seconds: time to quantize it, without the collection of inputs.
     """
 
@@ -66,7 +70,7 @@ def quantize_calibrated(
             another run or is damaged; the model is as it was.
         OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
-    check_can_calibrate(specs)
+    check_can_calibrate(specs, calibration)
     visitor = QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     try:
         walk(model, list(specs), calibration, visitor, device=device, progress=progress)
@@ -75,8 +79,16 @@ def quantize_calibrated(
             visitor.folder.close()
 
 
-def check_can_calibrate(specs: Mapping[str, QuantSpec]) -> None:
-    """Raise ValueError if there is a layer, by name, whose method makes no use of calibration data."""
+def check_can_calibrate(specs: Mapping[str, QuantSpec], calibration: Calibration) -> None:
+    """Raise ValueError if there is a layer, by name, whose method makes no use of ``calibration``."""
+    wanted = calibration.initial_codes
+    for name, spec in specs.items():
+        known = get_method(spec.method).initial_codes
+        if wanted != "best" and wanted not in known:
+            raise ValueError(
+                f"{name}: initial_codes={wanted!r} is not possible for {spec.method}, whose codes begin with "
+                f'{list(known)}. Use initial_codes="best", which takes what each layer can. The model was not changed.'
+            )
     unfit = [name for name, spec in specs.items() if not get_method(spec.method).can_use_hessian(spec)]
     if unfit:
         raise ValueError(
@@ -88,8 +100,6 @@ def check_can_calibrate(specs: Mapping[str, QuantSpec]) -> None:
 
 class QuantizeVisitor(Visitor):
     """Quantizes each layer that the walk comes to, with the statistics of its inputs."""
-
-    statistics = ("second_moment",)
 
     def __init__(
         self,
@@ -104,6 +114,7 @@ class QuantizeVisitor(Visitor):
         self.device, self.on_layer = device, on_layer
         self.folder: ResumeFolder | None = None
         self.needs_targets = calibration.finetune_epochs > 0
+        self.statistics = wanted_statistics(calibration, specs.values())
 
     def begin(self, batches: list[Tensor]) -> None:
         folder = self.calibration.resume_folder
@@ -119,7 +130,7 @@ class QuantizeVisitor(Visitor):
             return self._quantize_stack(group)
         hessian = group.hessian(self.calibration)
         for name in group.names:
-            self._quantize(name, hessian)
+            self._quantize(name, hessian, group.statistics)
         return None
 
     def _quantize_stack(self, group: InputGroup) -> None:
@@ -153,9 +164,17 @@ class QuantizeVisitor(Visitor):
         if self.on_layer is not None:
             self.on_layer(result)
 
-    def _quantize(self, name: str, hessian: Tensor | None) -> None:
+    def _quantize(self, name: str, hessian: Tensor | None, statistics: InputStatistics | None) -> None:
         weight = linear_of(self.model, name)[0].detach().clone()
         start = time.perf_counter()
+        target = asymmetric_target(weight, statistics)
+        initial_codes = chosen_initial_codes(
+            weight if target is None else target,
+            self.specs[name],
+            statistics,
+            self.calibration,
+            layer_name=name,
+        )
         layer = cast(
             QuantizedLinear,
             quantize_module(
@@ -164,12 +183,14 @@ class QuantizeVisitor(Visitor):
                 self.specs[name],
                 compute_dtype=self.config.compute_dtype,
                 device=self.device,
+                target=target,
                 hessian=hessian,
+                initial_codes=initial_codes,
             ),
         )
         seconds = time.perf_counter() - start
         errors = _Errors()
-        errors.add(weight, layer.dequantize(torch.float32), hessian)
+        errors.add(weight, layer.dequantize(torch.float32), hessian, target=target)
         self._tell(errors.result(name, layer.quantized_weight.bits_per_weight, seconds))
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
@@ -191,14 +212,18 @@ class _Errors:
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.has_outputs = False
 
-    def add(self, weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> None:
-        """Add one weight and its quantized values, (out_features, in_features), with its inputs' second moment."""
-        weight = weight.float()
-        difference = quantized.to(weight.device) - weight
-        moments = [None] if hessian is None else [None, hessian.to(weight.device)]
-        for at, moment in enumerate(moments):
-            for into, part in enumerate((difference, weight)):
-                self.sums[2 * at + into] += float(((part if moment is None else part @ moment) * part).sum())
+    def add(self, weight: Tensor, quantized: Tensor, hessian: Tensor | None, *, target: Tensor | None = None) -> None:
+        """Add one weight and its quantized values, (out_features, in_features), with its inputs' second moment.
+
+        ``target``: what the outputs should be those of, in place of ``weight``.
+        """
+        weights = (
+            [weight.float()] if hessian is None else [weight.float(), (weight if target is None else target).float()]
+        )
+        for at, aim in enumerate(weights):
+            for into, part in enumerate((quantized.to(aim.device) - aim, aim)):
+                weighted = part if at == 0 or hessian is None else part @ hessian.to(aim.device)
+                self.sums[2 * at + into] += float((weighted * part).sum())
         self.has_outputs |= hessian is not None
 
     def result(self, name: str, bits_per_weight: float, seconds: float) -> LayerResult:
@@ -213,13 +238,29 @@ class _Errors:
         )
 
 
+def wanted_statistics(calibration: Calibration, specs: Iterable[QuantSpec] = ()) -> tuple[Statistic, ...]:
+    """What is collected of the inputs of layers that are quantized to ``specs``, or merged."""
+    has_choice = any(len(get_method(spec.method).initial_codes) > 1 for spec in specs)
+    wanted: tuple[Statistic, ...] = ("second_moment",)
+    if calibration.asymmetric_targets:
+        wanted += ("deviation_moment",)
+    if calibration.asymmetric_targets or (calibration.initial_codes == "best" and has_choice):
+        wanted += ("first_half",)
+    return wanted
+
+
+# Options that came later, with the value that means what was done before: runs that began then can go on.
+LATER_OPTIONS = {"asymmetric_targets": False, "initial_codes": "nearest"}
+
+
 def calibration_options(calibration: Calibration) -> dict[str, Any]:
     """How the data is used: all fields that determine the result, but for the data."""
-    return {
+    options = {
         field.name: getattr(calibration, field.name)
         for field in dataclasses.fields(calibration)
         if field.name not in ("data", "tokenizer", "resume_folder")
     }
+    return {name: value for name, value in options.items() if LATER_OPTIONS.get(name, ...) != value}
 
 
 def _fingerprint(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-Statistic = Literal["second_moment", "mean_square", "max_abs", "mean_abs", "inputs"]
+Statistic = Literal["second_moment", "deviation_moment", "mean_square", "max_abs", "mean_abs", "inputs", "first_half"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
+MEANS = ("second_moment", "deviation_moment", "mean_square", "mean_abs")
 
 # Tokens that are worked on at a time, which bounds the float32 copy of half-precision inputs.
 TOKENS_AT_A_TIME = 8192
@@ -28,19 +29,39 @@ class InputStatistics:
     Fields (float32, on the device of the inputs; None where not asked for):
         n_tokens: tokens seen.
         second_moment: mean of ``x x.T``, (in_features, in_features).
+        deviation_moment: mean of ``(x_float - x) x.T``, (in_features, in_features), where ``x_float`` is what the
+            unchanged model has in the place of ``x``; None also where that is not known token by token. It is
+            ``E[x_float x.T]`` less the second moment, without the cancellation.
         mean_square: mean of ``x * x``, its diagonal, (in_features,).
         max_abs: largest ``abs(x)``, (in_features,).
         mean_abs: mean of ``abs(x)``, (in_features,).
         inputs: the inputs themselves, at most ``MAX_KEPT_TOKENS`` spread evenly over all tokens,
             (n_kept, in_features).
+        first_half: of the statistics that are means, the same over the first half of each call's tokens, with which
+            :meth:`halves` gives two that are independent of each other.
     """
 
     n_tokens: int
     second_moment: Tensor | None = None
+    deviation_moment: Tensor | None = None
     mean_square: Tensor | None = None
     max_abs: Tensor | None = None
     mean_abs: Tensor | None = None
     inputs: Tensor | None = None
+    first_half: InputStatistics | None = None
+
+    def halves(self) -> tuple[InputStatistics, InputStatistics] | None:
+        """Means over two halves of the tokens; None where one of them is empty, or they were not asked for."""
+        first = self.first_half
+        if first is None or not 0 < first.n_tokens < self.n_tokens:
+            return None
+        n_second = self.n_tokens - first.n_tokens
+        means: dict[str, Any] = {}
+        for name in MEANS:
+            total, part = getattr(self, name), getattr(first, name)
+            if total is not None:
+                means[name] = torch.sub(total * (self.n_tokens / n_second), part, alpha=first.n_tokens / n_second)
+        return first, InputStatistics(n_tokens=n_second, **means)
 
     def hessian(self, *, damping: float, shrinkage: float = 0.0) -> Tensor:
         """The second moment as far as it is trusted, (in_features, in_features) float32; a tensor of its own.
@@ -66,47 +87,103 @@ def check_statistics(wanted: Sequence[str]) -> None:
         raise ValueError(f"{unknown[0]!r} is not a statistic of inputs; choose from {list(STATISTICS)}.")
 
 
-def collect(inputs: Iterable[Tensor], wanted: Sequence[Statistic]) -> InputStatistics | None:
-    """The statistics ``wanted`` of all tokens of ``inputs``, (..., in_features) each; None if none but zeros come."""
+class PairedInput(NamedTuple):
+    """What a layer reads, (..., in_features), and the same tokens in the unchanged model; None if not known."""
+
+    x: Tensor
+    original: Tensor | None
+
+
+def collect(inputs: Iterable[Tensor | PairedInput], wanted: Sequence[Statistic]) -> InputStatistics | None:
+    """The statistics ``wanted`` of all tokens of ``inputs``, (..., in_features) each; None if none but zeros come.
+
+    The deviation moment needs pairs, and is None unless all of them know their tokens in the unchanged model.
+    """
     check_statistics(wanted)
-    sums: dict[str, Tensor] = {}
-    kept, n_tokens = _KeptTokens(MAX_KEPT_TOKENS), 0
+    first, second = (_Sums([name for name in wanted if name not in ("inputs", "first_half")]) for _ in range(2))
+    kept = _KeptTokens(MAX_KEPT_TOKENS)
     is_zero = True
-    for x in inputs:
+    for given in inputs:
+        x, original = given if isinstance(given, PairedInput) else PairedInput(given, None)
         tokens = x.detach().reshape(-1, x.shape[-1])
-        for part in tokens.split(TOKENS_AT_A_TIME):
-            part = part.float()
-            _add(sums, part, wanted)
-            if "inputs" in wanted:
-                kept.add(part, at=n_tokens)
-            if not sums and is_zero:
-                is_zero = not part.any()
-            n_tokens += len(part)
-    if not n_tokens or (is_zero if not sums else not _total(sums) > 0):
+        others = None if original is None else original.detach().reshape(tokens.shape)
+        # Unless halves are wanted, all is added up in one place, in the order in which it comes.
+        middle = len(tokens) // 2 if "first_half" in wanted else 0
+        for half, start, stop in ((first, 0, middle), (second, middle, len(tokens))):
+            for at in range(start, stop, TOKENS_AT_A_TIME):
+                rows = slice(at, min(at + TOKENS_AT_A_TIME, stop))
+                part = tokens[rows].float()
+                is_zero = is_zero and not part.any()
+                if "inputs" in wanted:
+                    kept.add(part, at=first.n_tokens + second.n_tokens)
+                half.add(part, None if others is None else others[rows].float())
+    both = first.plus(second)
+    if is_zero or not both.are_numbers():
         return None
-    means = {name: total if name == "max_abs" else total.div_(n_tokens) for name, total in sums.items()}
-    return InputStatistics(n_tokens=n_tokens, inputs=kept.tokens() if "inputs" in wanted else None, **means)
+    return InputStatistics(
+        **both.means(),
+        inputs=kept.tokens() if "inputs" in wanted else None,
+        first_half=InputStatistics(**first.means()) if first.n_tokens else None,
+    )
 
 
-def _add(sums: dict[str, Tensor], x: Tensor, wanted: Sequence[Statistic]) -> None:
-    """Take the tokens ``x``, (n, in_features) float32, into ``sums``."""
-    for name in wanted:
-        before = sums.get(name)
-        if name == "second_moment":
-            sums[name] = x.t() @ x if before is None else before.addmm_(x.t(), x)
-        elif name == "mean_square":
-            sums[name] = x.square().sum(0) if before is None else before.add_(x.square().sum(0))
-        elif name == "mean_abs":
-            sums[name] = x.abs().sum(0) if before is None else before.add_(x.abs().sum(0))
-        elif name == "max_abs" and len(x):
-            largest = x.abs().amax(0)
-            sums[name] = largest if before is None else torch.maximum(before, largest)
+class _Sums:
+    """Sums over tokens, or largest values, of the statistics ``names``."""
 
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.n_tokens = list(names), 0
+        self.sums: dict[str, Tensor] = {}
 
-def _total(sums: dict[str, Tensor]) -> float:
-    """Positive unless all inputs were zero; NaN where one was."""
-    name, total = next(iter(sums.items()))
-    return float((total.diagonal() if name == "second_moment" else total).sum())
+    def add(self, x: Tensor, original: Tensor | None) -> None:
+        """Take the tokens ``x``, (n, in_features) float32; ``original``: the same in the unchanged model."""
+        self.n_tokens += len(x)
+        if original is None:
+            self.drop("deviation_moment")
+        for name in self.names:
+            if name == "second_moment":
+                self._add_product(name, x, x)
+            elif name == "deviation_moment" and original is not None:
+                self._add_product(name, original - x, x)
+            elif name == "max_abs":
+                self._add(name, x.abs().amax(0))
+            else:
+                self._add(name, (x.square() if name == "mean_square" else x.abs()).sum(0))
+
+    def drop(self, name: str) -> None:
+        """Leave a statistic out that cannot be had."""
+        if name in self.names:
+            self.names.remove(name)
+            self.sums.pop(name, None)
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Both together, in the memory of ``other``."""
+        for name in set(other.names) - set(self.names):
+            other.drop(name)
+        for name, part in self.sums.items():
+            if name in other.names:
+                other._add(name, part if name in other.sums else part.clone())
+        other.n_tokens += self.n_tokens
+        return other
+
+    def are_numbers(self) -> bool:
+        """Whether none of them is NaN."""
+        return not any(total.isnan().any() for total in self.sums.values())
+
+    def means(self) -> dict[str, Any]:
+        """The fields of :class:`InputStatistics`, in the memory of the sums."""
+        means = {name: total.div_(self.n_tokens) if name in MEANS else total for name, total in self.sums.items()}
+        return {"n_tokens": self.n_tokens, **means}
+
+    def _add_product(self, name: str, left: Tensor, right: Tensor) -> None:
+        before = self.sums.get(name)
+        self.sums[name] = left.t() @ right if before is None else before.addmm_(left.t(), right)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        before = self.sums.get(name)
+        if before is None:
+            self.sums[name] = values
+        else:
+            self.sums[name] = torch.maximum(before, values) if name == "max_abs" else before.add_(values)
 
 
 class _KeptTokens:

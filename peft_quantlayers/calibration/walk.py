@@ -1,9 +1,10 @@
 """Walk through a model block by block, and give each layer statistics of its inputs.
 
 A block's inputs are what the model makes of the outputs of the blocks before it, quantized or merged as they are by
-then. Within a block the layers follow in the order in which they run; those that read the same input (q, k and v; gate
-and up) share its statistics, collected after the layers before them were visited. Nothing is kept but the states of
-the model's forward passes, one group's statistics, and on a CPU what the block has computed so far.
+then. Where a visitor asks for what the unchanged model has in their place, that runs beside, through a copy of the
+block. Within a block the layers follow in the order in which they run; those that read the same input (q, k and v;
+gate and up) share its statistics, collected after the layers before them were visited. Nothing is kept but the states
+of the model's forward passes, one group's statistics, and on a CPU what the block has computed so far.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from tqdm.auto import tqdm
 from ..layers.dense_stack import as_called_stacks, is_called_stack
 from ..layers.expert_types import fused_weights
 from .block_source import BlockSource, ModelBlocks
-from .blocks import Call, Stop, hidden_of, input_of, moved, run_until
+from .blocks import Call, moved
 from .data import Calibration
 from .expert_inputs import ExpertInputs, collect_experts
+from .input_groups import layers_by_input
 from .layer_passes import LayerPasses
 from .model_calls import batch_tensors, model_calls
 from .model_passes import ModelPasses
 from .statistics import InputStatistics, Statistic, check_statistics, collect
+from .unchanged_block import UnchangedBlock
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,11 @@ class Visitor:
 
     needs_targets = False
     """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether the unchanged model runs beside the one that is changed."""
+        return self.needs_targets or "deviation_moment" in self.statistics
 
     def begin(self, inputs: list[Tensor]) -> None:
         """Before anything is changed, with all tensors of the data; what is raised here refuses the walk."""
@@ -145,7 +153,7 @@ def walk_blocks(source: BlockSource, visitor: Visitor, *, progress: bool = True)
         visits = _Visits(visitor, bar)
         with source.passes() as passes, source.passes() as originals:
             for block in source.blocks:
-                _walk_block(source, block, passes, originals if visitor.needs_targets else None, visits)
+                _walk_block(source, block, passes, originals if visitor.needs_originals else None, visits)
         model, calls = source.whole()
         with LayerPasses(model, calls) as waiting:
             visits.in_order("", list(source.rest), waiting)
@@ -160,22 +168,26 @@ def _walk_block(
     ``originals`` are passes of the model as it was: they come to this block before it is changed.
     """
     names, home, visitor = source.layers(name), source.home(name), visits.visitor
-    with source.opened(name) as block:
-        targets = None
+    is_last = name == source.blocks[-1]
+    with source.opened(name) as block, ExitStack() as stack:
+        unchanged = None
         if originals is not None:
-            outputs = [moved(call.run(block), home) for call in originals.arrive(name)]
-            originals.give(outputs)
-            targets = [hidden_of(output) for output in outputs]
+            runs_beside = "deviation_moment" in visitor.statistics
+            unchanged = stack.enter_context(UnchangedBlock(block, name, originals, home, runs_beside=runs_beside))
         calls = passes.arrive(name)
-        with LayerPasses(block, calls) as waiting:
-            if visitor.restore_block(name, names):
-                visits.bar.update(len(names))
-            else:
-                visits.in_order(name, names, waiting)
-                if visitor.finish_block(name, names, BlockWork(block, calls, targets)):
-                    waiting.close()
-            if name != source.blocks[-1]:
-                passes.give(moved(output, home) for output in waiting.outputs())
+        waiting = stack.enter_context(LayerPasses(block, calls))
+        is_restored = visitor.restore_block(name, names)
+        if is_restored:
+            visits.bar.update(len(names))
+        else:
+            visits.in_order(name, names, waiting, unchanged)
+        targets = None if unchanged is None or (is_last and not visitor.needs_targets) else unchanged.finish()
+        if not is_restored and visitor.finish_block(
+            name, names, BlockWork(block, calls, targets if visitor.needs_targets else None)
+        ):
+            waiting.close()
+        if not is_last:
+            passes.give(moved(output, home) for output in waiting.outputs())
 
 
 @dataclass
@@ -198,8 +210,11 @@ class _Visits:
     scarce: dict[str, tuple[int, int]] = field(default_factory=dict)
     scarce_experts: dict[str, list[int]] = field(default_factory=dict)
 
-    def in_order(self, block: str, names: list[str], passes: LayerPasses) -> None:
+    def in_order(
+        self, block: str, names: list[str], passes: LayerPasses, unchanged: UnchangedBlock | None = None
+    ) -> None:
         """Visit the layers ``names`` of a block in the order in which they run; those that never run come last."""
+        beside = None if unchanged is None else unchanged.beside
         start = len(block) + 1 if block else 0
         groups, unreached = layers_by_input(passes.block, [name[start:] for name in names], passes.calls)
         for inside in groups:
@@ -207,7 +222,7 @@ class _Visits:
                 self._visit_stack(block, inside[0], passes)
                 continue
             # Closed whatever happens: while it is open, the layers' forwards are not their own.
-            with closing(passes.inputs(inside)) as inputs:
+            with closing(passes.inputs(inside, beside=beside)) as inputs:
                 statistics = collect(inputs, self.visitor.statistics)
             widths = [getattr(passes.block.get_submodule(name), "in_features", 0) for name in inside]
             group = InputGroup(tuple(f"{block}.{name}" if block else name for name in inside), block, statistics)
@@ -304,46 +319,3 @@ def _parts_without(names: Sequence[str], others: Sequence[str]) -> list[str]:
 def _pattern(name: str) -> str:
     """``name`` with ``*`` for each index in a list."""
     return ".".join("*" if part.isdigit() and at else part for at, part in enumerate(name.split(".")))
-
-
-def layers_by_input(
-    parent: nn.Module, names: Sequence[str], calls: Sequence[Call]
-) -> tuple[list[list[str]], list[str]]:
-    """Names in the order in which their modules run, those with one and the same input together; and unreached ones.
-
-    Modules that the first call does not reach come last, each for itself.
-    """
-    groups: list[list[str]] = []
-    missing = list(names)
-    for call in calls:
-        if not missing:
-            break
-        ran = _groups_of_call(parent, missing, call)
-        groups += [[name] for group in ran for name in group] if call is not calls[0] else ran
-        missing = [name for name in missing if not any(name in group for group in ran)]
-    return groups, missing
-
-
-def _groups_of_call(parent: nn.Module, names: Sequence[str], call: Call) -> list[list[str]]:
-    """As :func:`layers_by_input`, for one call."""
-    found: list[list[str]] = []
-    inputs: list[Tensor] = []  # held, so that no other tensor takes a place in memory that was seen before
-
-    def recorder(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if any(name in group for group in found):
-                return
-            x = input_of(args, kwargs)
-            same = next((i for i, seen in enumerate(inputs) if seen is x), None)
-            if same is None:
-                inputs.append(x)
-                found.append([name])
-            else:
-                found[same].append(name)
-            if sum(map(len, found)) == len(names):
-                raise Stop
-
-        return hook
-
-    run_until(parent, call, {name: recorder(name) for name in names})
-    return found

@@ -1,8 +1,18 @@
-"""Measuring models: perplexity, divergence, what a merge retains, memory that is kept for the backward pass."""
+"""Measuring models: perplexity, divergence, routing of experts, capture of a merge, memory for the backward pass."""
 
 from .capture import Capture, capture
 from .divergence import Divergence, divergence
 from .memory import saved_for_backward
 from .perplexity import perplexity
+from .routing import RoutingAgreement, routing_agreement
 
-__all__ = ["Capture", "Divergence", "capture", "divergence", "perplexity", "saved_for_backward"]
+__all__ = [
+    "Capture",
+    "Divergence",
+    "RoutingAgreement",
+    "capture",
+    "divergence",
+    "perplexity",
+    "routing_agreement",
+    "saved_for_backward",
+]

@@ -21,7 +21,8 @@ from ..arguments import nearest
 from ..lora.base_fingerprint import sampled_fingerprint
 from ..lora.merge_aware_config import BASE_FILE
 from .formats.base import LowRank
-from .source import ModelSource, SourceLayer
+from .source import ModelSource
+from .source_layer import SourceLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")

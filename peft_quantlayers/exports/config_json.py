@@ -27,11 +27,11 @@ def engine_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
     written["dtype"] = written["torch_dtype"] = name
     if "n_positions" in written:
         written.setdefault("n_ctx", written["n_positions"])
-    _add_rope_keys(written)
-    for part in _PARTS:
-        if isinstance(written.get(part), dict):
-            _add_rope_keys(written[part])
-            written[part]["dtype"] = name
+    for part in (written, *(written[key] for key in _PARTS if isinstance(written.get(key), dict))):
+        part["dtype"] = name
+        _add_rope_keys(part)
+        if "num_local_experts" in part:  # Qwen3-MoE's readers know the other name
+            part.setdefault("num_experts", part["num_local_experts"])
     return written
 
 

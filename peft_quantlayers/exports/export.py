@@ -222,7 +222,8 @@ def _requantized(
     assert isinstance(target, GridFormat)
     specs = {name: target_spec(each, target) for name, each in facts.items()}
     if calibration is not None:
-        return requantized_model(given.loaded(), specs, float_model=float_model, calibration=calibration)
+        by_module = {given.layers[name].module: spec for name, spec in specs.items()}
+        return requantized_model(given.loaded(), by_module, float_model=float_model, calibration=calibration)
     read = None if float_model is None else float_weights(float_model)
     return requantized_layers(given.layers, specs, read)
 

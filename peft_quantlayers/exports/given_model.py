@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..integrations.hqq_package_folder import WEIGHTS as HQQ_PACKAGE_FILE
 from ..integrations.hqq_package_folder import load_hqq_folder
 from ..integrations.private_transformers import name_or_path
-from ..layers import QuantizedLinear
 from ..layers.placement import check_weights_are_here
-from ..layers.quantized_storage import QuantizedStorage
 from ..lora import has_adapters
-from .source import ModelSource, SourceLayer, folder_source, layers_in_memory, linear_modules
+from .source import ModelSource, folder_source, layers_in_memory, linear_modules
+from .source_layer import SourceLayer
 
 
 @dataclass(kw_only=True)
@@ -79,7 +78,6 @@ def opened_model(model: Any) -> Iterator[GivenModel]:
             model = load_hqq_folder(folder)
         else:
             source = folder_source(folder)
-            _refuse_stacks(source.skeleton)
             yield GivenModel(
                 layers=source.layers,
                 config=source.config,
@@ -112,14 +110,3 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"export takes transformers models, got {type(model).__name__}. Nothing was written.")
     check_weights_are_here(model, "exporting", if_sharded="Save it, and export the folder.")
-    _refuse_stacks(model)
-
-
-def _refuse_stacks(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` has quantized weights that are no linear layers, such as experts."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedStorage) and not isinstance(module, QuantizedLinear):
-            raise ValueError(
-                f"{name}: quantized experts are not exported. Dequantize the model "
-                '(peft_quantlayers.dequantize_model), and export it as "dense". Nothing was written.'
-            )

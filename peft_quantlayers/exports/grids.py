@@ -48,6 +48,10 @@ class UniformGrid:
         groups = self.codes.float().view(*self.scale.shape, -1)
         return ((groups - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).view(self.codes.shape)
 
+    def rows(self, rows: slice) -> UniformGrid:
+        """The weight's rows ``rows`` alone."""
+        return dataclasses.replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
+
     def with_groups_of(self, group_size: int) -> UniformGrid:
         """The same weight with smaller groups, each with the scale and zero of the group that it is part of.
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluate import divergence
-from ..layers import quantized_modules
+from ..layers import QuantizedLinear
+from ..layers.expert_types import stack_at
 from ..layers.replace import dense_in_place_of
+from ..layers.replace_stack import put_dense
+from ..layers.selection import quantized_layers
 
 WINDOW = 512
 
@@ -21,7 +24,8 @@ def kl_of_export(model: Any, weights: Mapping[str, Tensor], token_ids: Tensor) -
 
     Args:
         model: a causal language model with quantized layers; it is as before afterwards.
-        weights: what readers compute for each layer, (out_features, in_features), float32, by module name.
+        weights: what readers compute for each layer, (out_features, in_features), float32, by its name in the model;
+            of a stack of experts with the expert as first dimension.
         token_ids: integers; an incomplete window of ``WINDOW`` tokens at the end of a longer text is not used.
 
     Raises:
@@ -57,12 +61,23 @@ class _Exported(nn.Module):
 
 @contextmanager
 def _replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    layers = {name: layer for name, layer in quantized_modules(model).items() if name in weights}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if name in weights}
     try:
         for name, layer in layers.items():
             weight = weights[name] if layer.branch is None else weights[name] + layer.branch.dense()
-            model.set_submodule(name, dense_in_place_of(layer, weight.to(layer.compute_dtype), layer.bias))
+            weight = weight.to(layer.compute_dtype)
+            if isinstance(layer, QuantizedLinear):
+                model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
+                continue
+            experts, entry = stack_at(model, name)
+            dense = weight.transpose(1, 2).contiguous() if entry.is_transposed else weight
+            put_dense(experts, entry.parameter, nn.Parameter(dense, requires_grad=False))
         yield
     finally:
         for name, layer in layers.items():
-            model.set_submodule(name, layer)
+            if isinstance(layer, QuantizedLinear):
+                model.set_submodule(name, layer)
+                continue
+            experts, entry = stack_at(model, name)
+            delattr(experts, entry.parameter)
+            experts.add_module(entry.parameter, layer)

@@ -49,9 +49,20 @@ def refuse_misfits(target: ExportFormat, asked: Model, approximate: Approximatio
 def _misfits(target: ExportFormat, asked: Model, approximate: Approximation | None) -> list[str]:
     if target.is_of_decoders and (reason := _kind(asked.config)):
         return [f"it is {reason}, and the export of {target.name} is for language models that have a decoder only."]
-    found = [f"{each.name}: {reason}." for each in asked.facts if (reason := target.misfit(each, approximate))]
+    found = [f"{each.name}: {reason}." for each in asked.facts if (reason := _misfit(target, each, approximate))]
     together = "" if found else target.model_misfit(asked.facts, asked.dense_linears, approximate)
     return [*found, *([together + "."] if together else [])]
+
+
+def _misfit(target: ExportFormat, facts: LayerFacts, approximate: Approximation | None) -> str:
+    stack = facts.stack
+    if stack is None:
+        return target.misfit(facts, approximate)
+    if not stack.tensors:
+        return "transformers does not say how files keep these experts: peft_quantlayers.dequantize_model, and save it"
+    if stack.has_branch and target.name != "dense":
+        return "low-rank branches lie beside its experts, and no engine reads them: merge with another strategy"
+    return target.stack_misfit(facts, stack, approximate) or target.misfit(facts, approximate)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

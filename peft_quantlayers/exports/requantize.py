@@ -5,31 +5,50 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
-from ..layers import dequantize_model, quantized_modules
+from ..layers import dequantize_model
 from ..layers.dense_types import dense_weight
+from ..layers.expert_types import dense_stacks
+from ..layers.selection import quantized_layers
 from ..methods import HQQConfig, HQQSpec, get_method
 from ..model import quantize_model
-from .source import SourceLayer
+from .source_layer import SourceLayer
+
+# Of a target's spec, what may differ from layer to layer.
+_OWN_FIELDS = ("nbits", "group_size", "integer_zero", "symmetric")
 
 
 def requantized_layers(
     layers: Mapping[str, SourceLayer], specs: Mapping[str, HQQSpec], float_weight: Callable[[str], Tensor] | None
 ) -> Callable[[str], QuantizedWeight]:
-    """Gives each layer quantized again without data, from ``float_weight`` or else from what it is now."""
+    """Gives each layer, by its name in the model, quantized again without data, from ``float_weight`` or else from
+    what it is now. ``specs`` are by the names of ``layers``."""
 
-    def weight(name: str) -> QuantizedWeight:
-        if float_weight is not None:
-            dense = float_weight(name)
-        else:
-            own = layers[name].weight()
-            dense = get_method(own.spec.method).dequantize(own, dtype=torch.float32)
-        return _bounded(get_method("hqq").quantize(dense, specs[name]))
+    by_module = {layer.module: layer for layer in layers.values()}
+
+    def weight(module: str) -> QuantizedWeight:
+        layer = by_module[module]
+        spec, own = specs[layer.name], None if float_weight is not None else layer.weight()
+
+        def quantized(expert: int | None) -> QuantizedWeight:
+            if own is None:
+                dense = cast(Callable[[str], Tensor], float_weight)(module)
+                dense = dense if expert is None else dense[expert]
+            else:
+                part = own if expert is None else own[expert]
+                dense = get_method(part.spec.method).dequantize(part, dtype=torch.float32)
+            return _bounded(get_method("hqq").quantize(dense.float(), spec))
+
+        if layer.stack is None:
+            return quantized(None)
+        return QuantizedWeight.stacked(
+            (quantized(expert) for expert in range(layer.stack.n_experts)), layer.stack.n_experts
+        )
 
     return weight
 
@@ -51,24 +70,19 @@ def requantized_model(
     first = next(iter(specs.values()))
     fields = {field.name: getattr(first, field.name) for field in dataclasses.fields(HQQSpec)}
     overrides = {
-        name: {"nbits": spec.nbits, "group_size": spec.group_size} for name, spec in specs.items() if spec != first
+        name: {field: getattr(spec, field) for field in _OWN_FIELDS} for name, spec in specs.items() if spec != first
     }
-    skipped = [
-        name for name, _ in fresh.named_modules() if name and _is_leaf_linear(fresh, name) and name not in specs
-    ]
+    linears = [name for name, module in fresh.named_modules() if name and isinstance(module, nn.Linear)]
+    skipped = [name for name in [*linears, *(name for name, _, _ in dense_stacks(fresh))] if name not in specs]
     config = HQQConfig(**fields, overrides=overrides or None, skip_modules=tuple(skipped) or None)
     quantize_model(fresh, config, calibration=calibration, progress=False)
-    found = quantized_modules(fresh)
+    found = quantized_layers(fresh)
     return lambda name: _bounded(found[name].quantized_weight)
 
 
 def float_weights(float_model: nn.Module) -> Callable[[str], Tensor]:
-    """Reads weights (out_features, in_features), float32, of a float model by module name."""
-    return lambda name: dense_weight(float_model, name).detach().float()
-
-
-def _is_leaf_linear(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), nn.Linear)
+    """Reads weights (out_features, in_features), or those of all experts, of a float model by name in it."""
+    return lambda name: dense_weight(float_model, name).detach()
 
 
 def _bounded(weight: QuantizedWeight) -> QuantizedWeight:

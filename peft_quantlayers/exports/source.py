@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.checkpoint_reader import OpenedFolder, open_folder
-from ..layers import QuantizedLinear, quantized_modules
+from ..integrations.expert_tensors import expert_tensors
+from ..layers import QuantizedLinear, QuantizedStack, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceLayer:
-    """One quantized layer.
-
-    Fields:
-        name: of its module, as the files spell it.
-        spec: how it is stored.
-        out_features, in_features: of its weight.
-        is_transposed: its architecture's module keeps the weight as (in_features, out_features).
-        tensor: reads one tensor of its layout.
-        weight: reads all of them.
-        branch: reads A and B of its low-rank branch; None where it has none.
-    """
-
-    name: str
-    spec: QuantSpec
-    out_features: int
-    in_features: int
-    is_transposed: bool
-    tensor: Callable[[str], Tensor]
-    weight: Callable[[], QuantizedWeight]
-    branch: Callable[[], tuple[Tensor, Tensor]] | None
-
-    @property
-    def n_weights(self) -> int:
-        """Of the whole layer."""
-        return self.out_features * self.in_features
+from ..layers.expert_types import dense_stacks, fused_weights
+from ..layers.selection import quantized_layers
+from .source_layer import SourceLayer, StackFacts
 
 
 class ModelSource:
@@ -61,8 +35,10 @@ class ModelSource:
         self.folder = opened.folder
         self.skeleton = opened.skeleton
         self.config: dict[str, Any] = opened.config
-        self.layers = {name: _layer_of(opened, name, layer) for name, layer in opened.layers.items()}
-        self.dense_names = [key for key in opened.files.headers if key not in _own_keys(opened)]
+        modules = {stored_name: name for name, stored_name in opened.names.items()}
+        self.layers = {name: _layer_of(opened, name, modules[name], layer) for name, layer in opened.layers.items()}
+        own = _own_keys(opened)
+        self.dense_names = [key for key in opened.files.headers if key not in own]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,9 +52,31 @@ class ModelSource:
 
     @property
     def dense_linears(self) -> list[str]:
-        """Names of the linear modules that are dense."""
-        modules = self._opened.skeleton.named_modules()
-        return [name for name, module in modules if isinstance(module, nn.Linear) and not _is_quantized(module)]
+        """Names of the linear modules that are dense, routers of experts included."""
+        skeleton = self._opened.skeleton
+        linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+        dense = [name for name in linears if not _is_quantized(skeleton.get_submodule(name))]
+        return [*dense, *(name for name in self._routers() if name not in linears)]
+
+    def _routers(self) -> list[str]:
+        """Names in the files of what engines take for linear modules beside experts; some are none in the model."""
+        if not any(fused_weights(module) for module in self._opened.skeleton.modules()):
+            return []
+        headers = self._opened.files.headers
+        matrices = [name for name in self.dense_names if name.endswith(".weight") and len(headers[name].shape) == 2]
+        embeddings = {"embed_tokens", "embeddings", "wte", "lm_head"}
+        names = [name.removesuffix(".weight") for name in matrices if not re.search(r"\.experts\.\d+\.", name)]
+        return [name for name in names if name.rpartition(".")[2] not in embeddings]
+
+    @property
+    def dense_experts(self) -> list[str]:
+        """Names in the files of the modules of experts that are dense."""
+        modules = []
+        for name, _, _ in dense_stacks(self._opened.skeleton):
+            keys = [tensor.key for tensor in expert_tensors(self._opened.skeleton, name)]
+            found = re.match(r"(.*\.experts)\.", keys[0] if keys else name)
+            modules.append(found[1] if found else name.rpartition(".")[0])
+        return list(dict.fromkeys(modules))
 
     @property
     def n_bytes(self) -> int:
@@ -114,15 +112,14 @@ def layers_in_memory(model: nn.Module) -> dict[str, SourceLayer]:
     return {
         name: SourceLayer(
             name=name,
-            spec=layer.spec,
-            out_features=layer.out_features,
-            in_features=layer.in_features,
-            is_transposed=layer.is_conv1d,
+            module=name,
+            **_common(model, layer),
+            stack=_stack_facts(model, name, layer) if isinstance(layer, QuantizedStack) else None,
             tensor=lambda part, layer=layer: layer.quantized_weight.tensors[part].cpu(),  # type: ignore[misc]
             weight=lambda layer=layer: layer.quantized_weight.to(torch.device("cpu")),  # type: ignore[misc]
             branch=None if layer.branch is None else lambda b=layer.branch: (b.A.data.cpu(), b.B.data.cpu()),  # type: ignore[misc]
         )
-        for name, layer in quantized_modules(model).items()
+        for name, layer in quantized_layers(model).items()
     }
 
 
@@ -158,17 +155,39 @@ def _is_quantized(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear)
 
 
-def _layer_of(opened: OpenedFolder, name: str, layer: QuantizedLinear) -> SourceLayer:
+def _common(model: nn.Module, layer: QuantizedLinear | QuantizedStack) -> dict[str, Any]:
+    return {
+        "model_type": str(getattr(getattr(model, "config", None), "model_type", "")),
+        "spec": layer.spec,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "is_transposed": layer.is_transposed if isinstance(layer, QuantizedStack) else layer.is_conv1d,
+    }
+
+
+def _stack_facts(model: nn.Module, name: str, stack: QuantizedStack) -> StackFacts:
+    parent, _, parameter = name.rpartition(".")
+    experts = model.get_submodule(parent)
+    return StackFacts(
+        n_experts=stack.n_experts,
+        parameter=parameter,
+        has_gate=parameter == "gate_up_proj",
+        is_interleaved=not vars(experts).get("is_concatenated", True),
+        tensors=expert_tensors(model, name),
+        has_branch=stack.branch is not None,
+    )
+
+
+def _layer_of(opened: OpenedFolder, name: str, module: str, layer: QuantizedLinear | QuantizedStack) -> SourceLayer:
     files = opened.files
     branch = None
     if layer.branch is not None:
         branch = lambda: (files.read(f"{name}.branch.A"), files.read(f"{name}.branch.B"))  # noqa: E731
     return SourceLayer(
         name=name,
-        spec=layer.spec,
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        is_transposed=layer.is_conv1d,
+        module=module,
+        **_common(opened.skeleton, layer),
+        stack=_stack_facts(opened.skeleton, module, layer) if isinstance(layer, QuantizedStack) else None,
         tensor=lambda part: opened.layer_tensor(name, layer, part),
         weight=lambda: opened.weight(name, layer),
         branch=branch,
@@ -176,8 +195,9 @@ def _layer_of(opened: OpenedFolder, name: str, layer: QuantizedLinear) -> Source
 
 
 def _own_keys(opened: OpenedFolder) -> set[str]:
-    """Keys of the files that belong to quantized layers, their settings included, without biases."""
+    """Keys of the files that belong to quantized layers, their settings and sentinels included, without biases."""
     prefixes = {*opened.names.values(), *(f"{name}.branch" for name in opened.names.values())}
-    return {
+    own = {
         key for key in opened.files.headers if key.rpartition(".")[0] in prefixes and key.rpartition(".")[2] != "bias"
     }
+    return own | opened.sentinels

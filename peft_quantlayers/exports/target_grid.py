@@ -23,7 +23,8 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
         ValueError: no group size of the format divides the inputs.
     """
     wanted = facts.nbits or DEFAULT_NBITS
-    nbits = next((width for width in sorted(export_format.widths) if width >= wanted), max(export_format.widths))
+    widths = export_format.widths if facts.stack is None else export_format.expert_widths or export_format.widths
+    nbits = next((width for width in sorted(widths) if width >= wanted), max(widths))
     own = facts.group_size or DEFAULT_GROUP_SIZE
     sizes = export_format.group_sizes or (own, *_GROUP_SIZES)
     fitting = [size for size in sizes if facts.in_features % size == 0]
@@ -32,7 +33,9 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
             f"{facts.name}: no group size of {export_format.name} divides in_features={facts.in_features}."
         )
     group_size = min(fitting, key=lambda size: abs(size - own))
-    return HQQSpec(nbits=nbits, group_size=group_size, integer_zero=not export_format.holds_float_zeros(nbits))
+    is_symmetric = facts.stack is not None and export_format.are_experts_symmetric
+    has_integer_zeros = not (export_format.holds_float_zeros(nbits) or is_symmetric)
+    return HQQSpec(nbits=nbits, group_size=group_size, integer_zero=has_integer_zeros, symmetric=is_symmetric)
 
 
 def requantized_facts(facts: Mapping[str, LayerFacts], export_format: GridFormat) -> dict[str, LayerFacts]:

@@ -15,8 +15,7 @@ from typing import Any, SupportsFloat
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file

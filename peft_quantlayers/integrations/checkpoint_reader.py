@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..formats import QuantizedWeight
+from ..formats.checkpoint import SENTINEL_SHAPE
 from ..formats.known_formats import known_formats
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear, QuantizedStack
+from ..layers.selection import quantized_layers
 from .checkpoint_headers import CheckpointFiles
 from .saved_folder import weight_files
 from .tensor_conversion import QuantizedTensors, StoredLayers
@@ -34,6 +36,7 @@ class OpenedFolder:
         files: the tensors.
         names: of each quantized layer, by its name in the model, the name that it has in the files.
         stored_layers: what turns the tensors of other layouts into those of the layers' specs.
+        sentinels: names of tensors that are there for readers that do not know the format.
     """
 
     folder: Path
@@ -42,13 +45,14 @@ class OpenedFolder:
     files: CheckpointFiles
     names: dict[str, str]
     stored_layers: StoredLayers
+    sentinels: frozenset[str] = frozenset()
 
     @property
-    def layers(self) -> dict[str, QuantizedLinear]:
-        """The quantized layers by their names in the files; on the meta device."""
-        return {self.names[name]: layer for name, layer in quantized_modules(self.skeleton).items()}
+    def layers(self) -> dict[str, QuantizedLinear | QuantizedStack]:
+        """The quantized layers and stacks by their names in the files; on the meta device."""
+        return {self.names[name]: layer for name, layer in quantized_layers(self.skeleton).items()}
 
-    def layer_tensor(self, name: str, layer: QuantizedLinear, tensor_name: str) -> Tensor:
+    def layer_tensor(self, name: str, layer: QuantizedLinear | QuantizedStack, tensor_name: str) -> Tensor:
         """The tensor ``tensor_name`` of the layout of a layer, which the files call ``name``; on the CPU.
 
         Raises:
@@ -60,8 +64,8 @@ class OpenedFolder:
             return stored
         return entry.convert(tensor_name, stored)
 
-    def weight(self, name: str, layer: QuantizedLinear) -> QuantizedWeight:
-        """The weight of the layer that the files call ``name``, its values checked.
+    def weight(self, name: str, layer: QuantizedLinear | QuantizedStack) -> QuantizedWeight:
+        """The weight of the layer, or all weights of the stack, that the files call ``name``, its values checked.
 
         Raises:
             ValueError: a value that no quantizer writes: the file is damaged.
@@ -69,7 +73,7 @@ class OpenedFolder:
         shape = {"out_features": layer.out_features, "in_features": layer.in_features}
         layout = layer.spec.tensor_layout(**shape)
         tensors = {tensor_name: self.layer_tensor(name, layer, tensor_name) for tensor_name in layout}
-        weight = QuantizedWeight(spec=layer.spec, tensors=tensors, **shape)
+        weight = QuantizedWeight(spec=layer.spec, tensors=tensors, leading=layer.leading, **shape)
         weight.check(name)
         return weight
 
@@ -103,10 +107,15 @@ def open_folder(folder: Path) -> OpenedFolder:
     quantizer.preprocess_model(skeleton, checkpoint_files=files)
     opened = CheckpointFiles(files)
     keys = {parameter: key for key, parameter in quantizer.parameters.items()}
-    names = {
-        name: keys[f"{name}.{layer.spec.codes_name}"].rpartition(".")[0]
-        for name, layer in quantized_modules(skeleton).items()
-    }
+    names = {}
+    for name, layer in quantized_layers(skeleton).items():
+        key = keys.get(f"{name}.{layer.spec.codes_name}")
+        if key is None:
+            raise ValueError(
+                f"{name}: {folder} holds each of these experts as quantized layers of its own, which are not read "
+                "tensor by tensor. Load the model with from_pretrained, and pass the model."
+            )
+        names[name] = key.rpartition(".")[0]
     for entry in quantizer.quantized_tensors:
         stored = (entry.layers if isinstance(entry, QuantizedTensors) else None) or stored
     return OpenedFolder(
@@ -116,6 +125,11 @@ def open_folder(folder: Path) -> OpenedFolder:
         files=opened,
         names=names,
         stored_layers=stored,
+        sentinels=frozenset(
+            key
+            for key, header in opened.headers.items()
+            if header.shape == SENTINEL_SHAPE and key not in quantizer.parameters
+        ),
     )
 
 

@@ -8,7 +8,7 @@ registration, since a quantized layer is an ``nn.Linear`` whose weight can be wr
 quantization backends (patches/peft/3-backend-registry) they are given ours, and a model's status names it.
 
 What else is extended are checks around adapters and merges. No patch makes them unnecessary, since PEFT has no place
-for another package's checks; ``patches/README.md`` lists them.
+for another package's checks; ``patches/README.md`` has each with its reason.
 
 ``preprocess_loraga`` is PEFT's; if a target is a quantized layer, our function estimates the gradients.
 """
@@ -23,8 +23,7 @@ from typing import Any
 import peft
 import peft.utils
 from packaging.version import Version
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import loraga
 from peft.tuners.lora.model import LoraModel
@@ -86,7 +85,6 @@ def register() -> None:
     # patches/peft/3-backend-registry
     if hasattr(peft.utils, "register_quantization_backend"):
         peft.utils.register_quantization_backend(NAME, _backend)
-    _replaced.replace(LoraModel, "_prepare_model", _prepare_model)
     _replaced.replace(LoraModel, "inject_adapter", _inject_adapter)
     _replaced.replace(LoraModel, "_inject_parameters", _inject_parameters)
     for owner in (PeftModel, PeftMixedModel):
@@ -126,19 +124,15 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
     return new_module
 
 
-def _prepare_model(self: LoraModel, peft_config: Any, model: nn.Module) -> None:
-    """PEFT's, after a check that refuses a merge-aware adapter on a layer that is not quantized."""
-    check_patterns(peft_config, model)
-    check_rounded_layers(peft_config, model)
-    _replaced.original(LoraModel, "_prepare_model")(self, peft_config, model)
-
-
 def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """PEFT's; the config then records the quantized base. If it has a record, another base gives a warning.
+    """PEFT's, after checks of the config, which then records the quantized base.
 
-    On a model with quantized layers, an error leaves the model as it was.
+    A merge-aware adapter on a layer that is not quantized is refused. If the config has a record, another base gives a
+    warning. On a model with quantized layers, an error leaves the model as it was.
     """
     config = self.peft_config[adapter_name]
+    check_patterns(config, model)
+    check_rounded_layers(config, model)
     is_quantized = bool(quantized_layers(model))
     if is_quantized:
         check_scaling(config)

@@ -15,7 +15,7 @@ TESTED_PEFT = ("0.21.0", "0.22.0")
 
 # Names in modules.
 IMPORTED = {
-    "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
+    "peft.mapping": ("PEFT_TYPE_TO_PREFIX_MAPPING",),
     "peft.tuners": ("lora",),
     "peft.tuners.lora": ("Linear", "LoraLayer", "ParamWrapper", "loraga"),
     "peft.tuners.lora.layer": ("LoraVariant", "ParamWrapper"),
@@ -43,26 +43,40 @@ IMPORTED = {
     "peft.utils.save_and_load": ("load_peft_weights",),
 }
 
-# Methods of their classes that ours call, override or take the place of.
+# Methods of their classes that ours call, override or take the place of. One that we override has to be there too: by
+# another name PEFT would call its own.
 METHODS = {
+    "peft.tuners.lora.Linear": ("get_delta_weight", "merge", "unmerge"),
+    "peft.tuners.lora.LoraLayer": ("delete_adapter", "resolve_lora_variant", "update_layer"),
+    "peft.tuners.lora.ParamWrapper": ("merge", "unmerge", "update_layer"),
     "peft.tuners.lora.model.LoraModel": (
         "_enable_peft_forward_hooks",
         "_inject_parameters",
-        "_prepare_model",
         "_unload_and_optionally_merge",
         "inject_adapter",
         "merge_adapter",
     ),
+    "peft.tuners.lora.variants.QALoraLinearVariant": ("merge_safe",),
     "peft.tuners.tuners_utils.BaseTuner": (
         "_check_target_module_compatiblity",
         "_check_target_module_exists",
         "_create_and_replace",
         "_get_tied_target_modules",
         "_prepare_adapter_config",
+        "_prepare_model",
         "_replace_module",
+        "merge_adapter",
+        "merge_and_unload",
     ),
-    "peft.tuners.tuners_utils.BaseTunerLayer": ("_get_available_adapters",),
-    "peft.PeftConfig": ("from_pretrained",),
+    "peft.tuners.tuners_utils.BaseTunerLayer": (
+        "_get_available_adapters",
+        "adapter_layer_names",
+        "merge",
+        "set_adapter",
+        "unmerge",
+    ),
+    "peft.utils.quantization_utils.QuantizationBackend": ("get_base_weight", "set_base_weight", "supports_merge"),
+    "peft.PeftConfig": ("from_pretrained", "save_pretrained", "to_dict"),
     "peft.PeftModel": ("from_pretrained", "load_adapter", "save_pretrained"),
     "peft.PeftMixedModel": ("from_pretrained", "load_adapter"),
 }

@@ -49,8 +49,8 @@ class Replacements:
         return self._originals[owner, name][0]
 
     def names(self) -> set[str]:
-        """The names of all that is replaced, without their owners."""
-        return {name for _, name in self._originals}
+        """The names of all that is replaced, with that of their class, or of their module where they are functions."""
+        return {f"{owner.__name__}.{name}" for owner, name in self._originals}
 
     def restore(self) -> None:
         """Put everything back."""

@@ -1,8 +1,9 @@
 """What stops a program that loads a model of ours without this package.
 
 transformers skips a ``quant_method`` that it does not know with a warning, takes the model for a dense one, and fills
-the weights that it does not find with random numbers. So each quantized layer has a tensor of that weight's name and
-another shape in the file, a sentinel, which transformers refuses to load. Our own loader ignores it.
+the weights that it does not find with random numbers. So each quantized layer, linear or stack of experts, has a
+tensor of that weight's name and another shape in the file, a sentinel, which transformers refuses to load. Our own
+loader ignores it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantSpec
 from ..formats.checkpoint import SENTINEL_SHAPE
-from ..layers import quantized_modules
+from ..layers.selection import replaced_parameters
 from .checkpoint_headers import CheckpointFiles
 from .checkpoint_names import CheckpointNames
 from .tensor_conversion import ignore_tensors
@@ -24,8 +25,8 @@ from .tensor_conversion import ignore_tensors
 def sentinels(model: nn.Module) -> dict[str, Tensor]:
     """The sentinel of each quantized layer of ``model``, by its name in a state dict."""
     return {
-        f"{name}.weight": torch.zeros(SENTINEL_SHAPE, dtype=layer.compute_dtype)  # no two share their memory
-        for name, layer in quantized_modules(model).items()
+        name: torch.zeros(SENTINEL_SHAPE, dtype=layer.compute_dtype)  # no two share their memory
+        for name, layer in replaced_parameters(model).items()
     }
 
 
@@ -33,7 +34,7 @@ def without_sentinels(
     parameters: Mapping[str, str], files: CheckpointFiles, specs: Mapping[str, QuantSpec]
 ) -> dict[str, str]:
     """``parameters``, the parameter of the model for each name in ``files``, less the sentinels of the layers."""
-    layers = {f"{name}.weight" for name in specs}
+    layers = {*specs, *(f"{name}.weight" for name in specs)}
     return {
         key: parameter
         for key, parameter in parameters.items()

@@ -13,9 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, apply_converters
 
 from ..formats.checkpoint_format import StoredLayer
-from ..layers import quantized_modules
 from ..layers.dense_types import dense_shape
-from ..layers.selection import quantized_layers
+from ..layers.selection import quantized_layers, replaced_parameters
 
 _PATTERN = "tensors of quantized layers"
 
@@ -117,7 +116,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
         for tensor_name, _ in layer.named_parameters()
         if tensor_name != "bias"
     }
-    sentinels = [f"{name}.weight" for name in quantized_modules(model)]
+    sentinels = list(replaced_parameters(model))
     own.update(sentinels)
     n_parts = {pattern: len(entry.source_patterns) for entry in converters for pattern in entry.source_patterns}
     joined: dict[str, dict[str, str]] = defaultdict(dict)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..integrations.private_experts import experts_by_calls, use_quantized_experts
-from .expert_types import find_stack
+from .expert_types import FusedWeight, find_stack
 from .replace_stack import put_dense
 from .stack import QuantizedStack, parameter_order, sorted_bmm
 
@@ -74,28 +74,42 @@ def as_called_stacks(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     Those that are still dense in the end are plain parameters again.
     """
-    placed = []
-    for name in names:
-        found = find_stack(model, name)
-        if found is None:
-            continue
-        module, entry = found
-        weight, order = getattr(module, entry.parameter), parameter_order(module)
-        if isinstance(weight, nn.Parameter):
-            delattr(module, entry.parameter)
-            stack = DenseStack(weight, is_transposed=entry.is_transposed, order=order)
-            module.add_module(entry.parameter, stack.train(module.training))
-        placed.append((module, entry.parameter))
+    placed = [found for found in (find_stack(model, name) for name in names) if found is not None]
+    for module, entry in placed:
+        _put_called(module, entry)
     try:
         with experts_by_calls([module for module, _ in placed]):
             yield
     finally:
-        for module, parameter in placed:
-            stack = getattr(module, parameter)
+        for module, entry in placed:
+            stack = getattr(module, entry.parameter)
             if isinstance(stack, DenseStack):
-                put_dense(module, parameter, stack.weight)
+                put_dense(module, entry.parameter, stack.weight)
             elif isinstance(stack, QuantizedStack):
                 use_quantized_experts(module)
+
+
+@contextmanager
+def as_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Inside of :func:`as_called_stacks`: plain parameters again for as long as this is open, to load numbers into."""
+    found = [each for each in (find_stack(model, name) for name in names) if each is not None]
+    placed = [(module, entry) for module, entry in found if isinstance(getattr(module, entry.parameter), DenseStack)]
+    for module, entry in placed:
+        put_dense(module, entry.parameter, getattr(module, entry.parameter).weight)
+    try:
+        yield
+    finally:
+        for module, entry in placed:
+            _put_called(module, entry)
+
+
+def _put_called(module: nn.Module, entry: FusedWeight) -> None:
+    """Put a dense stack in place of the plain parameter ``entry``, if it is one."""
+    weight, order = getattr(module, entry.parameter), parameter_order(module)
+    if isinstance(weight, nn.Parameter):
+        delattr(module, entry.parameter)
+        stack = DenseStack(weight, is_transposed=entry.is_transposed, order=order)
+        module.add_module(entry.parameter, stack.train(module.training))
 
 
 def is_called_stack(module: nn.Module) -> bool:

@@ -11,20 +11,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 
 from torch import nn
 
 from quantlayers_kernels.frozen_linear import Branch
 
-# The branches of each expert; None for none at all.
-Branches = Sequence[Sequence[Branch]] | None
 
-# By the id of the stack.
-_active: ContextVar[Mapping[int, Callable[[], Branches]]] = ContextVar("expert_branches")
+class ExpertBranches:
+    """The branches beside all experts of a stack.
+
+    Attributes:
+        of_all: each with ``A`` (n_experts, r, in_features) and ``B`` (n_experts, out_features, r).
+    """
+
+    def __init__(self, of_all: Sequence[Branch]) -> None:
+        self.of_all = of_all
+
+    @cached_property
+    def of_each(self) -> list[list[Branch]]:
+        """The branches of each expert, differentiable in the factors of all."""
+        # unbind, and no index: the gradient of each index would be as large as all experts' factors.
+        parts = [zip(each.A.unbind(0), each.B.unbind(0), strict=True) for each in self.of_all]
+        return [
+            [each._replace(A=A, B=B) for each, (A, B) in zip(self.of_all, factors, strict=True)]
+            for factors in zip(*parts, strict=True)
+        ]
+
+
+# What gives the branches beside a stack, None for none; by the id of the stack.
+_active: ContextVar[Mapping[int, Callable[[], ExpertBranches | None]]] = ContextVar("expert_branches")
 
 
 @contextmanager
-def branches_on(stack: nn.Module, branches: Callable[[], Branches]) -> Iterator[None]:
+def branches_on(stack: nn.Module, branches: Callable[[], ExpertBranches | None]) -> Iterator[None]:
     """While this is open, what ``branches`` gives is added to the products of the experts of ``stack``."""
     token = _active.set({**_active.get({}), id(stack): branches})
     try:
@@ -33,7 +53,7 @@ def branches_on(stack: nn.Module, branches: Callable[[], Branches]) -> Iterator[
         _active.reset(token)
 
 
-def branches_of(stack: nn.Module) -> Branches:
-    """The branches of each expert of ``stack``; None without any."""
+def branches_of(stack: nn.Module) -> ExpertBranches | None:
+    """The branches beside the experts of ``stack``; None without any."""
     found = _active.get({}).get(id(stack))
     return None if found is None else found()

@@ -18,6 +18,7 @@ from quantlayers_kernels.tiled import WeightTiles
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
 from ..methods import get_method, registered_methods
+from ..methods.base import InitialCodes
 from ..old_names import OldName
 from .dense_types import LINEAR, DenseType
 from .low_rank_branch import LowRankBranch
@@ -109,6 +110,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         *,
         layer_name: str = "layer",
         hessian: Tensor | None = None,
+        initial_codes: InitialCodes = "nearest",
         dense_type: DenseType = LINEAR,
         compute_dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
@@ -116,7 +118,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
 
         ``compute_dtype``: None for the dtype of ``weight``. Raises as :meth:`from_linear`.
         """
-        quantized = quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian)
+        quantized = quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian, initial_codes=initial_codes)
         layer = layer_type(spec.method)(
             quantized, compute_dtype=compute_dtype or weight.dtype, layer_name=layer_name, dense_type=dense_type
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..methods import get_method
+from ..methods.base import InitialCodes
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,19 @@ def quantize_weight(
     layer_name: str,
     hessian: Tensor | None = None,
     start: QuantizedWeight | None = None,
+    initial_codes: InitialCodes = "nearest",
 ) -> QuantizedWeight:
     """``weight`` (out_features, in_features) of the layer ``layer_name`` quantized; see :meth:`QuantMethod.quantize`.
+
+    ``initial_codes``: one of those of the method.
 
     Raises:
         ValueError: as the method does, with the layer's name and how to skip it.
     """
+    # Methods that know one way only need not take the argument.
+    others: dict[str, Any] = {} if initial_codes == "nearest" else {"initial_codes": initial_codes}
     with named_errors(layer_name, remedy=f" Or skip the layer with skip_modules=[{layer_name!r}]."):
-        quantized = get_method(spec.method).quantize(weight, spec, hessian=hessian, start=start)
+        quantized = get_method(spec.method).quantize(weight, spec, hessian=hessian, start=start, **others)
     if quantized.spec != spec and quantized.spec == spec.widened():
         logger.warning(
             "%s: %s cannot hold the scales and other metadata of this layer (very small or very large weights, or a "

@@ -12,6 +12,7 @@ from ..formats import QuantSpec
 from ..integrations.private_experts import use_usual_experts
 from ..integrations.private_transformers import kept_dtype, remove_quantization_config
 from ..methods import QuantConfig
+from ..methods.base import InitialCodes
 from .dense_types import dense_at
 from .expert_types import find_stack, fused_weights, stack_at
 from .linear import QuantizedLinear
@@ -42,13 +43,16 @@ def quantize_module(
     *,
     compute_dtype: str | None = None,
     device: torch.device | str | None = None,
+    target: torch.Tensor | None = None,
     hessian: torch.Tensor | None = None,
+    initial_codes: InitialCodes = "nearest",
     hessian_of: Callable[[int], torch.Tensor | None] | None = None,
 ) -> QuantizedStorage:
     """Replace the module ``name`` of ``model``, or the fused weight of that name, by its quantized form; return that.
 
     ``hessian`` is the second moment of its inputs, as in :meth:`QuantMethod.quantize`; ``hessian_of`` gives that of
-    each expert of a fused weight.
+    each expert of a fused weight, whose codes begin with the nearest. ``target`` is the weight (out_features,
+    in_features) to quantize in place of the module's own.
     """
     if find_stack(model, name) is not None:
         wanted = None if compute_dtype is None else getattr(torch, compute_dtype)
@@ -59,10 +63,20 @@ def quantize_module(
         )
     module, entry = dense_at(model, name)
     weight, bias = linear_of(model, name)
-    home = weight.device
+    home, own_dtype = weight.device, weight.dtype
+    weight = weight if target is None else target
     if device is not None:
         weight = weight.to(device)
-    layer = QuantizedLinear.from_weight(weight, bias, spec, layer_name=name, hessian=hessian, dense_type=entry)
+    layer = QuantizedLinear.from_weight(
+        weight,
+        bias,
+        spec,
+        layer_name=name,
+        hessian=hessian,
+        initial_codes=initial_codes,
+        dense_type=entry,
+        compute_dtype=own_dtype,
+    )
     layer.train(module.training)
     if device is not None:
         layer.to(home)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
+from ..formats.checkpoint import SENTINEL_SHAPE
 from ..integrations.private_experts import use_quantized_experts
 from .expert_types import FusedWeight, stack_at
 from .quantize_weight import quantize_weight
@@ -67,10 +69,20 @@ def put_stack(
         is_transposed=entry.is_transposed,
         parameter_order=parameter_order(module),
     )
+    if not any(isinstance(child, QuantizedStack) for child in module.children()):
+        module.register_load_state_dict_pre_hook(_drop_sentinels)
     delattr(module, entry.parameter)
     module.add_module(entry.parameter, stack.train(module.training))
     use_quantized_experts(module)
     return stack
+
+
+def _drop_sentinels(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before an experts module loads: a sentinel has the name of a stack, which only the module around it sees."""
+    for name, child in module.named_children():
+        sentinel = state_dict.get(key := prefix + name)
+        if isinstance(child, QuantizedStack) and sentinel is not None and tuple(sentinel.shape) == SENTINEL_SHAPE:
+            del state_dict[key]
 
 
 def place_empty_stack(

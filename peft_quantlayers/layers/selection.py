@@ -40,6 +40,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedS
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def replaced_parameters(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedStack]:
+    """:func:`quantized_layers`, each by the name of the parameter that the dense model has in its place."""
+    layers = quantized_layers(model)
+    return {name if isinstance(each, QuantizedStack) else f"{name}.weight": each for name, each in layers.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """What a config selects in a model; each module of a registered type (:mod:`.dense_types`), and each fused weight

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantlayers_kernels.frozen_experts import FrozenExperts, expert_rows, lora_experts
 from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 
 from ..formats import QuantizedWeight
@@ -246,26 +247,27 @@ class QuantizedStack(QuantizedStorage):
                 f"{self.layer_name}: {x.shape[0]} tokens do not fit the counts of {len(counts)} experts, which add up "
                 f"to {sum(counts)}; the stack has {self.n_experts}."
             )
-        hit = [expert for expert, count in enumerate(counts) if count]
-        if not hit:
-            return x.new_empty(0, self.out_features)
-        pieces = x.split([counts[expert] for expert in hit])
-        weights, branches = self._weight_of(self._tensors()), branches_of(self)
-        results = [
-            self._product(piece, weights[expert], expert, branches and branches[expert])
-            for expert, piece in zip(hit, pieces, strict=True)
-        ]
-        return torch.cat(results)
+        dtype, output_dtype = self._checked_dtypes(x)
+        method, weight, found = self.method, self._weight_of(self._tensors()), branches_of(self)
+        if any(tensor.requires_grad for tensor in weight.tensors.values()):  # scales are tuned, or a block is
+            parts = [self.expert_product(x[rows], expert) for expert, rows in expert_rows(counts)]
+            return torch.cat(parts) if parts else x.new_empty(0, self.out_features, dtype=output_dtype)
+        branches = [] if found is None else list(found.of_all)
+        if self.branch is not None:
+            branches.append(self.branch.of_all())
+        experts = FrozenExperts(
+            multiply=lambda x: method.experts_linear(x.to(dtype), weight, counts).to(output_dtype),
+            input_gradient=lambda grad: method.experts_input_gradient(grad.to(dtype), weight, counts).to(x.dtype),
+            counts=counts,
+        )
+        return lora_experts(x, experts, branches)
 
     def expert_product(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
         """``x @ weight[expert].T + bias``, (..., in_features) to (..., out_features), dtype of ``x``."""
-        branches = branches_of(self)
-        y = self._product(x, self.expert_weight(expert), expert, branches and branches[expert])
-        return y if bias is None else y + bias
-
-    def _product(self, x: Tensor, weight: QuantizedWeight, expert: int, branches: Any) -> Tensor:
         dtype, output_dtype = self._checked_dtypes(x)
-        method, branch = self.method, self.branch
+        method, weight, branch = self.method, self.expert_weight(expert), self.branch
+        found = branches_of(self)
+        branches = [] if found is None else found.of_each[expert]
 
         def multiply(x: Tensor) -> Tensor:
             return method.linear(x.to(dtype), weight, None).to(output_dtype)
@@ -284,7 +286,7 @@ class QuantizedStack(QuantizedStorage):
         if branch is not None:
             A, B = branch.A[expert], branch.B[expert]
             y = (y + F.linear(F.linear(x.to(A.dtype), A), B)).to(output_dtype)
-        return y
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]

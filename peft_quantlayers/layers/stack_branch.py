@@ -36,9 +36,9 @@ class StackBranch(LowRankBranch):
         """Columns of each ``B``."""
         return self.B.shape[2]
 
-    def of_expert(self, expert: int) -> Branch:
-        """The branch of one expert."""
-        return Branch(self.A[expert], self.B[expert], 1.0)
+    def of_all(self) -> Branch:
+        """The branch beside all experts."""
+        return Branch(self.A, self.B, 1.0)
 
     def dense_of(self, expert: int) -> Tensor:
         """``B[e] @ A[e]``, (out_features, in_features), float32."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from quantlayers_kernels.frozen_linear import Branch
 
-from ..layers.expert_branches import branches_on
+from ..layers.expert_branches import ExpertBranches, branches_on
 from ..layers.stack import QuantizedStack
 from ..merging.merge_rules import RULES
 from ..merging.stack_source import StackSource
@@ -101,18 +101,15 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
             return []
         return [name for name in self.active_adapters if name in self.lora_A]
 
-    def branches(self, names: Sequence[str]) -> list[list[Branch]]:
-        """Of each expert, the adapters ``names`` as matrices."""
-        branches: list[list[Branch]] = [[] for _ in range(self.num_experts)]
+    def branches(self, names: Sequence[str]) -> ExpertBranches:
+        """The adapters ``names`` as matrices of all experts."""
+        branches = []
         for name in names:
             dropout = self.lora_dropout[name]
             p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            left, right = self.expert_factors(name)
-            # unbind, and no index: the gradient of each index would be as large as all experts' factors.
-            parts = zip(left.contiguous().unbind(0), right.contiguous().unbind(0), strict=True)
-            for expert, (B, A) in enumerate(parts):
-                branches[expert].append(Branch(A, B, self.scaling[name], p))
-        return branches
+            B, A = self.expert_factors(name)
+            branches.append(Branch(A.contiguous(), B.contiguous(), self.scaling[name], p))
+        return ExpertBranches(branches)
 
     def expert_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Of one adapter (n_experts, out_features, r) and (n_experts, r, in_features), which give, multiplied and
@@ -163,9 +160,9 @@ class _Branches:
     def __init__(self, layer: LoraQuantizedStack) -> None:
         self.layer = layer
         self.names: list[str] = []
-        self.found: list[list[Branch]] | None = None
+        self.found: ExpertBranches | None = None
 
-    def __call__(self) -> list[list[Branch]] | None:
+    def __call__(self) -> ExpertBranches | None:
         names = self.layer.active_here()
         if names != self.names:
             self.names, self.found = names, self.layer.branches(names) if names else None

@@ -5,14 +5,16 @@ and loading, tuned scales and the contract tests work with it; see ``docs/new_me
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.tiled import WeightTiles, row_ranges
+from quantlayers_kernels.frozen_experts import expert_rows
+from quantlayers_kernels.precision import product_dtype
+from quantlayers_kernels.tiled import WeightTiles, input_gradient, row_ranges
 from quantlayers_kernels.tiled_linear import tiled_linear
 
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
@@ -20,6 +22,10 @@ from ..old_names import OldName
 from .dithered_codes import dithered_codes
 
 SpecT = TypeVar("SpecT", bound=QuantSpec)
+
+# Where the codes of a calibrated weight begin: at the nearest values, or rounded with error feedback, in the order of
+# the columns or those of large inputs first.
+InitialCodes = Literal["nearest", "error_feedback", "act_order"]
 
 # Rows of a delta for a range of rows: (n, in_features), float32, finite, in weight units.
 DeltaRows = Callable[[slice], Tensor]
@@ -37,6 +43,8 @@ class QuantMethod(ABC, Generic[SpecT]):
     spec_type: ClassVar[type[QuantSpec]]
     improves_start: ClassVar[bool] = False
     """Whether ``quantize`` with ``start`` also refines the grid, so that its error is lower than from scratch."""
+    initial_codes: ClassVar[tuple[InitialCodes, ...]] = ("nearest",)
+    """The values of ``initial_codes`` that :meth:`quantize` takes; it needs no such argument for "nearest" alone."""
     calibration_requirement: ClassVar[str] = "This method has no calibrated quantizer."
     """A sentence for error messages: why a spec of this method cannot use a Hessian, and what to do."""
 
@@ -110,6 +118,33 @@ class QuantMethod(ABC, Generic[SpecT]):
         """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""
         for rows in _row_ranges(weight):
             yield rows, self.dequantize(weight.rows(rows), dtype=dtype)
+
+    # ---- stacks of experts
+
+    def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        """``x @ weight[e].T`` with each token's own expert; takes no gradient. In memory of its own.
+
+        Args:
+            x: (n_tokens, in_features), sorted by expert.
+            weight: a stack, with one leading dimension.
+            counts: tokens of each expert.
+
+        Returns:
+            (n_tokens, out_features), dtype of ``x``.
+        """
+        y = x.new_empty(len(x), weight.out_features)
+        for expert, rows in expert_rows(counts):
+            y[rows] = self.linear(x[rows], weight[expert], None)
+        return y
+
+    def experts_input_gradient(self, grad: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        """``grad @ weight[e]``: (n_tokens, out_features) to (n_tokens, in_features); as :meth:`experts_linear`."""
+        dtype = product_dtype(grad.dtype, grad.device)
+        grad_x = grad.new_empty(len(grad), weight.in_features)
+        for expert, rows in expert_rows(counts):
+            tiles = self.weight_tiles(weight[expert], dtype=dtype)
+            grad_x[rows] = input_gradient(grad[rows], tiles, weight.in_features, dtype)
+        return grad_x
 
     # ---- merging a delta
 

@@ -20,7 +20,8 @@ from quantlayers_kernels.bitpack import pack, packed_row_bytes, unpack
 from ..arguments import check_choice, check_integer
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
 from ..formats.spec import dtype_name, suggest_divisor, with_smaller_groups
-from .base import QuantMethod, checked_hessian, checked_layout, refuse_not_finite
+from .base import InitialCodes, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
+from .error_feedback import round_with_feedback
 from .quant_config import make_config
 from .registry import register_method
 
@@ -95,6 +96,7 @@ class NF4Method(QuantMethod[NF4Spec]):
     """4-bit NormalFloat. With a Hessian, each column's codes are chosen with all others fixed; the maxima stay."""
 
     spec_type = NF4Spec
+    initial_codes = ("nearest", "error_feedback", "act_order")
 
     def quantize(
         self,
@@ -104,6 +106,7 @@ class NF4Method(QuantMethod[NF4Spec]):
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
         iterations: int | None = None,
+        initial_codes: InitialCodes = "nearest",
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`; with ``start`` the block maxima stay, and only the codes are new."""
         checked_layout(weight, spec)
@@ -114,7 +117,11 @@ class NF4Method(QuantMethod[NF4Spec]):
         codes = _nearest(weight, steps)
         if hessian is not None:
             hessian = checked_hessian(hessian, weight)
-            codes = _descended(weight, codes if start is None else grid.codes(), steps, hessian)
+            if start is not None:
+                codes = grid.codes()
+            elif initial_codes != "nearest":
+                codes = _with_feedback(weight, steps, hessian, act_order=initial_codes == "act_order")
+            codes = _descended(weight, codes, steps, hessian)
         return grid.with_codes(codes)
 
     def can_use_hessian(self, spec: NF4Spec) -> bool:
@@ -162,6 +169,19 @@ def _nearest(weight: Tensor, steps: Tensor) -> Tensor:
     levels = _levels(weight.device)
     scaled = torch.where(steps > 0, weight / steps.clamp(min=1e-38), 0.0)
     return torch.bucketize(scaled.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def _with_feedback(weight: Tensor, steps: Tensor, hessian: Tensor, *, act_order: bool) -> Tensor:
+    """Codes (uint8) rounded with error feedback; arguments as for :func:`_descended`."""
+    levels = _levels(weight.device)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+
+    def rounded(target: Tensor, column: int) -> Tensor:
+        codes[:, column] = _nearest(target, steps[:, column])
+        return levels[codes[:, column].long()] * steps[:, column]
+
+    round_with_feedback(weight, hessian, rounded, act_order=act_order)
+    return codes
 
 
 def _descended(weight: Tensor, codes: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:

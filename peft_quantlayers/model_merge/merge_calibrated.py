@@ -13,8 +13,10 @@ from typing import cast
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..calibration import BlockWork, Calibration, InputGroup, Visitor, walk
+from ..calibration import BlockWork, Calibration, InputGroup, InputStatistics, Visitor, walk
+from ..calibration.asymmetric_targets import asymmetric_target
 from ..calibration.finetune import finetune_block
+from ..calibration.quantize_calibrated import wanted_statistics
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers.quantize_weight import named_errors
 from ..merging import MergePlan, MergeResult, MergeSource
@@ -75,13 +77,12 @@ def merge_calibrated(
 
 
 class _MergeVisitor(Visitor):
-    statistics = ("second_moment",)
-
     def __init__(
         self, layers: dict[str, MergeSource], names: list[str], calibration: Calibration, strategy: str
     ) -> None:
         self.layers, self.names, self.calibration, self.strategy = layers, names, calibration, strategy
         self.needs_targets = calibration.finetune_epochs > 0
+        self.statistics = wanted_statistics(calibration)
         self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
 
     def visit_group(self, group: InputGroup) -> None:
@@ -89,7 +90,7 @@ class _MergeVisitor(Visitor):
             return self._merge_stack(group)
         hessian = group.hessian(self.calibration)
         for name in group.names:
-            self._merge(name, hessian)
+            self._merge(name, hessian, group.statistics)
         return None
 
     def _merge_stack(self, group: InputGroup) -> None:
@@ -109,14 +110,14 @@ class _MergeVisitor(Visitor):
 
         source.merge_experts(merged, self.names)
 
-    def _merge(self, name: str, hessian: Tensor | None) -> None:
+    def _merge(self, name: str, hessian: Tensor | None, statistics: InputStatistics | None) -> None:
         layer = self.layers[name]
         if hessian is None:
             return layer.merge_by(append if self.strategy == "append" else requantize, self.names)
         with named_errors(name):
             plan = layer.plan(self.names)
             spec = extended_spec(plan.weight.spec) if self.strategy == "append" else plan.weight.spec
-            merged = for_outputs(plan, spec, hessian)
+            merged = for_outputs(plan, spec, hessian, asymmetric_target(plan.target, statistics))
         layer.apply_merge(plan, MergeResult(strategy=self.strategy, weight=merged))
         _report_outputs(layer, plan, merged, hessian)
         if self.needs_targets and merged is not plan.weight:
@@ -151,25 +152,31 @@ def _report_outputs(layer: MergeSource, plan: MergePlan, merged: QuantizedWeight
         layer.merging.report = with_outputs(layer.merging.report, plan, merged, hessian)
 
 
-def for_outputs(plan: MergePlan, spec: QuantSpec, hessian: Tensor) -> QuantizedWeight:
+def for_outputs(
+    plan: MergePlan, spec: QuantSpec, hessian: Tensor, asymmetric: Tensor | None = None
+) -> QuantizedWeight:
     """A weight whose outputs retain the whole delta under ``hessian``, starting from the current grid and codes.
 
     The weight of lowest error retains only a fraction of the delta. These losses add up over layers, while noise
     mostly cancels. So the delta is multiplied by a gain, which is raised until the outputs retain all of the delta.
     For a large delta the output error is compared with that of quantizing from scratch.
+
+    ``asymmetric``: the target that makes up for the errors of the layers before this one, in place of the plan's.
     """
     delta, method = plan.delta, plan.method
     if not delta.any():
         return plan.weight
+    whole = plan.target if asymmetric is None else asymmetric
+    start = plan.before if asymmetric is None else plan.before + (asymmetric - plan.target)
     found, gain, weighted = plan.weight, 1.0, delta @ hessian.to(delta.device)
     for n_passes in range(1, MAX_PASSES + 1):
-        target = plan.before + gain * delta
+        target = start + gain * delta
         found = method.quantize(target, spec, hessian=hessian, start=found, iterations=1)
-        retained = coefficient(method.dequantize(found) - plan.before, delta, weighted)
+        retained = coefficient(method.dequantize(found) - start, delta, weighted)
         if abs(retained - 1) < RETAINED_TOLERANCE and n_passes >= MIN_PASSES:
             break
         gain *= min(MAX_GAIN_RATIO, 1 / max(retained, 1 / MAX_GAIN_RATIO))
     if delta.norm() < LARGE_DELTA * plan.before.norm() or spec != plan.weight.spec:
         return found
-    from_scratch = method.quantize(plan.target, spec, hessian=hessian)
-    return min(found, from_scratch, key=lambda weight: output_error(method.dequantize(weight) - plan.target, hessian))
+    from_scratch = method.quantize(whole, spec, hessian=hessian)
+    return min(found, from_scratch, key=lambda weight: output_error(method.dequantize(weight) - whole, hessian))

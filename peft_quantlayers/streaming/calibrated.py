@@ -51,10 +51,10 @@ def quantize_calibrated_parts(
         for number in numbers:
             parts.take(work, number)
         return
-    source = FolderBlocks(
-        parts, work, model_calls(parts.checkpoint.model, batches), needs_targets=calibration.finetune_epochs > 0
-    )
-    walk_blocks(source, _StreamingVisitor(source, calibration, on_layer), progress=progress)
+    source = FolderBlocks(parts, work, model_calls(parts.checkpoint.model, batches))
+    visitor = _StreamingVisitor(source, calibration, on_layer)
+    source.needs_originals = visitor.needs_originals
+    walk_blocks(source, visitor, progress=progress)
     if source.unreached:
         logger.warning(
             "the calibration data does not reach %d block(s), such as %s: their layers are quantized without "

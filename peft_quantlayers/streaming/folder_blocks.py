@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from ..calibration.block_order import order_of
 from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
+from ..integrations.float_checkpoint import TensorGroup
+from ..layers.dense_stack import as_called_stacks, as_parameters
 from .free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
@@ -24,11 +26,13 @@ class FolderBlocks(ModelBlocks):
     walked one by one. A block is read when it is opened, and dropped when it is left.
 
     Attributes:
+        needs_originals: whether the visitor runs the float model too, so that finished blocks are read as well.
         unreached: blocks that no data reaches, known after :meth:`check`; the walk does not come to them.
     """
 
-    def __init__(self, parts: PartsOfModel, work: WorkFolder, calls: list[Call], *, needs_targets: bool) -> None:
-        self.parts, self.work, self.needs_targets = parts, work, needs_targets
+    def __init__(self, parts: PartsOfModel, work: WorkFolder, calls: list[Call]) -> None:
+        self.parts, self.work = parts, work
+        self.needs_originals = False
         super().__init__(parts.checkpoint.model, list(parts.specs), calls, device=parts.device)
         self.unreached: list[str] = []
         self._ran: set[str] = set()
@@ -46,7 +50,11 @@ class FolderBlocks(ModelBlocks):
             for number in set(parts.around) - set(parts.late):
                 if not self.work.is_finished(number):
                     parts.keep(self.work, number)
-            with evaluating(self.model), torch.autocast(device.type, enabled=False, cache_enabled=False):
+            with (
+                evaluating(self.model),
+                torch.autocast(device.type, enabled=False, cache_enabled=False),
+                as_called_stacks(self.model, parts.specs),
+            ):
                 yield
             for number in [*parts.late, *(parts.number_of[block] for block in self._resident)]:
                 parts.keep(self.work, number)
@@ -70,7 +78,7 @@ class FolderBlocks(ModelBlocks):
     @contextmanager
     def opened(self, block: str) -> Iterator[nn.Module]:
         module = self.model.get_submodule(block)
-        if self.needs_targets or not self.work.is_finished(self.parts.number_of[block]):
+        if self.needs_originals or not self.work.is_finished(self.parts.number_of[block]):
             self._load(block)
         try:
             yield module
@@ -98,8 +106,12 @@ class FolderBlocks(ModelBlocks):
 
     def _load(self, block: str) -> None:
         """The float block, where it runs."""
-        self.parts.checkpoint.load(self.parts.parts[self.parts.number_of[block]])
+        self._load_groups(block, self.parts.parts[self.parts.number_of[block]])
         self.model.get_submodule(block).to(self.device or self.home(block))
+
+    def _load_groups(self, block: str, groups: Sequence[TensorGroup]) -> None:
+        with as_parameters(self.model, [name for name in self.parts.specs if name.startswith(f"{block}.")]):
+            self.parts.checkpoint.load(groups)
 
     def _load_finished(self, block: str, record: dict[str, Any]) -> None:
         """The quantized block, whose layers are in their places; what a file holds in another form is read again."""
@@ -111,7 +123,7 @@ class FolderBlocks(ModelBlocks):
         module.load_state_dict(stored, strict=False, assign=True)
         missing = {name for name, tensor in module.state_dict(prefix=f"{block}.").items() if tensor.is_meta}
         groups = [group for group in self.parts.parts[number] if missing & set(group.parameters)]
-        self.parts.checkpoint.load(groups)
+        self._load_groups(block, groups)
         module.to(self.device or self.home(block))
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class PartsOfModel:
             block = next((block for block in blocks if group.parameters[0].startswith(f"{block}.")), None)
             if block is not None:
                 inside[block].append(group)
-            elif blocks and any(name.removesuffix(".weight") in self.specs for name in group.parameters):
+            elif blocks and any(_layer_of(name, self.specs) for name in group.parameters):
                 late.append(group)
             else:
                 around.append(group)
@@ -111,17 +111,20 @@ class PartsOfModel:
         """About the quantized layers in a part."""
         model = self.checkpoint.model
         layers = quantized_layers(model)
-        names = (name.removesuffix(".weight") for name in parameters)
-        return {
-            name: _record_of(layers[name], is_half=model.dtype == torch.float16) for name in names if name in layers
-        }
+        names = filter(None, (_layer_of(name, layers) for name in parameters))
+        return {name: _record_of(layers[name], is_half=model.dtype == torch.float16) for name in names}
 
     def _n_bytes(self, parameter: str) -> int:
-        name, model = parameter.removesuffix(".weight"), self.checkpoint.model
-        if name in self.specs:
+        name, model = _layer_of(parameter, self.specs), self.checkpoint.model
+        if name is not None:
             layout = self.specs[name].layout_of(dense_shape(model, name))
             return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
         return model.get_parameter_or_buffer(parameter).nbytes
+
+
+def _layer_of(parameter: str, layers: Collection[str]) -> str | None:
+    """The one of ``layers`` whose weight ``parameter`` is: a stack of experts of that name, or a module; or None."""
+    return next((name for name in (parameter, parameter.removesuffix(".weight")) if name in layers), None)
 
 
 def _record_of(layer: QuantizedLinear | QuantizedStack, *, is_half: bool) -> dict[str, Any]:

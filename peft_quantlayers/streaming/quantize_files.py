@@ -19,7 +19,6 @@ from ..calibration import Calibration, LayerResult
 from ..calibration.blocks import find_block_lists
 from ..calibration.quantize_calibrated import check_can_calibrate
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder, package_versions
-from ..layers.expert_types import find_stack
 from ..layers.selection import quantizable_modules
 from ..methods import QuantConfig
 from ..methods.quant_config import check_config
@@ -122,13 +121,7 @@ def quantize_checkpoint(
     blocks: list[str] = []
     batches: Any = []
     if given is not None:
-        experts = [name for name in specs if find_stack(checkpoint.model, name) is not None]
-        if experts:
-            raise ValueError(
-                f"{experts[0]}: experts are not calibrated from files to files yet. Leave calibration out, leave them "
-                "dense with skip_modules=['experts'], or use quantize_model on the loaded model. Nothing was written."
-            )
-        check_can_calibrate(specs)
+        check_can_calibrate(specs, given)
         batches = given.batches(checkpoint.model, progress=progress)
         run["calibration"] = describe_calibration(given, batches)
         blocks = [block for found in find_block_lists(checkpoint.model, list(specs)) for block in found]

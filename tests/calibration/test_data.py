@@ -126,6 +126,7 @@ def test_texts_without_a_tokenizer_say_where_to_give_one():
         {"batch_size": 0},
         {"finetune_epochs": -1},
         {"learning_rate": 2.0},
+        {"initial_codes": "actorder"},
     ],
 )
 def test_options_that_make_no_sense_are_refused(field):

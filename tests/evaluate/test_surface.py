@@ -10,7 +10,8 @@ PACKAGE = Path(peft_quantlayers.__file__).parent
 
 
 def test_the_public_names_are_these():
-    assert evaluate.__all__ == ["Capture", "Divergence", "capture", "divergence", "perplexity", "saved_for_backward"]
+    models = ["capture", "divergence", "perplexity", "routing_agreement", "saved_for_backward"]
+    assert evaluate.__all__ == ["Capture", "Divergence", "RoutingAgreement", *models]
 
 
 def test_no_file_of_the_package_starts_another_program():

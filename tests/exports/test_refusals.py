@@ -200,17 +200,6 @@ def has_converter():
 
 
 @pytest.mark.parametrize("format", ["mlx", "dense"])
-@pytest.mark.parametrize("is_saved", [False, True])
-def test_quantized_experts_are_refused_by_name(tmp_path, format, is_saved):
-    model = pql.quantize_model(
-        _tiny_models.tiny_model("MixtralForCausalLM"), pql.HQQConfig(group_size=32), progress=False
-    )
-    if is_saved:
-        model.save_pretrained(tmp_path / "saved")
-    refused(tmp_path / "saved" if is_saved else model, tmp_path / "out", format, r"experts.*dequantize_model")
-
-
-@pytest.mark.parametrize("format", ["mlx", "dense"])
 def test_experts_that_are_dense_stay_so(tmp_path, format):
     model = _tiny_models.tiny_model("MixtralForCausalLM")
     pql.quantize_model(model, pql.HQQConfig(group_size=32, skip_modules=["experts"]), progress=False)

@@ -1,18 +1,21 @@
 """The names of PEFT that we use are all in one table, and a PEFT without some of them gives one clear error."""
 
 import ast
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 import peft_quantlayers as pql
 from peft_quantlayers.integrations import peft as integration
-from peft_quantlayers.integrations.private_peft_names import IMPORTED, METHODS, check_imports, check_names
+from peft_quantlayers.integrations.private_peft_names import IMPORTED, METHODS, _find, check_imports, check_names
 
 PACKAGE = Path(pql.__file__).parent
 
@@ -31,12 +34,45 @@ def test_every_name_that_is_imported_from_a_module_of_peft_is_in_the_table():
     listed = {(module, name) for module, names in IMPORTED.items() for name in names}
     assert imported_names() <= listed
     assert {"LoraModel", "PeftModel", "PeftMixedModel", "LoraConfig", "PeftConfig"} <= set(peft.__all__)
+    assert {"PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"} <= set(peft.__all__)
 
 
 def test_every_function_that_registering_takes_over_is_in_the_table():
-    listed = {name for names in (*METHODS.values(), *IMPORTED.values()) for name in names}
-    # Where a dispatcher cannot be registered this one is needed, and the error says what else can be done.
-    assert integration._replaced.names() - {"_create_new_module"} <= listed
+    methods = {f"{owner.rpartition('.')[2]}.{name}" for owner, names in METHODS.items() for name in names}
+    functions = {f"{module}.{name}" for module, names in IMPORTED.items() for name in names}
+    # The first has an error of its own, which says what else can be done; the second is transformers'.
+    checked_elsewhere = {"LoraModel._create_new_module", "PreTrainedModel.load_adapter"}
+    assert integration._replaced.names() - checked_elsewhere <= methods | functions
+
+
+def overridden_methods() -> set[tuple[type, str]]:
+    """Methods of PEFT that classes of ours override, with those classes; ``forward`` is torch's name."""
+    found = set()
+    for module in pkgutil.walk_packages(pql.__path__, f"{pql.__name__}."):
+        if module.name.endswith("__main__"):
+            continue
+        for ours in vars(importlib.import_module(module.name)).values():
+            if not inspect.isclass(ours) or ours.__module__ != module.name:
+                continue
+            theirs = {name for base in ours.__mro__ if base.__module__.startswith("peft.") for name in vars(base)}
+            own = {name for name in vars(ours) if not name.startswith("__") and name not in ("_abc_impl", "forward")}
+            found |= {(ours, name) for name in own & theirs}
+    return found
+
+
+def test_every_method_that_a_class_of_ours_overrides_is_in_the_table():
+    found = overridden_methods()
+    assert {"merge", "_prepare_model", "resolve_lora_variant", "set_base_weight"} <= {name for _, name in found}
+    owners = {_find(owner): names for owner, names in METHODS.items()}
+    for ours, name in sorted(found, key=str):
+        assert any(name in names for owner, names in owners.items() if issubclass(ours, owner)), (ours, name)
+
+
+def test_a_method_that_ours_override_is_missed_by_its_old_name(monkeypatch):
+    monkeypatch.delattr(BaseTuner, "_prepare_model")
+    monkeypatch.delattr(LoraModel, "_prepare_model")
+    with pytest.raises(ImportError, match=r"lacks .*BaseTuner\._prepare_model.* Nothing was registered"):
+        check_names()
 
 
 def test_the_installed_peft_has_them_all():

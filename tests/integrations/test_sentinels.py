@@ -1,5 +1,7 @@
 """A saved model is never loaded as random numbers: without our import transformers stops, with it all is as before."""
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import pytest
 import torch
 from _tiny_models import tiny_model
+from mixtures import MIXTURES, codes, same, tiny_mixture
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -66,14 +69,49 @@ def test_stock_transformers_stops_at_a_saved_model_of_any_architecture(tmp_path)
     model = pql.quantize_model(tiny_model("LlamaForCausalLM"), CONFIG, progress=False)
     model.save_pretrained(tmp_path / "LlamaForCausalLM-sharded", max_shard_size="50KB")
     tiny_model("LlamaForCausalLM").save_pretrained(tmp_path / "LlamaForCausalLM-float")
+    for family in MIXTURES:
+        model = with_experts_alone(tiny_mixture(family))
+        pql.save_model(model, tmp_path / f"{type(model).__name__}-experts")
     found = in_stock_transformers(*sorted(tmp_path.iterdir()))
     is_float = {name: name.startswith("LlamaForCausalLM-float") for name in found}
     assert sum(is_float.values()) == 2
     assert {name: bool(error) for name, error in found.items()} == {name: not is_float[name] for name in found}
     # An AutoModel that does not know the class is no test of ours.
     others = [error for name, error in found.items() if error and "Unrecognized configuration" not in error]
-    assert len(others) >= 2 * len(CLASSES) - 3
+    assert len(others) >= 2 * (len(CLASSES) + len(MIXTURES)) - 4
     assert all("mismatch" in error for error in others), others
+
+
+def with_experts_alone(model):
+    """``model`` with nothing quantized but its experts."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return pql.quantize_model(model, dataclasses.replace(CONFIG, skip_modules=tuple(linears)), progress=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "longcat_flash"])
+def test_our_loader_takes_experts_that_alone_are_quantized(family, tmp_path):
+    model = with_experts_alone(tiny_mixture(family))
+    assert not pql.quantized_modules(model)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(tensor.shape == SENTINEL_SHAPE for tensor in stored.values()) == 4
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] | info["missing_keys"]
+    assert same(codes(loaded), codes(model))
+    assert pql.verify_model(tmp_path) == []
+
+
+def test_the_file_of_quantized_experts_is_a_state_dict_too(tmp_path):
+    model = with_experts_alone(tiny_mixture("qwen3_moe"))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    other = copy.deepcopy(with_experts_alone(tiny_mixture("qwen3_moe")))
+    other.model.layers[0].mlp.experts.gate_up_proj.write_expert(1, torch.zeros(64, 64))
+    other.load_state_dict(stored)  # strict: as a Trainer resumes
+    assert same(codes(other), codes(model))
+    stored["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 64, 64)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict(stored)
 
 
 def test_each_layer_has_one_and_our_loader_says_nothing_of_them(tmp_path):

@@ -1,7 +1,10 @@
 """Our backend for PEFT's generic tuners, and PEFT's registries, where it has them (`patches/`)."""
 
 import copy
+import importlib
 import pickle
+import re
+from pathlib import Path
 
 import peft
 import peft.utils
@@ -18,6 +21,8 @@ from peft_quantlayers.lora.quantization_backend import QuantizedLinearBackend
 
 from .surfaces import Two
 
+# Its table "What stays with all patches" has a row for each function of PEFT that is extended whatever PEFT has.
+PATCHES = Path(__file__).parent.parent.parent / "patches" / "README.md"
 HAS_REGISTRIES = hasattr(peft.utils, "register_quantization_backend")
 TUNERS = {
     "boft": lambda: BOFTConfig(boft_block_size=4, init_weights=False),
@@ -27,6 +32,11 @@ TUNERS = {
     "vera": lambda: VeraConfig(r=4, init_weights=False),
 }
 tuners = pytest.mark.parametrize("tuner", TUNERS)
+
+
+def asks_for_backends(tuner: str) -> bool:
+    """Whether this PEFT has moved the tuner to the generic backends; OFT is there since 0.21."""
+    return hasattr(importlib.import_module(f"peft.tuners.{tuner}.layer"), "resolve_quantization_backend")
 
 
 def quantized_two(method: str) -> Two:
@@ -113,7 +123,7 @@ def test_a_registry_of_backends_is_used_where_peft_has_one(monkeypatch):
 
 def test_unregistering_leaves_no_function_of_ours_in_pefts_lora():
     ours = [name for name, value in vars(peft.LoraModel).items() if "quantlayers" in getattr(value, "__module__", "")]
-    assert {"merge_adapter", "_prepare_model", "_unload_and_optionally_merge"} <= set(ours)
+    assert {"merge_adapter", "inject_adapter", "_unload_and_optionally_merge"} <= set(ours)
     pql.unregister()
     try:
         assert all(getattr(peft.LoraModel, name).__module__.startswith("peft.") for name in ours)
@@ -123,20 +133,26 @@ def test_unregistering_leaves_no_function_of_ours_in_pefts_lora():
     assert "merge_adapter" in vars(peft.LoraModel)
 
 
+def test_what_is_extended_is_what_has_a_reason_in_the_table_and_the_dispatch_where_peft_has_no_registry_for_it():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \| (.+) \|$", PATCHES.read_text(), re.M)
+    reasons = {name: why for name, _, why in rows if "." in name}
+    assert all(reasons.values())
+    dispatch = set() if HAS_REGISTRIES else {"LoraModel._create_new_module"}
+    assert integration._replaced.names() == reasons.keys() | dispatch
+
+
 @pytest.mark.skipif(not HAS_REGISTRIES, reason="this PEFT has no registries; `make patches` runs this on one that has")
 class TestOnAPeftWithRegistries:
-    def test_layers_and_backends_are_registered_through_public_names_and_only_checks_are_wrapped(self):
+    def test_layers_and_backends_are_registered_through_public_names(self):
         dispatch = peft.LoraModel.__dict__["_create_new_module"].__func__
         assert dispatch.__module__ == "peft.tuners.lora.model"
-        # Checks around adapters and merges, experts, and LoRA-GA's gradients: no registry is a place for them.
-        assert "_create_new_module" not in integration._replaced.names()
         assert "register_lora_dispatcher" in peft.tuners.lora.__all__
         assert "register_quantization_backend" in peft.utils.__all__
         lora = get_peft_model(quantized_two("hqq"), LoraConfig(r=2, target_modules=["first"]))
         assert type(lora.base_model.model.first) is LoraQuantizedLinear
 
     @all_methods
-    @tuners
+    @pytest.mark.parametrize("tuner", [tuner for tuner in TUNERS if asks_for_backends(tuner)])
     def test_the_status_names_our_backend_and_merging_goes_through_it(self, method, tuner, monkeypatch):
         model = tuned(quantized_two(method), tuner)
         assert {layer.quantization_backend for layer in model.get_layer_status()} == {f"quantlayers-{method}"}

@@ -243,3 +243,19 @@ def test_a_merge_can_be_evaluated_and_saved(tmp_path):
     pql.save_model(merged, tmp_path / "merged")
     loaded = type(merged).from_pretrained(tmp_path / "merged")
     assert torch.equal(loaded(HELD_OUT).logits, merged(HELD_OUT).logits)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_asymmetric_targets_bring_the_outputs_nearer(config):
+    found = []
+    for is_asymmetric in (False, True):
+        model = adapted(config, scale=0.1)
+        with torch.no_grad():
+            expected = model(HELD_OUT).logits
+        merged, _ = pql.merge_back(
+            model,
+            strategy="calibrated",
+            calibration=calibration(asymmetric_targets=is_asymmetric),
+        )
+        found.append(distance(merged, expected))
+    assert found[1] < found[0]

@@ -281,17 +281,3 @@ def test_experts_of_a_checkpoint_are_joined_one_at_a_time(family, tmp_path, monk
     model = load(tmp_path, quantization_config=CONFIG)
     assert quantized_stacks(model)
     assert set(seen) == {1}
-
-
-def test_what_does_not_know_experts_yet_refuses_them_by_name(tmp_path):
-    model = quantized("qwen3_moe")
-    pql.save_model(model, tmp_path / "saved")
-    for source in (model, tmp_path / "saved"):
-        with pytest.raises(ValueError, match=r"experts\.\w+: quantized experts are not exported"):
-            pql.export(source, tmp_path / "exported", "gguf")
-    assert not (tmp_path / "exported").exists()
-    tiny_mixture("qwen3_moe").save_pretrained(tmp_path / "float")
-    with pytest.raises(ValueError, match=r"experts\.\w+: experts are not calibrated from files to files"):
-        pql.quantize_checkpoint(
-            tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=IDS.repeat(8, 1), progress=False
-        )

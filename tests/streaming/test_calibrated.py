@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from _tiny_models import tiny_inputs, tiny_model
+from mixtures import tiny_mixture
 from safetensors.torch import load_file
 
 import peft_quantlayers as pql
@@ -62,9 +63,10 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("is_asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_it_writes_what_calibration_in_memory_writes(name, tmp_path):
-    calibration = calibration_for(saved(tmp_path / "float", name))
+def test_it_writes_what_calibration_in_memory_writes(name, is_asymmetric, tmp_path):
+    calibration = calibration_for(saved(tmp_path / "float", name), asymmetric_targets=is_asymmetric)
     pql.quantize_checkpoint(
         tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
     )
@@ -95,15 +97,48 @@ def test_every_method_and_layers_outside_of_blocks(config, tmp_path):
     assert all(result.output_error is not None for result in results)
 
 
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "longcat_flash", "granitemoe", "jetmoe"]
+)
+def test_experts_are_calibrated_one_block_at_a_time(family, tmp_path):
+    tiny_mixture(family).save_pretrained(tmp_path / "float")
+    calibration = pql.Calibration(data=IDS, n_tokens=256, sequence_length=64)
+    results = []
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False,
+        on_layer=results.append,
+    )  # fmt: skip
+    assert_same(tmp_path / "quantized", in_memory(tmp_path / "float", tmp_path / "expected", CONFIG, calibration))
+    stacks = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]["stacks"]
+    errors = [result.output_error for result in results if result.name in stacks]
+    assert len(errors) == len(stacks) >= 4
+    assert set(errors) == {None} if family in ("longcat_flash", "jetmoe") else all(errors)
+
+
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
-def test_stopped_after_each_block_it_ends_with_the_same_files(epochs, name, tmp_path, monkeypatch):
+BOTH = {"asymmetric_targets": True, "finetune_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"finetune_epochs": 2}),
+        ("LlamaForCausalLM", {"asymmetric_targets": True}),
+        ("LlamaForCausalLM", BOTH),
+        ("LlamaForCausalLM", {"asymmetric_targets": True, "initial_codes": "best"}),
+        ("Gemma2ForCausalLM", {}),
+        ("Gemma2ForCausalLM", BOTH),
+        ("MixtralForCausalLM", {}),
+        ("MixtralForCausalLM", {"finetune_epochs": 2}),
+    ],
+)
+def test_stopped_after_each_block_it_ends_with_the_same_files(name, fields, tmp_path, monkeypatch):
     model = saved(tmp_path / "float", name)
-    calibration = calibration_for(model, finetune_epochs=epochs)
+    calibration = calibration_for(model, **fields)
     options = {"calibration": calibration, "progress": False}
     pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, **options)
     assert_same(tmp_path / "expected", in_memory(tmp_path / "float", tmp_path / "memory", CONFIG, calibration))
@@ -127,8 +162,9 @@ def test_stopped_after_each_block_it_ends_with_the_same_files(epochs, name, tmp_
     assert files_of(tmp_path / "quantized") == files_of(tmp_path / "expected")
 
 
-def test_one_block_is_in_memory_at_a_time_and_none_before_and_after(tmp_path, monkeypatch):
-    model = saved(tmp_path / "float")
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_one_block_is_in_memory_at_a_time_and_none_before_and_after(name, tmp_path, monkeypatch):
+    model = saved(tmp_path / "float", name)
     n_blocks = len(model.model.layers)
     seen = []
     own = folder_blocks.FolderBlocks.opened

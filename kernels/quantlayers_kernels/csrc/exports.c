@@ -39,6 +39,27 @@ static const struct kernels *kernels_of(int variant) {
 #endif
 }
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether the CPU multiplies tiles of bfloat16 (AMX), and Linux lets this process use their registers. */
+int ql_has_matrix_tiles(void) {
+    enum { TILES_OF_BFLOAT16 = 1 << 22, TILES = 1 << 24, BFLOAT16 = 1 << 5, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    if (kernels_avx512.hqq_experts_product == NULL || ql_best_variant() < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return 0;
+    if ((d & (TILES | TILES_OF_BFLOAT16)) != (TILES | TILES_OF_BFLOAT16) || !__get_cpuid_count(7, 1, &a, &b, &c, &d))
+        return 0;
+    return (a & BFLOAT16) != 0 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#else
+int ql_has_matrix_tiles(void) {
+    return 0;
+}
+#endif
+
 /* What for_rows passes on to a kernel: its first struct, and its second one where it has two. */
 struct call {
     const struct kernels *kernels;
@@ -74,6 +95,33 @@ static void sum_hqq_gradient(const void *context, int64_t begin, int64_t end, fl
 int ql_hqq_gradient(const struct hqq_weight *weight, const struct hqq_gradient *gradient, int n_threads, int variant) {
     const struct call call = {kernels_of(variant), weight, gradient};
     return for_rows(sum_hqq_gradient, &call, gradient->n_rows, hqq_row_floats(weight), n_threads);
+}
+
+static void multiply_hqq_experts(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct call *call = context;
+    call->kernels->hqq_experts_product(call->first, call->second, begin, end, scratch);
+}
+
+/* y (tokens, out_features) = x (tokens, in_features) @ the transposed weight of each token's expert; only where
+ * ql_has_matrix_tiles, and with the sizes that hqq/experts.py asks for. */
+int ql_hqq_experts_linear(const struct hqq_weight *weight, const struct expert_tokens *tokens, int n_threads,
+                          int variant) {
+    const struct call call = {kernels_of(variant), weight, tokens};
+    const int64_t floats = call.kernels->hqq_experts_floats(weight, tokens);
+    return for_rows(multiply_hqq_experts, &call, tokens->n_experts, floats, n_threads);
+}
+
+static void add_hqq_experts_gradient(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct call *call = context;
+    call->kernels->hqq_experts_gradient(call->first, call->second, begin, end, scratch);
+}
+
+/* y (tokens, in_features) = x (tokens, out_features) @ the weight of each token's expert. */
+int ql_hqq_experts_gradient(const struct hqq_weight *weight, const struct expert_tokens *tokens, int n_threads,
+                            int variant) {
+    const struct call call = {kernels_of(variant), weight, tokens};
+    const int64_t floats = call.kernels->hqq_experts_floats(weight, tokens);
+    return for_rows(add_hqq_experts_gradient, &call, tokens->n_experts, floats, n_threads);
 }
 
 static void iterate_half_quadratic(const void *context, int64_t begin, int64_t end, float *scratch) {

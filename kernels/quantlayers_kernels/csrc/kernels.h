@@ -8,12 +8,18 @@
 #include "aqlm_update.h"
 #include "hqq_choice.h"
 #include "hqq_kernels.h"
+#include "hqq_experts.h"
 #include "hqq_solve.h"
 
 const struct kernels VARIANT(kernels) = {
     .hqq_product = VARIANT(hqq_product),
     .hqq_rows = VARIANT(hqq_rows),
     .hqq_gradient = VARIANT(hqq_gradient),
+#if HAS_MATRIX_TILES
+    .hqq_experts_product = VARIANT(hqq_experts_product),
+    .hqq_experts_gradient = VARIANT(hqq_experts_gradient),
+    .hqq_experts_floats = VARIANT(hqq_experts_floats),
+#endif
     .hqq_half_quadratic = VARIANT(hqq_half_quadratic),
     .hqq_affine_fit = VARIANT(hqq_affine_fit),
     .hqq_choose = VARIANT(hqq_choose),

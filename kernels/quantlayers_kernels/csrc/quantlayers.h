@@ -43,6 +43,15 @@ struct dense_rows {
     int kind;
 };
 
+/* Tokens sorted by expert, x (tokens, in_features) and y (tokens, out_features) for a product, the other way round for
+ * its gradient, bfloat16. The experts' weights lie one after the other; an expert has out_features rows. */
+struct expert_tokens {
+    void *y;
+    const void *x;
+    const int64_t *offsets; /* (n_experts + 1): where the tokens of each expert begin, and where the last one's end */
+    int64_t n_experts, out_features;
+};
+
 /* The gradient of rows [first_row, first_row + n_rows) of a dense weight, and the gradients of the rows' scales and
  * zeros, for groups along the inputs. */
 struct hqq_gradient {
@@ -115,14 +124,22 @@ struct aqlm_choice {
     int64_t n_out, n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
-/* Kernels work on the rows [begin, end). `scratch` is the worker's own memory, aligned to a cache line: BLOCK_ROWS dense
+/* Tokens of an expert that meet its weight together. */
+#define EXPERT_TOKENS 64
+
+/* Kernels work on the rows [begin, end), those of experts on the experts. `scratch` is the worker's own memory, aligned to a cache line: BLOCK_ROWS dense
  * rows for AQLM's product and hqq_product_floats for HQQ's; one dense row for dense rows, and hqq_row_floats more for
- * HQQ's; MAX_LANES groups for the solvers of HQQ. */
+ * HQQ's; MAX_LANES groups for the solvers of HQQ; hqq_experts_floats for experts, whose kernels are NULL without AMX. */
 struct kernels {
     void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_gradient)(const struct hqq_weight *, const struct hqq_gradient *, int64_t begin, int64_t end,
                          float *scratch);
+    void (*hqq_experts_product)(const struct hqq_weight *, const struct expert_tokens *, int64_t begin, int64_t end,
+                                float *scratch);
+    void (*hqq_experts_gradient)(const struct hqq_weight *, const struct expert_tokens *, int64_t begin, int64_t end,
+                                 float *scratch);
+    int64_t (*hqq_experts_floats)(const struct hqq_weight *, const struct expert_tokens *);
     void (*hqq_half_quadratic)(const struct hqq_groups *, const struct hqq_half_quadratic *, int64_t begin, int64_t end,
                                float *scratch);
     void (*hqq_affine_fit)(const struct hqq_groups *, const struct hqq_affine_fit *, int64_t begin, int64_t end,

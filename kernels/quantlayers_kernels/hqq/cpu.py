@@ -47,7 +47,7 @@ def linear_few_tokens(
 ) -> Tensor:
     """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
-    weight = _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
     return few_tokens_product("ql_hqq_linear", weight, x, bias, out_features=W_q.shape[0])
 
 
@@ -62,7 +62,7 @@ def dequantize_rows(
     written = DenseRows(
         out=into.data_ptr(), first_row=rows.start, n_rows=rows.stop - rows.start, kind=native.KINDS[into.dtype]
     )
-    weight = _weight(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1])
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=into.shape[1])
     native.call("ql_hqq_dequantize", weight, written)
     return into
 
@@ -92,11 +92,11 @@ def metadata_gradient_of_rows(
         first_row=rows.start,
         n_rows=len(gradient),
     )
-    weight = _weight(W_q, scale, zero, nbits=nbits, axis=1, in_features=gradient.shape[1])
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=gradient.shape[1])
     native.call("ql_hqq_gradient", weight, of_rows)
 
 
-def _weight(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> HQQWeight:
+def weight_of(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> HQQWeight:
     """The kernels' view of contiguous tensors."""
     return HQQWeight(
         packed=W_q.data_ptr(),

@@ -15,7 +15,8 @@ from ...formats import QuantizedWeight, QuantSpec
 from ...methods import get_method
 from ..grids import are_zeros_codes
 from ..report import LayerExport
-from ..source import ModelSource, SourceLayer
+from ..source import ModelSource
+from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from .vllm_command import MAX_RANK
 
 Approximation = Literal["8bit", "adapter", "requantize"]
@@ -38,6 +39,8 @@ class LayerFacts:
         has_code_zeros: its zeros are codes: integers in their range.
         is_symmetric: its zeros all lie in the middle of the codes.
         is_transposed: its architecture keeps the weight as (in_features, out_features), as GPT-2 does.
+        model_type: of the model's config.
+        stack: of a stack of experts; None for a linear layer.
     """
 
     name: str
@@ -49,6 +52,8 @@ class LayerFacts:
     has_code_zeros: bool = False
     is_symmetric: bool = False
     is_transposed: bool = False
+    model_type: str = ""
+    stack: StackFacts | None = None
 
     @property
     def method(self) -> str:
@@ -65,7 +70,13 @@ def facts_of(layer: SourceLayer) -> LayerFacts:
     """Reads the scales and zeros of ``layer``, not its codes."""
     shape: dict[str, Any] = {"out_features": layer.out_features, "in_features": layer.in_features}
     spec: Any = layer.spec
-    common: dict[str, Any] = {"name": layer.name, "spec": spec, "is_transposed": layer.is_transposed}
+    common: dict[str, Any] = {
+        "name": layer.name,
+        "spec": spec,
+        "is_transposed": layer.is_transposed and layer.stack is None,
+        "model_type": layer.model_type,
+        "stack": layer.stack,
+    }
     if spec.method != "hqq" or spec.axis != 1:
         return LayerFacts(**common, **shape)
     has_zeros = "zero" in spec.tensor_layout(**shape)
@@ -91,8 +102,9 @@ class ExportTask:
         facts: of each layer of the source.
         dtype: of dense tensors, scales and zeros.
         approximate: how to store what the format does not hold; None for what it holds.
-        requantized: gives the weight that is written in the place of a layer's own, by name; None without one.
-        computed: if given, takes the weight that readers compute for each layer, by name.
+        requantized: gives the weight that is written in the place of a layer's own, by its name in the model; None
+            without one.
+        computed: if given, takes the weight that readers compute for each layer, by its name in the model.
     """
 
     source: ModelSource
@@ -105,7 +117,7 @@ class ExportTask:
 
     def weight(self, layer: SourceLayer) -> QuantizedWeight:
         """The weight of ``layer`` that is to be written."""
-        return layer.weight() if self.requantized is None else self.requantized(layer.name)
+        return layer.weight() if self.requantized is None else self.requantized(layer.module)
 
 
 @dataclass(kw_only=True)
@@ -128,23 +140,55 @@ class Written:
     row_order: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
+class Comparison:
+    """What readers compute of a layer beside what it was, one matrix after the other."""
+
+    def __init__(self, task: ExportTask, layer: SourceLayer) -> None:
+        self._layer, self._own = layer, layer.weight()
+        self._sums = {"error": 0.0, "weight": 0.0}
+        self._computed: Tensor | None = None
+        if task.computed is not None:
+            shape = (layer.n_rows // layer.out_features, layer.out_features, layer.in_features)
+            self._computed = torch.empty(shape)
+            task.computed[layer.module] = self._computed if layer.stack else self._computed[0]
+
+    def add(self, matrix: Matrix, computed: Tensor) -> None:
+        """``matrix``, of which readers compute ``computed``, (rows, in_features), float32."""
+        own = weight_of(self._own, matrix)
+        weight = get_method(own.spec.method).dequantize(own, dtype=torch.float32)[matrix.rows]
+        for name, values in (("error", computed - weight), ("weight", weight)):
+            self._sums[name] += values.norm(dtype=torch.float64).item() ** 2
+        if self._computed is not None:
+            self._computed[matrix.expert or 0, matrix.rows] = computed
+
+    def result(self, *, stored_as: str, bits_after: float) -> LayerExport:
+        """The report of the layer."""
+        return LayerExport(
+            name=self._layer.name,
+            n_weights=self._layer.n_weights,
+            stored_as=stored_as,
+            bits_before=self._own.bits_per_weight,
+            bits_after=bits_after,
+            error_norm=self._sums["error"] ** 0.5,
+            weight_norm=self._sums["weight"] ** 0.5,
+        )
+
+
 def compared(
     task: ExportTask, layer: SourceLayer, computed: Tensor, *, stored_as: str, bits_after: float
 ) -> LayerExport:
-    """The report of a layer of which readers compute the weight ``computed``, (out_features, in_features), float32."""
-    if task.computed is not None:
-        task.computed[layer.name] = computed
-    own = layer.weight()
-    weight = get_method(own.spec.method).dequantize(own, dtype=torch.float32)
-    return LayerExport(
-        name=layer.name,
-        n_weights=layer.n_weights,
-        stored_as=stored_as,
-        bits_before=own.bits_per_weight,
-        bits_after=bits_after,
-        error_norm=(computed - weight).norm(dtype=torch.float64).item(),
-        weight_norm=weight.norm(dtype=torch.float64).item(),
-    )
+    """The report of a linear layer of which readers compute ``computed``, (out_features, in_features), float32."""
+    comparison = Comparison(task, layer)
+    comparison.add(layer.matrices[0], computed)
+    return comparison.result(stored_as=stored_as, bits_after=bits_after)
+
+
+def why_not_single(stack: StackFacts) -> str:
+    """Why the matrices of ``stack`` are not those of single experts in the files; empty if they are."""
+    if stack.are_single:
+        return ""
+    key = stack.tensors[0].key
+    return f"files of this architecture keep all experts in one tensor ({key}), and engines read only dense ones so"
 
 
 class ExportFormat(ABC):
@@ -180,6 +224,11 @@ class ExportFormat(ABC):
     @abstractmethod
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
         """Why a layer cannot be held, to follow its name; empty if it can."""
+
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        """Why quantized experts cannot be held, to follow their name; empty if they can, as far as :meth:`misfit`
+        allows."""
+        return f"{self.name} has no place for quantized experts"
 
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None

@@ -16,10 +16,11 @@ from ..config_json import engine_config
 from ..grids import UniformGrid
 from ..packing import pack_rows
 from ..report import LayerExport
+from ..source_layer import SourceLayer
 from ..stand_ins import StandIns, write_stand_ins
 from ..target_grid import requantized_facts
-from .base import Approximation, ExportTask, LayerFacts, Written
-from .grid_format import GridFormat, GridSettings, StoredGrid, layer_export
+from .base import Approximation, Comparison, ExportTask, LayerFacts, Written
+from .grid_format import GridFormat, GridSettings, StoredGrid
 
 # Widths of unsigned integers that both runtimes read.
 _CONTAINERS = (2, 4, 8)
@@ -107,10 +108,13 @@ class ContainerFormat(ConvertedFormat):
             nbits, group_size = self.kind(each, task.approximate)
             return next(width for width in _CONTAINERS if width >= nbits), group_size or each.group_size
 
-        def store(name: str) -> tuple[dict[str, Tensor], LayerExport]:
-            layer = task.source.layers[name]
-            stored, _ = self.stored(task, layer)
-            return stored.tensors, layer_export(task, layer, stored)
+        def store(layer: SourceLayer) -> tuple[dict[str, Tensor], LayerExport]:
+            (matrix,), comparison = layer.matrices, Comparison(task, layer)
+            stored, _ = self.stored(task, layer, task.weight(layer), matrix)
+            comparison.add(matrix, stored.weight)
+            stored_as = f"{stored.settings.nbits} bits in groups of {stored.settings.group_size}"
+            n_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
+            return stored.tensors, comparison.result(stored_as=stored_as, bits_after=8 * n_bytes / layer.n_weights)
 
         return StandIns(task, self.converter, {name: kind(each) for name, each in facts.items()}, store)
 
@@ -119,6 +123,6 @@ def written_in_graph(task: ExportTask, stand_ins: StandIns) -> Written:
     """What was written, once all stand-ins have given their places."""
     stand_ins.check_complete()
     return Written(
-        layers=[stand_ins.reports[name] for name in stand_ins.names],
+        layers=stand_ins.reports(),
         config=engine_config(task.source.config, task.dtype),
     )

@@ -7,6 +7,7 @@ place.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...formats import QuantizedWeight
 from ...methods import get_method
-from ..gguf_blocks import BLOCK, affine_blocks, affine_weight, eight_bit_blocks
+from ..gguf_blocks import BLOCK, Bytes, affine_blocks, affine_weight, eight_bit_blocks
 from ..gguf_converter import convert, converter_folder
 from ..grids import UniformGrid, uniform_grid
 from ..report import LayerExport
+from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from ..stand_ins import Place, StandIns
-from .base import ANY_RANK, Approximation, ExportTask, LayerFacts, Written, compared
+from .base import ANY_RANK, Approximation, Comparison, ExportTask, LayerFacts, Written
 from .converted import ConvertedFormat
 from .grid_format import GridSettings, StoredGrid
 
@@ -69,6 +72,9 @@ class GgufFormat(ConvertedFormat):
             return f"{self.name} holds groups of multiples of {BLOCK}, not of {facts.group_size}"
         return ""
 
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        return ""
+
     def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
         settings = GridSettings(nbits=grid.nbits, group_size=grid.group_size, is_symmetric=False)
         blocks = torch.from_numpy(affine_blocks(grid))
@@ -95,7 +101,7 @@ class _FileCopy:
     def __init__(self, export_format: GgufFormat, task: ExportTask) -> None:
         self._task = task
         facts = export_format.facts_to_write(task)
-        self._kinds = {name: export_format.block_kind(each) for name, each in facts.items()}
+        self._kinds = {name: export_format.block_kind(facts[name]) for name in task.source.layers}
         self._stand_ins = StandIns(task, export_format.converter, self._kinds, self._blocks)
 
     def copy(self, source: Path, destination: Path) -> Written:
@@ -114,9 +120,9 @@ class _FileCopy:
             else:
                 quantization = gguf.GGMLQuantizationType[kind]
                 _, bytes_of_block = gguf.GGML_QUANT_SIZES[quantization]
-                columns, rows = (int(size) for size in tensor.shape)
-                shape = (rows, columns // BLOCK * bytes_of_block)
-                writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), shape[0] * shape[1], quantization)
+                columns, *leading = (int(size) for size in tensor.shape)
+                shape = (*reversed(leading), columns // BLOCK * bytes_of_block)
+                writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), quantization)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -127,41 +133,35 @@ class _FileCopy:
                 writer.write_tensor_data(tensor.data)
                 continue
             writer.write_tensor_data(self._stand_ins.tensors(place)["blocks"].numpy())
-            if len(place.numbers) == 1:
-                row_order[tensor.name] = (self._stand_ins.names[place.numbers[0]], place.rows)
+            if len(layers := self._stand_ins.layers_in(place)) == 1:
+                row_order[tensor.name] = (layers[0].name, place.rows)
         writer.close()
-        written = Written(layers=[self._stand_ins.reports[name] for name in self._kinds], row_order=row_order)
+        written = Written(layers=self._stand_ins.reports(), row_order=row_order)
         if "Q8_0" in self._kinds.values():
             written.notes.append("Layers without a grid of 5 bits or less were rounded to 8 bits (Q8_0).")
         return written
 
     def _place(self, tensor: Any) -> Place | None:
+        """Of a weight, or of a stack of experts' weights one after the other."""
         import gguf
 
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) not in (2, 3):
             return None
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-        place = self._stand_ins.place(tensor.name, values)
-        if place is not None and place.is_transposed:
-            raise ValueError(
-                f"{tensor.name}: llama.cpp's converter turned a weight, whose groups then lie along its outputs. "
-                "Dequantize the model (peft_quantlayers.dequantize_model). Nothing was written."
-            )
-        return place
+        parts = tensor.data if len(tensor.shape) == 3 else [tensor.data]
+        values = (torch.from_numpy(gguf.dequantize(part, tensor.tensor_type).astype(np.float32)) for part in parts)
+        return self._stand_ins.place(tensor.name, values)
 
-    def _blocks(self, name: str) -> tuple[dict[str, Tensor], LayerExport]:
-        """Of one layer."""
-        layer, kind = self._task.source.layers[name], self._kinds[name]
-        weight = self._task.weight(layer)
-        if kind == "Q8_0":
-            dense = get_method(weight.spec.method).dequantize(weight, dtype=torch.float32)
-            blocks, computed = eight_bit_blocks(dense)
-        else:
-            grid = uniform_grid(weight).with_groups_of(BLOCK)
-            blocks, computed = affine_blocks(grid), affine_weight(grid)
-        bits = 8 * blocks.nbytes / layer.n_weights
-        report = compared(self._task, layer, computed, stored_as=kind, bits_after=bits)
-        return {"blocks": torch.from_numpy(blocks)}, report
+    def _blocks(self, layer: SourceLayer) -> tuple[dict[str, Tensor], LayerExport]:
+        """Of one layer, and its report."""
+        kind, weight, comparison = self._kinds[layer.name], self._task.weight(layer), Comparison(self._task, layer)
+        found = []
+        for expert in range(layer.n_rows // layer.out_features):
+            matrix = Matrix(name=layer.name, expert=expert if layer.stack else None, rows=slice(0, layer.out_features))
+            blocks, computed = _blocks_of(weight_of(weight, matrix), kind)
+            comparison.add(matrix, computed)
+            found.append(torch.from_numpy(blocks))
+        stored = torch.cat(found) if len(found) > 1 else found[0]
+        return {"blocks": stored}, comparison.result(stored_as=kind, bits_after=8 * stored.nbytes / layer.n_weights)
 
     def _copy_fields(self, reader: Any, writer: Any, kinds: list[str]) -> None:
         import gguf
@@ -176,3 +176,11 @@ class _FileCopy:
             writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most]])
         else:
             writer.add_file_type(reader.fields["general.file_type"].contents())
+
+
+def _blocks_of(weight: QuantizedWeight, kind: str) -> tuple[Bytes, Tensor]:
+    """The blocks of a weight, and what readers compute from them."""
+    if kind == "Q8_0":
+        return eight_bit_blocks(get_method(weight.spec.method).dequantize(weight, dtype=torch.float32))
+    grid = uniform_grid(weight).with_groups_of(BLOCK)
+    return affine_blocks(grid), affine_weight(grid)

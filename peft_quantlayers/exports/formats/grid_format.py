@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...formats import QuantizedWeight
 from ..config_json import engine_config
 from ..grids import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
 from ..report import LayerExport
 from ..shards import ShardedWriter
-from ..source import SourceLayer
-from .base import Approximation, ExportFormat, ExportTask, LayerFacts, LowRank, Written, compared
+from ..source_layer import Matrix, SourceLayer, weight_of
+from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, LowRank, Written
 
 # Projections of one block that vLLM and SGLang compute as one layer, which has one layout.
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
 }  # fmt: skip
+# Of the fused weights of all experts, and of the projections of one: they are one layer there, too.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+\.)?[^.]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,9 @@ class GridFormat(ExportFormat):
         has_float_zeros: whether zeros may be any numbers; :meth:`holds_float_zeros` where that depends on the width.
         is_fused_by_engine: whether layers that vLLM fuses must be stored alike.
         has_one_setting: whether all layers must be stored alike.
+        expert_widths: bits per code of experts; None for those of all layers.
+        are_experts_symmetric: whether experts must have the middle code as zero.
+        are_experts_stacked: whether the matrices of :meth:`matrices` with one name are stored as one tensor.
     """
 
     widths: ClassVar[tuple[int, ...]]
@@ -64,6 +71,9 @@ class GridFormat(ExportFormat):
     has_float_zeros: ClassVar[bool] = False
     is_fused_by_engine: ClassVar[bool] = False
     has_one_setting: ClassVar[bool] = False
+    expert_widths: ClassVar[tuple[int, ...] | None] = None
+    are_experts_symmetric: ClassVar[bool] = False
+    are_experts_stacked: ClassVar[bool] = False
 
     @abstractmethod
     def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
@@ -141,34 +151,73 @@ class GridFormat(ExportFormat):
     def write(self, task: ExportTask) -> Written:
         writer = ShardedWriter(task.folder)
         written = Written(layers=[])
-        settings = {}
-        for name, layer in task.source.layers.items():
-            stored, low_rank = self.stored(task, layer)
-            if low_rank is not None:
-                written.low_rank[name] = low_rank
-            for part, tensor in stored.tensors.items():
-                writer.add(f"{name}.{part}", tensor)
-            settings[name] = stored.settings
-            written.layers.append(layer_export(task, layer, stored, low_rank))
+        settings: dict[str, GridSettings] = {}
+        for layer in task.source.layers.values():
+            written.layers.append(self._write_layer(task, layer, writer, settings, written.low_rank))
         for name, tensor in task.source.dense_tensors(task.dtype):
-            writer.add(name, tensor)
+            for own_name, own_tensor in self.dense_tensors(name, tensor, task.facts.values()):
+                writer.add(own_name, own_tensor)
         writer.close()
         written.notes += self.notes(settings)
         config = engine_config(task.source.config, task.dtype)
-        written.config = config | self.config_fields(self.quantization_config(settings, task.source.dense_linears))
+        dense = [*task.source.dense_linears, *map(self.ignored_experts, task.source.dense_experts)]
+        written.config = config | self.config_fields(self.quantization_config(settings, dense))
         return written
 
-    def stored(self, task: ExportTask, layer: SourceLayer) -> tuple[StoredGrid, LowRank | None]:
-        """``layer`` as it is written, and what an adapter is to restore of it."""
-        grid = uniform_grid(task.weight(layer))
-        low_rank: LowRank | None = None
+    def _write_layer(
+        self,
+        task: ExportTask,
+        layer: SourceLayer,
+        writer: ShardedWriter,
+        settings: dict[str, GridSettings],
+        low_rank: dict[str, LowRank],
+    ) -> LayerExport:
+        """Write one layer; what it is, and what it leaves to an adapter, go into ``settings`` and ``low_rank``."""
+        weight, comparison = task.weight(layer), Comparison(task, layer)
+        tensors: dict[str, list[Tensor]] = {}
+        n_bytes = 0
+        for matrix in self.matrices(layer):
+            stored, correction = self.stored(task, layer, weight, matrix)
+            if correction is not None:
+                low_rank[layer.name] = correction
+            for part, tensor in stored.tensors.items():
+                tensors.setdefault(f"{matrix.name}.{part}", []).append(tensor)
+                n_bytes += tensor.nbytes
+            comparison.add(
+                matrix, stored.weight if correction is None else stored.weight + correction[1] @ correction[0]
+            )
+            settings[matrix.name] = stored.settings
+        for name, parts in tensors.items():
+            writer.add(name, torch.stack(parts) if layer.stack and self.are_experts_stacked else parts[0])
+        kept = " and an adapter" if layer.name in low_rank else ""
+        stored_as = f"{stored.settings.nbits} bits in groups of {stored.settings.group_size}{kept}"
+        return comparison.result(stored_as=stored_as, bits_after=8 * n_bytes / layer.n_weights)
+
+    def stored(
+        self, task: ExportTask, layer: SourceLayer, weight: QuantizedWeight, matrix: Matrix
+    ) -> tuple[StoredGrid, LowRank | None]:
+        """``matrix`` of a layer of ``weight`` as it is written, and what an adapter is to restore of it."""
+        grid = uniform_grid(weight_of(weight, matrix)).rows(matrix.rows)
+        correction: LowRank | None = None
         if task.approximate == "8bit":
             grid = in_eight_bits(grid)
         elif task.approximate == "adapter" and not task.facts[layer.name].has_code_zeros:
             grid, A, B = with_rounded_zeros(grid)
-            low_rank = A, B
+            correction = A, B
         group_size = self.stored_group_size(grid.group_size) or grid.group_size
-        return self.store(grid.with_groups_of(group_size), task.dtype), low_rank
+        return self.store(grid.with_groups_of(group_size), task.dtype), correction
+
+    def matrices(self, layer: SourceLayer) -> Sequence[Matrix]:
+        """What is stored of a layer, in order."""
+        return layer.matrices
+
+    def dense_tensors(self, name: str, tensor: Tensor, facts: Collection[LayerFacts]) -> Iterable[tuple[str, Tensor]]:
+        """What is stored of a dense tensor of the model."""
+        return [(name, tensor)]
+
+    def ignored_experts(self, module: str) -> str:
+        """How a config names an experts module that is dense among its dense linear modules."""
+        return module
 
     def notes(self, settings: Mapping[str, GridSettings]) -> list[str]:
         """What a user should know about layers of these settings, in sentences."""
@@ -179,26 +228,11 @@ class GridFormat(ExportFormat):
         return {"quantization_config": quantization}
 
 
-def layer_export(
-    task: ExportTask, layer: SourceLayer, stored: StoredGrid, low_rank: LowRank | None = None
-) -> LayerExport:
-    """The report of ``layer``, written as ``stored``, with ``low_rank`` in an adapter beside it."""
-    settings, computed = stored.settings, stored.weight
-    if low_rank is not None:
-        computed = computed + low_rank[1] @ low_rank[0]
-    n_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
-    kept = "" if low_rank is None else " and an adapter"
-    return compared(
-        task,
-        layer,
-        computed,
-        stored_as=f"{settings.nbits} bits in groups of {settings.group_size}{kept}",
-        bits_after=8 * n_bytes / layer.n_weights,
-    )
-
-
 def fused_name(name: str) -> str:
     """The name under which vLLM and SGLang know the layer ``name``, which they may compute with others."""
+    experts = _EXPERT.match(name)
+    if experts:
+        return experts[1]
     parent, _, last = name.rpartition(".")
     return f"{parent}.{_FUSED.get(last, last)}" if parent else _FUSED.get(last, last)
 

@@ -85,7 +85,7 @@ def _put_codes(graph: Any, stand_ins: StandIns) -> None:
         if node.op_type != "MatMul" or node.inputs[1].const_value is None:
             continue
         weight = node.inputs[1]  # (in_features, out_features)
-        place = stand_ins.place(weight.name, torch.tensor(weight.const_value.numpy()).t())
+        place = stand_ins.place(weight.name, [torch.tensor(weight.const_value.numpy()).t()])
         if place is None:
             continue
         new = _product(node, place, stand_ins)

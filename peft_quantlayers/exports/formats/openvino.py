@@ -134,7 +134,8 @@ def _put_weights(graph: Any, stand_ins: StandIns, dtype: torch.dtype) -> None:
         if node.get_type_name() != "Constant" or len(node.get_output_shape(0)) != 2:
             continue
         name, values = node.get_friendly_name(), torch.from_numpy(np.array(node.data))
-        place = stand_ins.place(name, values) if values.is_floating_point() else None
+        is_weight = values.is_floating_point()
+        place = stand_ins.place(name, [values], may_be_transposed=True) if is_weight else None
         if place is not None:
             weight = _weight(place, stand_ins)
         elif values.dtype == torch.float32 != dtype:

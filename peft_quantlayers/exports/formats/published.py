@@ -6,16 +6,18 @@ from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ...formats import QuantizedWeight
 from ...formats.checkpoint_format import ModelDescription
 from ...formats.published_aqlm import PublishedAqlmFormat
 from ...formats.published_hqq_writer import published_hqq_misfit, published_hqq_tensors
 from ...methods import get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
-from ..source import SourceLayer
-from .base import Approximation, ExportFormat, ExportTask, LayerFacts, Written, compared
+from ..source_layer import StackFacts, part_of
+from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written, why_not_single
 
 
 class _PublishedFormat(ExportFormat):
@@ -30,9 +32,12 @@ class _PublishedFormat(ExportFormat):
             return f"it is a Conv1D, and the {self.name} package replaces nn.Linear only"
         return ""
 
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        return why_not_single(stack)
+
     @abstractmethod
-    def tensors(self, layer: SourceLayer, task: ExportTask) -> dict[str, Tensor]:
-        """The tensors of one layer by the last part of their names."""
+    def tensors(self, weight: QuantizedWeight, task: ExportTask) -> dict[str, Tensor]:
+        """The tensors of one linear layer by the last part of their names."""
 
     @abstractmethod
     def quantization_config(self, task: ExportTask) -> dict[str, Any]:
@@ -41,16 +46,16 @@ class _PublishedFormat(ExportFormat):
     def write(self, task: ExportTask) -> Written:
         writer = ShardedWriter(task.folder)
         written = Written(layers=[])
-        for name, layer in task.source.layers.items():
-            tensors = self.tensors(layer, task)
-            for part, tensor in tensors.items():
-                writer.add(f"{name}.{part}", tensor)
-            quantized = layer.weight()
-            weight = get_method(quantized.spec.method).dequantize(quantized)
-            bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / layer.n_weights
-            written.layers.append(
-                compared(task, layer, weight, stored_as=f"{self.name} as published", bits_after=bits)
-            )
+        for layer in task.source.layers.values():
+            weight, comparison, n_bytes = layer.weight(), Comparison(task, layer), 0
+            for matrix in layer.matrices:
+                part = part_of(weight, matrix)
+                for name, tensor in self.tensors(part, task).items():
+                    writer.add(f"{matrix.name}.{name}", tensor)
+                    n_bytes += tensor.nbytes
+                comparison.add(matrix, get_method(part.spec.method).dequantize(part, dtype=torch.float32))
+            bits = 8 * n_bytes / layer.n_weights
+            written.layers.append(comparison.result(stored_as=f"{self.name} as published", bits_after=bits))
         for name, tensor in task.source.dense_tensors(task.dtype):
             writer.add(name, tensor)
         writer.close()
@@ -70,8 +75,14 @@ class HqqFormat(_PublishedFormat):
         reason = super().misfit(facts, approximate)
         return reason or published_hqq_misfit(facts.spec, facts.out_features, facts.in_features)
 
-    def tensors(self, layer: SourceLayer, task: ExportTask) -> dict[str, Tensor]:
-        return published_hqq_tensors(layer.weight(), task.dtype)
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        spec: Any = facts.spec
+        if stack.has_gate and facts.method == self.name and spec.axis == 0:
+            return "groups along the outputs (axis=0) hold gate and up together, which are layers of their own there"
+        return super().stack_misfit(facts, stack, approximate)
+
+    def tensors(self, weight: QuantizedWeight, task: ExportTask) -> dict[str, Tensor]:
+        return published_hqq_tensors(weight, task.dtype)
 
     def quantization_config(self, task: ExportTask) -> dict[str, Any]:
         spec: Any = next(iter(task.source.layers.values())).spec
@@ -96,8 +107,8 @@ class AqlmFormat(_PublishedFormat):
     holds = "AQLM weights of one scheme"
     engines = ("aqlm with transformers",)
 
-    def tensors(self, layer: SourceLayer, task: ExportTask) -> dict[str, Tensor]:
-        return dict(layer.weight().tensors)
+    def tensors(self, weight: QuantizedWeight, task: ExportTask) -> dict[str, Tensor]:
+        return dict(weight.tensors)
 
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None

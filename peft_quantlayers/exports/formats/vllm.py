@@ -11,7 +11,8 @@ import torch
 
 from ..grids import UniformGrid
 from ..packing import pack_rows
-from .base import LayerFacts
+from ..source_layer import StackFacts
+from .base import Approximation, LayerFacts, why_not_single
 from .grid_format import GridFormat, GridSettings, StoredGrid, fused_name
 from .vllm_command import vllm_command
 
@@ -32,6 +33,9 @@ class HummingFormat(GridFormat):
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """float16: the kernels compute in half precision, and bfloat16 would round the zeros."""
         return torch.float16
+
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        return why_not_single(stack)
 
     def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
         scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)
@@ -75,10 +79,26 @@ class CompressedTensorsFormat(GridFormat):
     approximations = ("8bit", "adapter", "requantize")
     widths = (2, 3, 4, 5, 6, 8)
     is_fused_by_engine = True
+    expert_widths = (4, 8)
+    are_experts_symmetric = True
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """float16 for bfloat16: scales have the dtype of the model."""
         return torch.float16 if dtype == torch.bfloat16 else dtype
+
+    def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        if reason := why_not_single(stack):
+            return reason
+        if approximate == "requantize":
+            return ""
+        if facts.nbits not in self.expert_widths or approximate == "8bit":
+            return f"engines read experts of 4 and 8 bits in {self.name}, and no others"
+        if not facts.is_symmetric:
+            return f"engines read experts in {self.name} only if they are symmetric: HQQConfig(symmetric=True)"
+        return ""
+
+    def ignored_experts(self, module: str) -> str:
+        return f"re:{re.escape(module)}\\..*"
 
     def shape_misfit(self, facts: LayerFacts, nbits: int) -> str:
         return ""  # rows are padded to whole words
@@ -116,7 +136,7 @@ class CompressedTensorsFormat(GridFormat):
                 "group_size": each.group_size,
                 "dynamic": False,
             }
-            targets = ["Linear"] if len(by_settings) == 1 else [f"re:{re.escape(name)}$" for name in names]
+            targets = ["Linear"] if len(by_settings) == 1 else list(dict.fromkeys(map(_target, names)))
             groups[f"group_{index}"] = {
                 "targets": targets,
                 "weights": weights,
@@ -138,6 +158,12 @@ class CompressedTensorsFormat(GridFormat):
 
     def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         return vllm_command(folder, adapter=adapter, rank=rank)
+
+
+def _target(name: str) -> str:
+    """The pattern for a layer; one for all experts of a block, whose projections vLLM names in its own way."""
+    experts = fused_name(name)
+    return f"re:{re.escape(experts)}\\..*" if experts.endswith(".experts") else f"re:{re.escape(name)}$"
 
 
 def _with(grid: UniformGrid, scale: torch.Tensor, zero: torch.Tensor) -> UniformGrid:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq import hqq_dequantize
+from quantlayers_kernels.hqq import experts, hqq_dequantize
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 from quantlayers_kernels.hqq.tiles import weight_tiles
@@ -18,9 +18,9 @@ from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight, TensorLayout
-from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
+from ..base import DeltaRows, InitialCodes, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
-from .output_solver import Grid, descended_codes, fitted_grid, weighted_grid, weighted_whole_grid
+from .output_solver import Grid, descended_codes, feedback_start, fitted_grid, weighted_grid, weighted_whole_grid
 from .spec import HQQSpec
 
 # A million float32 weights and two buffers of that size stay within the last-level cache; other devices want
@@ -38,7 +38,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
     """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is ``quantlayers_kernels.hqq.solve``."""
 
     spec_type = HQQSpec
-
+    initial_codes = ("nearest", "error_feedback", "act_order")
     calibration_requirement = "Calibrated HQQ needs groups along the inputs: quantize with axis=1."
 
     def quantize(
@@ -49,6 +49,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
         hessian: Tensor | None = None,
         start: QuantizedWeight | None = None,
         iterations: int | None = None,
+        initial_codes: InitialCodes = "nearest",
     ) -> QuantizedWeight:
         """As :meth:`QuantMethod.quantize`.
 
@@ -66,7 +67,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
             hessian = checked_hessian(hessian, weight)
             if iterations is None:
                 iterations = CALIBRATED_ITERATIONS if spec.zeros == "float" else WHOLE_ZERO_ITERATIONS
-            return _for_outputs(weight.float(), initial, hessian, from_start=start is not None, iterations=iterations)
+            begin: InitialCodes | None = initial_codes if start is None else None
+            return _for_outputs(weight.float(), initial, hessian, begin=begin, iterations=iterations)
         return _on_grid_of(initial, weight) if start is not None else initial
 
     def can_use_hessian(self, spec: HQQSpec) -> bool:
@@ -140,6 +142,18 @@ class HQQMethod(QuantMethod[HQQSpec]):
         tensors = weight.tensors
         zero = _zeros(spec, tensors) if spec.symmetric else tensors["zero"]
         return hqq.linear(x, tensors["W_q"], tensors["scale"], zero, bias, spec.nbits, spec.axis)
+
+    def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        spec, parts = _parts(weight)
+        if not experts.can_use(x, *parts, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features):
+            return super().experts_linear(x, weight, counts)
+        return experts.linear(x, *parts, counts, nbits=spec.nbits)
+
+    def experts_input_gradient(self, grad: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
+        spec, parts = _parts(weight)
+        if not experts.can_use(grad, *parts, nbits=spec.nbits, axis=spec.axis, in_features=weight.in_features):
+            return super().experts_input_gradient(grad, weight, counts)
+        return experts.input_gradient(grad, *parts, counts, nbits=spec.nbits, in_features=weight.in_features)
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
@@ -232,27 +246,31 @@ SWEEPS_PER_ITERATION = 3
 
 
 def _for_outputs(
-    weight: Tensor, initial: QuantizedWeight, hessian: Tensor, *, from_start: bool, iterations: int
+    weight: Tensor, initial: QuantizedWeight, hessian: Tensor, *, begin: InitialCodes | None, iterations: int
 ) -> QuantizedWeight:
     """``weight``, float32, quantized with a low output error, starting from the grid of ``initial``.
 
-    Zero points that are not float do not change in the iterations. With ``from_start`` the first sweep starts from the
-    grid and the codes of ``initial``; otherwise the grid is first fitted with the Hessian's diagonal as weights.
+    Zero points that are not float do not change in the iterations. The grid is first fitted with the Hessian's
+    diagonal as weights, and ``begin`` says which codes the first sweep starts from; with None it starts from the grid
+    and the codes of ``initial``.
     """
     spec, (_, *stored) = _parts(initial)
     dtype = getattr(torch, spec.scale_dtype)
     scale, zero = (part.to(weight.device).float() for part in stored)
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=spec.max_code)
-    if from_start:
+    if begin is None:
         codes = initial.codes().to(weight.device).float().view(groups.shape)
     else:
-        importance = hessian.diagonal().view(groups.shape[1:])
+        importance, plain = hessian.diagonal().view(groups.shape[1:]), grid
         if spec.zeros == "float":
             grid = weighted_grid(groups, grid, importance)
         else:
             grid = weighted_whole_grid(groups, importance, nbits=spec.nbits, is_symmetric=spec.symmetric)
-        codes = grid.nearest_codes(groups)
+        if begin == "nearest":
+            codes = grid.nearest_codes(groups)
+        else:
+            codes, grid = feedback_start(groups, [grid, plain], hessian, act_order=begin == "act_order")
     for _ in range(iterations):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ITERATION)
         grid = fitted_grid(groups, codes, grid, hessian, keeps_zeros=spec.zeros != "float")

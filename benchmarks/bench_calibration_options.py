@@ -1,0 +1,113 @@
+"""What each option of calibration adds at equal bits, alone and together: SmolLM2-135M, KL to the float model.
+
+Every row is HQQ in groups of 64 on the same 16k tokens of WikiText-2, and is measured on other WikiText and on a
+second text, Python's help topics, that nothing was calibrated or chosen on. ``--every 3`` quantizes each third block
+only, and ``--blocks 8`` takes the first blocks of the model for the whole of it: both show differences in a fraction
+of the time. Rows are written as they are made.
+"""
+
+import argparse
+import json
+import pydoc_data.topics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _demo_model import demo_model_folder
+from _device import describe_device
+from bench_calibration import N_TOKENS, bits_per_weight
+from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import peft_quantlayers as pql
+
+RESULTS = Path(__file__).parent / "results" / "calibration_options.json"
+GROUP_SIZE = 64
+# Windows to score, and the float model's log-probabilities there.
+Texts = tuple[Tensor, list[Tensor]]
+SECOND_TEXT_WINDOWS = 4
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"asymmetric_targets": False, "initial_codes": "nearest"},
+    "asymmetric targets": {"asymmetric_targets": True},
+    "error feedback": {"initial_codes": "best"},
+    "error feedback by size": {"initial_codes": "act_order"},
+    "both": {"asymmetric_targets": True, "initial_codes": "best"},
+}
+WIDTHS = (3, 2)
+ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in OPTIONS]
+
+
+def skipped_blocks(n_blocks: int, every: int) -> list[str]:
+    return [f"model.layers.{block}" for block in range(n_blocks) if block % every]
+
+
+def load(folder: Path, n_blocks: int | None) -> PreTrainedModel:
+    """The model, or its first blocks with what follows the last one."""
+    sizes = {} if n_blocks is None else {"num_hidden_layers": n_blocks}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **sizes).eval()
+
+
+def measure(
+    name: str, model: PreTrainedModel, calibration_ids: Tensor, texts: dict[str, Texts], every: int
+) -> dict[str, Any]:
+    width, _, option = name.partition(" bits, ")
+    skipped = skipped_blocks(model.config.num_hidden_layers, every)
+    config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE, skip_modules=skipped or None)
+    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **OPTIONS[option])
+    began = time.process_time()
+    pql.quantize_model(model, config, calibration=calibration, progress=False)
+    row: dict[str, Any] = {
+        "name": name,
+        "every": every,
+        "blocks": model.config.num_hidden_layers,
+        "bits_per_weight": bits_per_weight(model),
+        "cpu_s": time.process_time() - began,
+    }
+    for text, (windows, kept) in texts.items():
+        row[f"perplexity_{text}"], row[f"kl_{text}"] = evaluate(model, windows, kept)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, help="quantize one block of so many")
+    parser.add_argument("--blocks", type=int, help="of the model, from the first")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows to make, or parts of names")
+    args = parser.parse_args()
+
+    folder = demo_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wikitext = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]
+    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    help_text = tokenizer(topics, return_tensors="pt").input_ids[0]
+    float_model = load(folder, args.blocks)
+    texts: dict[str, Texts] = {}
+    for text, ids, n_windows in (("wikitext", wikitext, KL_WINDOWS), ("help", help_text, SECOND_TEXT_WINDOWS)):
+        windows, kept = ids[: n_windows * WINDOW].view(n_windows, WINDOW), []
+        evaluate(float_model, windows, kept)
+        texts[text] = (windows, kept)
+    del float_model
+
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {(row["name"], row["every"], row["blocks"]): row for row in known}
+    for name in [
+        name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)
+    ]:
+        row = measure(name, load(folder, args.blocks), wikitext[len(wikitext) // 2 :], texts, args.every)
+        print(json.dumps(row), flush=True)
+        rows[name, args.every, row["blocks"]] = row
+        result = {
+            "device": describe_device(),
+            "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
+            "calibration_tokens": N_TOKENS,
+            "group_size": GROUP_SIZE,
+            "rows": sorted(rows.values(), key=lambda row: (-row["blocks"], row["every"], ROWS.index(row["name"]))),
+        }
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
