@@ -22,8 +22,8 @@ def model_on_meta(name: str) -> PreTrainedModel:
     """The float model that the config of ``name`` describes, without numbers; a quantized one as its files hold it."""
     config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None) is not None:
-        model = load_model(name).to("meta")
-        model.tie_weights()  # which moving has taken apart
+        model: Any = load_model(name)
+        model.to("meta").tie_weights()  # which moving has taken apart
         return model
     found = model_class(name)
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,8 @@ def one_block_model(model: PreTrainedModel, config: QuantConfig | None) -> PreTr
     if hasattr(described, "quantization_config"):
         del described.quantization_config
     with torch.device("meta"):
-        block = type(model)(described).to(model.dtype)
+        block: Any = type(model)(described)
+    block.to(model.dtype)
     if config is None:
         for name, layer in quantized_layers(model).items():
             if _has(block, name):
