@@ -18,7 +18,7 @@ from .grid_format import GridFormat, GridSettings, StoredGrid
 
 # What mlx-lm's models of these types call the module that transformers calls ``experts``.
 _EXPERTS = dict.fromkeys(
-    ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "phimoe", "deepseek_v3", "glm4_moe", "granitemoe"), "switch_mlp"
+    ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe"), "switch_mlp"
 ) | {"gpt_oss": "experts"}
 
 # Models whose ``kv_b_proj`` mlx-lm keeps as two matrices, one of them transposed.
