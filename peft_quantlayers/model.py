@@ -85,6 +85,7 @@ def quantize_model(
     specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
         _refuse_lost_targets(given)
+        given = given.of_float_model(is_whole=False)
     with nullcontext() if plan is None else measured(model, plan, given), _described(model, n_planned=len(specs)):
         if given is None:
             quantize_each(model, specs, config, device=device, progress=progress)
@@ -127,12 +128,21 @@ def _check_arguments(
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
-    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs."""
+    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs.
+
+    Warns where it would have used that without being asked for.
+    """
     if calibration.finetune_epochs or calibration.resume_folder is not None or calibration.asymmetric_targets:
         raise ValueError(
             "some layers are quantized already, and block finetuning, asymmetric targets and resume_folder need the "
             "float model; nothing was changed. Load the float model again (finished blocks are taken from "
             "resume_folder), or continue with finetune_epochs=0, asymmetric_targets=False and resume_folder=None."
+        )
+    if calibration.asymmetric_targets is None:
+        logger.warning(
+            "some layers are quantized already, so the float model's outputs are not known, and the others are "
+            "quantized without asymmetric targets. With the float model and resume_folder= an interrupted run ends "
+            "with the same bits."
         )
 
 

@@ -17,6 +17,8 @@ from ..calibration.quantize_calibrated import check_can_calibrate
 from ..formats import QuantSpec
 from ..layers.dense_types import dense_shape, dense_weight
 from ..layers.expert_types import find_stack
+from ..layers.other_quantizers import refuse_other_quantizers
+from ..layers.placement import check_weights_are_here
 from ..layers.quantize_weight import quantize_weight
 from ..layers.selection import checked_modules
 from ..methods import QuantConfig, get_method
@@ -49,7 +51,7 @@ def plan_bits(
 
     What a layer costs in one form is estimated by the Fisher information: half the mean of ``(g . e)^2`` for the error
     ``e`` of its outputs and the gradient ``g`` of the log-likelihood of targets drawn from the model. Layers whose
-    ``overrides`` in ``config`` name a field of the choices keep that, and so do experts.
+    ``overrides`` in ``config`` name a field of the choices keep that, and so do experts, whose cost is not measured.
 
     Args:
         model: a float model with logits, in memory.
@@ -78,6 +80,13 @@ def plan_bits(
     config = HQQConfig() if config is None else config
     check_config("config", config)
     fields = _fields_of(choices, config)
+    check_weights_are_here(
+        model,
+        "planning bits",
+        if_offloaded=" Load the model into memory to plan its bits.",
+        if_sharded="Plan the bits in one process, and use the plan's overrides.",
+    )
+    refuse_other_quantizers(model)
     given = Calibration.of(calibration, tokenizer)
     specs = checked_modules(model, config)
     check_can_calibrate(specs, given)

@@ -18,14 +18,15 @@ from ..integrations.interrupted_save import MODEL_FILES
 from ..storage import staged_folder
 from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
-from .divergence import kl_of_export
 from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
 from .formats.grid_format import GridFormat
 from .formats.registry import export_formats
 from .given_model import GivenModel, opened_model
+from .kl_of_export import kl_of_export
 from .refusals import Model, refuse_misfits
 from .report import ExportReport
 from .requantize import float_weights, requantized_layers, requantized_model
+from .shards import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
 from .source import ModelSource
 from .target_grid import target_spec
@@ -104,6 +105,7 @@ def export(
                 "tokenizer=AutoTokenizer.from_pretrained(name). Nothing was written."
             )
         user_adapter, adapter_note = _read_adapter(adapter, given)
+        _refuse_adapters(target, adapter, given)
         token_ids = _token_ids(text, tokenizer, tokenizer_folder)
         requantized = None
         if approximate == "requantize":
@@ -126,7 +128,7 @@ def export(
                 written.notes += [adapter_note] if adapter_note else []
                 own = branches_of(source) if target.name != "dense" else {}
                 adapter_name = _write_adapters(target, task, written, user_adapter, own)
-            report = _report(target, task, written, Path(destination), adapter_name)
+            report = _report(target, task, written, Path(destination), adapter_name, user_adapter.rank)
             if token_ids is not None:
                 kl = kl_of_export(given.loaded(), task.computed or {}, token_ids)
                 report = replace(report, kl=kl)
@@ -143,6 +145,9 @@ def _check_arguments(target: ExportFormat, destination: Any, *, approximate: Any
     if not isinstance(destination, (str, Path)):
         raise TypeError(f"destination must be a path, got {type(destination).__name__}. Nothing was written.")
     check_dtype("dtype", dtype)
+    if dtype is not None and target.dtypes is not None and dtype not in target.dtypes:
+        can = " or ".join(f"dtype={each}" for each in target.dtypes)
+        raise ValueError(f"{target.name} files are not written in {dtype}; use {can}. Nothing was written.")
     if approximate is not None:
         check_choice("approximate", approximate, APPROXIMATIONS)
         if approximate not in target.approximations:
@@ -150,9 +155,22 @@ def _check_arguments(target: ExportFormat, destination: Any, *, approximate: Any
             raise ValueError(f"{target.name} cannot be written with approximate={approximate!r}; {can}.")
 
 
+def _refuse_adapters(target: ExportFormat, adapter: Any, given: GivenModel) -> None:
+    """Raise NotImplementedError if something is to lie beside the model, and the format has no form for it."""
+    has_branches = any(layer.branch is not None for layer in given.layers.values())
+    if target.adapter_form is None and (adapter is not None or has_branches):
+        what = "an adapter" if adapter is not None else 'a low-rank branch, which a merge with "keep" leaves,'
+        raise NotImplementedError(
+            f"{target.name}: {what} is not written beside the model. Merge the adapter first "
+            "(peft_quantlayers.merge_back, with another strategy than keep), and export the merged model. Nothing was "
+            "written."
+        )
+
+
 def _bytes_to_write(target: ExportFormat, given: GivenModel) -> int:
     n_weights = sum(layer.n_weights for layer in given.layers.values())
-    return given.n_bytes + int(target.bytes_per_weight * n_weights)
+    n_bytes = given.n_bytes + int(target.bytes_per_weight * n_weights)
+    return n_bytes + min(n_bytes, SHARD_BYTES)  # tensors of one file wait in another one
 
 
 def _facts(source: ModelSource) -> dict[str, LayerFacts]:
@@ -224,11 +242,12 @@ def _write_adapters(
             f'{target.max_rank} at most. Larger groups, approximate="8bit" or another format need none. Nothing was '
             "written."
         )
+    assert target.adapter_form is not None  # others were refused
     return write_adapter(target.adapter_form, user, task, written)
 
 
 def _report(
-    target: ExportFormat, task: ExportTask, written: Written, destination: Path, adapter: str | None
+    target: ExportFormat, task: ExportTask, written: Written, destination: Path, adapter: str | None, rank: int
 ) -> ExportReport:
     notes = list(written.notes)
     folder = str(destination)
@@ -239,5 +258,5 @@ def _report(
         folder=folder,
         layers=tuple(written.layers),
         notes=tuple(notes),
-        serving_command=target.serving_command(folder, adapter=f"{folder}/{adapter}" if adapter else None),
+        serving_command=target.serving_command(folder, adapter=f"{folder}/{adapter}" if adapter else None, rank=rank),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+_ROWS = 256
 
 
 def pack_rows(codes: Tensor, nbits: int) -> Tensor:
@@ -22,11 +23,16 @@ def pack_rows(codes: Tensor, nbits: int) -> Tensor:
         (rows, ceil(columns * nbits / 32)), int32; the bits after the last code are zero.
     """
     rows, columns = codes.shape
-    bits = (codes.unsqueeze(-1) >> torch.arange(nbits, dtype=torch.uint8)) & 1  # (rows, columns, nbits)
     n_words = -(-columns * nbits // WORD_BITS)
-    stream = torch.zeros(rows, n_words * WORD_BITS, dtype=torch.uint8)
-    stream[:, : columns * nbits] = bits.view(rows, -1)
-    octets = (stream.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    octets = torch.zeros(rows, n_words * WORD_BITS // 8, dtype=torch.uint8)
+    filled = -(-columns * nbits // 8)
+    # Rows at a time, since what lies between codes and bytes has one byte for each bit.
+    for start in range(0, rows, _ROWS):
+        bits = (codes[start : start + _ROWS].unsqueeze(-1) >> torch.arange(nbits, dtype=torch.uint8)) & 1
+        stream = torch.nn.functional.pad(bits.flatten(1), (0, 8 * filled - columns * nbits)).unflatten(1, (-1, 8))
+        octets[start : start + _ROWS, :filled] = (stream << torch.arange(8, dtype=torch.uint8)).sum(
+            -1, dtype=torch.uint8
+        )
     return octets.view(torch.int32)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..streaming.other_files import CARD, copy_other_files
+from ..storage.other_files import CARD, copy_other_files
 from .formats.base import ExportFormat
 from .report import ExportReport
 

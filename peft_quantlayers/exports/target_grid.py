@@ -34,7 +34,7 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
         )
     group_size = min(fitting, key=lambda size: abs(size - own))
     is_symmetric = facts.stack is not None and export_format.are_experts_symmetric
-    has_integer_zeros = not (export_format.has_float_zeros or is_symmetric)
+    has_integer_zeros = not (export_format.holds_float_zeros(nbits) or is_symmetric)
     return HQQSpec(nbits=nbits, group_size=group_size, integer_zero=has_integer_zeros, symmetric=is_symmetric)
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.checksums import are_checksums_used, to_metadata
+from ..formats.safetensors_file import StoredTensor, write_safetensors
 from ..integrations.saved_folder import check_readable
 from ..integrations.written_tensors import config_text, quantized_config
 from ..saving import model_card
 from ..storage import replace_file
-from .other_files import CARD, copy_other_files, joined_card
+from ..storage.other_files import CARD, copy_other_files, joined_card
 from .parts import PartsOfModel
-from .safetensors_file import StoredTensor, write_safetensors
 from .work_folder import WorkFolder
 
 RUN_FILE = "quantlayers_run.json"

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..formats.checksums import checksum
+from ..formats.safetensors_file import StoredTensor, write_safetensors
 from ..storage import replace_file
 from ..storage.single_file import PART, sync
-from .safetensors_file import StoredTensor, write_safetensors
 
 HIDDEN = ".quantizing"
 _RECORD = "record"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from integrations.tiny import tiny_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, BitPlan, Calibration, HQQConfig, plan_bits, quantize_model
@@ -30,9 +31,15 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for layer in quantized_layers(model).values() for t in layer.quantized_weight.tensors.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma3", "bert"])
+def mixture() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma3", "bert", "mixture"])
 def test_bytes_are_those_of_the_quantized_model(family):
-    model = tiny_model(family)
+    model = mixture() if family == "mixture" else tiny_model(family)
     plan = plan_bits(model, DATA, average=5.0, config=CONFIG, progress=False)
     assert not quantized_layers(model)
     assert plan.bits_per_weight <= 5.0

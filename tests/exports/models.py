@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from _tiny_decoders import tiny_decoder
 from integrations.tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -17,6 +18,12 @@ def quantized(family: str = "llama", *, config=None, dtype=torch.float32, **fiel
     for name, parameter in model.named_parameters():  # biases and norms that are not all alike
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter.data, mean=float("norm" in name or "ln" in name), std=0.05)
+    return pql.quantize_model(model, config or pql.HQQConfig(**({"group_size": GROUP} | fields)), progress=False)
+
+
+def readable(family: str = "llama", *, config=None, sizes=None, **fields) -> PreTrainedModel:
+    """A model of the sizes that engines' readers and their tokenizers take, quantized."""
+    model = tiny_decoder(family, **(sizes or {}))
     return pql.quantize_model(model, config or pql.HQQConfig(**({"group_size": GROUP} | fields)), progress=False)
 
 

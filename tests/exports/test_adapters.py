@@ -154,6 +154,14 @@ def test_merge_aware_adapters_are_to_be_merged(tmp_path):
         pql.export(quantized(), tmp_path / "out", "humming", adapter=tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("format", ["humming", "dense"])
+@pytest.mark.parametrize(("rank", "largest"), [(1, 1), (4, 8), (16, 16), (17, 32)])
+def test_vllm_is_told_the_smallest_rank_that_it_takes_for_the_adapter(tmp_path, format, rank, largest):
+    adapter = saved_adapter(tmp_path / "adapter", r=rank)
+    report = pql.export(quantized(), tmp_path / "out", format, adapter=adapter)
+    assert f"--enable-lora --max-lora-rank {largest} --lora-modules tuned=" in report.serving_command
+
+
 def test_a_rank_beyond_the_engines_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_quantlayers.exports.formats.base.ExportFormat.max_rank", 2)
     with pytest.raises(ValueError, match="rank 3, and vLLM takes 2"):

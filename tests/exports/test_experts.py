@@ -18,6 +18,7 @@ from peft_quantlayers.layers.selection import quantized_layers
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 
 from . import decoders, test_gguf
+from .converters import in_a_child  # noqa: F401
 from .tokenizers_for_tests import llama_tokenizer
 
 IDS = torch.randint(3, 128, (24,), generator=torch.Generator().manual_seed(1))

@@ -3,13 +3,18 @@
 import pytest
 
 import peft_quantlayers as pql
+from peft_quantlayers.exports.formats.converted import ConvertedFormat
 from peft_quantlayers.exports.formats.grid_format import GridFormat
 from peft_quantlayers.methods.hqq.export_grids import TARGETS, held_nbits
 
 from .models import quantized
 
-# GGUF is made by llama.cpp's converter; test_gguf.py has its widths.
-FORMATS = [name for name, each in pql.export_formats().items() if isinstance(each, GridFormat) and name != "gguf"]
+# Those of converters are slow; test_gguf.py and test_graphs.py have their widths.
+FORMATS = [
+    name
+    for name, each in pql.export_formats().items()
+    if isinstance(each, GridFormat) and not isinstance(each, ConvertedFormat)
+]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("the disk burns")
 
-    monkeypatch.setattr("peft_quantlayers.exports.shards.save_file", fail)
+    monkeypatch.setattr("peft_quantlayers.exports.shards.write_safetensors", fail)
     refused(quantized(), tmp_path / "out", "mlx", "the disk burns", error=RuntimeError)
 
 
@@ -145,7 +145,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_written(tmp_path):
     model = quantized()
     pid = os.fork()
     if pid == 0:
-        shards.save_file = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        shards.write_safetensors = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         pql.export(model, tmp_path / "out", "mlx")
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL

@@ -8,13 +8,11 @@ import pytest
 import torch
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Phi3Config, Phi3ForCausalLM
 
 import peft_quantlayers as pql
 
 from . import decoders
-from .models import quantized
-from .test_gguf import SIZES
+from .models import quantized, readable
 
 needs_mlx = pytest.mark.skipif(
     not importlib.util.find_spec("mlx_lm"), reason="needs mlx-lm: pip install 'mlx-lm[cpu]'"
@@ -24,19 +22,10 @@ needs_compressed_tensors = pytest.mark.skipif(
     reason="needs compressed-tensors: pip install compressed-tensors",
 )
 IDS = torch.randint(3, 128, (24,), generator=torch.Generator().manual_seed(1))
-OTHERS = {
-    # Six layers: mlx-lm looks for one of each kind of attention.
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6})),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**{name: size for name, size in SIZES.items() if name != "head_dim"})),
-}
 
 
 def model_of(family, **fields):
-    if family not in OTHERS:
-        return quantized(family, **fields)
-    torch.manual_seed(0)
-    config = pql.HQQConfig(**({"group_size": 32} | fields))
-    return pql.quantize_model(OTHERS[family]().eval(), config, progress=False)
+    return (readable if family in ("gemma3", "phi3") else quantized)(family, **fields)
 
 
 def logits(model):

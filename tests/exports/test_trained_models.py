@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 import peft_quantlayers as pql
 
-from .test_gguf import model_of
+from .converters import in_a_child  # noqa: F401
+from .models import readable
 from .tokenizers_for_tests import llama_tokenizer
 
 IDS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(3))
@@ -25,7 +26,7 @@ needs_llama_cpp = pytest.mark.skipif(
 
 def trained(*, is_merge_aware, **fields):
     """A PEFT model that has learned ``IDS`` a little."""
-    model = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules="all-linear", **fields))
+    model = get_peft_model(readable("llama"), LoraConfig(r=4, target_modules="all-linear", **fields))
     if is_merge_aware:
         pql.enable_merge_aware(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -55,7 +56,7 @@ def merged_models():
 
 @needs_mlx
 def test_merge_aware_and_qalora_end_exact_in_mlx(tmp_path):
-    untrained = loss_in_training(model_of("llama"))
+    untrained = loss_in_training(readable("llama"))
     for index, (expected, model) in enumerate(merged_models()):
         folder = tmp_path / str(index)
         pql.export(model, folder, "mlx")

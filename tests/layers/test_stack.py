@@ -76,6 +76,28 @@ def test_sorted_tokens_meet_their_own_expert(method, is_transposed):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
+def test_halves_err_no_more_than_twice_as_much_as_dense_halves(nbits):
+    """On a CPU with AMX, all experts in one call, but for 8 bits."""
+    torch.manual_seed(2)
+    spec, counts = HQQSpec(nbits=nbits, group_size=64), [5, 0, 40, 1]
+    quantized = quantized_experts(torch.randn(4, 96, 128), 4, spec, layer_name="experts.up")
+    stack = QuantizedStack(quantized, compute_dtype=torch.bfloat16, layer_name="experts.up")
+    x, grad = torch.randn(sum(counts), 128).bfloat16().requires_grad_(), torch.randn(sum(counts), 96).bfloat16()
+
+    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        its = x.detach().to(dtype).requires_grad_()
+        parts = zip(its.split(counts), stack.dequantize(torch.float32), strict=True)
+        y = torch.cat([part @ weight.to(dtype).t() for part, weight in parts])
+        return y.detach(), torch.autograd.grad(y, its, grad.to(dtype))[0]
+
+    y = stack(x, counts)
+    assert y.dtype == torch.bfloat16
+    found = y.detach(), torch.autograd.grad(y, x, grad)[0]
+    for ours, plain, truth in zip(found, dense(torch.bfloat16), dense(torch.float64), strict=True):
+        assert (ours.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+
+
 def test_no_tokens_and_wrong_counts():
     stack = make_stack()
     assert stack(torch.randn(0, 48), [0, 0, 0]).shape == (0, 8)

@@ -17,6 +17,7 @@ from ..grids import are_zeros_codes
 from ..report import LayerExport
 from ..source import ModelSource
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
+from .vllm_command import MAX_RANK
 
 Approximation = Literal["8bit", "adapter", "requantize"]
 AdapterForm = Literal["peft", "mlx", "gguf"]
@@ -200,8 +201,9 @@ class ExportFormat(ABC):
         approximations: what ``approximate=`` may be.
         needs_tokenizer: the files hold the tokenizer too.
         is_of_decoders: its engines read language models of text that have a decoder only.
-        adapter_form: how an adapter beside the model is written.
+        adapter_form: how an adapter beside the model is written; None where its engines read none.
         max_rank: of such an adapter.
+        dtypes: that dense tensors, scales and zeros may have; None for any.
         bytes_per_weight: that writing takes at most, beside the bytes of the source.
     """
 
@@ -211,8 +213,9 @@ class ExportFormat(ABC):
     approximations: ClassVar[tuple[Approximation, ...]] = ()
     needs_tokenizer: ClassVar[bool] = False
     is_of_decoders: ClassVar[bool] = True
-    adapter_form: ClassVar[AdapterForm] = "peft"
-    max_rank: ClassVar[int] = 512  # vLLM's largest
+    adapter_form: ClassVar[AdapterForm | None] = "peft"
+    max_rank: ClassVar[int] = MAX_RANK
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
     bytes_per_weight: ClassVar[float] = 1.0
 
     def check_installation(self) -> None:  # noqa: B027  most need nothing
@@ -242,8 +245,14 @@ class ExportFormat(ABC):
         """Write the tensors of ``task`` into its folder."""
 
     @abstractmethod
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        """Starts an engine with the model in ``folder`` and the adapter in the folder or file ``adapter``."""
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        """Starts an engine with the model in ``folder`` and the adapter in the folder or file ``adapter``.
+
+        Args:
+            folder: the exported one.
+            adapter: None for none.
+            rank: the largest of the adapter's layers.
+        """
 
     def __str__(self) -> str:
         return f"{self.name}: {self.holds}; for {', '.join(self.engines)}"

@@ -10,6 +10,7 @@ from ..config_json import engine_config
 from ..shards import ShardedWriter
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written
+from .vllm_command import vllm_command
 
 
 class DenseFormat(ExportFormat):
@@ -43,9 +44,8 @@ class DenseFormat(ExportFormat):
         written.config = engine_config(task.source.config, task.dtype)
         return written
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        with_adapter = f" --enable-lora --max-lora-rank 512 --lora-modules tuned={adapter}" if adapter else ""
-        return f"vllm serve {folder}{with_adapter}"
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        return vllm_command(folder, adapter=adapter, rank=rank)
 
 
 class _Weights:

@@ -13,6 +13,7 @@ from ..grids import UniformGrid
 from ..packing import pack_rows
 from .base import Approximation, LayerFacts
 from .grid_format import GridFormat, GridSettings, StoredGrid
+from .vllm_command import vllm_command
 
 # AWQ's order of eight codes in a word, from its lowest bits.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -34,9 +35,8 @@ class _HalfPrecisionFormat(GridFormat):
                 return f"{side}={getattr(facts, side)} codes of {nbits} bits do not fill words of 32 bits"
         return ""
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        with_adapter = f" --enable-lora --max-lora-rank 512 --lora-modules tuned={adapter}" if adapter else ""
-        return f"vllm serve {folder}{with_adapter}"
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        return vllm_command(folder, adapter=adapter, rank=rank)
 
 
 class GptqFormat(_HalfPrecisionFormat):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...formats import QuantizedWeight
 from ..config_json import engine_config
 from ..grids import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
 from ..report import LayerExport
@@ -57,7 +58,7 @@ class GridFormat(ExportFormat):
     Attributes:
         widths: bits per code that it holds.
         group_sizes: that its readers take; larger groups are divided, other sizes are refused. None for any.
-        has_float_zeros: whether zeros may be any numbers.
+        has_float_zeros: whether zeros may be any numbers; :meth:`holds_float_zeros` where that depends on the width.
         is_fused_by_engine: whether layers that vLLM fuses must be stored alike.
         has_one_setting: whether all layers must be stored alike.
         expert_widths: bits per code of experts; None for those of all layers.
@@ -86,6 +87,10 @@ class GridFormat(ExportFormat):
 
     # ---- what fits
 
+    def holds_float_zeros(self, nbits: int) -> bool:
+        """Whether zeros of codes of ``nbits`` may be any numbers."""
+        return self.has_float_zeros
+
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
         if not facts.is_uniform and approximate != "requantize":
             reason = "groups along the outputs (axis=0)" if facts.method == "hqq" else f"{facts.method} weights"
@@ -97,10 +102,10 @@ class GridFormat(ExportFormat):
         nbits = 8 if approximate == "8bit" else facts.nbits
         if nbits not in self.widths:
             return f"{self.name} holds {_listed(self.widths)} bits per code, not {nbits}"
-        if self._group_size(facts.group_size) is None:
+        if self.stored_group_size(facts.group_size) is None:
             sizes = _listed(self.group_sizes or ())
             return f"{self.name} holds groups of {sizes} and multiples of these, not of {facts.group_size}"
-        if not self.has_float_zeros and not facts.has_code_zeros and approximate is None:
+        if not self.holds_float_zeros(nbits) and not facts.has_code_zeros and approximate is None:
             return f"its zeros are no integers from 0 to {2**facts.nbits - 1}, and {self.name} holds no others"
         return self.shape_misfit(facts, nbits)
 
@@ -113,7 +118,7 @@ class GridFormat(ExportFormat):
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None
     ) -> str:
-        kinds = {each.name: self._kind(each, approximate) for each in facts}
+        kinds = {each.name: self.kind(each, approximate) for each in facts}
         if self.has_one_setting and len(set(kinds.values())) > 1:
             return f"{self.name} has one width and group size for all layers, and these have {_kinds(kinds)}"
         if self.is_fused_by_engine:
@@ -131,10 +136,11 @@ class GridFormat(ExportFormat):
                     )
         return ""
 
-    def _kind(self, facts: LayerFacts, approximate: Approximation | None) -> tuple[int, int | None]:
-        return 8 if approximate == "8bit" else facts.nbits, self._group_size(facts.group_size)
+    def kind(self, facts: LayerFacts, approximate: Approximation | None) -> tuple[int, int | None]:
+        """Bits per code and group size in which a layer is stored."""
+        return 8 if approximate == "8bit" else facts.nbits, self.stored_group_size(facts.group_size)
 
-    def _group_size(self, group_size: int) -> int | None:
+    def stored_group_size(self, group_size: int) -> int | None:
         """The size of group in which groups of ``group_size`` are stored; None where there is none."""
         if self.group_sizes is None or group_size in self.group_sizes:
             return group_size
@@ -190,23 +196,35 @@ class GridFormat(ExportFormat):
         tensors: dict[str, list[Tensor]] = {}
         n_bytes = 0
         for matrix in self.matrices(layer):
-            grid, correction = uniform_grid(weight_of(weight, matrix)).rows(matrix.rows), None
-            if task.approximate == "8bit":
-                grid = in_eight_bits(grid)
-            elif task.approximate == "adapter" and not task.facts[layer.name].has_code_zeros:
-                grid, A, B = with_rounded_zeros(grid)
-                low_rank[layer.name], correction = (A, B), B @ A
-            stored = self.store(grid.with_groups_of(self._group_size(grid.group_size) or grid.group_size), task.dtype)
+            stored, correction = self.stored(task, layer, weight, matrix)
+            if correction is not None:
+                low_rank[layer.name] = correction
             for part, tensor in stored.tensors.items():
                 tensors.setdefault(f"{matrix.name}.{part}", []).append(tensor)
                 n_bytes += tensor.nbytes
-            comparison.add(matrix, stored.weight if correction is None else stored.weight + correction)
+            comparison.add(
+                matrix, stored.weight if correction is None else stored.weight + correction[1] @ correction[0]
+            )
             settings[matrix.name] = stored.settings
         for name, parts in tensors.items():
             writer.add(name, torch.stack(parts) if layer.stack and self.are_experts_stacked else parts[0])
         kept = " and an adapter" if layer.name in low_rank else ""
         stored_as = f"{stored.settings.nbits} bits in groups of {stored.settings.group_size}{kept}"
         return comparison.result(stored_as=stored_as, bits_after=8 * n_bytes / layer.n_weights)
+
+    def stored(
+        self, task: ExportTask, layer: SourceLayer, weight: QuantizedWeight, matrix: Matrix
+    ) -> tuple[StoredGrid, LowRank | None]:
+        """``matrix`` of a layer of ``weight`` as it is written, and what an adapter is to restore of it."""
+        grid = uniform_grid(weight_of(weight, matrix)).rows(matrix.rows)
+        correction: LowRank | None = None
+        if task.approximate == "8bit":
+            grid = in_eight_bits(grid)
+        elif task.approximate == "adapter" and not task.facts[layer.name].has_code_zeros:
+            grid, A, B = with_rounded_zeros(grid)
+            correction = A, B
+        group_size = self.stored_group_size(grid.group_size) or grid.group_size
+        return self.store(grid.with_groups_of(group_size), task.dtype), correction
 
     def matrices(self, layer: SourceLayer) -> Sequence[Matrix]:
         """What is stored of a layer, in order."""

@@ -104,7 +104,7 @@ class MlxFormat(GridFormat):
     def config_fields(self, quantization: dict[str, Any]) -> dict[str, Any]:
         return {"quantization": quantization, "quantization_config": quantization}
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         with_adapter = f" --adapter-path {adapter}" if adapter else ""
         return f"mlx_lm.server --model {folder}{with_adapter}"
 

@@ -96,7 +96,7 @@ class HqqFormat(_PublishedFormat):
         }  # fmt: skip
         return {"quant_method": "hqq", "quant_config": config, "skip_modules": task.source.dense_linears}
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         return f"python -c \"from transformers import pipeline; pipeline('text-generation', '{folder}')\""
 
 
@@ -119,7 +119,7 @@ class AqlmFormat(_PublishedFormat):
     def quantization_config(self, task: ExportTask) -> dict[str, Any]:
         return PublishedAqlmFormat().write(_description(list(task.facts.values()), task.source.dense_linears))
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
         return f"python -c \"from transformers import pipeline; pipeline('text-generation', '{folder}')\""
 
 

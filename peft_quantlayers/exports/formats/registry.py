@@ -5,6 +5,8 @@ from .dense import DenseFormat
 from .gguf import GgufFormat
 from .gptq_awq import AwqFormat, GptqFormat
 from .mlx import MlxFormat
+from .onnx import OnnxFormat
+from .openvino import OpenVinoFormat
 from .published import AqlmFormat, HqqFormat
 from .vllm import CompressedTensorsFormat, HummingFormat
 
@@ -13,6 +15,8 @@ _FORMATS: tuple[ExportFormat, ...] = (
     MlxFormat(),
     HummingFormat(),
     CompressedTensorsFormat(),
+    OnnxFormat(),
+    OpenVinoFormat(),
     AwqFormat(),
     GptqFormat(),
     HqqFormat(),

@@ -14,6 +14,7 @@ from ..packing import pack_rows
 from ..source_layer import StackFacts
 from .base import Approximation, LayerFacts, why_not_single
 from .grid_format import GridFormat, GridSettings, StoredGrid, fused_name
+from .vllm_command import vllm_command
 
 
 class HummingFormat(GridFormat):
@@ -62,8 +63,8 @@ class HummingFormat(GridFormat):
             "ignore": sorted({*dense_linears, *map(fused_name, dense_linears)}),
         } | ({"dynamic": dynamic} if dynamic else {})
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        return _vllm_command(folder, adapter, "--dtype float16")
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        return vllm_command(folder, adapter=adapter, rank=rank, options="--dtype float16")
 
 
 class CompressedTensorsFormat(GridFormat):
@@ -155,8 +156,8 @@ class CompressedTensorsFormat(GridFormat):
         is_mixed = len(set(settings.values())) > 1
         return ["transformers reads one width for all layers, and these have several: use vLLM."] if is_mixed else []
 
-    def serving_command(self, folder: str, *, adapter: str | None = None) -> str:
-        return _vllm_command(folder, adapter)
+    def serving_command(self, folder: str, *, adapter: str | None = None, rank: int = 0) -> str:
+        return vllm_command(folder, adapter=adapter, rank=rank)
 
 
 def _target(name: str) -> str:
@@ -167,10 +168,3 @@ def _target(name: str) -> str:
 
 def _with(grid: UniformGrid, scale: torch.Tensor, zero: torch.Tensor) -> UniformGrid:
     return UniformGrid(codes=grid.codes, scale=scale.float(), zero=zero.float(), nbits=grid.nbits)
-
-
-def _vllm_command(folder: str, adapter: str | None, options: str = "") -> str:
-    parts = [f"vllm serve {folder}", options]
-    if adapter:
-        parts.append(f"--enable-lora --max-lora-rank 512 --lora-modules tuned={adapter}")
-    return " ".join(part for part in parts if part)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..formats.quantized_weight import stored_bytes
+from .quantized_weight import stored_bytes
 
 # Each dtype's name in the header, in the order in which the safetensors package writes tensors, last to first.
 DTYPES = {

@@ -1,4 +1,4 @@
-"""How far an exported model is from its source, on text: the divergence of the two models' predictions."""
+"""How far an exported model is from its source, on text: :func:`..evaluate.divergence` of what readers compute."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
+from ..evaluate import divergence
 from ..layers import QuantizedLinear
 from ..layers.expert_types import stack_at
 from ..layers.replace import dense_in_place_of
@@ -19,35 +19,44 @@ from ..layers.selection import quantized_layers
 WINDOW = 512
 
 
-@torch.no_grad()
-def kl_of_export(model: Any, weights: Mapping[str, Tensor], token_ids: Tensor, *, window: int = WINDOW) -> float:
+def kl_of_export(model: Any, weights: Mapping[str, Tensor], token_ids: Tensor) -> float:
     """Mean KL divergence, in nats per token, of ``model`` with ``weights`` in the place of its own from ``model``.
 
     Args:
         model: a causal language model with quantized layers; it is as before afterwards.
-        weights: what readers compute for each layer, (out_features, in_features), float32, by its name in
-            the model; of a stack of experts with the expert as first dimension.
-        token_ids: (n_tokens,), integer.
-        window: tokens that are read at once.
+        weights: what readers compute for each layer, (out_features, in_features), float32, by its name in the model;
+            of a stack of experts with the expert as first dimension.
+        token_ids: integers; an incomplete window of ``WINDOW`` tokens at the end of a longer text is not used.
 
     Raises:
         ValueError: fewer than two tokens.
+        TypeError: no integers.
     """
-    if token_ids.numel() < 2:
-        raise ValueError("text: two tokens at least are needed to compare predictions.")
     was_training = model.training
     model.eval()
-    total, n_tokens = 0.0, 0
     try:
-        for ids in token_ids.reshape(-1).split(window):
-            expected = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
-            with _replaced(model, weights):
-                found = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
-            total += kl_div(found, expected, reduction="sum", log_target=True).item()
-            n_tokens += len(ids)
+        ids = token_ids.reshape(-1)
+        window = min(WINDOW, ids.numel())
+        return divergence(_Exported(model, weights), model, ids, window=window, progress=False).kl
     finally:
         model.train(was_training)
-    return total / n_tokens
+
+
+class _Exported(nn.Module):
+    """``model`` with ``weights`` in the place of its own for as long as it is called."""
+
+    def __init__(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = weights
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        with _replaced(self.model, self.weights):
+            return self.model(input_ids, **options)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_quantlayers.streaming.safetensors_file import DTYPES, StoredTensor, write_safetensors
+from peft_quantlayers.formats.safetensors_file import DTYPES, StoredTensor, write_safetensors
 
 
 def tensors():
