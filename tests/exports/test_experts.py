@@ -196,8 +196,9 @@ def test_experts_that_files_keep_in_one_tensor_are_refused_where_engines_read_si
     assert "format='dense'" in said
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq"])
-def test_formats_without_quantized_experts_refuse_them_by_name(tmp_path, format):
+@pytest.mark.parametrize("format", ["gptq", "awq", "onnx", "openvino"])
+def test_formats_without_quantized_experts_refuse_them_by_name(tmp_path, format, monkeypatch):
+    monkeypatch.setattr(type(pql.export_formats()[format]), "check_installation", lambda self: None)
     said = refused(
         model_of("qwen3_moe", symmetric=True), tmp_path / "out", format, f"experts.*{format} has no place for"
     )
@@ -215,6 +216,23 @@ def test_dense_experts_and_routers_are_named_as_such(tmp_path, format):
     else:
         assert any(each.startswith("re:") and re.match(each[3:], f"{experts}.0.gate_proj") for each in ignore)
     assert "model.layers.0.block_sparse_moe.gate" in ignore
+
+
+@pytest.mark.parametrize("format", ["humming", "compressed-tensors"])
+def test_one_layer_of_engines_that_is_dense_in_part_is_refused(tmp_path, format):
+    model = model_of("mixtral", symmetric=True, skip_modules=["experts.down_proj"])
+    said = r"block_sparse_moe.experts is one layer in engines.*skip_modules=\['experts'\]"
+    refused(model, tmp_path / "out", format, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_of_dense_experts_beside_quantized_ones(tmp_path):
+    model = model_of("mixtral", symmetric=True, skip_modules=["layers.1.mlp.experts.*"])
+    refused(model, tmp_path / "out", "mlx", "mlx-lm reads the experts of all blocks in one form")
+    pql.export(model, tmp_path / "out", "humming")
+    ignore = decoders.config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    experts = [f"model.layers.{index}.block_sparse_moe.experts" for index in (0, 1)]
+    assert [name in ignore for name in experts] == [False, True]
 
 
 @pytest.mark.parametrize("family", SINGLE)
