@@ -189,10 +189,14 @@ def main() -> None:
         ):
             result |= {part: before[part] for part in ("bases", "merges", "sharing")}
     known = {(row["base"], row["is_calibrated"]) for row in result["bases"]}
+    # A base's row is written after its merges': without it they are made again.
+    result["merges"] = [row for row in result["merges"] if (row["base"], row["is_calibrated"]) in known]
     print(json.dumps({name: value for name, value in result.items() if "perplexity" in name}), flush=True)
 
     def add(part: str, rows: list[dict[str, Any]]) -> None:
         result[part] += rows
+        if part != "sharing":
+            result[part].sort(key=lambda row: (list(BASES).index(row["base"]), row["is_calibrated"]))
         print(part, json.dumps(rows), flush=True)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 

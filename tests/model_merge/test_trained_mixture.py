@@ -48,7 +48,6 @@ def test_calibration_halves_the_divergence_and_keeps_more_tokens_with_their_expe
         [measure(model, mixture, ids, **options) for model in (plain, base)]
         for measure in (divergence, routing_agreement)
     )
-    print(perplexity(mixture, ids, **options), kl, routing)
     assert kl[1].kl < 0.6 * kl[0].kl
     assert routing[1].total > routing[0].total
     assert min(routing[1].per_layer.values()) > 0.8
@@ -77,8 +76,8 @@ def test_an_adapter_on_experts_and_attention_survives_its_merge(base, texts_of_b
             window=WINDOW,
             max_windows=WINDOWS,
         )
-    print(found, {k: (v.capture, v.gain_retained) for k, v in found.items()})
     assert found["keep"].loss_base - found["keep"].loss_adapter > 0.2
     assert found["keep"].capture > 0.999
-    assert found["calibrated"].gain_retained > 0.9
-    assert found["calibrated"].capture > found["requantize"].capture
+    assert found["requantize"].gain_retained > 0.95
+    assert found["calibrated"].gain_retained > 0.97
+    assert found["calibrated"].kl_adapter_merged < 0.3 * found["requantize"].kl_adapter_merged
