@@ -56,7 +56,12 @@ def load(folder: Path, n_blocks: int | None) -> PreTrainedModel:
 
 
 def measure(
-    name: str, model: PreTrainedModel, calibration_ids: Tensor, texts: dict[str, Texts], every: int
+    name: str,
+    model: PreTrainedModel,
+    calibration_ids: Tensor,
+    texts: dict[str, Texts],
+    every: int,
+    n_blocks: int | None,
 ) -> dict[str, Any]:
     width, _, option = name.partition(" bits, ")
     skipped = skipped_blocks(model.config.num_hidden_layers, every)
@@ -79,7 +84,9 @@ def measure(
         "measured_kl_on_calibration_text": None if plan is None else plan.measured_kl,
     }
     for text, (windows, kept) in texts.items():
-        row[f"perplexity_{text}"], row[f"kl_{text}"] = evaluate(model, windows, kept)
+        perplexity, row[f"kl_{text}"] = evaluate(model, windows, kept)
+        # The perplexity of the first blocks alone says nothing.
+        row[f"perplexity_{text}"] = None if n_blocks is not None else perplexity
     return row
 
 
@@ -108,7 +115,7 @@ def main() -> None:
     for name in [
         name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)
     ]:
-        row = measure(name, load(folder, args.blocks), wikitext[len(wikitext) // 2 :], texts, args.every)
+        row = measure(name, load(folder, args.blocks), wikitext[len(wikitext) // 2 :], texts, args.every, args.blocks)
         print(json.dumps(row), flush=True)
         rows[name, args.every, row["blocks"]] = row
         result = {

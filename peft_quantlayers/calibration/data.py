@@ -54,9 +54,9 @@ class Calibration:
             relies less on the data.
         asymmetric_targets: quantize each weight of a block to give the float model's outputs from the inputs that the
             quantized blocks before it make, which makes up for part of their error. The float model runs beside, with
-            a second copy of one block in memory, and calibration takes 1.8 times as long. Experts and layers outside
-            of the blocks are as without. None for True where a float model is quantized, and False where one is
-            merged, or is quantized in part already.
+            a second copy of one block in memory, and calibration takes up to 1.8 times as long. Experts and layers
+            outside of the blocks are as without. None for True where a float model is quantized, and False where one
+            is merged, or is quantized in part already.
         initial_codes: what the sweeps over the codes begin with, for HQQ and NF4: the nearest codes; rounding with
             error feedback, as in GPTQ, by columns; the same with the columns of large inputs first; or, with "best",
             for each layer the one of these with the lowest error on held-out tokens. Experts begin with the nearest.
