@@ -1,15 +1,16 @@
 # Every target sets up what it needs by itself: `make demo` and `make test` work on a fresh machine with Python and pip.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= --constraint constraints.txt
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test test-all fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
+.PHONY: demo test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -29,6 +30,10 @@ test: $(VENV)/.installed lint
 # Also the tests that tests/selection.py leaves out of `make test`; before a release.
 test-all: $(VENV)/.installed lint
 	$(PYTEST) $(ARGS)
+
+# With today's newest releases of all packages, in an environment of its own.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 # Damaged files and configs, and killed processes: ten times as many cases as in `make test`; about ten minutes.
 fuzz: $(VENV)/.installed

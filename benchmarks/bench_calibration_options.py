@@ -32,10 +32,15 @@ SECOND_TEXT_WINDOWS = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"asymmetric_targets": False, "initial_codes": "nearest"},
     "asymmetric targets": {"asymmetric_targets": True},
-    "error feedback": {"initial_codes": "best"},
-    "error feedback by size": {"initial_codes": "act_order"},
+    "error feedback": {"asymmetric_targets": False, "initial_codes": "best"},
+    "error feedback by size": {"asymmetric_targets": False, "initial_codes": "act_order"},
     "both": {"asymmetric_targets": True, "initial_codes": "best"},
+    "mixed bits": {"asymmetric_targets": False},
+    "all three": {"asymmetric_targets": True, "initial_codes": "best"},
 }
+# Rows whose bits are planned: 1 to 4 for each layer, as many bytes as all at one width take.
+PLANNED = ("mixed bits", "all three")
+CHOICES = {3: [2, 3, 4], 2: [1, 2, 3]}
 WIDTHS = (3, 2)
 ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in OPTIONS]
 
@@ -57,14 +62,21 @@ def measure(
     skipped = skipped_blocks(model.config.num_hidden_layers, every)
     config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE, skip_modules=skipped or None)
     calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **OPTIONS[option])
-    began = time.process_time()
-    pql.quantize_model(model, config, calibration=calibration, progress=False)
+    began, plan = time.process_time(), None
+    if option in PLANNED:
+        average = int(width) + 32 / GROUP_SIZE
+        plan = pql.plan_bits(
+            model, calibration, average=average, choices=CHOICES[int(width)], config=config, progress=False
+        )
+    pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
     row: dict[str, Any] = {
         "name": name,
         "every": every,
         "blocks": model.config.num_hidden_layers,
         "bits_per_weight": bits_per_weight(model),
         "cpu_s": time.process_time() - began,
+        "predicted_kl": None if plan is None else plan.predicted_kl,
+        "measured_kl_on_calibration_text": None if plan is None else plan.measured_kl,
     }
     for text, (windows, kept) in texts.items():
         row[f"perplexity_{text}"], row[f"kl_{text}"] = evaluate(model, windows, kept)

@@ -7,6 +7,8 @@ experts, by PEFT's own ``target_parameters``. "Dense, without LoRA" is the forwa
 without any adapter. Seconds are those of the CPU, so that another program beside it does not count. Memory is the rise
 of what is no mapped file while loading, and of the resident set above the loaded model in a step.
 
+``--only`` measures some variants again, and keeps the others' rows in the result file.
+
 Before anything is timed, ours is compared with PEFT on dense experts of the same values, on a small model.
 """
 
@@ -27,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 import peft_quantlayers as pql
 
-RESULTS = Path(__file__).parent / "results"
+FILE = Path(__file__).parent / "results" / "experts.json"
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 RANK = 8
 # Forward and backward in bfloat16, against the same adapter on dense experts.
@@ -162,16 +164,16 @@ def main() -> None:
             arguments += ["--repeats", str(options.repeats), "--threads", str(options.threads)]
             rows[variant] = json.loads(in_own_process(*arguments))
             print(variant, json.dumps({name: round(value, 2) for name, value in rows[variant].items()}), flush=True)
+    before = json.loads(FILE.read_text())["variants"] if FILE.exists() else {}
     result = {
         "device": describe_device(),
         "command": f"python benchmarks/bench_experts.py --threads {options.threads} --repeats {options.repeats}",
         "layers": options.layers,
         "tokens": options.tokens,
         "difference": difference,
-        "variants": rows,
+        "variants": {name: rows.get(name) or before[name] for name in VARIANTS if name in rows or name in before},
     }
-    if options.only == list(VARIANTS):
-        (RESULTS / "experts.json").write_text(json.dumps(result, indent=1) + "\n")
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

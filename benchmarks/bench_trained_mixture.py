@@ -1,9 +1,10 @@
 """What quantization, LoRA and merging do to a mixture of experts that is really trained: loss, KL, routing.
 
 A Qwen3-MoE of 7 M parameters is trained on WikiText-2 from a seed, for minutes on one core; ``--model FOLDER`` keeps
-it for the next run. It is quantized plain and calibrated; each base is compared with the float model on held-out text.
-LoRA on attention and experts is then trained on Python code, merged by each strategy that applies, and compared with
-itself before the merge on held-out code. Routing agreement: fraction of tokens whose chosen experts are the same.
+it for the next run, which goes on with the rows that the result file does not have. It is quantized plain and
+calibrated; each base is compared with the float model on held-out text. LoRA on attention and experts is then trained
+on Python code, merged by each strategy that applies, and compared with itself before the merge on held-out code.
+Routing agreement is the fraction of tokens whose chosen experts are the same.
 
 Last, AQLM with codebooks of each expert's own, and with codebooks that all experts of a stack share: each is quantized
 without calibration and dequantized into the float model, whose attention stays float.
@@ -11,6 +12,7 @@ without calibration and dequantized into the float model, whose attention stays 
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -31,7 +33,8 @@ from peft_quantlayers.layers.expert_types import dense_stacks
 from peft_quantlayers.methods import get_method
 
 RESULTS = Path(__file__).parent / "results" / "trained_mixture.json"
-WINDOW = 256
+TRAINING = "training.json"
+WINDOW, WINDOWS = 256, 48
 CALIBRATION_TOKENS = 32_768
 RANK = 8
 BASES: dict[str, pql.QuantConfig] = {
@@ -42,17 +45,21 @@ BASES: dict[str, pql.QuantConfig] = {
     "AQLM 2x8": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
 TUNED = [name for name in BASES if name != "HQQ 2 bits, group 64"]
-SHARING = {"2x8": (2, 8), "1x8": (1, 8), "2x6": (2, 6)}
+SHARING = {"2x8": (2, 8), "1x8": (1, 8)}
 
 
-def trained(options: argparse.Namespace, prose: Text) -> Any:
-    """The float model: of an earlier run, or trained now."""
-    if options.model is not None and (options.model / "config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+def trained(options: argparse.Namespace, prose: Text) -> tuple[Any, dict[str, Any]]:
+    """The float model, of an earlier run or trained now, and how it was trained."""
+    if options.model is not None and (options.model / TRAINING).exists():
+        about = json.loads((options.model / TRAINING).read_text())
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval(), about
+    began = time.process_time()
     model = train(new_mixture(seed=options.seed), prose.train, steps=options.steps, lr=2e-3, seed=options.seed)
+    about = {"seed": options.seed, "steps": options.steps, "training_cpu_seconds": time.process_time() - began}
     if options.model is not None:
         model.save_pretrained(options.model)
-    return model
+        (options.model / TRAINING).write_text(json.dumps(about))
+    return model, about
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -64,10 +71,10 @@ def bits_per_weight(model: nn.Module) -> float:
 
 def compared(model: Any, reference: Any, ids: Tensor) -> dict[str, Any]:
     """Perplexity, and divergence and routing agreement from ``reference``."""
-    routing = routing_agreement(model, reference, ids, window=WINDOW, progress=False)
+    routing = routing_agreement(model, reference, ids, window=WINDOW, max_windows=WINDOWS, progress=False)
     return {
-        "perplexity": perplexity(model, ids, window=WINDOW, progress=False),
-        "kl": divergence(model, reference, ids, window=WINDOW, progress=False).kl,
+        "perplexity": perplexity(model, ids, window=WINDOW, max_windows=WINDOWS, progress=False),
+        "kl": divergence(model, reference, ids, window=WINDOW, max_windows=WINDOWS, progress=False).kl,
         "routing": routing.total,
         "routing_per_layer": list(routing.per_layer.values()),
     }
@@ -97,8 +104,9 @@ def merges(model: Any, base: nn.Module, code: Text, config: pql.QuantConfig) -> 
             lambda ids, merged=merged: merged(ids, use_cache=False).logits,
             code.held_out,
             window=WINDOW,
+            max_windows=WINDOWS,
         )
-        routing = routing_agreement(merged, model, code.held_out, window=WINDOW, progress=False)
+        routing = routing_agreement(merged, model, code.held_out, window=WINDOW, max_windows=WINDOWS, progress=False)
         yield {
             "strategy": strategy,
             "bits_per_weight": bits_per_weight(merged),
@@ -152,48 +160,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tuning-steps", type=int, default=200)
+    parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--model", type=Path, help="a folder to keep the trained model in, and to take it from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     prose, code = texts()
-    began = time.process_time()
-    model = trained(options, prose)
+    model, about_training = trained(options, prose)
     result: dict[str, Any] = {
         "device": describe_device(),
         "command": "python benchmarks/bench_trained_mixture.py",
-        "seed": options.seed,
-        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": options.steps,
+        **about_training,
         "tuning_steps": options.tuning_steps,
+        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_tokens": len(prose.train),
-        "held_out_tokens": len(prose.held_out),
-        "training_cpu_seconds": time.process_time() - began,
-        "float_perplexity": perplexity(model, prose.held_out, window=WINDOW, progress=False),
-        "random_perplexity": perplexity(new_mixture(seed=0), prose.held_out, window=WINDOW, progress=False),
+        "measured_tokens": WINDOWS * WINDOW,
+        "float_perplexity": perplexity(model, prose.held_out, window=WINDOW, max_windows=WINDOWS, progress=False),
+        "random_perplexity": perplexity(
+            new_mixture(seed=options.seed), prose.held_out, window=WINDOW, max_windows=WINDOWS, progress=False
+        ),
         "bases": [],
         "merges": [],
         "sharing": [],
     }
+    if options.model is not None and RESULTS.exists():
+        before = json.loads(RESULTS.read_text())
+        if all(
+            before.get(name) == result[name] for name in ("training_cpu_seconds", "tuning_steps", "measured_tokens")
+        ):
+            result |= {part: before[part] for part in ("bases", "merges", "sharing")}
+    known = {(row["base"], row["is_calibrated"]) for row in result["bases"]}
+    # A base's row is written after its merges': without it they are made again.
+    result["merges"] = [row for row in result["merges"] if (row["base"], row["is_calibrated"]) in known]
     print(json.dumps({name: value for name, value in result.items() if "perplexity" in name}), flush=True)
 
-    def add(part: str, row: dict[str, Any]) -> None:
-        result[part].append(row)
-        print(part, json.dumps(row), flush=True)
+    def add(part: str, rows: list[dict[str, Any]]) -> None:
+        result[part] += rows
+        if part != "sharing":
+            result[part].sort(key=lambda row: (list(BASES).index(row["base"]), row["is_calibrated"]))
+        print(part, json.dumps(rows), flush=True)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
-    for name in BASES:
-        for is_calibrated in (False, True):
+    for name, is_calibrated in itertools.product(BASES, (False, True)):
+        if (name, is_calibrated) not in known:
             base = quantized(model, name, prose.train if is_calibrated else None)
             about = {"base": name, "is_calibrated": is_calibrated}
             found = compared(base, model, prose.held_out)
-            add("bases", about | {"bits_per_weight": bits_per_weight(base)} | found)
             if is_calibrated and name in TUNED:
                 adapted = tuned(base, code, options)
-                for row in merges(adapted, base, code, BASES[name]):
-                    add("merges", about | row)
-    for row in sharing(model, prose):
-        add("sharing", row)
+                add("merges", [about | row for row in merges(adapted, base, code, BASES[name])])
+            add("bases", [about | {"bits_per_weight": bits_per_weight(base)} | found])
+    if not result["sharing"]:
+        add("sharing", list(sharing(model, prose)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 import os
 from typing import Any
 
+from .bit_allocation import BitPlan, plan_bits
 from .calibration import Calibration, LayerResult
 from .exports import ExportFormat, ExportReport, LayerExport, export, export_formats
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
@@ -54,6 +55,7 @@ __all__ = [
     "AQLMConfig",
     "AQLMLinear",
     "AQLMSpec",
+    "BitPlan",
     "Calibration",
     "DamagedTensor",
     "ExportFormat",
@@ -88,6 +90,7 @@ __all__ = [
     "initialize_loftq",
     "load_hqq_folder",
     "merge_back",
+    "plan_bits",
     "prepare_model_for_kbit_training",
     "quantize_checkpoint",
     "quantize_model",

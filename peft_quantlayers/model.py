@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from .arguments import (
     check_model,
     check_tokenizer,
 )
+from .bit_allocation import BitPlan
+from .bit_allocation.budget import measured, plan_of, with_plan
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .integrations.attached_quantizers import attach_quantizers
 from .layers.other_quantizers import refuse_other_quantizers
@@ -33,6 +35,7 @@ def quantize_model(
     config: QuantConfig,
     *,
     calibration: Any = None,
+    budget: float | str | BitPlan | None = None,
     tokenizer: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -51,6 +54,9 @@ def quantize_model(
             them. If given, minimises each layer's output error on this data instead of its weight error; the format
             stays the same. HQQ then needs ``axis=1``. Layers that the data does not reach (a vision tower without
             images) are quantized without it, with a warning that names them.
+        budget: stored bits per weight, scales included (3.5), the size of the model's tensors ("4GB"), or a plan of
+            :func:`plan_bits`: layers get more or fewer bits than ``config`` says by what they cost the predictions.
+            What the plan predicted and what was measured afterwards is logged, and set in a plan that was given.
         tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`; None for the model's own.
         device: where to quantize, for example ``"cuda"`` for a model in CPU memory; the quantized layer returns to
             the device of the weight. None to quantize each weight on its own device.
@@ -73,10 +79,14 @@ def quantize_model(
         )
     refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    plan = None if budget is None else plan_of(model, config, budget, given, progress=progress)
+    if plan is not None:
+        config = with_plan(config, plan)
     specs = checked_modules(model, config)
     if given is not None and finished_modules(model, config):
         _refuse_lost_targets(given)
-    with _described(model, n_planned=len(specs)):
+        given = given.of_float_model(is_whole=False)
+    with nullcontext() if plan is None else measured(model, plan, given), _described(model, n_planned=len(specs)):
         if given is None:
             quantize_each(model, specs, config, device=device, progress=progress)
         else:
@@ -118,12 +128,21 @@ def _check_arguments(
 
 
 def _refuse_lost_targets(calibration: Calibration) -> None:
-    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs."""
+    """Raise ValueError if ``calibration`` needs the float model, of which a partly quantized one has no outputs.
+
+    Warns where it would have used that without being asked for.
+    """
     if calibration.finetune_epochs or calibration.resume_folder is not None or calibration.asymmetric_targets:
         raise ValueError(
             "some layers are quantized already, and block finetuning, asymmetric targets and resume_folder need the "
             "float model; nothing was changed. Load the float model again (finished blocks are taken from "
             "resume_folder), or continue with finetune_epochs=0, asymmetric_targets=False and resume_folder=None."
+        )
+    if calibration.asymmetric_targets is None:
+        logger.warning(
+            "some layers are quantized already, so the float model's outputs are not known, and the others are "
+            "quantized without asymmetric targets. With the float model and resume_folder= an interrupted run ends "
+            "with the same bits."
         )
 
 

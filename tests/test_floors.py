@@ -28,16 +28,27 @@ FLOORS = [
     {"methods"},
     {"layers"},
     {"calibration"},
+    {"bit_allocation"},
     {"merging"},
     {"lora", "scales"},
     {"model_merge"},
     {"integrations"},
     {"model", "saving", "training"},
     {"exports", "report", "streaming"},
+    {"estimate"},
     {"cli"},
     {"peft_quantlayers", "__main__"},  # the package's own __init__: the public surface
 ]
-MAY_IMPORT_PEFT = {"lora", "scales", "model_merge", "integrations", "integrations.private_peft", "training", "cli"}
+MAY_IMPORT_PEFT = {
+    "lora",
+    "scales",
+    "model_merge",
+    "integrations",
+    "integrations.private_peft",
+    "training",
+    "estimate",
+    "cli",
+}
 KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 

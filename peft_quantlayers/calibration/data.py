@@ -54,7 +54,9 @@ class Calibration:
             relies less on the data.
         asymmetric_targets: quantize each weight of a block to give the float model's outputs from the inputs that the
             quantized blocks before it make, which makes up for part of their error. The float model runs beside, with
-            a second copy of one block in memory. Experts and layers outside of the blocks are as without.
+            a second copy of one block in memory, and calibration takes 1.8 times as long. Experts and layers outside
+            of the blocks are as without. None for True where a float model is quantized, and False where one is
+            merged, or is quantized in part already.
         initial_codes: what the sweeps over the codes begin with, for HQQ and NF4: the nearest codes; rounding with
             error feedback, as in GPTQ, by columns; the same with the columns of large inputs first; or, with "best",
             for each layer the one of these with the lowest error on held-out tokens. Experts begin with the nearest.
@@ -71,7 +73,7 @@ class Calibration:
     batch_size: int = 4
     damping: float = 0.05
     shrinkage: float = 0.3
-    asymmetric_targets: bool = False
+    asymmetric_targets: bool | None = None
     initial_codes: Literal["nearest", "error_feedback", "act_order", "best"] = "nearest"
     finetune_epochs: int = 0
     learning_rate: float = 1e-3
@@ -93,7 +95,8 @@ class Calibration:
         check_number("damping", self.damping, above=0.0, at_most=1e6)
         if self.shrinkage != 0:
             check_number("shrinkage", self.shrinkage, above=0.0, at_most=1.0)
-        check_flag("asymmetric_targets", self.asymmetric_targets)
+        if self.asymmetric_targets is not None:
+            check_flag("asymmetric_targets", self.asymmetric_targets)
         check_choice("initial_codes", self.initial_codes, ("nearest", "error_feedback", "act_order", "best"))
         check_integer("finetune_epochs", self.finetune_epochs, at_least=0, at_most=10_000)
         check_number("learning_rate", self.learning_rate, above=0.0, at_most=1.0)
@@ -109,6 +112,12 @@ class Calibration:
         if tokenizer is not None and calibration.tokenizer is None:
             return dataclasses.replace(calibration, tokenizer=tokenizer)
         return calibration
+
+    def of_float_model(self, *, is_whole: bool = True) -> "Calibration":
+        """With asymmetric targets decided: yes, unless they are refused or the model is not float as a whole."""
+        if self.asymmetric_targets is not None:
+            return self
+        return dataclasses.replace(self, asymmetric_targets=is_whole)
 
     def batches(self, model: nn.Module, *, progress: bool = False) -> list[Tensor | dict[str, Any]]:
         """Inputs for ``model``: (batch, sequence_length) int64 each, or the batches that ``data`` holds.

@@ -12,7 +12,7 @@ from .data import Calibration
 from .statistics import InputStatistics
 
 # Rows of a weight that are quantized for the choice; each row is quantized for itself.
-ROWS = 128
+ROWS = 64
 
 
 def chosen_initial_codes(

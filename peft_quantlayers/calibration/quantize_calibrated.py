@@ -71,6 +71,7 @@ def quantize_calibrated(
         OSError: the resume folder cannot be written, or another process uses it; the model is as it was.
     """
     check_can_calibrate(specs, calibration)
+    calibration = calibration.of_float_model()
     visitor = QuantizeVisitor(model, specs, config, calibration, device, on_layer)
     try:
         walk(model, list(specs), calibration, visitor, device=device, progress=progress)

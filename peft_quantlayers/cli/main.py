@@ -27,6 +27,7 @@ VERBS = {
     "export": "write a model as an inference engine reads it",
     "evaluate": "measure a model on text and tasks",
     "inspect": "say what a folder holds",
+    "estimate": "say what memory, disk and time the work will take",
     "chat": "talk with a model",
     "run": "run another program with this package imported",
     "autoload": "print the folder that, in PYTHONPATH, has every Python process import this package",

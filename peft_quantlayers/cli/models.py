@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -15,6 +16,19 @@ def model_class(name: str) -> Any:
     config = AutoConfig.from_pretrained(name)
     architectures = config.architectures or [""]
     return getattr(transformers, architectures[0], AutoModelForCausalLM)
+
+
+def model_on_meta(name: str) -> PreTrainedModel:
+    """The float model that the config of ``name`` describes, without numbers; a quantized one as its files hold it."""
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None) is not None:
+        model: Any = load_model(name)
+        model.to("meta").tie_weights()  # which moving has taken apart
+        return model
+    found = model_class(name)
+    with torch.device("meta"):
+        model = getattr(found, "from_config", found)(config)
+    return model.to(config.dtype or torch.float32)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> PreTrainedModel:

@@ -49,7 +49,7 @@ from .adapter_files import check_scaling
 from .pattern_check import check_patterns
 from .private_peft_names import TESTED_PEFT, check_names
 from .replacements import Replacements
-from .target_parameters import has_stacks, inject_in_order
+from .target_parameters import has_stacks, inject_in_order, refuse_stacks_as_modules
 from .unchanged_model import unchanged_after_error
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,8 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(getattr(base, kwargs.get("parameter_name") or "", None), QuantizedStack):
         return LoraQuantizedStack(target, adapter_name, config=config, **kwargs)
+    if kwargs.get("parameter_name") is None:
+        refuse_stacks_as_modules(base)
     if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
         return None
     if isinstance(target, QuantScalesLayer):

@@ -58,6 +58,11 @@ def experts_by_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
             config._experts_implementation_internal = implementation
 
 
+def is_expert_parallel(module: nn.Module) -> bool:
+    """Whether this process has only some of the experts of ``module``."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The weighted sum of what each token's experts give.
 
@@ -75,7 +80,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Raises:
         NotImplementedError: the experts are spread over processes.
     """
-    if self._is_expert_parallel:
+    if is_expert_parallel(self):
         raise NotImplementedError(
             "quantized experts are not spread over processes (expert parallelism). Load the model without ep_size."
         )

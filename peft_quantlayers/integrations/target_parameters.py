@@ -23,6 +23,17 @@ def has_stacks(model: nn.Module) -> bool:
     return bool(quantized_stacks(model))
 
 
+def refuse_stacks_as_modules(module: nn.Module) -> None:
+    """Raise ValueError if ``module``, which target_modules names, is a stack of experts, or holds some."""
+    stacks = [each for each in (module, *module.children()) if isinstance(each, QuantizedStack)]
+    if stacks:
+        names = sorted(".".join(each.layer_name.split(".")[-2:]) for each in stacks)
+        raise ValueError(
+            f"{stacks[0].layer_name}: experts lie in parameters, not in modules that adapters can be on. Name them in "
+            f"target_parameters={names} instead of target_modules. The model was not changed."
+        )
+
+
 def inject_in_order(
     tuner: Any, config: Any, model: nn.Module, adapter_name: str, *, low_cpu_mem_usage: bool
 ) -> list[str]:

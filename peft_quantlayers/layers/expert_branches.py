@@ -34,7 +34,7 @@ class ExpertBranches:
         # unbind, and no index: the gradient of each index would be as large as all experts' factors.
         parts = [zip(each.A.unbind(0), each.B.unbind(0), strict=True) for each in self.of_all]
         return [
-            [each._replace(A=A, B=B) for each, (A, B) in zip(self.of_all, factors, strict=True)]
+            [Branch(A, B, each.scaling, each.dropout) for each, (A, B) in zip(self.of_all, factors, strict=True)]
             for factors in zip(*parts, strict=True)
         ]
 

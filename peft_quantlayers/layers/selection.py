@@ -9,6 +9,7 @@ from torch import nn
 
 from ..arguments import check_model
 from ..formats import QuantSpec
+from ..integrations.private_experts import is_expert_parallel
 from ..methods import QuantConfig
 from ..methods.quant_config import matches
 from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense
@@ -90,6 +91,12 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
     for name, layer in quantized_layers(model).items():
         if name not in done and not config.is_skipped(name):
             problems.append(f"{name}: the layer is quantized already ({layer.extra_repr()}).")
+    for name, module, _ in dense_stacks(model):
+        if is_expert_parallel(module) and not config.is_skipped(name):
+            problems.append(
+                f"{name}: its experts are spread over processes (expert parallelism), and quantized ones are not. "
+                "Load the model without ep_size, or leave them dense with skip_modules=['experts']."
+            )
     for name, shape, reason in _candidates(model, rules):
         dense = StaysDense(reason=SKIPPED) if config.is_skipped(name) else reason
         if dense is None:

@@ -41,6 +41,8 @@ class QuantMethod(ABC, Generic[SpecT]):
     shift_group_size = OldName("group_delta_size")
 
     spec_type: ClassVar[type[QuantSpec]]
+    has_independent_rows: ClassVar[bool] = False
+    """Whether some rows of a weight, quantized by themselves, are as in the whole weight."""
     improves_start: ClassVar[bool] = False
     """Whether ``quantize`` with ``start`` also refines the grid, so that its error is lower than from scratch."""
     initial_codes: ClassVar[tuple[InitialCodes, ...]] = ("nearest",)

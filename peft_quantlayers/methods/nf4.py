@@ -96,6 +96,7 @@ class NF4Method(QuantMethod[NF4Spec]):
     """4-bit NormalFloat. With a Hessian, each column's codes are chosen with all others fixed; the maxima stay."""
 
     spec_type = NF4Spec
+    has_independent_rows = True
     initial_codes = ("nearest", "error_feedback", "act_order")
 
     def quantize(

@@ -96,7 +96,7 @@ def quantize_checkpoint(
             f"n_processes={n_processes} with calibration: each block needs the outputs of those before it. Leave "
             "n_processes out; torch uses several threads by itself. Nothing was written."
         )
-    given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    given = None if calibration is None else Calibration.of(calibration, tokenizer).of_float_model()
     if given is not None and given.resume_folder is not None:
         raise ValueError(
             "quantize_checkpoint keeps finished blocks in the destination: leave resume_folder out of the "

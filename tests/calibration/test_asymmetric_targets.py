@@ -14,6 +14,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
 from peft_quantlayers.calibration import InputStatistics, Visitor, layer_passes, unchanged_block, walk
 from peft_quantlayers.calibration.asymmetric_targets import DAMPINGS, asymmetric_target, chosen_damping
+from peft_quantlayers.calibration.quantize_calibrated import wanted_statistics
 from peft_quantlayers.calibration.statistics import PairedInput, collect
 from peft_quantlayers.layers import quantizable_modules
 
@@ -257,7 +258,29 @@ def test_no_copy_of_a_block_stays(monkeypatch):
     assert not any(reference() is not None for reference in copies)
 
 
-def test_a_partly_quantized_model_is_refused():
+def test_by_default_a_float_model_has_them_and_a_merge_and_a_partly_quantized_model_do_not(caplog):
+    def quantized(model, **fields):
+        given = Calibration(data=IDS, n_tokens=640, sequence_length=40, **fields)
+        return quantize_model(model, CONFIGS["hqq"], calibration=given, progress=False)
+
+    found, expected, plain = (
+        quantized(tiny_model(), **fields).state_dict()
+        for fields in ({}, {"asymmetric_targets": True}, {"asymmetric_targets": False})
+    )
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert not all(torch.equal(found[key], plain[key]) for key in found)
+    assert "deviation_moment" not in wanted_statistics(Calibration(data=IDS))
+    models = []
+    for fields in ({}, {"asymmetric_targets": False}):
+        model = tiny_model()
+        first_block = HQQConfig(nbits=2, group_size=16, skip_modules=["layers.1"])
+        quantize_model(model, first_block, progress=False)
+        models.append(quantized(model, **fields).state_dict())
+    assert "without asymmetric targets" in caplog.text
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_a_partly_quantized_model_is_refused_where_they_are_asked_for():
     model = tiny_model()
     quantize_model(model, HQQConfig(nbits=2, group_size=16, skip_modules=["layers.1"]), progress=False)
     with pytest.raises(ValueError, match=r"asymmetric targets.*need the float model"):

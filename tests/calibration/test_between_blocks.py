@@ -240,7 +240,8 @@ def test_blocks_that_a_model_runs_in_inference_mode_can_be_finetuned():
         expected = [model(batch) for batch in BATCHES]
     errors = []
     for n_epochs in (0, 20):
-        data = Calibration(data=BATCHES, finetune_epochs=n_epochs, learning_rate=0.01)
+        options = {"learning_rate": 0.01, "asymmetric_targets": False}
+        data = Calibration(data=BATCHES, finetune_epochs=n_epochs, **options)
         model = quantize_model(WithoutGradients().eval(), HQQConfig(nbits=3, group_size=8), calibration=data)
         with torch.no_grad():
             errors.append(sum((model(x) - y).square().sum() for x, y in zip(BATCHES, expected, strict=True)))

@@ -141,6 +141,17 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(float_model, quantized, tm
     assert planned["nbytes"] == pql.summary(AutoModelForCausalLM.from_pretrained(quantized)).nbytes
 
 
+def test_estimate_tells_each_step_before_and_after_quantizing(float_model, quantized, capsys):
+    size = ["--batch_size", "2", "--max_length", "16", "--lora.r", "4"]
+    found = json.loads(printed(capsys, ["estimate", float_model, "--group_size", "32", *size, "--json"]))
+    assert set(found) == {"quantize", "train", "merge"}
+    assert all(step["peak_bytes"] == sum(step["memory"].values()) > 0 for step in found.values())
+    text = printed(capsys, ["estimate", quantized, *size])
+    assert text.startswith("train: ")
+    assert "merge: " in text
+    assert "must be at least 1" in refused(capsys, ["estimate", quantized, "--batch_size", "0"], 1)
+
+
 def test_merge_saves_one_model_and_its_report(quantized, adapter, text_file, tmp_path, capsys):
     folder = tmp_path / "merged"
     held_out = ["--evaluate_on", text_file, "--evaluate_tokens", "1024"]

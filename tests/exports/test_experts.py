@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.layers.selection import quantized_layers
+from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 
 from . import decoders, test_gguf
 from .converters import in_a_child  # noqa: F401
@@ -195,8 +196,9 @@ def test_experts_that_files_keep_in_one_tensor_are_refused_where_engines_read_si
     assert "format='dense'" in said
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq"])
-def test_formats_without_quantized_experts_refuse_them_by_name(tmp_path, format):
+@pytest.mark.parametrize("format", ["gptq", "awq", "onnx", "openvino"])
+def test_formats_without_quantized_experts_refuse_them_by_name(tmp_path, format, monkeypatch):
+    monkeypatch.setattr(type(pql.export_formats()[format]), "check_installation", lambda self: None)
     said = refused(
         model_of("qwen3_moe", symmetric=True), tmp_path / "out", format, f"experts.*{format} has no place for"
     )
@@ -216,6 +218,23 @@ def test_dense_experts_and_routers_are_named_as_such(tmp_path, format):
     assert "model.layers.0.block_sparse_moe.gate" in ignore
 
 
+@pytest.mark.parametrize("format", ["humming", "compressed-tensors"])
+def test_one_layer_of_engines_that_is_dense_in_part_is_refused(tmp_path, format):
+    model = model_of("mixtral", symmetric=True, skip_modules=["experts.down_proj"])
+    said = r"block_sparse_moe.experts is one layer in engines.*skip_modules=\['experts'\]"
+    refused(model, tmp_path / "out", format, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_of_dense_experts_beside_quantized_ones(tmp_path):
+    model = model_of("mixtral", symmetric=True, skip_modules=["layers.1.mlp.experts.*"])
+    refused(model, tmp_path / "out", "mlx", "mlx-lm reads the experts of all blocks in one form")
+    pql.export(model, tmp_path / "out", "humming")
+    ignore = decoders.config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    experts = [f"model.layers.{index}.block_sparse_moe.experts" for index in (0, 1)]
+    assert [name in ignore for name in experts] == [False, True]
+
+
 @pytest.mark.parametrize("family", SINGLE)
 def test_the_published_hqq_layout_is_read_into_the_same_stacks(tmp_path, family):
     model = model_of(family)
@@ -226,6 +245,24 @@ def test_the_published_hqq_layout_is_read_into_the_same_stacks(tmp_path, family)
     with pytest.raises(ValueError, match=r"experts as quantized layers of its own.*from_pretrained"):
         pql.export(tmp_path / "out", tmp_path / "again", "dense")
     pql.export(loaded, tmp_path / "again", "dense")
+
+
+def test_the_published_aqlm_layout_has_each_projection_of_each_expert_with_its_codebooks(tmp_path):
+    config = pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4, rounds=1)
+    model = pql.quantize_model(tiny_mixture("mixtral"), config, progress=False)
+    report = pql.export(model, tmp_path / "out", "aqlm")
+    assert report.relative_error == 0
+    assert decoders.config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "aqlm"
+    tensors = decoders.tensors_of(tmp_path / "out")
+    experts = model.model.layers[1].mlp.experts
+    for expert in range(4):
+        gate_up, down = (getattr(experts, name).dequantize_expert(expert) for name in ("gate_up_proj", "down_proj"))
+        for name, weight in (("w1", gate_up[:32]), ("w3", gate_up[32:]), ("w2", down)):
+            module = f"model.layers.1.block_sparse_moe.experts.{expert}.{name}"
+            found = dequantize_aqlm_reference(
+                *(tensors[f"{module}.{part}"] for part in ("codes", "codebooks", "scales"))
+            )
+            torch.testing.assert_close(found.float(), weight, atol=1e-6, rtol=0)
 
 
 def test_what_mlx_lm_would_quantize_again_is_refused(tmp_path):

@@ -4,6 +4,7 @@ Every number in them is a small integer over a power of two. Products and sums o
 any order, so the model and the adapters' deltas have the same bits on every machine, whatever its instruction set.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,10 @@ def with_branches() -> nn.Module:
 
 def calibrated(folder: Path, on_layer: Callable[[pql.LayerResult], None] | None = None) -> nn.Module:
     """A Llama quantized on calibration data, with its finished blocks kept in ``folder`` or taken from there."""
-    calibration = pql.Calibration(data=CALIBRATION_IDS, n_tokens=256, sequence_length=32, resume_folder=folder)
+    known = {field.name for field in dataclasses.fields(pql.Calibration)}
+    later = {name: value for name, value in {"asymmetric_targets": False}.items() if name in known}
+    calibration = pql.Calibration(
+        data=CALIBRATION_IDS, n_tokens=256, sequence_length=32, resume_folder=folder, **later
+    )
     config = HQQConfig(nbits=3, group_size=16)
     return pql.quantize_model(load("float"), config, calibration=calibration, progress=False, on_layer=on_layer)

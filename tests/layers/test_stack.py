@@ -1,8 +1,10 @@
 """A stack of experts in place of a fused parameter: products, gradients, reading, writing, copies, state."""
 
 import copy
+import dataclasses
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from every_method import all_methods, quick_spec
 from mixtures import MIXTURES, tiny_mixture
 from torch import nn
 
+import peft_quantlayers as pql
 from peft_quantlayers.formats import QuantizedWeight
+from peft_quantlayers.integrations.parallel_loading import refuse_parallel_loading
 from peft_quantlayers.layers.expert_types import FusedWeight, dense_stacks
 from peft_quantlayers.layers.replace_stack import put_dense, put_stack, quantize_stack, quantized_experts
 from peft_quantlayers.layers.stack import QuantizedStack
@@ -72,6 +76,28 @@ def test_sorted_tokens_meet_their_own_expert(method, is_transposed):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
+def test_halves_err_no_more_than_twice_as_much_as_dense_halves(nbits):
+    """On a CPU with AMX, all experts in one call, but for 8 bits."""
+    torch.manual_seed(2)
+    spec, counts = HQQSpec(nbits=nbits, group_size=64), [5, 0, 40, 1]
+    quantized = quantized_experts(torch.randn(4, 96, 128), 4, spec, layer_name="experts.up")
+    stack = QuantizedStack(quantized, compute_dtype=torch.bfloat16, layer_name="experts.up")
+    x, grad = torch.randn(sum(counts), 128).bfloat16().requires_grad_(), torch.randn(sum(counts), 96).bfloat16()
+
+    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        its = x.detach().to(dtype).requires_grad_()
+        parts = zip(its.split(counts), stack.dequantize(torch.float32), strict=True)
+        y = torch.cat([part @ weight.to(dtype).t() for part, weight in parts])
+        return y.detach(), torch.autograd.grad(y, its, grad.to(dtype))[0]
+
+    y = stack(x, counts)
+    assert y.dtype == torch.bfloat16
+    found = y.detach(), torch.autograd.grad(y, x, grad)[0]
+    for ours, plain, truth in zip(found, dense(torch.bfloat16), dense(torch.float64), strict=True):
+        assert (ours.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+
+
 def test_no_tokens_and_wrong_counts():
     stack = make_stack()
     assert stack(torch.randn(0, 48), [0, 0, 0]).shape == (0, 8)
@@ -124,6 +150,28 @@ def test_experts_spread_over_processes_are_refused():
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(NotImplementedError, match="expert parallelism"):
         model(IDS)
+
+
+def test_experts_that_are_spread_over_processes_already_are_not_quantized():
+    model = tiny_mixture("qwen3_moe")
+    for block in model.model.layers:
+        block.mlp.experts._is_expert_parallel = True
+    config = pql.HQQConfig(group_size=16)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj: .*expert parallelism.*without ep_size.*skip_modules"):
+        pql.quantize_model(model, config, progress=False)
+    assert not any(isinstance(module, QuantizedStack) for module in model.modules())
+    pql.quantize_model(model, dataclasses.replace(config, skip_modules=("experts",)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("is_quantizing", "said"), [(True, "while quantizing"), (False, "is not supported for quantized")]
+)
+def test_expert_parallel_loading_is_refused_with_the_way_that_works(is_quantizing, said):
+    config = SimpleNamespace(distributed_config=SimpleNamespace(ep_size=2, fsdp_size=None))
+    with pytest.raises(ValueError, match=said) as error:
+        refuse_parallel_loading(config, is_quantizing=is_quantizing)
+    assert "expert parallelism (ep_size=2)" in str(error.value)
+    assert "fsdp_size" in str(error.value)
 
 
 def test_autocast_decides_the_dtype():

@@ -258,12 +258,32 @@ def test_what_needs_dense_experts_is_refused(fields, error, said):
 
 
 def test_target_parameters_that_name_nothing_are_refused_with_the_names_that_exist():
-    for wrong in ("experts.w1", "self_attn.q_proj.weight"):
+    for wrong in (
+        "experts.w1", "self_attn.q_proj.weight", "experts", "gate_up_proj.W_q", "layers.7.mlp.experts.gate_up_proj",
+    ):  # fmt: skip
         model = quantized("qwen3_moe")
         config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj", wrong])
         with pytest.raises(ValueError, match=rf"\['{wrong}'\] name no parameter.*experts\.gate_up_proj"):
             get_peft_model(model, config)
         assert not [module for module in model.modules() if isinstance(module, ParamWrapper)]
+
+
+@pytest.mark.parametrize("target", ["experts", "gate_up_proj"])
+def test_experts_among_target_modules_are_refused_with_the_parameters_to_name(target):
+    model = quantized("qwen3_moe")
+    before = [type(module) for module in model.modules()]
+    said = r"experts.gate_up_proj: .*target_parameters=\[.*'experts.gate_up_proj'\] instead of target_modules"
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", target]))
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_experts_of_a_shape_that_does_not_fit_are_refused_with_the_way_out():
+    config = pql.HQQConfig(group_size=16, overrides={"experts.*": {"group_size": 48}}, on_misfit="refuse")
+    model = tiny_mixture("qwen3_moe")
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj: in_features=64 is not a multiple of group_size=48"):
+        pql.quantize_model(model, config, progress=False)
+    assert not quantized_stacks(model)
 
 
 def test_strategies_of_linear_layers_are_refused_by_name():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
-from transformers import AutoConfig
 
 from ...methods import QuantConfig
 from ...model import quantize_model
@@ -14,7 +12,7 @@ from ...report import ModelSummary, summary
 from ...saving import save_model
 from ...streaming import quantize_checkpoint
 from .. import options
-from ..models import load_model, load_tokenizer, model_class, refuse_missing_folder
+from ..models import load_model, load_tokenizer, model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -86,11 +84,7 @@ def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummar
 
 def planned(name: str, config: QuantConfig) -> ModelSummary:
     """What ``config`` would make of the model ``name``, from its config alone."""
-    described = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        found = model_class(name)
-        model = getattr(found, "from_config", found)(described)
-    return summary(model.to(described.dtype or torch.float32), config)
+    return summary(model_on_meta(name), config)
 
 
 def _result(found: ModelSummary, text: str, *, output: str | None = None) -> Result:

@@ -20,6 +20,7 @@ from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
 from ...scales import QuantScalesConfig
+from ...streaming.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
@@ -81,6 +82,8 @@ def run(settings: Namespace) -> Result:
         ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
         options.refuse_output_in_use(settings, way_out=ways)
     set_seed(settings.training.seed)
+    if settings.training.use_cpu:
+        return_large_blocks()
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
     rows = load_rows("data", settings.data)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data)

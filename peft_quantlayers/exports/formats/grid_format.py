@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -149,6 +149,7 @@ class GridFormat(ExportFormat):
     # ---- writing
 
     def write(self, task: ExportTask) -> Written:
+        self._refuse_half_dense_experts(task)
         writer = ShardedWriter(task.folder)
         written = Written(layers=[])
         settings: dict[str, GridSettings] = {}
@@ -163,6 +164,24 @@ class GridFormat(ExportFormat):
         dense = [*task.source.dense_linears, *map(self.ignored_experts, task.source.dense_experts)]
         written.config = config | self.config_fields(self.quantization_config(settings, dense))
         return written
+
+    def _refuse_half_dense_experts(self, task: ExportTask) -> None:
+        stacks = [layer for layer in task.source.layers.values() if layer.stack]
+        quantized, dense = {fused_name(layer.matrices[0].name) for layer in stacks}, set(task.source.dense_experts)
+        if reason := self.experts_misfit(quantized, dense):
+            raise ValueError(
+                f"{self.name} cannot hold this model, and nothing was written: {reason}. Quantize all experts, or "
+                "leave them all dense with skip_modules=['experts']."
+            )
+
+    def experts_misfit(self, quantized: Set[str], dense: Set[str]) -> str:
+        """Why modules of experts with these quantized and dense weights cannot be held together; empty if they can."""
+        both = quantized & dense
+        return (
+            f"{min(both)} is one layer in engines, and some of its weights are quantized and some dense"
+            if both
+            else ""
+        )
 
     def _write_layer(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .grid_format import GridFormat, GridSettings, StoredGrid
 
 # What mlx-lm's models of these types call the module that transformers calls ``experts``.
 _EXPERTS = dict.fromkeys(
-    ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "phimoe", "deepseek_v3", "glm4_moe", "granitemoe"), "switch_mlp"
+    ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe"), "switch_mlp"
 ) | {"gpt_oss": "experts"}
 
 # Models whose ``kv_b_proj`` mlx-lm keeps as two matrices, one of them transposed.
@@ -50,6 +50,10 @@ class MlxFormat(GridFormat):
         if facts.model_type in _SPLITTING and facts.name.endswith(".kv_b_proj"):
             return "mlx-lm splits it and quantizes it again as it loads it: leave it dense, skip_modules=['kv_b_proj']"
         return super().misfit(facts, approximate)
+
+    def experts_misfit(self, quantized: Set[str], dense: Set[str]) -> str:
+        is_mixed = bool(quantized and dense)
+        return "mlx-lm reads the experts of all blocks in one form, and some are quantized" if is_mixed else ""
 
     def matrices(self, layer: SourceLayer) -> Sequence[Matrix]:
         """Gate and up by themselves, each of all experts one after the other."""

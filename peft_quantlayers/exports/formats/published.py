@@ -108,7 +108,8 @@ class AqlmFormat(_PublishedFormat):
     engines = ("aqlm with transformers",)
 
     def tensors(self, weight: QuantizedWeight, task: ExportTask) -> dict[str, Tensor]:
-        return dict(weight.tensors)
+        # Gate and up of an expert have the same codebooks, and files hold no tensor twice.
+        return {name: tensor.clone() for name, tensor in weight.tensors.items()}
 
     def model_misfit(
         self, facts: Sequence[LayerFacts], dense_linears: Collection[str], approximate: Approximation | None

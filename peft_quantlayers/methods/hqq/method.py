@@ -38,6 +38,7 @@ class HQQMethod(QuantMethod[HQQSpec]):
     """Half-Quadratic Quantization. Source: Badri & Shaji 2023; the solver is ``quantlayers_kernels.hqq.solve``."""
 
     spec_type = HQQSpec
+    has_independent_rows = True  # as far as its groups lie along the inputs
     initial_codes = ("nearest", "error_feedback", "act_order")
     calibration_requirement = "Calibrated HQQ needs groups along the inputs: quantize with axis=1."
 

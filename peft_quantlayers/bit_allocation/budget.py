@@ -1,0 +1,84 @@
+"""Quantizing under a budget: the plan, its config, and the divergence measured beside the predicted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Calibration
+from ..calibration.blocks import Call, evaluating
+from ..calibration.model_calls import model_calls
+from ..methods import QuantConfig
+from .plan import BitPlan
+from .plan_bits import plan_bits
+
+logger = logging.getLogger(__name__)
+
+# Windows and predictions that are compared; the float model's are kept in memory.
+WINDOWS = 4
+PREDICTIONS = 512
+
+
+def plan_of(
+    model: nn.Module, config: QuantConfig, budget: Any, calibration: Calibration | None, *, progress: bool
+) -> BitPlan:
+    """``budget`` itself if it is a plan, or a plan for that many bits per weight or that size.
+
+    Raises:
+        TypeError: no budget of these kinds.
+        ValueError: a number or size without calibration data, or as :func:`plan_bits`. The model was not changed.
+    """
+    if isinstance(budget, BitPlan):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise TypeError(
+            f"budget must be stored bits per weight (3.5), a size ('4GB') or a BitPlan, got {type(budget).__name__}. "
+            "The model was not changed."
+        )
+    if calibration is None:
+        raise ValueError(
+            f"budget={budget!r} needs calibration data, on which bits are planned: give calibration=, or a plan that "
+            "plan_bits made. The model was not changed."
+        )
+    wanted = {"size": budget} if isinstance(budget, str) else {"average": float(budget)}
+    return plan_bits(model, calibration, config=config, progress=progress, **wanted)
+
+
+def with_plan(config: QuantConfig, plan: BitPlan) -> QuantConfig:
+    """``config`` with what the plan says of each layer."""
+    return dataclasses.replace(config, overrides={**(config.overrides or {}), **plan.overrides} or None)
+
+
+@contextmanager
+def measured(model: nn.Module, plan: BitPlan, calibration: Calibration | None) -> Iterator[None]:
+    """Set ``plan.measured_kl`` from the model before and after what is done inside, and log both figures."""
+    if calibration is None:
+        yield
+        return
+    few = dataclasses.replace(calibration, batch_size=1)
+    calls = model_calls(model, few.batches(model))
+    calls = calls[:: max(1, len(calls) // WINDOWS)][:WINDOWS]
+    before = _log_probs(model, calls)
+    yield
+    after = _log_probs(model, calls)
+    plan.measured_kl = float((before.exp() * (before - after)).sum(-1).double().mean())
+    logger.info("%s", plan)
+
+
+@torch.no_grad()
+def _log_probs(model: nn.Module, calls: Sequence[Call]) -> Tensor:
+    """Of ``PREDICTIONS`` tokens spread evenly over all calls, (n, n_classes) float32."""
+    found = []
+    with evaluating(model):
+        for call in calls:
+            logits = call.real_tokens(call.run(model).logits).flatten(0, -2)
+            n_kept = min(len(logits), max(1, PREDICTIONS // len(calls)))
+            chosen = torch.linspace(0, len(logits) - 1, n_kept).long()
+            found.append(logits[chosen].float().log_softmax(-1))
+    return torch.cat(found)

@@ -1,0 +1,58 @@
+"""``estimate MODEL``: what quantizing, training and merging will take."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+from peft import LoraConfig
+
+from ...estimate import Estimate, estimate_merging, estimate_quantizing, estimate_training
+from ...layers.selection import quantized_layers
+from .. import options
+from ..models import model_on_meta, refuse_missing_folder
+from ..parsing import VerbParser
+from ..result import Result
+
+DESCRIPTION = (
+    "Say what memory, disk and time quantizing, training a LoRA adapter and merging it will take on this machine. "
+    "From config.json alone: some random weights are quantized, and one block of random numbers is trained for a step."
+)
+POSITIONALS = ("model",)
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--model", type=str, required=True, help="folder of a model, or its name on the Hub")
+    options.add_method(parser)
+    parser.add_argument("--calibration_tokens", type=int, default=0, help="of a calibration; 0: without one")
+    parser.add_argument("--batch_size", type=int, default=1, help="texts in one step of training")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--gradient_checkpointing", type=bool, default=True, help="recompute activations")
+    parser.add_argument("--lora.r", type=int, default=8, help="rank of the adapter")
+    parser.add_argument("--lora.target_modules", type=list[str] | str, default="all-linear", help="its layers")
+
+
+def run(settings: Namespace) -> Result:
+    """Estimate each step."""
+    refuse_missing_folder("model", settings.model)
+    for name in ("batch_size", "max_length"):
+        if settings[name] < 1:
+            raise ValueError(f"--{name} {settings[name]} must be at least 1.")
+    model = model_on_meta(settings.model)
+    is_quantized = bool(quantized_layers(model))
+    config = None if is_quantized else options.method_config(settings)
+    found: list[Estimate] = []
+    if config is not None:
+        found.append(estimate_quantizing(model, config, calibration_tokens=settings.calibration_tokens))
+    lora = LoraConfig(
+        r=settings.lora.r, target_modules=settings.lora.target_modules, task_type="CAUSAL_LM", init_lora_weights=True
+    )
+    trained = estimate_training(
+        model,
+        config,
+        lora,
+        batch_size=settings.batch_size,
+        sequence_length=settings.max_length,
+        use_gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    found += [trained, estimate_merging(model_on_meta(settings.model), config, rank=settings.lora.r)]
+    return Result(text="\n".join(map(str, found)), data={each.step: each.to_dict() for each in found})

@@ -1,0 +1,106 @@
+"""What quantizing from files to files takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..formats import QuantSpec
+from ..layers import QuantizedLinear
+from ..layers.dense_types import dense_shape
+from ..layers.selection import quantizable_modules
+from ..methods import QuantConfig
+from ..report import summary
+from .estimates import Estimate
+from .live_bytes import LiveBytes, bytes_of_imports
+
+# A part of the result is written when it has this many bytes; as streaming.quantize_files has it.
+_PART_BYTES = 2**25
+# A dense tensor is read, and copied where it is written.
+_DENSE_COPIES = 2
+# Weights that are quantized to see how long it takes.
+_SAMPLE = 2**17
+
+
+def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibration_tokens: int = 0) -> Estimate:
+    """Memory, disk and time of ``quantize_checkpoint``, by quantizing some random rows for each kind of layer.
+
+    Args:
+        model: on the meta device, in the dtype of its files. It is left as it is.
+        config: how it will be quantized.
+        calibration_tokens: of the calibration; 0 for none. Its time is not estimated.
+
+    Raises:
+        ValueError: a shape that the config does not fit.
+    """
+    specs = quantizable_modules(model, config)
+    planned = summary(model, config)
+    shapes = {name: tuple(dense_shape(model, name)) for name in specs}
+    sample = sample_layers(specs, shapes)
+    read = max((math.prod(shape[-2:]) for shape in shapes.values()), default=0) * model.dtype.itemsize
+    largest = sample.layer_bytes + read + _PART_BYTES
+    dense = max((module.nbytes for module in planned.dense), default=0) * _DENSE_COPIES
+    memory = {"libraries": bytes_of_imports(), "largest layer": max(largest, dense)}
+    notes = []
+    if calibration_tokens:
+        memory = memory | _of_calibration(model, shapes, calibration_tokens)
+        notes.append("without the time of the calibration itself")
+    return Estimate(
+        step="quantize",
+        memory=memory,
+        disk=planned.nbytes,
+        seconds=sample.seconds,
+        notes=tuple(notes),
+    )
+
+
+def _of_calibration(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], n_tokens: int) -> dict[str, int]:
+    """A block in its dtype, its inputs and outputs, and the second moments of its layers' inputs in float32."""
+    text = model.config.get_text_config()
+    per_block = max(1, len(shapes) // max(1, text.num_hidden_layers))
+    of_block = list(shapes.values())[:per_block]
+    moments = {shape[-1] for shape in of_block}
+    return {
+        "one block": sum(math.prod(shape) for shape in of_block) * model.dtype.itemsize,
+        "activations": 2 * n_tokens * text.hidden_size * model.dtype.itemsize,
+        "second moments": sum(3 * 4 * inputs**2 for inputs in moments),
+    }
+
+
+@dataclass(frozen=True)
+class SampledLayers:
+    """How some random rows of each kind of layer were quantized.
+
+    Fields:
+        seconds: of all layers, at the sample's rate.
+        layer_bytes: the most that one layer takes while it is quantized, its float32 weight included.
+    """
+
+    seconds: float
+    layer_bytes: int
+
+
+def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[int]]) -> SampledLayers:
+    """Quantize a sample for each spec and number of inputs, once to see its memory and once to see its time."""
+    weights_of: Counter[tuple[QuantSpec, int]] = Counter()
+    largest_of: dict[tuple[QuantSpec, int], int] = {}
+    for name, spec in specs.items():
+        kind = (spec, shapes[name][-1])
+        weights_of[kind] += math.prod(shapes[name])
+        largest_of[kind] = max(largest_of.get(kind, 0), math.prod(shapes[name][-2:]))
+    seconds, layer_bytes = 0.0, 0
+    for (spec, inputs), n_weights in weights_of.items():
+        weight = torch.randn(max(1, _SAMPLE // inputs), inputs)
+        with LiveBytes([weight]) as live:
+            QuantizedLinear.from_weight(weight, None, spec)
+        layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
+        start = time.perf_counter()
+        QuantizedLinear.from_weight(weight, None, spec)
+        seconds += (time.perf_counter() - start) * n_weights / weight.numel()
+    return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)

@@ -1,0 +1,111 @@
+"""What training a LoRA adapter takes: a step is run on the meta device, and one block of it in memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..methods import QuantConfig
+from ..training import prepare_model_for_kbit_training
+from .estimates import Estimate
+from .fused_attention import fused_attention
+from .live_bytes import LiveBytes, bytes_of_imports
+from .meta_model import one_block_model, quantized_on_meta
+
+# What the Trainer, its data and the allocator take beside the tensors.
+_TRAINER_BYTES = 2**26
+
+
+def estimate_training(
+    model: PreTrainedModel,
+    config: QuantConfig | None,
+    lora: LoraConfig,
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    use_gradient_checkpointing: bool = True,
+    is_timed: bool = True,
+) -> Estimate:
+    """Memory, disk and time of training ``lora`` on ``model`` with AdamW, by the loss over the model's own logits.
+
+    Args:
+        model: on the meta device, float or quantized; it is changed.
+        config: how it will be quantized; None if it is.
+        lora: the adapter.
+        batch_size, sequence_length: of one step.
+        use_gradient_checkpointing: recompute activations in the backward pass.
+        is_timed: also run a step of one block with random numbers, which takes seconds.
+
+    Returns:
+        Estimate with the seconds of a step.
+
+    Raises:
+        ValueError: a float model without ``config``; a shape that the config does not fit.
+    """
+    imports = bytes_of_imports()
+    block = one_block_model(model, config) if is_timed else None
+    notes: list[str] = []
+    quantized_on_meta(model, config)
+    prepared = _prepared(model, lora, use_gradient_checkpointing, low_cpu_mem_usage=True)
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
+    live = LiveBytes([*prepared.parameters(), *prepared.buffers()])
+    weights = live.now
+    try:
+        with live, fused_attention():
+            _forward_and_backward(prepared, ids)
+    except (NotImplementedError, RuntimeError) as error:
+        notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
+    adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)
+    seconds = None if block is None else _seconds(block, model, lora, ids.shape, use_gradient_checkpointing)
+    if is_timed and block is None:
+        notes.append("without a time: the model is not a stack of blocks of one kind")
+    return Estimate(
+        step="train",
+        memory={
+            "libraries": imports + _TRAINER_BYTES,
+            "weights": weights - adapter,
+            "adapter": adapter,
+            "optimizer": 2 * adapter,
+            "gradients and activations": live.peak - weights,
+        },
+        disk=adapter,
+        seconds=seconds,
+        per_step=True,
+        notes=tuple(notes),
+    )
+
+
+def _prepared(model: PreTrainedModel, lora: LoraConfig, checkpointing: bool, **options: Any) -> nn.Module:
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    return get_peft_model(model, copy.deepcopy(lora), **options).train()
+
+
+def _forward_and_backward(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def _seconds(
+    block: PreTrainedModel, model: PreTrainedModel, lora: LoraConfig, shape: torch.Size, checkpointing: bool
+) -> float:
+    """Of a step: of a block times their number, and of the head and the loss."""
+    prepared, ids = _prepared(block, lora, checkpointing), torch.randint(0, block.config.vocab_size, shape)
+    of_block = _timed(lambda: _forward_and_backward(prepared, ids))
+    text = model.config.get_text_config()
+    head = nn.Linear(text.hidden_size, text.vocab_size, bias=False).requires_grad_(False)
+    hidden = torch.randn(shape.numel(), text.hidden_size, requires_grad=True)
+    of_head = _timed(lambda: nn.functional.cross_entropy(head(hidden), ids.flatten()).backward())
+    return of_block * text.num_hidden_layers + of_head
+
+
+def _timed(call: Any) -> float:
+    """Of the second call: the first one warms up."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,97 @@
+"""Estimates of memory, disk and time agree with what the work itself takes, and cost no weights."""
+
+import copy
+
+import pytest
+import torch
+from _tiny_models import tiny_model as tiny_class
+from integrations.tiny import tiny_model
+from peft import LoraConfig, get_peft_model
+
+import peft_quantlayers as pql
+from peft_quantlayers.estimate import estimate_merging, estimate_quantizing, estimate_training
+from peft_quantlayers.estimate.live_bytes import LiveBytes
+from peft_quantlayers.estimate.meta_model import one_block_model
+
+CONFIG = pql.HQQConfig(nbits=4, group_size=16)
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+FAMILIES = ("llama", "gpt2")
+
+
+def on_meta(family="llama"):
+    model = tiny_model(family).to("meta")
+    model.tie_weights()
+    return model
+
+
+def measured_training(family, *, batch_size, sequence_length, checkpointing):
+    """Peak bytes of the tensors of a step, and bytes of the adapter, in memory."""
+    model = pql.quantize_model(tiny_model(family), CONFIG, progress=False)
+    pql.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    model = get_peft_model(model, copy.deepcopy(LORA)).train()
+    ids = torch.randint(3, 100, (batch_size, sequence_length))
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return live.peak, sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_on_the_meta_device_takes_what_a_step_in_memory_takes(family, checkpointing, set_tile_elements):
+    set_tile_elements(256)  # a tile, which operators keep to themselves, may have the size of a tiny model
+    sizes = {"batch_size": 3, "sequence_length": 24}
+    found = estimate_training(
+        on_meta(family), CONFIG, LORA, use_gradient_checkpointing=checkpointing, is_timed=False, **sizes
+    )
+    peak, adapter = measured_training(family, checkpointing=checkpointing, **sizes)
+    assert not found.notes
+    assert found.memory["adapter"] == found.disk == adapter
+    assert found.memory["optimizer"] == 2 * adapter  # AdamW's two moments
+    counted = found.peak - found.memory["libraries"] - found.memory["optimizer"]
+    assert counted == pytest.approx(peak, rel=0.1)
+
+
+def test_more_tokens_take_more_and_recomputing_takes_less():
+    def activations(checkpointing, n_tokens):
+        found = estimate_training(
+            on_meta(), CONFIG, LORA, sequence_length=n_tokens, use_gradient_checkpointing=checkpointing, is_timed=False
+        )
+        return found.memory["gradients and activations"]
+
+    assert activations(False, 64) > 1.5 * activations(False, 32)
+    assert activations(True, 64) < 0.8 * activations(False, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_disk_that_quantizing_takes_is_the_size_of_the_file(family, tmp_path):
+    model = tiny_model(family)
+    found = estimate_quantizing(on_meta(family), CONFIG)
+    pql.save_model(pql.quantize_model(model, CONFIG, progress=False), tmp_path)
+    header = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    size = (tmp_path / "model.safetensors").stat().st_size - header
+    assert found.disk == pytest.approx(size, rel=0.1)
+    assert found.seconds > 0
+    more = estimate_quantizing(on_meta(family), CONFIG, calibration_tokens=4096)
+    assert more.peak > found.peak
+    assert more.memory["activations"] == 2 * 4096 * model.config.hidden_size * 4
+
+
+def test_a_quantized_model_needs_no_config_and_a_float_one_does():
+    model = pql.quantize_model(tiny_model(), CONFIG, progress=False).to("meta")
+    assert estimate_merging(model, None, rank=4).memory["weights"] == pql.summary(model).nbytes
+    with pytest.raises(ValueError, match="float model: say how it will be quantized"):
+        estimate_merging(on_meta(), None)
+
+
+def test_one_block_has_the_layers_of_a_block_and_finite_numbers():
+    block = one_block_model(on_meta(), CONFIG)
+    assert block.config.num_hidden_layers == 1
+    assert len(pql.quantized_modules(block)) == 7
+    assert torch.isfinite(block(torch.randint(0, 100, (1, 8))).logits).all()
+    assert one_block_model(tiny_class("T5ForConditionalGeneration").to("meta"), CONFIG) is None
+
+
+def test_a_time_is_given_where_the_model_is_a_stack_of_blocks():
+    timed = estimate_training(on_meta(), CONFIG, LORA, sequence_length=16)
+    assert timed.seconds > 0
+    assert "a step" in str(timed)
