@@ -15,6 +15,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -228,7 +229,8 @@ def read(
         expected = expected.log_softmax(-1)
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {
-        "reader": done.stdout.strip().splitlines()[-1],
+        # Engines may print more, before and after it.
+        "reader": [line for line in done.stdout.splitlines() if re.fullmatch(r"[\w-]+ \d[\w.+]*", line)][-1],
         "max_logit_difference": (expected - found).abs().max().item(),
         "kl": max(0.0, (p.exp() * (p - q)).sum(-1).mean().item()),
     }
