@@ -12,6 +12,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.estimate import estimate_merging, estimate_quantizing, estimate_training
 from peft_quantlayers.estimate.live_bytes import LiveBytes
 from peft_quantlayers.estimate.meta_model import one_block_model
+from quantlayers_kernels import tiled
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -37,8 +38,11 @@ def measured_training(family, *, batch_size, sequence_length, checkpointing):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_on_the_meta_device_takes_what_a_step_in_memory_takes(family, checkpointing, set_tile_elements):
-    set_tile_elements(256)  # a tile, which operators keep to themselves, may have the size of a tiny model
+def test_a_step_on_the_meta_device_takes_what_a_step_in_memory_takes(
+    family, checkpointing, set_tile_elements, monkeypatch
+):
+    set_tile_elements(256)  # a tile, which operators keep for the next product, may have the size of a tiny model
+    monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())
     sizes = {"batch_size": 3, "sequence_length": 24}
     found = estimate_training(
         on_meta(family), CONFIG, LORA, use_gradient_checkpointing=checkpointing, is_timed=False, **sizes
