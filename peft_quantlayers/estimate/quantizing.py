@@ -17,11 +17,10 @@ from ..layers.dense_types import dense_shape
 from ..layers.selection import quantizable_modules
 from ..methods import QuantConfig
 from ..report import summary
+from ..streaming.quantize_files import PART_BYTES
 from .estimates import Estimate
 from .live_bytes import LiveBytes, bytes_of_imports
 
-# A part of the result is written when it has this many bytes; as streaming.quantize_files has it.
-_PART_BYTES = 2**25
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
 # Weights that are quantized to see how long it takes.
@@ -44,7 +43,7 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     shapes = {name: tuple(dense_shape(model, name)) for name in specs}
     sample = sample_layers(specs, shapes)
     read = max((math.prod(shape[-2:]) for shape in shapes.values()), default=0) * model.dtype.itemsize
-    largest = sample.layer_bytes + read + _PART_BYTES
+    largest = sample.layer_bytes + read + PART_BYTES
     dense = max((module.nbytes for module in planned.dense), default=0) * _DENSE_COPIES
     memory = {"libraries": bytes_of_imports(), "largest layer": max(largest, dense)}
     notes = []

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.model_facts import predicts_next_token
 from ..methods import QuantConfig
 from ..training import prepare_model_for_kbit_training
 from .estimates import Estimate
@@ -49,16 +50,18 @@ def estimate_training(
         ValueError: a float model without ``config``; a shape that the config does not fit.
     """
     imports = bytes_of_imports()
-    block = one_block_model(model, config) if is_timed else None
-    notes: list[str] = []
+    is_followed = predicts_next_token(model)
+    block = one_block_model(model, config) if is_timed and is_followed else None
+    notes: list[str] = [] if is_followed else ["without activations: the model does not predict the next token"]
     quantized_on_meta(model, config)
     prepared = _prepared(model, lora, use_gradient_checkpointing, low_cpu_mem_usage=True)
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
     live = LiveBytes([*prepared.parameters(), *prepared.buffers()])
     weights = live.now
     try:
-        with live, fused_attention():
-            _forward_and_backward(prepared, ids)
+        if is_followed:
+            with live, fused_attention():
+                _forward_and_backward(prepared, ids)
     except (NotImplementedError, RuntimeError) as error:
         notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
     adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)

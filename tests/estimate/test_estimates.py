@@ -95,6 +95,14 @@ def test_one_block_has_the_layers_of_a_block_and_finite_numbers():
     assert one_block_model(tiny_class("T5ForConditionalGeneration").to("meta"), CONFIG) is None
 
 
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "T5ForConditionalGeneration"])
+def test_a_model_that_does_not_predict_the_next_token_is_estimated_without_activations_and_says_so(name):
+    found = estimate_training(tiny_class(name).to("meta"), CONFIG, LoraConfig(r=4, target_modules="all-linear"))
+    assert found.memory["adapter"] > 0
+    assert found.seconds is None
+    assert found.notes[0].startswith("without activations")
+
+
 def test_a_time_is_given_where_the_model_is_a_stack_of_blocks():
     timed = estimate_training(on_meta(), CONFIG, LORA, sequence_length=16)
     assert timed.seconds > 0

@@ -43,9 +43,7 @@ def run(settings: Namespace) -> Result:
     found: list[Estimate] = []
     if config is not None:
         found.append(estimate_quantizing(model, config, calibration_tokens=settings.calibration_tokens))
-    lora = LoraConfig(
-        r=settings.lora.r, target_modules=settings.lora.target_modules, task_type="CAUSAL_LM", init_lora_weights=True
-    )
+    lora = LoraConfig(r=settings.lora.r, target_modules=settings.lora.target_modules)
     trained = estimate_training(
         model,
         config,
