@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 SIZES = {
     "hidden_size": 64,
@@ -204,3 +204,20 @@ def other_model(name: str) -> hf.PreTrainedModel:
     """The model of random weights, the same at every call."""
     torch.manual_seed(0)
     return MODELS[name].make().eval()
+
+
+def inputs_by_layer(model: nn.Module, names: list[str], batches: list[dict]) -> dict[str, list[Tensor]]:
+    """What each layer reads in plain forward passes of the whole model."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen[name].append(args[0].float().reshape(-1, args[0].shape[-1]))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from calibration.other_models import MODELS, other_model
+from calibration.other_models import MODELS, inputs_by_layer, other_model
 from every_method import methods_for, quick_config
 from integrations.tiny import tiny_model
 from torch import Tensor, nn
@@ -111,23 +111,6 @@ class Noisy(Visitor):
         with torch.no_grad():
             replaced.weight.add_(0.3 * replaced.weight.std() * noise(*replaced.weight.shape, seed=len(self.seen)))
         self.model.set_submodule(name, replaced)
-
-
-def inputs_by_layer(model: nn.Module, names: list[str], batches: list[dict]) -> dict[str, list[Tensor]]:
-    """What each layer reads in plain forward passes of the whole model."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(args[0].float().reshape(-1, args[0].shape[-1]))
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("max_waiting", [0, 1, 32])

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from calibration.other_models import BART, MODELS, SIZES, ids, other_model
+from calibration.other_models import BART, MODELS, SIZES, ids, inputs_by_layer, other_model
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -38,18 +38,7 @@ class Recorder(Visitor):
 
 def moments_of_a_plain_pass(model: nn.Module, names: list[str], batches: list[dict]) -> dict[str, Tensor]:
     """Second moments of all that each layer reads while the model runs as a user runs it."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(args[0].float().reshape(-1, args[0].shape[-1]))
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    for handle in handles:
-        handle.remove()
+    seen = inputs_by_layer(model, names, batches)
     return {name: x.t() @ x / len(x) for name, parts in seen.items() if parts for x in [torch.cat(parts)]}
 
 
