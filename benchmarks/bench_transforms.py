@@ -1,0 +1,99 @@
+"""What each transform of the float weights gives before HQQ, plain and calibrated: SmolLM2-135M, KL to the float one.
+
+Groups of 64, the calibration tokens and both texts of ``bench_calibration_options.py``; ``--blocks 8`` takes the first
+blocks of the model for the whole of it. Rows are written as they are made.
+"""
+
+import argparse
+import json
+import pydoc_data.topics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _demo_model import demo_model_folder
+from _device import describe_device
+from bench_calibration import N_TOKENS, bits_per_weight
+from bench_calibration_options import GROUP_SIZE, SECOND_TEXT_WINDOWS, Texts, load
+from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+import peft_quantlayers as pql
+
+RESULTS = Path(__file__).parent / "results" / "transforms.json"
+TRANSFORMS: dict[str, list[pql.Transform]] = {
+    "none": [],
+    "AWQ scales": [pql.AWQScales()],
+    "AWQ scales, clipped": [pql.AWQScales(clip=True)],
+    "rotation": [pql.Rotation()],
+    "rotation, random": [pql.Rotation(kind="random")],
+    "rotation of heads": [pql.Rotation(residual=False)],
+    "rotation, AWQ scales": [pql.Rotation(), pql.AWQScales()],
+}
+QUANTIZERS = ("plain", "calibrated")
+ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in (4, 3, 2) for quantizer in QUANTIZERS for name in TRANSFORMS]
+
+
+def measure(name: str, model: PreTrainedModel, calibration_ids: Tensor, texts: dict[str, Texts]) -> dict[str, Any]:
+    width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
+    config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE)
+    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
+    began = time.process_time()
+    if TRANSFORMS[transform]:
+        pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
+    transformed = time.process_time()
+    pql.quantize_model(model, config, calibration=calibration if quantizer == "calibrated" else None, progress=False)
+    row: dict[str, Any] = {
+        "name": name,
+        "blocks": model.config.num_hidden_layers,
+        "bits_per_weight": bits_per_weight(model),
+        "transform_cpu_s": transformed - began,
+        "quantize_cpu_s": time.process_time() - transformed,
+    }
+    for text, (windows, kept) in texts.items():
+        row[f"kl_{text}"] = evaluate(model, windows, kept)[1]
+    return row
+
+
+def texts_and_ids(folder: Path, float_model: PreTrainedModel) -> tuple[dict[str, Texts], Tensor]:
+    """Windows of two texts with the float model's log-probabilities, and the ids to calibrate on."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wikitext = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]
+    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    help_text = tokenizer(topics, return_tensors="pt").input_ids[0]
+    texts: dict[str, Texts] = {}
+    for text, ids, n_windows in (("wikitext", wikitext, KL_WINDOWS), ("help", help_text, SECOND_TEXT_WINDOWS)):
+        windows, kept = ids[: n_windows * WINDOW].view(n_windows, WINDOW), []
+        evaluate(float_model, windows, kept)
+        texts[text] = (windows, kept)
+    return texts, wikitext[len(wikitext) // 2 :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, help="of the model, from the first")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows to make, or parts of names")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    folder = demo_model_folder()
+    texts, calibration_ids = texts_and_ids(folder, load(folder, args.blocks))
+    chosen = [name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)]
+    for name in chosen:
+        row = measure(name, load(folder, args.blocks), calibration_ids, texts)
+        print(json.dumps(row), flush=True)
+        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        rows = {(each["name"], each["blocks"]): each for each in known} | {(name, row["blocks"]): row}
+        result = {
+            "device": describe_device(),
+            "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
+            "calibration_tokens": N_TOKENS,
+            "group_size": GROUP_SIZE,
+            "rows": sorted(rows.values(), key=lambda each: (-each["blocks"], ROWS.index(each["name"]))),
+        }
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

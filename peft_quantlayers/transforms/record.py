@@ -1,0 +1,31 @@
+"""Which transforms a model has: kept in its config, and so in the config.json of everything that is saved of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+KEY = "quantlayers_transforms"
+
+
+def transforms_of(model: Any) -> list[dict[str, Any]]:
+    """What was done to ``model`` before it was quantized, in order: name and options of each; [] for nothing."""
+    found = getattr(getattr(model, "config", None), KEY, None)
+    return [dict(each) for each in found] if isinstance(found, list) and all(map(_is_record, found)) else []
+
+
+def add_record(model: nn.Module, transform: dict[str, Any]) -> None:
+    """Note one more transform in the config of ``model``, if it has one."""
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        setattr(config, KEY, [*transforms_of(model), transform])
+
+
+def in_words(transforms: list[dict[str, Any]]) -> str:
+    """Their names; "none" for none."""
+    return ", ".join(str(each["transform"]) for each in transforms) or "none"
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("transform"), str)
