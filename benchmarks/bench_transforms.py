@@ -33,18 +33,21 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation, AWQ scales": [pql.Rotation(), pql.AWQScales()],
 }
 QUANTIZERS = ("plain", "calibrated")
-ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in (4, 3, 2) for quantizer in QUANTIZERS for name in TRANSFORMS]
+WIDTHS = (4, 3, 2)
+ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in WIDTHS for quantizer in QUANTIZERS for name in TRANSFORMS]
 
 
-def measure(name: str, model: PreTrainedModel, calibration_ids: Tensor, texts: dict[str, Texts]) -> dict[str, Any]:
+def measure(
+    name: str, model: PreTrainedModel, calibration: pql.Calibration, texts: dict[str, Texts]
+) -> dict[str, Any]:
     width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
     config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE)
-    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
     transformed = time.process_time()
-    pql.quantize_model(model, config, calibration=calibration if quantizer == "calibrated" else None, progress=False)
+    data = calibration if quantizer == "calibrated" else None
+    pql.quantize_model(model, config, calibration=data, progress=False)
     row: dict[str, Any] = {
         "name": name,
         "blocks": model.config.num_hidden_layers,
@@ -74,14 +77,14 @@ def texts_and_ids(folder: Path, float_model: PreTrainedModel) -> tuple[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, help="of the model, from the first")
-    parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows to make, or parts of names")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows, or parts of names; in their order")
     args = parser.parse_args()
     torch.manual_seed(0)
     folder = demo_model_folder()
     texts, calibration_ids = texts_and_ids(folder, load(folder, args.blocks))
-    chosen = [name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)]
-    for name in chosen:
-        row = measure(name, load(folder, args.blocks), calibration_ids, texts)
+    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
+    for name in [name for part in args.rows for name in ROWS if part == name or (part not in ROWS and part in name)]:
+        row = measure(name, load(folder, args.blocks), calibration, texts)
         print(json.dumps(row), flush=True)
         known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
         rows = {(each["name"], each["blocks"]): each for each in known} | {(name, row["blocks"]): row}

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Whose rounding of a weight takes minutes.
 SLOW_METHOD = "aqlm"
+# Of each weight, rounded for each candidate.
+SEARCHED_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,10 @@ class _Search(Visitor):
         for name, statistics in seen.items():
             if statistics is None or statistics.second_moment is None:
                 continue
-            weight = input_weight(self.model, name).to(statistics.second_moment.device).float()
+            weight = input_weight(self.model, name)
             for each in weight if weight.dim() == 3 else [weight]:
-                readers.append(Reader(each, statistics.second_moment, partial(_rounded, self.specs[name])))
+                rows = _some_rows(each, self.specs[name]).to(statistics.second_moment.device).float()
+                readers.append(Reader(rows, statistics.second_moment, partial(_rounded, self.specs[name])))
                 owners.append(name)
         known = [each.mean_abs for each in seen.values() if each is not None and each.mean_abs is not None]
         if not readers or not known:
@@ -152,10 +155,11 @@ class _Search(Visitor):
         """Find limits for the scaled weights of those readers that are no stack and have groups."""
         limits = self.limits.setdefault(fold.source, {})
         for name, reader in readers.items():
-            size = _group_size(self.specs[name])
-            if size and reader.weight.shape[1] % size == 0 and input_weight(self.model, name).dim() == 2:
+            size, weight = _group_size(self.specs[name]), input_weight(self.model, name)
+            if size and weight.dim() == 2 and weight.shape[1] % size == 0:
                 moment = reader.second_moment / (scale[:, None] * scale)
-                limits[name] = clip_limits(Reader(reader.weight * scale, moment, reader.rounding), size)
+                scaled = weight.to(scale.device).float() * scale
+                limits[name] = clip_limits(Reader(scaled, moment, reader.rounding), size)
 
     def tell(self) -> None:
         """Log by how much the errors became lower."""
@@ -171,6 +175,13 @@ class _Search(Visitor):
 def _group_size(spec: QuantSpec) -> int:
     """Neighbouring inputs of a row that share a scale; 0 where the whole row does."""
     return getattr(spec, "group_size", None) or getattr(spec, "block_size", None) or 0
+
+
+def _some_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """``SEARCHED_ROWS`` rows, evenly spaced, that stand for all; all of them where groups lie along the rows."""
+    if getattr(spec, "axis", 1) == 0:
+        return weight
+    return weight[:: max(1, len(weight) // SEARCHED_ROWS)]
 
 
 def _rounded(spec: QuantSpec, weight: Tensor) -> Tensor:

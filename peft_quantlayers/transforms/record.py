@@ -11,8 +11,8 @@ KEY = "quantlayers_transforms"
 
 def transforms_of(model: Any) -> list[dict[str, Any]]:
     """What was done to ``model`` before it was quantized, in order: name and options of each; [] for nothing."""
-    found = getattr(getattr(model, "config", None), KEY, None)
-    return [dict(each) for each in found] if isinstance(found, list) and all(map(_is_record, found)) else []
+    found: Any = getattr(getattr(model, "config", None), KEY, None)
+    return [dict(each) for each in found] if are_transforms(found) else []
 
 
 def add_record(model: nn.Module, transform: dict[str, Any]) -> None:
@@ -27,5 +27,8 @@ def in_words(transforms: list[dict[str, Any]]) -> str:
     return ", ".join(str(each["transform"]) for each in transforms) or "none"
 
 
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("transform"), str)
+def are_transforms(value: Any) -> bool:
+    """Whether ``value``, read from a file, is a list of transforms."""
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("transform"), str) for each in value
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def _subtracts_mean(module: Any) -> bool:
     return bool((plain - moved).norm() < 0.1 * plain.norm())
 
 
-def _refuse(model: nn.Module, reason: str) -> Any:
+def _refuse(model: nn.Module, reason: str) -> NoReturn:
     raise ValueError(
         f"the residual stream of {type(model).__name__} cannot be rotated: {reason}. Leave Rotation out, or use "
         "Rotation(residual=False), which rotates the heads only. The weights were not changed."
