@@ -48,7 +48,7 @@ from .saving import save_model
 from .scales import QuantScalesConfig
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
-from .transforms import AWQScales, Rotation, Transform, transform_model
+from .transforms import AWQScales, Rotation, SmoothQuant, Transform, transform_model
 
 __version__ = "0.1.0"
 
@@ -84,6 +84,7 @@ __all__ = [
     "QuantizedStack",
     "QuantizedWeight",
     "Rotation",
+    "SmoothQuant",
     "TensorLayout",
     "Transform",
     "dequantize_model",

@@ -38,6 +38,7 @@ PUBLIC = [
     "QuantizedStack",
     "QuantizedWeight",
     "Rotation",
+    "SmoothQuant",
     "TensorLayout",
     "Transform",
     "dequantize_model",

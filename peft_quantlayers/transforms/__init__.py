@@ -7,6 +7,7 @@ and what lies below it; no adapters.
 from .awq import AWQScales
 from .base import Transform
 from .rotation import Rotation
+from .smoothquant import SmoothQuant
 from .transform_model import transform_model
 
-__all__ = ["AWQScales", "Rotation", "Transform", "transform_model"]
+__all__ = ["AWQScales", "Rotation", "SmoothQuant", "Transform", "transform_model"]

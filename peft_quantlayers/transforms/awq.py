@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_flag, check_integer
-from ..calibration import Calibration, InputGroup, InputStatistics, Visitor, walk
+from ..calibration import Calibration
 from ..formats import QuantSpec
 from ..layers.dense_types import dense_shape
 from ..methods import QuantConfig, get_method
@@ -20,6 +20,7 @@ from ..methods.quant_config import check_config
 from .awq_core import Reader, best_scale, clip_limits, clipped, relative_weights, scale_candidates
 from .base import Surroundings, Transform
 from .find_folds import find_folds
+from .fold_inputs import FoldInputs, SeenInputs
 from .folds import Fold, input_weight, move_scale
 
 logger = logging.getLogger(__name__)
@@ -71,14 +72,7 @@ class AWQScales(Transform):
         specs = self._rounded_to(model, surroundings.specs or {})
         folds = [fold for fold in find_folds(model, surroundings.call) if any(name in specs for name in fold.readers)]
         search = _Search(self, model, folds, specs)
-        walk(
-            model,
-            [name for fold in folds for name in fold.readers if name in specs],
-            calibration,
-            search,
-            device=surroundings.device,
-            progress=surroundings.progress,
-        )
+        search.gather(model, calibration, surroundings)
         for fold in folds:  # in the order in which they run: clipped rows are scaled by the fold that follows
             if fold.source in search.scales:
                 move_scale(model, fold, search.scales[fold.source])
@@ -102,7 +96,7 @@ class AWQScales(Transform):
         return {name: spec for name, spec in found.items() if spec is not None}
 
 
-class _Search(Visitor):
+class _Search(FoldInputs):
     """Finds scales while the walk shows what each layer reads; changes nothing."""
 
     statistics = ("second_moment", "mean_abs")
@@ -110,41 +104,27 @@ class _Search(Visitor):
     def __init__(
         self, options: AWQScales, model: nn.Module, folds: Sequence[Fold], specs: Mapping[str, QuantSpec]
     ) -> None:
+        super().__init__(folds, specs)
         self.options, self.model, self.specs = options, model, specs
-        self.fold_of = {name: fold for fold in folds for name in fold.readers if name in specs}
-        self.seen: dict[str, dict[str, InputStatistics | None]] = {}
         self.scales: dict[str, Tensor] = {}
         self.limits: dict[str, dict[str, Tensor]] = {}
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def visit_group(self, group: InputGroup) -> None:
-        for name in group.names:
-            fold = self.fold_of[name]
-            seen = self.seen.setdefault(fold.source, {})
-            seen[name] = group.statistics
-            if all(reader in seen or reader not in self.specs for reader in fold.readers):
-                self._decide(fold, self.seen.pop(fold.source))
-
-    def _decide(self, fold: Fold, seen: Mapping[str, InputStatistics | None]) -> None:
-        """Find the scale of ``fold`` from the statistics of its readers' inputs, so far as any token reached them."""
+    def decide(self, fold: Fold, seen: SeenInputs) -> None:
+        """Find the scale of ``fold``."""
         readers: list[Reader] = []
         owners: list[str] = []
         for name, statistics in seen.items():
-            if statistics is None or statistics.second_moment is None:
-                continue
+            moment = cast(Tensor, statistics.second_moment)
             weight = input_weight(self.model, name)
             for each in weight if weight.dim() == 3 else [weight]:
-                rows = _some_rows(each, self.specs[name]).to(statistics.second_moment.device).float()
-                readers.append(Reader(rows, statistics.second_moment, partial(_rounded, self.specs[name])))
+                rows = _some_rows(each, self.specs[name]).to(moment.device).float()
+                readers.append(Reader(rows, moment, partial(_rounded, self.specs[name])))
                 owners.append(name)
-        known = [each.mean_abs for each in seen.values() if each is not None and each.mean_abs is not None]
-        if not readers or not known:
-            return
+        mean_abs = torch.stack([cast(Tensor, each.mean_abs) for each in seen.values()]).mean(0)
         sizes = [_group_size(self.specs[name]) for name in owners]
         weights = relative_weights([reader.weight for reader in readers], sizes)
-        candidates = scale_candidates(
-            fold.per_channel(torch.stack(known).mean(0)), fold.per_channel(weights), self.options.n_grid
-        )
+        candidates = scale_candidates(fold.per_channel(mean_abs), fold.per_channel(weights), self.options.n_grid)
         scale, error, before = best_scale(readers, candidates, fold.for_readers)
         self.scales[fold.source] = scale
         self.errors[fold.source] = (before, error)
