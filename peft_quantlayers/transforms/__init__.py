@@ -10,4 +10,7 @@ from .rotation import Rotation
 from .smoothquant import SmoothQuant
 from .transform_model import transform_model
 
-__all__ = ["AWQScales", "Rotation", "SmoothQuant", "Transform", "transform_model"]
+TRANSFORMS: dict[str, type[Transform]] = {each.name: each for each in (AWQScales, Rotation, SmoothQuant)}
+"""All transforms, by the names in records."""
+
+__all__ = ["TRANSFORMS", "AWQScales", "Rotation", "SmoothQuant", "Transform", "transform_model"]
