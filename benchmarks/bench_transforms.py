@@ -1,6 +1,6 @@
 """What each transform of the float weights gives before HQQ, plain and calibrated: SmolLM2-135M, KL to the float one.
 
-Groups of 64, the calibration tokens and both texts of ``bench_calibration_options.py``; ``--blocks 8`` takes the first
+Groups of 64, the calibration tokens and both texts of ``bench_calibration_options.py``; ``--blocks 4`` takes the first
 blocks of the model for the whole of it. Rows are written as they are made.
 """
 
@@ -15,8 +15,8 @@ import torch
 from _demo_model import demo_model_folder
 from _device import describe_device
 from bench_calibration import N_TOKENS, bits_per_weight
-from bench_calibration_options import GROUP_SIZE, SECOND_TEXT_WINDOWS, Texts, load
-from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from bench_calibration_options import GROUP_SIZE, Texts, load
+from bench_quality import TEXT, WINDOW, evaluate
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -30,7 +30,8 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation": [pql.Rotation()],
     "rotation, random": [pql.Rotation(kind="random")],
     "rotation of heads": [pql.Rotation(residual=False)],
-    "rotation, AWQ scales": [pql.Rotation(), pql.AWQScales()],
+    "rotation, then AWQ scales": [pql.Rotation(), pql.AWQScales()],
+    "SmoothQuant": [pql.SmoothQuant()],
 }
 QUANTIZERS = ("plain", "calibrated")
 WIDTHS = (4, 3, 2)
@@ -67,7 +68,7 @@ def texts_and_ids(folder: Path, float_model: PreTrainedModel) -> tuple[dict[str,
     topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     help_text = tokenizer(topics, return_tensors="pt").input_ids[0]
     texts: dict[str, Texts] = {}
-    for text, ids, n_windows in (("wikitext", wikitext, KL_WINDOWS), ("help", help_text, SECOND_TEXT_WINDOWS)):
+    for text, ids, n_windows in (("wikitext", wikitext, 4), ("help", help_text, 4)):
         windows, kept = ids[: n_windows * WINDOW].view(n_windows, WINDOW), []
         evaluate(float_model, windows, kept)
         texts[text] = (windows, kept)

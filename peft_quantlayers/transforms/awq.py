@@ -20,7 +20,7 @@ from ..methods.quant_config import check_config
 from .awq_core import Reader, best_scale, clip_limits, clipped, relative_weights, scale_candidates
 from .base import Surroundings, Transform
 from .find_folds import find_folds
-from .fold_inputs import FoldInputs, SeenInputs
+from .fold_inputs import FoldInputs, SeenInputs, refuse_nothing
 from .folds import Fold, input_weight, move_scale
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class AWQScales(Transform):
     def apply(self, model: nn.Module, surroundings: Surroundings) -> None:
         calibration = cast(Calibration, surroundings.calibration)
         specs = self._rounded_to(model, surroundings.specs or {})
-        folds = [fold for fold in find_folds(model, surroundings.call) if any(name in specs for name in fold.readers)]
+        folds = [fold for fold in find_folds(model, surroundings.call) if specs.keys() & set(fold.readers)]
+        refuse_nothing(model, folds, self)
         search = _Search(self, model, folds, specs)
         search.gather(model, calibration, surroundings)
         for fold in folds:  # in the order in which they run: clipped rows are scaled by the fold that follows

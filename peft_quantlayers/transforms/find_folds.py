@@ -51,7 +51,10 @@ def find_folds(model: nn.Module, call: Call) -> list[Fold]:
 
 
 def norm_offset(module: nn.Module) -> float | None:
-    """What a norm layer adds to its weight to get the gain: 0 or 1; None for a norm of another kind."""
+    """What a norm layer adds to its weight to get the gain: 0 or 1; None for a norm of another kind.
+
+    One that takes more than its input (a condition, a gate) is of another kind.
+    """
     weight: Any = module.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
@@ -65,6 +68,8 @@ def norm_offset(module: nn.Module) -> float | None:
             for value in (0.0, 1.0):
                 weight.fill_(value)
                 gains.append(float(module.forward(x).double().norm() / x.double().norm()))
+        except (TypeError, AttributeError, RuntimeError):
+            return None
         finally:
             weight.copy_(kept)
             if bias is not None and kept_bias is not None:

@@ -8,11 +8,20 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from ..calibration import Calibration, InputGroup, InputStatistics, Visitor, walk
-from .base import Surroundings
+from .base import Surroundings, Transform
 from .folds import Fold
 
 SeenInputs = Mapping[str, InputStatistics]
 """Of each reader that any token reached, what it reads."""
+
+
+def refuse_nothing(model: nn.Module, folds: Sequence[Fold], transform: Transform) -> None:
+    """Raise ValueError, naming the class of ``model``, if no fold is left for ``transform``."""
+    if not folds:
+        raise ValueError(
+            f"{type(model).__name__} has no place for the scales of {type(transform).__name__}: before none of the "
+            "layers to quantize is a layer that could take them. Leave the transform out. The model was not changed."
+        )
 
 
 class FoldInputs(Visitor):

@@ -26,7 +26,7 @@ class Recorded:
 
     Fields:
         readers: of each norm layer that ran, the names of the modules, and of fused weights, that read its output.
-        layers: names of all dense layers and fused weights that ran, in the order of their first run.
+        layers: names of all dense layers, fused weights and embeddings that ran, in the order of their first run.
         ambiguous: readers that in this pass read something else too.
     """
 
@@ -83,7 +83,7 @@ def record_reads(model: nn.Module, call: Call) -> Recorded:
 
 
 def _read_weights(name: str, module: nn.Module) -> list[str]:
-    """Names under which the weights of ``module`` that multiply its input are known here; [] of a container.
+    """Names under which the weights of ``module`` are known here; [] of a container.
 
     That of experts is the first of their fused weights: the others read what the experts have made of the input. A
     router holds a weight (n_experts, in_features) without being a linear layer.
@@ -93,4 +93,4 @@ def _read_weights(name: str, module: nn.Module) -> list[str]:
     if dense_type_of(module) is not None:
         return [name]
     weight = module._parameters.get("weight")
-    return [name] if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding) else []
+    return [name] if weight is not None and weight.dim() == 2 else []

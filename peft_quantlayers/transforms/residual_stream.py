@@ -132,8 +132,7 @@ def find_residual_stream(model: nn.Module, call: Call) -> ResidualStream:
 def _proposed(model: nn.Module, call: Call) -> tuple[ResidualStream, list[str]]:
     """What the names and sizes of one pass suggest, and the norms of that width whose gain nothing could take."""
     recorded = record_reads(model, call)
-    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    tokens = None if get_embeddings is None else get_embeddings()
+    tokens = embeddings_of(model)
     if not isinstance(tokens, nn.Embedding):
         _refuse(model, "its input embeddings are not known")
     width = tokens.weight.shape[1]
@@ -161,19 +160,22 @@ def _proposed(model: nn.Module, call: Call) -> tuple[ResidualStream, list[str]]:
         for name in recorded.layers
         if name not in reading and _module_at(model, name) is not None and dense_shape(model, name)[0] == width
     ]
-    ran = {name.rpartition(".")[0] for name in recorded.layers}
-    writers += [
-        name
-        for name, module, entry in dense_stacks(model)
-        if name not in reading and name.rpartition(".")[0] in ran and entry.shape(module)[1] == width
-    ]
-    embeddings = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.weight.shape[1] == width
-    ]
+    # All fused weights of an experts module run with its first.
+    modules = {name.rpartition(".")[0] for name in recorded.layers}
+    stacks = {name for name, _, _ in dense_stacks(model) if name.rpartition(".")[0] in modules}
+    ran = {*recorded.layers, *stacks}
+    writers += [name for name in _of_width(model, width) if name in stacks - reading]
+    embeddings = [name for name in recorded.layers if isinstance(_submodule(model, name), nn.Embedding)]
+    embeddings = [name for name in embeddings if name in _of_width(model, width)]
     if unfit := sorted((shared_weights(model) | recorded.ambiguous) & {*reading, *writers, *embeddings}):
         _refuse(model, f"{', '.join(unfit[:SHOWN_NAMES])} have a weight that is used in more than one place")
+    # Image features, for example, are written to it by a projector that no text reaches.
+    if unreached := [name for name in _of_width(model, width) if name not in ran]:
+        _refuse(
+            model,
+            f"{', '.join(unreached[:SHOWN_NAMES])} may write to it, and the data does not reach it; give calibration= "
+            "with batches that do",
+        )
     if not norms or not writers:
         _refuse(model, "no norm layers that read it, or no layers that write to it, were found")
     stream = ResidualStream(
@@ -187,13 +189,36 @@ def _proposed(model: nn.Module, call: Call) -> tuple[ResidualStream, list[str]]:
     return stream, uneven
 
 
+def embeddings_of(model: Any) -> nn.Module | None:
+    """What embeds the tokens; None where the model does not say."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _of_width(model: nn.Module, width: int) -> list[str]:
+    """Names of the embeddings, dense layers and fused weights that give vectors of so many channels."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Embedding) and module.weight.shape[1] == width)
+        or (dense_type_of(module) is not None and dense_shape(model, name)[0] == width)
+    ]
+    return found + [name for name, module, entry in dense_stacks(model) if entry.shape(module)[1] == width]
+
+
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:
     """The dense module ``name``; None for a fused weight, or a module of another type."""
+    module = _submodule(model, name)
+    return None if module is None or dense_type_of(module) is None else module
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        module = model.get_submodule(name)
-    except AttributeError:
+        return model.get_submodule(name)
+    except AttributeError:  # a fused weight
         return None
-    return None if dense_type_of(module) is None else module
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..calibration.blocks import Call
 from .base import Surroundings, Transform
 from .find_folds import find_folds
 from .folds import Fold, restored
-from .residual_stream import TOLERANCE, TOLERANCE_IN_HALF, find_residual_stream
+from .residual_stream import TOLERANCE, TOLERANCE_IN_HALF, embeddings_of, find_residual_stream
 from .rotation_core import rotation_matrix
 from .trial import distance, outputs_of
 
@@ -79,7 +79,7 @@ class Rotation(Transform):
 def untied_head(model: Any) -> Iterator[None]:
     """Give an output head that shares the embeddings' weight one of its own; tie it again if an error ends this."""
     get_head = getattr(model, "get_output_embeddings", None)
-    head, tokens = (None, None) if get_head is None else (get_head(), model.get_input_embeddings())
+    head, tokens = None if get_head is None else get_head(), embeddings_of(model)
     if head is None or getattr(head, "weight", None) is not getattr(tokens, "weight", None):
         yield
         return

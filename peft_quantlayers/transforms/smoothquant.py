@@ -14,7 +14,7 @@ from ..calibration import Calibration
 from ..layers.dense_types import dense_names
 from .base import Surroundings, Transform
 from .find_folds import find_folds
-from .fold_inputs import FoldInputs, SeenInputs
+from .fold_inputs import FoldInputs, SeenInputs, refuse_nothing
 from .folds import Fold, input_weight, move_scale
 
 
@@ -42,14 +42,12 @@ class SmoothQuant(Transform):
             check_number("alpha", self.alpha, above=0.0, at_most=1.0)
 
     def apply(self, model: nn.Module, surroundings: Surroundings) -> None:
-        folds = [fold for fold in find_folds(model, surroundings.call) if fold.kind == "norm"]
-        if not folds:
-            raise ValueError(
-                f"{type(model).__name__} has no norm layer that linear layers alone read, between which SmoothQuant "
-                "puts its scales. Leave it out. The model was not changed."
-            )
-        names = dense_names(model) if surroundings.specs is None else surroundings.specs
-        found = _Largest(model, folds, set(names), self.alpha)
+        names = set(dense_names(model) if surroundings.specs is None else surroundings.specs)
+        folds = [
+            fold for fold in find_folds(model, surroundings.call) if fold.kind == "norm" and names & set(fold.readers)
+        ]
+        refuse_nothing(model, folds, self)
+        found = _Largest(model, folds, names, self.alpha)
         found.gather(model, cast(Calibration, surroundings.calibration), surroundings)
         for fold in folds:
             if fold.source in found.scales:

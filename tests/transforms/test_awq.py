@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from calibration.other_models import MODELS as OTHER_MODELS
+from calibration.other_models import other_model
 from tiny_models import change, logits, tiny_model
 
 import peft_quantlayers as pql
+from peft_quantlayers.calibration.model_calls import model_calls
 from peft_quantlayers.methods import get_method
 from peft_quantlayers.transforms.awq_core import (
     Reader,
@@ -15,6 +18,7 @@ from peft_quantlayers.transforms.awq_core import (
     relative_weights,
     scale_candidates,
 )
+from peft_quantlayers.transforms.trial import distance, norm, outputs_of
 
 SPEC = pql.HQQSpec(nbits=2, group_size=16)
 CONFIG = pql.HQQConfig(nbits=3, group_size=8)
@@ -154,3 +158,18 @@ def test_the_search_may_round_to_another_grid_than_the_layers():
     pql.transform_model(model, transform, config=aqlm, calibration=DATA, progress=False)
     assert change(logits(model), before) < 1e-9
     assert model.config.quantlayers_transforms[0]["grid"]["nbits"] == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "qwen2-vl", "vit", "mamba", "bart", "xlm"])
+def test_other_kinds_of_models_compute_what_they_did(name):
+    model, data = other_model(name), OTHER_MODELS[name].batches()
+    call = model_calls(model, data)[0]
+    before = outputs_of(model, call)
+    pql.transform_model(model, pql.AWQScales(n_grid=1), config=CONFIG, calibration=data, progress=False)
+    assert distance(outputs_of(model, call), before) < 1e-5 * norm(before)
+
+
+def test_a_model_without_a_place_before_the_layers_to_quantize_is_refused_by_name():
+    model, data = other_model("bert"), OTHER_MODELS["bert"].batches()
+    with pytest.raises(ValueError, match=r"BertForMaskedLM has no place .* not changed"):
+        pql.transform_model(model, pql.AWQScales(), config=CONFIG, calibration=data, progress=False)

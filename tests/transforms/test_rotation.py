@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 import transformers as hf
+from calibration.other_models import MODELS as MODELS_OF_OTHER_KINDS
+from calibration.other_models import other_model
 from tiny_models import GROUPED, MODELS, change, logits, tiny_model
 from torch import nn
 
@@ -143,6 +145,25 @@ def test_an_attention_with_a_gate_for_each_channel_keeps_its_basis():
         pql.transform_model(model, pql.Rotation(residual=False))
     assert torch.equal(logits(model), before)
     assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, value)
+
+
+def test_a_tower_that_writes_to_the_stream_and_that_no_data_reached_is_refused_by_name():
+    model = other_model("qwen2-vl")
+    with pytest.raises(
+        ValueError, match=r"model.visual.* may write to it, and the data does not reach it; give calib"
+    ):
+        pql.transform_model(model, pql.Rotation())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("bert", "reads the residual"), ("vit", "embeddings"), ("t5", "more than one place")]
+)
+def test_other_kinds_of_models_are_refused_by_name(name, reason):
+    model, data = other_model(name), MODELS_OF_OTHER_KINDS[name].batches()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be rotated: .*{reason}"):
+        pql.transform_model(model, pql.Rotation(), calibration=data)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_options_that_rotate_nothing_are_refused():

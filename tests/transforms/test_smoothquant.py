@@ -58,7 +58,7 @@ def test_without_a_norm_that_linear_layers_alone_read_it_is_refused_by_name():
             return self.norm(x + self.down_proj(torch.relu(self.up_proj(x))))
 
     data = [torch.randn(4, 64, 16)]
-    with pytest.raises(ValueError, match=r"PostNorm has no norm layer that linear layers alone read.*not changed"):
+    with pytest.raises(ValueError, match=r"PostNorm has no place for the scales of SmoothQuant.*not changed"):
         pql.transform_model(PostNorm(), pql.SmoothQuant(), calibration=data, progress=False)
 
 
