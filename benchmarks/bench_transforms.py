@@ -17,7 +17,7 @@ from _device import describe_device
 from bench_calibration import N_TOKENS, bits_per_weight
 from bench_calibration_options import GROUP_SIZE, Texts, load
 from bench_quality import TEXT, WINDOW, evaluate
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import peft_quantlayers as pql
@@ -32,23 +32,36 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation of heads": [pql.Rotation(residual=False)],
     "rotation, then AWQ scales": [pql.Rotation(), pql.AWQScales()],
     "SmoothQuant": [pql.SmoothQuant()],
+    "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
-QUANTIZERS = ("plain", "calibrated")
-WIDTHS = (4, 3, 2)
+# With 8-bit inputs each row of a weight has one scale, and each token's inputs have one, as integer products need it.
+INTEGER_INPUTS = "8-bit inputs"
+QUANTIZERS = ("plain", "calibrated", INTEGER_INPUTS)
+WIDTHS = (8, 4, 3, 2)
 ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in WIDTHS for quantizer in QUANTIZERS for name in TRANSFORMS]
+
+
+def rounded_inputs(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each token's inputs as 8-bit integers times one scale: what an integer product computes, in floats."""
+    (x,) = args
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+    return ((x / scale).round() * scale,)
 
 
 def measure(
     name: str, model: PreTrainedModel, calibration: pql.Calibration, texts: dict[str, Texts]
 ) -> dict[str, Any]:
     width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
-    config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE)
+    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INTEGER_INPUTS else GROUP_SIZE)
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
     transformed = time.process_time()
     data = calibration if quantizer == "calibrated" else None
     pql.quantize_model(model, config, calibration=data, progress=False)
+    if quantizer == INTEGER_INPUTS:
+        for layer in pql.quantized_modules(model).values():
+            layer.register_forward_pre_hook(rounded_inputs)
     row: dict[str, Any] = {
         "name": name,
         "blocks": model.config.num_hidden_layers,
