@@ -2,6 +2,10 @@
 
 Groups of 64, the calibration tokens and both texts of ``bench_calibration_options.py``; ``--blocks 4`` takes the first
 blocks of the model for the whole of it. Rows are written as they are made.
+
+The model's weights were read from blocks of 32 neighbouring inputs with one grid each, which flatters whatever keeps
+neighbours together. ``--permuted`` puts its channels into a random order first, which changes nothing that it computes:
+there no transform destroys what other models do not have.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import peft_quantlayers as pql
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
+PERMUTED_RESULTS = RESULTS.with_name("transforms_permuted.json")
 TRANSFORMS: dict[str, list[pql.Transform]] = {
     "none": [],
     "AWQ scales": [pql.AWQScales()],
@@ -39,6 +44,27 @@ INTEGER_INPUTS = "8-bit inputs"
 QUANTIZERS = ("plain", "calibrated", INTEGER_INPUTS)
 WIDTHS = (8, 4, 3, 2)
 ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in WIDTHS for quantizer in QUANTIZERS for name in TRANSFORMS]
+
+
+@torch.no_grad()
+def permute_channels(model: PreTrainedModel) -> None:
+    """Put the channels of the residual stream, and of each MLP, into a random order."""
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randperm(model.config.hidden_size, generator=generator)
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, stream])  # the head is the same tensor
+    model.model.norm.weight.copy_(model.model.norm.weight[stream])
+    for layer in model.model.layers:
+        inner = torch.randperm(model.config.intermediate_size, generator=generator)
+        attention, mlp = layer.self_attn, layer.mlp
+        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            reader.weight.copy_(reader.weight[:, stream])
+        for writer in (attention.o_proj, mlp.down_proj):
+            writer.weight.copy_(writer.weight[stream])
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(norm.weight[stream])
+        for source in (mlp.gate_proj, mlp.up_proj):
+            source.weight.copy_(source.weight[inner])
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, inner])
 
 
 def rounded_inputs(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -92,15 +118,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, help="of the model, from the first")
     parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows, or parts of names; in their order")
+    parser.add_argument("--permuted", action="store_true", help="the model with its channels in a random order")
     args = parser.parse_args()
+    results = PERMUTED_RESULTS if args.permuted else RESULTS
     torch.manual_seed(0)
     folder = demo_model_folder()
     texts, calibration_ids = texts_and_ids(folder, load(folder, args.blocks))
     calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
     for name in [name for part in args.rows for name in ROWS if part == name or (part not in ROWS and part in name)]:
-        row = measure(name, load(folder, args.blocks), calibration, texts)
+        model = load(folder, args.blocks)
+        if args.permuted:
+            permute_channels(model)
+        row = measure(name, model, calibration, texts)
         print(json.dumps(row), flush=True)
-        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        known = json.loads(results.read_text())["rows"] if results.exists() else []
         rows = {(each["name"], each["blocks"]): each for each in known} | {(name, row["blocks"]): row}
         result = {
             "device": describe_device(),
@@ -109,7 +140,7 @@ def main() -> None:
             "group_size": GROUP_SIZE,
             "rows": sorted(rows.values(), key=lambda each: (-each["blocks"], ROWS.index(each["name"]))),
         }
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        results.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

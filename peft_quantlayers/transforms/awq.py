@@ -21,7 +21,7 @@ from .awq_core import Reader, best_scale, clip_limits, clipped, relative_weights
 from .base import Surroundings, Transform
 from .find_folds import find_folds
 from .fold_inputs import FoldInputs, SeenInputs, refuse_nothing
-from .folds import Fold, input_weight, move_scale
+from .folds import Fold, input_weight, matrices, move_scale
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class _Search(FoldInputs):
         for name, statistics in seen.items():
             moment = cast(Tensor, statistics.second_moment)
             weight = input_weight(self.model, name)
-            for each in weight if weight.dim() == 3 else [weight]:
+            for each in matrices(weight):
                 rows = _some_rows(each, self.specs[name]).to(moment.device).float()
                 readers.append(Reader(rows, moment, partial(_rounded, self.specs[name])))
                 owners.append(name)

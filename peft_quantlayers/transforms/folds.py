@@ -6,7 +6,7 @@ multiplied by it: the model computes what it did. Nothing is looked for here; se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -80,6 +80,11 @@ def input_weight(model: nn.Module, name: str) -> Tensor:
     return (cast(Tensor, module.weight) if entry is None else entry.weight(module)).detach()
 
 
+def matrices(weight: Tensor) -> Iterable[Tensor]:
+    """Views (out_features, in_features) of a weight or of a stack of them: one at a time is in memory in float64."""
+    return weight if weight.dim() == 3 else [weight]
+
+
 @torch.no_grad()
 def move_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
     """Divide the outputs of the fold's source by ``scale`` (n_channels,), and make up for it in the readers.
@@ -88,7 +93,8 @@ def move_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
     """
     divide_source(model, fold, scale)
     for weight in fold.reader_tensors(model):
-        weight.copy_(weight.double() * fold.for_readers(scale.double()).to(weight.device))
+        for part in matrices(weight):
+            part.copy_(part.double() * fold.for_readers(scale.double()).to(part.device))
 
 
 def divide_source(model: nn.Module, fold: Fold, scale: Tensor) -> None:

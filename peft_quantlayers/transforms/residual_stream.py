@@ -17,7 +17,7 @@ from ..calibration.blocks import Call
 from ..layers.dense_types import dense_shape, dense_type_of
 from ..layers.expert_types import dense_stacks
 from .find_folds import norm_offset, shared_weights
-from .folds import input_weight, restored
+from .folds import input_weight, matrices, restored
 from .recorded_reads import record_reads
 from .rotation_core import rotation_matrix
 from .trial import distance, outputs_of
@@ -62,8 +62,8 @@ class ResidualStream:
             gain = weight.double() + offset
             turn = rotation.to(weight.device)
             for reader in self.readers[name]:
-                columns = input_weight(model, reader)[..., channels]
-                columns.copy_((columns.double() * gain.to(columns.device)) @ turn.to(columns.device))
+                for columns in matrices(input_weight(model, reader)[..., channels]):
+                    columns.copy_((columns.double() * gain.to(columns.device)) @ turn.to(columns.device))
             if getattr(norm, "bias", None) is not None:
                 bias = norm.bias.detach()[channels]
                 bias.copy_(torch.where(gain == 0, 0, bias.double() / gain) @ turn)
@@ -73,7 +73,8 @@ class ResidualStream:
     def rotate_writers(self, model: nn.Module, rotation: Tensor, channels: slice = slice(None)) -> None:
         """The part of :meth:`rotate` that changes what is written to the stream."""
         for tensor in self._written(model, channels):
-            tensor.copy_(tensor.double() @ rotation.to(tensor.device))
+            for part in matrices(tensor):
+                part.copy_(part.double() @ rotation.to(part.device))
 
     def tensors(self, model: nn.Module, channels: slice) -> list[Tensor]:
         """All that :meth:`rotate` changes for ``channels``."""
