@@ -4,8 +4,8 @@ Groups of 64, the calibration tokens and both texts of ``bench_calibration_optio
 blocks of the model for the whole of it. Rows are written as they are made.
 
 The model's weights were read from blocks of 32 neighbouring inputs with one grid each, which flatters whatever keeps
-neighbours together. ``--permuted`` puts its channels into a random order first, which changes nothing that it computes:
-there no transform destroys what other models do not have.
+neighbours together. ``--permuted`` puts its channels into a random order first, which changes nothing that the model
+computes: there no transform destroys what other models do not have.
 """
 
 import argparse
