@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,13 @@ def transforms_of(model: Any) -> list[dict[str, Any]]:
     """What was done to ``model`` before it was quantized, in order: name and options of each; [] for nothing."""
     found: Any = getattr(getattr(model, "config", None), KEY, None)
     return [dict(each) for each in found] if are_transforms(found) else []
+
+
+def transforms_in(folder: Path) -> list[dict[str, Any]]:
+    """The same of the model in ``folder``; [] where that has no config."""
+    file = folder / "config.json"
+    found = json.loads(file.read_text()).get(KEY) if file.is_file() else None
+    return found if are_transforms(found) else []
 
 
 def add_record(model: nn.Module, transform: dict[str, Any]) -> None:

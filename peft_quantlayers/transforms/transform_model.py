@@ -128,8 +128,9 @@ def _check_float(model: nn.Module) -> None:
     refuse_other_quantizers(model)
     if quantized_layers(model):
         raise ValueError(
-            "the model is quantized already, and a transform needs the float weights. Load the float model, and give "
-            "quantize_model(model, config, transforms=[...]). The model was not changed."
+            "the model is quantized already, if only in part, and a transform needs the float weights. Load the float "
+            "model, and give quantize_model(model, config, transforms=[...]); a run that was interrupted after its "
+            "transforms goes on without transforms=. The model was not changed."
         )
     check_weights_are_here(
         model,

@@ -141,3 +141,18 @@ def test_a_model_with_adapters_is_not_transformed():
     model = peft.get_peft_model(tiny_model("llama", torch.float32), LORA)
     with pytest.raises(ValueError, match="carries PEFT adapters"):
         pql.transform_model(model, pql.Rotation())
+
+
+def test_loftq_refuses_float_weights_without_the_transforms_of_the_base(tmp_path):
+    config, plain = pql.HQQConfig(nbits=2, group_size=16), tiny_model("llama", torch.float32)
+    plain.save_pretrained(tmp_path / "plain")
+    scaled = pql.transform_model(
+        tiny_model("llama", torch.float32), pql.AWQScales(n_grid=2), config=config, calibration=DATA, progress=False
+    )
+    scaled.save_pretrained(tmp_path / "scaled")
+    adapted = peft.get_peft_model(pql.quantize_model(scaled, config, progress=False), LORA)
+    for float_model in (plain, tmp_path / "plain", str(tmp_path / "plain")):
+        with pytest.raises(ValueError, match=r"other transforms \(none\) than the model .* \(awq_scales\)"):
+            pql.initialize_loftq(adapted, float_model, progress=False)
+    results = pql.initialize_loftq(adapted, tmp_path / "scaled", progress=False)
+    assert all(result.error_after < result.error_before for result in results)
