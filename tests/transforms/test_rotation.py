@@ -91,6 +91,15 @@ def test_a_model_whose_norms_write_to_the_stream_is_refused_by_name(name):
     assert not hasattr(model.config, "quantlayers_transforms")
 
 
+def test_sinusoids_that_are_added_to_the_stream_are_seen_although_most_of_their_channels_are_nearly_constant():
+    sizes = {"vocab_size": 96, "d_model": 64, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    model = hf.XGLMForCausalLM(hf.XGLMConfig(**sizes, max_position_embeddings=64, pad_token_id=0)).eval()
+    before = logits(model)
+    with pytest.raises(ValueError, match="XGLMForCausalLM cannot be rotated: something other"):
+        pql.transform_model(model, pql.Rotation())
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("name", NOT_ROTATABLE)
 def test_the_heads_of_such_a_model_can_be_rotated(name, float64_norms):
     model = tiny_model(name)
