@@ -21,7 +21,7 @@ from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
-from ..transforms.record import in_words, transforms_in, transforms_of
+from ..transforms.record import in_words, transforms_of
 
 logger = logging.getLogger(__name__)
 
@@ -269,8 +269,7 @@ def _refuse_other_transforms(float_model: nn.Module | str | Path, model: nn.Modu
 
     Scaled weights differ too little from others to be told from quantization errors.
     """
-    is_here = isinstance(float_model, nn.Module)
-    of_float = transforms_of(float_model) if is_here else transforms_in(Path(float_model))
+    of_float = transforms_of(float_model)
     if of_float != transforms_of(model):
         raise ValueError(
             f"float_model has other transforms ({in_words(of_float)}) than the model before it was quantized "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import GenericAlias
 from typing import Any, Literal
 
 from jsonargparse import Namespace
@@ -30,9 +31,10 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_output(parser)
     options.add_method(parser)
     options.add_calibration(parser)
+    names: Any = GenericAlias(list, Literal[tuple(TRANSFORMS)])
     parser.add_argument(
         "--transforms",
-        type=list[Literal[tuple(TRANSFORMS)]] | None,
+        type=names | None,
         default=None,
         help="changes of the float weights first, in this order, such as [awq_scales]; the model is then in memory",
     )
