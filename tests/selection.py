@@ -48,6 +48,7 @@ THOROUGH = (
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_merge_example",
     "tests/test_examples.py::test_serving_example",
+    "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
 )
 
 

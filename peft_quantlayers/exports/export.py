@@ -84,7 +84,6 @@ def export(
         FileNotFoundError: no model, adapter or tokenizer is there.
         TypeError: a value of the wrong type.
         OSError: no permission, or no space.
-        In each case nothing was written.
     """
     formats = export_formats()
     check_choice("format", format, tuple(formats))
