@@ -1,4 +1,4 @@
-"""Install what `make wheel` built into an empty environment, and use it: the wheel, and the sources without a compiler.
+"""Install what `make wheel` built into an empty environment and use it: the wheel, and the sources without compiler.
 
     python tests/smoke_wheel.py dist
 
