@@ -280,10 +280,17 @@ def converter():
     ensure_converter()
 
 
+# What llama.cpp takes for granted of an architecture: heads as many as keys, and a layer of each kind of attention.
+FOR_LLAMA_CPP = {
+    "olmoe": {"num_key_value_heads": 4},
+    "llama4": {"num_hidden_layers": 4, "no_rope_layers": None, "layer_types": None},
+}
+
+
 def exported_gguf(family, folder):
     """A model of the family, and its GGUF file's tensors; with a tokenizer of the kind that the converter wants."""
     has_llama_tokenizer = family in ("mixtral", "granitemoe")
-    model = tiny_mixture(family)
+    model = tiny_mixture(family, **FOR_LLAMA_CPP.get(family, {}))
     torch.manual_seed(0)
     model.resize_token_embeddings(320 if has_llama_tokenizer else 49152)
     pql.quantize_model(model, pql.HQQConfig(group_size=32), progress=False)
@@ -296,7 +303,8 @@ def exported_gguf(family, folder):
 
 def assert_gguf_holds_the_experts(model, tensors):
     for index, block in enumerate(model.model.layers):
-        experts = (block.mlp if hasattr(block, "mlp") else block.block_sparse_moe).experts
+        places = ("mlp", "block_sparse_moe", "feed_forward")
+        experts = next(getattr(block, name) for name in places if hasattr(block, name)).experts
         for expert in range(4):
             gate_up, down = (
                 getattr(experts, name).dequantize_expert(expert, torch.float32).numpy()
@@ -324,7 +332,7 @@ def test_gguf_holds_the_experts_of_a_block_in_one_tensor(tmp_path, family):
 @pytest.mark.real_model  # whose tokenizer llama.cpp knows by its rules for splitting
 @pytest.mark.usefixtures("converter")
 @pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs llama.cpp: pip install xllamacpp")
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen2_moe", "olmoe", "llama4"])
 def test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind(tmp_path, family):
     model, tensors = exported_gguf(family, tmp_path / "out")
     assert_gguf_holds_the_experts(model, tensors)
