@@ -283,7 +283,7 @@ def converter():
 # What llama.cpp takes for granted of an architecture: heads as many as keys, and a layer of each kind of attention.
 FOR_LLAMA_CPP = {
     "olmoe": {"num_key_value_heads": 4},
-    "llama4": {"num_hidden_layers": 4, "no_rope_layers": None, "layer_types": None},
+    "llama4": {"num_hidden_layers": 4, "no_rope_layers": None, "layer_types": None, "moe_layers": None},
 }
 
 
