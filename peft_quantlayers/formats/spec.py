@@ -132,6 +132,12 @@ class QuantSpec(ABC):
             found[name] = tensors[name].narrow(dim, rows.start // size, (rows.stop - rows.start) // size)
         return self, found
 
+    def joined(self, n_weights: int, out_features: int, in_features: int) -> Self | None:
+        """The spec of ``n_weights`` weights of this spec and shape as one, each one's rows below those of the one
+        before; None where nothing says which rows belong together. See :meth:`QuantizedWeight.joined`."""
+        layout = self.tensor_layout(out_features, in_features)
+        return self if all(entry.rows_per_entry is not None for entry in layout.values()) else None
+
     # ---- metadata
 
     def find_damage(self, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> str:

@@ -140,6 +140,9 @@ class HQQSpec(QuantSpec):
             return self
         return dataclasses.replace(wide, export_target=self.export_target)
 
+    def joined(self, n_weights: int, out_features: int, in_features: int) -> Self | None:
+        return self if self.axis == 1 else None
+
     def to_dict(self) -> dict[str, Any]:
         """As :meth:`QuantSpec.to_dict`, without the fields that older versions do not know where they say nothing."""
         return {name: value for name, value in super().to_dict().items() if name not in self._silent_fields()}
