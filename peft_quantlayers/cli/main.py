@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "measure a model on text and tasks",
     "inspect": "say what a folder holds",
     "estimate": "say what memory, disk and time the work will take",
+    "report": "write a page with plots on a model, a training run or a merge",
     "chat": "talk with a model",
     "run": "run another program with this package imported",
     "autoload": "print the folder that, in PYTHONPATH, has every Python process import this package",

@@ -103,6 +103,7 @@ def run(settings: Namespace) -> Result:
     done = trainer.train(resume_from_checkpoint=_checkpoint(resume))
     model.save_pretrained(settings.output)
     tokenizer.save_pretrained(settings.output)
+    trainer.save_state()  # for the report
     found: dict[str, Any] = {"metrics": done.metrics, "log": trainer.state.log_history}
     lines = [f"trained {done.global_step} steps, loss {done.training_loss:.4f}; the adapter is in {settings.output}"]
     if settings.merge is not None:
