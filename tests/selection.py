@@ -29,6 +29,7 @@ SLOW = (
     "tests/methods/test_registry.py::test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere",
     "tests/model_merge/test_trained_mixture.py",
     "tests/scales/test_training.py::test_it_compiles_without_a_graph_break",
+    "tests/cli/test_run.py::test_autoload_imports_the_package_in_whatever_order_a_program_imports",
     "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
     "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
     "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",

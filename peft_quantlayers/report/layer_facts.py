@@ -103,7 +103,7 @@ def quantiles(numbers: Tensor) -> tuple[float, ...]:
 
 
 def code_use(weight: QuantizedWeight) -> tuple[CodeUse, ...]:
-    """How the codes of ``weight`` use each codebook, or the levels of its grid; of a stack the means over its weights."""
+    """How the codes of ``weight`` use each codebook, or the levels of its grid; of a stack the means."""
     if weight.leading:
         uses = [code_use(weight[index]) for index in range(weight.leading[0])]
         return tuple(_mean(each) for each in zip(*uses, strict=True))

@@ -99,6 +99,24 @@ def in_process(monkeypatch, capsys, *arguments):
     return code, output.out, output.err
 
 
+# Orders of imports that programs have: a look whether transformers is there; a module of it first, which imports peft.
+ORDERS = {
+    "a module first": "from transformers.trainer_utils import IntervalStrategy",
+    "lazily": "import importlib.util; importlib.util.find_spec('transformers')\nfrom transformers import TrainingArguments",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_autoload_imports_the_package_in_whatever_order_a_program_imports(order, folder):
+    (folder / "order.py").write_text(f"{ORDERS[order]}\nimport sys\nprint('peft_quantlayers' in sys.modules)")
+    path = os.pathsep.join([run_module.AUTOLOAD_FOLDER, str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, folder / "order.py"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.split() == ["True"], done.stderr
+    assert "could not be imported" not in done.stderr
+
+
 def test_a_module_runs_as_with_dash_m(monkeypatch, capsys, tmp_path):
     (tmp_path / "a_package").mkdir()
     (tmp_path / "a_package" / "a_module.py").write_text("import sys; print(__name__, sys.argv[1:])")
