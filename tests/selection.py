@@ -45,6 +45,7 @@ SLOW = (
 # Left to `make test-all`: each takes half a minute or more, and shows on a larger model or on a
 # second version what another test shows in seconds.
 THOROUGH = (
+    "tests/cli/test_run.py::test_trls_dpo_trains_on_a_saved_model",
     "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_merge_example",

@@ -76,6 +76,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     try:
         settings = parse(parser, arguments, module.POSITIONALS)
         result = module.run(settings)
+        if result is None:  # another process tells
+            return 0
         if result.output is not None:
             _save_settings(verb, parser, settings, Path(result.output))
     except WrongUsage as error:

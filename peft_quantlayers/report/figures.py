@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 WIDTH = 10.5  # inches
 # Text stays text: it can be selected and searched, and the file is small. Equal plots have equal bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "peft_quantlayers", "font.family": "sans-serif", "font.size": 9}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "peft_quantlayers", "font.family": "sans-serif", "font.size": 9}
 BANDS = "#4c78a8"
+LINES = (("-", 2.6), ("--", 1.8), (":", 1.4))  # style and width
 
 
 def heat_map(numbers: Mapping[str, float], *, label: str, limits: tuple[float, float] | None = None) -> Figure:
@@ -88,12 +89,12 @@ def bands(quantiles: Mapping[str, Sequence[float]], *, label: str, is_logarithmi
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, is_logarithmic: bool = False) -> Figure:
-    """Lines over steps: the points (step, number) of each."""
+    """Lines over steps: the points (step, number) of each. Lines that lie on each other are told apart."""
     figure = _figure(2.8)
     axes = figure.add_subplot()
-    for name, points in series.items():
-        steps, numbers = zip(*points, strict=True)
-        axes.plot(steps, numbers, label=name, linewidth=1.2, marker="." if len(points) < 40 else "")
+    for number, (name, points) in enumerate(series.items()):
+        style, width = LINES[number % len(LINES)]
+        axes.plot(*zip(*points, strict=True), label=name, linestyle=style, linewidth=width)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)

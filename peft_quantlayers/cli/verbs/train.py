@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from jsonargparse import Namespace
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
 from ...layers.selection import quantized_layers
@@ -73,6 +75,12 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--merged_output", type=str | None, default=None, help="folder of the merged model; null: OUTPUT/merged"
     )
+    parser.add_argument(
+        "--fsdp_size",
+        type=int | None,
+        default=None,
+        help="processes that the quantized base is sharded over (FSDP2); null: each has all of it",
+    )
     options.add_method(parser, "quantization.")
     parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
     parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
@@ -85,13 +93,17 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
 
 
-def run(settings: Namespace) -> Result:
-    """Train, save the adapter, and merge it if asked."""
+def run(settings: Namespace) -> Result | None:
+    """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
     refuse_missing_folder("model", settings.model)
+    processes = PartialState(cpu=settings.training.use_cpu)
+    if settings.fsdp_size is not None and settings.merge is not None:
+        raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     if not (resume or settings.show_batch):
         ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
         options.refuse_output_in_use(settings, way_out=ways)
+    processes.wait_for_everyone()  # the first one will write there
     set_seed(settings.training.seed)
     if settings.training.use_cpu:
         return_large_blocks()
@@ -122,7 +134,9 @@ def run(settings: Namespace) -> Result:
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
     done = trainer.train(resume_from_checkpoint=_checkpoint(resume))
     model = trainer.model
-    model.save_pretrained(settings.output)
+    model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
+    if not processes.is_main_process:
+        return None
     tokenizer.save_pretrained(settings.output)
     trainer.save_state()  # for the report
     found: dict[str, Any] = {"metrics": done.metrics, "log": trainer.state.log_history}
@@ -190,6 +204,8 @@ def load_quantized(settings: Namespace) -> PreTrainedModel:
     saved = getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None)
     if saved is None:
         load["quantization_config"] = options.method_config(settings.quantization)
+    if settings.fsdp_size is not None:
+        load["distributed_config"] = DistributedConfig(fsdp_size=settings.fsdp_size)
     model = load_model(settings.model, **load)
     if not quantized_layers(model):
         raise ValueError(f"{settings.model} holds no layer that this package has quantized.")
