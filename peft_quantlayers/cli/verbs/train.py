@@ -79,7 +79,7 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         "--fsdp_size",
         type=int | None,
         default=None,
-        help="processes that the quantized base is sharded over (FSDP2); null: each has all of it",
+        help="processes that the quantized base is sharded over (FSDP2), without resuming; null: each has all of it",
     )
     options.add_method(parser, "quantization.")
     parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
@@ -100,6 +100,14 @@ def run(settings: Namespace) -> Result | None:
     if settings.fsdp_size is not None and settings.merge is not None:
         raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
+    if settings.fsdp_size is not None:
+        settings.training.save_only_model = (
+            True  # all that transformers saves of a model that was sharded while loading
+        )
+        if resume:
+            raise ValueError(
+                "a run with --fsdp_size cannot be resumed: its checkpoints hold no state of the optimizer."
+            )
     if not (resume or settings.show_batch):
         ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
         options.refuse_output_in_use(settings, way_out=ways)
