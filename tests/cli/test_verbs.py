@@ -8,61 +8,14 @@ import cli_page
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from commands import TEXT, printed, refused
 from safetensors.torch import load_file
-from tiny_folder import byte_tokenizer, save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import quantize
 from peft_quantlayers.streaming.parts import PartsOfModel
-
-TEXT = "The lamp is red, the chair is blue, and the table is neither.\n\n" * 60
-
-
-@pytest.fixture(scope="module")
-def float_model(tmp_path_factory) -> str:
-    return str(save_tiny_llama(tmp_path_factory.mktemp("float"), byte_tokenizer()))
-
-
-@pytest.fixture(scope="module")
-def quantized(float_model, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("quantized") / "model"
-    assert main(["quantize", float_model, str(folder), "--group_size", "32"]) == 0
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(TEXT)
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def adapter(quantized, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("adapter") / "lora"
-    model = AutoModelForCausalLM.from_pretrained(quantized)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(folder)
-    return str(folder)
-
-
-def printed(capsys, arguments: list[str], *, exit_code: int = 0) -> str:
-    capsys.readouterr()
-    assert main(arguments) == exit_code
-    return capsys.readouterr().out
-
-
-def refused(capsys, arguments: list[str], exit_code: int) -> str:
-    capsys.readouterr()
-    assert main(arguments) == exit_code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("peft-quantlayers ")]
-    assert len(lines) == 1
-    return lines[0]
-
 
 # ---- each verb
 
@@ -200,30 +153,6 @@ def test_chat_answers_with_and_without_the_adapter(quantized, adapter, capsys):
         [each for each in found[name] if each["role"] == "assistant"] for name in ("messages", "without_adapter")
     )
     assert ours["content"] != theirs["content"]
-
-
-def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
-    rows = [{"prompt": "The lamp is", "completion": " red."}, {"prompt": "The chair is", "completion": " blue."}] * 8
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    settings = {
-        "model": float_model,
-        "data": str(data),
-        "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
-        "lora": {"r": 4, "lora_alpha": 8},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
-        "merge": "requantize",
-    }
-    file, folder = tmp_path / "train.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(settings))
-    shown = printed(capsys, ["train", str(file), "--output", str(folder), "--show-batch"])
-    assert "[ red." in shown or "[ blue." in shown
-    assert not (folder / "adapter_config.json").exists()
-    text = printed(capsys, ["train", str(file), "--output", str(folder)])
-    assert "trained 3 steps" in text
-    assert (folder / "adapter_model.safetensors").exists()
-    assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
-    assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
 
 
 def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
