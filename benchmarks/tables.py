@@ -610,6 +610,25 @@ def exports() -> str:
     return f"{device_line(measured['device'], 'make export-check')}\n\n{table(EXPORTS_HEAD, exports_rows(measured))}"
 
 
+def transforms() -> str:
+    """What each transform gives, beside the model without one."""
+    measured = result("transforms")
+    rows = measured["rows"]
+    base = {row["name"].rsplit(", none", 1)[0]: row for row in rows if row["name"].endswith(", none")}
+    body = []
+    for row in rows:
+        setting = next(name for name in base if row["name"].startswith(f"{name}, "))
+        cells = [setting, row["name"].removeprefix(f"{setting}, ")]
+        for text in ("wikitext", "help"):
+            kl, without = row[f"kl_{text}"], base[setting][f"kl_{text}"]
+            cells.append(f"{kl:.4f}" + ("" if row is base[setting] else f" ({100 * (kl / without - 1):+.0f} %)"))
+        body.append([*cells, f"{row['transform_cpu_s']:.0f}"])
+    head = ["HQQ, groups of 64", "transform", "KL, WikiText", "KL, second text", "CPU s of the transform"]
+    blocks = sorted({row["blocks"] for row in rows})
+    command = " and ".join(f"bench_transforms.py --blocks {number}" for number in blocks)
+    return f"{table(head, body)}\n\n{device_line(measured['device'], command)}"
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"model_sizes": model_sizes},
     DOCS / "benchmarks.md": {
@@ -640,6 +659,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "shared_codebooks": shared_codebooks,
     },
     DOCS / "exports.md": {"exports": exports},
+    DOCS / "transforms.md": {"transforms": transforms},
 }
 
 

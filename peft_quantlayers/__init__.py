@@ -48,6 +48,7 @@ from .saving import save_model
 from .scales import QuantScalesConfig
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
+from .transforms import AWQScales, Rotation, SmoothQuant, Transform, transform_model
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "AQLMConfig",
     "AQLMLinear",
     "AQLMSpec",
+    "AWQScales",
     "BitPlan",
     "Calibration",
     "DamagedTensor",
@@ -81,7 +83,10 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedStack",
     "QuantizedWeight",
+    "Rotation",
+    "SmoothQuant",
     "TensorLayout",
+    "Transform",
     "dequantize_model",
     "enable_merge_aware",
     "export",
@@ -102,6 +107,7 @@ __all__ = [
     "save_model",
     "set_merge_strategy",
     "summary",
+    "transform_model",
     "undo_interrupted_save",
     "unregister",
     "verify_model",

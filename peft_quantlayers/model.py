@@ -1,7 +1,7 @@
 """Quantize a whole model that is in memory."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from .arguments import (
 from .bit_allocation import BitPlan
 from .bit_allocation.budget import measured, plan_of, with_plan
 from .calibration import Calibration, LayerResult, quantize_calibrated
+from .calibration.quantize_calibrated import check_can_calibrate
 from .integrations.attached_quantizers import attach_quantizers
 from .layers.other_quantizers import refuse_other_quantizers
 from .layers.placement import check_weights_are_here
@@ -26,6 +27,7 @@ from .layers.selection import checked_modules, finished_modules, quantized_layer
 from .lora import has_adapters
 from .methods import QuantConfig
 from .methods.quant_config import check_config
+from .transforms import Transform, transform_model
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def quantize_model(
     config: QuantConfig,
     *,
     calibration: Any = None,
+    transforms: Transform | Sequence[Transform] | None = None,
     budget: float | str | BitPlan | None = None,
     tokenizer: Any = None,
     device: torch.device | str | None = None,
@@ -54,6 +57,9 @@ def quantize_model(
             them. If given, minimises each layer's output error on this data instead of its weight error; the format
             stays the same. HQQ then needs ``axis=1``. Layers that the data does not reach (a vision tower without
             images) are quantized without it, with a warning that names them.
+        transforms: changes of the float weights before they are quantized, after which they quantize better; see
+            :func:`transform_model`. If quantizing is refused or interrupted after them, the model has them already,
+            computes what it did, and says so in ``model.config``.
         budget: stored bits per weight, scales included (3.5), the size of the model's tensors ("4GB"), or a plan of
             :func:`plan_bits`: layers get more or fewer bits than ``config`` says by what they cost the predictions.
             What the plan predicted and what was measured afterwards is logged, and set in a plan that was given.
@@ -79,6 +85,10 @@ def quantize_model(
         )
     refuse_other_quantizers(model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    if transforms is not None:
+        if given is not None:
+            check_can_calibrate(checked_modules(model, config), given)
+        transform_model(model, transforms, config=config, calibration=given, device=device, progress=progress)
     plan = None if budget is None else plan_of(model, config, budget, given, progress=progress)
     if plan is not None:
         config = with_plan(config, plan)

@@ -28,6 +28,7 @@ FLOORS = [
     {"methods"},
     {"layers"},
     {"calibration"},
+    {"transforms"},
     {"bit_allocation"},
     {"merging"},
     {"lora", "scales"},

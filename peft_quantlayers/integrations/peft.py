@@ -141,7 +141,7 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
     warn_of_another_base(config, found, model, adapter_name)
     with unchanged_after_error(model) if is_quantized else nullcontext():
         _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
-    if found:
+    if is_recorded(config):
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 
 

@@ -2,9 +2,10 @@
 
 A LoRA adapter corrects the errors of the codes that it was trained on, so that on another base, or on the float model,
 it computes something else, and nothing shows it. What is recorded is a checksum of a sample of each layer: reading all
-codes would take seconds for every adapter, and another base differs nearly everywhere.
+codes would take seconds for every adapter, and another base differs nearly everywhere. Which transforms the base has
+is recorded too: in another basis, or with other scales, an adapter's matrices mean something else.
 
-May import layers and PEFT's public classes.
+May import layers, the record of transforms and PEFT's public classes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.stack import QuantizedStack
+from ..transforms.record import are_transforms, in_words, transforms_of
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of
 from .stack_layer import LoraQuantizedStack
@@ -84,9 +86,10 @@ def is_recorded(config: Any) -> bool:
 
 
 def recorded(config: LoraConfig, found: Mapping[str, str], model: nn.Module, adapter: str) -> LoraConfig:
-    """A copy of ``config`` that records the fingerprints ``found`` of the layers that carry ``adapter``.
+    """A copy of ``config`` that records the fingerprints ``found`` of the layers that carry ``adapter``, and which
+    transforms the base has.
 
-    ``config`` itself where it has a record already, or if none of these layers is quantized.
+    ``config`` itself where it has a record already, or if none of these layers is quantized and none is transformed.
     """
     layers = {
         place: found[place]
@@ -94,10 +97,11 @@ def recorded(config: LoraConfig, found: Mapping[str, str], model: nn.Module, ada
         if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)) and adapter in module.lora_A
         if (place := _place(name, module)) in found
     }
-    if not layers or getattr(config, "quantized_base", None) is not None:
+    transforms = transforms_of(model)
+    if not (layers or transforms) or getattr(config, "quantized_base", None) is not None:
         return config
     own = MergeAwareLoraConfig.of(config)
-    own.quantized_base = {"layers": layers}
+    own.quantized_base = {"layers": layers} | ({"transforms": transforms} if transforms else {})
     return own
 
 
@@ -118,8 +122,9 @@ def layers_of_record(config: Any) -> dict[str, str]:
     record = getattr(config, "quantized_base", None)
     if record is None:
         return {}
-    layers = record.get("layers") if isinstance(record, dict) else None
-    if not isinstance(layers, dict) or not all(isinstance(print_, str) for print_ in layers.values()):
+    layers: Any = record.get("layers") if isinstance(record, dict) else None
+    are_known = isinstance(layers, dict) and all(isinstance(print_, str) for print_ in layers.values())
+    if not are_known or not are_transforms(record.get("transforms", [])):
         raise ValueError(
             f"the adapter's {BASE_FILE} is damaged: {record!r}. Delete it to load the adapter without a comparison of "
             "the bases."
@@ -130,24 +135,30 @@ def layers_of_record(config: Any) -> dict[str, str]:
 def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module, adapter: str) -> None:
     """Warn if ``model``, whose layers have the fingerprints ``found``, is not the base that the adapter had."""
     layers = layers_of_record(config)
-    if not layers or fingerprints_of(config) is not None:  # a merge-aware adapter is refused on another base
+    transforms = (getattr(config, "quantized_base", None) or {}).get("transforms", [])
+    # A merge-aware adapter is refused on another base.
+    if not (layers or transforms) or fingerprints_of(config) is not None:
         return
     modules: dict[str, Any] = dict(model.named_parameters()) | dict(model.named_modules())
     dense = [name for name in layers if name in modules and not isinstance(_base(modules[name]), QuantizedStorage)]
     others = [name for name, print_ in layers.items() if found.get(name, print_) != print_]
-    if dense:
-        said = f"here {_some(dense)} are not quantized"
+    if transforms != transforms_of(model):
+        here_words, there_words = in_words(transforms_of(model)), in_words(transforms)
+        said = f"its transforms are {here_words}, and those of the adapter's base {there_words}"
+        way_out = "Load the base that it was trained on, or do the same transforms first."
+    elif dense:
+        said = f"here {_some(dense)} are not quantized ({len(dense)} of {len(layers)} layers)"
         way_out = "Load the base quantized (AutoPeftModel takes quantization_config=...)."
     elif others:
-        said = f"here {_some(others)} have other codes, scales or zeros"
+        said = f"here {_some(others)} have other codes, scales or zeros ({len(others)} of {len(layers)} layers)"
         way_out = "Load the base that it was trained on."
     else:
         return
+    kind = "quantized base" if layers else "base"
     here = getattr(model, "name_or_path", "") or type(model).__name__
     warnings.warn(
-        f"adapter {adapter!r} was trained on the quantized base {config.base_model_name_or_path!r}, and this is "
-        f"another one, {here!r}: {said} ({len(dense or others)} of {len(layers)} layers). It will compute something "
-        f"else than it was trained to. {way_out}",
+        f"adapter {adapter!r} was trained on the {kind} {config.base_model_name_or_path!r}, and this is "
+        f"another one, {here!r}: {said}. It will compute something else than it was trained to. {way_out}",
         stacklevel=3,  # PEFT's injection
     )
 

@@ -42,7 +42,8 @@ class MergeAwareLoraConfig(LoraConfig):
         merge_aware: ``{"rounding": version, "layers": {name: fingerprint of the quantized weight}}`` of an adapter
             that was trained through the rounding of the merge; None for an ordinary one.
         quantized_base: ``{"layers": {name: fingerprint of a sample of the quantized weight}}``, the layers that the
-            adapter lies on; see :mod:`.base_fingerprint`.
+            adapter lies on, and under "transforms" what was done to the base before it was quantized, if anything;
+            see :mod:`.base_fingerprint`.
     """
 
     merge_aware: dict[str, Any] | None = field(

@@ -21,6 +21,7 @@ from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
+from ..transforms.record import in_words, transforms_in, transforms_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def initialize_loftq(
         TypeError: an argument of another kind. Nothing is changed.
         ValueError: ``iterations`` below 1; no such adapter on a quantized layer; one is merged, merge-aware, of a rank
             above its layer's, or shares its layer with others while codes would change; ``float_model`` is not
-            found, lacks a weight, is quantized, holds NaN or Inf, or is another model. Nothing is changed.
+            found, lacks a weight, is quantized, holds NaN or Inf, has other transforms, or is another model. Nothing
+            is changed.
         NotImplementedError: the adapter is more than plain LoRA. Nothing is changed.
 
     Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1.
@@ -111,6 +113,7 @@ def initialize_loftq(
         )
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
+    _refuse_other_transforms(float_model, model)
     weight_of = _float_weights(float_model, model, list(layers))
     undo: list[Callable[[], None]] = []
     results = []
@@ -259,6 +262,21 @@ def _float_weights(float_model: nn.Module | str | Path, model: nn.Module, names:
     _refuse_missing([name for name in names if name not in stored], names)
 
     return lambda name: files.read(stored[name])
+
+
+def _refuse_other_transforms(float_model: nn.Module | str | Path, model: nn.Module) -> None:
+    """Raise ValueError if ``model`` had other transforms before it was quantized than ``float_model`` has.
+
+    Scaled weights differ too little from others to be told from quantization errors.
+    """
+    is_here = isinstance(float_model, nn.Module)
+    of_float = transforms_of(float_model) if is_here else transforms_in(Path(float_model))
+    if of_float != transforms_of(model):
+        raise ValueError(
+            f"float_model has other transforms ({in_words(of_float)}) than the model before it was quantized "
+            f"({in_words(transforms_of(model))}): its weights are others. Give the float model as transform_model "
+            "left it. Nothing was changed."
+        )
 
 
 def _refuse_missing(missing: list[str], names: list[str]) -> None:

@@ -44,6 +44,18 @@ def test_quantize_gives_the_model_of_the_python_call(float_model, tmp_path, caps
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_quantize_transforms_the_float_weights_first(float_model, text_file, tmp_path, capsys):
+    folder = tmp_path / "out"
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]
+    printed(capsys, ["quantize", float_model, str(folder), "--group_size", "32", "--transforms", "[rotation]", *data])
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert [each["transform"] for each in found.config.quantlayers_transforms] == ["rotation"]
+    assert "AWQScales measures inputs" in refused(
+        capsys, ["quantize", float_model, str(tmp_path / "no"), "--transforms", "[awq_scales]"], 1
+    )
+    assert not (tmp_path / "no").exists()
+
+
 def test_quantize_calibrated_with_another_method(float_model, text_file, tmp_path, capsys):
     small = ["--num_codebooks", "1", "--nbits_per_codebook", "4", "--rounds", "1"]
     data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]

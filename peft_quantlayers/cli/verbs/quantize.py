@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 
@@ -11,6 +11,7 @@ from ...model import quantize_model
 from ...report import ModelSummary, summary
 from ...saving import save_model
 from ...streaming import quantize_checkpoint
+from ...transforms import TRANSFORMS
 from .. import options
 from ..models import load_model, load_tokenizer, model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
@@ -29,6 +30,12 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_output(parser)
     options.add_method(parser)
     options.add_calibration(parser)
+    parser.add_argument(
+        "--transforms",
+        type=list[Literal[tuple(TRANSFORMS)]] | None,
+        default=None,
+        help="changes of the float weights first, in this order, such as [awq_scales]; the model is then in memory",
+    )
     parser.add_argument(
         "--n_processes", type=int, default=1, help="how many share the work; 1 with calibration or --overwrite"
     )
@@ -54,7 +61,7 @@ def run(settings: Namespace) -> Result:
     elif settings.n_processes > 1:
         raise ValueError(
             f"--n_processes {settings.n_processes} goes from files to files: leave out --overwrite, --dtype, "
-            "--tokenizer and --calibration.resume_folder. Nothing was written."
+            "--transforms, --tokenizer and --calibration.resume_folder. Nothing was written."
         )
     else:
         options.refuse_output_in_use(settings)
@@ -65,19 +72,21 @@ def run(settings: Namespace) -> Result:
 def can_be_streamed(settings: Namespace) -> bool:
     """Whether files become files, a part at a time: nothing needs the whole model, and nothing is replaced."""
     is_plain = settings.dtype == "auto" and settings.tokenizer is None and settings.calibration.resume_folder is None
-    return is_plain and not settings.overwrite
+    return is_plain and not settings.overwrite and not settings.transforms
 
 
 def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummary:
     """Load, quantize and save; what became of the model."""
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)
     data = options.calibration(settings, tokenizer)
+    transforms = [TRANSFORMS[name]() for name in settings.transforms or ()]
     load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
-    if data is None:
+    while_loading = data is None and not transforms
+    if while_loading:
         load["quantization_config"] = config
     model: Any = load_model(settings.model, **load)
-    if data is not None:
-        quantize_model(model, config, calibration=data)
+    if not while_loading:
+        quantize_model(model, config, calibration=data, transforms=transforms or None)
     save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
     return summary(model)
 

@@ -1,0 +1,16 @@
+"""Transforms of a float model before it is quantized: it computes what it did, with weights that quantize better.
+
+Each is a pure core, tensors in and tensors out, and a wiring that knows where in a model it fits. Imports calibration
+and what lies below it; no adapters.
+"""
+
+from .awq import AWQScales
+from .base import Transform
+from .rotation import Rotation
+from .smoothquant import SmoothQuant
+from .transform_model import transform_model
+
+TRANSFORMS: dict[str, type[Transform]] = {each.name: each for each in (AWQScales, Rotation, SmoothQuant)}
+"""All transforms, by the names in records."""
+
+__all__ = ["TRANSFORMS", "AWQScales", "Rotation", "SmoothQuant", "Transform", "transform_model"]
