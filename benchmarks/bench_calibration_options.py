@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"asymmetric_targets": True, "initial_codes": "best"},
     "mixed bits": {"asymmetric_targets": False},
     "all three": {"asymmetric_targets": True, "initial_codes": "best"},
+    "block finetuning": {"asymmetric_targets": True, "finetune_epochs": 5, "learning_rate": 3e-3},
 }
 # Rows whose bits are planned: 1 to 4 for each layer, as many bytes as all at one width take.
 PLANNED = ("mixed bits", "all three")
