@@ -45,7 +45,7 @@ from .model_merge import MergedModel, merge_back
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
-from .scales import QuantScalesConfig
+from .scales import Predictions, QuantScalesConfig, TuningResult, record_predictions, tune_scales
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 
@@ -73,6 +73,7 @@ __all__ = [
     "MergedModel",
     "ModelSummary",
     "PVTuner",
+    "Predictions",
     "QuantConfig",
     "QuantMethod",
     "QuantScalesConfig",
@@ -82,6 +83,7 @@ __all__ = [
     "QuantizedStack",
     "QuantizedWeight",
     "TensorLayout",
+    "TuningResult",
     "dequantize_model",
     "enable_merge_aware",
     "export",
@@ -96,12 +98,14 @@ __all__ = [
     "quantize_model",
     "quantized_modules",
     "quantized_stacks",
+    "record_predictions",
     "register",
     "register_method",
     "registered_methods",
     "save_model",
     "set_merge_strategy",
     "summary",
+    "tune_scales",
     "undo_interrupted_save",
     "unregister",
     "verify_model",
