@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ def record_predictions(
     check_model("record_predictions", model)
     check_flag("progress", progress)
     check_integer("n_kept", n_kept, at_least=1, at_most=2**24)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     batches: list[Any] = Calibration.of(calibration, tokenizer).batches(base, progress=progress)
     log_probs, classes, n_classes = [], [], 0
     with evaluating(model):

@@ -323,6 +323,7 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["quantize", float_model, out, "--plan", "no.json"], "no.json"),
         (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
         (["merge", float_model, out], ""),
+        (["merge", adapter, out, "--tune_epochs", "2"], "needs calibration="),
         (["evaluate", quantized], "nothing to measure on"),
         (["evaluate", quantized, "--text", "no.txt"], "there is no such file"),
         (["chat", quantized, "--compare"], "--compare needs --adapter"),
