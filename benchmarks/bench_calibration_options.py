@@ -61,6 +61,13 @@ def with_adapter(model: PreTrainedModel, float_model: PreTrainedModel, calibrati
     return model
 
 
+# Without calibration: what scales and zeros in 8 bits cost, and what smaller groups for the same bits give.
+METADATA: dict[str, dict[str, Any]] = {
+    "without data": {},
+    "without data, 8-bit metadata": {"double_quant": True},
+    "without data, 8-bit metadata in groups of 48": {"double_quant": True, "group_size": 48},
+    "without data, 8-bit metadata in groups of 32": {"double_quant": True, "group_size": 32},
+}
 # What is done to the model of "asymmetric targets" afterwards. An adapter of rank 16 takes 1.0 bits per weight in
 # float16 with the shapes of this model, which its rows do not count.
 AFTER: dict[str, Callable[[PreTrainedModel, PreTrainedModel, pql.Calibration], Any]] = {
@@ -70,7 +77,7 @@ AFTER: dict[str, Callable[[PreTrainedModel, PreTrainedModel, pql.Calibration], A
 }
 TUNING_RATE = 3e-3
 RANK = 16
-ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in [*OPTIONS, *AFTER]]
+ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in [*OPTIONS, *AFTER, *METADATA]]
 
 
 def skipped_blocks(n_blocks: int, every: int) -> list[str]:
@@ -94,9 +101,12 @@ def measure(
     model = load(folder, n_blocks)
     width, _, option = name.partition(" bits, ")
     skipped = skipped_blocks(model.config.num_hidden_layers, every)
-    config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE, skip_modules=skipped or None)
-    options = OPTIONS["asymmetric targets" if option in AFTER else option]
-    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **options)
+    fields = {"group_size": GROUP_SIZE} | METADATA.get(option, {})
+    config = pql.HQQConfig(nbits=int(width), skip_modules=skipped or None, **fields)
+    options = OPTIONS["asymmetric targets" if option in AFTER else option] if option not in METADATA else None
+    calibration = None
+    if options is not None:
+        calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **options)
     began, plan = time.process_time(), None
     if option in PLANNED:
         average = int(width) + 32 / GROUP_SIZE
