@@ -20,9 +20,10 @@ demo-output/merged: | $(VENV)/.installed
 	$(RUN) examples/demo.py
 
 # Each worker, and each process that a test starts, has one thread: more would fight for the cores. A worker takes
-# whole files, those with slow tests first, so that most of what loads SmolLM2 runs in one of them.
+# whole files, those with slow tests first, so that most of what loads SmolLM2 runs in one of them. A worker that
+# crashes ends the run: with another in its place, pytest-xdist waits for ever for what is left of its file.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --max-worker-restart=0 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed lint
 	$(PYTEST) -m "not thorough" $(ARGS)

@@ -99,14 +99,16 @@ class LayerPasses:
                 call.run(self.block)
             return self.arrived
         waiting = self.waiting.get(index)
-        found = None if waiting is None else waiting.resume()
-        # One that has gone by the layer is of no use any more.
-        if waiting is None or waiting.dead:
-            waiting = self.waiting[index] = Pass(partial(call.run, self.block))
-            found = waiting.resume()
-        if waiting.dead:
+        try:
+            found = None if waiting is None else waiting.resume()
+            # One that has gone by the layer is of no use any more.
+            if waiting is None or waiting.dead:
+                waiting = self.waiting[index] = Pass(partial(call.run, self.block))
+                found = waiting.resume()
+        except Stop:
+            found = self.arrived
+        if self.waiting[index].dead:
             del self.waiting[index]
-            return None
         return found
 
     @contextmanager
@@ -118,7 +120,7 @@ class LayerPasses:
         def paused(name: str, module: nn.Module, own_forward: Callable) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 x, current = args if is_called_stack(module) else input_of(args, kwargs), Pass.current()
-                if current is None:
+                if current is None or (current not in held and not current.can_pause):
                     self.arrived = x
                     raise Stop
                 if current not in held:

@@ -2,14 +2,19 @@
 
 Each pass is a greenlet: a call stack of its own in the same thread, of which one runs at a time. Hence torch's
 settings of the thread (gradients, autocast, ...) are exchanged whenever a pass starts to run or stops.
+
+Torch's own C++ functions leave pointers to their call stack in the thread while they run (one is the handler of
+warnings). So a pass does not stop below one: the pointers would outlive the stack, and the next warning would crash.
 """
 
 from __future__ import annotations
 
 import contextvars
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +22,9 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
+# Python functions that torch calls from C++: overrides of its functions, and ``forward`` of an autograd function.
+CALLED_BY_TORCH = {"__torch_function__", "__torch_dispatch__"}
+FUNCTION_APPLY = torch.autograd.Function.apply.__code__
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -92,8 +100,30 @@ class Pass(greenlet):
         return running if isinstance(running, Pass) else None
 
     def pause(self, value: Any) -> Any:
-        """Give ``value`` to the caller of :meth:`resume`, from within; returns what the next one is given."""
+        """Give ``value`` to the caller of :meth:`resume`, from within; returns what the next one is given.
+
+        Raises:
+            RuntimeError: not :attr:`can_pause`.
+        """
+        if not self.can_pause:
+            raise RuntimeError(
+                "cannot calibrate block by block: this model calls a block from within a function of torch (a "
+                "reentrant checkpoint, an autograd function, or a tensor class of its own), where a forward pass "
+                "cannot wait. Switch that off (model.gradient_checkpointing_disable(), model.eval()), or quantize it "
+                "without calibration."
+            )
         return self.parent.switch(value)
+
+    @property
+    def can_pause(self) -> bool:
+        """Whether no C++ function of torch called what runs now, in the pass itself; asked from within."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_back
+            if frame.f_code.co_name in CALLED_BY_TORCH or (caller is not None and caller.f_code is FUNCTION_APPLY):
+                return False
+            frame = caller
+        return True
 
     @contextmanager
     def _exchanged_settings(self) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """Calibration of experts: what each expert reads, the moment that a stack shares, and what too few tokens do."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from mixtures import MIXTURES, codes, same, tiny_mixture
 from peft import LoraConfig, get_peft_model
+from programs import run_program
 from torch import nn
 
 import peft_quantlayers as pql
@@ -232,3 +234,26 @@ def test_append_holds_the_delta_in_one_more_codebook_of_each_expert():
         assert (logits(merged) - expected).norm() < 0.5 * expected.norm()
         merged.unmerge_adapter()
     assert torch.equal(logits(peft_model), expected)
+
+
+# A warning of torch's C++ code is given to the handler that the thread points to.
+WARNS_AFTER_CALIBRATION = """
+import sys
+import torch
+import peft_quantlayers as pql
+from mixtures import tiny_mixture
+from quantlayers_kernels.hqq.op import hqq_linear
+
+ids = torch.randint(3, 128, (16, 64))
+given = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=64)
+pql.quantize_model(tiny_mixture(sys.argv[1]), pql.HQQConfig(nbits=3), calibration=given, progress=False)
+weight = (torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8, 1), torch.zeros(8, 1), None, 8, 1)
+torch.func.vmap(lambda x: hqq_linear(x, *weight))(torch.ones(2, 1, 8))
+print("done")
+"""
+
+
+def test_no_pointer_into_a_waiting_pass_is_left_in_torch():
+    done = run_program("-c", WARNS_AFTER_CALIBRATION, "llama4", cwd=Path(__file__).parents[1])
+    assert done.stdout == "done\n", done.stderr
+    assert "batching rule for quantlayers::hqq_linear" in done.stderr

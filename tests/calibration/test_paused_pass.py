@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from peft_quantlayers.calibration.paused_pass import Pass, TorchSettings, replaced_forwards
 
@@ -165,3 +166,51 @@ def test_forwards_are_replaced_for_a_while_also_those_of_an_instance():
         interrupted()
     assert "forward" not in vars(plain)
     assert wrapped.forward is own
+
+
+class Overriding(torch.Tensor):
+    """A tensor whose functions run ``inside``."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls.inside()
+
+
+class Applied(torch.autograd.Function):
+    """An autograd function that runs what it is given."""
+
+    @staticmethod
+    def forward(ctx, x, inside):
+        return inside()
+
+
+def override(inside):
+    Overriding.inside = inside
+    return torch.relu(torch.ones(1).as_subclass(Overriding))
+
+
+BELOW_TORCH = {
+    "override": override,
+    "autograd function": lambda inside: Applied.apply(torch.ones(1), inside),
+    "reentrant checkpoint": lambda inside: checkpoint(lambda x: inside(), torch.ones(1), use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("kind", BELOW_TORCH)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_pass_does_not_wait_below_a_function_of_torch(kind):
+    """Pointers of that function to its call stack would outlive it: the next warning of torch would crash."""
+
+    def inside():
+        current = Pass.current()
+        assert not current.can_pause
+        current.pause(1)
+
+    def computation():
+        assert Pass.current().can_pause
+        BELOW_TORCH[kind](inside)
+
+    each = Pass(computation)
+    with pytest.raises(RuntimeError, match="from within a function of torch"):
+        each.resume()
+    assert each.dead
