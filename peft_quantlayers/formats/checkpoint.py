@@ -9,8 +9,8 @@
    means nothing here and stops programs that do not know this format.
 5. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
    the expert as first dimension.
-6. Fields of HQQ specs that older readers do not know (:attr:`QuantSpec.format_version`).
-7. ``row_parts`` of AQLM specs.
+6. Fields of specs that older readers do not know (:attr:`QuantSpec.format_version`).
+7. More of them: ``row_parts`` of AQLM, ``double_quant`` of HQQ.
 
 Readers accept every format version up to their own; writers write the oldest that says everything, so that older
 readers read what they can.

@@ -156,7 +156,11 @@ class QuantizedWeight:
         spec = self.spec
         if weight.spec != spec:
             if spec.widened() not in (weight.spec, weight.spec.widened()):
-                raise ValueError("only weights of one spec and one shape can be stacked.")
+                raise ValueError(
+                    f"only weights of one spec and one shape can be stacked, and here are {spec} and {weight.spec}. "
+                    "An expert may need other metadata: quantize these experts with overrides (of HQQ, "
+                    "double_quant=False)."
+                )
             spec = spec.widened()
         tensors = {}
         for name, entry in spec.layout_of(self.shape).items():

@@ -197,6 +197,10 @@ class QuantSpec(ABC):
             return dataclasses.replace(self, scale_dtype="float32")  # type: ignore[call-arg]
         return self
 
+    def stored_forms(self) -> tuple[Self, ...]:
+        """The specs that a weight may have that was quantized to this one: itself, or those that hold more numbers."""
+        return tuple(dict.fromkeys((self, self.widened())))
+
     @property
     def format_version(self) -> int:
         """The oldest version of our checkpoint format whose readers know all that this spec says."""

@@ -20,7 +20,7 @@ def transforms_of(model: Any) -> list[dict[str, Any]]:
 def transforms_in(folder: Path) -> list[dict[str, Any]]:
     """The same of the model in ``folder``; [] where that has no config."""
     file = folder / "config.json"
-    found = json.loads(file.read_text()).get(KEY) if file.is_file() else None
+    found: Any = json.loads(file.read_text()).get(KEY) if file.is_file() else None
     return found if are_transforms(found) else []
 
 

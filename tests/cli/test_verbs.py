@@ -99,6 +99,33 @@ def test_quantize_calibrated_goes_from_files_to_files_and_on_after_an_interrupti
     assert "--overwrite" in refused(capsys, [*command, "--overwrite", "--n_processes", "2"], 1)
 
 
+def test_a_budget_is_planned_reported_and_kept_as_a_plan_that_files_take(float_model, text_file, tmp_path, capsys):
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]
+    command = ["quantize", float_model, str(tmp_path / "a"), "--group_size", "32", *data]
+    found = json.loads(printed(capsys, [*command, "--avg_bits", "4", "--choices", "[2, 3, 4]", "--json"]))
+    assert found["plan"]["bits_per_weight"] <= 4
+    assert found["plan"]["measured_kl"] > 0
+    assert found["plan"]["predicted_kl"] > 0
+    plan = pql.BitPlan.load(tmp_path / "a" / "bit_plan.json")
+    assert plan.measured_kl == found["plan"]["measured_kl"]
+    assert {fields["nbits"] for fields in plan.overrides.values()} > {3}
+    # The same plan from files to files gives the same model.
+    plan_file = str(tmp_path / "a" / "bit_plan.json")
+    command[2] = str(tmp_path / "b")
+    text = printed(capsys, [*command, "--plan", plan_file])
+    assert f"predicted KL {plan.predicted_kl:.4f}" in text
+    first, second = (load_file(tmp_path / each / "model.safetensors") for each in ("a", "b"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "b" / "quantlayers_run.json").exists()
+
+
+def test_a_dry_run_with_a_size_says_that_bits_are_still_to_be_planned(float_model, text_file, tmp_path, capsys):
+    arguments = ["quantize", float_model, str(tmp_path / "out"), "--size", "1MB", "--calibration.data", text_file]
+    assert "bits are planned" in printed(capsys, [*arguments, "--group_size", "32", "--dry_run"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(float_model, quantized, tmp_path, capsys):
     arguments = ["quantize", float_model, str(tmp_path / "out"), "--group-size", "32", "--dry-run", "--json"]
     planned = json.loads(printed(capsys, arguments))
@@ -231,8 +258,13 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["quantize", float_model, quantized, "--dtype", "float32"], "is not empty. Choose another folder"),
         (["quantize", float_model, quantized], quantized),
         (["quantize", float_model, out, "--calibration.data", "no.txt"], "there is no such file"),
+        (["quantize", float_model, out, "--average_bits", "3.5"], "--average_bits needs --calibration.data"),
+        (["quantize", float_model, out, "--size", "1GB", "--plan", "p.json"], "--size and --plan are two budgets"),
+        (["quantize", float_model, out, "--choices", "[3]"], "--choices needs a budget"),
+        (["quantize", float_model, out, "--plan", "no.json"], "no.json"),
         (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
         (["merge", float_model, out], ""),
+        (["merge", adapter, out, "--tune_epochs", "2"], "needs calibration="),
         (["evaluate", quantized], "nothing to measure on"),
         (["evaluate", quantized, "--text", "no.txt"], "there is no such file"),
         (["chat", quantized, "--compare"], "--compare needs --adapter"),
