@@ -52,6 +52,7 @@ THOROUGH = (
     "tests/cli/test_run.py::test_trls_dpo_trains_on_a_saved_model",
     "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
     "tests/test_examples.py::test_chunked_loss_example",
+    "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
     "tests/test_examples.py::test_serving_example",
     "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
