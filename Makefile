@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= --constraint constraints.txt
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
+.PHONY: demo test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check docs wheel plots tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -112,6 +112,23 @@ export-check: $(VENV)/.installed $(VENV)-vllm/.installed demo-output/merged
 models: $(VENV)/.installed
 	$(RUN) benchmarks/models_table.py $(or $(ARGS),--again)
 	$(RUN) benchmarks/tables.py
+
+# The documentation's site, into site/; a warning is an error, a dead link among them.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+# A wheel for every Linux of its age, and the sources, into dist/; then both are installed into an empty environment and
+# used there, the sources without a compiler.
+wheel: $(VENV)/.installed
+	rm -rf build dist
+	$(VENV)/bin/python -m build --outdir dist/built
+	$(VENV)/bin/python -m auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist && rm -r dist/built
+	$(VENV)/bin/python tests/smoke_wheel.py dist
+
+# The figures of docs/images, from benchmarks/results.
+plots: $(VENV)/.installed
+	$(RUN) benchmarks/plots.py
 
 tables: $(VENV)/.installed
 	$(RUN) benchmarks/tables.py

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SIZES = {
@@ -41,7 +43,11 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 256, "num_hidden_layers": 6}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"original_max_position_embeddings": 128}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
-}
+    "qwen3-moe": (
+        Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+}  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
 
 

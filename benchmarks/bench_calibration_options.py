@@ -7,9 +7,11 @@ of the time. Rows are written as they are made.
 """
 
 import argparse
+import copy
 import json
 import pydoc_data.topics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from _demo_model import demo_model_folder
 from _device import describe_device
 from bench_calibration import N_TOKENS, bits_per_weight
 from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,6 +31,8 @@ GROUP_SIZE = 64
 # Windows to score, and the float model's log-probabilities there.
 Texts = tuple[Tensor, list[Tensor]]
 SECOND_TEXT_WINDOWS = 4
+# By width, the calibrated model that several rows begin with, and the CPU seconds that it took.
+KEPT_MODELS: dict[str, tuple[PreTrainedModel, float]] = {}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"asymmetric_targets": False, "initial_codes": "nearest"},
@@ -37,12 +42,42 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"asymmetric_targets": True, "initial_codes": "best"},
     "mixed bits": {"asymmetric_targets": False},
     "all three": {"asymmetric_targets": True, "initial_codes": "best"},
+    "block finetuning": {"asymmetric_targets": True, "finetune_epochs": 5, "learning_rate": 3e-3},
 }
 # Rows whose bits are planned: 1 to 4 for each layer, as many bytes as all at one width take.
 PLANNED = ("mixed bits", "all three")
 CHOICES = {3: [2, 3, 4], 2: [1, 2, 3]}
 WIDTHS = (3, 2)
-ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in OPTIONS]
+
+
+def tuned_end_to_end(model: PreTrainedModel, float_model: PreTrainedModel, calibration: pql.Calibration) -> Any:
+    pql.tune_scales(model, float_model, calibration, epochs=2, learning_rate=TUNING_RATE, progress=False)
+    return model
+
+
+def with_adapter(model: PreTrainedModel, float_model: PreTrainedModel, calibration: pql.Calibration | None) -> Any:
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")).eval()
+    pql.initialize_loftq(model, float_model, calibration=calibration, progress=False)
+    return model
+
+
+# Without calibration: what scales and zeros in 8 bits cost, and what smaller groups for the same bits give.
+METADATA: dict[str, dict[str, Any]] = {
+    "without data": {},
+    "without data, 8-bit metadata": {"double_quant": True},
+    "without data, 8-bit metadata in groups of 48": {"double_quant": True, "group_size": 48},
+    "without data, 8-bit metadata in groups of 32": {"double_quant": True, "group_size": 32},
+}
+# What is done to the model of "asymmetric targets" afterwards. An adapter of rank 16 takes 1.0 bits per weight in
+# float16 with the shapes of this model, which its rows do not count.
+AFTER: dict[str, Callable[[PreTrainedModel, PreTrainedModel, pql.Calibration], Any]] = {
+    "end-to-end tuning": tuned_end_to_end,
+    "adapter of the weights' error": lambda model, float_model, _: with_adapter(model, float_model, None),
+    "adapter of the outputs' error": with_adapter,
+}
+TUNING_RATE = 3e-3
+RANK = 16
+ROWS = [f"{nbits} bits, {name}" for nbits in WIDTHS for name in [*OPTIONS, *AFTER, *METADATA]]
 
 
 def skipped_blocks(n_blocks: int, every: int) -> list[str]:
@@ -57,28 +92,43 @@ def load(folder: Path, n_blocks: int | None) -> PreTrainedModel:
 
 def measure(
     name: str,
-    model: PreTrainedModel,
+    folder: Path,
     calibration_ids: Tensor,
     texts: dict[str, Texts],
     every: int,
     n_blocks: int | None,
 ) -> dict[str, Any]:
+    model = load(folder, n_blocks)
     width, _, option = name.partition(" bits, ")
     skipped = skipped_blocks(model.config.num_hidden_layers, every)
-    config = pql.HQQConfig(nbits=int(width), group_size=GROUP_SIZE, skip_modules=skipped or None)
-    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **OPTIONS[option])
+    fields = {"group_size": GROUP_SIZE} | METADATA.get(option, {})
+    config = pql.HQQConfig(nbits=int(width), skip_modules=skipped or None, **fields)
+    options = OPTIONS["asymmetric targets" if option in AFTER else option] if option not in METADATA else None
+    calibration = None
+    if options is not None:
+        calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, **options)
     began, plan = time.process_time(), None
     if option in PLANNED:
         average = int(width) + 32 / GROUP_SIZE
         plan = pql.plan_bits(
             model, calibration, average=average, choices=CHOICES[int(width)], config=config, progress=False
         )
-    pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
+    if (kept := KEPT_MODELS.get(width)) is not None and option in AFTER:
+        model, seconds = copy.deepcopy(kept[0]), kept[1]
+        began -= seconds
+    else:
+        pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
+        if option in AFTER:
+            KEPT_MODELS[width] = copy.deepcopy(model), time.process_time() - began
+    bits = bits_per_weight(model)
+    if option in AFTER:
+        given = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, batch_size=1)
+        model = AFTER[option](model, load(folder, n_blocks), given)
     row: dict[str, Any] = {
         "name": name,
         "every": every,
         "blocks": model.config.num_hidden_layers,
-        "bits_per_weight": bits_per_weight(model),
+        "bits_per_weight": bits,
         "cpu_s": time.process_time() - began,
         "predicted_kl": None if plan is None else plan.predicted_kl,
         "measured_kl_on_calibration_text": None if plan is None else plan.measured_kl,
@@ -115,7 +165,7 @@ def main() -> None:
     for name in [
         name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)
     ]:
-        row = measure(name, load(folder, args.blocks), wikitext[len(wikitext) // 2 :], texts, args.every, args.blocks)
+        row = measure(name, folder, wikitext[len(wikitext) // 2 :], texts, args.every, args.blocks)
         print(json.dumps(row), flush=True)
         rows[name, args.every, row["blocks"]] = row
         result = {

@@ -22,8 +22,11 @@ pql quantize HuggingFaceTB/SmolLM2-135M-Instruct base --nbits 4
 pql train base tuned --data chats.jsonl --lora.r 16 --training.num_train_epochs 1
 pql merge tuned merged --strategy calibrated --calibration.data notes.txt --evaluate_on held_out.txt
 pql export merged served --format mlx
+pql report base --text held_out.txt
 pql chat base --adapter tuned --compare
 ```
+
+![The page that report writes on a model: a heat map of errors, the worst layers](report.png)
 
 `train` takes also every field of PEFT's `LoraConfig` as `--lora.NAME`, and every field of TRL's `SFTConfig`
 (`DPOConfig` with `--trainer dpo`) as `--training.NAME`. This page is written by `python benchmarks/cli_page.py`.

@@ -41,7 +41,9 @@ TOKENS = {"SmolLM2": 64, "tiny": 24}
 SIZES = {"intermediate_size": 128, "num_hidden_layers": 6, "vocab_size": 49152}
 TINY = {
     "Llama": "llama", "Mistral": "mistral", "Qwen3": "qwen3", "Gemma 3": "gemma3", "Phi-3": "phi3", "GPT-2": "gpt2",
+    "Qwen3-MoE": "qwen3-moe",
 }  # fmt: skip
+ZEROS = {"integer_zero": "integer", "symmetric": "symmetric"}
 MERGED = "SmolLM2, tuned and merged"
 
 
@@ -67,7 +69,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    whole = {"fields": {"integer_zero": True}}
+    whole, symmetric = {"fields": {"integer_zero": True}}, {"fields": {"symmetric": True}}
     # Rows of one quantized model follow each other.
     found = [
         Case(model="SmolLM2", format="gguf", reader="llama.cpp"),
@@ -86,10 +88,13 @@ def cases() -> list[Case]:
     for family in TINY:
         for name, reader in (("gguf", "llama.cpp"), ("mlx", "mlx"), ("onnx", "onnx"), ("openvino", "openvino")):
             found.append(Case(model=family, format=name, reader=reader, group_size=32))
+        zeros = symmetric if "MoE" in family else whole
         found.append(
-            Case(model=family, format="compressed-tensors", reader="compressed-tensors", group_size=32, **whole)
+            Case(model=family, format="compressed-tensors", reader="compressed-tensors", group_size=32, **zeros)
         )
     found += [
+        Case(model="Qwen3-MoE", format="humming", reader=None, group_size=32),
+        Case(model="SmolLM2", format="compressed-tensors", reader="compressed-tensors", **symmetric),
         *(Case(model="SmolLM2", format=name, reader=None, **whole) for name in ("awq", "gptq")),
         *(Case(model="SmolLM2", format=name, reader=name) for name in ("onnx", "openvino")),
         Case(model="SmolLM2", format="openvino", reader="openvino", options={"dtype": torch.float16}),
@@ -147,7 +152,7 @@ def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> di
         options["adapter"], expected = some_adapter(model, ids, folder / "adapter")
     result: dict[str, Any] = {
         "model": case.model, "format": case.format, "nbits": case.nbits, "group_size": case.group_size,
-        "zeros": "integer" if case.fields.get("integer_zero") else "float",
+        "zeros": next((kind for field, kind in ZEROS.items() if case.fields.get(field)), "float"),
         "options": {name: str(value).removeprefix("torch.") for name, value in case.options.items()},
         "has_adapter": case.has_adapter,
     }  # fmt: skip
@@ -215,10 +220,11 @@ def read(
     script = Path(__file__).with_name("export_readers.py")
     python = readers.get(str(case.reader), readers[""])
     command = [python, str(script), str(case.reader), str(out), str(folder / "ids.npy"), str(folder / "logits.npy")]
-    # vLLM takes half of the memory for its cache, and another transformers than the one of this process.
+    # vLLM takes half of the memory for its cache, and another transformers than the one of this process. On CPUs with
+    # AMX its kernel for 4 bits rounds activations to 8 bits, unless it is told not to.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if case.reader == "vllm":
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0"}
     done = subprocess.run(
         [*command, *([str(adapter)] if adapter else [])], capture_output=True, text=True, check=False, env=environment
     )

@@ -1,4 +1,4 @@
-"""Write the tables of the README and ``docs/`` from ``benchmarks/results/*.json``.
+"""Write the tables of ``docs/`` from ``benchmarks/results/*.json``.
 
 ``--check`` only tells whether they are up to date.
 """
@@ -17,7 +17,7 @@ from _models_rows import HEAD as MODELS_HEAD
 from _models_rows import models_differences, models_left_out, models_rows, models_summary
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 
 
 def result(name: str) -> Any:
@@ -495,9 +495,9 @@ def models() -> str:
 
 def mixture_sizes() -> str:
     """Gigabytes of mixtures of experts, as floats and quantized."""
-    measured = result("mixture_sizes")
+    measured = result("model_sizes")
     rows = []
-    for name, found in measured["sizes"].items():
+    for name, found in measured["mixtures"].items():
         sizes = [found[key] for key in ("float", "experts_dense", "hqq4", "hqq3", "hqq2")]
         share = found["experts"] / found["n_parameters"]
         cells = [
@@ -508,6 +508,22 @@ def mixture_sizes() -> str:
         rows.append([name, *cells])
     head = ["model", "parameters", "in experts", "bfloat16", "4 bits, experts dense", "4 bits", "3 bits", "2 bits"]
     return f"{table(head, rows)}\n\nIn GB, embeddings and head in bfloat16, group 64: `{measured['command']}`."
+
+
+# Those of the README's table, from small to large.
+SHOWN_MODELS = ("Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B", "Gemma-3-12B, text", "Qwen3-14B", "gpt-oss-20b",
+                "Mistral-Small-24B", "Qwen3-30B-A3B", "Qwen3-32B", "Llama-3.3-70B")  # fmt: skip
+
+
+def model_sizes() -> str:
+    """Gibibytes of known models, as floats and quantized, and before LoRA training."""
+    measured = result("model_sizes")
+    sizes = measured["dense"] | measured["mixtures"]
+    rows = [
+        [name, *(f"{sizes[name][key] / 2**30:.1f}" for key in ("float", "hqq4", "hqq3", "hqq2", "prepared"))]
+        for name in SHOWN_MODELS
+    ]
+    return table(["GiB", "bfloat16", "4 bits", "3 bits", "2 bits", "4 bits, prepared for LoRA"], rows)
 
 
 def experts() -> str:
@@ -614,7 +630,8 @@ def transforms() -> str:
 
 
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {
+    ROOT / "README.md": {"model_sizes": model_sizes},
+    DOCS / "benchmarks.md": {
         "quality": quality,
         "calibration": calibration,
         "loftq": loftq,
@@ -633,16 +650,16 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo": demo,
         "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
     },
-    ROOT / "docs" / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
-    ROOT / "docs" / "models.md": {"models": models},
-    ROOT / "docs" / "experts.md": {
+    DOCS / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
+    DOCS / "models.md": {"models": models},
+    DOCS / "experts.md": {
         "mixture_sizes": mixture_sizes,
         "experts": experts,
         "trained_mixture": trained_mixture,
         "shared_codebooks": shared_codebooks,
     },
-    ROOT / "docs" / "exports.md": {"exports": exports},
-    ROOT / "docs" / "transforms.md": {"transforms": transforms},
+    DOCS / "exports.md": {"exports": exports},
+    DOCS / "transforms.md": {"transforms": transforms},
 }
 
 
@@ -671,7 +688,7 @@ def with_tables(document: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is outdated")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is outdated")
     args = parser.parse_args()
     made = {document: with_tables(document) for document in DOCUMENTS}
     outdated = [document.name for document, text in made.items() if text != document.read_text()]

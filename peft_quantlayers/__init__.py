@@ -45,7 +45,7 @@ from .model_merge import MergedModel, merge_back
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
-from .scales import QuantScalesConfig
+from .scales import Predictions, QuantScalesConfig, TuningResult, record_predictions, tune_scales
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
 from .transforms import AWQScales, Rotation, SmoothQuant, Transform, transform_model
@@ -75,6 +75,7 @@ __all__ = [
     "MergedModel",
     "ModelSummary",
     "PVTuner",
+    "Predictions",
     "QuantConfig",
     "QuantMethod",
     "QuantScalesConfig",
@@ -87,6 +88,7 @@ __all__ = [
     "SmoothQuant",
     "TensorLayout",
     "Transform",
+    "TuningResult",
     "dequantize_model",
     "enable_merge_aware",
     "export",
@@ -101,6 +103,7 @@ __all__ = [
     "quantize_model",
     "quantized_modules",
     "quantized_stacks",
+    "record_predictions",
     "register",
     "register_method",
     "registered_methods",
@@ -108,6 +111,7 @@ __all__ = [
     "set_merge_strategy",
     "summary",
     "transform_model",
+    "tune_scales",
     "undo_interrupted_save",
     "unregister",
     "verify_model",

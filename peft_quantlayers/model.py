@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def quantize_model(
     *,
     calibration: Any = None,
     transforms: Transform | Sequence[Transform] | None = None,
-    budget: float | str | BitPlan | None = None,
+    budget: float | str | Path | BitPlan | None = None,
     tokenizer: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -61,8 +62,9 @@ def quantize_model(
             :func:`transform_model`. If quantizing is refused or interrupted after them, the model has them already,
             computes what it did, and says so in ``model.config``.
         budget: stored bits per weight, scales included (3.5), the size of the model's tensors ("4GB"), or a plan of
-            :func:`plan_bits`: layers get more or fewer bits than ``config`` says by what they cost the predictions.
-            What the plan predicted and what was measured afterwards is logged, and set in a plan that was given.
+            :func:`plan_bits` or the file that it was saved in (``Path("plan.json")``): layers get more or fewer bits
+            than ``config`` says by what they cost the predictions. With ``calibration``, what the plan predicted and
+            what was measured afterwards is logged, and set in a plan that was given.
         tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`; None for the model's own.
         device: where to quantize, for example ``"cuda"`` for a model in CPU memory; the quantized layer returns to
             the device of the weight. None to quantize each weight on its own device.

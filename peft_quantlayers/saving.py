@@ -42,7 +42,6 @@ def save_model(
         OSError: no permission, a read-only or full disk.
         TypeError: ``model`` is not a transformers model.
         ValueError: the model carries adapters, or is sharded; or what was written could not be read again.
-        In each case ``folder`` is as it was.
     """
     _check_arguments(model, folder, tokenizer)
     folder = Path(folder)

@@ -150,7 +150,8 @@ def _can_merge_by(strategy: str, method: QuantMethod, spec: QuantSpec) -> bool:
 
 
 def _variants(method: str) -> dict[str, QuantConfig]:
-    """The method's quick config, and those with one flag turned that store a weight in other tensors or roles."""
+    """The method's quick config, and those with one flag turned, or the rows in parts, that store a weight in other
+    tensors or roles."""
 
     def stored(config: QuantConfig) -> object:
         spec = config.spec_for("layer")
@@ -159,6 +160,8 @@ def _variants(method: str) -> dict[str, QuantConfig]:
     flags = [field for field in fields(_ALL[method].spec_type) if isinstance(field.default, bool)]
     plain = quick_config(method)
     turned = {f"{method}-{flag.name}": quick_config(method, **{flag.name: not flag.default}) for flag in flags}
+    if any(field.name == "row_parts" for field in fields(plain)):
+        turned[f"{method}-row_parts"] = quick_config(method, row_parts=2)
     return {method: plain} | {name: config for name, config in turned.items() if stored(config) != stored(plain)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
@@ -113,10 +115,13 @@ MIXTURES = {
 }  # fmt: skip
 
 
-def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of the family, in evaluation mode; its biases and routers are no longer zeros."""
+def tiny_mixture(family: str, dtype: torch.dtype = torch.float32, **changed: Any) -> PreTrainedModel:
+    """A model of the family, in evaluation mode; its biases and routers are no longer zeros. ``changed`` are fields of
+    the config."""
     torch.manual_seed(0)
     model = MIXTURES[family]().eval()
+    if changed:
+        model = type(model)(type(model.config)(**model.config.to_diff_dict() | changed)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)  # rotary tables stay as they are computed

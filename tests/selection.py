@@ -29,6 +29,9 @@ SLOW = (
     "tests/methods/test_registry.py::test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsewhere",
     "tests/model_merge/test_trained_mixture.py",
     "tests/scales/test_training.py::test_it_compiles_without_a_graph_break",
+    "tests/cli/test_run.py::test_autoload_imports_the_package_in_whatever_order_a_program_imports",
+    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one",
+    "tests/integrations/test_distributed_losses.py",
     "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
     "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
     "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",
@@ -44,10 +47,15 @@ SLOW = (
 # Left to `make test-all`: each takes half a minute or more, and shows on a larger model or on a
 # second version what another test shows in seconds.
 THOROUGH = (
+    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one[ddp]",
+    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one[fsdp2]",
+    "tests/cli/test_run.py::test_trls_dpo_trains_on_a_saved_model",
     "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
     "tests/test_examples.py::test_chunked_loss_example",
+    "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
     "tests/test_examples.py::test_serving_example",
+    "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
 )
 
 

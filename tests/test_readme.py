@@ -1,14 +1,52 @@
-"""The README says what was measured, and its first example runs."""
+"""The README is short, its blocks run as they stand and print what it says, and what it names exists."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from demo_model import demo_model_folder
+from hub import put_in_hub
 from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MAX_BYTES = 9_000
+# The command in a checkout that is not installed.
+PQL = f'pql() {{ {sys.executable} -m peft_quantlayers "$@"; }}\n'
+
+
+def block(kind: str) -> str:
+    """The block of code after ``<!-- block KIND -->``."""
+    return re.search(rf"<!-- block {kind} -->\n```\w+\n(.*?)```", README, re.S).group(1)
+
+
+def printed(kind: str) -> list[str]:
+    """The lines after ``<!-- output KIND -->``."""
+    return re.search(rf"<!-- output {kind} -->\n```\w+\n(.*?)```", README, re.S).group(1).splitlines()
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    cache = put_in_hub(tmp_path / "hub", demo_model_folder())
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("kind", ["python", "shell"])
+def test_a_block_runs_as_it_stands_and_prints_what_the_readme_says(kind, tmp_path, environment):
+    command = [sys.executable, "-c", block(kind)] if kind == "python" else ["bash", "-euc", PQL + block(kind)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in printed(kind) if line not in done.stdout] == []
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= MAX_BYTES
 
 
 def test_the_tables_are_what_the_benchmarks_wrote():
@@ -16,18 +54,20 @@ def test_the_tables_are_what_the_benchmarks_wrote():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.real_model
-def test_the_first_example_runs_as_it_stands(tmp_path):
-    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    example = example.replace("HuggingFaceTB/SmolLM2-135M", str(demo_model_folder()))
-    done = run_program("-c", example, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-
-
 def test_every_make_target_and_file_that_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`make ([\w-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    for path in set(re.findall(r"`?python ([\w/]+\.py)", README)) | set(re.findall(r"\]\(([\w.]+)\)", README)):
-        assert (ROOT / path).exists(), path
+    named = set(re.findall(r"`?python ([\w/]+\.py)", README)) | set(
+        re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", README)
+    )
+    assert len(named) > 15
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_every_figure_is_drawn_from_the_results(tmp_path):
+    done = run_program("benchmarks/plots.py", "--output", tmp_path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {
+        file.name for file in (ROOT / "docs" / "images").glob("*.svg")
+    }

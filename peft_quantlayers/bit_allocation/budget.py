@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,18 +29,18 @@ PREDICTIONS = 512
 def plan_of(
     model: nn.Module, config: QuantConfig, budget: Any, calibration: Calibration | None, *, progress: bool
 ) -> BitPlan:
-    """``budget`` itself if it is a plan, or a plan for that many bits per weight or that size.
+    """``budget`` itself if it is a plan or the file of one, or a plan for that many bits per weight or that size.
 
     Raises:
         TypeError: no budget of these kinds.
         ValueError: a number or size without calibration data, or as :func:`plan_bits`. The model was not changed.
     """
-    if isinstance(budget, BitPlan):
-        return budget
+    if (plan := given_plan(budget)) is not None:
+        return plan
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise TypeError(
-            f"budget must be stored bits per weight (3.5), a size ('4GB') or a BitPlan, got {type(budget).__name__}. "
-            "The model was not changed."
+            f"budget must be stored bits per weight (3.5), a size ('4GB'), a BitPlan or its file, got "
+            f"{type(budget).__name__}. The model was not changed."
         )
     if calibration is None:
         raise ValueError(
@@ -48,6 +49,20 @@ def plan_of(
         )
     wanted = {"size": budget} if isinstance(budget, str) else {"average": float(budget)}
     return plan_bits(model, calibration, config=config, progress=progress, **wanted)
+
+
+def given_plan(budget: Any) -> BitPlan | None:
+    """The plan that ``budget`` is, or that the file of this name holds (a ``Path``, or text that ends in ``.json``).
+
+    None for a number or a size, of which a plan is still to be made.
+
+    Raises:
+        ValueError: the file holds something else.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(budget, Path) or (isinstance(budget, str) and budget.endswith(".json")):
+        return BitPlan.load(budget)
+    return budget if isinstance(budget, BitPlan) else None
 
 
 def with_plan(config: QuantConfig, plan: BitPlan) -> QuantConfig:

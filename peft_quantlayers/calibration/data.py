@@ -62,7 +62,7 @@ class Calibration:
             for each layer the one of these with the lowest error on held-out tokens. Experts begin with the nearest.
         finetune_epochs: after a block is quantized, epochs over the data in which its scales, zeros, codebooks, biases
             and float32 norms are trained to restore the block's original output; 0 for none.
-        learning_rate: of that training, relative to the size of each tensor.
+        learning_rate: of that training, and of a merge's with ``tune_epochs``, relative to the size of each tensor.
         resume_folder: where finished blocks are stored, so that an interrupted run can continue.
     """
 

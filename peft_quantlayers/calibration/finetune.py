@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
 from .blocks import Call
+from .trained_metadata import TrainedMetadata, trained_metadata
 from .walk import BlockWork
 
 
@@ -22,9 +23,8 @@ def finetune_block(
 
     Trained, by Adam with a cosine schedule: all floating tensors of ``layers``, by default all quantized ones of the
     block, in float32, and with ``norms`` their biases and the block's norm layers, as far as those are float32. Dense
-    weights, routers and experts stay. A tensor's rate is ``learning_rate`` times its root mean square, since scales,
-    zeros and codebooks differ in size by orders of magnitude. Ends where it began if the error did not fall, and also
-    where it is interrupted.
+    weights, routers and experts stay. A tensor's rate is ``learning_rate`` times its root mean square. Ends where it
+    began if the error did not fall, and also where it is interrupted.
 
     Returns:
         Error before and after, relative to the targets' energy.
@@ -39,52 +39,29 @@ def finetune_block(
         raise ValueError("block finetuning needs targets.")
     if layers is None:
         layers = [module for module in work.block.modules() if isinstance(module, QuantizedLinear)]
-    parameters = _trainable(work.block, layers, norms=norms)
-    required = {parameter: parameter.requires_grad for parameter in work.block.parameters()}
-    for parameter in required:
-        parameter.requires_grad_(False)
-    kept = [parameter.detach().clone() for parameter in parameters]
-    is_better = False
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    with trained_metadata(work.block, layers, beside=_beside(work.block, layers) if norms else ()) as trained:
         energy = sum(
             float(call.real_tokens(target).float().square().sum())
             for call, target in zip(work.calls, work.targets, strict=True)
         )
         first = _error(work, energy)
-        _train(work, work.targets, parameters, energy=energy, epochs=epochs, learning_rate=learning_rate)
+        _train(work, work.targets, trained, energy=energy, epochs=epochs, learning_rate=learning_rate)
         last = _error(work, energy)
         if last < first:
-            for layer in layers:
-                _check_narrow(layer)
-            is_better = True
-    finally:
-        if not is_better:
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.data.copy_(value)
-        for parameter, was_required in required.items():
-            parameter.grad = None
-            parameter.requires_grad_(was_required)
-        for layer in layers:
-            _narrow(layer)
-    return first, last if is_better else first
+            trained.keep()
+    return first, last if trained.is_kept else first
 
 
 def _train(
     work: BlockWork,
     targets: list[Tensor],
-    parameters: list[nn.Parameter],
+    trained: TrainedMetadata,
     *,
     energy: float,
     epochs: int,
     learning_rate: float,
 ) -> None:
-    groups = [
-        {"params": [parameter], "lr": learning_rate * float(parameter.detach().square().mean().sqrt())}
-        for parameter in parameters
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(trained.rates(learning_rate), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(work.calls))
     for _ in range(epochs):
         for call, target in zip(work.calls, targets, strict=True):
@@ -110,32 +87,8 @@ def _error(work: BlockWork, energy: float) -> float:
     return sum(errors) / max(energy, 1e-30)
 
 
-def _trainable(block: nn.Module, layers: list[QuantizedLinear], *, norms: bool) -> list[nn.Parameter]:
-    """Floating parameters to train, those of quantized layers widened to float32 in place."""
-    metadata = []
-    for layer in layers:
-        for name in layer.quantized_weight.tensors:
-            parameter = layer.get_parameter(name)
-            if parameter.is_floating_point():  # codes and integer metadata stay
-                parameter.data = parameter.data.float()
-                metadata.append(parameter)
-    if not norms:
-        return metadata
+def _beside(block: nn.Module, layers: list[QuantizedLinear]) -> list[nn.Parameter]:
+    """Biases of the layers and parameters of the block's norms, as far as they are float32."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     norm_parameters = [p for module in block.modules() if is_norm(module) for p in module.parameters()]
-    others = [parameter for parameter in biases + norm_parameters if parameter.dtype == torch.float32]
-    return list(dict.fromkeys(metadata + others))
-
-
-def _check_narrow(layer: QuantizedLinear) -> None:
-    """ValueError where the dtypes of the layer's spec cannot hold its tensors."""
-    for name, entry in layer.spec.tensor_layout(layer.out_features, layer.in_features).items():
-        if entry.dtype.is_floating_point and not torch.isfinite(layer.get_parameter(name).data.to(entry.dtype)).all():
-            raise ValueError(f"{layer.layer_name}: {entry.dtype} cannot hold the finetuned {name}. Use float32.")
-
-
-def _narrow(layer: QuantizedLinear) -> None:
-    """Back to the dtypes of the layer's spec."""
-    for name, entry in layer.spec.tensor_layout(layer.out_features, layer.in_features).items():
-        parameter = layer.get_parameter(name)
-        parameter.data = parameter.data.to(entry.dtype)
+    return [parameter for parameter in biases + norm_parameters if parameter.dtype == torch.float32]

@@ -118,7 +118,7 @@ class ResumeFolder:
             raise ValueError(f"its specs do not name the layers of the block {block!r}")
         specs = {name: spec_from_dict(fields) for name, fields in stored.items()}
         for name, spec in specs.items():
-            if spec not in (planned[name], planned[name].widened()):
+            if spec not in planned[name].stored_forms():
                 raise ValueError(f"{name} is stored as {spec}, and this run quantizes it to {planned[name]}")
         return specs
 

@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "measure a model on text and tasks",
     "inspect": "say what a folder holds",
     "estimate": "say what memory, disk and time the work will take",
+    "report": "write a page with plots on a model, a training run or a merge",
     "chat": "talk with a model",
     "run": "run another program with this package imported",
     "autoload": "print the folder that, in PYTHONPATH, has every Python process import this package",
@@ -75,6 +76,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     try:
         settings = parse(parser, arguments, module.POSITIONALS)
         result = module.run(settings)
+        if result is None:  # another process tells
+            return 0
         if result.output is not None:
             _save_settings(verb, parser, settings, Path(result.output))
     except WrongUsage as error:

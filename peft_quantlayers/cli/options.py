@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..bit_allocation import BitPlan
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
 from .data import DATA_HELP, load_data
@@ -100,6 +101,59 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
         return None
     data = load_data("calibration.data", fields["data"])
     return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
+
+
+def add_budget(parser: ArgumentParser) -> None:
+    """``--average_bits``, ``--size``, ``--choices`` and ``--plan``."""
+    parser.add_argument(
+        "--average_bits",
+        type=float | None,
+        default=None,
+        help="stored bits per weight of the quantized layers, scales included (3 bits in groups of 64 are 3.5): bits "
+        "are planned layer by layer on --calibration.data",
+    )
+    parser.add_argument(
+        "--size", type=str | None, default=None, help="the same for the bytes of all tensors, such as 4GB or 3.5GiB"
+    )
+    parser.add_argument(
+        "--choices",
+        type=list[int | dict[str, Any]] | None,
+        default=None,
+        help="what a layer may take: numbers of bits (of codebooks for aqlm), or fields; null: [2, 3, 4]",
+    )
+    parser.add_argument(
+        "--plan",
+        type=str | None,
+        default=None,
+        help="file of a plan that was made before (bit_plan.json in an output)",
+    )
+
+
+def is_to_be_planned(settings: Namespace) -> bool:
+    """Whether ``--average_bits`` or ``--size`` is given. Raises ValueError where other options contradict that."""
+    given = [name for name in ("average_bits", "size", "plan") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are two budgets: give one. Nothing was written.")
+    if settings.choices is not None and given in ([], ["plan"]):
+        raise ValueError("--choices needs a budget: --average_bits 3.5 or --size 4GB. Nothing was written.")
+    if given in ([], ["plan"]):
+        return False
+    if settings.calibration.data is None:
+        raise ValueError(
+            f"--{given[0]} needs --calibration.data, on which bits are planned; or give --plan FILE, a plan that was "
+            "made before. Nothing was written."
+        )
+    return True
+
+
+def budget(settings: Namespace) -> dict[str, Any]:
+    """The arguments of :func:`plan_bits` that the options of :func:`add_budget` make."""
+    return {"average": settings.average_bits, "size": settings.size, "choices": settings.choices}
+
+
+def given_plan(settings: Namespace) -> BitPlan | None:
+    """The plan in the file ``--plan``; None without one. Raises FileNotFoundError and ValueError as its reading."""
+    return None if settings.plan is None else BitPlan.load(settings.plan)
 
 
 def _configs() -> dict[str, type[QuantConfig]]:

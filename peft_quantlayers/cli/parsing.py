@@ -21,6 +21,7 @@ YAML_SUFFIXES = (".yaml", ".yml", ".json")
 # Names that other trainers and quantizers use for the same thing.
 ALIASES = {
     "adapter_name_or_path": "adapter",
+    "avg_bits": "average_bits",
     "base_model": "model",
     "bits": "nbits",
     "export_dir": "output",

@@ -20,7 +20,7 @@ from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
 from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
 from .formats.grid_format import GridFormat
-from .formats.registry import export_formats
+from .formats.registry import format_named
 from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
 from .refusals import Model, refuse_misfits
@@ -84,11 +84,8 @@ def export(
         FileNotFoundError: no model, adapter or tokenizer is there.
         TypeError: a value of the wrong type.
         OSError: no permission, or no space.
-        In each case nothing was written.
     """
-    formats = export_formats()
-    check_choice("format", format, tuple(formats))
-    target = formats[format]
+    target = format_named(format)
     _check_arguments(target, destination, approximate=approximate, dtype=dtype)
     if approximate != "requantize" and (calibration is not None or float_model is not None):
         raise ValueError('calibration and float_model are for approximate="requantize". Nothing was written.')

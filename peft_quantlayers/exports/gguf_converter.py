@@ -50,4 +50,7 @@ def convert(model: Path, file: Path, dtype: torch.dtype) -> None:
     """
     folder = converter_folder()
     arguments = [str(folder / SCRIPT), str(model), "--outfile", str(file), "--outtype", _OUT_TYPES[dtype]]
-    convert_with("llama.cpp's converter", arguments, os.environ | {"PYTHONPATH": str(folder)}, file)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    is_wheel = not os.environ.get(VARIABLE)
+    way_out = f"A checkout of llama.cpp, named in {VARIABLE}, knows more than {WHEEL}." if is_wheel else ""
+    convert_with("llama.cpp's converter", arguments, environment, file, way_out=way_out)

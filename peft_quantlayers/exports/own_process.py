@@ -19,8 +19,12 @@ def run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> tupl
     return done.returncode, done.stderr + done.stdout
 
 
-def convert_with(program: str, arguments: Sequence[str], environment: Mapping[str, str], made: Path) -> None:
+def convert_with(
+    program: str, arguments: Sequence[str], environment: Mapping[str, str], made: Path, *, way_out: str = ""
+) -> None:
     """Run a converter, called ``program`` in messages, that writes the file ``made``.
+
+    ``way_out``: a sentence for the error.
 
     Raises:
         ValueError: it wrote none; with its last words.
@@ -28,4 +32,5 @@ def convert_with(program: str, arguments: Sequence[str], environment: Mapping[st
     status, printed = run_python(arguments, environment)
     if status != 0 or not made.is_file():
         said = "\n  ".join([line for line in printed.splitlines() if line.strip()][-_SHOWN_LINES:])
-        raise ValueError(f"{program} does not take this model; nothing was written. It says:\n  {said}")
+        way_out = f" {way_out}" if way_out else ""
+        raise ValueError(f"{program} does not take this model; nothing was written.{way_out} It says:\n  {said}")

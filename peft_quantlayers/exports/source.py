@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import QuantizedWeight
 from ..integrations.checkpoint_reader import OpenedFolder, open_folder
 from ..integrations.expert_tensors import expert_tensors
 from ..layers import QuantizedLinear, QuantizedStack, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
 from ..layers.expert_types import dense_stacks, fused_weights
 from ..layers.selection import quantized_layers
+from ..methods import HQQSpec
+from ..methods.hqq.method import with_plain_metadata
 from .source_layer import SourceLayer, StackFacts
 
 
@@ -115,8 +118,8 @@ def layers_in_memory(model: nn.Module) -> dict[str, SourceLayer]:
             module=name,
             **_common(model, layer),
             stack=_stack_facts(model, name, layer) if isinstance(layer, QuantizedStack) else None,
-            tensor=lambda part, layer=layer: layer.quantized_weight.tensors[part].cpu(),  # type: ignore[misc]
-            weight=lambda layer=layer: layer.quantized_weight.to(torch.device("cpu")),  # type: ignore[misc]
+            tensor=lambda part, layer=layer: _plain(layer.quantized_weight).tensors[part].cpu(),  # type: ignore[misc]
+            weight=lambda layer=layer: _plain(layer.quantized_weight.to(torch.device("cpu"))),  # type: ignore[misc]
             branch=None if layer.branch is None else lambda b=layer.branch: (b.A.data.cpu(), b.B.data.cpu()),  # type: ignore[misc]
         )
         for name, layer in quantized_layers(model).items()
@@ -158,11 +161,17 @@ def _is_quantized(module: nn.Module) -> bool:
 def _common(model: nn.Module, layer: QuantizedLinear | QuantizedStack) -> dict[str, Any]:
     return {
         "model_type": str(getattr(getattr(model, "config", None), "model_type", "")),
-        "spec": layer.spec,
+        "spec": layer.spec.with_plain_metadata() if isinstance(layer.spec, HQQSpec) else layer.spec,
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "is_transposed": layer.is_transposed if isinstance(layer, QuantizedStack) else layer.is_conv1d,
     }
+
+
+def _plain(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight without metadata in 8 bits, which no format of other engines has; to the bit."""
+    is_plain = not isinstance(weight.spec, HQQSpec) or not weight.spec.double_quant
+    return weight if is_plain else with_plain_metadata(weight)
 
 
 def _stack_facts(model: nn.Module, name: str, stack: QuantizedStack) -> StackFacts:
@@ -188,8 +197,10 @@ def _layer_of(opened: OpenedFolder, name: str, module: str, layer: QuantizedLine
         module=module,
         **_common(opened.skeleton, layer),
         stack=_stack_facts(opened.skeleton, module, layer) if isinstance(layer, QuantizedStack) else None,
-        tensor=lambda part: opened.layer_tensor(name, layer, part),
-        weight=lambda: opened.weight(name, layer),
+        tensor=(lambda part: _plain(opened.weight(name, layer)).tensors[part])
+        if getattr(layer.spec, "double_quant", False)
+        else (lambda part: opened.layer_tensor(name, layer, part)),
+        weight=lambda: _plain(opened.weight(name, layer)),
         branch=branch,
     )
 

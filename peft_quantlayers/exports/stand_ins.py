@@ -168,13 +168,16 @@ class StandIns:
 
     def check_complete(self) -> None:
         """Raise ValueError unless every row of every layer has one place."""
-        for layer, n_found in zip(self._layers, self._n_found.tolist(), strict=True):
-            if n_found != layer.n_rows:
-                raise ValueError(
-                    f"{self._converter} left out or repeated rows of {layer.name}; its architecture cannot be "
-                    "exported with codes. Dequantize the model (peft_quantlayers.dequantize_model). Nothing was "
-                    "written."
-                )
+        counts = zip(self._layers, self._n_found.tolist(), strict=True)
+        wrong = [layer.name for layer, n_found in counts if n_found != layer.n_rows]
+        if wrong:
+            others = f" and {len(wrong) - 1} more layer(s)" if len(wrong) > 1 else ""
+            skipped = sorted({name.rpartition(".")[2] for name in wrong})
+            raise ValueError(
+                f"{self._converter} left out, repeated or turned rows of {wrong[0]}{others}, which codes cannot "
+                f"follow. Keep them dense where the float model is quantized (skip_modules={skipped}), or dequantize "
+                "the whole model (peft_quantlayers.dequantize_model). Nothing was written."
+            )
 
     def layers_in(self, place: Place) -> list[SourceLayer]:
         """The layers that have a part in ``place``."""

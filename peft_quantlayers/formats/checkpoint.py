@@ -10,6 +10,7 @@
 5. ``"stacks": {name: index into specs}``, fused weights of experts by the name of the parameter. Their tensors have
    the expert as first dimension.
 6. Fields of specs that older readers do not know (:attr:`QuantSpec.format_version`).
+7. More of them: ``row_parts`` of AQLM, ``double_quant`` of HQQ.
 
 Readers accept every format version up to their own; writers write the oldest that says everything, so that older
 readers read what they can.
@@ -22,7 +23,7 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # The fields that each version added.
 _ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks"}
 _SENTINELS, _SENTINELS_VERSION = "sentinels", 4

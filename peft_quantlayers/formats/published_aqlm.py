@@ -24,6 +24,8 @@ class PublishedAqlmFormat(CheckpointFormat):
             return f"it holds AQLM layers only, not {sorted(methods - {'aqlm'})}."
         if len({_scheme(spec) for spec in description.specs.values()}) > 1:
             return "it has one scheme for all layers, and these have several."
+        if any(getattr(spec, "row_parts", 1) > 1 for spec in description.specs.values()):
+            return "its layers have one set of codebooks, and these have row_parts with codebooks of their own."
         if description.compute_dtype is not None:
             return f"it has no field for compute_dtype={description.compute_dtype!r}."
         if description.compute_dtypes:

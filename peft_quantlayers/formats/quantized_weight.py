@@ -123,6 +123,28 @@ class QuantizedWeight:
             raise ValueError("only weights of one spec and one shape can be stacked.")
         return stack
 
+    @classmethod
+    def joined(cls, weights: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """``weights`` as one, the rows of each below those of the one before. Tensors that all rows of a weight share
+        get the weight as first dimension; the others are concatenated.
+
+        Raises:
+            ValueError: as :meth:`stacked`, or their groups hold several rows that would lie apart.
+        """
+        stack, n_weights = cls.stacked(weights), len(weights)
+        sides = (stack.out_features, stack.in_features)
+        spec = stack.spec.joined(n_weights, *sides)
+        if spec is None or len(stack.leading) > 1:
+            raise ValueError(f"{n_weights} weights of {stack.spec} cannot lie in one, row below row.")
+        layout = stack.spec.tensor_layout(*sides)
+        tensors = {
+            name: tensor if layout[name].rows_per_entry is None else tensor.flatten(0, 1)
+            for name, tensor in stack.tensors.items()
+        }
+        return dataclasses.replace(
+            stack, spec=spec, out_features=n_weights * stack.out_features, tensors=tensors, leading=()
+        )
+
     def with_entry(self, index: int, weight: "QuantizedWeight", *, in_place: bool = False) -> "QuantizedWeight":
         """This stack with ``weight`` as the entry ``index`` of its first dimension; see :meth:`stacked`.
 
@@ -134,7 +156,11 @@ class QuantizedWeight:
         spec = self.spec
         if weight.spec != spec:
             if spec.widened() not in (weight.spec, weight.spec.widened()):
-                raise ValueError("only weights of one spec and one shape can be stacked.")
+                raise ValueError(
+                    f"only weights of one spec and one shape can be stacked, and here are {spec} and {weight.spec}. "
+                    "An expert may need other metadata: quantize these experts with overrides (of HQQ, "
+                    "double_quant=False)."
+                )
             spec = spec.widened()
         tensors = {}
         for name, entry in spec.layout_of(self.shape).items():

@@ -132,6 +132,12 @@ class QuantSpec(ABC):
             found[name] = tensors[name].narrow(dim, rows.start // size, (rows.stop - rows.start) // size)
         return self, found
 
+    def joined(self, n_weights: int, out_features: int, in_features: int) -> Self | None:
+        """The spec of ``n_weights`` weights of this spec and shape as one, each one's rows below those of the one
+        before; None where nothing says which rows belong together. See :meth:`QuantizedWeight.joined`."""
+        layout = self.tensor_layout(out_features, in_features)
+        return self if all(entry.rows_per_entry is not None for entry in layout.values()) else None
+
     # ---- metadata
 
     def find_damage(self, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> str:
@@ -190,6 +196,10 @@ class QuantSpec(ABC):
         if any(field.name == "scale_dtype" for field in dataclasses.fields(self)):
             return dataclasses.replace(self, scale_dtype="float32")  # type: ignore[call-arg]
         return self
+
+    def stored_forms(self) -> tuple[Self, ...]:
+        """The specs that a weight may have that was quantized to this one: itself, or those that hold more numbers."""
+        return tuple(dict.fromkeys((self, self.widened())))
 
     @property
     def format_version(self) -> int:

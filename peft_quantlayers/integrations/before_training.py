@@ -10,8 +10,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_training(model: nn.Module) -> None:
-    """Warn of frozen adapters; raise ValueError if accelerate is about to shard ``model`` with FSDP1."""
+    """Warn of frozen adapters; raise ValueError if accelerate is about to use FSDP1 or DeepSpeed."""
     refuse_fsdp1()
+    refuse_deepspeed()
     warn_of_frozen_adapters(model)
 
 
@@ -20,12 +21,27 @@ def refuse_fsdp1() -> None:
 
     It joins all parameters of a module into one float tensor; torch's own error does not name the way out.
     """
-    is_used = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
-    if is_used and os.environ.get("FSDP_VERSION", "1") == "1":
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
             "FSDP1 joins all parameters into one float tensor, of which the codes of quantized layers cannot be part. "
             "Use FSDP2: fsdp_version: 2 in accelerate's config, or TrainingArguments(fsdp_config={'version': 2})."
         )
+
+
+def refuse_deepspeed() -> None:
+    """Raise ValueError if accelerate or the Trainer was told to use DeepSpeed.
+
+    Its ZeRO stages flatten parameters into buffers of one floating dtype and split these at any number.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed flattens parameters into buffers of one floating dtype, of which the codes of quantized layers "
+            "cannot be part. Use DDP, or FSDP2 for a base that does not fit into one device: docs/distributed.md."
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
 def warn_of_frozen_adapters(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ into which fused weight, and where: gate and up lie one above the other in each 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,8 +23,9 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from ..formats import QuantSpec
+from ..formats import QuantSpec, TensorLayout
 from ..formats.checkpoint_format import ModelDescription, StoredLayer
+from ..layers.codes_parameter import as_bytes
 from ..layers.dense_types import dense_shape
 from ..layers.expert_types import find_stack
 from .checkpoint_names import CheckpointNames
@@ -40,17 +41,38 @@ class StackOfLayers:
 
     Fields:
         name: of the stack in the model.
-        spec: of all of them.
-        tensor_names: of each.
+        spec: of the stack.
+        tensor_names: of each layer.
+        shared_names: those of them that all rows of a layer share; the others have entries for each row.
         layer: how each is stored, where it is converted when it is read.
         parts: names in the checkpoint, of each part of an expert's weight (gate, up) one for each expert, in order.
     """
 
     name: str
     spec: QuantSpec
-    tensor_names: tuple[str, ...]
+    layout: Mapping[str, TensorLayout]
     layer: StoredLayer | None
     parts: tuple[tuple[str, ...], ...]
+
+    def expert(self, tensor_name: str, stored: Sequence[Tensor]) -> Tensor:
+        """The tensor ``tensor_name`` of one expert's weight, from those of its parts.
+
+        Raises:
+            ValueError: one is not as the layout says.
+        """
+        entry = self.layout[tensor_name]
+        parts = list(stored)
+        if self.layer is not None and tensor_name in self.layer.tensor_names:
+            parts = [self.layer.convert(tensor_name, tensor) for tensor in parts]
+        for part in parts:
+            if (tuple(part.shape), part.dtype) != (entry.shape, entry.dtype):
+                raise ValueError(
+                    f"an expert's tensor is {part.dtype} of shape {tuple(part.shape)}, and {self.spec} has "
+                    f"{entry.dtype} of shape {entry.shape}. The file is damaged, or belongs to another config.json."
+                )
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack(parts) if entry.rows_per_entry is None else torch.cat(parts)
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -86,18 +108,22 @@ def stacks_of_layers(
                 "peft_quantlayers."
             )
         spec, layer = kinds.pop()
-        layout = spec.tensor_layout(*sides)
-        # One weight below another: the tensors are those of both only if each row has its own entries.
-        are_rows = getattr(spec, "axis", 1) == 1 and all(entry.rows_per_entry == 1 for entry in layout.values())
-        if len(stored) > 1 and not are_rows:
+        out_features, in_features = sides[0] // len(stored), sides[1]
+        layout = spec.tensor_layout(out_features, in_features)
+        whole = spec if len(stored) == 1 else spec.joined(len(stored), out_features, in_features)
+        if whole is None:
             raise ValueError(
                 f"{first}: the checkpoint holds each expert of a mixture as quantized layers of its own, and "
                 f"two {spec.method} weights (gate and up) cannot lie in one, as transformers 5 keeps them: {spec} "
-                "shares codebooks or groups over the rows of each. Use the checkpoint with transformers 4 and the "
-                "package that wrote it, or quantize the float model with peft_quantlayers."
+                "has groups over the rows of each. Use the checkpoint with transformers 4 and the package that wrote "
+                "it, or quantize the float model with peft_quantlayers."
             )
         found[stack_name] = StackOfLayers(
-            name=stack_name, spec=spec, tensor_names=tuple(layout), layer=layer, parts=tuple(map(tuple, stored))
+            name=stack_name,
+            spec=whole,
+            layout=layout,
+            layer=layer,
+            parts=tuple(map(tuple, stored)),
         )
     return found
 
@@ -153,16 +179,16 @@ class StackedTensors(WeightConverter):
         stack_name, _, tensor_name = layer_name.rpartition(".")
         if loading_info is not None:
             loading_info.missing_keys.discard(layer_name)
-        layer = self.stacks[stack_name].layer
+        stack = self.stacks[stack_name]
         parts = [self.collected_tensors.pop(pattern) for pattern in self.patterns if pattern in self.collected_tensors]
-        made: list[Tensor] = []
         try:
-            for tensors in zip(*parts, strict=True):
-                read = [read_tensor(tensor) for tensor in tensors]
-                if layer is not None and tensor_name in layer.tensor_names:
-                    read = [layer.convert(tensor_name, tensor) for tensor in read]
-                made.append(torch.cat(read) if len(read) > 1 else read[0])
-            return {layer_name: torch.stack(made)}
+            tensor = torch.stack(
+                [
+                    stack.expert(tensor_name, [read_tensor(tensor) for tensor in tensors])
+                    for tensors in zip(*parts, strict=True)
+                ]
+            )
+            return {layer_name: as_bytes(tensor) if tensor_name == stack.spec.codes_name else tensor}
         except (ValueError, RuntimeError) as error:
             self.failures.append(f"{layer_name}: {error}")
             return {}
@@ -185,7 +211,7 @@ def stacked_tensors(
     for key, renamed in names.renamed(keys).items():
         name, _, tensor_name = key.rpartition(".")
         stack, part = owners.get(name, (None, 0))
-        if stack is not None and tensor_name in stack.tensor_names:
+        if stack is not None and tensor_name in stack.layout:
             places[len(stack.parts)][renamed] = (f"{stack.name}.{tensor_name}", part)
     return [
         StackedTensors(found, {name: s for name, s in stacks.items() if len(s.parts) == n_parts}, failures)

@@ -47,11 +47,12 @@ def quantize_weight(
     others: dict[str, Any] = {} if initial_codes == "nearest" else {"initial_codes": initial_codes}
     with named_errors(layer_name, remedy=f" Or skip the layer with skip_modules=[{layer_name!r}]."):
         quantized = get_method(spec.method).quantize(weight, spec, hessian=hessian, start=start, **others)
-    if quantized.spec != spec and quantized.spec == spec.widened():
+    if quantized.spec != spec and quantized.spec in spec.stored_forms():
         logger.warning(
             "%s: %s cannot hold the scales and other metadata of this layer (very small or very large weights, or a "
-            "large common offset), so they are stored in float32.",
+            "large common offset), so they are stored in %s.",
             layer_name,
-            getattr(spec, "scale_dtype", "the spec's dtype"),
+            "8 bits" if getattr(spec, "double_quant", False) else getattr(spec, "scale_dtype", "the spec's dtype"),
+            getattr(quantized.spec, "scale_dtype", "a wider one"),
         )
     return quantized

@@ -161,7 +161,7 @@ def _has_spec_of(layer: QuantizedStorage, config: QuantConfig, name: str) -> boo
         spec = config.fitted_spec(config.spec_for(name), layer.out_features, layer.in_features)
     except ValueError:
         return False
-    return spec is not None and layer.spec in (spec, spec.widened())
+    return spec is not None and layer.spec in spec.stored_forms()
 
 
 def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:

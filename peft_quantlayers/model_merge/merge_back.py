@@ -13,11 +13,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..arguments import check_callable, check_choice, check_flag, check_tokenizer
+from ..arguments import check_callable, check_choice, check_flag, check_integer, check_tokenizer
 from ..calibration import Calibration
 from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
-from ..merging.advice import nothing_merged
+from ..merging.advice import WITHOUT_NOISE, nothing_merged
 from ..merging.merge_rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
 from .effect import measured_effect, restore
@@ -34,6 +34,7 @@ from .refusals import (
     score_of,
 )
 from .targets import MergeTarget, merge_targets
+from .tune_merged import tune_merged, unmerged_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def merge_back(
     adapters: list[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
+    tune_epochs: int = 0,
     evaluate_on: Tensor | list[int] | Any = None,
     metric: Callable[[nn.Module], float] | None = None,
     unload: bool = True,
@@ -76,6 +78,10 @@ def merge_back(
         calibration: for ``"calibrated"``: texts, token ids, a dataset, batches for the model's forward, or a
             :class:`Calibration` around them. Layers that it does not reach are merged without calibration.
         tokenizer: for texts; None for the model's own.
+        tune_epochs: after a merge that rounds, epochs over ``calibration`` in which scales and codebooks of the merged
+            layers are trained end to end, for the merged model to predict what the unmerged one does; as
+            :func:`tune_scales`, with the ``learning_rate`` of the :class:`Calibration`. For "requantize",
+            "calibrated", "append" and "auto"; 0 for none. The codes stay.
         evaluate_on: held-out token ids, (n_tokens,) or (1, n_tokens) or a list. If given, the report says how much of
             the adapter's effect on the predictions is retained (:class:`peft_quantlayers.evaluate.Capture`), and how
             much of its delta of each layer's outputs. For models that read or give more than one text: batches, as
@@ -101,7 +107,7 @@ def merge_back(
     After any error, also one that ``metric`` raises, the model is left as it was.
     """
     refuse_other_models(peft_model)
-    _check_arguments(strategy, calibration)
+    _check_arguments(strategy, calibration, tune_epochs)
     check_tokenizer(tokenizer)
     check_callable("metric", metric, "a model")
     for flag, value in (("unload", unload), ("progress", progress)):
@@ -115,14 +121,27 @@ def merge_back(
     held_out = None if evaluate_on is None else held_out_batches(peft_model.get_base_model(), evaluate_on)
     score_before = _score(metric, peft_model, targets, names, progress=progress)
     captured = None
+    data = None if calibration is None else Calibration.of(calibration, tokenizer)
+    predictions = None
+    if data is not None and tune_epochs:
+        predictions = unmerged_predictions(peft_model, targets, names, data, progress=progress)
     with _all_or_nothing(targets):
-        if calibration is None:
+        if data is None or strategy not in TAKING_CALIBRATION:
             for target in tqdm(targets, desc="Merging", unit="layer", disable=not progress):
                 target.source.merge_by(target.source.merge_rules[strategy], names)
         else:
             with only_active(peft_model, targets, names):
-                data = Calibration.of(calibration, tokenizer)
                 merge_calibrated(peft_model, targets, names, data, strategy=strategy, progress=progress)
+        if data is not None and predictions is not None:
+            with only_active(peft_model, targets, names):
+                tune_merged(
+                    peft_model,
+                    targets,
+                    predictions,
+                    epochs=tune_epochs,
+                    learning_rate=data.learning_rate,
+                    progress=progress,
+                )
         if held_out is not None:
             captured = measured_effect(peft_model, targets, names, held_out, progress=progress)
         score_after = _score(metric, peft_model, targets, names, is_merged=True, progress=progress)
@@ -136,17 +155,28 @@ def merge_back(
     return MergedModel(_unloaded(peft_model, targets, names, strategy) if unload else peft_model, report)
 
 
-def _check_arguments(strategy: Strategy, calibration: Any) -> None:
+def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int) -> None:
     check_choice("strategy", strategy, STRATEGIES, remedy="The model is left as it was.")
+    check_integer("tune_epochs", tune_epochs, at_least=0, at_most=10_000)
+    if tune_epochs and strategy in WITHOUT_NOISE:
+        raise ValueError(
+            f"tune_epochs={tune_epochs} makes up for what rounding loses, and strategy={strategy!r} rounds nothing. "
+            "Leave it out. The model is left as it was."
+        )
+    if tune_epochs and calibration is None:
+        raise ValueError(
+            f"tune_epochs={tune_epochs} needs calibration=, on which the merged model learns to predict what the "
+            "unmerged one does. The model is left as it was."
+        )
     if calibration is None and strategy == "calibrated":
         raise ValueError(
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
             '"requantize", or "keep" for plain LoRA. The model is left as it was.'
         )
-    if calibration is not None and strategy not in TAKING_CALIBRATION:
+    if calibration is not None and strategy not in TAKING_CALIBRATION and not tune_epochs:
         raise ValueError(
-            f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do. The model is left as it '
-            "was."
+            f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do, and any that rounds with '
+            "tune_epochs=. The model is left as it was."
         )
     if isinstance(calibration, Calibration) and calibration.resume_folder is not None:
         raise ValueError(

@@ -99,7 +99,7 @@ class ModelSummary:
     @property
     def by_spec(self) -> tuple[SummaryGroup, ...]:
         """The quantized layers of each distinct spec, those with the most parameters first."""
-        return _groups(self.quantized, lambda module: _spec_label(cast(QuantSpec, module.spec)))
+        return _groups(self.quantized, lambda module: spec_label(cast(QuantSpec, module.spec)))
 
     @property
     def by_reason(self) -> tuple[SummaryGroup, ...]:
@@ -110,7 +110,7 @@ class ModelSummary:
         """One line for each module: name, what it is stored as or why it is dense, parameters, bits, bytes."""
         rows = [("module", "stored as", "parameters", "bits", "bytes")]
         for module in self.modules:
-            stored = f"dense: {module.reason}" if module.spec is None else _spec_label(module.spec)
+            stored = f"dense: {module.reason}" if module.spec is None else spec_label(module.spec)
             bits = 8 * module.nbytes / max(1, module.n_parameters)
             bits = bits if module.bits_per_weight is None else module.bits_per_weight
             shown = f"{bits:.2f}" if module.n_parameters else ""
@@ -165,7 +165,8 @@ def _groups(modules: Iterable[ModuleSummary], label_of: Callable[[ModuleSummary]
     return tuple(sorted(groups, key=lambda group: -group.nbytes))
 
 
-def _spec_label(spec: QuantSpec) -> str:
+def spec_label(spec: QuantSpec) -> str:
+    """A spec in short: its method and the fields that matter."""
     return " ".join([spec.method, *(f"{name}={getattr(spec, name)}" for name in spec.shown_fields)])
 
 

@@ -1,6 +1,17 @@
-"""Scale-only finetuning as a PEFT method: its config and its layers."""
+"""Scale-only finetuning: as a PEFT method, and as one call that tunes a model to predict what another does."""
 
 from .layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
+from .predictions import Predictions, record_predictions
 from .scales_config import QuantScalesConfig
+from .tune_scales import TuningResult, tune_scales
 
-__all__ = ["QuantScalesConfig", "QuantScalesLayer", "QuantScalesLinear", "QuantScalesNorm"]
+__all__ = [
+    "Predictions",
+    "QuantScalesConfig",
+    "QuantScalesLayer",
+    "QuantScalesLinear",
+    "QuantScalesNorm",
+    "TuningResult",
+    "record_predictions",
+    "tune_scales",
+]

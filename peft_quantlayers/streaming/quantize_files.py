@@ -15,6 +15,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 
 from ..arguments import check_callable, check_device, check_flag, check_integer, check_tokenizer
+from ..bit_allocation import BitPlan
+from ..bit_allocation.budget import given_plan, with_plan
 from ..calibration import Calibration, LayerResult
 from ..calibration.blocks import find_block_lists
 from ..calibration.quantize_calibrated import check_can_calibrate
@@ -42,6 +44,7 @@ def quantize_checkpoint(
     config: QuantConfig,
     *,
     calibration: Any = None,
+    budget: BitPlan | str | Path | None = None,
     tokenizer: Any = None,
     resume: bool = True,
     device: torch.device | str | None = None,
@@ -63,6 +66,8 @@ def quantize_checkpoint(
             then finished parts lie in ``.quantizing`` inside it.
         config: the method, and overrides by name.
         calibration: as in ``quantize_model``. Each block is read twice, and its inputs are kept in memory.
+        budget: a plan of :func:`plan_bits`, or the file that it was saved in: which bits each layer gets. Planning
+            takes gradients through the whole model, so it is done before, in memory.
         tokenizer: for texts; None for the one in ``source``.
         resume: False to remove what an interrupted call has left, and start from scratch.
         device: where to quantize, for example ``"cuda"``; None for the CPU.
@@ -77,8 +82,9 @@ def quantize_checkpoint(
 
     Raises:
         TypeError: ``config`` is not a QuantConfig; an argument of another kind.
-        ValueError: the source is quantized already, an adapter, of an unknown class, or lacks tensors; nothing to
-            quantize; a shape does not fit the config; a weight holds NaN or Inf (finished parts are kept).
+        ValueError: a budget that is no plan, or the plan of another model; the source is quantized already, an
+            adapter, of an unknown class, or lacks tensors; nothing to quantize; a shape does not fit the config; a
+            weight holds NaN or Inf (finished parts are kept).
         FileNotFoundError: no model in ``source``.
         FileExistsError: ``destination`` holds other files, or a run with another config, or another process writes to
             it.
@@ -105,6 +111,8 @@ def quantize_checkpoint(
     folder, target = local_folder(source), Path(os.path.realpath(destination))
     if target == Path(os.path.realpath(folder)):
         raise ValueError(f"source and destination are both {target}. Nothing was written; choose another destination.")
+    if budget is not None:
+        config = with_plan(config, _checked_plan(budget))
     checkpoint = FloatCheckpoint(folder)
     specs = quantizable_modules(checkpoint.model, config)
     _check_shard_size(max_shard_size)
@@ -146,6 +154,18 @@ def quantize_checkpoint(
         except OSError as error:
             raise _with_way_out(error, target, work, parts) from None
     return Path(destination)
+
+
+def _checked_plan(budget: Any) -> BitPlan:
+    """The plan that was given. Raises ValueError where there is none yet."""
+    plan = given_plan(budget)
+    if plan is None:
+        raise ValueError(
+            f"budget={budget!r}: from files to files, bits follow a plan that was made before. Make one with "
+            "plan_bits where the model fits into memory, save it, and give its file: budget=Path('plan.json'). "
+            "Nothing was written."
+        )
+    return plan
 
 
 def _quantize_plain(parts: PartsOfModel, work: WorkFolder, *, n_processes: int, progress: bool) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_flag, check_integer, check_model, nearest
-from ..integrations.checkpoint_headers import CheckpointFiles
-from ..integrations.checkpoint_names import CheckpointNames
+from ..calibration import Calibration, InputGroup, Visitor, walk
 from ..layers import QuantizedLinear
 from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
+from ..methods import get_method
 from ..transforms.record import in_words, transforms_of
+from .float_weights import float_weights
+from .low_rank import low_rank_approximation, output_norm
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class LoftQResult:
     Fields:
         name: of the quantized layer.
         error_before, error_after: norm of ``W - (Q + scaling * B @ A)`` over that of the float weight ``W``, where
-            ``Q`` is the dequantized weight.
+            ``Q`` is the dequantized weight. With calibration, that of the outputs.
         has_new_codes: whether ``Q`` has changed.
     """
 
@@ -50,6 +51,8 @@ def initialize_loftq(
     *,
     adapter: str = "default",
     iterations: int = 1,
+    calibration: Any = None,
+    tokenizer: Any = None,
     progress: bool = True,
 ) -> tuple[LoftQResult, ...]:
     """Initialise an adapter from the quantization error of its layers instead of zero.
@@ -58,9 +61,12 @@ def initialize_loftq(
     Each iteration after the first quantizes ``W - scaling * B @ A`` again before that, in the layer's own format. A
     layer keeps the state with the lowest error, its initial state included.
 
+    With ``calibration`` it is the outputs on this data that are approximated, block by block, with the adapter in the
+    blocks before: of the same rank, it leaves about half of their squared error.
+
     With one iteration the codes do not change, and only the adapter must be saved. With more **the base model
     changes too, and the adapter fits no other**: save both, the base after ``peft_model.unload()``. New codes are
-    chosen without calibration data: on a calibrated model use one iteration.
+    chosen with ``calibration`` too, or without if there is none: on a calibrated model use one iteration then.
 
     Call it before the training: it overwrites the adapter. PEFT's own ``LoraConfig(init_lora_weights="loftq")`` needs
     a float layer, and fits the adapter to the error of a bitsandbytes format, whatever the model is quantized to
@@ -72,6 +78,8 @@ def initialize_loftq(
             Modules are found by name; from files only the needed tensors are read.
         adapter: name of the adapter. Plain LoRA or rsLoRA.
         iterations: how often the adapter is fitted.
+        calibration: as in :func:`quantize_model`. Layers that it does not reach are as without.
+        tokenizer: for texts; None for the model's own.
         progress: show a progress bar.
 
     Returns:
@@ -85,7 +93,8 @@ def initialize_loftq(
             is changed.
         NotImplementedError: the adapter is more than plain LoRA. Nothing is changed.
 
-    Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1.
+    Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1. For ``calibration`` see
+    :func:`low_rank.low_rank_approximation`.
     """
     check_model("initialize_loftq", peft_model)
     check_integer("iterations", iterations, at_least=1, at_most=10_000)
@@ -105,26 +114,37 @@ def initialize_loftq(
     }
     if not layers:
         lora_layers = (module for module in model.modules() if isinstance(module, LoraQuantizedLinear))
-        found = sorted({name for layer in lora_layers for name in layer.lora_A})
-        hint = f"those on quantized layers are {found}" if found else "it has none, and is the first argument"
+        present = sorted({name for layer in lora_layers for name in layer.lora_A})
+        hint = f"those on quantized layers are {present}" if present else "it has none, and is the first argument"
         raise ValueError(
-            f"adapter {adapter!r} is on no quantized layer of the model{nearest(adapter, found)}: {hint}. Nothing was "
-            "changed."
+            f"adapter {adapter!r} is on no quantized layer of the model{nearest(adapter, present)}: {hint}. Nothing "
+            "was changed."
         )
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
     _refuse_other_transforms(float_model, model)
-    weight_of = _float_weights(float_model, model, list(layers))
+    given = None if calibration is None else Calibration.of(calibration, tokenizer)
+    if given is not None:
+        _check_calibration(given, layers, changes_codes=iterations > 1)
+    weight_of = float_weights(float_model, model, list(layers))
     undo: list[Callable[[], None]] = []
-    results = []
+    found: dict[str, LoftQResult] = {}
+
+    def initialize(name: str, hessian: Tensor | None) -> None:
+        undo.append(_undo(layers[name], adapter))
+        found[name] = _initialize(name, layers[name], adapter, weight_of(name), iterations, hessian)
+
     try:
-        for name, layer in tqdm(layers.items(), desc="LoftQ", disable=not progress):
-            undo.append(_undo(layer, adapter))
-            results.append(_initialize(name, layer, adapter, weight_of(name), iterations))
+        if given is None:
+            for name in tqdm(layers, desc="LoftQ", disable=not progress):
+                initialize(name, None)
+        else:
+            walk(model, list(layers), given, _InitializingVisitor(given, initialize), progress=progress)
     except BaseException:
         for put_back in undo:
             put_back()
         raise
+    results = [found[name] for name in layers]
     n_new = sum(result.has_new_codes for result in results)
     if n_new:
         record_again(model, cast(Any, peft_model).peft_config, adapter)
@@ -134,6 +154,38 @@ def initialize_loftq(
             len(results),
         )
     return tuple(results)
+
+
+class _InitializingVisitor(Visitor):
+    """Initialises each layer with the second moment of its inputs, as the adapters before it make them."""
+
+    statistics = ("second_moment",)
+
+    def __init__(self, calibration: Calibration, initialize: Callable[[str, Tensor | None], None]) -> None:
+        self.calibration, self.initialize = calibration, initialize
+
+    def visit_group(self, group: InputGroup) -> None:
+        hessian = group.hessian(self.calibration)
+        for name in group.names:
+            self.initialize(name, hessian)
+
+
+def _check_calibration(
+    calibration: Calibration, layers: Mapping[str, LoraQuantizedLinear], *, changes_codes: bool
+) -> None:
+    """Raise ValueError for options that have no meaning here, or new codes that cannot be calibrated."""
+    if calibration.finetune_epochs or calibration.asymmetric_targets or calibration.resume_folder is not None:
+        raise ValueError(
+            "initialize_loftq makes no use of finetune_epochs, asymmetric_targets and resume_folder; leave them out "
+            "of the Calibration. Nothing was changed."
+        )
+    for name, layer in layers.items():
+        spec = layer.quantized_base().spec
+        if changes_codes and not get_method(spec.method).can_use_hessian(spec):
+            raise ValueError(
+                f"{name}: {get_method(spec.method).calibration_requirement} Use iterations=1, or leave calibration "
+                "out. Nothing was changed."
+            )
 
 
 def _check(name: str, layer: LoraQuantizedLinear, adapter: str, *, changes_codes: bool) -> None:
@@ -174,19 +226,22 @@ def _undo(layer: LoraQuantizedLinear, adapter: str) -> Callable[[], None]:
     return put_back
 
 
-def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Tensor, iterations: int) -> LoftQResult:
+def _initialize(
+    name: str, layer: LoraQuantizedLinear, adapter: str, weight: Tensor, iterations: int, hessian: Tensor | None
+) -> LoftQResult:
     base = layer.quantized_base()
     A, B = (cast(nn.Linear, part[adapter]).weight for part in (layer.lora_A, layer.lora_B))
     target = _checked(name, base, weight.to(base.codes.device, torch.float32))
     scaling = layer.scaling[adapter]
-    norm = float(target.norm()) or 1.0
+    hessian = None if hessian is None else hessian.to(target.device)
+    norm = output_norm(target, hessian) or 1.0
 
     def delta() -> Tensor:
         return scaling * (B.float() @ A.float())
 
     old = quantized = base.quantized_weight
     lost = target - base.method.dequantize(old)
-    before = least = float((lost - delta()).norm()) / norm
+    before = least = output_norm(lost - delta(), hessian) / norm
     best = old, A.data, B.data
     if before >= 1:
         raise ValueError(
@@ -196,11 +251,13 @@ def _initialize(name: str, layer: LoraQuantizedLinear, adapter: str, weight: Ten
     for iteration in range(iterations):
         if iteration:
             start = quantized if base.method.improves_start else None
-            quantized = quantize_weight(target - delta(), quantized.spec, layer_name=name, start=start)
+            quantized = quantize_weight(
+                target - delta(), quantized.spec, layer_name=name, hessian=hessian, start=start
+            )
             lost = target - base.method.dequantize(quantized)
-        left, right = _low_rank_approximation(lost / scaling, A.shape[0])
+        left, right = low_rank_approximation(lost / scaling, A.shape[0], hessian=hessian)
         A.data, B.data = right.to(A.dtype), left.to(B.dtype)
-        found = float((lost - delta()).norm()) / norm
+        found = output_norm(lost - delta(), hessian) / norm
         if found < least:
             best, least = (quantized, A.data, B.data), found
     if best[0] is not old:
@@ -220,50 +277,6 @@ def _checked(name: str, base: QuantizedLinear, weight: Tensor) -> Tensor:
     return weight if base.branch is None else weight - base.branch.dense()
 
 
-def _low_rank_approximation(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The product of a tall and a wide factor that is nearest to ``matrix``.
-
-    By the eigenvectors of the smaller Gram matrix, which takes at most half the time of a singular value
-    decomposition.
-
-    Returns:
-        (out_features, rank) and (rank, in_features), of equal norms.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        left, right = _low_rank_approximation(matrix.t(), rank)
-        return right.t().contiguous(), left.t().contiguous()
-    _, vectors = torch.linalg.eigh(matrix @ matrix.t())
-    left = vectors[:, -rank:]
-    right = left.t() @ matrix
-    root = right.norm(dim=1).sqrt()  # of the singular values
-    return left * root, right / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None]
-
-
-def _float_weights(float_model: nn.Module | str | Path, model: nn.Module, names: list[str]) -> Callable[[str], Tensor]:
-    """Reads the float weight of a layer by its name; all ``names`` are there."""
-    if isinstance(float_model, nn.Module):
-        modules = dict(float_model.named_modules())
-        _refuse_missing([name for name in names if not hasattr(modules.get(name), "weight")], names)
-        quantized = [name for name in names if isinstance(modules[name], (QuantizedLinear, LoraQuantizedLinear))]
-        if quantized:
-            raise ValueError(f"{quantized[0]}: float_model is quantized itself. Load it without quantizing it.")
-        return lambda name: cast(Tensor, modules[name].weight).detach()
-    folder = Path(float_model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(float_model), allow_patterns=["*.safetensors"]))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"float_model={str(float_model)!r} is not a folder, and the hub did not give it: {error}"
-            ) from None
-    files = CheckpointFiles(str(file) for file in sorted(folder.glob("*.safetensors")))
-    parameters = CheckpointNames(model, layers=names).parameters(files.headers)
-    stored = {name.removesuffix(".weight"): key for key, name in parameters.items() if name.endswith(".weight")}
-    _refuse_missing([name for name in names if name not in stored], names)
-
-    return lambda name: files.read(stored[name])
-
-
 def _refuse_other_transforms(float_model: nn.Module | str | Path, model: nn.Module) -> None:
     """Raise ValueError if ``model`` had other transforms before it was quantized than ``float_model`` has.
 
@@ -275,12 +288,4 @@ def _refuse_other_transforms(float_model: nn.Module | str | Path, model: nn.Modu
             f"float_model has other transforms ({in_words(of_float)}) than the model before it was quantized "
             f"({in_words(transforms_of(model))}): its weights are others. Give the float model as transform_model "
             "left it. Nothing was changed."
-        )
-
-
-def _refuse_missing(missing: list[str], names: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"float_model has no weight for {len(missing)} of {len(names)} layers, for example {missing[0]!r}. Give "
-            "the model that was quantized; where its files name the layers otherwise, load it and give the model."
         )

@@ -105,6 +105,32 @@ def test_a_budget_alone_plans_and_quantizes_and_overrides_do_the_same():
     assert all(torch.equal(tensor, by_hand[key]) for key, tensor in planned.state_dict().items())
 
 
+def test_a_saved_plan_goes_into_quantize_model_and_from_files_to_files(tmp_path):
+    plan = plan_bits(tiny_model(), DATA, average=5.0, config=CONFIG, progress=False)
+    plan.save(tmp_path / "plan.json")
+    in_memory = quantize_model(tiny_model(), CONFIG, calibration=DATA, budget=tmp_path / "plan.json", progress=False)
+    tiny_model().save_pretrained(tmp_path / "float")
+    for budget, folder in ((plan, "one"), (str(tmp_path / "plan.json"), "two")):
+        pql.quantize_checkpoint(
+            tmp_path / "float", tmp_path / folder, CONFIG, calibration=DATA, budget=budget, progress=False
+        )
+        loaded = type(in_memory).from_pretrained(tmp_path / folder).state_dict()
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in in_memory.state_dict().items())
+
+
+def test_files_take_a_plan_only_and_one_that_fits_the_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "float")
+    plan = plan_bits(tiny_model("gpt2"), DATA, average=6.0, config=CONFIG, progress=False)
+    for budget, message in (
+        (3.5, "plan that was made before"),
+        ("4GB", "plan that was made"),
+        (plan, "matches no module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pql.quantize_checkpoint(tmp_path / "float", tmp_path / "out", CONFIG, budget=budget, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_size_counts_the_whole_model():
     size = plan_bits(tiny_model(), DATA, average=5.0, config=CONFIG, progress=False).model_bytes
     for given in (size, f"{size / 1000}KB"):

@@ -99,6 +99,26 @@ def in_process(monkeypatch, capsys, *arguments):
     return code, output.out, output.err
 
 
+# Orders of imports that programs have: a look whether transformers is there; a module of it first, which imports peft.
+ORDERS = {
+    "a module first": "from transformers.trainer_utils import IntervalStrategy",
+    "looked for, then lazily": (
+        "from importlib.util import find_spec; find_spec('transformers')\nfrom transformers import TrainingArguments"
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_autoload_imports_the_package_in_whatever_order_a_program_imports(order, folder):
+    (folder / "order.py").write_text(f"{ORDERS[order]}\nimport sys\nprint('peft_quantlayers' in sys.modules)")
+    path = os.pathsep.join([run_module.AUTOLOAD_FOLDER, str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, folder / "order.py"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.split() == ["True"], done.stderr
+    assert "could not be imported" not in done.stderr
+
+
 def test_a_module_runs_as_with_dash_m(monkeypatch, capsys, tmp_path):
     (tmp_path / "a_package").mkdir()
     (tmp_path / "a_package" / "a_module.py").write_text("import sys; print(__name__, sys.argv[1:])")
@@ -141,6 +161,30 @@ def test_help_says_what_run_does_and_autoload_prints_a_folder(capsys):
     assert cli.main(["autoload"]) == 0
     assert (Path(capsys.readouterr().out.strip()) / "sitecustomize.py").is_file()
     assert cli.main(["runn"]) == 2
+
+
+def test_trls_dpo_trains_on_a_saved_model(folder, tmp_path):
+    pytest.importorskip("trl", reason="the extra `train` is not installed")
+    from tiny_folder import byte_tokenizer, save_tiny_llama
+
+    save_tiny_llama(tmp_path / "float", byte_tokenizer())
+    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "m", pql.HQQConfig(group_size=32), progress=False)
+    (tmp_path / "data").mkdir()
+    row = json.dumps({"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."})
+    (tmp_path / "data" / "train.jsonl").write_text(f"{row}\n" * 16)
+    done = command(
+        *("run", "trl", "dpo", "--model_name_or_path", "m", "--dataset_name", "data", "--output_dir", "out"),
+        *("--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4", "--learning_rate", "3e-3"),
+        *("--max_steps", "4", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "--bf16", "false"),
+        cwd=tmp_path,
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    losses = [each["loss"] for each in state["log_history"] if "loss" in each]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < 0.6
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_the_commands_that_are_installed_are_there():

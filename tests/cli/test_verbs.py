@@ -8,61 +8,14 @@ import cli_page
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from commands import TEXT, printed, refused
 from safetensors.torch import load_file
-from tiny_folder import byte_tokenizer, save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import quantize
 from peft_quantlayers.streaming.parts import PartsOfModel
-
-TEXT = "The lamp is red, the chair is blue, and the table is neither.\n\n" * 60
-
-
-@pytest.fixture(scope="module")
-def float_model(tmp_path_factory) -> str:
-    return str(save_tiny_llama(tmp_path_factory.mktemp("float"), byte_tokenizer()))
-
-
-@pytest.fixture(scope="module")
-def quantized(float_model, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("quantized") / "model"
-    assert main(["quantize", float_model, str(folder), "--group_size", "32"]) == 0
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(TEXT)
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def adapter(quantized, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("adapter") / "lora"
-    model = AutoModelForCausalLM.from_pretrained(quantized)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(folder)
-    return str(folder)
-
-
-def printed(capsys, arguments: list[str], *, exit_code: int = 0) -> str:
-    capsys.readouterr()
-    assert main(arguments) == exit_code
-    return capsys.readouterr().out
-
-
-def refused(capsys, arguments: list[str], exit_code: int) -> str:
-    capsys.readouterr()
-    assert main(arguments) == exit_code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("peft-quantlayers ")]
-    assert len(lines) == 1
-    return lines[0]
-
 
 # ---- each verb
 
@@ -146,6 +99,33 @@ def test_quantize_calibrated_goes_from_files_to_files_and_on_after_an_interrupti
     assert "--overwrite" in refused(capsys, [*command, "--overwrite", "--n_processes", "2"], 1)
 
 
+def test_a_budget_is_planned_reported_and_kept_as_a_plan_that_files_take(float_model, text_file, tmp_path, capsys):
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]
+    command = ["quantize", float_model, str(tmp_path / "a"), "--group_size", "32", *data]
+    found = json.loads(printed(capsys, [*command, "--avg_bits", "4", "--choices", "[2, 3, 4]", "--json"]))
+    assert found["plan"]["bits_per_weight"] <= 4
+    assert found["plan"]["measured_kl"] > 0
+    assert found["plan"]["predicted_kl"] > 0
+    plan = pql.BitPlan.load(tmp_path / "a" / "bit_plan.json")
+    assert plan.measured_kl == found["plan"]["measured_kl"]
+    assert {fields["nbits"] for fields in plan.overrides.values()} > {3}
+    # The same plan from files to files gives the same model.
+    plan_file = str(tmp_path / "a" / "bit_plan.json")
+    command[2] = str(tmp_path / "b")
+    text = printed(capsys, [*command, "--plan", plan_file])
+    assert f"predicted KL {plan.predicted_kl:.4f}" in text
+    first, second = (load_file(tmp_path / each / "model.safetensors") for each in ("a", "b"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "b" / "quantlayers_run.json").exists()
+
+
+def test_a_dry_run_with_a_size_says_that_bits_are_still_to_be_planned(float_model, text_file, tmp_path, capsys):
+    arguments = ["quantize", float_model, str(tmp_path / "out"), "--size", "1MB", "--calibration.data", text_file]
+    assert "bits are planned" in printed(capsys, [*arguments, "--group_size", "32", "--dry_run"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(float_model, quantized, tmp_path, capsys):
     arguments = ["quantize", float_model, str(tmp_path / "out"), "--group-size", "32", "--dry-run", "--json"]
     planned = json.loads(printed(capsys, arguments))
@@ -214,30 +194,6 @@ def test_chat_answers_with_and_without_the_adapter(quantized, adapter, capsys):
     assert ours["content"] != theirs["content"]
 
 
-def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
-    rows = [{"prompt": "The lamp is", "completion": " red."}, {"prompt": "The chair is", "completion": " blue."}] * 8
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    settings = {
-        "model": float_model,
-        "data": str(data),
-        "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
-        "lora": {"r": 4, "lora_alpha": 8},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
-        "merge": "requantize",
-    }
-    file, folder = tmp_path / "train.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(settings))
-    shown = printed(capsys, ["train", str(file), "--output", str(folder), "--show-batch"])
-    assert "[ red." in shown or "[ blue." in shown
-    assert not (folder / "adapter_config.json").exists()
-    text = printed(capsys, ["train", str(file), "--output", str(folder)])
-    assert "trained 3 steps" in text
-    assert (folder / "adapter_model.safetensors").exists()
-    assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
-    assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
-
-
 def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
     folder = tmp_path / "mlx"
     text = printed(capsys, ["export", quantized, str(folder), "--format", "mlx"])
@@ -302,8 +258,13 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["quantize", float_model, quantized, "--dtype", "float32"], "is not empty. Choose another folder"),
         (["quantize", float_model, quantized], quantized),
         (["quantize", float_model, out, "--calibration.data", "no.txt"], "there is no such file"),
+        (["quantize", float_model, out, "--average_bits", "3.5"], "--average_bits needs --calibration.data"),
+        (["quantize", float_model, out, "--size", "1GB", "--plan", "p.json"], "--size and --plan are two budgets"),
+        (["quantize", float_model, out, "--choices", "[3]"], "--choices needs a budget"),
+        (["quantize", float_model, out, "--plan", "no.json"], "no.json"),
         (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
         (["merge", float_model, out], ""),
+        (["merge", adapter, out, "--tune_epochs", "2"], "needs calibration="),
         (["evaluate", quantized], "nothing to measure on"),
         (["evaluate", quantized, "--text", "no.txt"], "there is no such file"),
         (["chat", quantized, "--compare"], "--compare needs --adapter"),

@@ -39,6 +39,23 @@ def test_an_unknown_format_is_refused_with_the_nearest(tmp_path):
     refused(quantized(), tmp_path / "out", "MLX", "did you mean 'mlx'")
 
 
+@pytest.mark.parametrize(
+    ("engine", "formats"),
+    [
+        ("vllm", "'humming' and 'compressed-tensors' and 'gptq' and 'awq'"),
+        ("SGLang", "'humming' and 'compressed-tensors'"),
+        ("llama.cpp", "'gguf'"),
+        ("lm_studio", "'gguf'"),
+        ("mlx-lm", "'mlx'"),
+        ("onnxruntime", "'onnx'"),
+    ],
+)
+def test_the_name_of_an_engine_is_refused_with_the_formats_that_it_reads(tmp_path, engine, formats):
+    said = refused(quantized(), tmp_path / "out", engine, f"{engine} is an engine, which reads ")
+    assert all(name in said for name in formats.split(" and "))
+    assert "did you mean" not in said
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 def test_float_zeros_are_refused_with_all_ways_out(tmp_path, format):
     said = refused(quantized(), tmp_path / "out", format, "its zeros are no integers from 0 to 15")

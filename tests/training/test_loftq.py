@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.methods import config_type, get_method
+from peft_quantlayers.training.low_rank import low_rank_approximation
 
 # HQQ with few bits, and every other method.
 CONFIGS = {
@@ -113,6 +114,66 @@ def test_codes_that_turn_out_worse_are_not_kept(config, monkeypatch):
     results = pql.initialize_loftq(model, float_model(), iterations=3, progress=False)
     assert not any(result.has_new_codes for result in results)
     assert_same_state(model, state_of(once))
+
+
+def test_calibrated_adapters_have_the_lowest_output_error_of_their_rank():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((24, 40), (40, 24)):
+        matrix, inputs = torch.randn(shape, generator=generator), torch.randn(200, shape[1], generator=generator)
+        inputs[:, ::3] *= 8
+        hessian = inputs.t() @ inputs / len(inputs)
+        left, right = low_rank_approximation(matrix, 5, hessian=hessian)
+        root = torch.linalg.cholesky(hessian.double())
+        U, S, Vh = torch.linalg.svd(matrix.double() @ root)
+        best = U[:, :5] * S[:5] @ Vh[:5] @ torch.linalg.inv(root)
+        torch.testing.assert_close((left @ right).double(), best, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3"])
+def test_calibration_brings_the_outputs_nearer_than_the_weights_alone(family):
+    ids = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
+    data = pql.Calibration(data=ids, n_tokens=640, sequence_length=40)
+    reference = tiny_model(family)
+    with torch.no_grad():
+        expected = reference(ids).logits
+    distances = []
+    for calibration in (None, data):
+        model = adapted(CONFIGS["hqq 2"], tiny_model(family), target_modules="all-linear").eval()
+        codes = {name: t for name, t in state_of(model).items() if "lora_" not in name}
+        results = pql.initialize_loftq(model, reference, calibration=calibration, progress=False)
+        assert all(result.error_after < result.error_before for result in results)
+        assert_same_state(model, state_of(model) | codes)
+        with torch.no_grad():
+            distances.append(float((model(ids).logits - expected).norm()))
+    assert distances[1] < 0.95 * distances[0]
+
+
+def test_calibrated_new_codes_lower_the_error_further_and_a_failure_restores_all(monkeypatch):
+    ids = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
+    once, often = (adapted(CONFIGS["hqq 2"], tiny_model(), target_modules="all-linear") for _ in range(2))
+    first = pql.initialize_loftq(once, tiny_model(), calibration=ids, progress=False)
+    later = pql.initialize_loftq(often, tiny_model(), iterations=3, calibration=ids, progress=False)
+    assert [result.name for result in later] == [result.name for result in first]
+    assert any(result.has_new_codes for result in later)
+    assert sum(r.error_after for r in later) < sum(r.error_after for r in first)
+    model = adapted(CONFIGS["hqq 2"], tiny_model(), target_modules="all-linear")
+    before = state_of(model)
+    broken_model = tiny_model()
+    broken_model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN"):
+        pql.initialize_loftq(model, broken_model, calibration=ids, progress=False)
+    assert_same_state(model, before)
+
+
+def test_what_calibration_cannot_do_is_refused():
+    ids = torch.randint(3, 128, (16, 40))
+    model = adapted(pql.HQQConfig(nbits=3, group_size=32, axis=0), tiny_model(), target_modules="all-linear")
+    with pytest.raises(ValueError, match="Use iterations=1"):
+        pql.initialize_loftq(model, tiny_model(), iterations=2, calibration=ids, progress=False)
+    data = pql.Calibration(data=ids, finetune_epochs=2)
+    with pytest.raises(ValueError, match="makes no use of finetune_epochs"):
+        pql.initialize_loftq(model, tiny_model(), calibration=data, progress=False)
 
 
 @pytest.mark.real_model

@@ -1,7 +1,7 @@
 """Python imports this file at its start if its folder is in ``PYTHONPATH``; ``peft-quantlayers run`` puts it there.
 
 It imports peft_quantlayers as soon as the process has imported transformers, and costs nothing in any other process.
-While one of the packages that peft_quantlayers itself imports is only half imported, it waits until that is done. A
+While a module that peft_quantlayers itself imports may be only half imported, it waits until that is done. A
 ``sitecustomize`` further down the path, which this one hides, is run too. Imports the standard library only.
 """
 
@@ -14,8 +14,10 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 PACKAGE, TRIGGER = "peft_quantlayers", "transformers"
-# What peft_quantlayers imports and what may itself import transformers.
-WAITED_FOR = (TRIGGER, "peft", "accelerate", "torch", "safetensors")
+# What peft_quantlayers imports and what may itself import transformers; of the last three also what is inside them:
+# a module of transformers may import peft, lazily and long after ``import transformers``.
+WAITED_FOR = ("torch", "safetensors", TRIGGER, "peft", "accelerate")
+WITH_MODULES = (f"{TRIGGER}.", "peft.", "accelerate.")
 
 
 class AfterTransformers(MetaPathFinder):
@@ -25,10 +27,14 @@ class AfterTransformers(MetaPathFinder):
         self.searched, self.executed = set(), []
 
     def find_spec(self, name, path=None, target=None):
-        if name not in WAITED_FOR or name in self.searched:
+        is_waited_for = name in WAITED_FOR or name.startswith(WITH_MODULES)
+        if not is_waited_for or name in self.searched:
             return None
         self.searched.add(name)  # the other finders are asked, and this one again
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searched.remove(name)  # who asks need not import it
         loader: Any = spec and spec.loader
         own = getattr(loader, "exec_module", None)
         if own is None:

@@ -28,6 +28,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--strategy", type=Strategy, default="auto", help="how the delta gets into the codes; see merge_back"
     )
     parser.add_argument(
+        "--tune_epochs",
+        type=int,
+        default=0,
+        help="then train the merged layers' scales on --calibration.data for so many epochs, to predict as unmerged",
+    )
+    parser.add_argument(
         "--evaluate_on", type=str | None, default=None, help=f"held-out text, to measure what is left: {DATA_HELP}"
     )
     parser.add_argument("--evaluate_tokens", type=int, default=4096, help="tokens of it to use")
@@ -53,7 +59,12 @@ def run(settings: Namespace) -> Result:
     peft_model = with_adapter(base, settings.adapter)
     model: Any
     model, report = merge_back(
-        peft_model, strategy=settings.strategy, calibration=data, tokenizer=tokenizer, evaluate_on=held_out
+        peft_model,
+        strategy=settings.strategy,
+        calibration=data,
+        tokenizer=tokenizer,
+        tune_epochs=settings.tune_epochs,
+        evaluate_on=held_out,
     )
     save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
     report.save(f"{settings.output}/{REPORT_FILE}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from ...bit_allocation import BitPlan, plan_bits
+from ...bit_allocation.budget import with_plan
 from ...methods import QuantConfig
 from ...model import quantize_model
 from ...report import ModelSummary, summary
 from ...saving import save_model
 from ...streaming import quantize_checkpoint
-from ...transforms import TRANSFORMS
+from ...transforms import TRANSFORMS, transform_model
 from .. import options
 from ..models import load_model, load_tokenizer, model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
@@ -20,9 +23,11 @@ from ..result import Result
 
 DESCRIPTION = (
     "Quantize a model and save it, with its tokenizer; with --calibration.data so that the outputs' error is small. "
-    "Files are read one tensor or one block at a time, and the same command goes on after an interruption."
+    "Files are read one tensor or one block at a time, and the same command goes on after an interruption. With "
+    "--average_bits or --size the model is in memory, and layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("model", "output")
+PLAN_FILE = "bit_plan.json"
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -31,6 +36,7 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_output(parser)
     options.add_method(parser)
     options.add_calibration(parser)
+    options.add_budget(parser)
     names: Any = GenericAlias(list, Literal[tuple(TRANSFORMS)])
     parser.add_argument(
         "--transforms",
@@ -47,9 +53,16 @@ def run(settings: Namespace) -> Result:
     """Quantize, save, and say what became of the model."""
     config = options.method_config(settings)
     refuse_missing_folder("model", settings.model)
+    is_to_be_planned = options.is_to_be_planned(settings)
+    plan = options.given_plan(settings)
+    if plan is not None:
+        config = with_plan(config, plan)
     if settings.dry_run:
         found = planned(settings.model, config)
-        return _result(found, f"{settings.output} would hold:\n{found}")
+        text = f"{settings.output} would hold:\n{found}"
+        if is_to_be_planned:
+            text += "\nbefore bits are planned for the budget, which takes the model and the data"
+        return _result(found, text)
     if can_be_streamed(settings):
         found = planned(settings.model, config)
         quantize_checkpoint(
@@ -63,22 +76,28 @@ def run(settings: Namespace) -> Result:
     elif settings.n_processes > 1:
         raise ValueError(
             f"--n_processes {settings.n_processes} goes from files to files: leave out --overwrite, --dtype, "
-            "--transforms, --tokenizer and --calibration.resume_folder. Nothing was written."
+            "--transforms, --tokenizer, --average_bits, --size and --calibration.resume_folder. Nothing was written."
         )
     else:
         options.refuse_output_in_use(settings)
-        found = quantized_in_memory(settings, config)
-    return _result(found, f"{found}\nsaved in {settings.output}", output=settings.output)
+        found, plan = quantized_in_memory(settings, config, plan)
+    if plan is not None:
+        plan.save(Path(settings.output) / PLAN_FILE)
+    said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
+    return _result(found, "\n".join(said), plan=plan, output=settings.output)
 
 
 def can_be_streamed(settings: Namespace) -> bool:
     """Whether files become files, a part at a time: nothing needs the whole model, and nothing is replaced."""
     is_plain = settings.dtype == "auto" and settings.tokenizer is None and settings.calibration.resume_folder is None
-    return is_plain and not settings.overwrite and not settings.transforms
+    in_memory = settings.overwrite or settings.transforms or options.is_to_be_planned(settings)
+    return is_plain and not in_memory
 
 
-def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummary:
-    """Load, quantize and save; what became of the model."""
+def quantized_in_memory(
+    settings: Namespace, config: QuantConfig, plan: BitPlan | None
+) -> tuple[ModelSummary, BitPlan | None]:
+    """Load, plan where that is wanted, quantize and save; what became of the model, and the plan."""
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)
     data = options.calibration(settings, tokenizer)
     transforms = [TRANSFORMS[name]() for name in settings.transforms or ()]
@@ -87,10 +106,14 @@ def quantized_in_memory(settings: Namespace, config: QuantConfig) -> ModelSummar
     if while_loading:
         load["quantization_config"] = config
     model: Any = load_model(settings.model, **load)
+    if transforms:
+        transform_model(model, transforms, config=config, calibration=data)
+    if options.is_to_be_planned(settings):
+        plan = plan_bits(model, data, config=config, **options.budget(settings))
     if not while_loading:
-        quantize_model(model, config, calibration=data, transforms=transforms or None)
+        quantize_model(model, config, calibration=data, budget=plan)
     save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
-    return summary(model)
+    return summary(model), plan
 
 
 def planned(name: str, config: QuantConfig) -> ModelSummary:
@@ -98,18 +121,18 @@ def planned(name: str, config: QuantConfig) -> ModelSummary:
     return summary(model_on_meta(name), config)
 
 
-def _result(found: ModelSummary, text: str, *, output: str | None = None) -> Result:
-    return Result(
-        text=text,
-        output=output,
-        data={
-            "n_parameters": found.n_parameters,
-            "nbytes": found.nbytes,
-            "fraction_quantized": found.fraction_quantized,
-            "quantized": [
-                {"spec": group.label, "layers": len(group.names), "bits_per_weight": group.bits_per_weight}
-                for group in found.by_spec
-            ],
-            "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
-        },
-    )
+def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, output: str | None = None) -> Result:
+    data = {
+        "n_parameters": found.n_parameters,
+        "nbytes": found.nbytes,
+        "fraction_quantized": found.fraction_quantized,
+        "quantized": [
+            {"spec": group.label, "layers": len(group.names), "bits_per_weight": group.bits_per_weight}
+            for group in found.by_spec
+        ],
+        "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
+    }
+    if plan is not None:
+        figures = ("bits_per_weight", "model_bytes", "predicted_kl", "measured_kl")
+        data["plan"] = {name: getattr(plan, name) for name in figures}
+    return Result(text=text, output=output, data=data)

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from jsonargparse import Namespace
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.integrations import TensorBoardCallback
 
 from ...layers.selection import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
+from ...report.tensorboard import LayerFiguresCallback
 from ...saving import save_model
 from ...scales import QuantScalesConfig
 from ...streaming.free_memory import return_large_blocks
@@ -35,6 +39,15 @@ DESCRIPTION = (
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
+# Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
+FORMS = {
+    "sft": ({"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"}),
+    "dpo": ({"chosen", "rejected"},),
+}
+ROWS = {
+    "sft": "rows with text, messages or conversations, prompt and completion, or instruction and output",
+    "dpo": "rows with prompt (or instruction), chosen and rejected; without prompt, chosen and rejected are messages",
+}
 # Fields that PEFT fills itself.
 OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 # Fields of the trainers' arguments that other options give.
@@ -62,6 +75,12 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--merged_output", type=str | None, default=None, help="folder of the merged model; null: OUTPUT/merged"
     )
+    parser.add_argument(
+        "--fsdp_size",
+        type=int | None,
+        default=None,
+        help="processes that the quantized base is sharded over (FSDP2), without resuming; null: each has all of it",
+    )
     options.add_method(parser, "quantization.")
     parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
     parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
@@ -74,35 +93,60 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
 
 
-def run(settings: Namespace) -> Result:
-    """Train, save the adapter, and merge it if asked."""
+def run(settings: Namespace) -> Result | None:
+    """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
     refuse_missing_folder("model", settings.model)
+    processes = PartialState(cpu=settings.training.use_cpu)
+    if settings.fsdp_size is not None and settings.merge is not None:
+        raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
+    if settings.fsdp_size is not None:
+        settings.training.save_only_model = (
+            True  # all that transformers saves of a model that was sharded while loading
+        )
+        if resume:
+            raise ValueError(
+                "a run with --fsdp_size cannot be resumed: its checkpoints hold no state of the optimizer."
+            )
     if not (resume or settings.show_batch):
         ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
         options.refuse_output_in_use(settings, way_out=ways)
+    processes.wait_for_everyone()  # the first one will write there
     set_seed(settings.training.seed)
     if settings.training.use_cpu:
         return_large_blocks()
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
-    rows = load_rows("data", settings.data)
-    eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data)
+    rows = load_rows("data", settings.data, settings.trainer)
+    eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data, settings.trainer)
     if settings.dry_run:
         return Result(text=f"would train {settings.model} on {len(rows)} rows into {settings.output}")
-    model = adapted(settings)
+    base = prepared(settings)
     arguments_type, trainer_type = _trl(settings.trainer)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = arguments_type(
             **vars(settings.training), output_dir=scratch if settings.show_batch else settings.output
         )
         trainer = trainer_type(
-            model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
+            model=base,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=adapter_config(settings),  # DPO's reference is then the model without the adapter
         )
+        if settings.merge_aware:
+            enable_merge_aware(trainer.model)
+        if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
+            trainer.add_callback(LayerFiguresCallback())
         if settings.show_batch:
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
     done = trainer.train(resume_from_checkpoint=_checkpoint(resume))
-    model.save_pretrained(settings.output)
+    model = trainer.model
+    model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
+    if not processes.is_main_process:
+        return None
     tokenizer.save_pretrained(settings.output)
+    trainer.save_state()  # for the report
     found: dict[str, Any] = {"metrics": done.metrics, "log": trainer.state.log_history}
     lines = [f"trained {done.global_step} steps, loss {done.training_loss:.4f}; the adapter is in {settings.output}"]
     if settings.merge is not None:
@@ -115,8 +159,8 @@ def run(settings: Namespace) -> Result:
     return Result(text="\n".join(lines), data=found, output=settings.output)
 
 
-def load_rows(option: str, name: str) -> Any:
-    """A dataset in the forms that TRL takes.
+def load_rows(option: str, name: str, trainer: str = "sft") -> Any:
+    """A dataset in the forms that TRL's ``trainer`` takes.
 
     Raises:
         ValueError: no rows, or columns that no form has.
@@ -131,34 +175,33 @@ def load_rows(option: str, name: str) -> Any:
     if not len(rows):
         raise ValueError(f"--{option} {name} holds no rows.")
     columns = set(rows.column_names)
-    if {"instruction", "output"} <= columns:
-        return rows.map(_from_alpaca, remove_columns=rows.column_names)
     if "conversations" in columns and "messages" not in columns:
-        return rows.map(_from_sharegpt, remove_columns=rows.column_names)
-    if not columns & {"text", "messages", "prompt", "chosen", "input_ids"}:
+        rows = rows.map(_from_sharegpt, remove_columns=["conversations"])
+    elif "instruction" in columns and columns & {"output", "chosen"}:
+        rows = rows.map(_from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
+    columns = set(rows.column_names)
+    if not any(columns >= form for form in FORMS[trainer]):
         raise ValueError(
-            f"--{option} {name} has the columns {sorted(columns)}. Give rows with text, with messages, with prompt "
-            "and completion, with instruction and output, or, for --trainer dpo, with prompt, chosen and rejected."
+            f"--{option} {name} has the columns {sorted(columns)}. --trainer {trainer} takes {ROWS[trainer]}."
         )
     return rows
 
 
-def adapted(settings: Namespace) -> Any:
-    """The quantized model with a new adapter, prepared for training."""
-    model: Any = load_quantized(settings)
+def prepared(settings: Namespace) -> Any:
+    """The quantized model, prepared for training an adapter on it."""
     checkpointing = bool(settings.training.gradient_checkpointing)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    return prepare_model_for_kbit_training(load_quantized(settings), use_gradient_checkpointing=checkpointing)
+
+
+def adapter_config(settings: Namespace) -> PeftConfig:
+    """What is trained, as PEFT's config."""
     if settings.adapter_type == "scales":
         fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
-        return get_peft_model(model, QuantScalesConfig(task_type="CAUSAL_LM", **fields))
+        return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
     names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
-    fields = {name: value for name, value in fields.items() if value != _plain(getattr(defaults, name, None))}
-    peft_model = get_peft_model(model, LoraConfig(**fields))
-    if settings.merge_aware:
-        enable_merge_aware(peft_model)
-    return peft_model
+    return LoraConfig(**{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))})
 
 
 def load_quantized(settings: Namespace) -> PreTrainedModel:
@@ -169,6 +212,8 @@ def load_quantized(settings: Namespace) -> PreTrainedModel:
     saved = getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None)
     if saved is None:
         load["quantization_config"] = options.method_config(settings.quantization)
+    if settings.fsdp_size is not None:
+        load["distributed_config"] = DistributedConfig(fsdp_size=settings.fsdp_size)
     model = load_model(settings.model, **load)
     if not quantized_layers(model):
         raise ValueError(f"{settings.model} holds no layer that this package has quantized.")
@@ -176,17 +221,20 @@ def load_quantized(settings: Namespace) -> PreTrainedModel:
 
 
 def shown_batch(batch: dict[str, Tensor], tokenizer: Any) -> str:
-    """The texts of a batch, with what is learned between brackets."""
+    """The texts of a batch, with what is learned between brackets; of DPO all that is chosen, then all rejected."""
+    labels = batch.get("labels")
+    learned = batch["completion_mask"].bool() if labels is None else labels != IGNORED_LABEL
+    read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     lines = []
-    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+    for ids, are_learned, are_read in zip(batch["input_ids"], learned, read, strict=True):
         pieces, learns = [], False
-        for token, label in zip(ids, labels, strict=True):
-            if (label != IGNORED_LABEL) != learns:
+        for token, is_learned in zip(ids[are_read].tolist(), are_learned[are_read].tolist(), strict=True):
+            if is_learned != learns:
                 learns = not learns
                 pieces.append("[" if learns else "]")
             pieces.append(tokenizer.decode([token]))
-        n_learned = sum(label != IGNORED_LABEL for label in labels)
-        lines.append(f"{len(ids)} tokens, {n_learned} learned: {''.join(pieces)}{']' if learns else ''}")
+        n_read, n_learned = int(are_read.sum()), int((are_learned & are_read).sum())
+        lines.append(f"{n_read} tokens, {n_learned} learned: {''.join(pieces)}{']' if learns else ''}")
     return "\n".join(lines)
 
 
@@ -234,7 +282,8 @@ def _plain(value: Any) -> Any:
 
 def _from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
     question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return {"prompt": f"{question}\n\n", "completion": row["output"]}
+    answer = {} if "chosen" in row else {"completion": row["output"]}
+    return {"prompt": f"{question}\n\n", **answer}
 
 
 def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:

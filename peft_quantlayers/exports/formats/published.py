@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...formats import QuantizedWeight
+from ...formats import QuantizedWeight, QuantSpec
 from ...formats.checkpoint_format import ModelDescription
 from ...formats.published_aqlm import PublishedAqlmFormat
 from ...formats.published_hqq_writer import published_hqq_misfit, published_hqq_tensors
-from ...methods import get_method
+from ...methods import AQLMSpec, get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
 from ..source_layer import StackFacts, part_of
@@ -124,4 +125,10 @@ class AqlmFormat(_PublishedFormat):
 
 
 def _description(facts: Sequence[LayerFacts], dense_linears: Sequence[str]) -> ModelDescription:
-    return ModelDescription(specs={each.name: each.spec for each in facts}, dense_linears=tuple(dense_linears))
+    specs = {each.name: each.spec if each.stack is None else _without_parts(each.spec) for each in facts}
+    return ModelDescription(specs=specs, dense_linears=tuple(dense_linears))
+
+
+def _without_parts(spec: QuantSpec) -> QuantSpec:
+    """The spec of the parts of an expert, which are layers of their own here."""
+    return dataclasses.replace(spec, row_parts=1) if isinstance(spec, AQLMSpec) else spec

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from functools import cache
+from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
         If ``spec`` has more codebooks than ``start``, the additional ones are initialised from the residual.
         """
         checked_layout(weight, spec)
+        if spec.row_parts > 1:
+            plain = dataclasses.replace(spec, row_parts=1)
+            return QuantizedWeight.joined(
+                [
+                    self.quantize(
+                        weight[rows],
+                        plain,
+                        hessian=hessian,
+                        start=None if start is None else start.rows(rows),
+                        iterations=iterations,
+                    )
+                    for rows in _ranges(spec, len(weight))
+                ]
+            )
         weight = weight.detach().float().contiguous()
         refuse_not_finite(weight)
         if hessian is not None:
@@ -90,25 +105,65 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
 
         The rule is in ``quantlayers_kernels.aqlm.update``.
         """
-        codes = updated_codes(*_parts(weight), delta)
-        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": codes})
+        codes = []
+        for first, part in _row_parts(weight):
+            part_delta = partial(_delta_from, delta, first)
+            codes.append(updated_codes(*_tensors(part), part_delta))
+        return dataclasses.replace(weight, tensors=weight.tensors | {"codes": _cat(codes)})
 
     def dequantize(self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        return aqlm_dequantize(*_parts(weight), dtype)
+        return _cat([aqlm_dequantize(*_tensors(part), dtype) for _, part in _row_parts(weight)])
 
     def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
-        return weight_tiles(*_parts(weight), dtype=dtype)
+        for first, part in _row_parts(weight):
+            for rows, tile in weight_tiles(*_tensors(part), dtype=dtype):
+                yield _shifted(rows, first), tile
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        codes, codebooks, scales = _parts(weight)
-        if bias is not None and scales.requires_grad and not codebooks.requires_grad:
-            # The gradient of the scales is computed from the product; in half precision a large bias in it would lose
-            # their digits.
-            return aqlm.linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
-        return aqlm.linear(x, codes, codebooks, scales, bias)
+        return _cat(
+            [
+                _linear(x, part, None if bias is None else bias[first : first + part.out_features])
+                for first, part in _row_parts(weight)
+            ],
+            dim=-1,
+        )
 
 
-def _parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    codes, codebooks, scales = _tensors(weight)
+    if bias is not None and scales.requires_grad and not codebooks.requires_grad:
+        # The gradient of the scales is computed from the product; in half precision a large bias in it would lose
+        # their digits.
+        return aqlm.linear(x, codes, codebooks, scales, None) + bias.to(x.dtype)
+    return aqlm.linear(x, codes, codebooks, scales, bias)
+
+
+def _row_parts(weight: QuantizedWeight) -> list[tuple[int, QuantizedWeight]]:
+    """First row and weight of each part of the rows that has codebooks of its own."""
+    spec = cast(AQLMSpec, weight.spec)
+    if spec.row_parts == 1:
+        return [(0, weight)]
+    return [(rows.start, weight.rows(rows)) for rows in _ranges(spec, weight.out_features)]
+
+
+def _ranges(spec: AQLMSpec, out_features: int) -> list[slice]:
+    height = out_features // spec.row_parts
+    return [slice(start, start + height) for start in range(0, out_features, height)]
+
+
+def _shifted(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _delta_from(delta: DeltaRows, first: int, rows: slice) -> Tensor:
+    return delta(_shifted(rows, first))
+
+
+def _tensors(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return weight.tensors["codes"], weight.tensors["codebooks"], weight.tensors["scales"]
 
 
@@ -131,7 +186,7 @@ def _warn_of_narrow_beam() -> None:
 
 
 def _floats_of(start: QuantizedWeight) -> Additive:
-    _, codebooks, scales = _parts(start)
+    _, codebooks, scales = _tensors(start)
     return Additive(codes=start.codes(), codebooks=codebooks.float().flatten(2), scales=scales.float().flatten())
 
 
@@ -166,17 +221,21 @@ def move_aqlm_codes(
     Returns:
         The weight with its new codes, and the number of groups that have new ones.
     """
-    codes, (_, codebooks, scales) = weight.codes(), _parts(weight)
-    moved = moved_codes(
-        codes,
-        codebooks.float(),
-        scales.float().flatten(),
-        gradient,
-        step=step,
-        max_change=max_change,
-        trust_ratio=trust_ratio,
-    )
-    return weight.with_codes(moved), int((moved != codes).any(-1).sum())
+    moved, n_changed = [], 0
+    for first, part in _row_parts(weight):
+        codes, (_, codebooks, scales) = part.codes(), _tensors(part)
+        new = moved_codes(
+            codes,
+            codebooks.float(),
+            scales.float().flatten(),
+            gradient[first : first + part.out_features],
+            step=step,
+            max_change=max_change,
+            trust_ratio=trust_ratio,
+        )
+        moved.append(new)
+        n_changed += int((new != codes).any(-1).sum())
+    return weight.with_codes(_cat(moved)), n_changed
 
 
 register_method(AQLMMethod())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class AQLMSpec(QuantSpec):
             wide as a codebook tries all pairs. None for all pairs of two codebooks of up to 8 bits, and 8 otherwise
             (also on a CPU without the compiled kernels, where all pairs would take hours).
         seed: for the random initialisation.
+        row_parts: parts of the rows, equally high and one above the other, that have codebooks of their own: of
+            published mixtures gate and up, which transformers 5 keeps in one weight.
     """
 
     method = "aqlm"
@@ -42,6 +45,7 @@ class AQLMSpec(QuantSpec):
     rounds: int = 6
     beam: int | None = None
     seed: int = 0
+    row_parts: int = 1
 
     def __post_init__(self) -> None:
         check_integer("num_codebooks", self.num_codebooks, at_least=1, at_most=64)
@@ -53,6 +57,7 @@ class AQLMSpec(QuantSpec):
         if self.beam is not None:
             check_integer("beam", self.beam, at_least=1, at_most=512)
         check_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
+        check_integer("row_parts", self.row_parts, at_least=1, at_most=64)
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         for side, size, group, field in (
@@ -64,18 +69,56 @@ class AQLMSpec(QuantSpec):
                     f"{side}={size} is not a multiple of {field}={group}. Use one that divides it (for example "
                     f"{suggest_divisor(size, group)})."
                 )
+        if n_rows_left := out_features % (self.row_parts * self.out_group_size):
+            raise ValueError(
+                f"out_features={out_features} is not a multiple of row_parts={self.row_parts} times "
+                f"out_group_size={self.out_group_size}: {n_rows_left} rows are left. Use row_parts=1."
+            )
         n_out, n_in = out_features // self.out_group_size, in_features // self.in_group_size
         codes_dtype = torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
         dtype = getattr(torch, self.scale_dtype)
         entries = (self.num_codebooks, 2**self.nbits_per_codebook, self.out_group_size, self.in_group_size)
         rows = self.out_group_size
+        codebooks = TensorLayout(shape=entries, dtype=dtype, role="codebooks", rows_per_entry=None)
+        if self.row_parts > 1:
+            codebooks = dataclasses.replace(
+                codebooks, shape=(self.row_parts, *entries), rows_per_entry=out_features // self.row_parts
+            )
         return {
             "codes": TensorLayout(
                 shape=(n_out, n_in, self.num_codebooks), dtype=codes_dtype, role="codes", rows_per_entry=rows
             ),
-            "codebooks": TensorLayout(shape=entries, dtype=dtype, role="codebooks", rows_per_entry=None),
+            "codebooks": codebooks,
             "scales": TensorLayout(shape=(n_out, 1, 1, 1), dtype=dtype, role="scales", rows_per_entry=rows),
         }
+
+    def sliced(
+        self, tensors: Mapping[str, Tensor], rows: slice, *, out_features: int, in_features: int
+    ) -> tuple[Self, dict[str, Tensor]]:
+        """As :meth:`QuantSpec.sliced`: rows of one part have its codebooks, and rows of several are whole parts."""
+        sides = {"out_features": out_features, "in_features": in_features}
+        if self.row_parts == 1:
+            return super().sliced(tensors, rows, **sides)
+        height = out_features // self.row_parts
+        first, last = rows.start // height, (rows.stop - 1) // height
+        if first < last:
+            spec, found = super().sliced(tensors, rows, **sides)
+            return dataclasses.replace(spec, row_parts=last - first + 1), found
+        codebooks = tensors["codebooks"].select(-5, first)
+        plain = dataclasses.replace(self, row_parts=1)
+        return plain.sliced(dict(tensors) | {"codebooks": codebooks}, rows, **sides)
+
+    def joined(self, n_weights: int, out_features: int, in_features: int) -> Self | None:
+        return dataclasses.replace(self, row_parts=n_weights) if self.row_parts == 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As :meth:`QuantSpec.to_dict`, without the field that older versions do not know where it says nothing."""
+        fields = super().to_dict()
+        return fields if self.row_parts > 1 else {name: fields[name] for name in fields if name != "row_parts"}
+
+    @property
+    def format_version(self) -> int:
+        return 1 if self.row_parts == 1 else 7
 
     def unpack_codes(self, codes: Tensor, in_features: int) -> Tensor:
         """Indices into the codebooks, (..., out_groups, in_groups, num_codebooks), int64."""

@@ -20,6 +20,7 @@ from quantlayers_kernels.tiled import WeightTiles
 from ...formats import QuantizedWeight, TensorLayout
 from ..base import DeltaRows, InitialCodes, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
+from .double_quant import PARTS, from_eight_bits, in_eight_bits
 from .output_solver import Grid, descended_codes, feedback_start, fitted_grid, weighted_grid, weighted_whole_grid
 from .spec import HQQSpec
 
@@ -103,6 +104,8 @@ class HQQMethod(QuantMethod[HQQSpec]):
     def group_delta_size(self, spec: HQQSpec, *, in_features: int) -> int:
         if spec.axis != 1:
             raise NotImplementedError("the groups run along the outputs (axis=0). Quantize with axis=1.")
+        if spec.double_quant:
+            raise NotImplementedError("the zeros are stored in 8 bits. Quantize with double_quant=False.")
         if spec.zeros != "float":
             field = "symmetric" if spec.symmetric else "integer_zero"
             at = f" for an export target that holds float zeros, unlike {spec.export_target!r}"
@@ -140,9 +143,11 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         spec: Any = weight.spec  # no cast: this is called for every token
+        if spec.symmetric or spec.double_quant:
+            _, (codes, scale, zero) = _parts(weight)
+            return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis)
         tensors = weight.tensors
-        zero = _zeros(spec, tensors) if spec.symmetric else tensors["zero"]
-        return hqq.linear(x, tensors["W_q"], tensors["scale"], zero, bias, spec.nbits, spec.axis)
+        return hqq.linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
 
     def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
         spec, parts = _parts(weight)
@@ -158,22 +163,45 @@ class HQQMethod(QuantMethod[HQQSpec]):
 
 
 def _parts(weight: QuantizedWeight) -> tuple[HQQSpec, tuple[Tensor, Tensor, Tensor]]:
-    spec, tensors = cast(HQQSpec, weight.spec), weight.tensors
-    return spec, (tensors["W_q"], tensors["scale"], _zeros(spec, tensors))
+    spec = cast(HQQSpec, weight.spec)
+    return spec, (weight.tensors["W_q"], *_metadata(spec, weight.tensors))
 
 
-def _zeros(spec: HQQSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The zero points, shaped and typed as the scales; symmetric ones are not stored."""
-    return torch.full_like(tensors["scale"], spec.symmetric_zero) if spec.symmetric else tensors["zero"]
+def _metadata(spec: HQQSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales and zeros in the spec's dtype, (..., n_rows, n_groups) each; symmetric zeros are not stored."""
+    scale = from_eight_bits(tensors, "scale") if spec.double_quant else tensors["scale"]
+    if spec.symmetric:
+        return scale, torch.full_like(scale, spec.symmetric_zero)
+    return scale, from_eight_bits(tensors, "zero") if spec.double_quant else tensors["zero"]
+
+
+def with_plain_metadata(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight, to the bit, with scales and zeros in the dtype of its spec instead of 8 bits."""
+    spec = cast(HQQSpec, weight.spec)
+    scale, zero = _metadata(spec, weight.tensors)
+    tensors = {"W_q": weight.tensors["W_q"], "scale": scale} | ({} if spec.symmetric else {"zero": zero})
+    return dataclasses.replace(weight, spec=spec.with_plain_metadata(), tensors=tensors)
 
 
 def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight:
     """The published iteration; scales and zeros have the spec's dtype, or float32 if that cannot hold them."""
+    if spec.double_quant:
+        return _solved_in_eight_bits(weight, spec)
     for stored_as in dict.fromkeys((spec, spec.widened())):
         solved = _solved_in_dtype(weight, stored_as, layout)
         if solved is not None:
             return solved
     raise _too_narrow(spec)
+
+
+def _solved_in_eight_bits(weight: Tensor, spec: HQQSpec) -> QuantizedWeight:
+    """The published iteration, and the nearest codes for the scales and zeros as they are stored."""
+    exact = spec.with_plain_metadata().widened()
+    solved = _solved_in_dtype(weight, exact, exact.tensor_layout(*weight.shape))
+    if solved is None:
+        raise _too_narrow(spec)
+    stored = _with_metadata(solved, spec, *_metadata(exact, solved.tensors))
+    return _on_grid_of(stored, weight)
 
 
 def _too_narrow(spec: HQQSpec) -> ValueError:
@@ -218,14 +246,28 @@ def _solved_in_dtype(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayo
             group_scale, group_zero = stored_scale.float(), stored_zero.float()
         flat_scale[part], flat_zero[part] = group_scale, group_zero
         code_groups[part] = encode(groups, group_scale, group_zero, max_code=spec.max_code).to(torch.uint8)
-    tensors = _stored(spec, codes, scale.to(dtype), zero.to(dtype))
+    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale.to(dtype)}
+    if not spec.symmetric:
+        tensors["zero"] = zero.to(dtype)
     return QuantizedWeight(spec=spec, out_features=out_features, in_features=in_features, tensors=tensors)
 
 
-def _stored(spec: HQQSpec, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-    """The tensors of the layout of ``spec``; ``codes`` (out_features, in_features), uint8."""
-    tensors = {"W_q": pack(codes, spec.nbits), "scale": scale}
-    return tensors if spec.symmetric else tensors | {"zero": zero}
+def _with_metadata(weight: QuantizedWeight, spec: HQQSpec, scale: Tensor, zero: Tensor) -> QuantizedWeight:
+    """The codes of ``weight`` with these scales and zeros, float32, in the first of the dtypes that holds them.
+
+    Those are 8 bits if ``spec`` says so, its ``scale_dtype``, and float32.
+
+    Raises:
+        ValueError: none does that ``spec`` may have.
+    """
+    for stored_as in spec.stored_forms():
+        dtype, tensors = getattr(torch, stored_as.scale_dtype), {"W_q": weight.tensors["W_q"]}
+        for name, values in zip(PARTS[: 1 if spec.symmetric else 2], (scale, zero), strict=False):
+            tensors |= in_eight_bits(values, name, dtype) if stored_as.double_quant else {name: values.to(dtype)}
+        can_store = _can_store_in_eight_bits if stored_as.double_quant else _can_store
+        if can_store(scale, zero, *_metadata(stored_as, tensors), spec.max_code):
+            return dataclasses.replace(weight, spec=stored_as, tensors=tensors)
+    raise _too_narrow(spec)
 
 
 def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
@@ -236,7 +278,8 @@ def _on_grid_of(start: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     flat = (scale.float().reshape(-1, 1), zero.float().reshape(-1, 1))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     _by_group(codes, spec.axis, groups.shape[1]).copy_(encode(groups, *flat, max_code=spec.max_code))
-    return dataclasses.replace(start, tensors=_stored(spec, codes, scale.clone(), zero.clone()))
+    tensors = {name: tensor.to(weight.device, copy=True) for name, tensor in start.tensors.items() if name != "W_q"}
+    return dataclasses.replace(start, tensors={"W_q": pack(codes, spec.nbits)} | tensors)
 
 
 # Sweeps over the codes and a fit of the grid, in turn; twice as many lower the held-out error by 2 %.
@@ -256,7 +299,6 @@ def _for_outputs(
     and the codes of ``initial``.
     """
     spec, (_, *stored) = _parts(initial)
-    dtype = getattr(torch, spec.scale_dtype)
     scale, zero = (part.to(weight.device).float() for part in stored)
     groups = weight.view(*scale.shape, -1)
     grid = Grid(scale, zero, max_code=spec.max_code)
@@ -275,15 +317,11 @@ def _for_outputs(
     for _ in range(iterations):
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ITERATION)
         grid = fitted_grid(groups, codes, grid, hessian, keeps_zeros=spec.zeros != "float")
-    scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)
-    if not _can_store(grid.scale, grid.zero, scale, zero, grid.max_code):
-        narrow, spec = spec, spec.widened()
-        if spec == narrow:
-            raise _too_narrow(spec)
-        scale, zero = grid.scale, grid.zero
+    found = _with_metadata(initial, spec, grid.scale, grid.zero)
+    _, (_, scale, zero) = _parts(found)
     grid = Grid(scale.float(), zero.float(), grid.max_code)
     codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape).to(torch.uint8)
-    return dataclasses.replace(initial, spec=spec, tensors=_stored(spec, codes, scale, zero))
+    return dataclasses.replace(found, tensors=found.tensors | {"W_q": pack(codes, spec.nbits)})
 
 
 def _by_group(matrix: Tensor, axis: int, n_per_group: int) -> Tensor:
@@ -305,6 +343,21 @@ def _can_store(scale: Tensor, zero: Tensor, stored_scale: Tensor, stored_zero: T
     scale_error = (stored_scale.float() / scale - 1).abs() * distance
     allowed = max(0.125, 0.75 * max_code * torch.finfo(stored_scale.dtype).eps)
     return bool(((zero_error + scale_error) <= allowed).all())
+
+
+def _can_store_in_eight_bits(
+    scale: Tensor, zero: Tensor, stored_scale: Tensor, stored_zero: Tensor, max_code: int
+) -> bool:
+    """Whether rounding the metadata adds little to the squared error that rounding to codes makes anyway.
+
+    That is a twelfth of a squared step. 3 % of it may be added on average, and half of it in any row: one group of
+    another size of numbers would spoil the other groups of its row.
+    """
+    distance = torch.maximum(zero.abs(), (max_code - zero).abs()) / 2  # of a weight from the zero, about
+    moved = (stored_zero.float() - zero).abs()
+    moved += (stored_scale.float() - scale).abs() / scale.abs().clamp(min=1e-30) * distance
+    rows = moved.square().clamp(max=1).mean(-1)
+    return bool(rows.mean() <= 0.03 / 12) and bool(rows.max() <= 0.5 / 12)
 
 
 register_method(HQQMethod())

@@ -17,8 +17,12 @@ from ..quant_config import QuantConfig
 from .export_grids import Zeros, default_group_size, default_zeros, target_name, why_not
 
 MAX_GROUP_SIZE = 1 << 24
-# Fields that format version 4 added, with the values that say what older versions mean.
-_ADDED_FIELDS = {"symmetric": False, "export_target": None}
+# Fields that later format versions added, with the version, and the values that say what older ones mean.
+_ADDED_FIELDS: dict[str, tuple[int, Any]] = {
+    "symmetric": (6, False),
+    "export_target": (6, None),
+    "double_quant": (7, False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class HQQSpec(QuantSpec):
         scale_dtype: dtype in which scales and zeros are stored. A layer whose groups it cannot hold gets float32.
         integer_zero: zeros are integers, as integer formats need them.
         symmetric: all zeros are ``2 ** (nbits - 1)``, as symmetric formats need them, and none is stored; from 2 bits.
+        double_quant: store scales and zeros in 8 bits, with a step and an offset in ``scale_dtype`` for each row: half
+            the bits, so that groups of 32 take about those of groups of 64 without it. A layer whose rows hold scales
+            that are too different for this is stored without. For up to 4 bits, float or symmetric zeros, ``axis=1``.
         export_target: a format or an engine of other packages (``export_grids.TARGETS``) that must hold the weight
             exactly, now and after every merge; None for no such limit. :meth:`HQQConfig.for_export` sets it.
         round_zero: start the published iteration from a rounded zero, as the ``hqq`` package does at 4 bits.
@@ -49,6 +56,7 @@ class HQQSpec(QuantSpec):
     scale_dtype: str = "float16"
     integer_zero: bool = False
     symmetric: bool = False
+    double_quant: bool = False
     export_target: str | None = None
     round_zero: bool = True
     refine_scale: bool = True
@@ -63,6 +71,7 @@ class HQQSpec(QuantSpec):
         object.__setattr__(self, "scale_dtype", dtype_name("scale_dtype", self.scale_dtype))
         check_choice("integer_zero", self.integer_zero, (False, True))
         check_choice("symmetric", self.symmetric, (False, True))
+        check_choice("double_quant", self.double_quant, (False, True))
         check_choice("round_zero", self.round_zero, (False, True))
         check_choice("refine_scale", self.refine_scale, (False, True))
         check_integer("iters", self.iters, at_least=0, at_most=10_000)
@@ -75,9 +84,28 @@ class HQQSpec(QuantSpec):
             check_integer("group_size", self.group_size, at_least=1, at_most=MAX_GROUP_SIZE)
         if self.symmetric and self.nbits == 1:
             raise ValueError("symmetric=True needs nbits=2 or more: one bit would stand for 0 and for one sign only.")
+        if self.double_quant:
+            self._refuse_what_eight_bits_cannot_hold()
         if self.export_target is not None:
             object.__setattr__(self, "export_target", target_name(self.export_target))
             self._refuse_what_the_target_cannot_hold()
+
+    def _refuse_what_eight_bits_cannot_hold(self) -> None:
+        """Raise ValueError for a spec whose scales and zeros are not stored in 8 bits."""
+        if self.axis != 1:
+            raise ValueError("double_quant=True needs axis=1: each row has the step and the offset of its own groups.")
+        if self.nbits > 4:
+            raise ValueError(
+                f"double_quant=True is for nbits up to 4: with {self.nbits}, rounding the scales to 8 bits would move "
+                "weights as far as rounding them to codes. Leave it out where there are more bits."
+            )
+        if self.integer_zero:
+            raise ValueError("double_quant=True is for float or symmetric zeros: leave integer_zero=False.")
+        if self.export_target is not None:
+            raise ValueError(
+                f"double_quant=True with export_target={self.export_target!r}: the formats of other engines have "
+                "plain scales. Leave double_quant out; an export writes plain ones in any case."
+            )
 
     def _refuse_what_the_target_cannot_hold(self, in_features: int | None = None) -> None:
         """Raise ValueError where ``export_target`` does not hold weights of this spec, with ``in_features``."""
@@ -109,13 +137,16 @@ class HQQSpec(QuantSpec):
         n_groups = self.n_groups(out_features, in_features)
         shape = (out_features, n_groups) if self.axis == 1 else (n_groups, in_features)
         # With axis=0 the rows of a group lie n_groups apart; ``sliced`` handles that.
-        metadata = {"shape": shape, "dtype": getattr(torch, self.scale_dtype)}
+        dtype = getattr(torch, self.scale_dtype)
         codes = (out_features, packed_row_bytes(in_features, self.nbits))
-        layout = {
-            "W_q": TensorLayout(shape=codes, dtype=torch.uint8, role="codes"),
-            "scale": TensorLayout(**metadata, role="scales"),
-        }
-        return layout if self.symmetric else layout | {"zero": TensorLayout(**metadata, role="zeros")}
+        layout = {"W_q": TensorLayout(shape=codes, dtype=torch.uint8, role="codes")}
+        roles: dict[str, Role] = {"scale": "scales"} if self.symmetric else {"scale": "scales", "zero": "zeros"}
+        for name, role in roles.items():
+            layout[name] = TensorLayout(shape=shape, dtype=torch.uint8 if self.double_quant else dtype, role=role)
+            if self.double_quant:
+                row = TensorLayout(shape=(out_features, 1), dtype=dtype, role=role)
+                layout |= {f"{name}_step": row, f"{name}_offset": row}
+        return layout
 
     def fitted(self, out_features: int, in_features: int) -> Self | None:
         if not self.misfit(out_features, in_features):
@@ -140,16 +171,29 @@ class HQQSpec(QuantSpec):
             return self
         return dataclasses.replace(wide, export_target=self.export_target)
 
+    def joined(self, n_weights: int, out_features: int, in_features: int) -> Self | None:
+        return self if self.axis == 1 else None
+
     def to_dict(self) -> dict[str, Any]:
         """As :meth:`QuantSpec.to_dict`, without the fields that older versions do not know where they say nothing."""
         return {name: value for name, value in super().to_dict().items() if name not in self._silent_fields()}
 
     @property
     def format_version(self) -> int:
-        return 1 if len(self._silent_fields()) == len(_ADDED_FIELDS) else 6
+        silent = self._silent_fields()
+        return max([1, *(version for name, (version, _) in _ADDED_FIELDS.items() if name not in silent)])
 
     def _silent_fields(self) -> set[str]:
-        return {name for name, value in _ADDED_FIELDS.items() if getattr(self, name) == value}
+        return {name for name, (_, value) in _ADDED_FIELDS.items() if getattr(self, name) == value}
+
+    def with_plain_metadata(self) -> Self:
+        """This spec with scales and zeros in ``scale_dtype``."""
+        return dataclasses.replace(self, double_quant=False)
+
+    def stored_forms(self) -> tuple[Self, ...]:
+        """As :meth:`QuantSpec.stored_forms`: 8 bits, ``scale_dtype``, float32."""
+        plain = self.with_plain_metadata()
+        return tuple(dict.fromkeys((self, self.widened(), plain, plain.widened())))
 
     @property
     def symmetric_zero(self) -> int:
@@ -181,8 +225,9 @@ class HQQSpec(QuantSpec):
         return dataclasses.replace(self, group_size=1, export_target=None), found
 
     def trainable_roles(self, out_features: int, in_features: int) -> dict[str, Role]:
+        found = super().trainable_roles(out_features, in_features)
         # Training would not keep integer zeros integer.
-        return {"scale": "scales", "zero": "zeros"} if self.zeros == "float" else {"scale": "scales"}
+        return {name: role for name, role in found.items() if role != "zeros" or self.zeros == "float"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,115 @@
+"""``report FOLDER``: one HTML page on a quantized model, a training run, a merge, or all of these in one folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+
+from ...report import summary
+from ...report.merge_parts import MERGE_FILE, merge_parts
+from ...report.model_facts import mean_error, model_facts, worst_layers
+from ...report.model_parts import model_parts
+from ...report.page import folded, page, preformatted
+from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
+from ...storage import replace_file
+from ..data import DATA_HELP, token_ids
+from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..parsing import VerbParser
+from ..result import Result
+
+DESCRIPTION = (
+    "Write one HTML page on what a folder holds: a quantized model (error of each layer, the worst layers and what "
+    "more bits would buy, distributions, use of codes), a training run (its curves), a merge (what is retained)."
+)
+POSITIONALS = ("folder", "output")
+PAGE = "report.html"
+# Settings that verbs save beside what they write.
+SETTINGS_OF = ("quantize", "train", "merge")
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Options of the verb."""
+    parser.add_argument(
+        "--folder", type=str, required=True, help="of a quantized model, a training run, or a merged model"
+    )
+    parser.add_argument("--output", type=str | None, default=None, help=f"file to write; null: {PAGE} in the folder")
+    parser.add_argument(
+        "--float_model",
+        type=str | None,
+        default=None,
+        help="what the model was quantized from, for errors: folder or name; null: what its quantize.yaml names",
+    )
+    parser.add_argument(
+        "--text", type=str | None, default=None, help=f"text for activations and errors of outputs: {DATA_HELP}"
+    )
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="its folder or name; null: the model's")
+    parser.add_argument("--n_tokens", type=int, default=4096, help="tokens of the text to use")
+    parser.add_argument("--window", type=int, default=512, help="tokens that are read together")
+    parser.add_argument("--n_worst", type=int, default=10, help="layers that are tried with more bits; 0: none")
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="where to compute, such as cuda; null: the CPU"
+    )
+
+
+def run(settings: Namespace) -> Result:
+    """Read the folder, write the page."""
+    refuse_missing_folder("folder", settings.folder)
+    folder = Path(settings.folder)
+    file = Path(settings.output) if settings.output else folder / PAGE
+    if file.is_dir():
+        raise IsADirectoryError(f"--output {file} is a folder. Name a file, such as {file / PAGE}.")
+    parts: list[str] = []
+    found: dict[str, object] = {}
+    state = find_trainer_state(folder)
+    if state is not None:
+        parts += training_parts(state)
+        found["training"] = str(state)
+    parts += adapter_parts(folder)
+    if (folder / MERGE_FILE).is_file():
+        parts += merge_parts(folder / MERGE_FILE)
+        found["merge"] = str(folder / MERGE_FILE)
+    if (folder / "config.json").is_file():
+        model_part, found["model"] = _on_model(settings, folder)
+        parts += model_part
+    if not parts:
+        raise ValueError(
+            f"{folder} holds no model, no {MERGE_FILE} and no state of a Trainer: there is nothing to report on."
+        )
+    parts += [folded(f"{verb}.yaml", preformatted(text)) for verb, text in _saved_settings(folder).items()]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    with replace_file(file) as part:
+        part.write_text(page(folder.resolve().name, parts, footer=f"peft-quantlayers report {folder}; {versions}"))
+    return Result(text=f"wrote {file}", data=found | {"page": str(file)})
+
+
+def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, object]]:
+    ids = None
+    if settings.text is not None:
+        tokenizer = needed_tokenizer(settings.tokenizer or settings.folder)
+        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+    float_model = settings.float_model or _named_float_model(folder)
+    model = load_model(settings.folder, device=settings.device)
+    facts = model_facts(
+        model, float_model=float_model, token_ids=ids, window=settings.window, n_worst=settings.n_worst
+    )
+    data = {
+        "float_model": float_model,
+        "mean_error": mean_error(facts),
+        "worst": {each.name: each.error for each in worst_layers(facts, settings.n_worst)},
+    }
+    return model_parts(summary(model), facts, n_worst=settings.n_worst), data
+
+
+def _named_float_model(folder: Path) -> str | None:
+    """The model that ``quantize.yaml`` names, if it is a folder that is there. A merged model has another weight."""
+    text = _saved_settings(folder).get("quantize")
+    named = (yaml.safe_load(text) or {}).get("model") if text else None
+    return named if isinstance(named, str) and Path(named).is_dir() else None
+
+
+def _saved_settings(folder: Path) -> dict[str, str]:
+    files = {verb: folder / f"{verb}.yaml" for verb in SETTINGS_OF}
+    return {verb: file.read_text() for verb, file in files.items() if file.is_file()}

@@ -1,0 +1,130 @@
+"""``train``: SFT and DPO on a tiny model, in this process."""
+
+import json
+
+import pytest
+import yaml
+from commands import TEXT, printed, refused
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_quantlayers as pql
+from peft_quantlayers.cli import main
+
+
+def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
+    rows = [{"prompt": "The lamp is", "completion": " red."}, {"prompt": "The chair is", "completion": " blue."}] * 8
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model": float_model,
+        "data": str(data),
+        "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+        "merge": "requantize",
+    }
+    file, folder = tmp_path / "train.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(settings))
+    shown = printed(capsys, ["train", str(file), "--output", str(folder), "--show-batch"])
+    assert "[ red." in shown or "[ blue." in shown
+    assert not (folder / "adapter_config.json").exists()
+    text = printed(capsys, ["train", str(file), "--output", str(folder)])
+    assert "trained 3 steps" in text
+    assert (folder / "adapter_model.safetensors").exists()
+    assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
+
+
+PAIRS = [
+    {"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."},
+    {"prompt": "The chair is", "chosen": " blue.", "rejected": " a bird of prey."},
+] * 4
+
+
+def with_settings(tmp_path, rows, **settings) -> list[str]:
+    """The start of a command that trains on ``rows``, by a file of settings."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"data": str(tmp_path / "rows.jsonl"), "lora": {"r": 4, "lora_alpha": 8}, **settings}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    return ["train", str(tmp_path / "train.yaml")]
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "merge_aware", "scales"])
+def test_dpo_learns_to_prefer_what_was_chosen(adapter_type, quantized, tmp_path, capsys):
+    folder = tmp_path / "out"
+    command = with_settings(
+        tmp_path,
+        PAIRS,
+        model=quantized,
+        trainer="dpo",
+        adapter_type="scales" if adapter_type == "scales" else "lora",
+        merge_aware=adapter_type == "merge_aware",
+        training={"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1},
+        merge="auto",
+    )
+    shown = printed(capsys, [*command, "--output", str(folder), "--show-batch"])
+    assert "[ red." in shown
+    assert "[ a fish." in shown
+    printed(capsys, [*command, "--output", str(folder), "--training.report_to", "none"])
+    log = [each for each in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in each]
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the adapter changes nothing yet: log 2
+    assert log[-1]["loss"] < 0.6
+    assert log[-1]["rewards/accuracies"] == 1.0
+    assert log[-1]["rewards/margins"] > 0.1
+    # The reference is the model without the adapter: no second adapter is made, saved or merged.
+    assert [path.name for path in folder.rglob("adapter_config.json") if "checkpoint" not in str(path)] == [
+        "adapter_config.json"
+    ]
+    assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"instruction": "Which?", "input": "lamp", "chosen": "red", "rejected": "fish"}], "[red"),
+        (
+            [
+                {
+                    "chosen": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}],
+                    "rejected": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "fish"}],
+                }
+            ],
+            "[red",
+        ),
+    ],
+    ids=["instruction", "messages"],
+)
+def test_dpo_reads_preferences_in_the_forms_that_people_have(rows, expected, quantized, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = with_settings(tmp_path, rows * 8, model=quantized, trainer="dpo", tokenizer=str(tmp_path / "tokenizer"))
+    shown = printed(capsys, [*command, "--output", str(tmp_path / "out"), "--show-batch"])
+    assert expected in shown
+
+
+def test_rows_of_the_other_trainer_are_refused_with_what_is_taken(quantized, tmp_path, capsys):
+    for trainer, rows, said in (
+        ("dpo", [{"text": "x"}], "--trainer dpo takes rows with prompt (or instruction), chosen and rejected"),
+        ("sft", PAIRS, "--trainer sft takes rows with text"),
+        ("sft", [{"prompt": "x"}], "--trainer sft takes rows with text"),
+    ):
+        command = with_settings(tmp_path, rows, model=quantized, trainer=trainer)
+        assert said in refused(capsys, [*command, "--output", str(tmp_path / "out")], 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_shows_where_the_adapter_learns(quantized, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra `report` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "report_to": "tensorboard"}
+    command = with_settings(tmp_path, [{"text": TEXT}] * 4, model=quantized, training=training)
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Images("adapter/norm")] == [1, 2]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]

@@ -1,0 +1,82 @@
+"""``train`` in the two processes that ``accelerate launch`` starts gives what one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import needs_gloo
+from safetensors.torch import load_file
+
+from peft_quantlayers.cli import main
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate_two_processes.yaml")
+ROWS = [{"prompt": f"{number} and one is", "completion": f" {number + 1}."} for number in range(10, 26)]
+WAYS = {
+    "ddp": ["-m", "peft_quantlayers", "train"],
+    "ddp, by run": ["-m", "peft_quantlayers", "run", "-m", "peft_quantlayers", "train"],
+    "fsdp2": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
+}
+
+
+def losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [each["loss"] for each in log if "loss" in each]
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_the_adapter_of_one(way, quantized, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    settings = {
+        "model": quantized,
+        "data": str(tmp_path / "rows.jsonl"),
+        "lora": {"r": 4, "lora_alpha": 8},
+        "training": {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    batch = "--training.per_device_train_batch_size"
+    assert main(["train", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "one"), batch, "4"]) == 0
+    program, (verb, *options) = WAYS[way][: WAYS[way].index("train")], WAYS[way][WAYS[way].index("train") :]
+    done = subprocess.run(
+        [
+            *(sys.executable, *LAUNCH, *program, verb, tmp_path / "train.yaml", *options),
+            *("--output", tmp_path / "two", batch, "2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained 4 steps") == 1  # one of them tells
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # logged to four digits
+    one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_what_sharding_cannot_do_is_refused_before_anything_is_loaded(quantized, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    command = ["train", quantized, str(tmp_path / "out"), "--data", str(tmp_path / "rows.jsonl"), "--fsdp_size", "2"]
+    for options, said in (
+        (["--merge", "auto"], "--merge needs the whole base in one process"),
+        (["--training.resume_from_checkpoint", "true"], "cannot be resumed"),
+    ):
+        assert main([*command, *options]) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_is_refused_with_the_way_out(monkeypatch):
+    from peft_quantlayers.integrations.before_training import check_before_training
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"DeepSpeed flattens parameters.*Use DDP, or FSDP2"):
+        check_before_training(torch.nn.Linear(2, 2))
