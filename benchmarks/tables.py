@@ -659,7 +659,10 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "shared_codebooks": shared_codebooks,
     },
     DOCS / "exports.md": {"exports": exports},
-    DOCS / "transforms.md": {"transforms": transforms},
+    DOCS / "transforms.md": {
+        "transforms": transforms,
+        "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
+    },
 }
 
 
