@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= --constraint constraints.txt
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
+.PHONY: demo demo-table test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -13,7 +13,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
+# A YAML file and a handful of verbs of the command line.
 demo: $(VENV)/.installed
+	rm -rf demo-output/base demo-output/tuned demo-output/merged
+	$(RUN) examples/demo_verbs.py $(ARGS)
+
+# The same in Python, measured after every step, with a dense merge beside it: the README's table.
+demo-table: $(VENV)/.installed
 	$(RUN) examples/demo.py $(ARGS)
 
 demo-output/merged: | $(VENV)/.installed
