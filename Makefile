@@ -45,9 +45,10 @@ test-newest:
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES-600} FUZZ_KILLS=$${FUZZ_KILLS-200} $(RUN) -m pytest -s tests/fuzz $(ARGS)
 
-# Streamed quantization killed forty times at random moments; a few of them in `make test`.
+# Streamed quantization, plain and calibrated, and training, each killed forty times at random moments; a few of them in
+# `make test`.
 kill-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 KILLS=$${KILLS-40} $(RUN) -m pytest -s tests/streaming -k killed $(ARGS)
+	OMP_NUM_THREADS=1 KILLS=$${KILLS-40} $(RUN) -m pytest -s tests/streaming tests/cli/test_train_killed.py -k killed $(ARGS)
 
 # For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
 # what changed, without the slow ones.
