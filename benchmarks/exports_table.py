@@ -6,7 +6,8 @@ tokens. Makes the rows that the file does not have; all of them with ``--again``
 
     python benchmarks/exports_table.py ['SmolLM2 gguf*']   [--readers PYTHON]   [--vllm PYTHON]   [--merged FOLDER]
 
-FOLDER is the model that the demo has tuned and merged: ``make demo ARGS="--output FOLDER"`` saves it in FOLDER/merged.
+FOLDER is the model that the demo has tuned and merged: ``make demo-table ARGS="--output FOLDER"`` saves it in
+FOLDER/merged.
 vLLM for CPUs wants an older transformers, so that it has an environment of its own.
 """
 

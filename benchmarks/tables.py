@@ -391,7 +391,7 @@ def aqlm_quantizer() -> str:
     return "\n".join(lines)
 
 
-def demo(name: str = "demo", command: str = "make demo") -> str:
+def demo(name: str = "demo", command: str = "make demo-table") -> str:
     measured = result(name)
     rows = [
         [
@@ -648,7 +648,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "quantize_avx2": lambda: quantize("quantize_avx2"),
         "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,
-        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
+        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo-table ARGS="--method aqlm --calibrate"'),
     },
     DOCS / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     DOCS / "models.md": {"models": models},
