@@ -36,7 +36,7 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation, random": [pql.Rotation(kind="random")],
     "rotation of heads": [pql.Rotation(residual=False)],
     "rotation, then AWQ scales": [pql.Rotation(), pql.AWQScales()],
-    "SmoothQuant": [pql.SmoothQuant()],
+    "SmoothQuant, alpha 0.5": [pql.SmoothQuant(alpha=0.5)],
     "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
 # With 8-bit inputs each row of a weight has one scale, and each token's inputs have one, as integer products need it.

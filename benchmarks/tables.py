@@ -610,9 +610,9 @@ def exports() -> str:
     return f"{device_line(measured['device'], 'make export-check')}\n\n{table(EXPORTS_HEAD, exports_rows(measured))}"
 
 
-def transforms() -> str:
+def transforms(name: str = "transforms", options: str = "") -> str:
     """What each transform gives, beside the model without one."""
-    measured = result("transforms")
+    measured = result(name)
     rows = measured["rows"]
     base = {row["name"].rsplit(", none", 1)[0]: row for row in rows if row["name"].endswith(", none")}
     body = []
@@ -623,9 +623,9 @@ def transforms() -> str:
             kl, without = row[f"kl_{text}"], base[setting][f"kl_{text}"]
             cells.append(f"{kl:.4f}" + ("" if row is base[setting] else f" ({100 * (kl / without - 1):+.0f} %)"))
         body.append([*cells, f"{row['transform_cpu_s']:.0f}"])
-    head = ["HQQ, groups of 64", "transform", "KL, WikiText", "KL, second text", "CPU s of the transform"]
+    head = ["HQQ", "transform", "KL, WikiText", "KL, second text", "CPU s of the transform"]
     blocks = sorted({row["blocks"] for row in rows})
-    command = " and ".join(f"bench_transforms.py --blocks {number}" for number in blocks)
+    command = " and ".join(f"bench_transforms.py --blocks {number}{options}" for number in blocks)
     return f"{table(head, body)}\n\n{device_line(measured['device'], command)}"
 
 
@@ -659,7 +659,10 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "shared_codebooks": shared_codebooks,
     },
     DOCS / "exports.md": {"exports": exports},
-    DOCS / "transforms.md": {"transforms": transforms},
+    DOCS / "transforms.md": {
+        "transforms": transforms,
+        "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
+    },
 }
 
 

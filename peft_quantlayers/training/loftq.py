@@ -20,7 +20,7 @@ from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
 from ..methods import get_method
-from ..transforms.record import in_words, transforms_in, transforms_of
+from ..transforms.record import in_words, transforms_of
 from .float_weights import float_weights
 from .low_rank import low_rank_approximation, output_norm
 
@@ -282,7 +282,7 @@ def _refuse_other_transforms(float_model: nn.Module | str | Path, model: nn.Modu
 
     Scaled weights differ too little from others to be told from quantization errors.
     """
-    of_float = transforms_of(float_model) if isinstance(float_model, nn.Module) else transforms_in(Path(float_model))
+    of_float = transforms_of(float_model)
     if of_float != transforms_of(model):
         raise ValueError(
             f"float_model has other transforms ({in_words(of_float)}) than the model before it was quantized "

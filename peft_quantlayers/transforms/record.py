@@ -12,16 +12,16 @@ KEY = "quantlayers_transforms"
 
 
 def transforms_of(model: Any) -> list[dict[str, Any]]:
-    """What was done to ``model`` before it was quantized, in order: name and options of each; [] for nothing."""
-    found: Any = getattr(getattr(model, "config", None), KEY, None)
+    """What was done to ``model``, or to the model in a folder, before it was quantized, in order.
+
+    Name and options of each; [] for nothing, and where no config says.
+    """
+    if isinstance(model, (str, Path)):
+        file = Path(model, "config.json")
+        found: Any = json.loads(file.read_text()).get(KEY) if file.is_file() else None
+    else:
+        found = getattr(getattr(model, "config", None), KEY, None)
     return [dict(each) for each in found] if are_transforms(found) else []
-
-
-def transforms_in(folder: Path) -> list[dict[str, Any]]:
-    """The same of the model in ``folder``; [] where that has no config."""
-    file = folder / "config.json"
-    found: Any = json.loads(file.read_text()).get(KEY) if file.is_file() else None
-    return found if are_transforms(found) else []
 
 
 def add_record(model: nn.Module, transform: dict[str, Any]) -> None:

@@ -116,7 +116,9 @@ def find_residual_stream(model: nn.Module, call: Call) -> ResidualStream:
     )
     if gains and is_half:  # where a trial would not show a gain that is nearly even
         _refuse(model, f"{in_the_way}, unless it is none of the stream's, which a trial in float32 shows")
-    channels = slice(stream.width - n_channels, stream.width)
+    # Evenly spread: neighbours may be alike, as in sinusoidal positions, and a rotation of them next to nothing.
+    channels = slice(None, None, stream.width // n_channels)
+    n_channels = len(range(*channels.indices(stream.width)))
     turn = rotation_matrix(n_channels, use_hadamard=False, keeps_mean=stream.keeps_mean, seed=1)
     before = outputs_of(model, call)
     with restored(stream.tensors(model, channels)):

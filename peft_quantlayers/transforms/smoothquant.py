@@ -26,13 +26,13 @@ class SmoothQuant(Transform):
     what it did. Weights of few bits become worse by it: they take AWQScales.
 
     Fields:
-        alpha: how much of an outlier moves into the weights: 0 for none of it. 0.5 suits most models, 0.8 those with
-            large outliers.
+        alpha: how much of an outlier moves into the weights: 0 for none of it. The paper takes 0.5 for most models;
+            0.8 was better on the one that we measured.
 
     Source: Xiao et al. 2022, "SmoothQuant".
     """
 
-    alpha: float = 0.5
+    alpha: float = 0.8
 
     name: ClassVar[str] = "smoothquant"
     needs_calibration: ClassVar[bool] = True

@@ -67,8 +67,10 @@ def test_a_random_orthogonal_matrix_may_have_either_determinant():
     assert signs == {-1, 1}
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "random"])
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - NOT_ROTATABLE.keys()))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "hadamard") for name in MODELS if name not in NOT_ROTATABLE] + [("llama", "random"), ("gpt2", "random")],
+)
 def test_a_rotation_leaves_what_the_model_computes(name, kind, float64_norms):
     model = tiny_model(name)
     before, weights = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
@@ -89,6 +91,15 @@ def test_a_model_whose_norms_write_to_the_stream_is_refused_by_name(name):
         pql.transform_model(model, pql.Rotation())
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not hasattr(model.config, "quantlayers_transforms")
+
+
+def test_sinusoids_that_are_added_to_the_stream_are_seen_although_most_of_their_channels_are_nearly_constant():
+    sizes = {"vocab_size": 96, "d_model": 64, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    model = hf.XGLMForCausalLM(hf.XGLMConfig(**sizes, max_position_embeddings=64, pad_token_id=0)).eval()
+    before = logits(model)
+    with pytest.raises(ValueError, match="XGLMForCausalLM cannot be rotated: something other"):
+        pql.transform_model(model, pql.Rotation())
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("name", NOT_ROTATABLE)

@@ -23,7 +23,7 @@ def test_a_smoothed_model_computes_what_it_did(name):
     pql.transform_model(model, pql.SmoothQuant(), calibration=DATA, progress=False)
     assert change(logits(model), before) < (1e-6 if name == "gemma3" else 1e-9)
     assert sum(not torch.equal(value, weights[key]) for key, value in model.state_dict().items()) >= 8
-    assert model.config.quantlayers_transforms == [{"transform": "smoothquant", "alpha": 0.5}]
+    assert model.config.quantlayers_transforms == [{"transform": "smoothquant", "alpha": 0.8}]
 
 
 def largest_inputs(model: nn.Module) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal
 
 from jsonargparse import Namespace
@@ -36,9 +37,10 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_method(parser)
     options.add_calibration(parser)
     options.add_budget(parser)
+    names: Any = GenericAlias(list, Literal[tuple(TRANSFORMS)])
     parser.add_argument(
         "--transforms",
-        type=list[Literal[tuple(TRANSFORMS)]] | None,  # type: ignore[misc]
+        type=names | None,
         default=None,
         help="changes of the float weights first, in this order, such as [awq_scales]; the model is then in memory",
     )
