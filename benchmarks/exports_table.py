@@ -163,7 +163,8 @@ def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> di
         report = pql.export(model, out, case.format, tokenizer=tokenizer, **options)
     except (ValueError, NotImplementedError) as error:
         return result | {"refused": words_of(error)}
-    weights = [*out.glob("*.safetensors"), *out.glob("*.gguf"), *out.glob("adapter/*.safetensors")]
+    patterns = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "openvino_model.bin", "adapter/*.safetensors")
+    weights = [file for pattern in patterns for file in out.glob(pattern)]
     result |= {
         "relative_error": report.relative_error,
         "is_exact": report.is_exact,
