@@ -150,6 +150,18 @@ def grid(axes: Axes) -> None:
     axes.legend()
 
 
+def codebooks(axes: Axes) -> None:
+    """Pairs of weights, and all sums of an entry of each of two codebooks of eight: AQLM with groups of two."""
+    weight = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+    spec = pql.AQLMSpec(num_codebooks=2, nbits_per_codebook=3, in_group_size=2)
+    tensors = get_method("aqlm").quantize(weight, spec).tensors
+    first, second = tensors["codebooks"].float()[:, :, 0] * tensors["scales"].item()
+    axes.plot(*weight.view(-1, 2).T, ".", color="gray", markersize=3, label="pairs of weights")
+    axes.plot(*(first[:, None] + second).reshape(-1, 2).T, "x", label="sums of two entries")
+    axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def dither(axes: Axes) -> None:
     """What is left of a delta of a tenth of a step in a sum over inputs, rounded with and without a dither."""
     generator = torch.Generator().manual_seed(0)
@@ -171,6 +183,7 @@ FIGURES: dict[str, Callable[[Axes], None]] = {
     "memory_of_a_step": memory_of_a_step,
     "speed_and_tokens": speed_and_tokens,
     "grid": grid,
+    "codebooks": codebooks,
     "dither": dither,
 }
 
