@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= --constraint constraints.txt
 RUN := HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(VENV)/bin/python
 
-.PHONY: demo test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check docs wheel plots tables clean
+.PHONY: demo demo-table test test-all test-newest fuzz kill-test check lint conformance patches peft-main bench bench-gpu bench-quality features models export-check docs wheel plots tables clean
 
 # The compiled kernels are built by the installation, where there is a C compiler.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/quantlayers_kernels/csrc/*)
@@ -13,7 +13,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
+# A YAML file and a handful of verbs of the command line.
 demo: $(VENV)/.installed
+	rm -rf demo-output/base demo-output/tuned demo-output/merged
+	$(RUN) examples/demo_verbs.py $(ARGS)
+
+# The same in Python, measured after every step, with a dense merge beside it: the README's table.
+demo-table: $(VENV)/.installed
 	$(RUN) examples/demo.py $(ARGS)
 
 demo-output/merged: | $(VENV)/.installed
@@ -40,9 +46,10 @@ test-newest:
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES-600} FUZZ_KILLS=$${FUZZ_KILLS-200} $(RUN) -m pytest -s tests/fuzz $(ARGS)
 
-# Streamed quantization killed forty times at random moments; a few of them in `make test`.
+# Streamed quantization, plain and calibrated, and training, each killed forty times at random moments; a few of them in
+# `make test`.
 kill-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 KILLS=$${KILLS-40} $(RUN) -m pytest -s tests/streaming -k killed $(ARGS)
+	OMP_NUM_THREADS=1 KILLS=$${KILLS-40} $(RUN) -m pytest -s tests/streaming tests/cli/test_train_killed.py -k killed $(ARGS)
 
 # For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
 # what changed, without the slow ones.

@@ -34,9 +34,10 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     reader = row.get("reader") or _IN_TESTS[row["format"]]
     if "refused" in row:
         reader += f" refuses: {row['refused']}"
+    megabytes = f"{row['mb']:.1f}" if row["mb"] else ""
     has_logits = "kl" in row
     difference = f"{row['max_logit_difference']:.1e}" if has_logits else ""
     kl = f"{row['kl']:.1e}" if has_logits else ""
     return [
-        row["model"], format_name, grid, exact, reader, difference, kl, f"{row['mb']:.1f}", f"`{row['command']}`",
+        row["model"], format_name, grid, exact, reader, difference, kl, megabytes, f"`{row['command']}`",
     ]  # fmt: skip

@@ -6,7 +6,8 @@ tokens. Makes the rows that the file does not have; all of them with ``--again``
 
     python benchmarks/exports_table.py ['SmolLM2 gguf*']   [--readers PYTHON]   [--vllm PYTHON]   [--merged FOLDER]
 
-FOLDER is the model that the demo has tuned and merged: ``make demo ARGS="--output FOLDER"`` saves it in FOLDER/merged.
+FOLDER is the model that the demo has tuned and merged: ``make demo-table ARGS="--output FOLDER"`` saves it in
+FOLDER/merged.
 vLLM for CPUs wants an older transformers, so that it has an environment of its own.
 """
 
@@ -162,7 +163,8 @@ def row(case: Case, models: Models, readers: dict[str, str], folder: Path) -> di
         report = pql.export(model, out, case.format, tokenizer=tokenizer, **options)
     except (ValueError, NotImplementedError) as error:
         return result | {"refused": words_of(error)}
-    weights = [*out.glob("*.safetensors"), *out.glob("*.gguf"), *out.glob("adapter/*.safetensors")]
+    patterns = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "openvino_model.bin", "adapter/*.safetensors")
+    weights = [file for pattern in patterns for file in out.glob(pattern)]
     result |= {
         "relative_error": report.relative_error,
         "is_exact": report.is_exact,

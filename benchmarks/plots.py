@@ -45,10 +45,11 @@ def size_and_score(axes: Axes) -> None:
     bits = {"HQQ 4-bit g64": 4.5, "HQQ 2-bit g16": 4.0, "HQQ 3-bit g64": 3.5, "AQLM 2x8, calibrated": 2.15}
     kinds = {
         "adapter beside it": ("score_adapter", "calibrated"),
-        "merged by us": ("score_merged", "calibrated"),
+        "merged here, calibrated": ("score_merged", "calibrated"),
         "merged by PEFT + hqq": ("score_merged", "peft+hqq"),
     }
-    axes.bar(0, 100 * stages["merged, dense"]["task_score"], 0.27, color="gray")
+    bars = axes.bar(0, 100 * stages["merged, dense"]["task_score"], 0.27, color="gray", label="merged into float32")
+    axes.bar_label(bars, fmt="%.0f", fontsize=8)
     for shift, (label, (field, strategy)) in enumerate(kinds.items()):
         scores = {}
         for place, setting in enumerate(bits, start=1):
@@ -64,14 +65,33 @@ def size_and_score(axes: Axes) -> None:
     names = [f"{name.split(',')[0]}\n{float_mb - millions * (4 - width / 8):.0f} MB" for name, width in bits.items()]
     axes.set_xticks(range(len(names) + 1), [f"float32\n{float_mb:.0f} MB", *names], fontsize=9)
     axes.grid(axis="x", visible=False)
-    axes.set(ylabel="orders without a mistake, %", ylim=(0, 128), yticks=range(0, 101, 20))
-    axes.legend(loc="upper center", ncols=3)
+    axes.set(ylabel="orders without a mistake, %", ylim=(0, 132), yticks=range(0, 101, 20))
+    axes.legend(loc="upper center", ncols=2, fontsize=9)
+
+
+def capture_by_strategy(axes: Axes) -> None:
+    """How much of a plain adapter's effect each merge retained on text, mean of the seeds."""
+    rows = [row for row in result("merge")["rows"] if row["task"] == "text" and row["training"] == "plain"]
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    strategies = {"peft+hqq": "PEFT + hqq", "requantize": "requantize", "append": "append", "calibrated": "calibrated"}
+    for shift, (strategy, label) in enumerate(strategies.items()):
+        captured = {}
+        for place, setting in enumerate(settings):
+            found = [row["capture"] for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
+            if found:
+                captured[place + 0.21 * (shift - 1.5)] = statistics.mean(found)
+        bars = axes.bar(list(captured), list(captured.values()), 0.2, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.set_xticks(range(len(settings)), [setting.split(",")[0] for setting in settings], fontsize=9)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel="capture", ylim=(0, 1.2))
+    axes.legend(loc="upper center", ncols=4, fontsize=8)
 
 
 def quality_and_bits(axes: Axes) -> None:
     """KL divergence from the float model at each number of bits per weight, before any training."""
     found: dict[str, list[tuple[float, float]]] = {}
-    names = {"ours": "HQQ, ours, no data", "hqq": "hqq package"}
+    names = {"ours": "HQQ, no data", "hqq": "hqq package, no data"}
     for row in result("quality")["rows"]:
         if row["made_by"] in names and row["group_size"] == 64 and row["nbits"] < 8:
             found.setdefault(names[row["made_by"]], []).append((row["bits_per_weight"], row["kl_to_float"]))
@@ -130,6 +150,18 @@ def grid(axes: Axes) -> None:
     axes.legend()
 
 
+def codebooks(axes: Axes) -> None:
+    """Pairs of weights, and all sums of an entry of each of two codebooks of eight: AQLM with groups of two."""
+    weight = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+    spec = pql.AQLMSpec(num_codebooks=2, nbits_per_codebook=3, in_group_size=2)
+    tensors = get_method("aqlm").quantize(weight, spec).tensors
+    first, second = tensors["codebooks"].float()[:, :, 0] * tensors["scales"].item()
+    axes.plot(*weight.view(-1, 2).T, ".", color="gray", markersize=3, label="pairs of weights")
+    axes.plot(*(first[:, None] + second).reshape(-1, 2).T, "x", label="sums of two entries")
+    axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def dither(axes: Axes) -> None:
     """What is left of a delta of a tenth of a step in a sum over inputs, rounded with and without a dither."""
     generator = torch.Generator().manual_seed(0)
@@ -146,10 +178,12 @@ def dither(axes: Axes) -> None:
 
 FIGURES: dict[str, Callable[[Axes], None]] = {
     "size_and_score": size_and_score,
+    "capture_by_strategy": capture_by_strategy,
     "quality_and_bits": quality_and_bits,
     "memory_of_a_step": memory_of_a_step,
     "speed_and_tokens": speed_and_tokens,
     "grid": grid,
+    "codebooks": codebooks,
     "dither": dither,
 }
 

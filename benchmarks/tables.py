@@ -111,6 +111,31 @@ def loftq() -> str:
     )
 
 
+def calibration_options() -> str:
+    """What each way to a better model of the same bits gives, on the first blocks of SmolLM2."""
+    measured = result("calibration_options")
+    rows = [
+        [
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['kl_wikitext']:.4f}",
+            f"{row['kl_help']:.4f}",
+            f"{row['cpu_s']:.0f}",
+        ]
+        for row in measured["rows"]
+        if row["every"] == 1 and row["blocks"] == 8
+    ]
+    return "\n".join(
+        [
+            table(["HQQ", "bits per weight", "KL, WikiText", "KL, second text", "CPU seconds"], rows),
+            "",
+            f"The first 8 blocks of {measured['model']}; {measured['calibration_tokens']:,} tokens of WikiText-2, and "
+            f"groups of {measured['group_size']} where nothing else is said. "
+            + device_line(measured["device"], "python benchmarks/bench_calibration_options.py --blocks 8"),
+        ]
+    )
+
+
 def merge() -> str:
     """How much of the adapters each strategy retained, means over the seeds."""
     measured = result("merge")
@@ -391,7 +416,7 @@ def aqlm_quantizer() -> str:
     return "\n".join(lines)
 
 
-def demo(name: str = "demo", command: str = "make demo") -> str:
+def demo(name: str = "demo", command: str = "make demo-table") -> str:
     measured = result(name)
     rows = [
         [
@@ -648,10 +673,11 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "quantize_avx2": lambda: quantize("quantize_avx2"),
         "aqlm_quantizer": aqlm_quantizer,
         "demo": demo,
-        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo ARGS="--method aqlm --calibrate"'),
+        "demo_aqlm": lambda: demo("demo_aqlm", 'make demo-table ARGS="--method aqlm --calibrate"'),
     },
     DOCS / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     DOCS / "models.md": {"models": models},
+    DOCS / "calibration.md": {"calibration_options": calibration_options},
     DOCS / "experts.md": {
         "mixture_sizes": mixture_sizes,
         "experts": experts,

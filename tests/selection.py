@@ -32,6 +32,7 @@ SLOW = (
     "tests/cli/test_run.py::test_autoload_imports_the_package_in_whatever_order_a_program_imports",
     "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one",
     "tests/integrations/test_distributed_losses.py",
+    "tests/cli/test_train_killed.py::test_train_killed_at_any_moment_ends_with_the_same_files",
     "tests/cli/test_run.py::test_a_script_and_the_processes_that_it_starts_load_a_saved_model",
     "tests/integrations/test_sentinels.py::test_stock_transformers_stops_at_a_saved_model_of_any_architecture",
     "tests/streaming/test_calibrated.py::test_killed_at_any_file_operation_it_ends_with_the_same_files",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from programs import run_program
 from tiny_folder import byte_tokenizer, save_tiny_llama
 from transformers import LlamaForCausalLM
+
+import peft_quantlayers as pql
+from peft_quantlayers.cli.main import verb_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -108,6 +112,24 @@ def test_the_demo_runs_on_another_model(options, label, tiny_folder, tmp_path):
     assert dense["strategy"] == "dense"
     assert dense["delta_retained"] == pytest.approx(1.0, abs=1e-3)
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_demo_by_verbs_runs_on_another_model_and_says_how_to_do_the_same(tiny_folder, tmp_path):
+    small = ["--model", str(tiny_folder), "--steps", "2", "--orders", "4"]
+    output = run_example("demo_verbs.py", *small, "--output", str(tmp_path))
+    verbs = re.findall(r"^\$ peft-quantlayers (\w+)", output, re.M)
+    assert verbs[:6] == ["quantize", "train", "merge", "evaluate", "evaluate", "chat"]
+    assert "of 4 held-out orders right" in output
+    assert "The same with another model" in output
+    assert pql.verify_model(tmp_path / "merged") == []
+    # The settings beside each output do the same again.
+    for folder, verb in (("base", "quantize"), ("tuned", "train"), ("merged", "merge")):
+        assert (tmp_path / folder / f"{verb}.yaml").exists()
+    # Each command that it prints for another model has options that there are.
+    for line in re.findall(r"^  peft-quantlayers (.*)", output, re.M):
+        verb, *options = line.split()
+        known = verb_parser(verb, import_module(f"peft_quantlayers.cli.verbs.{verb}")).names()
+        assert {option[2:] for option in options if option.startswith("--")} <= known
 
 
 @pytest.mark.real_model

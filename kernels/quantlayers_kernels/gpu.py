@@ -1,7 +1,8 @@
 """The Triton kernels: whether they can be used, and how their work is laid out on a GPU.
 
 They are optional. If Triton is not installed, or they are switched off with ``QUANTLAYERS_NO_TRITON=1`` in the
-environment, :func:`is_available` is False and everything runs in plain torch, with the same results up to rounding.
+environment, :func:`is_available` is False and everything runs in plain torch, with the same results up to rounding. So
+it does where :mod:`gpu_probe` finds that they cannot run.
 What the kernels compute is documented in each method's ``triton_kernels.py``, and when to use them in its ``gpu.py``.
 """
 
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gpu_probe
+
 SWITCH = "QUANTLAYERS_NO_TRITON"
 DEVICE_TYPES = ("cuda",)  # ROCm's GPUs too: torch calls them so
-# The floating dtypes that the kernels read and write.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A product with at most this many tokens decodes the weight into registers; with more, the weight is dequantized to
 # memory and multiplied by cuBLAS. TODO: choose it by measurement; waits for the sweep of benchmarks/bench_gpu.py.
@@ -37,9 +38,15 @@ def is_available() -> bool:
 
 
 def can_hold(*tensors: Tensor) -> bool:
-    """Whether the tensors are all on one device, and the kernels run on it."""
+    """Whether the tensors are all on one device, and the kernels run on it and read the floating ones."""
     device = tensors[0].device
-    return device.type in DEVICE_TYPES and all(tensor.device == device for tensor in tensors) and is_available()
+    return (
+        device.type in DEVICE_TYPES
+        and all(tensor.device == device for tensor in tensors)
+        and all(gpu_probe.can_read(tensor.dtype, device) for tensor in tensors if tensor.is_floating_point())
+        and is_available()
+        and gpu_probe.can_launch(device)
+    )
 
 
 def has_tensor_cores(dtype: torch.dtype) -> bool:

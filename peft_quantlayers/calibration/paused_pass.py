@@ -10,11 +10,10 @@ warnings). So a pass does not stop below one: the pointers would outlive the sta
 from __future__ import annotations
 
 import contextvars
-import sys
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ class Pass(greenlet):
     @property
     def can_pause(self) -> bool:
         """Whether no C++ function of torch called what runs now, in the pass itself; asked from within."""
-        frame: FrameType | None = sys._getframe(1)
+        frame = inspect.currentframe()
         while frame is not None:
             caller = frame.f_back
             if frame.f_code.co_name in CALLED_BY_TORCH or (caller is not None and caller.f_code is FUNCTION_APPLY):

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from ..integrations.float_checkpoint import model_class
 
 
-def model_class(name: str) -> Any:
-    """The class that the config of ``name`` names as the model's, or ``AutoModelForCausalLM``."""
-    config = AutoConfig.from_pretrained(name)
-    architectures = config.architectures or [""]
-    return getattr(transformers, architectures[0], AutoModelForCausalLM)
+def _class_of(config: PreTrainedConfig) -> Any:
+    return model_class(config.architectures) or AutoModelForCausalLM
 
 
 def model_on_meta(name: str) -> PreTrainedModel:
@@ -25,7 +23,7 @@ def model_on_meta(name: str) -> PreTrainedModel:
         model: Any = load_model(name)
         model.to("meta").tie_weights()  # which moving has taken apart
         return model
-    found = model_class(name)
+    found = _class_of(config)
     with torch.device("meta"):
         model = getattr(found, "from_config", found)(config)
     return model.to(config.dtype or torch.float32)
@@ -42,7 +40,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **o
     """
     refuse_missing_folder("model", name)
     placed = {} if device is None else {"device_map": device}
-    return model_class(name).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+    return _class_of(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
 
 
 def base_of(adapter: str) -> str:

@@ -18,10 +18,10 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..formats.checksums import are_checksums_used, checksums, to_metadata
+from ..formats.safetensors_file import StoredTensor, write_safetensors
 from ..lora.adapter_folder import refuse_special_files
 from ..lora.base_fingerprint import layers_of_record
 from ..lora.merge_aware_config import fingerprints_of
@@ -109,8 +109,9 @@ def add_checksums(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    with replace_file(file) as part:
-        save_file(tensors, part, metadata=metadata | to_metadata(checksums(tensors)))
+    layout = {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
+    with replace_file(file) as part:  # safetensors' own writer gives metadata a random order
+        write_safetensors(part, layout, tensors.__getitem__, metadata=metadata | to_metadata(checksums(tensors)))
 
 
 def check_scaling(config: Any) -> None:

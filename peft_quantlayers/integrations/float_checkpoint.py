@@ -87,10 +87,9 @@ class FloatCheckpoint:
         self.files = CheckpointFiles(paths, backend="pread")
         if are_checksums_used():
             refuse_damage(self.files.opened, name=str(folder))
-        model_class = _model_class(folder)
+        self._model_class = _known_class(folder)
         config = AutoConfig.from_pretrained(folder)
         self.config, self.dtype = _get_dtype(dtype, paths, config, None, None, True, None)
-        self._model_class = model_class
         self.model = self.new_model()
         self.conversions: list[Any] = []
         self.groups, self.unexpected = self._find_groups()
@@ -323,10 +322,16 @@ def new_quantizer(checkpoint: FloatCheckpoint, config: QuantConfig, specs: dict[
     return quantizer
 
 
-def _model_class(folder: Path) -> type[PreTrainedModel]:
-    names = json.loads((folder / "config.json").read_text()).get("architectures") or [None]
-    found = getattr(transformers, str(names[0]), None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+def model_class(architectures: Sequence[str] | None) -> type[PreTrainedModel] | None:
+    """The class of transformers that a config names as its model's; None where it has none such."""
+    found = getattr(transformers, str(next(iter(architectures or ()), None)), None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _known_class(folder: Path) -> type[PreTrainedModel]:
+    names = json.loads((folder / "config.json").read_text()).get("architectures")
+    found = model_class(names)
+    if found is None:
         raise ValueError(
             f"{folder}/config.json names the architectures {names}, and this version of transformers has none such. "
             "Code that comes with a model is not run here: load it with trust_remote_code, and quantize it in memory."

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..arguments import check_device, check_dtype
+from ..formats.checkpoint_format import ModelDescription
 from ..formats.checksums import SWITCH, are_checksums_used
 from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
-from ..layers import QuantizedLinear, quantized_modules
+from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_modules, dense_shape
 from ..layers.replace import place_empty_layer
+from ..layers.selection import quantized_layers
 from ..methods import spec_from_dict
+from .checkpoint_names import CheckpointNames
+from .single_experts import stacks_of_layers
 from .transformers_quantizer import QuantlayersHfQuantizer
 
 WEIGHTS = "qmodel.pt"
@@ -33,6 +38,8 @@ def load_hqq_folder(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """The causal language model that the ``hqq`` package saved in ``folder``, its quantized layers as HQQLinear.
+
+    Experts of a mixture, which the package keeps one by one, become stacks.
 
     Codes, scales and zeros are those of the file. The model trains, saves and reloads as any quantized one.
 
@@ -73,14 +80,30 @@ def load_hqq_folder(
     layers = {
         name: describe_hqq_layer(entries, name=name, spec_from_dict=spec_from_dict) for name, entries in stored.items()
     }
-    _place_layers(model, layers)
-    converted = {
-        f"{name}.{part}": layer.convert(part, stored[name][part])
-        for name, layer in layers.items()
-        for part in layer.tensor_names
+    names = CheckpointNames(model)
+    description = ModelDescription(specs={name: layer.spec for name, layer in layers.items()}, stored_layers=layers)
+    stacks = stacks_of_layers(model, description, names)
+    single = {name for stack in stacks.values() for name in stack.stored_names}
+    parameters = names.parameters([*floats, *(f"{name}.weight" for name in layers)])
+    places = {
+        name: parameters.get(f"{name}.weight", name).removesuffix(".weight") for name in layers if name not in single
     }
-    _load_tensors(model, _cast(floats, dtype) | converted)
-    for name, layer in quantized_modules(model).items():
+    _place_layers(model, {places[name]: layer for name, layer in layers.items() if name in places})
+    for name, stack in stacks.items():
+        place_empty_layer(model, name, stack.spec, compute_dtype=None, device="meta")
+    converted = {
+        f"{place}.{part}": layers[name].convert(part, stored[name][part])
+        for name, place in places.items()
+        for part in layers[name].tensor_names
+    }
+    converted |= {
+        f"{name}.{part}": stack.tensor(part, partial(_entry, stored, part))
+        for name, stack in stacks.items()
+        for part in stack.layout
+    }
+    dense = {parameters.get(key, key): tensor for key, tensor in floats.items()}
+    _load_tensors(model, _cast(dense, dtype) | converted)
+    for name, layer in quantized_layers(model).items():
         layer.quantized_weight.check(name)
     if isinstance(model.get_output_embeddings(), QuantizedLinear):
         model.config.tie_word_embeddings = False  # tying would write the embeddings into the codes
@@ -89,6 +112,10 @@ def load_hqq_folder(
     model.to(device or "cpu").eval()
     QuantlayersHfQuantizer.attached_to(model)
     return model
+
+
+def _entry(stored: Mapping[str, Mapping[str, Any]], part: str, name: str) -> Tensor:
+    return stored[name][part]
 
 
 def _read_modules(file: Path) -> dict[str, Mapping[str, Any]]:

@@ -7,7 +7,7 @@ into which fused weight, and where: gate and up lie one above the other in each 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -73,6 +73,11 @@ class StackOfLayers:
         if len(parts) == 1:
             return parts[0]
         return torch.stack(parts) if entry.rows_per_entry is None else torch.cat(parts)
+
+    def tensor(self, tensor_name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor ``tensor_name`` of the stack; ``read`` gives that of a layer, by its stored name."""
+        experts = zip(*self.parts, strict=True)
+        return torch.stack([self.expert(tensor_name, [read(name) for name in names]) for names in experts])
 
     @property
     def stored_names(self) -> tuple[str, ...]:

@@ -6,10 +6,15 @@ patches/transformers/2-hqq and patches/transformers/1-aqlm-list they work, and u
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import peft
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from ..formats.known_formats import known_formats
@@ -20,6 +25,7 @@ from .replacements import Replacements
 from .transformers_config import QuantlayersConfig
 from .transformers_quantizer import QuantlayersHfQuantizer, gathered_state_of
 
+logger = logging.getLogger(__name__)
 _taken_over: dict[str, tuple[Any, Any]] = {}
 _replaced = Replacements()
 
@@ -28,6 +34,7 @@ def register() -> None:
     """Make transformers use our quantizers for "quantlayers", "hqq" and "aqlm"; a second call does nothing."""
     if _taken_over:
         return
+    warn_of_unreleased_peft()
     for name in known_formats():
         _taken_over[name] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(name), AUTO_QUANTIZER_MAPPING.get(name))
         AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QuantlayersConfig
@@ -36,6 +43,18 @@ def register() -> None:
     _replaced.wrap(PreTrainedConfig, "get_config_dict", get_config_dict)
     _replaced.wrap(PreTrainedModel, "gather_sharded_state_dict_for_save", gathered_state_of)
     _replaced.replace(PreTrainedModel, "dtype", property(_dtype))
+
+
+def warn_of_unreleased_peft() -> None:
+    """Say so where transformers' own ways to adapters ask for a newer PEFT than there is (5.24 does)."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        logger.warning(
+            "transformers %s wants PEFT %s in model.add_adapter and model.load_adapter, and PEFT %s is installed. "
+            "peft.get_peft_model and PeftModel.from_pretrained work.",
+            transformers.__version__,
+            MIN_PEFT_VERSION,
+            peft.__version__,
+        )
 
 
 def unregister() -> None:

@@ -22,6 +22,10 @@ def matches(name: str, pattern: str) -> bool:
 _config_types: dict[type[QuantSpec], type["QuantConfig"]] = {}
 
 
+# Arguments of quantize_model that readers look for in a config.
+OF_QUANTIZE_MODEL = {"calibration", "tokenizer", "budget", "transforms", "device"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Which modules of a model are quantized, with overrides by name. Mixed into each method's spec.
@@ -56,6 +60,11 @@ class QuantConfig:
     def __new__(cls, *positional: Any, **fields: Any) -> Self:
         """Raise TypeError for an unknown field, and list the known ones."""
         check_keywords_only(cls.__name__, positional, f"{cls.__name__}(compute_dtype=...)")
+        if of_call := sorted(fields.keys() & OF_QUANTIZE_MODEL):
+            raise TypeError(
+                f"{cls.__name__} has no field {of_call}: how a model is quantized with data is said where it is, "
+                f"quantize_model(model, {cls.__name__}(...), {of_call[0]}=...)."
+            )
         check_fields(cls.__name__, fields, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 

@@ -21,12 +21,15 @@ LOSSES = ("loss", "eval_loss")
 NOT_PLOTTED = {"step", "epoch", "total_flos", "num_tokens"}
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in ``folder`` that are complete, the newest first. Its state is written last."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if _is_complete(path)}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
 def find_trainer_state(folder: Path) -> Path | None:
     """The file of the Trainer's state in ``folder``, else in its newest checkpoint; None where there is none."""
-    if (folder / STATE_FILE).is_file():
-        return folder / STATE_FILE
-    steps = {int(found[1]): path for path in folder.glob("checkpoint-*") if (found := _step_of(path))}
-    files = [steps[step] / STATE_FILE for step in sorted(steps, reverse=True)]
+    files = [path / STATE_FILE for path in (folder, *checkpoints(folder))]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -88,5 +91,9 @@ def delta_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _step_of(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None

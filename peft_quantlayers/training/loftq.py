@@ -62,7 +62,7 @@ def initialize_loftq(
     layer keeps the state with the lowest error, its initial state included.
 
     With ``calibration`` it is the outputs on this data that are approximated, block by block, with the adapter in the
-    blocks before: of the same rank, it leaves about half of their squared error.
+    blocks before. On a base that was calibrated with asymmetric targets little is left for it.
 
     With one iteration the codes do not change, and only the adapter must be saved. With more **the base model
     changes too, and the adapter fits no other**: save both, the base after ``peft_model.unload()``. New codes are

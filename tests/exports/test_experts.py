@@ -236,7 +236,7 @@ def test_blocks_of_dense_experts_beside_quantized_ones(tmp_path):
     assert [name in ignore for name in experts] == [False, True]
 
 
-@pytest.mark.parametrize("family", SINGLE)
+@pytest.mark.parametrize("family", [*SINGLE, "qwen2_moe", "deepseek_v3"])
 def test_the_published_hqq_layout_is_read_into_the_same_stacks(tmp_path, family):
     model = model_of(family)
     report = pql.export(model, tmp_path / "out", "hqq")

@@ -3,8 +3,10 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from programs import run_program
 from safetensors.torch import load_file, save_file
@@ -422,3 +424,15 @@ def test_a_float_weight_of_another_shape_than_the_config_says_is_refused_while_q
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(ValueError, match=r"up_proj\.weight has the shape \(96, 64\) in the files"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=HQQConfig(nbits=4, group_size=16))
+
+
+def test_a_transformers_that_wants_a_peft_that_is_not_there_is_told_with_what_works(monkeypatch, caplog):
+    from peft_quantlayers.integrations import transformers_registry
+
+    transformers_registry.warn_of_unreleased_peft()
+    told = "transformers" in caplog.text
+    assert told == (Version(peft.__version__) < Version(transformers_registry.MIN_PEFT_VERSION))
+    monkeypatch.setattr(transformers_registry, "MIN_PEFT_VERSION", "99.0")
+    transformers_registry.warn_of_unreleased_peft()
+    assert "wants PEFT 99.0 in model.add_adapter" in caplog.text
+    assert "peft.get_peft_model and PeftModel.from_pretrained work" in caplog.text

@@ -4,6 +4,7 @@ themselves."""
 import copy
 import json
 import re
+from collections import defaultdict
 
 import pytest
 import torch
@@ -91,10 +92,39 @@ def test_single_experts_are_read_into_stacks(family, tmp_path, capfd):
     assert torch.equal(loaded(ids).logits, logits)
 
 
-def test_groups_over_the_rows_of_gate_and_up_are_refused(tmp_path):
+def as_package_folder(folder) -> None:
+    """The folder as the ``hqq`` package itself saves it."""
+    modules = defaultdict(dict)
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        name, _, part = key.rpartition(".")
+        modules[name][part] = tensor
+    torch.save(dict(modules), folder / "qmodel.pt")
+    (folder / "model.safetensors").unlink()
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k != "quantization_config"}))
+
+
+@pytest.mark.parametrize("family", sorted(NAMES))
+def test_single_experts_of_the_packages_own_folder_are_read_into_stacks(family, tmp_path):
+    expected = write(tmp_path / "published", family)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "published").eval()
+    as_package_folder(tmp_path / "published")
+    model = pql.load_hqq_folder(tmp_path / "published")
+    for name, dense in expected.items():
+        torch.testing.assert_close(pql.quantized_stacks(model)[name].dequantize(), dense, atol=1e-6, rtol=1e-5)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("is_package_folder", [False, True])
+def test_groups_over_the_rows_of_gate_and_up_are_refused(tmp_path, is_package_folder):
     write(tmp_path / "published", "qwen3_moe", axis=0)
+    load = AutoModelForCausalLM.from_pretrained
+    if is_package_folder:
+        as_package_folder(tmp_path / "published")
+        load = pql.load_hqq_folder
     with pytest.raises(ValueError, match=r"experts\.0\.gate_proj: .*cannot lie in one"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+        load(tmp_path / "published")
 
 
 def test_a_missing_expert_is_named(tmp_path):

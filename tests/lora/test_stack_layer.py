@@ -167,7 +167,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(grad, expected[name])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4", "jetmoe"])
+@pytest.mark.parametrize("family", sorted(MIXTURES))
 @pytest.mark.parametrize("strategy", ["auto", "requantize", "keep", "dense"])
 def test_every_strategy_merges_and_is_undone_to_the_bit(family, strategy):
     peft_model = adapted(quantized(family, pql.HQQConfig(nbits=8, group_size=16)), family)
@@ -178,7 +178,8 @@ def test_every_strategy_merges_and_is_undone_to_the_bit(family, strategy):
     assert {layer.name for layer in report.layers} == set(quantized_stacks(quantized(family)))
     assert min(layer.delta_retained for layer in report.layers) > 0.95
     assert report.capture.capture > 0.9
-    tolerance = 1e-4 if strategy in ("keep", "dense") else 0.1
+    rounding = 0.2 if family == "nemotron_h" else 0.1  # whose experts square what they compute
+    tolerance = 1e-4 if strategy in ("keep", "dense") else rounding
     difference = (merged(IDS).logits - with_adapter).norm() / with_adapter.norm()
     assert difference < tolerance
     merged.unmerge_adapter()

@@ -92,6 +92,8 @@ def test_a_config_that_makes_no_sense_is_refused_when_it_is_made(fields, error, 
 def test_an_unknown_argument_is_refused_with_the_fields_that_there_are():
     with pytest.raises(TypeError, match=r"HQQConfig has no field \['groupsize'\].*'group_size'.*'nbits'"):
         HQQConfig(groupsize=64)
+    with pytest.raises(TypeError, match=r"HQQConfig has no field \['calibration'\].*quantize_model\(model, HQQConfig"):
+        HQQConfig(calibration=["a text"])
     with pytest.raises(TypeError, match=r"AQLMConfig has no field \['nbits'\].*'nbits_per_codebook'"):
         AQLMConfig(nbits=2)
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 import transformers
 from _tiny_models import tiny_inputs, tiny_model
+from killed_runs import folders_of_killed_runs
 from mixtures import tiny_mixture
 from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
-
-from .killed import folders_of_killed_runs
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
 IDS = torch.randint(3, 100, (600,), generator=torch.Generator().manual_seed(3))

@@ -9,13 +9,12 @@ import pytest
 import torch
 import transformers
 from _tiny_models import tiny_model
+from killed_runs import folders_of_killed_runs
 from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.storage import locked_folder
 from peft_quantlayers.streaming import parts, quantize_files, work_folder
-
-from .killed import folders_of_killed_runs
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
 PLAIN = pql.HQQConfig(nbits=4, group_size=16)

@@ -32,8 +32,6 @@ def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """
     return (
         gpu.can_hold(codes, codebooks, scales)
-        and codebooks.dtype in gpu.DTYPES
-        and scales.dtype in gpu.DTYPES
         and has_documented_layout(codes, codebooks, scales)
         and codebooks.numel() < MAX_CODEBOOK_ELEMENTS
         and codebooks.shape[0] <= MAX_CODEBOOKS
@@ -47,7 +45,6 @@ def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tens
     return (
         0 < n_tokens <= gpu.MAX_TOKENS
         and (n_tokens == 1 or gpu.has_tensor_cores(x.dtype))
-        and x.dtype in gpu.DTYPES
         and gpu.can_hold(x, codes, *([] if bias is None else [bias]))
         and can_dequantize(codes, codebooks, scales)
         and x.shape[-1] == codes.shape[1] * codebooks.shape[3]

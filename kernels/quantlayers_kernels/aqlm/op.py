@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import native, tiled
 from ..direct_call import can_skip_operator
-from ..gpu import DTYPES
+from ..gpu_probe import can_read
 from ..precision import product_dtype
 from . import cpu, gpu
 from .gradient import metadata_gradient
@@ -34,7 +34,7 @@ def aqlm_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: tor
     whole = slice(0, weight.shape[0])
     if dtype in native.WRITTEN and cpu.can_dequantize(codes, codebooks, scales):
         return cpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)
-    if dtype in DTYPES and gpu.can_dequantize(codes, codebooks, scales):
+    if can_read(dtype, codes.device) and gpu.can_dequantize(codes, codebooks, scales):
         return gpu.dequantize_rows(codes, codebooks, scales, rows=whole, into=weight)
     for rows, tile in weight_tiles(codes, codebooks, scales, dtype=dtype):
         weight[rows] = tile

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .. import native
-from ..gpu import DTYPES
+from ..gpu_probe import can_read
 from ..tiled import WeightTiles, buffered_tiles, rows_per_tile
 from . import cpu, gpu
 from .layout import dense_shape
@@ -51,7 +51,8 @@ def weight_tiles(codes: Tensor, codebooks: Tensor, scales: Tensor, *, dtype: tor
     on_cpu, on_gpu = (where.can_dequantize(codes, codebooks, scales) for where in (cpu, gpu))
     if on_cpu or on_gpu:
         dequantize = partial((cpu if on_cpu else gpu).dequantize_rows, codes, codebooks, scales)
-        written = dtype if dtype in (native.WRITTEN if on_cpu else DTYPES) else torch.float32
+        can_write = dtype in native.WRITTEN if on_cpu else can_read(dtype, codes.device)
+        written = dtype if can_write else torch.float32
         shape = dense_shape(codes, codebooks)
         yield from buffered_tiles(dequantize, *shape, dtype=dtype, device=codes.device, written=written)
         return

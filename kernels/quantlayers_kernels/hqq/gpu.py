@@ -41,7 +41,7 @@ def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis
     return (
         axis == 1
         and gpu.can_hold(W_q, scale, zero)
-        and scale.dtype in gpu.DTYPES
+        and scale.is_floating_point()
         and has_documented_layout(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
         and packed_row_bytes(in_features, nbits) == n_segments * _segment(nbits, in_features)
     )
@@ -54,7 +54,6 @@ def can_use_few_tokens(
     n_tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
     return (
         0 < n_tokens <= gpu.MAX_TOKENS
-        and x.dtype in gpu.DTYPES
         and gpu.can_hold(x, W_q, *([] if bias is None else [bias]))
         and (bias is None or tuple(bias.shape) == (W_q.shape[0],))
         and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..bitpack import unpack
-from ..gpu import DTYPES
+from ..gpu_probe import can_read
 from ..tiled import WeightTiles, buffered_tiles
 from . import cpu, gpu
 from .reference import _grouped
@@ -19,8 +19,8 @@ def written_dtype(
     """The dtype that :func:`dequantize_rows` is to write where ``dtype`` is wanted: the same, or float32."""
     if dtype == torch.float32:
         return dtype
-    for where, dtypes in ((gpu, DTYPES), (cpu, native.WRITTEN)):
-        if dtype in dtypes and where.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
+    for where, can_write in ((gpu, can_read(dtype, W_q.device)), (cpu, dtype in native.WRITTEN)):
+        if can_write and where.can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
             return dtype
     return torch.float32
 

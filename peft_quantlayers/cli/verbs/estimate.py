@@ -44,13 +44,16 @@ def run(settings: Namespace) -> Result:
     if config is not None:
         found.append(estimate_quantizing(model, config, calibration_tokens=settings.calibration_tokens))
     lora = LoraConfig(r=settings.lora.r, target_modules=settings.lora.target_modules)
-    trained = estimate_training(
-        model,
-        config,
-        lora,
-        batch_size=settings.batch_size,
-        sequence_length=settings.max_length,
-        use_gradient_checkpointing=settings.gradient_checkpointing,
+    merged = estimate_merging(model, config, rank=settings.lora.r)
+    found.append(
+        estimate_training(  # last, for it leaves an adapter on the model
+            model,
+            config,
+            lora,
+            batch_size=settings.batch_size,
+            sequence_length=settings.max_length,
+            use_gradient_checkpointing=settings.gradient_checkpointing,
+        )
     )
-    found += [trained, estimate_merging(model_on_meta(settings.model), config, rank=settings.lora.r)]
+    found.append(merged)
     return Result(text="\n".join(map(str, found)), data={each.step: each.to_dict() for each in found})

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from jsonargparse import Namespace
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
@@ -22,6 +22,7 @@ from ...lora import enable_merge_aware
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
 from ...report.tensorboard import LayerFiguresCallback
+from ...report.training_parts import STATE_FILE, checkpoints
 from ...saving import save_model
 from ...scales import QuantScalesConfig
 from ...streaming.free_memory import return_large_blocks
@@ -100,6 +101,7 @@ def run(settings: Namespace) -> Result | None:
     if settings.fsdp_size is not None and settings.merge is not None:
         raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
+    resume = None if str(resume).lower() == "false" else resume
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
             True  # all that transformers saves of a model that was sharded while loading
@@ -140,23 +142,40 @@ def run(settings: Namespace) -> Result | None:
             trainer.add_callback(LayerFiguresCallback())
         if settings.show_batch:
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    done = trainer.train(resume_from_checkpoint=_checkpoint(resume))
+    found, told = trained(trainer, _checkpoint(resume, Path(settings.output)))
     model = trainer.model
     model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
     if not processes.is_main_process:
         return None
     tokenizer.save_pretrained(settings.output)
     trainer.save_state()  # for the report
-    found: dict[str, Any] = {"metrics": done.metrics, "log": trainer.state.log_history}
-    lines = [f"trained {done.global_step} steps, loss {done.training_loss:.4f}; the adapter is in {settings.output}"]
+    lines = [f"{told}; the adapter is in {settings.output}"]
     if settings.merge is not None:
         merged: Any
         merged, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
         folder = settings.merged_output or str(Path(settings.output) / "merged")
-        save_model(merged, folder, tokenizer=tokenizer, overwrite=settings.overwrite)
+        # A run that was killed here, and is resumed, replaces what it wrote.
+        save_model(merged, folder, tokenizer=tokenizer, overwrite=settings.overwrite or bool(resume))
         found["merge"] = report.to_dict()
         lines += [str(report), f"merged model in {folder}"]
     return Result(text="\n".join(lines), data=found, output=settings.output)
+
+
+def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
+    """Train, or go on from ``checkpoint``; metrics and log, and the same in words.
+
+    A checkpoint of the last step is loaded, and no more: the Trainer would make another step.
+    """
+    if checkpoint is not None:
+        state, wanted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)), trainer.args
+        has_all_epochs = state.global_step >= state.max_steps and state.num_train_epochs >= wanted.num_train_epochs
+        if state.global_step >= wanted.max_steps if wanted.max_steps > 0 else has_all_epochs:
+            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
+            trainer.state = state
+            return {"metrics": {}, "log": state.log_history}, f"all {state.global_step} steps had been trained"
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    found = {"metrics": done.metrics, "log": trainer.state.log_history}
+    return found, f"trained {done.global_step} steps, loss {done.training_loss:.4f}"
 
 
 def load_rows(option: str, name: str, trainer: str = "sft") -> Any:
@@ -268,9 +287,9 @@ def _trl(trainer: str) -> tuple[type, type]:
     return trl.SFTConfig, trl.SFTTrainer
 
 
-def _checkpoint(given: str | None) -> str | bool | None:
-    """``--training.resume_from_checkpoint`` as the Trainer takes it: "true" is the last one."""
-    return {"true": True, "false": None}.get(str(given).lower(), given)
+def _checkpoint(given: str | None, folder: Path) -> str | None:
+    """``--training.resume_from_checkpoint`` as a folder: "true" is the last complete one, if there is any by now."""
+    return next(map(str, checkpoints(folder)), None) if str(given).lower() == "true" else given
 
 
 def _plain(value: Any) -> Any:
