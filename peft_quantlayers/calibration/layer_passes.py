@@ -105,10 +105,12 @@ class LayerPasses:
             if waiting is None or waiting.dead:
                 waiting = self.waiting[index] = Pass(partial(call.run, self.block))
                 found = waiting.resume()
-        except Stop:
-            found = self.arrived
-        if self.waiting[index].dead:
+        except Stop:  # at the layer, where it cannot wait
             del self.waiting[index]
+            return self.arrived
+        if waiting.dead:
+            del self.waiting[index]
+            return None
         return found
 
     @contextmanager
