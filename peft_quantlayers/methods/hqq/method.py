@@ -318,8 +318,8 @@ def _for_outputs(
         codes = descended_codes(groups, codes, grid, hessian, sweeps=SWEEPS_PER_ITERATION)
         grid = fitted_grid(groups, codes, grid, hessian, keeps_zeros=spec.zeros != "float")
     found = _with_metadata(initial, spec, grid.scale, grid.zero)
-    _, (_, *rounded) = _parts(found)
-    grid = Grid(*(part.float() for part in rounded), grid.max_code)
+    _, (_, scale, zero) = _parts(found)
+    grid = Grid(scale.float(), zero.float(), grid.max_code)
     codes = descended_codes(groups, codes, grid, hessian, sweeps=1).view(weight.shape).to(torch.uint8)
     return dataclasses.replace(found, tensors=found.tensors | {"W_q": pack(codes, spec.nbits)})
 
