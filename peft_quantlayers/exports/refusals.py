@@ -49,6 +49,8 @@ def refuse_misfits(target: ExportFormat, asked: Model, approximate: Approximatio
 def _misfits(target: ExportFormat, asked: Model, approximate: Approximation | None) -> list[str]:
     if target.is_of_decoders and (reason := _kind(asked.config)):
         return [f"it is {reason}, and the export of {target.name} is for language models that have a decoder only."]
+    if reason := target.config_misfit(asked.config):
+        return [f"{reason}."]
     found = [f"{each.name}: {reason}." for each in asked.facts if (reason := _misfit(target, each, approximate))]
     together = "" if found else target.model_misfit(asked.facts, asked.dense_linears, approximate)
     return [*found, *([together + "."] if together else [])]

@@ -39,6 +39,12 @@ def test_an_unknown_format_is_refused_with_the_nearest(tmp_path):
     refused(quantized(), tmp_path / "out", "MLX", "did you mean 'mlx'")
 
 
+def test_an_activation_that_llama_cpp_does_not_have_for_the_family_is_refused(tmp_path):
+    model = quantized()
+    model.config.hidden_act = "gelu"
+    refused(model, tmp_path / "out", "gguf", "llama.cpp computes llama with silu, and .*hidden_act='gelu'")
+
+
 @pytest.mark.parametrize(
     ("engine", "formats"),
     [

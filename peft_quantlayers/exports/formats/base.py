@@ -236,6 +236,10 @@ class ExportFormat(ABC):
         """Why these layers, and dense linear modules of these names, cannot be held together; empty if they can."""
         return ""
 
+    def config_misfit(self, config: Mapping[str, Any]) -> str:
+        """What engines compute otherwise than a model of this config.json, whatever a file says; empty for nothing."""
+        return ""
+
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a model of ``dtype`` is written where the caller asks for none."""
         return dtype

@@ -8,6 +8,7 @@ place.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,25 @@ FILE = "model.gguf"
 _AFFINE_BITS = 5
 # What readers show as the kind of file, by the type of most weights.
 _FILE_TYPES = {"Q4_1": "MOSTLY_Q4_1", "Q5_1": "MOSTLY_Q5_1", "Q8_0": "MOSTLY_Q8_0"}
+
+
+# What llama.cpp does for a family, whatever the config says: whether the weights of a token's experts are scaled to a
+# sum of 1, and the activation of gated layers. Read off its graphs, and tried.
+_SCALES_EXPERTS = {"qwen3_moe": True, "qwen2_moe": False, "olmoe": False}
+_SILU = ("silu", "swish")
+_WITH_SILU = {
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmo2",
+    "olmoe",
+    "phi3",
+    "granite",
+}
 
 
 class GgufFormat(ConvertedFormat):
@@ -73,6 +93,19 @@ class GgufFormat(ConvertedFormat):
         return ""
 
     def stack_misfit(self, facts: LayerFacts, stack: StackFacts, approximate: Approximation | None) -> str:
+        return ""
+
+    def config_misfit(self, config: Mapping[str, Any]) -> str:
+        family = config.get("model_type", "")
+        scales = _SCALES_EXPERTS.get(family)
+        if scales is not None and bool(config.get("norm_topk_prob", False)) != scales:
+            does = "scales" if scales else "does not scale"
+            return (
+                f"llama.cpp {does} the weights of a token's experts in {family} to a sum of 1, and this model has "
+                f"norm_topk_prob={not scales}"
+            )
+        if family in _WITH_SILU and (activation := config.get("hidden_act", "silu")) not in _SILU:
+            return f"llama.cpp computes {family} with silu, and this model has hidden_act={activation!r}"
         return ""
 
     def store(self, grid: UniformGrid, dtype: torch.dtype) -> StoredGrid:
