@@ -45,17 +45,22 @@ SLOW = (
     "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
-# Left to `make test-all`: each takes half a minute or more, and shows on a larger model or on a
+# Left to `make test-all`: each takes ten seconds to a minute, and shows on a larger model, in more processes or on a
 # second version what another test shows in seconds.
 THOROUGH = (
-    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one[ddp]",
-    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one[fsdp2]",
+    "tests/cli/test_run.py::test_autoload_imports_the_package_in_whatever_order_a_program_imports",
     "tests/cli/test_run.py::test_trls_dpo_trains_on_a_saved_model",
+    "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one",
     "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
+    "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[llama4]",
+    "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[olmoe]",
+    "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[qwen2_moe]",
+    "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
     "tests/test_examples.py::test_serving_example",
+    "tests/test_examples.py::test_the_demo_runs_on_another_model[aqlm]",
     "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
 )
 

@@ -35,10 +35,10 @@ print(pql.__version__, "compiled" if native.library() else "plain torch")
 """
 
 
-def used(python: Path, folder: Path) -> str:
+def used(python: Path) -> str:
     """What the program prints at the end."""
-    command = [str(python), "-c", PROGRAM]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([str(python), "-c", PROGRAM], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout.strip().splitlines()[-1]
@@ -53,12 +53,12 @@ def main() -> None:
         python = environment / "bin" / "python"
         install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS)]
         subprocess.run([*install, str(wheel)], check=True)
-        said = used(python, Path(scratch))
+        said = used(python)
         print(f"{wheel.name}: {said}")
         assert said.endswith("compiled"), said
         without_compiler = os.environ | {"CC": "/nonexistent/cc"}
         subprocess.run([*install, "--force-reinstall", "--no-deps", str(sources)], check=True, env=without_compiler)
-        said = used(python, Path(scratch))
+        said = used(python)
         print(f"{sources.name}, no compiler: {said}")
         assert said.endswith("plain torch"), said
 
