@@ -62,7 +62,7 @@ def main() -> None:
     verb("merge", tuned, merged, "--evaluate_on", held_out, "--evaluate_tokens", 2048)
     for folder in (base, merged):
         verb("evaluate", folder, "--text", held_out, "--n_tokens", 2048, "--window", 128)
-    print("(Of prompts and answers; only answers were trained on, so it may rise. The score at the end is of answers.)")
+    print("(Of prompts and answers: only answers were trained on, so it may rise. The score at the end is theirs.)")
     verb("chat", merged, "--prompt", test[0].prompt, "--max_new_tokens", 24)
     try:
         import matplotlib  # noqa: F401
