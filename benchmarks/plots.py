@@ -1,22 +1,20 @@
 """Draw the figures of ``docs/images/`` from ``benchmarks/results/*.json``, as SVG with the same bytes in every run."""
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from tables import result
 
 import peft_quantlayers as pql
 from peft_quantlayers.methods import get_method
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 STYLE = {
     "svg.hashsalt": "quantlayers",
@@ -30,10 +28,6 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-
-
-def result(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def size_and_score(axes: Axes) -> None:
