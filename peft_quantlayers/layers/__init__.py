@@ -1,5 +1,6 @@
 """Quantized layers and stacks of experts, and putting them into a model. Imports formats and methods; never PEFT."""
 
+from .activation_bits import RoundedActivations, set_activation_bits
 from .dense_types import DenseType, register_dense_type
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
@@ -14,6 +15,7 @@ __all__ = [
     "LowRankBranch",
     "QuantizedLinear",
     "QuantizedStack",
+    "RoundedActivations",
     "dequantize_model",
     "layer_type",
     "quantizable_modules",
@@ -21,4 +23,5 @@ __all__ = [
     "quantized_modules",
     "quantized_stacks",
     "register_dense_type",
+    "set_activation_bits",
 ]

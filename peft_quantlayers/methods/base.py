@@ -116,6 +116,10 @@ class QuantMethod(ABC, Generic[SpecT]):
             multiple=weight.row_multiple,
         )
 
+    def rounding_misfit(self, spec: SpecT) -> str | None:
+        """Why :meth:`linear` cannot round activations to 8 bits; None where it can, and takes ``activation_bits``."""
+        return f"{spec.method} weights have no product with rounded activations"
+
     def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
         """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""
         for rows in _row_ranges(weight):
