@@ -1,7 +1,7 @@
-"""What activations of 8 bits cost: SmolLM2-135M on WikiText-2, beside the same quantized model with exact activations.
+"""What activations of 8 bits cost: SmolLM2-135M on WikiText-2, beside the same quantized model with exact ones.
 
-KL is the mean divergence of the next-token distribution from the exact model's. Blocks of 16 columns are what the kernels
-round; other sizes are computed from the definition of the rounding, in float32, to compare.
+KL is the mean divergence of the next-token distribution from the exact model's. Blocks of 16 columns are what the
+kernels round; other sizes are computed from the definition of the rounding, in float32, to compare.
 """
 
 import argparse
