@@ -99,7 +99,7 @@ def test_memory_of_an_interrupted_product_is_given_back(monkeypatch):
 @pytest.mark.parametrize("n_layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_input_gradient_of_many_tiles_errs_as_one_product_does(dtype, n_layers, set_tile_elements, monkeypatch):
-    monkeypatch.setattr(precision, "_has_cpu_units", lambda dtype: True)
+    monkeypatch.setattr(precision, "_is_faster_on_cpu", lambda dtype: True)
     set_tile_elements(8 * IN)
     weights = [torch.randn(OUT, IN).to(dtype) for _ in range(n_layers)]
     layers = [
