@@ -1,6 +1,7 @@
 """What training the numbers beside the codes allocates: tiles, never a dense matrix."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_a_tile_has_rows_enough_for_a_product_and_few_enough_for_a_cache():
     assert tiled.rows_per_tile(100, 28672, cpu) == 100
     assert tiled.rows_per_tile(100, 28672, cpu, multiple=200) == 200
     assert tiled.rows_per_tile(10_000, 28672, torch.device("meta")) == tiled.DEVICE_TILE_ELEMENTS // 28672
+
+
+@pytest.mark.parametrize(("l2_mib", "elements"), [(50, tiled.CACHED_TILE_ELEMENTS), (6, tiled.DEVICE_TILE_ELEMENTS)])
+def test_a_gpus_tile_fits_its_level_2_cache_or_is_a_whole_layer(l2_mib, elements, monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=l2_mib << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    tiled.device_tile_elements.cache_clear()
+    assert tiled.rows_per_tile(1 << 20, 4096, torch.device("cuda", 0)) == elements // 4096
+    tiled.device_tile_elements.cache_clear()
 
 
 def test_a_larger_tile_takes_the_place_of_a_smaller_one_and_the_largest_are_not_kept(monkeypatch):
