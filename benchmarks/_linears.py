@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import peft_quantlayers as pql
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.bitpack import pack
 
