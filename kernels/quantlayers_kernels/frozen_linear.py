@@ -23,6 +23,10 @@ from . import tiled
 from .precision import product_dtype
 from .tiled import WeightTiles
 
+# Without gradients the hidden state of up to so many tokens is not transposed: adding the product with B took a fifth of
+# the time for two and four tokens of 576 to 4096 inputs, and as long for eight.
+MAX_UPRIGHT_TOKENS = 8
+
 
 class Branch(NamedTuple):
     """``scaling * dropout(x) @ A.T @ B.T``.
@@ -97,7 +101,9 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
     with without_autocast(x):
         rows, into = _rows(x, dtype), y.view(-1, y.shape[-1])
         for A, B, scaling, _ in branches:
-            add_product(into, (A.to(dtype) @ rows.t()).t(), B.to(dtype).t(), scaling=scaling)
+            A = A.to(dtype)
+            hidden = rows @ A.t() if len(rows) <= MAX_UPRIGHT_TOKENS else (A @ rows.t()).t()
+            add_product(into, hidden, B.to(dtype).t(), scaling=scaling)
     return y
 
 
