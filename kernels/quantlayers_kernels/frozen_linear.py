@@ -23,8 +23,8 @@ from . import tiled
 from .precision import product_dtype
 from .tiled import WeightTiles
 
-# The hidden state of up to so many tokens is copied to lie token by token: adding the product with B takes a fifth of the
-# time then for two and four tokens, and as long for eight.
+# The hidden state of up to so many tokens is copied to lie token by token: adding the product with B takes a fifth of
+# the time then for two and four tokens, and as long for eight.
 MAX_UPRIGHT_TOKENS = 8
 
 
