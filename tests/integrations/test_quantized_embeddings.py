@@ -1,18 +1,13 @@
-"""Models with quantized embeddings, saved and loaded by transformers: one copy of shared rows in memory and in files."""
+"""Models with quantized embeddings, saved and loaded by transformers: one copy of shared rows, in files too."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from _tiny_models import first_float, tiny_inputs, tiny_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from _tiny_models import first_float, tiny_inputs, tiny_model
 
 from peft_quantlayers import HQQConfig, HQQLinear, dequantize_model, quantize_model, save_model, verify_model
 from peft_quantlayers.formats.checkpoint import specs_from_json

@@ -2,16 +2,11 @@
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
 from _tiny_models import first_float, tiny_inputs, tiny_model
+from torch import nn
 
 from peft_quantlayers import AQLMConfig, HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantize_model
 from peft_quantlayers.layers import QuantizedEmbedding
