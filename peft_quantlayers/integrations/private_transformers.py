@@ -86,7 +86,8 @@ def tie_dense_weights(model: Any) -> None:
 
 
 def _of_shared_tensors(owner: Any, declared: dict[str, str]) -> dict[str, str]:
-    found, modules = {}, dict(owner.named_modules())
+    found: dict[str, str] = {}
+    modules = dict(owner.named_modules())
     for target, source in declared.items():
         names = {target: source}
         if target.endswith(".weight"):

@@ -148,9 +148,20 @@ def place_empty_tables(
     for name in dict.fromkeys(stored.values()):
         names = tuple(each for each, source in stored.items() if source == name)
         table = Table(names=names, shape=tuple(cast(Any, model.get_submodule(name)).weight.shape))
-        quantized = QuantizedWeight.empty(specs[name], table.shape, device)
-        _replace(model, table, quantized, compute_dtypes=compute_dtypes)
+        place_empty_table(model, table, specs[name], compute_dtypes=compute_dtypes, device=device)
     return stored
+
+
+def place_empty_table(
+    model: nn.Module,
+    table: Table,
+    spec: QuantSpec,
+    *,
+    compute_dtypes: Mapping[str, str | None],
+    device: torch.device | str = "meta",
+) -> None:
+    """:func:`quantize_table` with uninitialised tensors."""
+    _replace(model, table, QuantizedWeight.empty(spec, table.shape, device), compute_dtypes=compute_dtypes)
 
 
 def _replace(

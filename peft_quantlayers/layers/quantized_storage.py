@@ -212,7 +212,7 @@ class QuantizedStorage(nn.Module):
         self._wrap_codes()
         for other in self.sharing:  # whose codes were wrapped by themselves, if they were before these
             if self.spec.codes_name in vars(other).get("_parameters", ()):
-                other._parameters[self.spec.codes_name] = self.codes
+                other._parameters[self.spec.codes_name] = self._parameter(self.spec.codes_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))

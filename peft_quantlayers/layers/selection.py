@@ -55,6 +55,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def layers_without_copies(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """:func:`quantized_layers` without those that share the tensors of an earlier one."""
+    found: dict[str, QuantizedLayer] = {}
+    seen: set[int] = set()
+    for name, layer in quantized_layers(model).items():
+        if id(layer) not in seen:
+            found[name] = layer
+        seen |= {id(other) for other in layer.sharing}
+    return found
+
+
 def replaced_parameters(model: nn.Module) -> dict[str, QuantizedLayer]:
     """:func:`quantized_layers`, each by the name of the parameter that the dense model has in its place."""
     layers = quantized_layers(model)
