@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..layers import QuantizedLinear
-from ..layers.changed_rows import has_rows_of_their_own, with_changed_rows
+from ..layers.changed_rows import with_changed_rows
 
 
 def resized_head(
@@ -26,7 +26,7 @@ def resized_head(
     if not isinstance(head, QuantizedLinear) or dense is head:
         return dense
     weight = dense.weight.detach()
-    if not has_rows_of_their_own(head.quantized_weight):
+    if not head.quantized_weight.has_rows_of_their_own:
         new = QuantizedLinear.from_weight(
             weight, dense.bias, head.spec, layer_name=head.layer_name, compute_dtype=head.compute_dtype
         )

@@ -9,16 +9,6 @@ from ..formats import QuantizedWeight
 from .quantize_weight import quantize_weight
 
 
-def has_rows_of_their_own(weight: QuantizedWeight) -> bool:
-    """Whether each row of ``weight`` has codes, scales and zeros of its own."""
-    layout = weight.spec.tensor_layout(weight.out_features, weight.in_features)
-    return (
-        not weight.leading
-        and all(entry.rows_per_entry == 1 for entry in layout.values())
-        and (getattr(weight.spec, "axis", 1) == 1)
-    )
-
-
 def with_changed_rows(old: QuantizedWeight, dense: Tensor, weight: Tensor, *, layer_name: str) -> QuantizedWeight:
     """``weight`` (n_rows, in_features), any number of rows, quantized as ``old``, which has rows of their own.
 
@@ -37,11 +27,4 @@ def with_changed_rows(old: QuantizedWeight, dense: Tensor, weight: Tensor, *, la
     if len(weight) == old.out_features and not len(changed):
         return old
     new = quantize_weight(weight[changed], old.spec, layer_name=layer_name) if len(changed) else None
-    spec = old.spec if new is None else new.spec
-    tensors = {}
-    for name, entry in spec.tensor_layout(len(weight), old.in_features).items():
-        tensors[name] = old.tensors[name].new_zeros(entry.shape, dtype=entry.dtype)
-        tensors[name][:kept] = old.tensors[name][:kept]
-        if new is not None:
-            tensors[name][changed] = new.tensors[name].to(entry.dtype)
-    return QuantizedWeight(spec=spec, out_features=len(weight), in_features=old.in_features, tensors=tensors)
+    return old.with_rows(changed, new, n_rows=len(weight))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
-from .changed_rows import has_rows_of_their_own, with_changed_rows
+from .changed_rows import with_changed_rows
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
@@ -55,7 +55,7 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
     ) -> None:
         """``like``: the table in whose place this one is; its attributes and buffers are taken over."""
         nn.Module.__init__(self)
-        if not has_rows_of_their_own(quantized):
+        if not quantized.has_rows_of_their_own:
             raise ValueError(
                 f"{layer_name}: {quantized.spec} does not store each row by itself, as a lookup needs it."
             )
@@ -98,12 +98,13 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
         """Stored bits per weight, metadata included."""
         return self.quantized_weight.bits_per_weight
 
-    def dense_table(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """The dense table that was here, with the dequantized weight, which does not train; on the same device."""
+    def dense_table(self, dtype: torch.dtype | None = None, *, weight: Tensor | None = None) -> nn.Embedding:
+        """The dense table that was here, with ``weight``, by default the dequantized one, which does not train."""
         table: nn.Embedding = self.dense_class.__new__(self.dense_class)
         nn.Module.__init__(table)
         _copy_attributes(self, table, without=_OWN_ATTRIBUTES)
-        table.weight = nn.Parameter(self.dequantize(dtype).detach(), requires_grad=False)
+        weight = self.dequantize(dtype) if weight is None else weight
+        table.weight = nn.Parameter(weight.detach(), requires_grad=False)
         return table.train(self.training)
 
     def write_weight(self, weight: Tensor) -> None:
@@ -147,10 +148,7 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
             raise RuntimeError(
                 f"{self.layer_name}: its rows are on the meta device, without numbers. Load the weights first."
             )
-        tensors = {name: tensor.index_select(0, rows) for name, tensor in self._tensors().items()}
-        found = QuantizedWeight(
-            spec=self.spec, out_features=rows.numel(), in_features=self.in_features, tensors=tensors
-        )
+        found = self._weight_of(self._tensors()).take_rows(rows)
         return self.method.dequantize(found, dtype=self.compute_dtype).view(*input.shape, self.in_features)
 
     def reset_parameters(self) -> None:
