@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quantlayers_kernels.precision import product_dtype
 
+from ..layers import QuantizedEmbedding
 from ..layers.quantized_storage import QuantizedStorage
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: for ``gradient_checkpointing_enable``; ``use_reentrant`` is False by default.
         upcast: convert norms, embeddings, head and all other float16 and bfloat16 parameters outside quantized
             layers to float32, as QLoRA does; a log line says how many bytes that takes. Quantized layers are never
-            touched: they compute in their own ``compute_dtype``, whatever the dtype of the input. Experts that are not
+            touched: they compute in their own ``compute_dtype``, whatever the dtype of the input; but the rows that
+            quantized embeddings give are float32. Experts that are not
             quantized keep their dtype, since they may be most of the model, and get their inputs in it.
 
     Returns:
@@ -85,6 +87,8 @@ def _upcast(model: nn.Module, *, left_alone: set[int]) -> None:
     n_bytes = 0
     is_faster_in_half = False
     for name, module in model.named_modules():
+        if isinstance(module, QuantizedEmbedding):  # costs nothing, and the residual stream begins here
+            module.compute_dtype = torch.float32
         if isinstance(module, QuantizedStorage):
             continue
         parameters = [
