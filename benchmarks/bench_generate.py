@@ -151,8 +151,8 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
         def load(dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
-        def ours(nbits: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-            return load(dtype, quantization_config=pql.HQQConfig(nbits=nbits, group_size=GROUP_SIZE))
+        def ours(nbits: int, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
+            return load(dtype, quantization_config=pql.HQQConfig(nbits=nbits, group_size=GROUP_SIZE, **options))
 
         def llama_cpp() -> Way:
             ensure_converter()
@@ -167,6 +167,7 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
             "dense float32 + LoRA": lambda: of_transformers(with_lora(load())),
             "HQQ 4-bit, float32": lambda: of_transformers(ours(4)),
             "HQQ 4-bit, bfloat16": lambda: of_transformers(ours(4, half)),
+            "HQQ 4-bit, embeddings 8-bit": lambda: of_transformers(ours(4, quantize_embeddings=8)),
             "HQQ 3-bit, float32": lambda: of_transformers(ours(3)),
             "HQQ 2-bit, float32": lambda: of_transformers(ours(2)),
             "HQQ 4-bit + LoRA, float32": lambda: of_transformers(with_lora(ours(4))),
