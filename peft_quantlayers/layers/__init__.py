@@ -2,6 +2,7 @@
 
 from .activation_bits import RoundedActivations, set_activation_bits
 from .dense_types import DenseType, register_dense_type
+from .embedding import QuantizedEmbedding
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
 from .replace import dequantize_model, quantize_module
@@ -13,6 +14,7 @@ __all__ = [
     "DenseType",
     "HQQLinear",
     "LowRankBranch",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedStack",
     "RoundedActivations",

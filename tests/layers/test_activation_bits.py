@@ -13,6 +13,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.evaluate.divergence import divergence
 from quantlayers_kernels import native
 from quantlayers_kernels.hqq import cpu
+from quantlayers_kernels.prepared import PreparedProduct
 
 if not native.is_available():
     pytest.skip("the compiled kernels were not built", allow_module_level=True)
@@ -41,8 +42,15 @@ def tiny(config=CONFIGS["Llama"], quantization=None) -> nn.Module:
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The kernels that were called."""
-    names, run = [], native.call
+    names, run, prepared = [], native.call, PreparedProduct.__call__
+
+    def call_prepared(self, *arguments):
+        y = prepared(self, *arguments)
+        names.extend([] if y is None else [self._function.__name__])
+        return y
+
     monkeypatch.setattr(native, "call", lambda name, *arguments: (names.append(name), run(name, *arguments)))
+    monkeypatch.setattr(PreparedProduct, "__call__", call_prepared)
     return names
 
 
@@ -80,6 +88,10 @@ def test_generation_uses_it_and_what_wants_gradients_or_compiles_does_not(calls)
         call()
         return set(calls)
 
+    with torch.no_grad():
+        assert kernels_of(lambda: layer(x)) == {"ql_hqq_linear_int8"}
+        assert kernels_of(lambda: layer.train()(x)) == {"ql_hqq_linear"}
+        assert kernels_of(lambda: layer.eval()(x)) == {"ql_hqq_linear_int8"}
     assert kernels_of(lambda: layer(x)) == {"ql_hqq_linear_int8"}
     assert kernels_of(lambda: layer(x.clone().requires_grad_())) == {"ql_hqq_linear"}
     assert kernels_of(lambda: layer.train()(x)) == {"ql_hqq_linear"}

@@ -5,6 +5,8 @@
 
 #include "hqq_registers.h"
 
+#include "hqq_dense.h"
+
 /* One row's place in the worker's scratch memory. */
 struct row_parts {
     int8_t *codes;
@@ -58,6 +60,12 @@ static TARGET void dequantize_row_of_columns(const struct hqq_weight *w, int64_t
 
 static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct dense_rows *rows, int64_t begin,
                                      int64_t end, float *scratch) {
+#if LANES == 16
+    if (can_look_up_rows(w)) {
+        look_up_rows(w, rows, begin, end, scratch);
+        return;
+    }
+#endif
     float *const row_scratch = scratch + w->in_features;
     for (int64_t row = begin; row < end; row++) {
         float *out = row_to_write(rows, row, w->in_features, scratch);

@@ -5,8 +5,11 @@ from torch import Tensor
 from .. import native
 from ..interface import DenseRows, HQQGradient, HQQWeight
 from ..native_product import few_tokens_product
+from ..prepared import PreparedProduct
 from .layout import has_documented_layout
 
+# The products by the bits that activations are rounded to.
+KERNELS = {None: "ql_hqq_linear", 8: "ql_hqq_linear_int8"}
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
@@ -69,8 +72,32 @@ def linear_few_tokens(
     """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
-    kernel = "ql_hqq_linear" if activation_bits is None else "ql_hqq_linear_int8"
-    return few_tokens_product(kernel, weight, x, bias, out_features=W_q.shape[0])
+    return few_tokens_product(KERNELS[activation_bits], weight, x, bias, out_features=W_q.shape[0])
+
+
+def prepared(
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    nbits: int,
+    axis: int,
+    in_features: int,
+    activation_bits: int | None = None,
+) -> PreparedProduct | None:
+    """:func:`linear_few_tokens` with this weight, its arguments checked now; None where the kernels do not read it."""
+    if axis != 1 or not can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
+        return None
+    if not (W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
+        return None
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+    return PreparedProduct(
+        KERNELS[activation_bits],
+        weight,
+        in_features=in_features,
+        out_features=W_q.shape[0],
+        max_tokens=MAX_TOKENS,
+    )
 
 
 def dequantize_rows(
