@@ -11,6 +11,8 @@ from .layout import has_documented_layout
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
+# The same for activations rounded to 8 bits.
+MAX_ROUNDED_TOKENS = 1 << 20
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
@@ -29,13 +31,21 @@ def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis
 
 
 def can_use_few_tokens(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    nbits: int,
+    axis: int,
+    activation_bits: int | None = None,
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
     in_features = x.shape[-1]
     return (
         axis == 1
-        and 0 < x.numel() <= MAX_TOKENS * in_features
+        and 0 < x.numel() <= _kernel(activation_bits)[1] * in_features
         and x.is_cpu
         and x.dtype in native.KINDS
         and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
@@ -44,16 +54,33 @@ def can_use_few_tokens(
 
 
 def linear_few_tokens(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    nbits: int,
+    activation_bits: int | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
+    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out.
+
+    ``activation_bits``: 8 for ``x`` rounded to 8 bits, as ``integer_reference.py`` defines it; None for ``x`` itself.
+    """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
-    return few_tokens_product("ql_hqq_linear", weight, x, bias, out_features=W_q.shape[0])
+    return few_tokens_product(_kernel(activation_bits)[0], weight, x, bias, out_features=W_q.shape[0])
 
 
 def prepared(
-    W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    nbits: int,
+    axis: int,
+    in_features: int,
+    activation_bits: int | None = None,
 ) -> PreparedProduct | None:
     """:func:`linear_few_tokens` with this weight, its arguments checked now; None where the kernels do not read it."""
     if axis != 1 or not can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
@@ -61,9 +88,15 @@ def prepared(
     if not (W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
         return None
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-    return PreparedProduct(
-        "ql_hqq_linear", weight, in_features=in_features, out_features=W_q.shape[0], max_tokens=MAX_TOKENS
-    )
+    kernel, max_tokens = _kernel(activation_bits)
+    return PreparedProduct(kernel, weight, in_features=in_features, out_features=W_q.shape[0], max_tokens=max_tokens)
+
+
+def _kernel(activation_bits: int | None) -> tuple[str, int]:
+    """The product's kernel, and the tokens up to which it is the faster way."""
+    if activation_bits is None:
+        return "ql_hqq_linear", MAX_TOKENS
+    return "ql_hqq_linear_int8", MAX_ROUNDED_TOKENS
 
 
 def dequantize_rows(
