@@ -17,7 +17,7 @@ from peft_quantlayers.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-# Their blocks are run by tests/test_contributing.py, and in two processes by tests/layers/test_fsdp2.py.
+# Their blocks are run by tests/test_contributing.py and tests/test_distributed_page.py.
 TESTED_ELSEWHERE = {"new_method.md", "distributed.md"}
 # Words that a reader looks for, and the page that has the answer.
 SEARCHES = {
