@@ -298,6 +298,40 @@ def decode_lora() -> str:
     )
 
 
+def generate(name: str = "generate") -> str:
+    """Tokens per second of a whole model, and one token taken apart."""
+    measured = result(name)
+    rows = {row["way"]: row for row in measured["rows"]}
+    dense = rows["dense float32"]
+    body = [
+        [
+            way,
+            f"{row['prompt_tokens_per_s']:.0f} ({row['prompt_tokens_per_s'] / dense['prompt_tokens_per_s']:.2f})",
+            f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / dense['tokens_per_s']:.2f})",
+            f"{100 * row['limit_s'] * row['tokens_per_s']:.0f}%",
+            f"{row['mb']:,.0f}",
+        ]
+        for way, row in rows.items()
+    ]
+    parts = ["kernels", "head", "attention", "rest", "token"]
+    profile = [[way, *(f"{1e3 * each[part]:.1f}" for part in parts)] for way, each in measured["profile"].items()]
+    return "\n".join(
+        [
+            table(["", "prompt, tokens/s", "generated, tokens/s", "of the limit", "MB"], body),
+            "",
+            f"In brackets the rate, dense float32 = 1. {measured['prompt']} prompt tokens, {measured['new_tokens']} "
+            "generated; the limit is reading the weights once a token at "
+            f"{measured['memory_gb_per_s']:.1f} GB/s. Medians, {measured['clock']}. "
+            + device_line(measured["device"], measured["command"]),
+            "",
+            table(
+                ["one token, ms", "compiled kernels", "head", "attention", "Python and small operators", "all"],
+                profile,
+            ),
+        ]
+    )
+
+
 def gpu() -> str:
     """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each with the dense."""
     measured = result("gpu")
@@ -665,6 +699,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
         "decode_lora": decode_lora,
+        "generate": generate,
+        "generate_1b": lambda: generate("generate_1b"),
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
@@ -693,7 +729,11 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 # What makes the results of a table that may be missing.
-MADE_BY = {"gpu": "`make bench-gpu`, on a machine with a GPU"}
+MADE_BY = {
+    "gpu": "`make bench-gpu`, on a machine with a GPU",
+    "generate": "`python benchmarks/bench_generate.py --one-thread`",
+    "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
+}
 
 
 def with_tables(document: Path) -> str:

@@ -43,7 +43,6 @@ SLOW = (
     "tests/test_contributing.py::test_every_pytest_command_of_a_page_selects_tests",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
     "tests/test_distributed_page.py",
-    "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
 # Left to `make test-all`: each takes ten seconds to a minute, and shows on a larger model, in more processes or on a
@@ -61,8 +60,9 @@ THOROUGH = (
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
+    "tests/test_examples.py::test_quantize_example",
     "tests/test_examples.py::test_serving_example",
-    "tests/test_examples.py::test_the_demo_runs_on_another_model[aqlm]",
+    "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
 )
 

@@ -1,6 +1,7 @@
 """Quantized layers and stacks of experts, and putting them into a model. Imports formats and methods; never PEFT."""
 
 from .dense_types import DenseType, register_dense_type
+from .embedding import QuantizedEmbedding
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
 from .replace import dequantize_model, quantize_module
@@ -12,6 +13,7 @@ __all__ = [
     "DenseType",
     "HQQLinear",
     "LowRankBranch",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedStack",
     "dequantize_model",

@@ -2,6 +2,8 @@
  * here take any shape; hqq_registers.h has a faster product for most. */
 #include "hqq_registers.h"
 
+#include "hqq_dense.h"
+
 /* Unpacked codes are stored minus the middle of their range, so that they fit int8 and are close to their zero point. */
 INLINE int centre_of(int nbits) {
     return 1 << (nbits - 1);
@@ -108,6 +110,12 @@ static TARGET void dequantize_row_of_columns(const struct hqq_weight *w, int64_t
 
 static TARGET void VARIANT(hqq_rows)(const struct hqq_weight *w, const struct dense_rows *rows, int64_t begin,
                                      int64_t end, float *scratch) {
+#if LANES == 16
+    if (can_look_up_rows(w)) {
+        look_up_rows(w, rows, begin, end, scratch);
+        return;
+    }
+#endif
     float *const row_scratch = scratch + w->in_features;
     for (int64_t row = begin; row < end; row++) {
         float *out = row_to_write(rows, row, w->in_features, scratch);

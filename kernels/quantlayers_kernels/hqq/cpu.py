@@ -5,6 +5,7 @@ from torch import Tensor
 from .. import native
 from ..interface import DenseRows, HQQGradient, HQQWeight
 from ..native_product import few_tokens_product
+from ..prepared import PreparedProduct
 from .layout import has_documented_layout
 
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
@@ -49,6 +50,20 @@ def linear_few_tokens(
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
     return few_tokens_product("ql_hqq_linear", weight, x, bias, out_features=W_q.shape[0])
+
+
+def prepared(
+    W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int
+) -> PreparedProduct | None:
+    """:func:`linear_few_tokens` with this weight, its arguments checked now; None where the kernels do not read it."""
+    if axis != 1 or not can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
+        return None
+    if not (W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
+        return None
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+    return PreparedProduct(
+        "ql_hqq_linear", weight, in_features=in_features, out_features=W_q.shape[0], max_tokens=MAX_TOKENS
+    )
 
 
 def dequantize_rows(

@@ -11,10 +11,12 @@ from torch import Tensor
 from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import experts, hqq_dequantize
+from quantlayers_kernels.hqq.cpu import prepared
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
+from quantlayers_kernels.prepared import PreparedProduct
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight, TensorLayout
@@ -148,6 +150,19 @@ class HQQMethod(QuantMethod[HQQSpec]):
             return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis)
         tensors = weight.tensors
         return hqq.linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+
+    def prepared_product(self, weight: QuantizedWeight) -> PreparedProduct | None:
+        spec, tensors = cast(HQQSpec, weight.spec), weight.tensors
+        if spec.symmetric or spec.double_quant:  # the kernel's zeros or scales are made for every call
+            return None
+        return prepared(
+            tensors["W_q"],
+            tensors["scale"],
+            tensors["zero"],
+            nbits=spec.nbits,
+            axis=spec.axis,
+            in_features=weight.in_features,
+        )
 
     def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
         spec, parts = _parts(weight)
