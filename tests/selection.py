@@ -42,6 +42,7 @@ SLOW = (
     "tests/test_benchmarks.py",
     "tests/test_contributing.py::test_every_pytest_command_of_a_page_selects_tests",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
+    "tests/test_distributed_page.py",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
 # Left to `make test-all`: each takes ten seconds to a minute, and shows on a larger model, in more processes or on a
@@ -55,6 +56,7 @@ THOROUGH = (
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[olmoe]",
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[qwen2_moe]",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
+    "tests/test_distributed_page.py::test_its_commands_run_in_both_processes",
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
