@@ -68,8 +68,8 @@ def test_codes_are_rounded_to_the_nearest_and_to_even_between_two():
     """Halves and their neighbours; the product with a weight that has one code of 1 in each row shows each code."""
     x = torch.arange(-126.5, 127, 1.0)
     x = torch.stack([x, torch.nextafter(x, torch.tensor(200.0)), torch.nextafter(x, torch.tensor(-200.0))])
-    x = F.pad(F.pad(x, (0, 2), value=127.0)[:, :256].view(3, -1, 32), (0, 32), value=127.0).flatten(1)
-    n_groups = x.shape[1] // 64
+    x = F.pad(F.pad(x, (0, 1), value=127.0).view(3, -1, BLOCK - 1), (0, 1), value=127.0).flatten(1)
+    n_groups = x.shape[1] // BLOCK
     codes, scale = rounded_activations(x, n_groups)
     assert torch.equal(codes.flatten(1).float(), x.round())
     assert (scale == 1).all()
@@ -155,9 +155,9 @@ def test_any_number_of_threads_gives_the_same_bits(n_threads):
 
 
 def test_the_error_is_that_of_eight_bits():
-    """Rounding adds an error of a step's twelfth: for normal numbers about 0.7 % of the product."""
+    """Rounding adds a variance of a twelfth of a squared step: for normal numbers about 0.45 % of the product."""
     W_q, scale, zero = random_weight(4, 1, (64, 1024, 16))
     x = torch.randn(32, 1024)
     exact = F.linear(x, dequantize_hqq_reference(W_q, scale, zero, nbits=4, axis=1, in_features=1024))
     error = (product(x, W_q, scale, zero, nbits=4) - exact).norm() / exact.norm()
-    assert 0.003 < error < 0.012
+    assert 0.003 < error < 0.006

@@ -2,8 +2,8 @@
  * is computed is defined in hqq/integer_reference.py.
  *
  * A row is taken window by window, as hqq_registers.h does it, but a byte of a window stays one: four neighbouring codes
- * and activations give one sum of 32 bits. Sums of a block are scaled to floats and added up; the zero points come off
- * once for each group. Rows that have no windows are unpacked.
+ * and activations give one sum of 32 bits in each lane, which is scaled and added up as a float. The zero points come
+ * off once for each group. Rows that have no windows are unpacked.
  */
 #include "quantlayers.h"
 
@@ -12,45 +12,34 @@
 #include "hqq_slots.h"
 #include "hqq_unpack.h"
 
-/* How many of a row's blocks begin with each group. */
-INLINE int64_t blocks_a_group(const struct hqq_weight *w) {
-    return blocks_of(w) / w->n_groups;
-}
-
-/* The columns of a row in windows; their number, or 0 where they are to be unpacked. `windows` may be NULL. */
+/* The columns of a row in windows; their number, or 0 where they are to be unpacked. `windows` may be NULL. A window has
+ * columns of one group, or several whole ones, and a lane columns of one block. */
 static TARGET int64_t VARIANT(hqq_windows)(const struct hqq_weight *w, struct window *windows) {
     int64_t n = 0;
 #if LANES >= 8
     const struct slots slots = slots_of(w->in_features, w->nbits);
-    const int64_t group_size = w->in_features / w->n_groups;
+    const int64_t group_size = w->in_features / w->n_groups, last = slots.columns - WINDOW;
     const int short_groups = has_short_groups(slots, group_size, w->nbits);
-    if (w->in_features % slots.n != 0 || slots.columns < WINDOW)
+    if (w->in_features % slots.n != 0 || last < 0)
         return 0;
     for (int slot = 0; slot < slots.n; slot++) {
         const int64_t first = slot * slots.columns;
         for (int64_t begin = 0, end; begin < slots.columns; begin = end, n++) {
-            const int64_t group = (first + begin) / group_size, in_group = (first + begin) % group_size;
-            const int64_t in_block = in_group % ACTIVATION_BLOCK, last = slots.columns - WINDOW;
-            const int64_t left = group_size - in_group, left_of_block = ACTIVATION_BLOCK - in_block;
-            const int64_t at = begin < last ? begin : last;
+            const int64_t at = begin < last ? begin : last, group = (first + begin) / group_size;
+            const int64_t end_of_group = (group + 1) * group_size - first;
             end = begin + WINDOW < slots.columns ? begin + WINDOW : slots.columns;
-            if (!short_groups) {
-                end = end < begin + left ? end : begin + left;
-                end = end < begin + left_of_block ? end : begin + left_of_block;
-            }
-            const int64_t block = short_groups ? (first + at) / group_size
-                                               : group * blocks_a_group(w) + in_group / ACTIVATION_BLOCK;
+            end = short_groups || end < end_of_group ? end : end_of_group;
+            int64_t block = group * group_size - first;
+            for (; !short_groups && block < end; block += ACTIVATION_BLOCK)
+                if (block > begin && (block - at) % 4 != 0)
+                    end = block;
             if (windows != NULL)
-                windows[n] = (struct window){(int)at, (int)block, (int)(begin - at), (int)(end - at), slot, 0};
+                windows[n] = (struct window){(int)at, (int)((first + (short_groups ? at : begin)) / group_size),
+                                             (int)(begin - at), (int)(end - at), slot};
         }
     }
     if (n * WINDOW > MAX_PADDING * w->in_features)
         return 0;
-    for (int64_t i = n - 1; windows != NULL && i >= 0; i--) {
-        const int goes_on = i + 1 < n && windows[i + 1].slot == windows[i].slot &&
-                            windows[i + 1].block / CHUNK_BLOCKS == windows[i].block / CHUNK_BLOCKS;
-        windows[i].end_of_chunk = goes_on ? windows[i + 1].end_of_chunk : (int)i + 1;
-    }
 #endif
     return n;
 }
@@ -70,7 +59,7 @@ INLINE void store_rounded(floats v, int8_t *out) {
 #endif
 }
 
-/* Rounds a block to bytes; returns its scale, NaN if one of its numbers is not finite. */
+/* Rounds a block of n columns to bytes; returns its scale, NaN if one of its numbers is not finite. */
 INLINE float round_block(const float *x, int64_t n, int8_t *out) {
     int32_t highest = 0;
     for (int64_t k = 0; k < n; k++) {
@@ -100,65 +89,93 @@ INLINE float round_block(const float *x, int64_t n, int8_t *out) {
     return largest / 127;
 }
 
+/* A block of at most ACTIVATION_BLOCK columns, most of which have that many. */
+INLINE float round_up_to_a_block(const float *x, int64_t n, int8_t *out, int32_t *sum) {
+    const float scale = n == ACTIVATION_BLOCK ? round_block(x, ACTIVATION_BLOCK, out) : round_block(x, n, out);
+    *sum = 0;
+    for (int64_t k = 0; k < n; k++)
+        *sum += out[k];
+    return scale;
+}
+
+/* Puts codes and each lane's scale in the order of the windows. */
+INLINE void arrange_windows(const struct rounded_inputs *inputs, int64_t slot_columns, const int8_t *in_order,
+                            const float *of_columns, int8_t *codes, float *scales) {
+    for (int64_t i = 0; i < inputs->n_windows; i++, codes += 4 * LANES, scales += LANES) {
+        const struct window window = inputs->windows[i];
+        const int64_t first = window.slot * slot_columns + window.at;
+        if (window.end - window.begin == 4 * LANES) {
+            memcpy(codes, in_order + first, 4 * LANES);
+            for (int lane = 0; lane < LANES; lane++)
+                scales[lane] = of_columns[first + 4 * lane];
+            continue;
+        }
+        memset(codes, 0, 4 * LANES);
+        memcpy(codes + window.begin, in_order + first + window.begin, (size_t)(window.end - window.begin));
+        for (int lane = 0; lane < LANES; lane++) {
+            const int column = 4 * lane < window.begin ? window.begin : 4 * lane;
+            scales[lane] = column < window.end && column < 4 * lane + 4 ? of_columns[first + column] : 0;
+        }
+    }
+}
+
+/* Scratch: a token's codes in order, and for windows the scale of each of its columns. */
 static TARGET void VARIANT(hqq_round)(const struct hqq_weight *w, const struct product *p,
                                       const struct rounded_inputs *inputs, int64_t begin, int64_t end, float *scratch) {
     const int64_t n = w->in_features, group_size = n / w->n_groups;
+    float *const of_columns = scratch + code_floats(w);
     for (int64_t token = begin; token < end; token++) {
         const float *const x = p->x + token * n;
         int8_t *const codes = inputs->codes + token * inputs->token_bytes;
         int8_t *const in_order = inputs->n_windows ? (int8_t *)scratch : codes;
-        float *scale = inputs->scale + token * padded(blocks_of(w));
+        float *scales = inputs->scale + token * inputs->token_scales;
         float *const offset = inputs->offset + token * padded(w->n_groups);
-        memset(scale, 0, (size_t)padded(blocks_of(w)) * sizeof(float));
         memset(offset, 0, (size_t)padded(w->n_groups) * sizeof(float));
-        for (int64_t g = 0; g < w->n_groups; g++) {
+        for (int64_t g = 0; g < w->n_groups; g++)
             for (int64_t in_group = 0; in_group < group_size; in_group += ACTIVATION_BLOCK) {
-                const int64_t left = group_size - in_group, size = left < ACTIVATION_BLOCK ? left : ACTIVATION_BLOCK;
-                const int64_t first = g * group_size + in_group;
-                int32_t sum = 0;
-                *scale = round_block(x + first, size, in_order + first);
-                for (int64_t k = first; k < first + size; k++)
-                    sum += in_order[k];
-                offset[g] += *scale++ * (float)sum;
+                const int64_t first = g * group_size + in_group, left = group_size - in_group;
+                const int64_t size = left < ACTIVATION_BLOCK ? left : ACTIVATION_BLOCK;
+                int32_t sum;
+                const float scale = round_up_to_a_block(x + first, size, in_order + first, &sum);
+                offset[g] += scale * (float)sum;
+                if (inputs->n_windows)
+                    for (int64_t k = 0; k < size; k++)
+                        of_columns[first + k] = scale;
+                else
+                    *scales++ = scale;
             }
-        }
 #if LANES >= 8
-        const struct slots slots = slots_of(n, w->nbits);
-        for (int64_t i = 0; i < inputs->n_windows; i++) {
-            const struct window window = inputs->windows[i];
-            int8_t *const into = codes + i * WINDOW;
-            if (window.end - window.begin < WINDOW)
-                memset(into, 0, WINDOW);
-            memcpy(into + window.begin, in_order + window.slot * slots.columns + window.at + window.begin,
-                   (size_t)(window.end - window.begin));
-        }
+        if (inputs->n_windows)
+            arrange_windows(inputs, slots_of(n, w->nbits).columns, in_order, of_columns, codes, scales);
 #endif
     }
 }
 
-/* The scales of the blocks of `rows` neighbouring rows, and the products of their groups' scales and zero points; with
- * zeros up to a multiple of the widest vector. */
+/* The scales of the groups of `rows` neighbouring rows, and these times the zero points minus `centre`; with zeros up to
+ * a multiple of the widest vector. */
 struct row_scales {
-    float *of_block; /* (rows, padded(blocks_of)) */
-    float *offset;   /* (rows, padded(n_groups)) */
+    float *scale, *offset; /* (rows, padded(n_groups)) */
 };
 
 INLINE struct row_scales row_scales_of(const struct hqq_weight *w, int64_t row, int rows, float centre, float *scratch) {
-    const int64_t n = w->n_groups, each = blocks_a_group(w), n_blocks = padded(blocks_of(w)), n_groups = padded(n);
-    struct row_scales scales = {scratch, scratch + rows * n_blocks};
-    for (int r = 0; r < rows; r++) {
-        float *const of_block = scales.of_block + r * n_blocks, *const offset = scales.offset + r * n_groups;
-        float *const scale = each == 1 ? of_block : scales.offset + rows * n_groups;
-        convert_floats(w->scale, (row + r) * n, n, w->kind, scale);
-        convert_floats(w->zero, (row + r) * n, n, w->kind, offset);
-        for (int64_t g = n; g < n_groups; g++)
-            scale[g] = offset[g] = 0;
-        for (int64_t g = 0; g < n_groups; g += LANES)
-            store(offset + g, (load(offset + g) - centre) * load(scale + g));
-        for (int64_t k = 0; each > 1 && k < n_blocks; k++)
-            of_block[k] = k < n * each ? scale[k / each] : 0;
+    const int64_t n = w->n_groups, n_groups = padded(n);
+    const struct row_scales of_rows = {scratch, scratch + rows * n_groups};
+    float *const scales = of_rows.offset + rows * n_groups, *const zeros = scales + rows * n + MAX_LANES;
+    convert_floats(w->scale, row * n, rows * n, w->kind, scales);
+    convert_floats(w->zero, row * n, rows * n, w->kind, zeros);
+    ints lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
+    for (int64_t g = 0; g < n_groups; g += LANES) {
+        const ints is_group = lane < (int32_t)(n - g);
+        for (int r = 0; r < rows; r++) {
+            const floats scale = (floats)((ints)load(scales + r * n + g) & is_group);
+            const floats zero = (floats)((ints)load(zeros + r * n + g) & is_group);
+            store(of_rows.scale + r * n_groups + g, scale);
+            store(of_rows.offset + r * n_groups + g, (zero - centre) * scale);
+        }
     }
-    return scales;
+    return of_rows;
 }
 
 /* What the zero points take off a product, lane by lane. */
@@ -239,54 +256,39 @@ INLINE void sums_of_four_vectors(const floats *v, float *out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
-/* The scales of a chunk's blocks for each row and token, and as many more as a window of short groups may have. */
-typedef float chunk_scales[BLOCK_ROWS * MAX_BLOCK_TOKENS][CHUNK_BLOCKS + MAX_LANES];
-
-INLINE void scale_chunk(const struct hqq_weight *w, struct row_scales rows_scales, const float *of_tokens, int64_t chunk,
-                        int rows, int tokens, chunk_scales scales) {
-    const int64_t n_blocks = padded(blocks_of(w)), first = chunk * CHUNK_BLOCKS, left = n_blocks - first;
-    const int64_t n = left < CHUNK_BLOCKS + MAX_LANES ? left : CHUNK_BLOCKS + MAX_LANES;
-    for (int64_t k = 0; k < n; k += LANES)
-        for (int r = 0; r < rows; r++) {
-            const floats of_row = load(rows_scales.of_block + r * n_blocks + first + k);
-            for (int t = 0; t < tokens; t++)
-                store(scales[r * tokens + t] + k, of_row * load(of_tokens + t * n_blocks + first + k));
-        }
-}
-
-/* The windows [begin, end) of one slot, all in a chunk: adds to the sums of `rows` rows and `tokens` tokens. */
-INLINE void add_windows(const uint8_t *packed, int64_t row_bytes, struct slots slots, int slot,
-                        const struct rounded_inputs *inputs, const int8_t *activations, int64_t begin, int64_t end,
-                        int rows, int tokens, int nbits, lanes group, int short_groups, chunk_scales scales,
-                        floats acc[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
+/* The windows of one slot: adds to the sums of `rows` rows and `tokens` tokens. */
+INLINE void add_slot(const uint8_t *packed, int64_t row_bytes, struct slots slots, int slot,
+                     const struct rounded_inputs *inputs, int64_t token, const float *scale, int64_t n_groups, int rows,
+                     int tokens, int nbits, lanes group, int short_groups, floats acc[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     const int bytes_ahead = rows * nbits * WINDOW / 8; /* of the rows that come next, for each window of these */
-    for (int64_t i = begin; i < end; i++) {
+    const int8_t *const activations = inputs->codes + token * inputs->token_bytes;
+    const float *const of_lanes = inputs->scale + token * inputs->token_scales;
+    for (int64_t i = inputs->first[slot]; i < inputs->first[slot + 1]; i++) {
         const int64_t at = inputs->windows[i].at;
-        const float *const scale = scales[0] + inputs->windows[i].block % CHUNK_BLOCKS;
+        const float *const its = scale + inputs->windows[i].group;
         lanes codes[BLOCK_ROWS];
+        floats of_group[BLOCK_ROWS];
         for (int b = 0; b < bytes_ahead; b += CACHE_LINE)
             __builtin_prefetch(packed + rows * row_bytes + i * bytes_ahead + b);
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
             codes[r] = bytes_of_window(packed + r * row_bytes, slots, slot, at, nbits);
+            of_group[r] = short_groups ? permuted(load(its + r * n_groups), group) : (floats){0} + its[r * n_groups];
+        }
         for (int t = 0; t < tokens; t++) {
             const lanes of_token = *(const lanes_at *)(activations + t * inputs->token_bytes + i * WINDOW);
-            for (int r = 0; r < rows; r++) {
-                const float *const its = scale + (r * tokens + t) * (CHUNK_BLOCKS + MAX_LANES);
-                const floats sums = floats_of(sums_of_four(codes[r], of_token, nbits));
-                acc[r][t] += sums * (short_groups ? permuted(load(its), group) : (floats){0} + *its);
-            }
+            const floats unit = load(of_lanes + t * inputs->token_scales + i * LANES);
+            for (int r = 0; r < rows; r++)
+                acc[r][t] += floats_of(sums_of_four(codes[r], of_token, nbits)) * unit * of_group[r];
         }
     }
 }
 
 /* `rows` rows with `tokens` tokens; both, nbits and short_groups are constants in most calls. */
-INLINE void multiply_windows(const struct hqq_weight *w, struct row_scales rows_scales, const struct product *p,
+INLINE void multiply_windows(const struct hqq_weight *w, struct row_scales of_rows, const struct product *p,
                              const struct rounded_inputs *inputs, int64_t row, int64_t token, int rows, int tokens,
                              int nbits, int short_groups) {
     const struct slots slots = slots_of(w->in_features, nbits);
     const int64_t n_groups = padded(w->n_groups);
-    const int8_t *const activations = inputs->codes + token * inputs->token_bytes;
-    const float *const of_tokens = inputs->scale + token * padded(blocks_of(w));
     const int shift = short_groups ? __builtin_ctzll((uint64_t)(w->in_features / w->n_groups)) : 0;
     lanes column;
     for (uint32_t lane = 0; lane < LANES; lane++)
@@ -294,43 +296,34 @@ INLINE void multiply_windows(const struct hqq_weight *w, struct row_scales rows_
     floats total[BLOCK_ROWS][MAX_BLOCK_TOKENS] = {{{0}}};
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++)
-            total[r][t] = -zeros_of(rows_scales.offset + r * n_groups, inputs->offset + (token + t) * n_groups, n_groups);
-    chunk_scales scales __attribute__((aligned(CACHE_LINE)));
-    int64_t chunk = -1;
+            total[r][t] = -zeros_of(of_rows.offset + r * n_groups, inputs->offset + (token + t) * n_groups, n_groups);
 #pragma GCC unroll 8
     for (int slot = 0; slot < slots.n; slot++) {
         floats acc[BLOCK_ROWS][MAX_BLOCK_TOKENS] = {{{0}}};
-        for (int64_t i = inputs->first[slot], end; i < inputs->first[slot + 1]; i = end) {
-            end = inputs->windows[i].end_of_chunk;
-            if (inputs->windows[i].block / CHUNK_BLOCKS != chunk) {
-                chunk = inputs->windows[i].block / CHUNK_BLOCKS;
-                scale_chunk(w, rows_scales, of_tokens, chunk, rows, tokens, scales);
-            }
-            add_windows(w->packed + row * w->row_bytes, w->row_bytes, slots, slot, inputs, activations, i, end, rows,
-                        tokens, nbits, column >> shift, short_groups, scales, acc);
-        }
+        add_slot(w->packed + row * w->row_bytes, w->row_bytes, slots, slot, inputs, token, of_rows.scale, n_groups, rows,
+                 tokens, nbits, column >> shift, short_groups, acc);
         const float unit = 1.0f / (float)(1 << bits_up(slots, slot, nbits));
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
                 total[r][t] += acc[r][t] * unit;
     }
     for (int t = 0; t < tokens; t++) {
-        floats of_rows[BLOCK_ROWS] = {{0}};
+        floats of_token[BLOCK_ROWS] = {{0}};
         float sums[BLOCK_ROWS];
         for (int r = 0; r < rows; r++)
-            of_rows[r] = total[r][t];
-        sums_of_four_vectors(of_rows, sums);
+            of_token[r] = total[r][t];
+        sums_of_four_vectors(of_token, sums);
         for (int r = 0; r < rows; r++)
             p->y[(token + t) * p->out_features + row + r] = sums[r] + (p->bias ? p->bias[row + r] : 0);
     }
 }
 
 /* The same for one row and one token, of which few are left at the end. */
-static TARGET __attribute__((noinline)) void multiply_last_row(const struct hqq_weight *w,
-                                                               struct row_scales rows_scales, const struct product *p,
+static TARGET __attribute__((noinline)) void multiply_last_row(const struct hqq_weight *w, struct row_scales of_rows,
+                                                               const struct product *p,
                                                                const struct rounded_inputs *inputs, int64_t row,
                                                                int64_t token, int nbits, int short_groups) {
-    multiply_windows(w, rows_scales, p, inputs, row, token, 1, 1, nbits, short_groups);
+    multiply_windows(w, of_rows, p, inputs, row, token, 1, 1, nbits, short_groups);
 }
 
 INLINE void multiply_rows_in_windows(const struct hqq_weight *w, const struct product *p,
@@ -365,7 +358,7 @@ static TARGET void multiply_unpacked_rows(const struct hqq_weight *w, const stru
         unpack_row(w->packed + row * w->row_bytes, w->in_features, w->nbits, codes);
         for (int64_t token = 0; token < p->tokens; token++) {
             const int8_t *const activations = inputs->codes + token * inputs->token_bytes;
-            const float *of_row = scales.of_block, *of_token = inputs->scale + token * padded(blocks_of(w));
+            const float *of_block = inputs->scale + token * inputs->token_scales;
             float y = -sum_of(zeros_of(scales.offset, inputs->offset + token * padded(w->n_groups), padded(w->n_groups)));
             for (int64_t g = 0; g < w->n_groups; g++)
                 for (int64_t in_group = 0; in_group < group_size; in_group += ACTIVATION_BLOCK) {
@@ -374,7 +367,7 @@ static TARGET void multiply_unpacked_rows(const struct hqq_weight *w, const stru
                     int32_t sum = 0;
                     for (int64_t k = first; k < last; k++)
                         sum += (int16_t)codes[k] * (int16_t)activations[k];
-                    y += (float)sum * (*of_row++ * *of_token++);
+                    y += (float)sum * *of_block++ * scales.scale[g];
                 }
             p->y[token * p->out_features + row] = y + (p->bias ? p->bias[row] : 0);
         }

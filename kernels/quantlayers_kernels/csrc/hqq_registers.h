@@ -49,6 +49,13 @@ INLINE floats weights_of(lanes codes, struct group_values values, int nbits, int
     return (numbers - values.zero) * values.scale;
 }
 
+/* Neighbouring rows of a weight, and their scales and zeros as float32. */
+struct hqq_block {
+    const uint8_t *packed;
+    const float *scale, *zero; /* (rows, n_groups) */
+    int64_t row_bytes, n_groups, in_features;
+};
+
 /* Puts the inputs of each window in the order of its codes, (windows, 4, LANES), with zeros outside of the run. */
 INLINE void arrange(const float *x, struct slots slots, int64_t group_size, float *arranged) {
     for (struct run run = {0}; next_run(slots, group_size, &run); arranged += WINDOW) {
@@ -130,6 +137,13 @@ static TARGET __attribute__((noinline)) void dot_packed_row(const struct hqq_blo
                                                             int short_groups,
                                                             float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     dot_packed(w, x, n_windows, 1, tokens, nbits, short_groups, sums);
+}
+
+INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int rows, float *scratch) {
+    float *const scale = scratch, *const zero = scratch + rows * w->n_groups;
+    convert_floats(w->scale, row * w->n_groups, rows * w->n_groups, w->kind, scale);
+    convert_floats(w->zero, row * w->n_groups, rows * w->n_groups, w->kind, zero);
+    return (struct hqq_block){w->packed + row * w->row_bytes, scale, zero, w->row_bytes, w->n_groups, w->in_features};
 }
 
 /* Rows [begin, end) of the product with `tokens` tokens; scratch: the arranged inputs, then a block's metadata. */

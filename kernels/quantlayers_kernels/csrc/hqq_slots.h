@@ -68,20 +68,6 @@ INLINE int has_short_groups(struct slots slots, int64_t group_size, int nbits) {
 
 #endif
 
-/* Neighbouring rows of a weight, and their scales and zeros as float32. */
-struct hqq_block {
-    const uint8_t *packed;
-    const float *scale, *zero; /* (rows, n_groups) */
-    int64_t row_bytes, n_groups, in_features;
-};
-
-INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int rows, float *scratch) {
-    float *const scale = scratch, *const zero = scratch + rows * w->n_groups;
-    convert_floats(w->scale, row * w->n_groups, rows * w->n_groups, w->kind, scale);
-    convert_floats(w->zero, row * w->n_groups, rows * w->n_groups, w->kind, zero);
-    return (struct hqq_block){w->packed + row * w->row_bytes, scale, zero, w->row_bytes, w->n_groups, w->in_features};
-}
-
 #define FOR_NBITS(nbits, CALL)                                                                                       \
     switch (nbits) {                                                                                                 \
     case 1: CALL(1); break;                                                                                          \

@@ -41,8 +41,9 @@ int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *pr
     const int64_t tokens = product->tokens, of_float = sizeof(float);
     inputs->n_windows = call.kernels->hqq_windows(weight, NULL);
     inputs->token_bytes = inputs->n_windows ? inputs->n_windows * call.kernels->window_bytes : weight->in_features;
+    inputs->token_scales = inputs->n_windows ? inputs->token_bytes / 4 : blocks_of(weight);
     const int64_t of_codes = whole_lines(tokens * inputs->token_bytes);
-    const int64_t of_scale = tokens * padded(blocks_of(weight)) * of_float;
+    const int64_t of_scale = whole_lines(tokens * inputs->token_scales * of_float);
     const int64_t of_offset = tokens * padded(weight->n_groups) * of_float;
     const int64_t of_windows = inputs->n_windows * (int64_t)sizeof(struct window);
     void *const memory = malloc((size_t)(of_codes + of_scale + of_offset + of_windows + CACHE_LINE));
@@ -56,7 +57,7 @@ int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *pr
     if (inputs->n_windows)
         call.kernels->hqq_windows(weight, windows);
     find_slots(windows, inputs);
-    int failed = for_rows(round_tokens, &call, tokens, code_floats(weight), n_threads);
+    int failed = for_rows(round_tokens, &call, tokens, rounding_floats(weight), n_threads);
     if (!failed)
         failed = for_rows(multiply_rows, &call, product->out_features, integer_product_floats(weight), n_threads);
     free(memory);

@@ -154,24 +154,23 @@ struct kernels {
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
 /* Columns of a row whose codes lie in neighbouring bytes of a plane, from byte `at` of a slot on; those in
- * [begin, end) of the window's bytes count. `block` is that of its scale, or the first of several short ones. */
+ * [begin, end) of the window's bytes count. `group` is theirs, or the first of several short ones. */
 struct window {
-    int at, block, begin, end, slot;
-    int end_of_chunk; /* the first later window of another slot, or of another chunk of blocks */
+    int at, group, begin, end, slot;
 };
 
-/* Activations rounded to 8 bits; see hqq/integer_reference.py. In order, or window by window where there are windows,
- * with zeros for the columns that do not count. */
+/* Activations rounded to 8 bits; see hqq/integer_reference.py. Window by window where there are windows, with zeros for
+ * the columns that do not count, and a scale for each lane of four columns; otherwise in order, a scale for each block. */
 struct rounded_inputs {
-    int8_t *codes;               /* (tokens, token_bytes) */
-    float *scale;                /* (tokens, padded(blocks_of)) */
-    float *offset;               /* (tokens, padded(n_groups)): sums of scale * code over the columns of each group */
+    int8_t *codes;                /* (tokens, token_bytes) */
+    float *scale;                 /* (tokens, token_scales) */
+    float *offset;                /* (tokens, padded(n_groups)): sums of scale * code over the columns of each group */
     const struct window *windows; /* (n_windows), slot after slot */
-    int64_t first[9];            /* where the windows of each slot begin, and where the last one's end */
-    int64_t n_windows, token_bytes;
+    int64_t first[9];             /* where the windows of each slot begin, and where the last one's end */
+    int64_t n_windows, token_bytes, token_scales;
 };
 
-/* Products of rounded activations; scratch: integer_product_floats, and code_floats for rounding. */
+/* Products of rounded activations; scratch: integer_product_floats, and for rounding rounding_floats. */
 struct integer_kernels {
     int64_t (*hqq_windows)(const struct hqq_weight *, struct window *);
     void (*hqq_round)(const struct hqq_weight *, const struct product *, const struct rounded_inputs *, int64_t begin,
@@ -216,7 +215,7 @@ static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
 }
 
 /* Columns of a group whose activations share a scale when they are rounded to 8 bits; the last ones may be fewer. */
-#define ACTIVATION_BLOCK 64
+#define ACTIVATION_BLOCK 16
 
 /* Blocks of smaller activations are rounded to 0: 127 over the largest of them might overflow. */
 #define SMALLEST_ACTIVATION 0x1p-100f
@@ -229,17 +228,20 @@ static inline int64_t blocks_of(const struct hqq_weight *w) {
     return w->n_groups * ((w->in_features / w->n_groups + ACTIVATION_BLOCK - 1) / ACTIVATION_BLOCK);
 }
 
-/* Blocks whose scales are multiplied together before the windows that have them. */
-#define CHUNK_BLOCKS 64
-
 /* A number of floats as whole vectors, whatever their width. */
 static inline int64_t padded(int64_t n) {
     return (n + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
 }
 
-/* Scratch memory of the product of rounded activations: one row of codes, and the scales of a block of rows. */
+/* Scratch memory of the product of rounded activations: one row of codes, and the scales and zeros of a block of rows, as
+ * they are converted and with padding; they are loaded a vector at a time. */
 static inline int64_t integer_product_floats(const struct hqq_weight *w) {
-    return code_floats(w) + BLOCK_ROWS * (padded(blocks_of(w)) + padded(w->n_groups)) + padded(w->n_groups);
+    return code_floats(w) + 2 * BLOCK_ROWS * (padded(w->n_groups) + w->n_groups) + 4 * MAX_LANES;
+}
+
+/* Scratch memory of rounding: a row of codes, and the scale of each column. */
+static inline int64_t rounding_floats(const struct hqq_weight *w) {
+    return code_floats(w) + w->in_features;
 }
 
 /* Scores computed at a time for each of the four sums of entries that are compared. */

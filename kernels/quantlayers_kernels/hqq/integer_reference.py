@@ -12,25 +12,26 @@ from torch import Tensor
 
 from ..bitpack import unpack
 
-BLOCK = 64
+BLOCK = 16
 # Blocks of smaller activations are rounded to 0: 127 over the largest of them might overflow.
 SMALLEST = 2.0**-100
 
 
-def rounded_activations(x: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+def rounded_activations(x: Tensor, n_groups: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x``.
 
     Args:
         x: (n_tokens, in_features), float32.
         n_groups: groups of columns of the weight.
+        block: columns of a block; the kernels have no other.
 
     Returns:
-        codes (n_tokens, n_groups, n_blocks, BLOCK) int8, with zeros beyond the last column of a group, and scales
+        codes (n_tokens, n_groups, n_blocks, block) int8, with zeros beyond the last column of a group, and scales
         (n_tokens, n_groups, n_blocks, 1) float32. The scale of a block with NaN or Inf is NaN.
     """
     groups = x.reshape(len(x), n_groups, -1)
     size = groups.shape[-1]
-    blocks = torch.nn.functional.pad(groups, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = torch.nn.functional.pad(groups, (0, -size % block)).unflatten(-1, (-1, block))
     is_finite = blocks.isfinite().all(-1, keepdim=True)
     largest = blocks.abs().amax(-1, keepdim=True)
     is_rounded = is_finite & (largest > SMALLEST)
