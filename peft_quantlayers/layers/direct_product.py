@@ -26,27 +26,26 @@ class DirectProduct:
     (``parameter.data = ...``). A copy or a pickle is None; the copied layer makes its own.
     """
 
-    __slots__ = ("_activation_bits", "_n_writes", "_places", "_product", "_spec")
+    __slots__ = ("_bits", "_n_writes", "_places", "_product", "_spec")
 
     def __init__(self, layer: QuantizedStorage) -> None:
-        self._spec, self._n_writes, self._activation_bits = layer.spec, layer.n_writes, _activation_bits(layer)
+        self._spec, self._n_writes, self._bits = layer.spec, layer.n_writes, layer.rounded_bits
         tensors = {name: layer._parameters[name] for name in layer._tensor_names}
         is_plain = all(type(tensor) in PLAIN for tensor in tensors.values())
         # Not the tensors themselves, which would stay in memory when the layer moves.
         self._places = tuple((name, id(tensor), _address_of(tensor)) for name, tensor in tensors.items())
         can_prepare = is_plain and layer.compute_dtype in native.KINDS
-        bits = {} if self._activation_bits is None else {"activation_bits": self._activation_bits}
+        method: Any = layer.method
+        rounding = {} if self._bits is None else {"activation_bits": self._bits}
         weight = layer._weight_of(layer._tensors()) if can_prepare else None
-        self._product = None if weight is None else layer.method.prepared_product(weight, **bits)
+        self._product = method.prepared_product(weight, **rounding) if can_prepare else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def is_current(self, layer: QuantizedStorage) -> bool:
-        """Whether the layer still has the weight that this was made for."""
-        if layer.n_writes != self._n_writes or layer.spec is not self._spec:
-            return False
-        if _activation_bits(layer) != self._activation_bits:
+        """Whether the layer still has the weight, and rounds its inputs to the bits, that this was made for."""
+        if layer.n_writes != self._n_writes or layer.spec is not self._spec or layer.rounded_bits != self._bits:
             return False
         parameters = layer._parameters
         for name, identity, address in self._places:
@@ -67,10 +66,6 @@ class DirectProduct:
         ):
             return None
         return self._product(x, parameters, bias)
-
-
-def _activation_bits(layer: Any) -> int | None:
-    return None if layer.training else layer.activation_bits
 
 
 def _address_of(tensor: Any) -> int:

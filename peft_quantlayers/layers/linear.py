@@ -47,11 +47,9 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         dense_type: of the module that the architecture has in this place.
         n_writes: how often the weight was written.
         branch: a low-rank branch whose result is added, or None; no part of ``weight``.
-        activation_bits: bits that inputs are rounded to in inference, or None; see :func:`set_activation_bits`.
     """
 
     branch: LowRankBranch | None
-    activation_bits: int | None = None
 
     as_frozen = OldName("fused_inputs")
     forward_with_update = OldName("forward_with_delta")
@@ -224,10 +222,9 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         """What :meth:`forward` gives once the layer has this weight and bias."""
         dtype, output_dtype = self._checked_dtypes(x)
         method: Any = get_method(weight.spec.method)
-        if self.activation_bits is None or self.training:
-            y = method.linear(x.to(dtype), weight, bias)
-        else:
-            y = method.linear(x.to(dtype), weight, bias, activation_bits=self.activation_bits)
+        bits = self.rounded_bits
+        rounding = {} if bits is None else {"activation_bits": bits}
+        y = method.linear(x.to(dtype), weight, bias, **rounding)
         branch = self._modules["branch"]
         return (y if branch is None else y + branch(x)).to(output_dtype)
 

@@ -63,7 +63,7 @@ class QuantMethod(ABC, Generic[SpecT]):
     ) -> QuantizedWeight:
         """Quantize ``weight`` (out_features, in_features), any floating dtype, on its own device.
 
-        ======================= ==============================================================
+        ======================= =====================================================================
         ``weight`` alone        grid and codes of the lowest weight error
         ``start``               codes for the grid of ``start``, or a fit of both that begins there
         ``hessian``             grid and codes of the lowest output error
@@ -117,19 +117,19 @@ class QuantMethod(ABC, Generic[SpecT]):
             multiple=weight.row_multiple,
         )
 
-    def prepared_product(
-        self, weight: QuantizedWeight, *, activation_bits: int | None = None
-    ) -> PreparedProduct | None:
-        """:meth:`linear` with ``weight`` on a CPU and without gradients, its arguments checked now.
+    def rounding_misfit(self, spec: SpecT) -> str | None:
+        """Why :meth:`linear` cannot round activations to 8 bits.
+
+        None where it can; it takes ``activation_bits`` then, and :meth:`prepared_product` too.
+        """
+        return f"{spec.method} weights have no product with rounded activations"
+
+    def prepared_product(self, weight: QuantizedWeight) -> PreparedProduct | None:
+        """:meth:`linear` with ``weight`` for few tokens and without gradients, its arguments checked now.
 
         By default None: :meth:`linear` is called. The result knows where the tensors of ``weight`` lie.
-        ``activation_bits`` is given only where :meth:`rounding_misfit` is None.
         """
         return None
-
-    def rounding_misfit(self, spec: SpecT) -> str | None:
-        """Why :meth:`linear` cannot round activations to 8 bits; None where it can, and takes ``activation_bits``."""
-        return f"{spec.method} weights have no product with rounded activations"
 
     def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
         """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""

@@ -8,6 +8,8 @@ from ..native_product import few_tokens_product
 from ..prepared import PreparedProduct
 from .layout import has_documented_layout
 
+# The products by the bits that activations are rounded to.
+KERNELS = {None: "ql_hqq_linear", 8: "ql_hqq_linear_int8"}
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
@@ -43,9 +45,10 @@ def can_use_few_tokens(
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
     in_features = x.shape[-1]
+    max_tokens = MAX_TOKENS if activation_bits is None else MAX_ROUNDED_TOKENS
     return (
         axis == 1
-        and 0 < x.numel() <= _kernel(activation_bits)[1] * in_features
+        and 0 < x.numel() <= max_tokens * in_features
         and x.is_cpu
         and x.dtype in native.KINDS
         and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
@@ -69,7 +72,7 @@ def linear_few_tokens(
     """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
-    return few_tokens_product(_kernel(activation_bits)[0], weight, x, bias, out_features=W_q.shape[0])
+    return few_tokens_product(KERNELS[activation_bits], weight, x, bias, out_features=W_q.shape[0])
 
 
 def prepared(
@@ -88,15 +91,13 @@ def prepared(
     if not (W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
         return None
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-    kernel, max_tokens = _kernel(activation_bits)
-    return PreparedProduct(kernel, weight, in_features=in_features, out_features=W_q.shape[0], max_tokens=max_tokens)
-
-
-def _kernel(activation_bits: int | None) -> tuple[str, int]:
-    """The product's kernel, and the tokens up to which it is the faster way."""
-    if activation_bits is None:
-        return "ql_hqq_linear", MAX_TOKENS
-    return "ql_hqq_linear_int8", MAX_ROUNDED_TOKENS
+    return PreparedProduct(
+        KERNELS[activation_bits],
+        weight,
+        in_features=in_features,
+        out_features=W_q.shape[0],
+        max_tokens=MAX_TOKENS,
+    )
 
 
 def dequantize_rows(

@@ -130,9 +130,7 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             dim=-1,
         )
 
-    def prepared_product(
-        self, weight: QuantizedWeight, *, activation_bits: int | None = None
-    ) -> PreparedProduct | None:
+    def prepared_product(self, weight: QuantizedWeight) -> PreparedProduct | None:
         return prepared(*_tensors(weight)) if cast(AQLMSpec, weight.spec).row_parts == 1 else None
 
 
