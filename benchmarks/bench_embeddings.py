@@ -5,8 +5,8 @@ half of its bytes. KL is the mean divergence of the next-token distribution from
 and from the float model. Times are of one token through the whole model in float32, the three taking turns; the files
 are those of the model in bfloat16.
 
-The model was read from a file of 4-bit blocks (GGUF Q4_1, groups of 32), its embeddings too, so that 4 bits lose less
-here than with the rows of other models.
+The model was read from a file of 4-bit blocks (GGUF Q4_1, groups of 32), embeddings included; a group of 64 contains
+two of their grids, unlike the rows of other models.
 """
 
 import argparse

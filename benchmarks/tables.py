@@ -736,9 +736,8 @@ def embeddings() -> str:
             "",
             f"{measured['model']}, all other layers HQQ at 4 bits; WikiText-2, {measured['windows']} windows of "
             f"{measured['window_tokens']} tokens; float model: {measured['float_perplexity']:.2f}. Sizes in bfloat16, "
-            f"times in float32 ({measured['clock']}). The model's rows lie on a grid of 4 bits in groups of 32 "
-            "already, so that 4 bits lose less here than with other models. "
-            + device_line(measured["device"], measured["command"]),
+            f"times in float32 ({measured['clock']}). The model was read from a file of 4-bit blocks "
+            "of 32, of which each group of 64 contains two. " + device_line(measured["device"], measured["command"]),
         ]
     )
 
