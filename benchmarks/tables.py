@@ -306,6 +306,40 @@ def decode_lora() -> str:
     )
 
 
+def generate(name: str = "generate") -> str:
+    """Tokens per second of a whole model, and one token taken apart."""
+    measured = result(name)
+    rows = {row["way"]: row for row in measured["rows"]}
+    dense = rows["dense float32"]
+    body = [
+        [
+            way,
+            f"{row['prompt_tokens_per_s']:.0f} ({row['prompt_tokens_per_s'] / dense['prompt_tokens_per_s']:.2f})",
+            f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / dense['tokens_per_s']:.2f})",
+            f"{100 * row['limit_s'] * row['tokens_per_s']:.0f}%",
+            f"{row['mb']:,.0f}",
+        ]
+        for way, row in rows.items()
+    ]
+    parts = ["kernels", "head", "attention", "rest", "token"]
+    profile = [[way, *(f"{1e3 * each[part]:.1f}" for part in parts)] for way, each in measured["profile"].items()]
+    return "\n".join(
+        [
+            table(["", "prompt, tokens/s", "generated, tokens/s", "of the limit", "MB"], body),
+            "",
+            f"In brackets the rate, dense float32 = 1. {measured['prompt']} prompt tokens, {measured['new_tokens']} "
+            "generated; the limit is reading the weights once a token at "
+            f"{measured['memory_gb_per_s']:.1f} GB/s. Medians, {measured['clock']}. "
+            + device_line(measured["device"], measured["command"]),
+            "",
+            table(
+                ["one token, ms", "compiled kernels", "head", "attention", "Python and small operators", "all"],
+                profile,
+            ),
+        ]
+    )
+
+
 def gpu() -> str:
     """Microseconds of layers with few tokens, bandwidth of dequantizing, and training steps, each with the dense."""
     measured = result("gpu")
@@ -678,6 +712,37 @@ def estimate() -> str:
     return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_estimate.py')}"
 
 
+def embeddings() -> str:
+    """What quantized embeddings cost in quality and time, and what they save."""
+    measured = result("embeddings")
+    rows = []
+    for row in measured["rows"]:
+        rows.append(
+            [
+                "dense" if row["bits"] is None else f"{row['bits']} bits",
+                f"{row['perplexity']:.2f}",
+                "" if row["bits"] is None else f"{row['kl_to_dense_embeddings']:.5f}",
+                f"{row['kl_to_float']:.4f}",
+                f"{row['memory_bytes'] / 1e6:.1f}",
+                f"{row['file_bytes'] / 1e6:.1f}",
+                f"{1e3 * row['seconds_per_token']:.1f} ({row['rate_vs_dense_embeddings']:.2f}x)",
+            ]
+        )
+    kl = ["KL to dense embeddings", "KL to the float model"]
+    head = ["embeddings and head", "perplexity", *kl, "memory, MB", "file, MB", "ms for one token (rate)"]
+    return "\n".join(
+        [
+            table(head, rows),
+            "",
+            f"{measured['model']}, all other layers HQQ at 4 bits; WikiText-2, {measured['windows']} windows of "
+            f"{measured['window_tokens']} tokens; float model: {measured['float_perplexity']:.2f}. Sizes in bfloat16, "
+            f"times in float32 ({measured['clock']}). The model's rows lie on a grid of 4 bits in groups of 32 "
+            "already, so that 4 bits lose less here than with other models. "
+            + device_line(measured["device"], measured["command"]),
+        ]
+    )
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"model_sizes": model_sizes},
     DOCS / "benchmarks.md": {
@@ -689,6 +754,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
         "decode_lora": decode_lora,
+        "generate": generate,
+        "generate_1b": lambda: generate("generate_1b"),
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
@@ -708,6 +775,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "trained_mixture": trained_mixture,
         "shared_codebooks": shared_codebooks,
     },
+    DOCS / "embeddings.md": {"embeddings": embeddings},
     DOCS / "exports.md": {"exports": exports},
     DOCS / "larger-than-memory.md": {"estimate": estimate},
     DOCS / "transforms.md": {
@@ -720,6 +788,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
 # What makes the results of a table that may be missing.
 MADE_BY = {
     "gpu": "`make bench-gpu`, on a machine with a GPU",
+    "generate": "`python benchmarks/bench_generate.py --one-thread`",
+    "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
     "estimate": "`python benchmarks/bench_estimate.py`",
 }
 

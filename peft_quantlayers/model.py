@@ -23,8 +23,8 @@ from .calibration.quantize_calibrated import check_can_calibrate
 from .integrations.attached_quantizers import attach_quantizers
 from .layers.other_quantizers import refuse_other_quantizers
 from .layers.placement import check_weights_are_here
-from .layers.replace import quantize_each
-from .layers.selection import checked_modules, finished_modules, quantized_layers
+from .layers.replace import quantize_each, quantize_tables
+from .layers.selection import checked_modules, finished_modules, quantizable_tables, quantized_layers
 from .lora import has_adapters
 from .methods import QuantConfig
 from .methods.quant_config import check_config
@@ -94,15 +94,19 @@ def quantize_model(
     plan = None if budget is None else plan_of(model, config, budget, given, progress=progress)
     if plan is not None:
         config = with_plan(config, plan)
-    specs = checked_modules(model, config)
+    specs, tables = checked_modules(model, config), quantizable_tables(model, config)
     if given is not None and finished_modules(model, config):
         _refuse_lost_targets(given)
         given = given.of_float_model(is_whole=False)
-    with nullcontext() if plan is None else measured(model, plan, given), _described(model, n_planned=len(specs)):
-        if given is None:
+    with (
+        nullcontext() if plan is None else measured(model, plan, given),
+        _described(model, n_planned=len(specs) + len(tables)),
+    ):
+        if given is None or not specs:
             quantize_each(model, specs, config, device=device, progress=progress)
         else:
             quantize_calibrated(model, specs, config, given, device=device, progress=progress, on_layer=on_layer)
+        quantize_tables(model, tables, config, device=device)
     return model
 
 

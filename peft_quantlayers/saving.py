@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .integrations.interrupted_save import MODEL_FILES
 from .integrations.saved_folder import check_readable
 from .layers.codes_parameter import is_sharded
-from .layers.selection import quantized_layers, quantized_stacks
+from .layers.selection import layers_without_copies, quantized_embeddings, quantized_layers, quantized_stacks
 from .lora import has_adapters
 from .storage import staged_folder
 
@@ -101,14 +101,17 @@ def _stored_bytes(model: nn.Module) -> int:
 
 def model_card(model: PreTrainedModel) -> str:
     """The README.md of a quantized model: how to load it, and what it is quantized to."""
-    layers, stacks = quantized_layers(model), quantized_stacks(model)
+    layers, stacks, tables = layers_without_copies(model), quantized_stacks(model), quantized_embeddings(model)
     sizes = {
         name: math.prod((*layer.leading, layer.out_features, layer.in_features)) for name, layer in layers.items()
     }
     weights = sum(sizes.values())
     bits = sum(layer.bits_per_weight * sizes[name] for name, layer in layers.items()) / max(1, weights)
-    n_linear = len(layers) - len(stacks)
+    n_tables = sum(name in tables for name in layers)
+    n_linear = len(layers) - len(stacks) - n_tables
     kinds = [f"{n_linear} linear layers"] if n_linear else []
+    if n_tables:
+        kinds.append("the embeddings" if n_tables == 1 else f"{n_tables} embedding tables")
     if stacks:
         n_experts = sum(stack.n_experts for stack in stacks.values())
         kinds.append(f"{len(stacks)} stacks of experts with {n_experts} matrices")

@@ -16,11 +16,12 @@ from ..calibration.model_calls import model_calls
 from ..calibration.quantize_calibrated import check_can_calibrate
 from ..formats import QuantSpec
 from ..layers.dense_types import dense_shape, dense_weight
+from ..layers.embedding_tables import Table
 from ..layers.expert_types import find_stack
 from ..layers.other_quantizers import refuse_other_quantizers
 from ..layers.placement import check_weights_are_here
 from ..layers.quantize_weight import quantize_weight
-from ..layers.selection import checked_modules
+from ..layers.selection import checked_modules, quantizable_tables
 from ..methods import QuantConfig, get_method
 from ..methods.hqq import HQQConfig
 from ..methods.quant_config import check_config, matches
@@ -91,13 +92,14 @@ def plan_bits(
     specs = checked_modules(model, config)
     check_can_calibrate(specs, given)
     candidates = _candidates(model, config, specs, fields)
+    tables = quantizable_tables(model, config)
     empty = BitPlan(
         layers={
             name: [LayerChoice(fields=f, n_bytes=n, kl=0.0) for f, _, n in each] for name, each in candidates.items()
         },
         chosen=dict.fromkeys(candidates, 0),
         n_weights=sum(math.prod(dense_shape(model, name)) for name in specs),
-        other_bytes=_other_bytes(model, list(specs)),
+        other_bytes=_other_bytes(model, [*specs, *tables]) + sum(map(_n_bytes_of_table, tables.values())),
     )
     empty.with_budget(average=average, size=size)  # refuses before anything is computed
     linear = [name for name in specs if find_stack(model, name) is None]
@@ -160,6 +162,10 @@ def _candidates(
 
 def _n_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
     return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in spec.layout_of(shape).values())
+
+
+def _n_bytes_of_table(planned: tuple[Table, QuantSpec]) -> int:
+    return _n_bytes(planned[1], planned[0].shape)
 
 
 def _other_bytes(model: nn.Module, names: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from ..layers.selection import quantized_layers
+from ..layers.selection import layers_without_copies
 from ..methods import QuantConfig
 from ..report import summary
 from .estimates import Estimate
@@ -30,7 +30,7 @@ def estimate_merging(model: PreTrainedModel, config: QuantConfig | None, *, rank
         ValueError: a float model without ``config``; a shape that the config does not fit.
     """
     specs = quantized_on_meta(model, config)
-    shapes = {name: layer.quantized_weight.shape for name, layer in quantized_layers(model).items()}
+    shapes = {name: layer.quantized_weight.shape for name, layer in layers_without_copies(model).items()}
     found = summary(model)
     sample = sample_layers(specs, shapes)
     largest = max((math.prod(shape[-2:]) for shape in shapes.values()), default=0) * 4 * _LAYER_COPIES

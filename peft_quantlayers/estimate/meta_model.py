@@ -10,8 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..formats import QuantSpec
+from ..layers.embedding_tables import place_empty_table, place_empty_tables
 from ..layers.replace import place_empty_layer
-from ..layers.selection import quantizable_modules, quantized_layers
+from ..layers.selection import (
+    layers_without_copies,
+    quantizable_modules,
+    quantizable_tables,
+    quantized_layers,
+)
 from ..methods import QuantConfig
 
 
@@ -20,15 +26,18 @@ def quantized_on_meta(model: PreTrainedModel, config: QuantConfig | None) -> dic
 
     A model that is quantized already stays as it is, and needs no ``config``.
     """
-    layers = quantized_layers(model)
+    layers = layers_without_copies(model)
     if layers:
         return {name: layer.spec for name, layer in layers.items()}
     if config is None:
         raise ValueError("the model is a float model: say how it will be quantized (--method, --nbits, ...).")
     specs = quantizable_modules(model, config)
+    planned = quantizable_tables(model, config)
     for name, spec in specs.items():
         place_empty_layer(model, name, spec, compute_dtype=config.compute_dtype, device="meta")
-    return specs
+    for table, spec in planned.values():
+        place_empty_table(model, table, spec, compute_dtypes=dict.fromkeys(table.names, config.compute_dtype))
+    return specs | {name: spec for name, (_, spec) in planned.items()}
 
 
 def one_block_model(model: PreTrainedModel, config: QuantConfig | None) -> PreTrainedModel | None:
@@ -52,8 +61,10 @@ def one_block_model(model: PreTrainedModel, config: QuantConfig | None) -> PreTr
         block: Any = type(model)(described)
     block.to(model.dtype)
     if config is None:
+        specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
+        tables = place_empty_tables(block, specs, compute_dtypes={}, device="meta")
         for name, layer in quantized_layers(model).items():
-            if _has(block, name):
+            if _has(block, name) and name not in tables:
                 place_empty_layer(block, name, layer.spec, compute_dtype=None, device="meta")
     else:
         quantized_on_meta(block, config)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..formats import QuantSpec
 from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_shape
-from ..layers.selection import quantizable_modules
+from ..layers.selection import quantizable_modules, quantizable_tables
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming.quantize_files import PART_BYTES
@@ -38,7 +38,9 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     Raises:
         ValueError: a shape that the config does not fit.
     """
-    specs = quantizable_modules(model, config)
+    specs = quantizable_modules(model, config) | {
+        name: spec for name, (_, spec) in quantizable_tables(model, config).items()
+    }
     planned = summary(model, config)
     shapes = {name: tuple(dense_shape(model, name)) for name in specs}
     sample = sample_layers(specs, shapes)

@@ -123,6 +123,11 @@ def export(
                 copy_side_files(source.folder, staged, tokenizer=tokenizer, tokenizer_folder=tokenizer_folder)
                 written = target.write(task)
                 written.notes += [adapter_note] if adapter_note else []
+                if source.tables and target.name != "dense":
+                    tables = ", ".join(name.removesuffix(".weight") for name in source.tables)
+                    written.notes.append(
+                        f"Quantized embeddings are written dense, and a head that shares them too: {tables}."
+                    )
                 own = branches_of(source) if target.name != "dense" else {}
                 adapter_name = _write_adapters(target, task, written, user_adapter, own)
             report = _report(target, task, written, Path(destination), adapter_name, user_adapter.rank)

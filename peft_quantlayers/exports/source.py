@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..integrations.checkpoint_reader import OpenedFolder, open_folder
 from ..integrations.expert_tensors import expert_tensors
-from ..layers import QuantizedLinear, QuantizedStack, quantized_modules
+from ..layers import QuantizedEmbedding, QuantizedLinear, QuantizedStack, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
 from ..layers.expert_types import dense_stacks, fused_weights
 from ..layers.selection import quantized_layers
-from ..methods import HQQSpec
+from ..methods import HQQSpec, get_method
 from ..methods.hqq.method import with_plain_metadata
 from .source_layer import SourceLayer, StackFacts
 
@@ -30,7 +30,7 @@ class ModelSource:
         skeleton: the model on the meta device.
         config: the parsed config.json, without the quantization.
         layers: the quantized layers by name.
-        dense_names: all other tensors.
+        dense_names: all other tensors; quantized embeddings are among them, and are dequantized when they are read.
     """
 
     def __init__(self, opened: OpenedFolder) -> None:
@@ -40,14 +40,19 @@ class ModelSource:
         self.config: dict[str, Any] = opened.config
         modules = {stored_name: name for name, stored_name in opened.names.items()}
         self.layers = {name: _layer_of(opened, name, modules[name], layer) for name, layer in opened.layers.items()}
+        self.tables = {f"{name}.weight": (name, table) for name, table in opened.tables.items()}
         own = _own_keys(opened)
-        self.dense_names = [key for key in opened.files.headers if key not in own]
+        self.dense_names = [*self.tables, *(key for key in opened.files.headers if key not in own)]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of most of the dense numbers."""
         counts: dict[torch.dtype, int] = {}
+        for _, table in self.tables.values():
+            counts[table.compute_dtype] = counts.get(table.compute_dtype, 0) + table.weight.numel()
         for name in self.dense_names:
+            if name in self.tables:
+                continue
             header = self._opened.files.headers[name]
             if header.dtype is not None and header.dtype.is_floating_point:
                 counts[header.dtype] = counts.get(header.dtype, 0) + max(1, torch.Size(header.shape).numel())
@@ -66,7 +71,8 @@ class ModelSource:
         if not any(fused_weights(module) for module in self._opened.skeleton.modules()):
             return []
         headers = self._opened.files.headers
-        matrices = [name for name in self.dense_names if name.endswith(".weight") and len(headers[name].shape) == 2]
+        dense = [name for name in self.dense_names if name not in self.tables]
+        matrices = [name for name in dense if name.endswith(".weight") and len(headers[name].shape) == 2]
         embeddings = {"embed_tokens", "embeddings", "wte", "lm_head"}
         names = [name.removesuffix(".weight") for name in matrices if not re.search(r"\.experts\.\d+\.", name)]
         return [name for name in names if name.rpartition(".")[2] not in embeddings]
@@ -85,14 +91,23 @@ class ModelSource:
     def n_bytes(self) -> int:
         """Of all tensors in the files."""
         headers = self._opened.files.headers.values()
-        return sum(torch.Size(each.shape).numel() * (each.dtype.itemsize if each.dtype else 8) for each in headers)
+        stored = sum(torch.Size(each.shape).numel() * (each.dtype.itemsize if each.dtype else 8) for each in headers)
+        return stored + sum(table.weight.nbytes for _, table in self.tables.values())
 
     def linear_modules(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """As :func:`linear_modules`, of this model."""
         return linear_modules(self._opened.skeleton, self._opened.names)
 
     def dense(self, name: str) -> Tensor:
-        """The tensor ``name``, one of :attr:`dense_names`, in the dtype of the file."""
+        """The tensor ``name``, one of :attr:`dense_names`, in the dtype of the file, or in which a table computes.
+
+        Raises:
+            ValueError: a table is damaged.
+        """
+        if name in self.tables:
+            stored_name, table = self.tables[name]
+            weight = self._opened.weight(stored_name, table)
+            return get_method(weight.spec.method).dequantize(weight, dtype=table.compute_dtype)
         return self._opened.files.read(name)
 
     def dense_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +126,10 @@ def folder_source(folder: Path) -> ModelSource:
 
 
 def layers_in_memory(model: nn.Module) -> dict[str, SourceLayer]:
-    """The quantized layers of ``model``, under their names in it; files may have other names."""
+    """The quantized layers of ``model``, under their names in it; files may have other names.
+
+    Without embedding tables and what shares their tensors, which are written dense.
+    """
     return {
         name: SourceLayer(
             name=name,
@@ -123,6 +141,7 @@ def layers_in_memory(model: nn.Module) -> dict[str, SourceLayer]:
             branch=None if layer.branch is None else lambda b=layer.branch: (b.A.data.cpu(), b.B.data.cpu()),  # type: ignore[misc]
         )
         for name, layer in quantized_layers(model).items()
+        if not isinstance(layer, QuantizedEmbedding) and not layer.sharing
     }
 
 
@@ -155,7 +174,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLinear)
+    return isinstance(module, QuantizedLinear) and not module.sharing
 
 
 def _common(model: nn.Module, layer: QuantizedLinear | QuantizedStack) -> dict[str, Any]:

@@ -11,11 +11,14 @@
    the expert as first dimension.
 6. Fields of specs that older readers do not know (:attr:`QuantSpec.format_version`).
 7. More of them: ``row_parts`` of AQLM, ``double_quant`` of HQQ.
+8. ``"embeddings": {name: index into specs}``, embedding tables. A layer that the model ties to one, such as a head,
+   has no tensors of its own.
 
 Readers accept every format version up to their own; writers write the oldest that says everything, so that older
 readers read what they can.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,9 +26,11 @@ from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
 from .spec import METADATA_DTYPES, QuantSpec
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # The fields that each version added.
-_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks"}
+_ADDED_FIELDS = {2: "branches", 3: "compute_dtypes", 5: "stacks", 8: "embeddings"}
+# Those of them that name layers, as ``modules`` does.
+_KINDS = ("stacks", "embeddings")
 _SENTINELS, _SENTINELS_VERSION = "sentinels", 4
 SENTINEL_SHAPE = (1,)
 # The name under which transformers finds our quantizer and our checkpoints.
@@ -42,7 +47,8 @@ class QuantlayersFormat(CheckpointFormat):
         return None
 
     def write(self, description: ModelDescription) -> dict[str, Any]:
-        fields = specs_to_json(description.specs, description.branches, description.compute_dtypes, description.stacks)
+        kinds = {"stacks": description.stacks, "embeddings": description.embeddings}
+        fields = specs_to_json(description.specs, description.branches, description.compute_dtypes, **kinds)
         if description.has_sentinels:
             fields |= {_SENTINELS: True, "format_version": max(fields["format_version"], _SENTINELS_VERSION)}
         dtype = description.compute_dtype
@@ -64,6 +70,7 @@ class QuantlayersFormat(CheckpointFormat):
             compute_dtypes=_compute_dtypes_from_json(fields),
             branches=branches_from_json(fields),
             stacks=tuple(fields.get("stacks", ())),
+            embeddings=tuple(fields.get("embeddings", ())),
             has_sentinels=has_sentinels,
         )
 
@@ -73,15 +80,18 @@ def specs_to_json(
     branches: Mapping[str, int] | None = None,
     compute_dtypes: Mapping[str, str] | None = None,
     stacks: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> dict[str, Any]:
     """The JSON form of module names and their specs, each distinct spec written once, with the ranks of branches and
-    the compute dtypes of single layers. ``stacks`` are the names that are fused weights of experts."""
+    the compute dtypes of single layers. ``stacks`` are the names that are fused weights of experts, ``embeddings``
+    those of embedding tables."""
     distinct = list(dict.fromkeys(specs.values()))
     indices = {name: distinct.index(spec) for name, spec in specs.items()}
     given = {
         "branches": branches,
         "compute_dtypes": compute_dtypes,
         "stacks": {name: index for name, index in indices.items() if name in stacks},
+        "embeddings": {name: index for name, index in indices.items() if name in embeddings},
     }
     added = {name: dict(values) for name, values in given.items() if values}
     versions = [version for version, name in _ADDED_FIELDS.items() if name in added]
@@ -89,7 +99,7 @@ def specs_to_json(
         "quant_method": QUANT_METHOD,
         "format_version": max([1, *versions, *(spec.format_version for spec in distinct)]),
         "specs": [spec.to_dict() for spec in distinct],
-        "modules": {name: index for name, index in indices.items() if name not in stacks},
+        "modules": {name: index for name, index in indices.items() if name not in {*stacks, *embeddings}},
     }
 
 
@@ -123,30 +133,33 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
     )
     if unknown:
         raise ValueError(f"quantization_config: unknown field(s) {sorted(map(str, unknown))}.")
-    raw_specs, modules, stacks = fields.get("specs"), fields.get("modules"), fields.get("stacks", {})
-    if not isinstance(stacks, Mapping):
-        raise TypeError("quantization_config: 'stacks' must be a mapping of parameter names to indices.")
-    if not isinstance(raw_specs, list) or not isinstance(modules, Mapping) or not (modules or stacks):
+    raw_specs, modules = fields.get("specs"), fields.get("modules")
+    others = {kind: fields.get(kind, {}) for kind in _KINDS}
+    for kind, named in others.items():
+        if not isinstance(named, Mapping):
+            raise TypeError(f"quantization_config: {kind!r} must be a mapping of names to indices.")
+    if not isinstance(raw_specs, list) or not isinstance(modules, Mapping) or not (modules or any(others.values())):
         raise TypeError("quantization_config: 'specs' must be a list and 'modules' a non-empty mapping.")
-    if twice := sorted(modules.keys() & stacks.keys()):
-        raise ValueError(f"quantization_config: {twice[:3]} are named in 'modules' and in 'stacks'.")
-    if len(modules) + len(stacks) > MAX_MODULES:
-        raise ValueError(f"quantization_config: {len(modules)} modules are more than any model has.")
+    counts = Counter(name for named in (modules, *others.values()) for name in named)
+    if twice := sorted(str(name) for name, count in counts.items() if count > 1):
+        raise ValueError(f"quantization_config: {twice[:3]} are named in several of 'modules', {_KINDS}.")
+    if len(counts) > MAX_MODULES:
+        raise ValueError(f"quantization_config: {len(counts)} modules are more than any model has.")
     specs = []
     for position, raw in enumerate(raw_specs):
         try:
             specs.append(spec_from_dict(raw))
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantization_config: specs[{position}]: {error}") from None
-    for field, named in (("modules", modules), ("stacks", stacks)):
+    for field, named in {"modules": modules, **others}.items():
         for name, index in named.items():
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(specs):
                 raise ValueError(f"quantization_config: {field}[{name!r}]={index!r} is not an index into 'specs'.")
-    return {name: specs[index] for name, index in {**modules, **stacks}.items()}
+    return {name: specs[index] for named in (modules, *others.values()) for name, index in named.items()}
 
 
 def _quantized_names(fields: Mapping[str, Any]) -> set[str]:
-    return {*fields.get("modules", {}), *fields.get("stacks", {})}
+    return {name for kind in ("modules", *_KINDS) for name in fields.get(kind, {})}
 
 
 def branches_from_json(fields: Mapping[str, Any]) -> dict[str, int]:

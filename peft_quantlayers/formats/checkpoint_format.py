@@ -63,6 +63,7 @@ class ModelDescription:
         lossy_in_model_dtype: layers whose scales or codebooks the model's dtype cannot hold.
         stored_layers: layers that are converted when they are read; all others are read as they are.
         stacks: those of ``specs`` that are fused weights of experts, one tensor of several weights.
+        embeddings: those of ``specs`` that are embedding tables.
         has_sentinels: whether layers have a tensor that stops readers which do not know the format.
     """
 
@@ -74,6 +75,7 @@ class ModelDescription:
     lossy_in_model_dtype: tuple[str, ...] = ()
     stored_layers: Mapping[str, StoredLayer] = field(default_factory=dict)
     stacks: Collection[str] = ()
+    embeddings: Collection[str] = ()
     has_sentinels: bool = False
 
 

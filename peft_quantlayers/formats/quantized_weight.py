@@ -81,6 +81,31 @@ class QuantizedWeight:
         )
         return dataclasses.replace(self, spec=spec, out_features=stop - start, tensors=tensors)
 
+    @property
+    def has_rows_of_their_own(self) -> bool:
+        """Whether each row of the weight, which is no stack, has a row of its own in each tensor."""
+        layout = self.spec.tensor_layout(self.out_features, self.in_features).values()
+        return not self.leading and all(entry.shape[0] == self.out_features for entry in layout)
+
+    def take_rows(self, rows: Tensor) -> Self:
+        """The rows of these indices (n,), copied, of a weight that :attr:`has_rows_of_their_own`."""
+        tensors = {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, out_features=rows.numel(), tensors=tensors)
+
+    def with_rows(self, rows: Tensor, new: "QuantizedWeight | None", *, n_rows: int) -> "QuantizedWeight":
+        """This weight with ``n_rows`` rows, of which those of the indices ``rows`` are ``new``; tensors are copied.
+
+        If ``new`` has wider metadata, the others' are widened too.
+        """
+        spec, kept = (self.spec if new is None else new.spec), min(n_rows, self.out_features)
+        tensors = {}
+        for name, entry in spec.tensor_layout(n_rows, self.in_features).items():
+            tensors[name] = self.tensors[name].new_zeros(entry.shape, dtype=entry.dtype)
+            tensors[name][:kept] = self.tensors[name][:kept]
+            if new is not None:
+                tensors[name][rows] = new.tensors[name]
+        return dataclasses.replace(self, spec=spec, out_features=n_rows, tensors=tensors)
+
     def __getitem__(self, index: int) -> Self:
         """One entry of the first leading dimension; its tensors are views.
 

@@ -119,15 +119,20 @@ def open_checkpoint(file: str, *, backend: str = "mmap") -> Any:
         raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
-def check_kinds(model: nn.Module, names: Mapping[str, str], stacks: Collection[str]) -> None:
-    """Raise ValueError where a checkpoint has a stack of experts and the model a linear layer, or the other way round.
+def check_kinds(
+    model: nn.Module, names: Mapping[str, str], stacks: Collection[str], embeddings: Collection[str]
+) -> None:
+    """Raise ValueError where a checkpoint has a stack of experts and the model a linear layer, and so on.
 
-    ``names``: the model's name of each stored name; ``stacks``: the stored names that are stacks.
+    ``names``: the model's name of each stored name; ``stacks`` and ``embeddings``: the stored names that are such.
     """
     for stored_name, name in names.items():
-        if (stored_name in stacks) != (find_stack(model, name) is not None):
-            kinds = ("a stack of experts", "a linear layer")
-            stored, wanted = kinds if stored_name in stacks else reversed(kinds)
+        stored = "a stack of experts" if stored_name in stacks else "an embedding" if stored_name in embeddings else ""
+        wanted = "a stack of experts" if find_stack(model, name) else ""
+        if not wanted and isinstance(model.get_submodule(name), nn.Embedding):
+            wanted = "an embedding"
+        if stored != wanted:
+            stored, wanted = stored or "a linear layer", wanted or "a linear layer"
             raise ValueError(
                 f"{stored_name}: config.json describes {stored}, and the model has {wanted} there. The two do not "
                 "belong together."
@@ -139,6 +144,7 @@ def check_headers(
     parameters: Mapping[str, str],
     specs: Mapping[str, QuantSpec],
     stored_layers: Collection[str],
+    tied: Mapping[str, str],
     model: nn.Module,
 ) -> None:
     """Compare names, shapes and dtypes in the files with what ``model`` will hold, before anything is loaded.
@@ -148,6 +154,7 @@ def check_headers(
         parameters: the parameter of the model for each name in the files.
         specs: of the layers to be quantized, which are still dense in ``model``.
         stored_layers: layers that are stored in another layout, and were checked when they were described.
+        tied: of layers whose tensors may be in the files under the name of another one, that name.
         model: where the tensors go.
 
     Raises:
@@ -176,7 +183,7 @@ def check_headers(
             )
         elif parameter in dense:
             _check_kind(key, header, is_floating=dense[parameter].is_floating_point())
-    layers = [name for name in specs if name not in stored_layers]
+    layers = [name for name in specs if name not in stored_layers and tied.get(name, name) == name]
     missing = [f"{name}.{tensor}" for name in layers for tensor in layouts[name] if f"{name}.{tensor}" not in found]
     if missing:
         raise ValueError(

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from ..formats import QuantizedWeight
 from ..formats.checkpoint import SENTINEL_SHAPE
 from ..formats.known_formats import known_formats
-from ..layers import QuantizedLinear, QuantizedStack
-from ..layers.selection import quantized_layers
+from ..layers import QuantizedEmbedding, QuantizedLinear, QuantizedStack
+from ..layers.selection import QuantizedLayer, quantized_embeddings, quantized_layers
 from .checkpoint_headers import CheckpointFiles
 from .saved_folder import weight_files
 from .tensor_conversion import QuantizedTensors, StoredLayers
@@ -49,10 +49,23 @@ class OpenedFolder:
 
     @property
     def layers(self) -> dict[str, QuantizedLinear | QuantizedStack]:
-        """The quantized layers and stacks by their names in the files; on the meta device."""
-        return {self.names[name]: layer for name, layer in quantized_layers(self.skeleton).items()}
+        """The quantized linear layers and stacks by their names in the files; on the meta device.
 
-    def layer_tensor(self, name: str, layer: QuantizedLinear | QuantizedStack, tensor_name: str) -> Tensor:
+        Without those that share the tensors of an embedding table.
+        """
+        return {
+            self.names[name]: layer
+            for name, layer in quantized_layers(self.skeleton).items()
+            if name in self.names and not isinstance(layer, QuantizedEmbedding)
+        }
+
+    @property
+    def tables(self) -> dict[str, QuantizedEmbedding]:
+        """The quantized embedding tables by their names in the files, which have one of those that are shared."""
+        tables = quantized_embeddings(self.skeleton)
+        return {self.names[name]: table for name, table in tables.items() if name in self.names}
+
+    def layer_tensor(self, name: str, layer: QuantizedLayer, tensor_name: str) -> Tensor:
         """The tensor ``tensor_name`` of the layout of a layer, which the files call ``name``; on the CPU.
 
         Raises:
@@ -64,8 +77,8 @@ class OpenedFolder:
             return stored
         return entry.convert(tensor_name, stored)
 
-    def weight(self, name: str, layer: QuantizedLinear | QuantizedStack) -> QuantizedWeight:
-        """The weight of the layer, or all weights of the stack, that the files call ``name``, its values checked.
+    def weight(self, name: str, layer: QuantizedLayer) -> QuantizedWeight:
+        """The weight of the layer or table, or all weights of the stack, ``name`` in the files, its values checked.
 
         Raises:
             ValueError: a value that no quantizer writes: the file is damaged.
@@ -110,6 +123,8 @@ def open_folder(folder: Path) -> OpenedFolder:
     names = {}
     for name, layer in quantized_layers(skeleton).items():
         key = keys.get(f"{name}.{layer.spec.codes_name}")
+        if key is None and layer.sharing:
+            continue
         if key is None:
             raise ValueError(
                 f"{name}: {folder} holds each of these experts as quantized layers of its own, which are not read "

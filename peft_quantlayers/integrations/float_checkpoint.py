@@ -36,8 +36,8 @@ from transformers.utils import ContextManagers
 from transformers.utils import logging as transformers_logging
 
 from ..formats.checksums import are_checksums_used
-from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_key, dense_names
+from ..layers.quantized_storage import QuantizedStorage
 from ..methods import QuantConfig
 from .checkpoint_headers import CheckpointFiles
 from .checksums import refuse_damage
@@ -94,6 +94,7 @@ class FloatCheckpoint:
         self.conversions: list[Any] = []
         self.groups, self.unexpected = self._find_groups()
         self.tied = self._find_tied()
+        self.model.all_tied_weights_keys = dict(self.tied)
         self.groups = self._without_copies()
         self._check_complete()
         self._warn_of_unexpected()
@@ -140,7 +141,7 @@ class FloatCheckpoint:
     def release(self, module: nn.Module | None = None) -> None:
         """Drop the numbers that files have of ``module``, of the whole model by default; others are computed once."""
         for each in (self.model if module is None else module).modules():
-            if isinstance(each, QuantizedLinear | QuantizedStack):
+            if isinstance(each, QuantizedStorage):
                 each.to("meta")
                 continue
             for name, parameter in each.named_parameters(recurse=False):
@@ -157,8 +158,11 @@ class FloatCheckpoint:
         self.model._initialize_missing_keys(False)
 
     def tie(self) -> None:
-        """Let tied parameters share the numbers of the one that was loaded."""
+        """Let tied parameters share the numbers of the one that was loaded; quantized ones do already."""
+        known = dict(self.model.named_parameters(remove_duplicate=False))
         for target, source in self.tied.items():
+            if not {target, source} <= known.keys():
+                continue
             places = [name.rpartition(".") for name in (source, target)]
             parameters = [self.model.get_parameter(name) for name in (source, target)]
             loaded = next((parameter for parameter in parameters if not parameter.is_meta), None)

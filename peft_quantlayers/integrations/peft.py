@@ -32,12 +32,13 @@ from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import QuantizedLinear
+from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
 from ..layers.selection import quantized_layers
 from ..layers.stack import QuantizedStack
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base
+from ..lora.embedding_layer import LoraQuantizedEmbedding
 from ..lora.loraga import estimate_gradients
 from ..lora.merge_aware_config import check_rounded_layers
 from ..lora.quantization_backend import QuantizedLinearBackend
@@ -214,7 +215,7 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
         return LoraQuantizedStack(target, adapter_name, config=config, **kwargs)
     if kwargs.get("parameter_name") is None:
         refuse_stacks_as_modules(base)
-    if not isinstance(base, QuantizedLinear) or _has_custom_module(config, base):
+    if not isinstance(base, (QuantizedLinear, QuantizedEmbedding)) or _has_custom_module(config, base):
         return None
     if isinstance(target, QuantScalesLayer):
         raise ValueError(
@@ -226,6 +227,8 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
             f"{base.layer_name}: target_parameters cannot name the weight of a quantized layer, which holds codes. "
             "Name the layer in target_modules instead."
         )
+    if isinstance(base, QuantizedEmbedding):
+        return LoraQuantizedEmbedding(target, adapter_name, config=config, **kwargs)
     return LoraQuantizedLinear(target, adapter_name, config=config, **kwargs)
 
 

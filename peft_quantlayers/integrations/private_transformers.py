@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,6 +44,60 @@ def kept_dtype(model: Any, module_name: str, dtype: Any) -> str | None:
         if re.search(pattern.replace("*", ".*"), f"{module_name}.weight"):
             return str(kept).removeprefix("torch.")
     return None
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """The parameter that each tied parameter is declared to share its numbers with, of all models in ``model``."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        declared = getattr(module, "all_tied_weights_keys", None)
+        for target, source in declared.items() if isinstance(declared, dict) else ():
+            found[f"{prefix}.{target}".lstrip(".")] = f"{prefix}.{source}".lstrip(".")
+    return found
+
+
+@contextmanager
+def tying_shared_tensors(model: Any) -> Iterator[None]:
+    """After the body has replaced modules by quantized layers that share their tensors, have transformers tie those.
+
+    What is declared of ``lm_head.weight`` is declared of ``lm_head.W_q`` and so on from then on, so that transformers
+    saves one copy, ties them again after loading, and keeps them on one device. :func:`tie_dense_weights` undoes it.
+    """
+    owners = [each for each in model.modules() if isinstance(getattr(each, "_tied_weights_keys", None), dict)]
+    # Now, since patterns are expanded to the names that there are.
+    declared = [owner.get_expanded_tied_weights_keys(all_submodels=False) for owner in owners]
+    yield
+    for owner, names in zip(owners, declared, strict=True):
+        if (renamed := _of_shared_tensors(owner, names)) != names:
+            owner._tied_weights_keys = renamed
+    for owner in model.modules():
+        if isinstance(getattr(owner, "all_tied_weights_keys", None), dict):
+            owner.all_tied_weights_keys = _of_shared_tensors(owner, owner.all_tied_weights_keys)
+
+
+def tie_dense_weights(model: Any) -> None:
+    """Undo :func:`tying_shared_tensors`, in a model that is dense now, and tie its weights."""
+    owners = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
+    for owner in owners:
+        del owner._tied_weights_keys
+    for owner in model.modules() if owners else ():
+        if isinstance(getattr(owner, "all_tied_weights_keys", None), dict):
+            owner.all_tied_weights_keys = owner.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _of_shared_tensors(owner: Any, declared: dict[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    modules = dict(owner.named_modules())
+    for target, source in declared.items():
+        names = {target: source}
+        if target.endswith(".weight"):
+            layer, other = (modules.get(name.rpartition(".")[0]) for name in (target, source))
+            if layer is not None and layer in getattr(other, "sharing", ()):
+                prefixes = target.removesuffix("weight"), source.removesuffix("weight")
+                tensors = [name for name, parameter in layer.named_parameters() if name != "bias"]
+                names = {prefixes[0] + name: prefixes[1] + name for name in tensors}
+        found |= names
+    return found
 
 
 def frame_masks(model: Any, mask: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from ..formats.known_formats import choose_format, known_formats
 from ..formats.quantized_weight import is_lossy_in_half
 from ..layers import QuantizedLinear
 from ..layers.quantized_storage import QuantizedStorage
-from ..layers.selection import quantized_layers, quantized_stacks
+from ..layers.selection import quantized_embeddings, quantized_layers, quantized_stacks
 from ..methods import QuantConfig
 from .private_transformers import kept_dtype
 
@@ -84,6 +84,7 @@ def describe_model(model: nn.Module) -> ModelDescription:
         ),
         has_sentinels=True,
         stacks=tuple(quantized_stacks(model)),
+        embeddings=tuple(quantized_embeddings(model)),
     )
 
 

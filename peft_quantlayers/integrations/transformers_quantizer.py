@@ -24,10 +24,11 @@ from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizab
 from ..layers.codes_parameter import is_sharded
 from ..layers.dense_rules import DenseRules
 from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
+from ..layers.embedding_tables import Table, embedding_tables, place_empty_tables, quantize_table, stored_tables
 from ..layers.expert_types import dense_stacks, find_stack
 from ..layers.replace import place_empty_layer
 from ..layers.replace_stack import put_stack, quantized_experts
-from ..layers.selection import quantized_layers
+from ..layers.selection import quantizable_tables, quantized_layers
 from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict
@@ -63,6 +64,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
             quantization_config = quant_config_of(quantization_config)
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
+        # Of a float model: the embedding tables that are quantized once it is loaded, and tied.
+        self.tables: dict[str, tuple[Table, QuantSpec]] = {}
         # Of a config to quantize with; a checkpoint's is read with its other fields.
         self.compute_dtype: str | None = getattr(quantization_config, "compute_dtype", None)
         # Where weights are quantized; None for where each is.
@@ -130,6 +133,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.quantization_config = without_untagged(self.quantization_config, self.given_config, model)
             self.specs = quantizable_modules(model, self.quantization_config)
+            self.tables = quantizable_tables(model, self.quantization_config)
             return
         config = cast(QuantlayersConfig, self.quantization_config)
         files = CheckpointFiles(checkpoint_files or [])
@@ -140,7 +144,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         stacks = stacks_of_layers(model, description, names)
         single = {name for stack in stacks.values() for name in stack.stored_names}
         modules = names.modules(name for name in description.specs if name not in single)
-        check_kinds(model, modules, description.stacks)
+        check_kinds(model, modules, description.stacks, description.embeddings)
         self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
         self.specs |= {name: stack.spec for name, stack in stacks.items()}
         tensor_names = self._tensor_names(model, [modules[name] for name in description.branches if name in modules])
@@ -154,7 +158,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
             found = without_sentinels(self.parameters, files, self.specs)
             ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
             self.parameters = found
-        check_headers(files, self.parameters, self.specs, {*stored, *stacks}, model)
+        tied = stored_tables(model, self.specs)
+        check_headers(files, self.parameters, self.specs, {*stored, *stacks}, tied, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
             *stacked_tensors(stacks, files.headers, names, self.failures),
@@ -175,9 +180,16 @@ class QuantlayersHfQuantizer(HfQuantizer):
 
     def _place_layers(self, model: PreTrainedModel, description: ModelDescription, names: dict[str, str]) -> None:
         """Quantized layers with empty tensors, and their branches, in the place of the modules in ``names``."""
+        dtypes = {
+            name: description.compute_dtypes.get(stored_name, description.compute_dtype)
+            or kept_dtype(model, name, dense_weight(model, name).dtype)
+            for stored_name, name in names.items()
+        }
+        tables = place_empty_tables(model, self.specs, compute_dtypes=dtypes, device="meta")
         for stored_name, name in names.items():
-            dtype = description.compute_dtypes.get(stored_name, description.compute_dtype)
-            dtype = dtype or kept_dtype(model, name, dense_weight(model, name).dtype)
+            if name in tables:
+                continue
+            dtype = dtypes[name]
             layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtype, device="meta")
             rank = description.branches.get(stored_name)
             if rank is not None and isinstance(layer, QuantizedStack):
@@ -215,6 +227,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized and not self.failures:
             self._quantize_rest(model)
+            self._quantize_tables(model)
         if self.failures:
             raise ValueError("\n".join(self.failures))
         if self.pre_quantized:
@@ -241,6 +254,14 @@ class QuantlayersHfQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if dense_type_of(module) is not None and rules.reason(name, module) is None:
                 operation.convert({name: module.weight}, full_layer_name=f"{name}.weight", model=model)
+
+    def _quantize_tables(self, model: PreTrainedModel) -> None:
+        """Quantize the embedding tables, as they are tied now: a file may have a head that differs from them."""
+        specs = {name: spec for table, spec in self.tables.values() for name in table.names}
+        for table in embedding_tables(model) if specs else []:
+            spec = specs.get(table.names[0])
+            if spec is not None and table.stays_dense is None:
+                quantize_table(model, table, spec, compute_dtype=self.compute_dtype, device=self.device)
 
     def _attach(self, model: PreTrainedModel) -> None:
         self.pre_quantized = True

@@ -22,6 +22,7 @@ from ..layers.quantized_storage import QuantizedStorage
 from .given_config import asked_config
 from .interrupted_save import get_config_dict
 from .replacements import Replacements
+from .resized_head import resized_head
 from .transformers_config import QuantlayersConfig
 from .transformers_quantizer import QuantlayersHfQuantizer, gathered_state_of
 
@@ -42,6 +43,7 @@ def register() -> None:
     _replaced.replace(AutoHfQuantizer, "merge_quantization_configs", staticmethod(_merge_quantization_configs))
     _replaced.wrap(PreTrainedConfig, "get_config_dict", get_config_dict)
     _replaced.wrap(PreTrainedModel, "gather_sharded_state_dict_for_save", gathered_state_of)
+    _replaced.wrap(PreTrainedModel, "_get_resized_lm_head", resized_head)
     _replaced.replace(PreTrainedModel, "dtype", property(_dtype))
 
 
@@ -79,7 +81,9 @@ def _merge_quantization_configs(saved: Any, given: Any) -> Any:
     if given is None or AUTO_QUANTIZER_MAPPING.get(method) is not QuantlayersHfQuantizer:
         return merge_of_transformers(saved, given)
     config = merge_of_transformers(saved, None)
-    config.asked = asked_config(given)
+    fields = given.fields if isinstance(given, QuantlayersConfig) else given
+    if fields != config.fields:  # lm-eval reads a model's own config and hands it over
+        config.asked = asked_config(given)
     return config
 
 

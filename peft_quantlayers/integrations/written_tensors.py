@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..formats import QuantSpec
+from ..layers.embedding_tables import place_empty_tables
 from ..layers.replace import place_empty_layer
 from ..layers.selection import quantized_layers
 from .float_checkpoint import FloatCheckpoint
@@ -27,18 +28,21 @@ class WrittenTensors:
 
     Args:
         checkpoint: the float model.
-        specs: of the layers that are quantized.
+        specs: of the layers that are quantized, and of one table of those that share their rows.
     """
 
     def __init__(self, checkpoint: FloatCheckpoint, specs: Mapping[str, QuantSpec]) -> None:
-        self._tied = checkpoint.tied
         self._ignored = set(checkpoint.model._keys_to_ignore_on_save or ())
         # A model with all layers in their places knows all names; the other one is dense where nothing was read yet.
         self._skeleton = checkpoint.new_model()
+        self._skeleton.all_tied_weights_keys = dict(checkpoint.tied)
+        tables = place_empty_tables(self._skeleton, specs, compute_dtypes={}, device="meta")
         for name, spec in specs.items():
-            place_empty_layer(self._skeleton, name, spec, compute_dtype=None, device="meta")
+            if name not in tables:
+                place_empty_layer(self._skeleton, name, spec, compute_dtype=None, device="meta")
         self._skeleton._weight_conversions = list(checkpoint.conversions)
-        for target, source in checkpoint.tied.items():
+        self._tied = dict(self._skeleton.all_tied_weights_keys)
+        for target, source in self._tied.items():
             parent, _, name = target.rpartition(".")
             setattr(self._skeleton.get_submodule(parent), name, self._skeleton.get_parameter(source))
         state = self._state(self._skeleton)

@@ -1,6 +1,8 @@
 """Quantized layers and stacks of experts, and putting them into a model. Imports formats and methods; never PEFT."""
 
+from .activation_bits import RoundedActivations, set_activation_bits
 from .dense_types import DenseType, register_dense_type
+from .embedding import QuantizedEmbedding
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
 from .replace import dequantize_model, quantize_module
@@ -12,8 +14,10 @@ __all__ = [
     "DenseType",
     "HQQLinear",
     "LowRankBranch",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedStack",
+    "RoundedActivations",
     "dequantize_model",
     "layer_type",
     "quantizable_modules",
@@ -21,4 +25,5 @@ __all__ = [
     "quantized_modules",
     "quantized_stacks",
     "register_dense_type",
+    "set_activation_bits",
 ]

@@ -82,7 +82,7 @@ def _n_outputs(module: nn.Module) -> int:
 
 def _head_modules(model: nn.Module) -> Iterator[str]:
     """Dense modules that make the outputs of a transformers model, or of one inside it: the heads of any task."""
-    heads = {id(module) for module in _output_embeddings(model)}
+    heads = {id(module) for module in declared_embeddings(model, "get_output_embeddings")}
     for owner in model.modules():
         if owner is model or _is_of_a_task(owner):
             heads |= {id(module) for module in _outside_body(owner)}
@@ -110,10 +110,13 @@ def _outside_body(owner: nn.Module) -> Iterator[nn.Module]:
         yield from owner.children()
 
 
-def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    """The output embeddings of ``model`` and of all models inside it, as they declare them."""
+def declared_embeddings(model: nn.Module, getter: str) -> Iterator[nn.Module]:
+    """The embeddings of ``model`` and of all models inside it, as they declare them, with the modules inside.
+
+    ``getter``: ``"get_input_embeddings"`` or ``"get_output_embeddings"``.
+    """
     for module in model.modules():
-        declared: Any = getattr(module, "get_output_embeddings", None)
+        declared: Any = getattr(module, getter, None)
         if not callable(declared):
             continue
         try:

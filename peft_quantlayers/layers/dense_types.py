@@ -112,16 +112,25 @@ def dense_at(model: nn.Module, name: str) -> tuple[nn.Module, DenseType]:
 
 
 def dense_shape(model: nn.Module, name: str) -> tuple[int, ...]:
-    """(out_features, in_features) of the dense module ``name``, or (n_experts, ...) of the fused weight of that name;
-    raises as :func:`dense_at`."""
-    module, entry = find_stack(model, name) or dense_at(model, name)
+    """(out_features, in_features) of the dense module ``name``, (rows, embedding_dim) of a table, or (n_experts, ...)
+    of the fused weight of that name; raises as :func:`dense_at`."""
+    module, entry = find_stack(model, name) or _find_embedding(model, name) or dense_at(model, name)
     return entry.shape(module)
 
 
 def dense_weight(model: nn.Module, name: str) -> Tensor:
     """The weight of the shape :func:`dense_shape`: the model's own tensor or a view; raises as :func:`dense_at`."""
-    module, entry = find_stack(model, name) or dense_at(model, name)
+    module, entry = find_stack(model, name) or _find_embedding(model, name) or dense_at(model, name)
     return entry.weight(module)
+
+
+def _find_embedding(model: nn.Module, name: str) -> tuple[nn.Module, DenseType] | None:
+    """The table ``name`` of ``model``, as an entry that gives its shape and its weight; or None."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return (module, _TABLE) if isinstance(module, nn.Embedding) else None
 
 
 def dense_key(model: nn.Module, name: str) -> str:
@@ -137,10 +146,13 @@ def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dense_names(model: nn.Module) -> list[str]:
-    """Names of all that can be quantized: modules of a registered type, and fused weights of experts."""
-    return [*dense_modules(model), *(name for name, _, _ in dense_stacks(model))]
+    """Names of all that can be quantized: modules of a registered type, embedding tables, fused weights of experts."""
+    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return [*dense_modules(model), *tables, *(name for name, _, _ in dense_stacks(model))]
 
 
+# Of embedding tables of any class; not registered, since they are no linear layers.
+_TABLE = DenseType(path="torch.nn.modules.sparse:Embedding")
 LINEAR = register_dense_type(DenseType(path="torch.nn.modules.linear:Linear"))
 register_dense_type(DenseType(path="transformers.pytorch_utils:Conv1D", is_transposed=True, create=_from_turned_sizes))
 # Subclasses of nn.Linear in transformers 5.23 that compute the same. tests/layers/test_dense_types.py lists all

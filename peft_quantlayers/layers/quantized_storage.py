@@ -7,7 +7,7 @@ and how it computes, is in ``linear.py`` for one weight and in ``stack.py`` for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -32,6 +32,8 @@ class QuantizedStorage(nn.Module):
         layer_name: the module's name in its model, for messages.
         n_writes: how often the weight was written.
         leading: dimensions of a stack of weights; () for a single one.
+        sharing: the layers that hold the same tensors, this one included: a write to one is a write to all.
+        activation_bits: bits that inputs are rounded to in inference, or None; see :func:`set_activation_bits`.
     """
 
     spec: QuantSpec
@@ -41,6 +43,8 @@ class QuantizedStorage(nn.Module):
     compute_dtype: torch.dtype
     layer_name: str
     n_writes: int = 0
+    sharing: Sequence[QuantizedStorage] = ()
+    activation_bits: int | None = None
 
     def _register_tensors(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Called once, by the constructor."""
@@ -57,6 +61,11 @@ class QuantizedStorage(nn.Module):
     def method(self) -> QuantMethod:
         """The quantization method of this layer."""
         return get_method(self.spec.method)
+
+    @property
+    def rounded_bits(self) -> int | None:
+        """``activation_bits`` in evaluation mode; in training, where some passes want no gradients either, None."""
+        return None if self.training else self.activation_bits
 
     @property
     def codes(self) -> Tensor:
@@ -95,9 +104,33 @@ class QuantizedStorage(nn.Module):
             else:
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         self._wrap_codes()
+        for other in self.sharing:
+            if other is not self:
+                other._take_tensors_of(self)
+
+    def share_tensors(self, others: Sequence[QuantizedStorage]) -> None:
+        """Have ``others``, layers of the same spec and shape, hold this layer's tensors in the place of their own.
+
+        There is one copy then, and a write to one of the layers is a write to all of them, as with a tied dense
+        weight.
+        """
+        group = (self, *others)
+        for layer in group:
+            layer.sharing = group
+        for other in others:
+            other._take_tensors_of(self)
+
+    def _take_tensors_of(self, other: QuantizedStorage) -> None:
+        self.spec, self._codes_dtype, self.out_features = other.spec, other._codes_dtype, other.out_features
+        self.n_writes += 1
+        for name in self._tensor_names:
+            self._parameters[name] = other._parameters[name]
 
     def unshare_parameters(self) -> None:
         """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
+        for layer in self.sharing:
+            layer.sharing = tuple(each for each in layer.sharing if each is not self)
+        self.sharing = ()
         for name, parameter in list(self._parameters.items()):
             if parameter is not None:
                 self._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
@@ -184,6 +217,9 @@ class QuantizedStorage(nn.Module):
         if "_codes_dtype" not in state:  # pickled by an older version
             self._codes_dtype = self.codes.dtype
         self._wrap_codes()
+        for other in self.sharing:  # whose codes were wrapped by themselves, if they were before these
+            if self.spec.codes_name in vars(other).get("_parameters", ()):
+                other._parameters[self.spec.codes_name] = self._parameter(self.spec.codes_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))

@@ -1,7 +1,7 @@
 """Replace dense modules of a model by quantized layers, and the other way round; for fused weights of experts too."""
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,16 +10,18 @@ from tqdm.auto import tqdm
 from ..arguments import check_dtype, check_model
 from ..formats import QuantSpec
 from ..integrations.private_experts import use_usual_experts
-from ..integrations.private_transformers import kept_dtype, remove_quantization_config
+from ..integrations.private_transformers import kept_dtype, remove_quantization_config, tie_dense_weights
 from ..methods import QuantConfig
 from ..methods.base import InitialCodes
 from .dense_types import dense_at
+from .embedding import QuantizedEmbedding
+from .embedding_tables import Table, quantize_table
 from .expert_types import find_stack, fused_weights, stack_at
 from .linear import QuantizedLinear
 from .placement import check_weights_are_here
 from .quantized_storage import QuantizedStorage
 from .replace_stack import place_empty_stack, put_dense, quantize_stack
-from .selection import quantized_modules, quantized_stacks
+from .selection import quantized_embeddings, quantized_modules, quantized_stacks
 from .stack import QuantizedStack
 
 
@@ -34,6 +36,18 @@ def quantize_each(
     """Quantize the modules ``specs`` of ``model`` in place, one at a time."""
     for name, spec in tqdm(specs.items(), desc="Quantizing", unit="layer", disable=not progress):
         quantize_module(model, name, spec, compute_dtype=config.compute_dtype, device=device)
+
+
+def quantize_tables(
+    model: nn.Module,
+    tables: Mapping[str, tuple[Table, QuantSpec]],
+    config: QuantConfig,
+    *,
+    device: torch.device | str | None = None,
+) -> None:
+    """Quantize the embedding tables of ``model`` in place, one at a time, each with all that shares its weight."""
+    for table, spec in tables.values():
+        quantize_table(model, table, spec, compute_dtype=config.compute_dtype, device=device)
 
 
 def quantize_module(
@@ -130,9 +144,18 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     check_model("dequantize_model", model)
     check_dtype("dtype", dtype)
     check_weights_are_here(model, "dequantizing", if_sharded="Load the quantized model in one process.")
-    for name, layer in quantized_modules(model).items():
-        weight = layer.dense_weight(dtype).detach()
-        model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
+    weights: dict[int, nn.Parameter] = {}
+    layers: dict[str, Any] = {**quantized_embeddings(model), **quantized_modules(model)}
+    for name, layer in layers.items():
+        module: Any
+        if isinstance(layer, QuantizedEmbedding):
+            module = layer.dense_table(dtype)
+        else:
+            module = dense_in_place_of(layer, layer.dense_weight(dtype).detach(), layer.bias)
+        if layer.sharing and layer.branch is None:
+            module.weight = weights.setdefault(id(layer.sharing[0]), module.weight)
+        model.set_submodule(name, module)
+    tie_dense_weights(model)
     for name, stack in quantized_stacks(model).items():
         experts, entry = stack_at(model, name)
         put_dense(experts, entry.parameter, nn.Parameter(stack.dense_weight(dtype), requires_grad=False))

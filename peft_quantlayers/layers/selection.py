@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,14 +13,18 @@ from ..formats import QuantSpec
 from ..integrations.private_experts import is_expert_parallel
 from ..methods import QuantConfig
 from ..methods.quant_config import matches
-from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense
+from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense, declared_embeddings
 from .dense_types import dense_shape, dense_type_of, dense_weight
+from .embedding import QuantizedEmbedding
+from .embedding_tables import Table, asked_specs, embedding_tables, table_spec
 from .expert_types import dense_stacks
 from .linear import QuantizedLinear
 from .quantized_storage import QuantizedStorage
 from .stack import QuantizedStack
 
 logger = logging.getLogger(__name__)
+
+QuantizedLayer = QuantizedLinear | QuantizedStack | QuantizedEmbedding
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -34,14 +39,34 @@ def quantized_stacks(model: nn.Module) -> dict[str, QuantizedStack]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedStack)}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedStack]:
-    """:func:`quantized_modules` and :func:`quantized_stacks` in the order of the model."""
+def quantized_embeddings(model: nn.Module) -> dict[str, QuantizedEmbedding]:
+    """All quantized embedding tables of ``model`` by name; TypeError if it is not a module."""
+    check_model("quantized_embeddings", model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedEmbedding)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """:func:`quantized_modules`, :func:`quantized_stacks` and :func:`quantized_embeddings` in the order of the model.
+
+    Layers that share their tensors, such as an embedding and a head, are both in it.
+    """
     check_model("quantized_layers", model)
-    kinds = (QuantizedLinear, QuantizedStack)
+    kinds = (QuantizedLinear, QuantizedStack, QuantizedEmbedding)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def replaced_parameters(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedStack]:
+def layers_without_copies(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """:func:`quantized_layers` without those that share the tensors of an earlier one."""
+    found: dict[str, QuantizedLayer] = {}
+    seen: set[int] = set()
+    for name, layer in quantized_layers(model).items():
+        if id(layer) not in seen:
+            found[name] = layer
+        seen |= {id(other) for other in layer.sharing}
+    return found
+
+
+def replaced_parameters(model: nn.Module) -> dict[str, QuantizedLayer]:
     """:func:`quantized_layers`, each by the name of the parameter that the dense model has in its place."""
     layers = quantized_layers(model)
     return {name if isinstance(each, QuantizedStack) else f"{name}.weight": each for name, each in layers.items()}
@@ -57,12 +82,16 @@ class Selection:
         dense: the modules that stay dense, and why.
         done: the layers that are quantized already to the spec that the config has for them.
         asked: of each module in ``specs`` whose spec was fitted to its shape, the spec that the config has for it.
+        tables: the embedding tables to quantize, by the first of their names, each with the spec that it will have.
+        dense_tables: those that stay dense though the config asks for them, and why.
     """
 
     specs: dict[str, QuantSpec]
     dense: dict[str, StaysDense]
     done: tuple[str, ...]
     asked: dict[str, QuantSpec]
+    tables: dict[str, tuple[Table, QuantSpec]]
+    dense_tables: dict[str, StaysDense]
 
 
 def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
@@ -85,7 +114,8 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
         )
     _check_patterns(model, config)
     rules = DenseRules(model, quantize_lm_head=config.quantize_lm_head)
-    selection = Selection(specs={}, dense={}, done=tuple(finished_modules(model, config)), asked={})
+    done_names = tuple(finished_modules(model, config))
+    selection = Selection(specs={}, dense={}, done=done_names, asked={}, tables={}, dense_tables={})
     problems: list[str] = []
     done = set(selection.done)
     for name, layer in quantized_layers(model).items():
@@ -113,10 +143,36 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
                 continue
             dense = StaysDense(reason=MISFIT, detail=asked.misfit(*shape))
         selection.dense[name] = dense
+    if config.quantize_embeddings is not None:
+        _select_tables(model, config, selection, problems)
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
         raise ValueError("the model cannot be quantized, and was not changed:\n  " + "\n  ".join(shown))
     return selection
+
+
+def _select_tables(model: nn.Module, config: QuantConfig, selection: Selection, problems: list[str]) -> None:
+    """Add the embedding tables that ``config`` selects to ``selection``; their heads are no dense modules then."""
+    asked = cast(QuantSpec, table_spec(config))
+    for table in embedding_tables(model):
+        if selection.specs.keys() & set(table.names):  # a head of its own, with quantize_lm_head
+            continue
+        dense = table.stays_dense
+        if any(map(config.is_skipped, table.names)):
+            dense = StaysDense(reason=SKIPPED)
+        try:
+            spec = config.fitted_spec(asked, *table.shape)
+        except ValueError as error:
+            problems.append(f"{table.names[0]}: {error} Or leave it dense with quantize_embeddings=None.")
+            continue
+        if dense is None and spec is None:
+            dense = StaysDense(reason=MISFIT, detail=asked.misfit(*table.shape))
+        if dense is not None:
+            selection.dense_tables[table.names[0]] = dense
+            continue
+        selection.tables[table.names[0]] = (table, cast(QuantSpec, spec))
+        for name in table.names:
+            selection.dense.pop(name, None)
 
 
 def _candidates(model: nn.Module, rules: DenseRules) -> Iterator[tuple[str, tuple[int, int], StaysDense | None]]:
@@ -141,24 +197,33 @@ def quantizable_modules(model: nn.Module, config: QuantConfig) -> dict[str, Quan
     _check_overrides(selection, config)
     _warn_of_dense_experts(model, selection)
     _check_rest(selection)
+    _warn_of_dense_tables(selection, config)
     _warn_of_dense_head(model, selection, config)
     _warn_of_misfits(model, selection)
     _warn_of_large_metadata(model, selection)
     return selection.specs
 
 
+def quantizable_tables(model: nn.Module, config: QuantConfig) -> dict[str, tuple[Table, QuantSpec]]:
+    """The embedding tables that ``config`` selects, by the first of their names; raises as :func:`select_modules`."""
+    return {} if config.quantize_embeddings is None else select_modules(model, config).tables
+
+
 def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
     """Names of the layers that are already quantized to the spec that ``config`` has for them."""
-    return [
-        name
-        for name, layer in quantized_layers(model).items()
-        if not config.is_skipped(name) and _has_spec_of(layer, config, name)
-    ]
+    heads = {id(module) for module in declared_embeddings(model, "get_output_embeddings")}
+    found = []
+    for name, layer in quantized_layers(model).items():
+        is_table = isinstance(layer, QuantizedEmbedding)
+        asked = asked_specs(config, name, is_table=is_table, is_head=id(layer) in heads)
+        if not config.is_skipped(name) and any(_has_spec(layer, config, spec) for spec in asked):
+            found.append(name)
+    return found
 
 
-def _has_spec_of(layer: QuantizedStorage, config: QuantConfig, name: str) -> bool:
+def _has_spec(layer: QuantizedStorage, config: QuantConfig, asked: QuantSpec) -> bool:
     try:
-        spec = config.fitted_spec(config.spec_for(name), layer.out_features, layer.in_features)
+        spec = config.fitted_spec(asked, layer.out_features, layer.in_features)
     except ValueError:
         return False
     return spec is not None and layer.spec in spec.stored_forms()
@@ -167,7 +232,8 @@ def _has_spec_of(layer: QuantizedStorage, config: QuantConfig, name: str) -> boo
 def checked_modules(model: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
     """:func:`quantizable_modules`, with all weights checked too; ValueError if one is not finite."""
     specs = quantizable_modules(model, config)
-    not_finite = [name for name in specs if not _is_finite(dense_weight(model, name))]
+    names = [*specs, *quantizable_tables(model, config)]
+    not_finite = [name for name in names if not _is_finite(dense_weight(model, name))]
     if not_finite:
         raise ValueError(
             f"the weights of {not_finite[:5]} hold NaN or Inf ({len(not_finite)} layer(s)); the model was not "
@@ -208,7 +274,7 @@ def _check_overrides(selection: Selection, config: QuantConfig) -> None:
 
 def _check_rest(selection: Selection) -> None:
     """Raise ValueError if nothing is left to quantize; warn if some layers are quantized already."""
-    specs, done = selection.specs, selection.done
+    specs, done = selection.specs.keys() | selection.tables.keys(), selection.done
     if done and not specs:
         raise ValueError(
             f"all {len(done)} layers are quantized already as the config says; the model was not changed."
@@ -226,10 +292,22 @@ def _check_rest(selection: Selection) -> None:
         )
 
 
+def _warn_of_dense_tables(selection: Selection, config: QuantConfig) -> None:
+    """Warn if ``quantize_embeddings`` has no effect, or not on all tables."""
+    if config.quantize_embeddings is None:
+        return
+    dense = [f"{name} ({each.detail or each.reason})" for name, each in selection.dense_tables.items()]
+    if dense:
+        logger.warning("quantize_embeddings: %s stay dense.", ", ".join(dense))
+    elif not selection.tables and not selection.done:
+        logger.warning("quantize_embeddings has no effect: the model names no input embeddings.")
+
+
 def _warn_of_dense_head(model: nn.Module, selection: Selection, config: QuantConfig) -> None:
     """Warn if ``quantize_lm_head`` has no effect."""
     heads = DenseRules(model).heads
-    if not config.quantize_lm_head or heads & selection.specs.keys() or (selection.done and not heads):
+    in_tables = {name for table, _ in selection.tables.values() for name in table.names}
+    if not config.quantize_lm_head or heads & (selection.specs.keys() | in_tables) or (selection.done and not heads):
         return
     reasons = [
         f"{name} stays dense ({selection.dense[name].reason})" for name in sorted(heads) if name in selection.dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -111,6 +112,20 @@ def requantize(plan: MergePlan) -> MergeResult:
     return MergeResult(strategy="requantize", weight=merged)
 
 
+def requantize_rows(plan: MergePlan) -> MergeResult:
+    """:func:`requantize` of the rows that the delta changes, in a weight that has rows of their own."""
+    changed = plan.delta.any(1).nonzero().flatten()
+    if not len(changed):
+        return MergeResult(strategy="requantize", weight=plan.weight)
+    rows = replace(
+        plan, weight=plan.weight.take_rows(changed), before=plan.before[changed], target=plan.target[changed]
+    )
+    new = requantize(rows).weight
+    return MergeResult(
+        strategy="requantize", weight=plan.weight.with_rows(changed, new, n_rows=plan.weight.out_features)
+    )
+
+
 def append(plan: MergePlan) -> MergeResult:
     """The target in the extended format: from the current codes, with new ones for the delta.
 
@@ -172,6 +187,8 @@ RULES: dict[str, MergeRule] = {
 RULES_FOR_ANY_DELTA: dict[str, MergeRule] = {name: RULES[name] for name in ("requantize", "dense")} | {
     "auto": requantize
 }
+# For embedding tables, of which adapters often change a few rows.
+RULES_FOR_TABLES: dict[str, MergeRule] = {"auto": requantize_rows, "requantize": requantize_rows, "dense": dense}
 # For adapters whose merged weight is known without rounding (tuned scales).
 RULES_FOR_EXACT_WEIGHTS: dict[str, MergeRule] = {
     "auto": exact,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
-from ..layers import QuantizedLinear
+from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..layers.quantize_weight import named_errors
 from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
@@ -141,7 +141,7 @@ class MergeSource(ABC):
         tensors = {name: getattr(base, name, None) for name in state.tensor_names}
         return Snapshot(
             base=base,
-            weight=base.quantized_weight if isinstance(base, QuantizedLinear) else None,
+            weight=base.quantized_weight if isinstance(base, (QuantizedLinear, QuantizedEmbedding)) else None,
             tensors={name: tensor.data.clone() for name, tensor in tensors.items() if tensor is not None},
             parameters=dict(base._parameters) if state.shares_base else {},
             host_state=self.host_state(),
@@ -185,7 +185,8 @@ class MergeSource(ABC):
     def is_written_by_others(self) -> bool:
         """Whether the merged weight is no longer the one that the last merge wrote."""
         base, unmerged = self.current_base(), self.merging.unmerged
-        is_ours = unmerged is not None and base is unmerged.base and isinstance(base, QuantizedLinear)
+        is_quantized = isinstance(base, (QuantizedLinear, QuantizedEmbedding))
+        is_ours = unmerged is not None and base is unmerged.base and is_quantized
         return is_ours and cast(QuantizedLinear, base).n_writes != self.merging.n_writes
 
     @property
@@ -205,6 +206,8 @@ class MergeSource(ABC):
 
 def _new_layer(base: QuantizedLinear, result: MergeResult, bias: Tensor | None) -> nn.Module:
     """The layer that replaces ``base``; its bias is a copy."""
+    if isinstance(base, QuantizedEmbedding):  # in the place of a linear layer, of which most targets are
+        return base.dense_table(weight=cast(Tensor, result.dense))
     if bias is None and base.bias is not None:
         bias = base.bias.detach().clone()
     bias = None if bias is None else bias.to(base.bias.dtype)

@@ -38,6 +38,10 @@ class QuantConfig:
         skip_modules: name patterns of modules to leave as they are, in addition to the output head.
         overrides: for each name pattern the fields that differ there; a later pattern overrides an earlier one.
         quantize_lm_head: quantize the output head too, unless it shares its weight with the embeddings.
+        quantize_embeddings: bits, 8 or 4, of the input embeddings and of the output head, which hold one copy if they
+            share their weight; None to leave them dense. They are stored as HQQ weights in groups of 64 whatever the
+            method, without calibration, and ``overrides`` do not reach them. A head of its own is left to
+            ``quantize_lm_head`` where that is set.
         on_misfit: what to do with a module whose shape the spec does not fit, for example where ``group_size`` does
             not divide its inputs. ``"shrink"``: take the largest smaller groups that fit, or leave it dense where the
             method has none; ``"dense"``: leave it dense; ``"refuse"``: an error, and nothing is quantized.
@@ -50,6 +54,7 @@ class QuantConfig:
     skip_modules: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     quantize_lm_head: bool = False
+    quantize_embeddings: int | None = None
     on_misfit: Literal["shrink", "dense", "refuse"] = "shrink"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,6 +78,7 @@ class QuantConfig:
         if self.compute_dtype is not None:
             object.__setattr__(self, "compute_dtype", dtype_name("compute_dtype", self.compute_dtype))
         check_choice("quantize_lm_head", self.quantize_lm_head, (False, True))
+        check_choice("quantize_embeddings", self.quantize_embeddings, (None, 8, 4))
         check_choice("on_misfit", self.on_misfit, ("shrink", "dense", "refuse"))
         if self.skip_modules is not None:
             if isinstance(self.skip_modules, str) or not all(isinstance(p, str) for p in self.skip_modules):

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -296,7 +297,9 @@ def _unloaded(
     set_active(peft_model, targets, names)  # PEFT keeps the modules_to_save of active adapters
     for target in targets:
         if target.is_peft_tuner:  # some of PEFT's tuners (OSF) would merge a second time
-            peft_model.set_submodule(target.name, target.source.current_base())
+            parent = target.name.rpartition(".")[0]
+            is_wrapped = isinstance(peft_model.get_submodule(parent), AuxiliaryTrainingWrapper)  # trained tokens
+            peft_model.set_submodule(parent if is_wrapped else target.name, target.source.current_base())
     with _without_already_merged_warning():
         model = peft_model.merge_and_unload(adapter_names=names)
     return dequantize_model(model) if strategy == "dense" else model

@@ -106,7 +106,11 @@ def refuse_biases_without_a_place(peft_model: PeftModel, names: list[str]) -> No
 def refuse_tied_weights(peft_model: PeftModel) -> None:
     """Raise if an adapter is on one of two layers that share a weight: a merge would change the other one too."""
     tied = tied_target_modules(peft_model.base_model)
-    if tied and not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
+    are_tied = any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values())
+    # Of one copy of quantized rows, which would get the same delta twice.
+    adapted = [each.get_base_layer() for each in peft_model.modules() if isinstance(each, LoraLayer)]
+    is_one_copy = any(getattr(base, "sharing", ()) for base in adapted)
+    if tied and (not are_tied or is_one_copy):
         raise ValueError(
             f"{sorted(tied)} has an adapter, and shares its weight with another layer, which a merge would change "
             "too. Leave it out of target_modules, or train on a model that was loaded with tie_word_embeddings=False. "

@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..integrations.private_peft import available_adapters
+from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..lora.dense_stand_in import dense_stand_in_under
 from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
-from ..merging.merge_rules import RULES_FOR_ANY_DELTA
+from ..merging.merge_rules import RULES_FOR_ANY_DELTA, RULES_FOR_TABLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +76,29 @@ class TunerSource(MergeSource):
         self.layer.base_layer = base
 
 
+class TableSource(TunerSource):
+    """Merges any adapter on an embedding table, or trained tokens of a head; rows without a delta keep their bits."""
+
+    merge_rules = RULES_FOR_TABLES
+    measures_outputs = False  # its inputs are indices
+
+    @property
+    def is_mergeable(self) -> bool:
+        return isinstance(self.quantized_base(), (QuantizedEmbedding, QuantizedLinear))
+
+
 def merge_targets(model: nn.Module, names: Sequence[str]) -> list[MergeTarget]:
     """The layers with one of the adapters ``names`` on a quantized layer, and norms tuned with scales."""
     found = []
     for layer_name, module in model.named_modules():
         if not isinstance(cast(object, module), BaseTunerLayer) or not available_adapters(module).intersection(names):
             continue
-        source = module if isinstance(module, MergeSource) else TunerSource(module)
+        if isinstance(module, MergeSource):
+            source: MergeSource = module
+        else:
+            base: object = module.get_base_layer()
+            is_table = isinstance(base, QuantizedEmbedding) or bool(getattr(base, "sharing", ()))
+            source = TableSource(module) if is_table else TunerSource(module)
         if source.is_mergeable:
             found.append(MergeTarget(name=layer_name, module=module, source=source))
     return found

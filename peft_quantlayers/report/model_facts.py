@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 
 from ..formats import QuantSpec
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder
-from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_weight
 from ..layers.quantize_weight import quantize_weight
-from ..layers.selection import quantized_layers, replaced_parameters
+from ..layers.selection import QuantizedLayer, layers_without_copies, replaced_parameters
 from ..methods import get_method
 from ..methods.hqq import HQQSpec
 from .layer_facts import Choice, LayerFacts, errors, layer_facts
@@ -27,7 +26,6 @@ ROWS = 256
 # The field that says how many bits a weight has, and its values from small to large.
 LARGER = {"nbits": (2, 3, 4, 5, 6, 8), "num_codebooks": range(2, 9)}
 N_CHOICES = 2
-Layer = QuantizedLinear | QuantizedStack
 
 
 def model_facts(
@@ -54,7 +52,7 @@ def model_facts(
         ValueError: no quantized layer, or ``float_model`` is none, or of another shape.
         FileNotFoundError: ``float_model`` does not exist.
     """
-    layers = quantized_layers(model)
+    layers = layers_without_copies(model)
     if not layers:
         raise ValueError("the model holds no quantized layer: there is nothing to report on.")
     checkpoint = None if float_model is None else FloatCheckpoint(local_folder(float_model))
@@ -86,11 +84,11 @@ def _dense_weights(
     checkpoint: FloatCheckpoint, model: nn.Module, progress: bool, is_wanted: Callable[[str], bool] = lambda _: True
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and float weight of each quantized layer, read one after the other."""
-    names = {id(layer): name for name, layer in quantized_layers(model).items()}
+    names = {id(layer): name for name, layer in layers_without_copies(model).items()}
     wanted = {
         parameter: names[id(layer)]
         for parameter, layer in replaced_parameters(model).items()
-        if is_wanted(names[id(layer)])
+        if id(layer) in names and is_wanted(names[id(layer)])
     }
     groups = [group for group in checkpoint.groups if wanted.keys() & set(group.parameters)]
     for group in tqdm(groups, desc="Float weights", unit="weight", disable=not progress):
@@ -114,7 +112,7 @@ def quantized_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     return layer.quantized_weight.shape
 
 
-def _choices(name: str, layer: Layer, dense: Tensor, inputs: LayerInputs | None) -> list[Choice]:
+def _choices(name: str, layer: QuantizedLayer, dense: Tensor, inputs: LayerInputs | None) -> list[Choice]:
     """What the next larger forms of a layer give, each quantized without calibration."""
     found = []
     # Of a stack its first weight.

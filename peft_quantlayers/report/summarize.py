@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from typing import cast
 
 from torch import nn
@@ -9,12 +10,13 @@ from torch import nn
 from ..arguments import check_model
 from ..formats import QuantSpec
 from ..integrations.base_modules import base_model, base_modules
-from ..layers import DenseType, QuantizedLinear
+from ..layers import DenseType, QuantizedEmbedding, QuantizedLinear
 from ..layers.dense_rules import MISFIT, ROUTER, DenseRules, StaysDense
 from ..layers.dense_types import dense_type_of
+from ..layers.embedding_tables import EMBEDDING
 from ..layers.expert_types import FusedWeight, fused_weights
 from ..layers.quantized_storage import QuantizedStorage
-from ..layers.selection import Selection, fused_experts, quantized_layers, select_modules
+from ..layers.selection import QuantizedLayer, Selection, fused_experts, quantized_layers, select_modules
 from ..layers.stack import QuantizedStack
 from ..lora import has_adapters
 from ..methods import QuantConfig
@@ -27,7 +29,6 @@ NOT_QUANTIZED = "not quantized"
 # Of the other modules, whose type is not registered.
 UNKNOWN_LINEAR = "unknown type of linear"
 FUSED_EXPERTS = "fused experts"
-EMBEDDING = "embedding"
 CONVOLUTION = "convolution"
 VECTORS = "norms, biases and scalars"
 OTHER = "other parameters"
@@ -55,6 +56,8 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
     base = base_model(model)
     selection = None if config is None else select_modules(base, config)
     specs = {} if selection is None else selection.specs
+    tables = {} if selection is None else selection.tables
+    planned_tables = {name: (table, spec) for table, spec in tables.values() for name in table.names}
     reasons = _Reasons(base, selection)
     owners: dict[int, str] = {}
     found = []
@@ -70,13 +73,18 @@ def summary(model: nn.Module, config: QuantConfig | None = None) -> ModelSummary
                 found.append(_dense(stack_name, reasons.of_fused(stack_name, stack.shape(module)), [parameter], set()))
             owners[id(parameter)] = stack_name
         own = [parameter for parameter in parameters if id(parameter) not in owners]
-        if isinstance(module, (QuantizedLinear, QuantizedStack)):
-            found.append(_quantized(name, module, own))
+        shared = {owners[id(parameter)] for parameter in parameters if id(parameter) in owners}
+        if isinstance(module, (QuantizedLinear, QuantizedStack, QuantizedEmbedding)):
+            found.append(_quantized(name, module, own, shared))
+        elif name in planned_tables:
+            table, spec = planned_tables[name]
+            bias = next((each for each in own if each is getattr(module, "bias", None)), None)
+            shared |= set(table.names[:1]) - {name}
+            found.append(_planned(name, table.shape, bias, spec, shared_with=shared))
         elif name in specs:
             shape = cast(DenseType, dense_type_of(module)).shape(module)
             found.append(_planned(name, shape, cast(nn.Parameter | None, module.bias), specs[name]))
         elif parameters:
-            shared = {owners[id(parameter)] for parameter in parameters if id(parameter) in owners}
             found.append(_dense(name, reasons.of(name, module), own, shared))
         owners |= {id(parameter): name for parameter in own}
     adapters = [parameter for parameter in model.parameters() if id(parameter) not in owners]
@@ -134,7 +142,8 @@ class _Reasons:
         if isinstance(module, nn.Linear):
             return StaysDense(reason=UNKNOWN_LINEAR, detail=kind)
         if isinstance(module, nn.Embedding):
-            return StaysDense(reason=EMBEDDING)
+            asked = {} if self._selection is None else self._selection.dense_tables
+            return asked.get(self._names[id(module)], StaysDense(reason=EMBEDDING))
         if isinstance(module, CONVOLUTIONS):
             return StaysDense(reason=CONVOLUTION)
         return StaysDense(reason=OTHER, detail=kind)
@@ -145,35 +154,45 @@ def _dense_stacks(module: nn.Module) -> list[FusedWeight]:
     return [entry for entry in fused_weights(module) if isinstance(getattr(module, entry.parameter), nn.Parameter)]
 
 
-def _quantized(name: str, layer: QuantizedLinear | QuantizedStack, own: list[nn.Parameter]) -> ModuleSummary:
-    n_bias = 0 if layer.bias is None else layer.bias.numel()
+def _quantized(name: str, layer: QuantizedLayer, own: list[nn.Parameter], shared: set[str]) -> ModuleSummary:
+    is_first = any(parameter is layer.codes for parameter in own)
+    bias = getattr(layer, "bias", None)
+    n_bias = sum(parameter.numel() for parameter in own if parameter is bias)
+    n_weights = math.prod((*layer.leading, layer.out_features, layer.in_features)) if is_first else 0
     return ModuleSummary(
         name=name,
         spec=layer.spec,
-        n_parameters=math.prod((*layer.leading, layer.out_features, layer.in_features)) + n_bias,
+        detail=_sharing(shared),
+        n_parameters=n_weights + n_bias,
         nbytes=sum(parameter.nbytes for parameter in own),
         bits_per_weight=layer.bits_per_weight,
     )
 
 
-def _planned(name: str, shape: tuple[int, ...], bias: nn.Parameter | None, spec: QuantSpec) -> ModuleSummary:
-    layout = spec.layout_of(shape).values()
+def _planned(
+    name: str, shape: tuple[int, ...], bias: nn.Parameter | None, spec: QuantSpec, *, shared_with: Collection[str] = ()
+) -> ModuleSummary:
+    layout = [] if shared_with else spec.layout_of(shape).values()
     return ModuleSummary(
         name=name,
         spec=spec,
-        n_parameters=math.prod(shape) + (0 if bias is None else bias.numel()),
+        detail=_sharing(shared_with),
+        n_parameters=(0 if shared_with else math.prod(shape)) + (0 if bias is None else bias.numel()),
         nbytes=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout)
         + (0 if bias is None else bias.nbytes),
         bits_per_weight=spec.bits_per_weight(*shape[-2:])[1],
     )
 
 
+def _sharing(names: Collection[str]) -> str:
+    return f"shares a tensor with {', '.join(sorted(names))}" if names else ""
+
+
 def _dense(name: str, dense: StaysDense, own: list[nn.Parameter], shared: set[str]) -> ModuleSummary:
-    sharing = f"shares a tensor with {', '.join(sorted(shared))}" if shared else ""
     return ModuleSummary(
         name=name,
         reason=dense.reason,
-        detail="; ".join(filter(None, [dense.detail, sharing])),
+        detail="; ".join(filter(None, [dense.detail, _sharing(shared)])),
         n_parameters=sum(parameter.numel() for parameter in own),
         nbytes=sum(parameter.nbytes for parameter in own),
     )

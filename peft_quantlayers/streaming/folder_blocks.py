@@ -56,6 +56,7 @@ class FolderBlocks(ModelBlocks):
                 as_called_stacks(self.model, parts.specs),
             ):
                 yield
+            parts.quantize_tables()
             for number in [*parts.late, *(parts.number_of[block] for block in self._resident)]:
                 parts.keep(self.work, number)
         finally:

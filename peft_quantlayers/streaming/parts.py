@@ -12,10 +12,11 @@ from ..formats import QuantSpec
 from ..formats.quantized_weight import is_lossy_in_half
 from ..integrations.float_checkpoint import FloatCheckpoint, TensorGroup, new_quantizer
 from ..integrations.written_tensors import WrittenTensors
-from ..layers import QuantizedLinear, QuantizedStack
 from ..layers.dense_types import dense_shape
-from ..layers.replace import place_empty_layer
-from ..layers.selection import quantized_layers, select_modules
+from ..layers.embedding_tables import place_empty_tables
+from ..layers.quantized_storage import QuantizedStorage
+from ..layers.replace import place_empty_layer, quantize_tables
+from ..layers.selection import QuantizedLayer, quantizable_tables, quantized_layers, select_modules
 from ..methods import QuantConfig, spec_from_dict
 from .free_memory import return_free_memory
 from .work_folder import WorkFolder
@@ -30,6 +31,7 @@ class PartsOfModel:
     Attributes:
         checkpoint: the float model.
         specs: of the layers to quantize; those that the config selects.
+        tables: the embedding tables to quantize, by the first of their names.
         written: what goes into the files.
         parts: the groups of each part.
         number_of: the part that each block is.
@@ -50,7 +52,9 @@ class PartsOfModel:
     ) -> None:
         self.checkpoint, self.config, self.device, self.part_bytes = checkpoint, config, device, part_bytes
         self.specs = select_modules(checkpoint.model, config).specs if specs is None else dict(specs)
-        self.written = WrittenTensors(checkpoint, self.specs)
+        self.tables = quantizable_tables(checkpoint.model, config)
+        self._all_specs = self.specs | {name: spec for table, spec in self.tables.values() for name in table.names}
+        self.written = WrittenTensors(checkpoint, self._all_specs)
         self.layers: dict[str, dict[str, Any]] = {}
         self.sizes = {group.keys[0]: sum(map(self._n_bytes, group.parameters)) for group in checkpoint.groups}
         inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks}
@@ -59,7 +63,7 @@ class PartsOfModel:
             block = next((block for block in blocks if group.parameters[0].startswith(f"{block}.")), None)
             if block is not None:
                 inside[block].append(group)
-            elif blocks and any(_layer_of(name, self.specs) for name in group.parameters):
+            elif blocks and any(_layer_of(name, self._all_specs) for name in group.parameters):
                 late.append(group)
             else:
                 around.append(group)
@@ -79,9 +83,20 @@ class PartsOfModel:
         quantizer = new_quantizer(self.checkpoint, self.config, self.specs)
         quantizer.device = self.device
         self.checkpoint.load(self.parts[number], quantizer)
+        self.quantize_tables()
         self.keep(work, number)
         self.checkpoint.release()
         return_free_memory()
+
+    def quantize_tables(self) -> None:
+        """Quantize the embedding tables that are in memory."""
+        self.checkpoint.tie()
+        model, found = self.checkpoint.model, {}
+        for name, (table, spec) in self.tables.items():
+            weight: Any = getattr(model.get_submodule(name), "weight", None)
+            if not isinstance(model.get_submodule(name), QuantizedStorage) and not weight.is_meta:
+                found[name] = (table, spec)
+        quantize_tables(model, found, self.config, device=self.device)
 
     def take(self, work: WorkFolder, number: int) -> None:
         """Put empty layers in the place of those of a finished part."""
@@ -97,27 +112,28 @@ class PartsOfModel:
 
     def restore(self, layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Put empty layers in the place of those that an earlier call has quantized."""
+        model = self.checkpoint.model
+        specs = {name: spec_from_dict(about["spec"]) for name, about in layers.items()}
+        dtypes = {name: about["compute_dtype"] for name, about in layers.items()}
+        tables = place_empty_tables(model, specs, compute_dtypes=dtypes, device="meta")
         for name, about in layers.items():
-            place_empty_layer(
-                self.checkpoint.model,
-                name,
-                spec_from_dict(about["spec"]),
-                compute_dtype=about["compute_dtype"],
-                device="meta",
-            )
+            if name not in tables:
+                place_empty_layer(model, name, specs[name], compute_dtype=dtypes[name], device="meta")
             self.layers[name] = dict(about)
 
     def _record(self, parameters: Iterable[str]) -> dict[str, dict[str, Any]]:
         """About the quantized layers in a part."""
         model = self.checkpoint.model
         layers = quantized_layers(model)
-        names = filter(None, (_layer_of(name, layers) for name in parameters))
+        names = list(filter(None, (_layer_of(name, layers) for name in parameters)))
+        sharing = {id(layer) for name in names for layer in layers[name].sharing}
+        names += [name for name, layer in layers.items() if id(layer) in sharing and name not in names]
         return {name: _record_of(layers[name], is_half=model.dtype == torch.float16) for name in names}
 
     def _n_bytes(self, parameter: str) -> int:
-        name, model = _layer_of(parameter, self.specs), self.checkpoint.model
+        name, model = _layer_of(parameter, self._all_specs), self.checkpoint.model
         if name is not None:
-            layout = self.specs[name].layout_of(dense_shape(model, name))
+            layout = self._all_specs[name].layout_of(dense_shape(model, name))
             return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
         return model.get_parameter_or_buffer(parameter).nbytes
 
@@ -127,7 +143,7 @@ def _layer_of(parameter: str, layers: Collection[str]) -> str | None:
     return next((name for name in (parameter, parameter.removesuffix(".weight")) if name in layers), None)
 
 
-def _record_of(layer: QuantizedLinear | QuantizedStack, *, is_half: bool) -> dict[str, Any]:
+def _record_of(layer: QuantizedLayer, *, is_half: bool) -> dict[str, Any]:
     """What the config of the model has to say of a layer, and can say only while it is in memory."""
     return {
         "spec": layer.spec.to_dict(),

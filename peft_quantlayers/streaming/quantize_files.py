@@ -172,7 +172,9 @@ def _quantize_plain(parts: PartsOfModel, work: WorkFolder, *, n_processes: int, 
     """Make all parts that ``work`` does not have."""
     numbers = range(len(parts.parts))
     missing = [number for number in numbers if not work.is_finished(number)]
-    with tqdm(total=len(parts.specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
+    with tqdm(
+        total=len(parts.specs) + len(parts.tables), desc="Quantizing", unit="layer", disable=not progress
+    ) as bar:
         if n_processes > 1 and len(missing) > 1:
             for number in made_in_processes(parts, work, missing, n_processes=min(n_processes, len(missing))):
                 bar.update(len(work.record(number)["layers"]))
