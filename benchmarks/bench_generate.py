@@ -117,6 +117,11 @@ def with_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False))
 
 
+def with_rounded_activations(model: PreTrainedModel) -> PreTrainedModel:
+    pql.set_activation_bits(model, 8)
+    return model
+
+
 def with_torch_int4(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
@@ -168,6 +173,10 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
             "HQQ 4-bit, float32": lambda: of_transformers(ours(4)),
             "HQQ 4-bit, bfloat16": lambda: of_transformers(ours(4, half)),
             "HQQ 4-bit, embeddings 8-bit": lambda: of_transformers(ours(4, quantize_embeddings=8)),
+            "HQQ 4-bit, activations 8-bit": lambda: of_transformers(with_rounded_activations(ours(4))),
+            "HQQ 4-bit, embeddings and activations 8-bit": lambda: of_transformers(
+                with_rounded_activations(ours(4, quantize_embeddings=8))
+            ),
             "HQQ 3-bit, float32": lambda: of_transformers(ours(3)),
             "HQQ 2-bit, float32": lambda: of_transformers(ours(2)),
             "HQQ 4-bit + LoRA, float32": lambda: of_transformers(with_lora(ours(4))),
@@ -251,7 +260,7 @@ def measure(found: dict[str, Way], args: argparse.Namespace, clock: Clock, bandw
         }
         rows.append(row)
         print(
-            f"{name:28} {row['prompt_tokens_per_s']:8.1f} prompt tokens/s, {row['tokens_per_s']:7.2f} generated, "
+            f"{name:44} {row['prompt_tokens_per_s']:8.1f} prompt tokens/s, {row['tokens_per_s']:7.2f} generated, "
             f"{1e3 * of_token:.1f} ms a token, limit {1e3 * row['limit_s']:.1f} ms ({row['mb']:.0f} MB)",
             flush=True,
         )

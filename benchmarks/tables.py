@@ -67,22 +67,30 @@ def quality() -> str:
 
 
 def calibration() -> str:
-    """Perplexity and KL of each base and each tuning, with bits and time."""
+    """Perplexity and KL of each base and each tuning on two texts, with bits and time."""
     measured = result("calibration")
     rows = []
     for row in measured["rows"]:
-        minutes = "" if row["quantize_s"] is None else f"{row['quantize_s'] / 60:.1f} ({row['threads']})"
-        cells = [row["name"], f"{row['bits_per_weight']:.2f}", number(row["perplexity"]), f"{row['kl_to_float']:.3f}"]
-        rows.append([*cells, minutes])
+        seconds = row.get("quantize_cpu_s", row["quantize_s"])
+        cells = [row["name"], f"{row['bits_per_weight']:.2f}"]
+        for ending in ("", "_second_text"):
+            is_scored = f"perplexity{ending}" in row
+            cells.append(number(row[f"perplexity{ending}"]) if is_scored else "")
+            cells.append(f"{row[f'kl_to_float{ending}']:.3f}" if is_scored else "")
+        rows.append([*cells, "" if seconds is None else f"{seconds / 60:.1f}"])
     tuning = measured["tuning"]
+    others = sorted({row["cpu"] for row in measured["rows"]} - {measured["device"]["cpu"]})
+    elsewhere = f" Rows without a second text were made on {' and '.join(others)}." if others else ""
     return "\n".join(
         [
-            table(["", "bits per weight", "perplexity", "KL", "minutes (threads)"], rows),
+            table(["", "bits per weight", "perplexity", "KL", "second text", "KL there", "CPU minutes"], rows),
             "",
-            f"Float model: {measured['float_perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
-            f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; calibration: "
-            f"{measured['calibration_tokens']:,} tokens of the text's other half; tuning: {tuning['steps']} steps of "
-            f"{tuning['batch']} x {tuning['tokens']} tokens of it. "
+            f"Float model: {measured['float_perplexity']:.2f}, on the second text "
+            f"{measured['float_perplexity_second_text']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
+            f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; second text: Python's "
+            f"help topics, {measured['second_text_windows']} windows; calibration: {measured['calibration_tokens']:,} "
+            f"tokens of WikiText-2's other half; tuning: {tuning['steps']} steps of "
+            f"{tuning['batch']} x {tuning['tokens']} tokens of it.{elsewhere} "
             + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
         ]
     )
@@ -688,6 +696,52 @@ def transforms(name: str = "transforms", options: str = "") -> str:
     return f"{table(head, body)}\n\n{device_line(measured['device'], command)}"
 
 
+def estimate() -> str:
+    """What ``pql estimate`` says beside the memory that the verbs took."""
+    measured = result("estimate")
+    rows = [
+        [
+            f"{row['model']}, {row['step']}",
+            f"{row['estimated_bytes'] / 2**20:,.0f}",
+            f"{row['measured_bytes'] / 2**20:,.0f}",
+            f"{100 * (row['estimated_bytes'] / row['measured_bytes'] - 1):+.0f} %",
+        ]
+        for row in measured["rows"]
+    ]
+    head = ["peak memory, MiB", "estimated", "measured", "error"]
+    return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_estimate.py')}"
+
+
+def embeddings() -> str:
+    """What quantized embeddings cost in quality and time, and what they save."""
+    measured = result("embeddings")
+    rows = []
+    for row in measured["rows"]:
+        rows.append(
+            [
+                "dense" if row["bits"] is None else f"{row['bits']} bits",
+                f"{row['perplexity']:.2f}",
+                "" if row["bits"] is None else f"{row['kl_to_dense_embeddings']:.5f}",
+                f"{row['kl_to_float']:.4f}",
+                f"{row['memory_bytes'] / 1e6:.1f}",
+                f"{row['file_bytes'] / 1e6:.1f}",
+                f"{1e3 * row['seconds_per_token']:.1f} ({row['rate_vs_dense_embeddings']:.2f}x)",
+            ]
+        )
+    kl = ["KL to dense embeddings", "KL to the float model"]
+    head = ["embeddings and head", "perplexity", *kl, "memory, MB", "file, MB", "ms for one token (rate)"]
+    return "\n".join(
+        [
+            table(head, rows),
+            "",
+            f"{measured['model']}, all other layers HQQ at 4 bits; WikiText-2, {measured['windows']} windows of "
+            f"{measured['window_tokens']} tokens; float model: {measured['float_perplexity']:.2f}. Sizes in bfloat16, "
+            f"times in float32 ({measured['clock']}). The model was read from a file of 4-bit blocks "
+            "of 32, of which each group of 64 contains two. " + device_line(measured["device"], measured["command"]),
+        ]
+    )
+
+
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"model_sizes": model_sizes},
     DOCS / "benchmarks.md": {
@@ -720,7 +774,9 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "trained_mixture": trained_mixture,
         "shared_codebooks": shared_codebooks,
     },
+    DOCS / "embeddings.md": {"embeddings": embeddings},
     DOCS / "exports.md": {"exports": exports},
+    DOCS / "larger-than-memory.md": {"estimate": estimate},
     DOCS / "transforms.md": {
         "transforms": transforms,
         "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
@@ -733,6 +789,7 @@ MADE_BY = {
     "gpu": "`make bench-gpu`, on a machine with a GPU",
     "generate": "`python benchmarks/bench_generate.py --one-thread`",
     "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
+    "estimate": "`python benchmarks/bench_estimate.py`",
 }
 
 

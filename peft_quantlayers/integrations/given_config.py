@@ -13,7 +13,9 @@ from transformers import AqlmConfig, HqqConfig
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
 from ..formats.published_aqlm import SCHEME
+from ..layers.dense_rules import declared_embeddings
 from ..layers.dense_types import dense_names, dense_shape
+from ..layers.embedding_tables import asked_specs
 from ..methods import AQLMConfig, HQQConfig, QuantConfig, get_method
 from ..methods.quant_config import config_type, matches
 from .transformers_config import QuantlayersConfig
@@ -134,6 +136,10 @@ def asked_config(given: Any) -> QuantConfig:
     """The config that a user passes beside a saved model; raises as :func:`quant_config_of`."""
     if isinstance(given, AqlmConfig):
         return AQLMConfig(**{name: getattr(given, name) for name in SCHEME})
+    if isinstance(given, QuantlayersConfig):
+        raise ValueError(
+            "quantization_config is that of another saved model, and this one is quantized already. Leave it out."
+        )
     return quant_config_of(given)
 
 
@@ -148,9 +154,14 @@ def compare_with_asked(asked: QuantConfig, specs: Mapping[str, QuantSpec], model
     Raises:
         ValueError: ``asked`` asks for something else; names the first such layer.
     """
+    heads = {id(module) for module in declared_embeddings(model, "get_output_embeddings")}
+    modules = dict(model.named_modules())
     for name, spec in specs.items():
-        wanted = asked.fitted_spec(asked.spec_for(name), *dense_shape(model, name)[-2:])
-        if not _is_stored_as(spec, wanted):
+        module = modules.get(name)  # None for a stack of experts
+        possible = asked_specs(asked, name, is_table=isinstance(module, nn.Embedding), is_head=id(module) in heads)
+        fitted = [asked.fitted_spec(each, *dense_shape(model, name)[-2:]) for each in possible]
+        if not any(_is_stored_as(spec, each) for each in fitted):
+            wanted = fitted[0] if fitted else None
             raise ValueError(
                 f"the saved model is quantized already: {name} is {spec}, and quantization_config asks for {wanted}. "
                 "Leave it out to load the model as it is, or quantize the float model that it was made of."

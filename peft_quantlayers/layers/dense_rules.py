@@ -82,7 +82,8 @@ def _n_outputs(module: nn.Module) -> int:
 
 def _head_modules(model: nn.Module) -> Iterator[str]:
     """Dense modules that make the outputs of a transformers model, or of one inside it: the heads of any task."""
-    heads = {id(module) for module in declared_embeddings(model, "get_output_embeddings")}
+    declared = declared_embeddings(model, "get_output_embeddings")
+    heads = {id(module) for found in declared for module in found.modules()}
     for owner in model.modules():
         if owner is model or _is_of_a_task(owner):
             heads |= {id(module) for module in _outside_body(owner)}
@@ -111,7 +112,7 @@ def _outside_body(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 def declared_embeddings(model: nn.Module, getter: str) -> Iterator[nn.Module]:
-    """The embeddings of ``model`` and of all models inside it, as they declare them, with the modules inside.
+    """The embeddings of ``model`` and of all models inside it, as they declare them; some are several modules in one.
 
     ``getter``: ``"get_input_embeddings"`` or ``"get_output_embeddings"``.
     """
@@ -124,7 +125,7 @@ def declared_embeddings(model: nn.Module, getter: str) -> Iterator[nn.Module]:
         except (NotImplementedError, AttributeError):  # of a model that has none
             continue
         if isinstance(found, nn.Module):
-            yield from found.modules()
+            yield found
 
 
 def _tied_weights(model: nn.Module) -> set[str]:

@@ -7,6 +7,7 @@ Positions and token types are no input embeddings, and stay dense.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import kept_dtype, tied_weights, tying_shared_tensors
-from ..methods import HQQSpec
+from ..methods import HQQConfig, HQQSpec, QuantConfig
 from .dense_rules import SHARED, StaysDense, declared_embeddings
 from .dense_types import DenseType, dense_type_of
 from .embedding import QuantizedEmbedding, embedding_type, why_not_quantizable
@@ -43,9 +44,25 @@ class Table:
     stays_dense: StaysDense | None = None
 
 
-def table_spec(nbits: int) -> QuantSpec:
-    """How a table with ``nbits`` bits is stored: each row by itself, in groups."""
+def table_spec(config: QuantConfig) -> QuantSpec | None:
+    """How ``config`` has tables stored: each row by itself, in groups; None if they stay dense.
+
+    On a grid of the config's ``export_target`` where that has one of so many bits, for a head of its own.
+    """
+    nbits, target = config.quantize_embeddings, getattr(config, "export_target", None)
+    if nbits is None:
+        return None
+    if target is not None:
+        with suppress(ValueError):
+            return HQQConfig.for_export(target, nbits=nbits).spec_for("")
     return HQQSpec(nbits=nbits, group_size=GROUP_SIZE, axis=1)
+
+
+def asked_specs(config: QuantConfig, name: str, *, is_table: bool, is_head: bool) -> list[QuantSpec]:
+    """The specs that the layer ``name`` may have of ``config``, before they are fitted to its shape."""
+    of_table = table_spec(config) if is_table or is_head else None
+    found = [] if is_table else [config.spec_for(name)]
+    return found if of_table is None else [*found, of_table]
 
 
 def embedding_tables(model: nn.Module) -> list[Table]:

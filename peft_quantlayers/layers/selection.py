@@ -16,7 +16,7 @@ from ..methods.quant_config import matches
 from .dense_rules import MISFIT, SKIPPED, DenseRules, StaysDense, declared_embeddings
 from .dense_types import dense_shape, dense_type_of, dense_weight
 from .embedding import QuantizedEmbedding
-from .embedding_tables import Table, embedding_tables, table_spec
+from .embedding_tables import Table, asked_specs, embedding_tables, table_spec
 from .expert_types import dense_stacks
 from .linear import QuantizedLinear
 from .quantized_storage import QuantizedStorage
@@ -153,7 +153,7 @@ def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
 
 def _select_tables(model: nn.Module, config: QuantConfig, selection: Selection, problems: list[str]) -> None:
     """Add the embedding tables that ``config`` selects to ``selection``; their heads are no dense modules then."""
-    asked = table_spec(cast(int, config.quantize_embeddings))
+    asked = cast(QuantSpec, table_spec(config))
     for table in embedding_tables(model):
         if selection.specs.keys() & set(table.names):  # a head of its own, with quantize_lm_head
             continue
@@ -214,9 +214,8 @@ def finished_modules(model: nn.Module, config: QuantConfig) -> list[str]:
     heads = {id(module) for module in declared_embeddings(model, "get_output_embeddings")}
     found = []
     for name, layer in quantized_layers(model).items():
-        asked = [] if isinstance(layer, QuantizedEmbedding) else [config.spec_for(name)]
-        if config.quantize_embeddings is not None and (id(layer) in heads or isinstance(layer, QuantizedEmbedding)):
-            asked.append(table_spec(config.quantize_embeddings))
+        is_table = isinstance(layer, QuantizedEmbedding)
+        asked = asked_specs(config, name, is_table=is_table, is_head=id(layer) in heads)
         if not config.is_skipped(name) and any(_has_spec(layer, config, spec) for spec in asked):
             found.append(name)
     return found

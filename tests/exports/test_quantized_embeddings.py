@@ -41,3 +41,12 @@ def test_a_format_of_grids_has_them_dense_with_a_line_in_the_report(name, is_fol
     is_tied = name == "Gemma3ForCausalLM"
     assert ("lm_head.scales" in tensors) != is_tied
     assert ("lm_head" in {layer.name for layer in report.layers}) != is_tied
+
+
+@pytest.mark.parametrize(("target", "spec"), [("gguf", {"symmetric": True, "group_size": 32}), ("awq", {})])
+def test_a_head_of_its_own_lies_on_a_grid_of_the_target_where_it_has_one(target, spec):
+    model = tiny_model("LlamaForCausalLM")
+    quantize_model(model, HQQConfig.for_export(target, quantize_embeddings=8), progress=False)
+    assert model.lm_head.spec.nbits == 8
+    assert all(getattr(model.lm_head.spec, field) == value for field, value in spec.items())
+    assert (model.lm_head.spec.export_target is None) == (not spec)

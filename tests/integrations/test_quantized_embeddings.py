@@ -162,3 +162,15 @@ def test_what_is_declared_as_tied_is_as_before_once_the_model_is_dense_again():
     assert tied_weights(model) != before
     dequantize_model(model)
     assert tied_weights(model) == before
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForCausalLM", "LlamaForCausalLM"])
+def test_a_config_beside_a_saved_model_is_compared_with_its_tables(name, tmp_path, caplog):
+    model = quantize_model(tiny_model(name), CONFIG, progress=False)
+    save_model(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=CONFIG)
+    check_same(loaded, outputs(model), is_tied=name in TIED)
+    assert "quantized already, as quantization_config says" in caplog.text
+    for bits in (None, 4):
+        with pytest.raises(ValueError, match=r"(embed_tokens|lm_head) is HQQSpec"):
+            type(model).from_pretrained(tmp_path, quantization_config=HQQConfig(nbits=4, quantize_embeddings=bits))

@@ -199,9 +199,16 @@ def test_what_skip_modules_names_stays_dense_with_all_that_shares_its_weight(cap
     assert "model.embed_tokens (skip_modules)" in caplog.text
 
 
-def test_positions_and_token_types_stay_dense():
-    model = quantize(tiny_model("BertForMaskedLM"))
-    assert list(quantized_embeddings(model)) == ["bert.embeddings.word_embeddings"]
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("BertForMaskedLM", "bert.embeddings.word_embeddings"),
+        # Whose vision tower gives a module with patches and positions as its input embeddings.
+        ("Idefics3ForConditionalGeneration", "model.text_model.embed_tokens"),
+    ],
+)
+def test_positions_and_token_types_stay_dense(name, table):
+    assert list(quantized_embeddings(quantize(tiny_model(name)))) == [table]
 
 
 def test_a_second_call_with_the_same_config_finds_nothing_to_do_and_another_is_refused():

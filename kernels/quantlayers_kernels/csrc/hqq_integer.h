@@ -73,7 +73,8 @@ INLINE float round_block(const float *x, int64_t n, int8_t *out) {
     const int is_finite = highest < 0x7f800000;
     const float per_unit = is_finite && largest > SMALLEST_ACTIVATION ? 127 / largest : 0;
     if (per_unit == 0) {
-        memset(out, 0, (size_t)n);
+        for (int64_t k = 0; k < n; k++)
+            out[k] = 0;
         return is_finite ? 0 : __builtin_nanf("");
     }
     int64_t k = 0;
