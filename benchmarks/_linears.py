@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quantlayers_kernels import aqlm, hqq
+import peft_quantlayers as pql
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.bitpack import pack
-from quantlayers_kernels.hqq.reference import dequantize_hqq_reference
 
 GROUP_SIZE = 64
 
@@ -40,17 +39,20 @@ class Candidate:
     max_tokens: int = 1 << 20
 
 
+def _layer_of(spec: pql.QuantSpec, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Candidate:
+    """Our layer with these tensors, called as a module."""
+    weight = pql.QuantizedWeight(spec=spec, out_features=shape[0], in_features=shape[1], tensors=tensors)
+    layer = pql.layer_type(spec.method)(weight, compute_dtype=torch.float32)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return Candidate(multiply=layer, weight=layer.dequantize(torch.float32), nbytes=nbytes, is_ours=True)
+
+
 def _hqq(out_features: int, in_features: int, nbits: int, group_size: int = GROUP_SIZE) -> Candidate:
     codes = torch.randint(0, 2**nbits, (out_features, in_features), dtype=torch.uint8)
-    W_q = pack(codes, nbits)
     scale = (0.01 + 0.01 * torch.rand(out_features, in_features // group_size)).half()
     zero = ((2**nbits - 1) * torch.rand(scale.shape)).half()
-    return Candidate(
-        multiply=lambda x: hqq.linear(x, W_q, scale, zero, None, nbits, 1),
-        weight=dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=1, in_features=in_features),
-        nbytes=W_q.nbytes + scale.nbytes + zero.nbytes,
-        is_ours=True,
-    )
+    tensors = {"W_q": pack(codes, nbits), "scale": scale, "zero": zero}
+    return _layer_of(pql.HQQSpec(nbits=nbits, group_size=group_size), tensors, (out_features, in_features))
 
 
 def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits: int) -> tuple[Tensor, ...]:
@@ -63,12 +65,9 @@ def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits
 
 def _aqlm(tensors: tuple[Tensor, ...]) -> Candidate:
     codes, codebooks, scales = tensors
-    return Candidate(
-        multiply=lambda x: aqlm.linear(x, codes, codebooks, scales, None),
-        weight=dequantize_aqlm_reference(codes, codebooks, scales),
-        nbytes=sum(part.nbytes for part in tensors),
-        is_ours=True,
-    )
+    spec = pql.AQLMSpec(num_codebooks=len(codebooks), nbits_per_codebook=codebooks.shape[1].bit_length() - 1)
+    shape = len(codes), codes.shape[1] * codebooks.shape[3]
+    return _layer_of(spec, {"codes": codes, "codebooks": codebooks, "scales": scales}, shape)
 
 
 def _aqlm_package(tensors: tuple[Tensor, ...]) -> Candidate:
@@ -145,12 +144,16 @@ def _with_lora(layer: nn.Module, weight: Tensor, nbytes: int, forward: Callable 
 
 
 def _hqq_with_lora(out_features: int, in_features: int, forward: Callable | None = None) -> Candidate:
-    import peft_quantlayers as pql
-
     dense = nn.Linear(in_features, out_features, bias=False)
     layer = pql.QuantizedLinear.from_linear(dense, pql.HQQSpec(nbits=4, group_size=GROUP_SIZE, iters=0))
     nbytes = sum(tensor.nbytes for tensor in layer.quantized_weight.tensors.values())
     return _with_lora(layer, layer.dequantize(torch.float32), nbytes, forward)
+
+
+def layer_with(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) -> Iterator[tuple[str, Candidate]]:
@@ -158,7 +161,7 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     dense = torch.randn(out_features, in_features)
     yield (
         "dense float32",
-        Candidate(multiply=lambda x: linear(x, dense), weight=dense, nbytes=dense.nbytes, is_ours=True),
+        Candidate(multiply=layer_with(dense), weight=dense, nbytes=dense.nbytes, is_ours=True),
     )
     for nbits in (4, 3, 2, 8):
         yield f"HQQ {nbits}-bit", _hqq(out_features, in_features, nbits)
@@ -168,9 +171,7 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     yield "AQLM 2x8", _aqlm(two_by_eight)
     yield "AQLM 1x16", _aqlm(one_by_sixteen)
     yield "torch int4, bfloat16", _torch_int4(out_features, in_features)
-    linear_layer = nn.Linear(in_features, out_features, bias=False)
-    linear_layer.weight.data = dense
-    yield "dense float32 + LoRA", _with_lora(linear_layer, dense, dense.nbytes)
+    yield "dense float32 + LoRA", _with_lora(layer_with(dense), dense, dense.nbytes)
     yield "HQQ 4-bit + LoRA", _hqq_with_lora(out_features, in_features)
     from peft.tuners.lora import Linear as LoraLinear
 

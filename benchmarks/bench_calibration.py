@@ -1,14 +1,17 @@
-"""The gain of calibration and tuning at 4 bits and fewer: SmolLM2-135M, perplexity and KL on WikiText-2.
+"""The gain of calibration and tuning at 4 bits and fewer: SmolLM2-135M, perplexity and KL on two texts.
 
-Calibration and training read the second half of the text, the measurement its first windows; scored as in
-``bench_quality.py``. Every row is written when it is done, so that rows can be made in several runs (``--rows``).
+Calibration and training read the second half of WikiText-2, the measurement its first windows; scored as in
+``bench_quality.py``. The second text, Python's help topics, is of another kind: nothing was calibrated on it.
+Every row is written when it is done, so that rows can be made in several runs (``--rows``), also at the same time.
 
 A row is "base" or "base + tuning"; bases are quantized with 16k calibration tokens unless they say otherwise, and
-tuning is plain next-token training on the calibration half.
+tuning is plain next-token training on the calibration half. "Mixed bits" are planned, with as many bytes as all layers
+at one width take.
 """
 
 import argparse
 import json
+import pydoc_data.topics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,9 @@ import peft_quantlayers as pql
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 N_TOKENS = 16_384
+SECOND_TEXT_WINDOWS = 4
+# Windows to score, and the float model's log-probabilities there.
+Texts = tuple[Tensor, list[Tensor]]
 FINETUNE = {"finetune_epochs": 3, "learning_rate": 3e-3}
 TUNING_STEPS, BATCH, LENGTH = 60, 4, 128
 
@@ -39,23 +45,38 @@ WHOLE_ZEROS = {
     f"HQQ 4 bits, group 64, {kind} zeros": pql.HQQConfig(nbits=4, group_size=64, **field)
     for kind, field in {"integer": {"integer_zero": True}, "symmetric": {"symmetric": True}}.items()
 }
+SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
     **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
+    **{
+        f"HQQ {name}, calibrated, {SYMMETRIC_SAID}": (pql.HQQConfig(nbits=n, group_size=g), SYMMETRIC_TARGETS)
+        for name, (n, g) in HQQ.items()
+    },
     **{name: (config, None) for name, config in WHOLE_ZEROS.items()},
     **{f"{name}, calibrated": (config, {}) for name, config in WHOLE_ZEROS.items()},
     "HQQ 2 bits, group 64, calibrated, finetuned": (pql.HQQConfig(nbits=2, group_size=64), FINETUNE),
+    **{
+        f"HQQ mixed bits, {n} on average, group 64, calibrated{said}": (pql.HQQConfig(nbits=n, group_size=64), options)
+        for n, said, options in ((3, "", {}), (2, "", {}), (2, ", finetuned", FINETUNE))
+    },
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
+    **{
+        f"AQLM 2x8, {way}, {SYMMETRIC_SAID}": (pql.AQLMConfig(), options | SYMMETRIC_TARGETS)
+        for way, options in (("calibrated", {}), ("calibrated, finetuned", FINETUNE))
+    },
 }
+# Widths to choose from, by their average.
+MIXED = {3: [2, 3, 4], 2: [1, 2, 3]}
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
     "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
     "LoRA r8": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
 LEARNING_RATES = {"scales": 1e-3, "scales, codebooks, norms": 1e-3, "LoRA r8": 5e-4}
-ROWS = [*BASES, *(f"AQLM 2x8, calibrated + {tuning}" for tuning in TUNINGS)]
+ROWS = [*BASES, *(f"AQLM 2x8, calibrated, {SYMMETRIC_SAID} + {tuning}" for tuning in TUNINGS)]
 
 
 def tune(model: nn.Module, text: Tensor, tuning: str) -> float:
@@ -77,7 +98,13 @@ def tune(model: nn.Module, text: Tensor, tuning: str) -> float:
     return (time.perf_counter() - began) / TUNING_STEPS
 
 
-def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[Tensor], cache: Path) -> dict[str, Any]:
+def help_text(tokenizer: Any) -> Tensor:
+    """Token ids of Python's help topics, whose text no benchmark calibrates on."""
+    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    return tokenizer(topics, return_tensors="pt").input_ids[0]
+
+
+def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cache: Path) -> dict[str, Any]:
     base, _, tuning = name.partition(" + ")
     config, options = BASES[base]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -86,24 +113,44 @@ def measure(name: str, folder: Path, text: Tensor, windows: Tensor, kept: list[T
         calibration = pql.Calibration(
             data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options
         )
-    began = time.perf_counter()
-    pql.quantize_model(model, config, calibration=calibration, progress=False)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    plan = None
+    if "mixed" in name:
+        plan = pql.plan_bits(
+            model,
+            calibration,
+            average=config.nbits + 32 / config.group_size,
+            choices=MIXED[config.nbits],
+            config=config,
+            progress=False,
+        )
+    pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
     row: dict[str, Any] = {
         "name": name,
         "quantize_s": time.perf_counter() - began,
+        "quantize_cpu_s": time.process_time() - cpu_began,
         "threads": torch.get_num_threads(),
+        "cpu": describe_device()["cpu"],
         "tuning_s_per_step": None,
     }
     if tuning:
         row["quantize_s"] = None  # its base was quantized for its own row
         tuned = peft.get_peft_model(model, TUNINGS[tuning]())
         row["tuning_s_per_step"] = tune(tuned, text, tuning)
-        row["perplexity"], row["kl_to_float"] = evaluate(tuned, windows, kept)
+        row |= scores(tuned, texts)
         row["bits_per_weight"] = tuned_bits_per_weight(tuned)
     else:
-        row["perplexity"], row["kl_to_float"] = evaluate(model, windows, kept)
+        row |= scores(model, texts)
         row["bits_per_weight"] = bits_per_weight(model)
     return row
+
+
+def scores(model: nn.Module, texts: dict[str, Texts]) -> dict[str, float]:
+    """Perplexity and KL on each text."""
+    found = {}
+    for ending, (windows, kept) in texts.items():
+        found[f"perplexity{ending}"], found[f"kl_to_float{ending}"] = evaluate(model, windows, kept)
+    return found
 
 
 def bits_per_weight(model: nn.Module, extra_bits: int = 0) -> float:
@@ -132,16 +179,20 @@ def main() -> None:
 
     folder = demo_model_folder()
     float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0]
-    windows, text = ids[: args.windows * WINDOW].view(args.windows, WINDOW), ids[len(ids) // 2 :]
-    kept: list[Tensor] = []
-    float_perplexity, _ = evaluate(float_model, windows, kept)
-    rows = {row["name"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, second = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0], help_text(tokenizer)
+    texts: dict[str, Texts] = {
+        "": (ids[: args.windows * WINDOW].view(args.windows, WINDOW), []),
+        "_second_text": (second[: SECOND_TEXT_WINDOWS * WINDOW].view(SECOND_TEXT_WINDOWS, WINDOW), []),
+    }
+    of_float = scores(float_model, texts)  # which fills the lists
     for name in [
         name for name in ROWS if any(part == name or (part not in ROWS and part in name) for part in args.rows)
     ]:
-        rows[name] = measure(name, folder, text, windows, kept, args.cache)
-        print(json.dumps(rows[name]), flush=True)
+        row = measure(name, folder, ids[len(ids) // 2 :], texts, args.cache)
+        print(json.dumps(row), flush=True)
+        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        rows = {row["name"]: row for row in known} | {name: row}
         result = {
             "device": describe_device(),
             "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
@@ -150,7 +201,9 @@ def main() -> None:
             "windows": args.windows,
             "window_tokens": WINDOW,
             "kl_windows": min(KL_WINDOWS, args.windows),
-            "float_perplexity": float_perplexity,
+            "second_text_windows": SECOND_TEXT_WINDOWS,
+            "float_perplexity": of_float["perplexity"],
+            "float_perplexity_second_text": of_float["perplexity_second_text"],
             "rows": [rows[known] for known in ROWS if known in rows],
         }
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")

@@ -9,7 +9,6 @@ of the time. Rows are written as they are made.
 import argparse
 import copy
 import json
-import pydoc_data.topics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from _demo_model import demo_model_folder
 from _device import describe_device
-from bench_calibration import N_TOKENS, bits_per_weight
+from bench_calibration import MIXED, N_TOKENS, SECOND_TEXT_WINDOWS, Texts, bits_per_weight, help_text
 from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -28,9 +27,6 @@ import peft_quantlayers as pql
 
 RESULTS = Path(__file__).parent / "results" / "calibration_options.json"
 GROUP_SIZE = 64
-# Windows to score, and the float model's log-probabilities there.
-Texts = tuple[Tensor, list[Tensor]]
-SECOND_TEXT_WINDOWS = 4
 # By width and option, the model that several rows begin with, and the CPU seconds that it took.
 KEPT_MODELS: dict[tuple[str, str], tuple[PreTrainedModel, float]] = {}
 
@@ -46,7 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Rows whose bits are planned: 1 to 4 for each layer, as many bytes as all at one width take.
 PLANNED = ("mixed bits", "all three")
-CHOICES = {3: [2, 3, 4], 2: [1, 2, 3]}
 WIDTHS = (3, 2)
 
 
@@ -117,7 +112,7 @@ def measure(
     if option in PLANNED:
         average = int(width) + 32 / GROUP_SIZE
         plan = pql.plan_bits(
-            model, calibration, average=average, choices=CHOICES[int(width)], config=config, progress=False
+            model, calibration, average=average, choices=MIXED[int(width)], config=config, progress=False
         )
     if after is not None and (kept := KEPT_MODELS.get((width, begun))) is not None:
         model, seconds = copy.deepcopy(kept[0]), kept[1]
@@ -156,11 +151,12 @@ def main() -> None:
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wikitext = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]
-    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    help_text = tokenizer(topics, return_tensors="pt").input_ids[0]
     float_model = load(folder, args.blocks)
     texts: dict[str, Texts] = {}
-    for text, ids, n_windows in (("wikitext", wikitext, KL_WINDOWS), ("help", help_text, SECOND_TEXT_WINDOWS)):
+    for text, ids, n_windows in (
+        ("wikitext", wikitext, KL_WINDOWS),
+        ("help", help_text(tokenizer), SECOND_TEXT_WINDOWS),
+    ):
         windows, kept = ids[: n_windows * WINDOW].view(n_windows, WINDOW), []
         evaluate(float_model, windows, kept)
         texts[text] = (windows, kept)

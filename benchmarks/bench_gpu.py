@@ -389,17 +389,17 @@ def switch_points(bench: Bench) -> list[dict[str, Any]]:
 
 
 def tile_sizes(bench: Bench) -> list[dict[str, Any]]:
-    """Seconds of a large batch by the size of a tile, to choose ``tiled.DEVICE_TILE_ELEMENTS`` from."""
+    """Seconds of a large batch by the size of a tile, to choose ``tiled.device_tile_elements`` from."""
     rows = []
     for shape in bench.sizes.shapes:
         for n_elements in bench.sizes.tile_elements:
-            with patched(tiled, "DEVICE_TILE_ELEMENTS", n_elements):
+            with patched(tiled, "device_tile_elements", lambda device, n=n_elements: n):
                 checked = checked_ours(bench, shape, tokens=(bench.sizes.tile_tokens,))
         layers = {name: layer for name, (_, layer) in checked.items()}
         x = torch.randn(bench.sizes.tile_tokens, shape[1], device=bench.device).half()
 
         def run(candidate: Candidate, n_elements: int, x: Tensor = x) -> Tensor:
-            with patched(tiled, "DEVICE_TILE_ELEMENTS", n_elements):
+            with patched(tiled, "device_tile_elements", lambda device, n=n_elements: n):
                 return candidate.multiply(x)
 
         ways: dict[str, Callable[[], Tensor]] = {

@@ -10,7 +10,6 @@ computes: there no transform destroys what other models do not have.
 
 import argparse
 import json
-import pydoc_data.topics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from _demo_model import demo_model_folder
 from _device import describe_device
-from bench_calibration import N_TOKENS, bits_per_weight
+from bench_calibration import N_TOKENS, bits_per_weight, help_text
 from bench_calibration_options import GROUP_SIZE, Texts, load
 from bench_quality import TEXT, WINDOW, evaluate
 from torch import Tensor, nn
@@ -104,10 +103,8 @@ def texts_and_ids(folder: Path, float_model: PreTrainedModel) -> tuple[dict[str,
     """Windows of two texts with the float model's log-probabilities, and the ids to calibrate on."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wikitext = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]
-    topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    help_text = tokenizer(topics, return_tensors="pt").input_ids[0]
     texts: dict[str, Texts] = {}
-    for text, ids, n_windows in (("wikitext", wikitext, 4), ("help", help_text, 4)):
+    for text, ids, n_windows in (("wikitext", wikitext, 4), ("help", help_text(tokenizer), 4)):
         windows, kept = ids[: n_windows * WINDOW].view(n_windows, WINDOW), []
         evaluate(float_model, windows, kept)
         texts[text] = (windows, kept)

@@ -1,12 +1,24 @@
-"""Writes docs/cli.md, the reference of the command line, from the declarations of its options."""
+"""Writes what says which options there are, from their declarations in ``peft_quantlayers.cli``.
+
+``quantlayers_cli/options.json``, of which help is made and wrong names are refused, and docs/cli.md, the reference.
+"""
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from peft_quantlayers.cli.main import VERBS, verb_parser
+from peft_quantlayers.cli.work import verb_parser
+from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
+from quantlayers_cli.options import OPTIONS, description, listed, option_name
 
+WIDTH = 108
+# What every parser has by itself, and fields of other packages' classes, whose versions differ.
+OF_PARSER = ("-h", "--config", "--print_config")
+GROUPS_OF_OTHERS = {"train": ["lora", "training"]}
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """# The command line
 
@@ -34,28 +46,41 @@ pql chat base --adapter tuned --compare
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page, from the file of options."""
     parts = [HEAD]
     for verb, text in VERBS.items():
-        if verb in ("run", "autoload"):
+        if verb in WITHOUT_OPTIONS:
             parts.append(f"## {verb}\n\n{text.capitalize()}: `peft-quantlayers {verb} --help`.\n")
-            continue
-        module = importlib.import_module(f"peft_quantlayers.cli.verbs.{verb}")
-        parts.append(f"## {verb}\n\n{module.DESCRIPTION}\n\n```text\n{options_of(verb, module)}\n```\n")
+        else:
+            parts.append(f"## {verb}\n\n{description(verb)}\n\n```text\n{listed(verb, WIDTH)}\n```\n")
     return "\n".join(parts)
 
 
-def options_of(verb: str, module: object) -> str:
-    """Help on the options that are ours, at a width that does not depend on the terminal."""
-    before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "110"
-    try:
-        text = verb_parser(verb, module).format_help()
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-    ours = re.split(r"\n(?=\S)", text[text.index("options:") :])[0]
-    without_common = re.sub(r"  (-h|--config|--print_config).*\n(?: {10}.*\n)*", "", ours)
-    return without_common.removeprefix("options:\n").rstrip()
+def declared() -> str:
+    """What the file of options holds: each option of ours with its help, types and defaults in it, by verb."""
+    return json.dumps({verb: _declared(verb) for verb in VERBS if verb not in WITHOUT_OPTIONS}, indent=1) + "\n"
+
+
+def _declared(verb: str) -> dict[str, Any]:
+    module = importlib.import_module(f"peft_quantlayers.cli.verbs.{verb}")
+    parser = verb_parser(verb, module)
+    with patch.dict(os.environ, COLUMNS="100000"):  # each help text in one line
+        text = parser.format_help()
+    ours = re.split(r"\n(?=\S)", text[text.index("options:\n") :])[0]
+    options = dict(re.findall(r"^  (-.*?)(?:  +|\n +)(\S.*)$", ours, re.M))
+    given = {name: text for name, text in options.items() if name.split()[0].strip(",=") not in OF_PARSER}
+    of_others = GROUPS_OF_OTHERS.get(verb, [])
+    known = {option_name(name) for name in given}
+    assert {name for name in parser.names() if name.split(".")[0] not in of_others} == known
+    return {
+        "description": module.DESCRIPTION,
+        "positionals": module.POSITIONALS,
+        "required": [option_name(name) for name, text in given.items() if "(required, " in text],
+        "groups_of_others": of_others,
+        "options": given,
+    }
 
 
 if __name__ == "__main__":
+    OPTIONS.write_text(declared())
     PAGE.write_text(page())

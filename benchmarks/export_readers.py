@@ -6,7 +6,6 @@ READER is mlx, llama.cpp, transformers, compressed-tensors, gguf-transformers, o
 (n_tokens,) integers; LOGITS.npy: (n_tokens, vocabulary) float32. Prints the reader's version.
 """
 
-import ctypes
 import json
 import sys
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _llama_cpp import LlamaCpp
 
 
 def mlx(folder: str, ids: np.ndarray, adapter: str | None) -> np.ndarray:
@@ -29,75 +29,8 @@ def mlx(folder: str, ids: np.ndarray, adapter: str | None) -> np.ndarray:
     return np.array(model(mx.array(ids[None]))[0].astype(mx.float32))
 
 
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.c_void_p),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.c_void_p),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-    ]
-
-
-class _Parameters(ctypes.Structure):
-    """Of a model or a context, passed and returned by value: larger than any version's, so that no field is named.
-
-    The first fields of a context's are n_ctx, n_batch and n_ubatch.
-    """
-
-    _fields_ = [("words", ctypes.c_uint32 * 256)]
-
-
 def llama_cpp(folder: str, ids: np.ndarray, adapter: str | None) -> np.ndarray:
-    """Through the C API in the shared library of xllamacpp, whose Python API gives no logits."""
-    import xllamacpp.xllamacpp as extension
-
-    library = ctypes.CDLL(extension.__file__)
-    for name in ("llama_model_default_params", "llama_context_default_params"):
-        getattr(library, name).restype = _Parameters
-    for name in (
-        "llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_logits_ith",
-        "llama_adapter_lora_init",
-    ):  # fmt: skip
-        getattr(library, name).restype = ctypes.c_void_p
-    library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Parameters]
-    library.llama_init_from_model.argtypes = [ctypes.c_void_p, _Parameters]
-    library.llama_decode.argtypes = [ctypes.c_void_p, _Batch]
-    library.llama_get_logits_ith.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    library.llama_log_set(silent, None)
-    library.llama_backend_init()
-    file = f"{folder}/model.gguf".encode()
-    model = library.llama_model_load_from_file(file, library.llama_model_default_params())
-    if not model:
-        sys.exit(f"llama.cpp does not load {folder}/model.gguf")
-    parameters = library.llama_context_default_params()
-    parameters.words[0] = parameters.words[1] = parameters.words[2] = 512
-    context = library.llama_init_from_model(model, parameters)
-    if adapter:
-        lora = library.llama_adapter_lora_init(ctypes.c_void_p(model), adapter.encode())
-        if not lora:
-            sys.exit(f"llama.cpp does not load {adapter}")
-        _set_adapter(library, context, lora)
-    vocabulary = library.llama_vocab_n_tokens(ctypes.c_void_p(library.llama_model_get_vocab(ctypes.c_void_p(model))))
-    tokens = np.ascontiguousarray(ids, dtype=np.int32)
-    wanted = np.ones(len(ids), dtype=np.int8)
-    batch = _Batch(n_tokens=len(ids), token=tokens.ctypes.data, logits=wanted.ctypes.data)
-    if library.llama_decode(context, batch):
-        sys.exit("llama_decode failed")
-    rows = [library.llama_get_logits_ith(context, index) for index in range(len(ids))]
-    return np.stack([np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (vocabulary,)).copy()
-                     for row in rows])  # fmt: skip
-
-
-def _set_adapter(library: Any, context: int, lora: int) -> None:
-    if hasattr(library, "llama_set_adapters_lora"):  # since November 2025
-        adapters, scales = (ctypes.c_void_p * 1)(lora), (ctypes.c_float * 1)(1.0)
-        library.llama_set_adapters_lora(ctypes.c_void_p(context), adapters, ctypes.c_size_t(1), scales)
-    else:
-        library.llama_set_adapter_lora(ctypes.c_void_p(context), ctypes.c_void_p(lora), ctypes.c_float(1.0))
+    return LlamaCpp(f"{folder}/model.gguf", adapter=adapter).logits(ids)
 
 
 def transformers(folder: str, ids: np.ndarray, adapter: str | None, **options: Any) -> np.ndarray:

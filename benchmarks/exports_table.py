@@ -109,6 +109,10 @@ def cases() -> list[Case]:
             Case(model=MERGED, format=name, reader=reader)
             for name, reader in (("gguf", "llama.cpp"), ("mlx", "mlx"), ("onnx", "onnx"), ("openvino", "openvino"))
         ),
+        *(
+            Case(model=MERGED, format="compressed-tensors", reader=reader, options={"approximate": "adapter"})
+            for reader in ("compressed-tensors", "vllm")
+        ),
     ]
     return found
 

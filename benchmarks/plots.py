@@ -90,7 +90,9 @@ def quality_and_bits(axes: Axes) -> None:
         if row["made_by"] in names and row["group_size"] == 64 and row["nbits"] < 8:
             found.setdefault(names[row["made_by"]], []).append((row["bits_per_weight"], row["kl_to_float"]))
     for row in result("calibration")["rows"]:
-        if row["quantize_s"] is not None and "calibrated" in row["name"] and "group 16" not in row["name"]:
+        # Uniform widths with today's defaults, and AQLM finetuned.
+        others = ("group 16", "mixed", "zeros", "without", "HQQ 2 bits, group 64, calibrated, finetuned")
+        if "calibrated" in row["name"] and not any(other in row["name"] for other in others):
             kind = "AQLM, calibrated" if "AQLM" in row["name"] else "HQQ, calibrated"
             found.setdefault(kind, []).append((row["bits_per_weight"], row["kl_to_float"]))
     for (label, points), marker in zip(found.items(), "osD^", strict=False):

@@ -67,22 +67,30 @@ def quality() -> str:
 
 
 def calibration() -> str:
-    """Perplexity and KL of each base and each tuning, with bits and time."""
+    """Perplexity and KL of each base and each tuning on two texts, with bits and time."""
     measured = result("calibration")
     rows = []
     for row in measured["rows"]:
-        minutes = "" if row["quantize_s"] is None else f"{row['quantize_s'] / 60:.1f} ({row['threads']})"
-        cells = [row["name"], f"{row['bits_per_weight']:.2f}", number(row["perplexity"]), f"{row['kl_to_float']:.3f}"]
-        rows.append([*cells, minutes])
+        seconds = row.get("quantize_cpu_s", row["quantize_s"])
+        cells = [row["name"], f"{row['bits_per_weight']:.2f}"]
+        for ending in ("", "_second_text"):
+            is_scored = f"perplexity{ending}" in row
+            cells.append(number(row[f"perplexity{ending}"]) if is_scored else "")
+            cells.append(f"{row[f'kl_to_float{ending}']:.3f}" if is_scored else "")
+        rows.append([*cells, "" if seconds is None else f"{seconds / 60:.1f}"])
     tuning = measured["tuning"]
+    others = sorted({row["cpu"] for row in measured["rows"]} - {measured["device"]["cpu"]})
+    elsewhere = f" Rows without a second text were made on {' and '.join(others)}." if others else ""
     return "\n".join(
         [
-            table(["", "bits per weight", "perplexity", "KL", "minutes (threads)"], rows),
+            table(["", "bits per weight", "perplexity", "KL", "second text", "KL there", "CPU minutes"], rows),
             "",
-            f"Float model: {measured['float_perplexity']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
-            f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; calibration: "
-            f"{measured['calibration_tokens']:,} tokens of the text's other half; tuning: {tuning['steps']} steps of "
-            f"{tuning['batch']} x {tuning['tokens']} tokens of it. "
+            f"Float model: {measured['float_perplexity']:.2f}, on the second text "
+            f"{measured['float_perplexity_second_text']:.2f}. {measured['model']}; WikiText-2, {measured['windows']} "
+            f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; second text: Python's "
+            f"help topics, {measured['second_text_windows']} windows; calibration: {measured['calibration_tokens']:,} "
+            f"tokens of WikiText-2's other half; tuning: {tuning['steps']} steps of "
+            f"{tuning['batch']} x {tuning['tokens']} tokens of it.{elsewhere} "
             + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
         ]
     )
@@ -295,6 +303,40 @@ def decode_lora() -> str:
         + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, "
         + f"{measured['clock']}. "
         + device_line(measured["device"], measured["command"])
+    )
+
+
+def generate(name: str = "generate") -> str:
+    """Tokens per second of a whole model, and one token taken apart."""
+    measured = result(name)
+    rows = {row["way"]: row for row in measured["rows"]}
+    dense = rows["dense float32"]
+    body = [
+        [
+            way,
+            f"{row['prompt_tokens_per_s']:.0f} ({row['prompt_tokens_per_s'] / dense['prompt_tokens_per_s']:.2f})",
+            f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / dense['tokens_per_s']:.2f})",
+            f"{100 * row['limit_s'] * row['tokens_per_s']:.0f}%",
+            f"{row['mb']:,.0f}",
+        ]
+        for way, row in rows.items()
+    ]
+    parts = ["kernels", "head", "attention", "rest", "token"]
+    profile = [[way, *(f"{1e3 * each[part]:.1f}" for part in parts)] for way, each in measured["profile"].items()]
+    return "\n".join(
+        [
+            table(["", "prompt, tokens/s", "generated, tokens/s", "of the limit", "MB"], body),
+            "",
+            f"In brackets the rate, dense float32 = 1. {measured['prompt']} prompt tokens, {measured['new_tokens']} "
+            "generated; the limit is reading the weights once a token at "
+            f"{measured['memory_gb_per_s']:.1f} GB/s. Medians, {measured['clock']}. "
+            + device_line(measured["device"], measured["command"]),
+            "",
+            table(
+                ["one token, ms", "compiled kernels", "head", "attention", "Python and small operators", "all"],
+                profile,
+            ),
+        ]
     )
 
 
@@ -654,6 +696,22 @@ def transforms(name: str = "transforms", options: str = "") -> str:
     return f"{table(head, body)}\n\n{device_line(measured['device'], command)}"
 
 
+def estimate() -> str:
+    """What ``pql estimate`` says beside the memory that the verbs took."""
+    measured = result("estimate")
+    rows = [
+        [
+            f"{row['model']}, {row['step']}",
+            f"{row['estimated_bytes'] / 2**20:,.0f}",
+            f"{row['measured_bytes'] / 2**20:,.0f}",
+            f"{100 * (row['estimated_bytes'] / row['measured_bytes'] - 1):+.0f} %",
+        ]
+        for row in measured["rows"]
+    ]
+    head = ["peak memory, MiB", "estimated", "measured", "error"]
+    return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_estimate.py')}"
+
+
 def embeddings() -> str:
     """What quantized embeddings cost in quality and time, and what they save."""
     measured = result("embeddings")
@@ -695,6 +753,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
         "decode_lora": decode_lora,
+        "generate": generate,
+        "generate_1b": lambda: generate("generate_1b"),
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
@@ -716,6 +776,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "embeddings.md": {"embeddings": embeddings},
     DOCS / "exports.md": {"exports": exports},
+    DOCS / "larger-than-memory.md": {"estimate": estimate},
     DOCS / "transforms.md": {
         "transforms": transforms,
         "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
@@ -724,7 +785,12 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 # What makes the results of a table that may be missing.
-MADE_BY = {"gpu": "`make bench-gpu`, on a machine with a GPU"}
+MADE_BY = {
+    "gpu": "`make bench-gpu`, on a machine with a GPU",
+    "generate": "`python benchmarks/bench_generate.py --one-thread`",
+    "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
+    "estimate": "`python benchmarks/bench_estimate.py`",
+}
 
 
 def with_tables(document: Path) -> str:

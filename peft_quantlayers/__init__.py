@@ -22,10 +22,12 @@ from .layers import (
     HQQLinear,
     QuantizedLinear,
     QuantizedStack,
+    RoundedActivations,
     dequantize_model,
     layer_type,
     quantized_modules,
     quantized_stacks,
+    set_activation_bits,
 )
 from .lora import LoraQuantizedLinear, MergeAwareCallback, enable_merge_aware, fuse_projections, set_merge_strategy
 from .merging import LayerMergeReport, MergeReport
@@ -85,6 +87,7 @@ __all__ = [
     "QuantizedStack",
     "QuantizedWeight",
     "Rotation",
+    "RoundedActivations",
     "SmoothQuant",
     "TensorLayout",
     "Transform",
@@ -108,6 +111,7 @@ __all__ = [
     "register_method",
     "registered_methods",
     "save_model",
+    "set_activation_bits",
     "set_merge_strategy",
     "summary",
     "transform_model",

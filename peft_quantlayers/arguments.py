@@ -1,17 +1,18 @@
 """Checks of what users pass, shared by all public functions. Each raises a sentence that names the way out.
 
-Lies below all packages: imports torch only, and changes nothing.
+Lies below all packages: imports torch and a function of text, and changes nothing.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from quantlayers_cli.spelling import nearest
 
 
 def check_integer(name: str, value: Any, *, at_least: int, at_most: int) -> None:
@@ -63,14 +64,6 @@ def check_keywords_only(name: str, positional: Sequence[Any], example: str) -> N
     if positional:
         kind = type(positional[0]).__name__
         raise TypeError(f"{name} takes its fields by keyword, got a {kind} without one; write {example}.")
-
-
-def nearest(value: Any, choices: Iterable[Any]) -> str:
-    """``" (did you mean ...?)"``, or nothing where no choice is spelled nearly like ``value``."""
-    names = [choice for choice in choices if isinstance(choice, str)]
-    found = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5) if isinstance(value, str) else []
-    found = found or [name for name in names if isinstance(value, str) and value and (value in name or name in value)]
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def check_names(name: str, value: Any, example: str) -> None:

@@ -42,7 +42,7 @@ SLOW = (
     "tests/test_benchmarks.py",
     "tests/test_contributing.py::test_every_pytest_command_of_a_page_selects_tests",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
-    "tests/test_examples.py::test_the_demo_runs_on_another_model",
+    "tests/test_distributed_page.py",
     "tests/test_floors.py::test_an_import_loads_no_kernel_compiler_and_touches_no_gpu",
 )
 # Left to `make test-all`: each takes ten seconds to a minute, and shows on a larger model, in more processes or on a
@@ -55,12 +55,19 @@ THOROUGH = (
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[llama4]",
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[olmoe]",
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[qwen2_moe]",
+    "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[qwen3_moe]",
+    "tests/streaming/test_calibrated.py::test_stopped_after_each_block_it_ends_with_the_same_files[LlamaForCausalLM-fields1]",
+    "tests/streaming/test_calibrated.py::test_stopped_after_each_block_it_ends_with_the_same_files[LlamaForCausalLM-fields2]",
+    "tests/streaming/test_calibrated.py::test_stopped_after_each_block_it_ends_with_the_same_files[Gemma2ForCausalLM-fields5]",
+    "tests/streaming/test_calibrated.py::test_stopped_after_each_block_it_ends_with_the_same_files[MixtralForCausalLM-fields7]",
     "tests/test_contributing.py::test_the_method_of_the_page_passes_the_contract_from_a_package_of_its_own",
+    "tests/test_distributed_page.py::test_its_commands_run_in_both_processes",
     "tests/test_examples.py::test_chunked_loss_example",
     "tests/test_examples.py::test_lora_example",
     "tests/test_examples.py::test_merge_example",
+    "tests/test_examples.py::test_quantize_example",
     "tests/test_examples.py::test_serving_example",
-    "tests/test_examples.py::test_the_demo_runs_on_another_model[aqlm]",
+    "tests/test_examples.py::test_the_demo_runs_on_another_model",
     "tests/test_readme.py::test_a_block_runs_as_it_stands_and_prints_what_the_readme_says[shell]",
 )
 

@@ -54,6 +54,8 @@ def main() -> None:
         install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS)]
         subprocess.run([*install, str(wheel)], check=True)
         said = used(python)
+        helped = subprocess.run([str(python.with_name("pql")), "quantize", "--help"], capture_output=True, text=True)
+        assert "--nbits" in helped.stdout, helped.stderr
         print(f"{wheel.name}: {said}")
         assert said.endswith("compiled"), said
         without_compiler = os.environ | {"CC": "/nonexistent/cc"}

@@ -1,5 +1,6 @@
 """The pages of ``docs/``: every block of code runs, in the order of its page, and pages name what is there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,17 @@ from peft_quantlayers.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-# Their blocks are run by tests/test_contributing.py, and in two processes by tests/layers/test_fsdp2.py.
+# Their blocks are run by tests/test_contributing.py and tests/test_distributed_page.py.
 TESTED_ELSEWHERE = {"new_method.md", "distributed.md"}
+# Words that a reader looks for, and the page that has the answer.
+SEARCHES = {
+    "merge": "merging/",
+    "resume": "resuming/",
+    "memory": "larger-than-memory/",
+    "fsdp2": "distributed/",
+    "lm-eval": "evaluating/",
+    "quantize_checkpoint": "reference/",
+}
 FENCES = re.compile(r"^```(\w*)", re.M)
 
 
@@ -56,6 +66,11 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
     assert "peft_quantlayers.merge_back" in page
     assert ":func:" not in page
+    # What a reader types into the search is in a title of the page that he is to find.
+    index = json.loads((tmp_path / "site" / "search" / "search_index.json").read_text())["docs"]
+    for query, wanted in SEARCHES.items():
+        found = {entry["location"].partition("#")[0] for entry in index if query in entry["title"].lower()}
+        assert wanted in found, query
 
 
 def test_the_navigation_has_every_page():

@@ -15,7 +15,7 @@ from tiny_folder import byte_tokenizer, save_tiny_llama
 from transformers import LlamaForCausalLM
 
 import peft_quantlayers as pql
-from peft_quantlayers.cli.main import verb_parser
+from peft_quantlayers.cli.work import verb_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -9,7 +9,9 @@ from source_checks import PEERS, find_circle, imports, own_names, private_attrib
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "peft_quantlayers", ROOT / "kernels" / "quantlayers_kernels"
-FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+# Without torch; it comes to the package by name, as `python -m` would.
+COMMAND_LINE = ROOT / "quantlayers_cli"
+FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py"), *COMMAND_LINE.rglob("*.py")])
 
 # Low to high. A module may import its own floor and those below; ``evaluate`` needs no more of ours than the checks of
 # arguments, and all may use it.
@@ -17,6 +19,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FLOORS = [
     {
         "arguments",
+        "quantlayers_cli",
         "quantlayers_kernels",
         "evaluate",
         "old_names",
@@ -50,7 +53,16 @@ MAY_IMPORT_PEFT = {
     "estimate",
     "cli",
 }
-KNOWS_NO_PEERS = {"quantlayers_kernels", "formats", "storage", "methods", "layers", "merging", "evaluate"}
+KNOWS_NO_PEERS = {
+    "quantlayers_cli",
+    "quantlayers_kernels",
+    "formats",
+    "storage",
+    "methods",
+    "layers",
+    "merging",
+    "evaluate",
+}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 
 
@@ -62,7 +74,7 @@ def module_name(file: Path) -> str:
 def package_of(dotted: str) -> str:
     """The floor's member that a dotted name belongs to."""
     parts = [part for part in dotted.split(".") if part != "__init__"]
-    if parts[0] == "quantlayers_kernels" or len(parts) == 1:
+    if parts[0] in ("quantlayers_cli", "quantlayers_kernels") or len(parts) == 1:
         return parts[0]
     longest = ".".join(parts[1:3])
     return longest if any(longest in packages for packages in FLOORS) else parts[1]
@@ -76,13 +88,13 @@ def floor(dotted: str) -> int:
 
 
 def is_ours(dotted: str) -> bool:
-    return dotted.split(".")[0] in ("peft_quantlayers", "quantlayers_kernels")
+    return dotted.split(".")[0] in ("peft_quantlayers", "quantlayers_cli", "quantlayers_kernels")
 
 
 def imported_module(dotted: str, name: str | None) -> str:
     """``from . import layers`` takes a module out of a package: then the name says which."""
     if name is not None and is_ours(dotted):
-        root = ROOT if dotted.startswith("peft_quantlayers") else KERNELS.parent
+        root = KERNELS.parent if dotted.startswith("quantlayers_kernels") else ROOT
         path = root.joinpath(*dotted.split("."), name)
         if path.is_dir() or path.with_suffix(".py").is_file():
             return f"{dotted}.{name}"
@@ -110,7 +122,7 @@ MAY_REPLACE = {
         "vars(module)['forward']": "a pass must go on with the module that is in that place by then",
         "vars(module).pop('forward', None)": "the module's own forward again",
     },
-    "peft_quantlayers.cli.autoload.sitecustomize": {
+    "quantlayers_cli.autoload.sitecustomize": {
         "loader.exec_module": "of a module that is about to be imported, for one call",
     },
     "peft_quantlayers.layers.codes_parameter": {
@@ -161,6 +173,12 @@ def test_packages_that_know_no_peers_import_none(file):
     module = module_name(file)
     roots = {dotted.split(".")[0] for dotted, _ in imports(file.read_text(), module)}
     assert package_of(module) not in KNOWS_NO_PEERS or not roots & set(PEERS)
+
+
+@pytest.mark.parametrize("file", sorted(COMMAND_LINE.rglob("*.py")), ids=id_of)
+def test_the_start_of_the_command_line_imports_the_standard_library_and_yaml_only(file):
+    roots = {dotted.split(".")[0] for dotted, _ in imports(file.read_text(), module_name(file))}
+    assert roots <= {"quantlayers_cli", "yaml"} | set(sys.stdlib_module_names)
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -14,6 +14,8 @@ from programs import run_program
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAX_BYTES = 9_000
+# What each block saves at its end.
+FOLDERS = {"python": "merged", "shell": "final"}
 # The command in a checkout that is not installed.
 PQL = f'pql() {{ {sys.executable} -m peft_quantlayers "$@"; }}\n'
 
@@ -42,7 +44,15 @@ def test_a_block_runs_as_it_stands_and_prints_what_the_readme_says(kind, tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in printed(kind) if line not in done.stdout] == []
-    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    assert (tmp_path / FOLDERS[kind] / "tokenizer.json").exists()
+
+
+def test_no_block_writes_a_folder_that_another_one_has_written():
+    """It would be refused where a reader runs one after the other."""
+    assert FOLDERS["python"] in re.findall(r'"(\w+)"', block("python"))
+    written = re.findall(r"^(?:merged_)?output: (\w+)", block("shell"), re.M)
+    assert FOLDERS["shell"] in written
+    assert not set(written) & set(re.findall(r'"(\w+)"', block("python")))
 
 
 def test_the_readme_is_short():

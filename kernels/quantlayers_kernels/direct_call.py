@@ -34,6 +34,26 @@ def can_skip_operator(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and (not _is_plain(type(tensor)) or (wants_gradients and tensor.requires_grad)):
             return False
+    return _is_undisturbed()
+
+
+def is_cpu_inference(x: Tensor) -> bool:
+    """Whether nothing but numbers is wanted of a call with the input ``x``, which is plain memory on the CPU.
+
+    As :func:`can_skip_operator`, for a caller whose other tensors are plain; also False with autocast. It comes before
+    anything that ``torch.compile`` should not look at.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and _is_undisturbed()
+    )
+
+
+def _is_undisturbed() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

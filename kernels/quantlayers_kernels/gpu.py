@@ -29,6 +29,12 @@ MIN_DOT = 16
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 16
 MIN_STEPS_PER_SPLIT = 4
+# Numbers that a program adds up from all parts.
+SUM_BLOCK = 1024
+# Tokens of a tile on the tensor cores, and warps of a program. With 64 tokens in four warps its sums would spill out
+# of the registers.
+MAX_DOT_TOKENS = 64
+_WARPS = {16: 4, 32: 4, 64: 8}
 
 
 @cache
@@ -84,18 +90,33 @@ def product_in_parts(
         launch: called with the kernel's grid, ``bias`` or None, where to write (n_parts, tokens, out_features), and
             the steps of a part.
     """
-    shape = (*x.shape[:-1], out_features)
     n_programs = -(-out_features // n_rows)
     n_parts = splits(n_programs, n_steps, x.device)
+    bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
+        y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
         if n_parts == 1:
-            y = torch.empty(shape, dtype=x.dtype, device=x.device)
-            launch((n_programs, 1), None if bias is None else bias.contiguous(), y, n_steps)
+            launch((n_programs, 1), bias, y, n_steps)
             return y
-        parts = torch.empty(n_parts, *shape, dtype=torch.float32, device=x.device)
+        parts = torch.empty(n_parts, y.numel(), dtype=torch.float32, device=x.device)
         launch((n_programs, n_parts), None, parts, -(-n_steps // n_parts))
-        total = parts.sum(0)
-        return (total if bias is None else total.add_(bias)).to(x.dtype)
+        return added_parts(parts, bias, y)
+
+
+def added_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """``y``, written: the sum of ``parts`` (n_parts, numbers of ``y``) in their order, and of ``bias``; one launch."""
+    from .parts_kernel import add_parts
+
+    n_numbers = y.numel()
+    grid = (-(-n_numbers // SUM_BLOCK),)
+    add_parts[grid](parts, bias, y, n_numbers, y.shape[-1], N_PARTS=len(parts), BLOCK=SUM_BLOCK)
+    return y
+
+
+def dot_tile(n_tokens: int) -> dict[str, int]:
+    """Tokens of a tile, all of up to ``MAX_DOT_TOKENS`` so that each weight is decoded once, and its warps."""
+    tokens = min(MAX_DOT_TOKENS, max(MIN_DOT, power_of_two(n_tokens)))
+    return {"TOKENS": tokens, "num_warps": _WARPS[tokens]}
 
 
 def power_of_two(at_least: int) -> int:

@@ -170,6 +170,7 @@ class AQLMChoice(Structure):
 # -1 when out of memory.
 KERNELS: dict[str, tuple[type[Structure], ...]] = {
     "ql_hqq_linear": (HQQWeight, Product),
+    "ql_hqq_linear_int8": (HQQWeight, Product),
     "ql_hqq_dequantize": (HQQWeight, DenseRows),
     "ql_hqq_gradient": (HQQWeight, HQQGradient),
     "ql_hqq_experts_linear": (HQQWeight, ExpertTokens),

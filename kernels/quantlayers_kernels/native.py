@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from functools import cache
+from typing import NoReturn
 
 import torch
 
@@ -129,4 +130,8 @@ def call(name: str, *structures: ctypes.Structure) -> None:
         MemoryError: out of memory for the kernel's scratch.
     """
     if getattr(library(), name)(*structures, torch.get_num_threads(), variant()) != 0:
-        raise MemoryError(f"{name}: out of memory for one block of dense rows. Free some, or set {CHOICE}={_NONE}.")
+        refuse_without_memory(name)
+
+
+def refuse_without_memory(name: str) -> NoReturn:
+    raise MemoryError(f"{name}: out of memory for one block of dense rows. Free some, or set {CHOICE}={_NONE}.")

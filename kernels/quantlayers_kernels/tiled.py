@@ -8,6 +8,7 @@ maps fresh pages for it each time. Each method's ``tiles.py`` defines how a tile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,11 +18,14 @@ from .precision import product_dtype
 
 # CPU: 4 MiB of float32, in the last-level cache of any CPU of the last ten years, but at least as many rows as BLAS
 # needs: of rows of 28672 numbers 4 MiB hold 36, and the product took 1.3 to 1.6 times as long with 36 as with 256.
-# Elsewhere a launch costs more than a cache miss, and 128 MiB in half precision hold all but the largest layers.
 CPU_TILE_ELEMENTS = 1 << 20
 CPU_TILE_ROWS = 256
 # With 292 rows instead of 288 some products took 2 to 8 % longer.
 CPU_ROWS_MULTIPLE = 16
+# GPU: 32 MiB in half precision stay in the level-2 cache of an H100, an A100 or a 4090 between being written and being
+# read. Where they do not, a launch costs more than a smaller tile would save, and 128 MiB hold all but the largest
+# layers. TODO: choose by measurement; waits for the sweep of benchmarks/bench_gpu.py.
+CACHED_TILE_ELEMENTS = 1 << 24
 DEVICE_TILE_ELEMENTS = 1 << 26
 # 32 MiB of float32: the widest layers of models of 70B parameters.
 MAX_KEPT_ELEMENTS = 1 << 23
@@ -38,8 +42,17 @@ def rows_per_tile(out_features: int, in_features: int, device: torch.device, *, 
     if device.type == "cpu":
         rows = max(CPU_TILE_ROWS, CPU_TILE_ELEMENTS // in_features // CPU_ROWS_MULTIPLE * CPU_ROWS_MULTIPLE)
     else:
-        rows = DEVICE_TILE_ELEMENTS // in_features
+        rows = device_tile_elements(device) // in_features
     return max(1, min(out_features, rows) // multiple) * multiple
+
+
+@cache
+def device_tile_elements(device: torch.device) -> int:
+    """How many elements make one tile on a device other than the CPU."""
+    holds_tile = device.type == "cuda" and torch.cuda.get_device_properties(device).L2_cache_size >= (
+        2 * CACHED_TILE_ELEMENTS
+    )
+    return CACHED_TILE_ELEMENTS if holds_tile else DEVICE_TILE_ELEMENTS
 
 
 def row_ranges(out_features: int, in_features: int, device: torch.device, *, multiple: int = 1) -> Iterator[slice]:

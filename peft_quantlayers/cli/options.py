@@ -41,14 +41,14 @@ def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it 
     )
 
 
-def refuse_output_in_use(settings: Namespace, *, way_out: str = "") -> None:
-    """Raise an error before hours of work, if ``--output`` holds files or is none that could be written."""
-    folder = Path(settings.output)
+def refuse_output_in_use(settings: Namespace, *, way_out: str = "", option: str = "output") -> None:
+    """Raise an error before hours of work, if the folder of ``option`` holds files or cannot be one."""
+    folder = Path(settings[option])
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--output {folder} is a file. Name a folder.")
+        raise NotADirectoryError(f"--{option} {folder} is a file. Name a folder.")
     if folder.exists() and any(folder.iterdir()) and not settings.overwrite:
         raise FileExistsError(
-            f"--output {folder} is not empty. Choose another folder, or replace what is in it: --overwrite{way_out}."
+            f"--{option} {folder} is not empty. Choose another folder, or replace what is in it: --overwrite{way_out}."
         )
 
 

@@ -136,6 +136,10 @@ def asked_config(given: Any) -> QuantConfig:
     """The config that a user passes beside a saved model; raises as :func:`quant_config_of`."""
     if isinstance(given, AqlmConfig):
         return AQLMConfig(**{name: getattr(given, name) for name in SCHEME})
+    if isinstance(given, QuantlayersConfig):
+        raise ValueError(
+            "quantization_config is that of another saved model, and this one is quantized already. Leave it out."
+        )
     return quant_config_of(given)
 
 

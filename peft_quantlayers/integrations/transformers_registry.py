@@ -81,7 +81,9 @@ def _merge_quantization_configs(saved: Any, given: Any) -> Any:
     if given is None or AUTO_QUANTIZER_MAPPING.get(method) is not QuantlayersHfQuantizer:
         return merge_of_transformers(saved, given)
     config = merge_of_transformers(saved, None)
-    config.asked = asked_config(given)
+    fields = given.fields if isinstance(given, QuantlayersConfig) else given
+    if fields != config.fields:  # lm-eval reads a model's own config and hands it over
+        config.asked = asked_config(given)
     return config
 
 

@@ -1,5 +1,6 @@
 """Quantized layers and stacks of experts, and putting them into a model. Imports formats and methods; never PEFT."""
 
+from .activation_bits import RoundedActivations, set_activation_bits
 from .dense_types import DenseType, register_dense_type
 from .embedding import QuantizedEmbedding
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
@@ -16,6 +17,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedStack",
+    "RoundedActivations",
     "dequantize_model",
     "layer_type",
     "quantizable_modules",
@@ -23,4 +25,5 @@ __all__ = [
     "quantized_modules",
     "quantized_stacks",
     "register_dense_type",
+    "set_activation_bits",
 ]

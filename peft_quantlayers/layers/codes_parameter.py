@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,12 @@ SENDABLE = (torch.int8, torch.uint8, torch.int32, torch.int64)
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor, of which this process holds a part. (Importing that class takes a while.)"""
     return hasattr(tensor, "to_local")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, in every process; all of them must call this."""
+    whole: Tensor = cast(Any, tensor).full_tensor()
+    return whole
 
 
 def as_bytes(codes: Tensor) -> Tensor:

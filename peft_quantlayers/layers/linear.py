@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlayers_kernels.direct_call import is_cpu_inference
 from quantlayers_kernels.frozen_linear import Branch, FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
@@ -21,6 +22,7 @@ from ..methods import get_method, registered_methods
 from ..methods.base import InitialCodes
 from ..old_names import OldName
 from .dense_types import LINEAR, DenseType
+from .direct_product import DirectProduct
 from .low_rank_branch import LowRankBranch
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
@@ -207,12 +209,22 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         Raises:
             ValueError: ``x`` has another last dimension or is not floating.
         """
+        if is_cpu_inference(x):
+            direct: DirectProduct | None = self.__dict__.get("_direct_product")
+            if direct is None or not direct.is_current(self):
+                direct = self.__dict__["_direct_product"] = DirectProduct(self)
+            y = direct(self, x)
+            if y is not None:
+                return y
         return self.forward_with(x, self._weight_of(self._tensors()), self._parameters["bias"])
 
     def forward_with(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` gives once the layer has this weight and bias."""
         dtype, output_dtype = self._checked_dtypes(x)
-        y = get_method(weight.spec.method).linear(x.to(dtype), weight, bias)
+        method: Any = get_method(weight.spec.method)
+        bits = self.rounded_bits
+        rounding = {} if bits is None else {"activation_bits": bits}
+        y = method.linear(x.to(dtype), weight, bias, **rounding)
         branch = self._modules["branch"]
         return (y if branch is None else y + branch(x)).to(output_dtype)
 

@@ -33,6 +33,7 @@ class QuantizedStorage(nn.Module):
         n_writes: how often the weight was written.
         leading: dimensions of a stack of weights; () for a single one.
         sharing: the layers that hold the same tensors, this one included: a write to one is a write to all.
+        activation_bits: bits that inputs are rounded to in inference, or None; see :func:`set_activation_bits`.
     """
 
     spec: QuantSpec
@@ -43,6 +44,7 @@ class QuantizedStorage(nn.Module):
     layer_name: str
     n_writes: int = 0
     sharing: Sequence[QuantizedStorage] = ()
+    activation_bits: int | None = None
 
     def _register_tensors(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Called once, by the constructor."""
@@ -59,6 +61,11 @@ class QuantizedStorage(nn.Module):
     def method(self) -> QuantMethod:
         """The quantization method of this layer."""
         return get_method(self.spec.method)
+
+    @property
+    def rounded_bits(self) -> int | None:
+        """``activation_bits`` in evaluation mode; in training, where some passes want no gradients either, None."""
+        return None if self.training else self.activation_bits
 
     @property
     def codes(self) -> Tensor:

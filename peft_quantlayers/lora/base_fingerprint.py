@@ -23,7 +23,7 @@ from torch import nn
 from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
-from ..layers.codes_parameter import is_sharded
+from ..layers.codes_parameter import as_codes, gathered, is_sharded
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.stack import QuantizedStack
 from ..transforms.record import are_transforms, in_words, transforms_of
@@ -40,13 +40,18 @@ SHOWN_NAMES = 3
 def sampled_fingerprint(weight: QuantizedWeight) -> str:
     """A checksum of shapes and of up to ``SAMPLE`` numbers of each tensor; empty where they are not all here.
 
-    Not of the spec: published formats do not hold the settings of the quantizer that it names.
+    Not of the spec: published formats do not hold the settings of the quantizer that it names. Sharded tensors are
+    gathered one by one, so that all processes must call this.
     """
     checksum = zlib.crc32(f"{weight.spec.method} {weight.shape}".encode())
     for name in sorted(weight.tensors):
         tensor = weight.tensors[name]
-        if tensor.is_meta or is_sharded(tensor):
+        if tensor.is_meta:
             return ""
+        if is_sharded(tensor):
+            tensor = gathered(tensor)
+            if name == weight.spec.codes_name:
+                tensor = as_codes(tensor, weight.spec.layout_of(weight.shape)[name].dtype)
         checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
         flat = tensor.detach().reshape(-1)
         checksum = zlib.crc32(stored_bytes(flat[:: max(1, flat.numel() // SAMPLE)]), checksum)
@@ -56,7 +61,7 @@ def sampled_fingerprint(weight: QuantizedWeight) -> str:
 def base_fingerprints(model: nn.Module) -> dict[str, str]:
     """The fingerprint of each quantized layer of ``model``, without merges, by the name of the module in its place.
 
-    Layers whose tensors are offloaded or sharded are left out.
+    Layers whose tensors are offloaded are left out.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():

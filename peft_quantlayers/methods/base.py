@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlayers_kernels.frozen_experts import expert_rows
 from quantlayers_kernels.precision import product_dtype
+from quantlayers_kernels.prepared import PreparedProduct
 from quantlayers_kernels.tiled import WeightTiles, input_gradient, row_ranges
 from quantlayers_kernels.tiled_linear import tiled_linear
 
@@ -115,6 +116,20 @@ class QuantMethod(ABC, Generic[SpecT]):
             out_features=weight.out_features,
             multiple=weight.row_multiple,
         )
+
+    def rounding_misfit(self, spec: SpecT) -> str | None:
+        """Why :meth:`linear` cannot round activations to 8 bits.
+
+        None where it can; it takes ``activation_bits`` then, and :meth:`prepared_product` too.
+        """
+        return f"{spec.method} weights have no product with rounded activations"
+
+    def prepared_product(self, weight: QuantizedWeight) -> PreparedProduct | None:
+        """:meth:`linear` with ``weight`` for few tokens and without gradients, its arguments checked now.
+
+        By default None: :meth:`linear` is called. The result knows where the tensors of ``weight`` lie.
+        """
+        return None
 
     def weight_tiles(self, weight: QuantizedWeight, *, dtype: torch.dtype) -> WeightTiles:
         """Row ranges of the dense weight with their values in ``dtype``, whose memory the next range may reuse."""

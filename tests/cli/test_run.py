@@ -14,7 +14,7 @@ from _tiny_models import tiny_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import cli
-from peft_quantlayers.cli import run as run_module
+from quantlayers_cli import run as run_module
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,6 +35,13 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
     assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
 
 
+def test_a_folder_for_the_merged_model_that_is_in_use_is_refused_before_training(quantized, tmp_path, capsys):
+    command = with_settings(tmp_path, [{"text": TEXT}], model=quantized, merge="auto", merged_output=quantized)
+    said = refused(capsys, [*command, "--output", str(tmp_path / "out")], 1)
+    assert f"--merged_output {quantized} is not empty. Choose another folder" in said
+    assert not (tmp_path / "out").exists()
+
+
 PAIRS = [
     {"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."},
     {"prompt": "The chair is", "chosen": " blue.", "rejected": " a bird of prey."},

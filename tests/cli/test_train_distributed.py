@@ -58,6 +58,8 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # logged to four digits
     one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
     assert one.keys() == two.keys()
+    records = [(tmp_path / each / "quantlayers_base.json").read_text() for each in ("one", "two")]
+    assert records[0] == records[1]
     for name, tensor in one.items():
         # Adam makes whole steps of gradients that are rounding alone.
         assert float((two[name] - tensor).norm() / tensor.norm()) < 0.05, name

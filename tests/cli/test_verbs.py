@@ -1,10 +1,8 @@
 """Each verb on a tiny model, in this process; what is wrong is one line and leaves nothing behind."""
 
 import json
-import re
 from pathlib import Path
 
-import cli_page
 import pytest
 import torch
 import yaml
@@ -283,21 +281,3 @@ def test_an_interrupt_is_said_and_leaves_nothing(float_model, tmp_path, capsys, 
         capsys, ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"], 130
     )
     assert not (tmp_path / "out").exists()
-
-
-def test_the_reference_page_is_what_the_options_say():
-    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python benchmarks/cli_page.py"
-
-
-def test_the_help_of_every_verb_names_every_option_with_words(capsys):
-    from peft_quantlayers.cli.main import VERBS, verb_parser
-
-    for verb in VERBS.keys() - {"run", "autoload"}:
-        module = __import__(f"peft_quantlayers.cli.verbs.{verb}", fromlist=["run"])
-        parser = verb_parser(verb, module)
-        text = parser.format_help()
-        for name in parser.names():
-            if not name.startswith(("lora.", "training.")):
-                found = re.search(rf"^  --{re.escape(name)}\b[^\n]*?(?:  |\n +)(\S.*)", text, re.M)
-                assert found, (verb, name)
-                assert not found[1].startswith("(type"), (verb, name)

@@ -1,6 +1,7 @@
 """Two processes: a saved folder loads with FSDP2 and trains as in one; what does not work is refused with the road."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import peft_quantlayers as pql
+from peft_quantlayers.lora.base_fingerprint import base_fingerprints
 
 SIZES = {
     "vocab_size": 64,
@@ -110,9 +112,24 @@ def check_merging(rank: int, folder: Path) -> None:
     peft_model.save_pretrained(folder / "adapter", is_main_process=rank == 0)
     if rank == 0:
         whole = PeftModel.from_pretrained(load(folder), folder / "adapter")
+        base = whole.peft_config["default"].quantized_base["layers"]
+        assert base == base_fingerprints(load(folder))
         torch.testing.assert_close(logits_of(whole), expected)
         assert pql.merge_back(whole)[1].layers
     dist.barrier()
+
+
+def check_base_recorded(rank: int, folder: Path) -> None:
+    """Which base an adapter has is known of a sharded one too: another one is told of, also beside an adapter."""
+    model = load(folder, distributed_config=DistributedConfig(fsdp_size=WORLD_SIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = PeftModel.from_pretrained(model, folder / "adapter")
+        again.load_adapter(folder / "adapter", "second")
+    for codes in (layer.codes.to_local() for layer in pql.quantized_modules(model).values()):
+        codes.bitwise_xor_(1)
+    with pytest.warns(UserWarning, match="trained on the quantized base.*this is another one"):
+        again.load_adapter(folder / "adapter", "third")
 
 
 def check_refused(rank: int, folder: Path, float_folder: Path) -> None:
@@ -135,6 +152,7 @@ def run(rank: int, folder: str) -> None:
         check_sharded(rank, saved)
         check_saved(rank, saved)
         check_merging(rank, saved)
+        check_base_recorded(rank, saved)
     check_refused(rank, Path(folder, "mixtral-quantized-hqq"), Path(folder, "mixtral-float"))
 
 

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from transformers import AqlmConfig, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers import AqlmConfig, AutoConfig, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 import peft_quantlayers as pql
 
@@ -92,6 +92,23 @@ def test_the_config_of_a_saved_model_given_again_is_ignored_with_a_warning(case,
     plain = AutoModelForCausalLM.from_pretrained(folder / name)
     ids = torch.arange(8)[None]
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["hqq", "aqlm"])
+@pytest.mark.parametrize("read", [dict, AutoQuantizationConfig.from_dict], ids=["mapping", "object"])
+def test_the_fields_of_the_saved_model_itself_are_taken_as_it_is(read, name, folder):
+    """lm-eval reads the config of a model and hands it over with the model."""
+    saved = AutoConfig.from_pretrained(folder / name).quantization_config
+    model = AutoModelForCausalLM.from_pretrained(folder / name, quantization_config=read(saved))
+    assert specs_of(model) == specs_of(AutoModelForCausalLM.from_pretrained(folder / name))
+
+
+def test_the_fields_of_another_saved_model_are_refused(folder):
+    saved = AutoConfig.from_pretrained(folder / "aqlm").quantization_config
+    with pytest.raises(ValueError, match=r"quantization_config is that of another saved model.*Leave it out"):
+        AutoModelForCausalLM.from_pretrained(
+            folder / "hqq", quantization_config=AutoQuantizationConfig.from_dict(saved)
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FASTEST_AND_PLAIN
 
-from quantlayers_kernels import precision, tiled
+from quantlayers_kernels import tiled
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, unpack
 from quantlayers_kernels.hqq import hqq_dequantize, hqq_linear, op
 from quantlayers_kernels.hqq.reference import dequantize_hqq_reference, hqq_linear_reference
@@ -159,17 +159,6 @@ def test_linear_is_as_exact_as_the_float32_reference_on_a_cpu_without_half_preci
         y = hqq_linear(x, W_q, scale, zero, bias, 4, axis)
         assert y.dtype == dtype
         assert_as_exact_as(y, reference, F.linear(x.double(), weight, bias.double()))
-
-
-def test_a_half_precision_without_units_on_this_cpu_is_computed_in_float32(monkeypatch):
-    cpu = torch.device("cpu")
-    for has_units in (False, True):
-        monkeypatch.setattr(precision, "_has_cpu_units", lambda dtype, has_units=has_units: has_units)
-        for dtype in (torch.bfloat16, torch.float16):
-            assert precision.product_dtype(dtype, cpu) == (dtype if has_units else torch.float32)
-            assert precision.product_dtype(dtype, torch.device("cuda")) == dtype
-        for dtype in (torch.float32, torch.float64):
-            assert precision.product_dtype(dtype, cpu) == dtype
 
 
 def test_linear_takes_inputs_that_are_not_contiguous():

@@ -1,6 +1,7 @@
 """What training the numbers beside the codes allocates: tiles, never a dense matrix."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_a_tile_has_rows_enough_for_a_product_and_few_enough_for_a_cache():
     assert tiled.rows_per_tile(10_000, 28672, torch.device("meta")) == tiled.DEVICE_TILE_ELEMENTS // 28672
 
 
+@pytest.mark.parametrize(("l2_mib", "elements"), [(50, tiled.CACHED_TILE_ELEMENTS), (6, tiled.DEVICE_TILE_ELEMENTS)])
+def test_a_gpus_tile_fits_its_level_2_cache_or_is_a_whole_layer(l2_mib, elements, monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=l2_mib << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    tiled.device_tile_elements.cache_clear()
+    assert tiled.rows_per_tile(1 << 20, 4096, torch.device("cuda", 0)) == elements // 4096
+    tiled.device_tile_elements.cache_clear()
+
+
 def test_a_larger_tile_takes_the_place_of_a_smaller_one_and_the_largest_are_not_kept(monkeypatch):
     monkeypatch.setattr(tiled, "_SPARE", tiled._Spare())
     cpu, dtype = torch.device("cpu"), torch.float32
@@ -99,7 +109,7 @@ def test_memory_of_an_interrupted_product_is_given_back(monkeypatch):
 @pytest.mark.parametrize("n_layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_input_gradient_of_many_tiles_errs_as_one_product_does(dtype, n_layers, set_tile_elements, monkeypatch):
-    monkeypatch.setattr(precision, "_has_cpu_units", lambda dtype: True)
+    monkeypatch.setattr(precision, "_is_faster_on_cpu", lambda dtype: True)
     set_tile_elements(8 * IN)
     weights = [torch.randn(OUT, IN).to(dtype) for _ in range(n_layers)]
     layers = [

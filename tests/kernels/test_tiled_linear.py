@@ -88,7 +88,7 @@ def test_what_is_frozen_gets_no_gradient_and_a_tensor_that_is_not_read_gets_zero
 @pytest.mark.parametrize("has_units", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_are_at_most_twice_those_of_the_dense_product(dtype, has_units, set_tile_elements, monkeypatch):
-    monkeypatch.setattr(precision, "_has_cpu_units", lambda dtype: has_units)
+    monkeypatch.setattr(precision, "_is_faster_on_cpu", lambda dtype: has_units)
     set_tile_elements(16 * 128)
     tensors = random_weight(200, 128, dtype)
     x = torch.randn(24, 128).to(dtype).requires_grad_()

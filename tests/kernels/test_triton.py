@@ -103,10 +103,7 @@ def launch(scheme: int | tuple[int, ...], kernel: str, dtype: torch.dtype, n_tok
 
 def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int, monkeypatch):
     """The kernel as ``target`` would get it, and its memory outside of registers in bytes, None where unknown."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    from quantlayers_kernels import parts_kernel
     from quantlayers_kernels.aqlm import triton_kernels as aqlm_kernels
     from quantlayers_kernels.hqq import triton_kernels as hqq_kernels
 
@@ -114,10 +111,21 @@ def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int
     function, launches = getattr(module, kernel), Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, kernel, launches)
+        patch.setattr(parts_kernel, "add_parts", Launches())
         launch(scheme, kernel, dtype, n_tokens)
+    return built_for(target, function, launches)
+
+
+def built_for(target: str, function, launches: Launches):
+    """``function`` as ``target`` would get it for a recorded launch, and what it spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
     pointers |= {torch.int8: "*i8", torch.int16: "*i16"}
     signature, constants, attributes = {}, dict(launches.constants), {}
+    options = {"num_warps": constants.pop("num_warps")} if "num_warps" in constants else {}
     for index, (name, value) in enumerate(zip(function.arg_names, launches.arguments, strict=False)):
         is_specialized = not function.params[index].do_not_specialize
         if value is None or (is_specialized and value is not None and not torch.is_tensor(value) and value == 1):
@@ -131,7 +139,7 @@ def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int
         function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, attributes
     )
     arch = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    built = triton.compile(source, target=arch)
+    built = triton.compile(source, target=arch, options=options)
     return built, None if arch.backend == "hip" else _spilled(built.asm["cubin"])
 
 
@@ -188,3 +196,17 @@ def test_a_layers_kernels_compile_for_gpus(scheme, target, dtype, kernel, n_toke
     if kernel == "one_token":
         assert "mma" not in ptx
         assert "ld.local" not in ptx
+
+
+@needs_triton
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize("bias", [None, torch.zeros(OUT, dtype=torch.float16)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_sum_of_a_products_parts_compiles_for_gpus(target, bias, monkeypatch):
+    from quantlayers_kernels import parts_kernel
+
+    function, launches = parts_kernel.add_parts, Launches()
+    monkeypatch.setattr(parts_kernel, "add_parts", launches)
+    gpu.added_parts(torch.empty(4, 3 * OUT), bias, torch.empty(3, OUT, dtype=torch.float16))
+    _, spilled = built_for(target, function, launches)
+    assert not spilled

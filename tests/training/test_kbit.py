@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import peft_quantlayers as pql
+from peft_quantlayers.training import kbit
 
 SIZES = {
     "hidden_size": 32,
@@ -95,6 +96,14 @@ def test_one_line_says_how_much_memory_it_takes(caplog):
     caplog.clear()
     pql.prepare_model_for_kbit_training(quantized(LlamaConfig(**SIZES)), upcast=False)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_the_line_says_where_the_heads_product_is_faster_as_it_was(is_faster, caplog, monkeypatch):
+    monkeypatch.setattr(kbit, "product_dtype", lambda dtype, device: dtype if is_faster else torch.float32)
+    with caplog.at_level(logging.WARNING):
+        pql.prepare_model_for_kbit_training(quantized(LlamaConfig(**SIZES)))
+    assert ("the head's product is faster here" in caplog.text) == is_faster
 
 
 @pytest.mark.parametrize(

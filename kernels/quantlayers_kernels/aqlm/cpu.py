@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from .. import native
 from ..interface import AQLMChoice, AQLMWeight, DenseRows
 from ..native_product import few_tokens_product
+from ..prepared import PreparedProduct
 from .layout import dense_shape, has_documented_layout
 
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
@@ -85,6 +86,24 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
     codes, codebooks, scales = _readable(codes, codebooks, scales)
     weight = _weight(codes, codebooks, scales)
     return few_tokens_product("ql_aqlm_linear", weight, x, bias, out_features=dense_shape(codes, codebooks)[0])
+
+
+def prepared(codes: Tensor, codebooks: Tensor, scales: Tensor) -> PreparedProduct | None:
+    """:func:`linear_few_tokens` with this weight, its arguments checked now; None where the kernels do not read it."""
+    if not can_dequantize(codes, codebooks, scales):
+        return None
+    readable = _readable(codes, codebooks, scales)
+    if readable[0] is not codes or readable[2] is not scales:  # not contiguous: copies, which nothing would keep
+        return None
+    out_features, in_features = dense_shape(codes, codebooks)
+    return PreparedProduct(
+        "ql_aqlm_linear",
+        _weight(*readable),
+        in_features=in_features,
+        out_features=out_features,
+        max_tokens=MAX_TOKENS,
+        converted=None if readable[1] is codebooks else {"codebooks": readable[1]},
+    )
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ TILE, TILE_ROWS = 8192, 8
 DOT_ROWS, DOT_INPUTS, DOT_STAGES = 32, 128, 3
 # More stages of more codebooks than these do not fit into the shared memory of consumer GPUs.
 MAX_CODEBOOKS_IN_FLIGHT = 2
-# With 64 tokens a program's sums spill out of its registers.
-MAX_DOT_TOKENS = 32
 # Codebooks up to this stay in a multiprocessor's level-1 cache and are read through it. Larger ones are read past it,
 # from level 2, and several steps ahead.
 LEVEL_1_BYTES = 64 * 1024
@@ -95,13 +93,13 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
         )
 
     def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        tokens = min(MAX_DOT_TOKENS, max(gpu.MIN_DOT, gpu.power_of_two(n_tokens)))
-        triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
+        tile = gpu.dot_tile(n_tokens)
+        triton_kernels.few_tokens[*grid, -(-n_tokens // tile["TOKENS"])](
             *(flat, *weight, bias, y, n_tokens, out_features, n_in_groups, n_steps * groups),
             **scheme,
             GROUPS=groups,
             ROWS=rows,
-            TOKENS=tokens,
+            **tile,
             PRODUCT=gpu.product_type(x.dtype),
             STAGES=1 if _is_in_level_1(codebooks) else DOT_STAGES if few_codebooks else 2,
         )

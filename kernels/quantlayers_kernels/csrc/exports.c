@@ -3,6 +3,7 @@
  * Kernels take their arguments as structs, the number of threads and the instruction set, and return 0, or -1 when out
  * of memory. Python declares the structs and the functions again in interface.py.
  */
+#include "extensions.h"
 #include "quantlayers.h"
 
 /* Checksum of interface.py when this library was built; native.py refuses a library with another one. */
@@ -31,6 +32,7 @@ int ql_best_variant(void) {
 static const struct kernels *kernels_of(int variant) {
 #if defined(__x86_64__)
     const int best = ql_best_variant();
+    variant &= ~WITHOUT_EXTENSIONS;
     variant = variant < best ? variant : best;
     return variant == 2 ? &kernels_avx512 : variant == 1 ? &kernels_avx2 : &kernels_baseline;
 #else
@@ -39,8 +41,37 @@ static const struct kernels *kernels_of(int variant) {
 #endif
 }
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+
+static int has_avx_vnni(void) {
+    enum { AVX_VNNI = 1 << 4 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX_VNNI);
+}
+#endif
+
+const struct integer_kernels *integer_kernels_of(int variant) {
+#if defined(__x86_64__)
+    const struct kernels *kernels = kernels_of(variant);
+    const int with_extensions = !(variant & WITHOUT_EXTENSIONS);
+    (void)with_extensions;
+#if HAS_AVX512_VNNI
+    if (kernels == &kernels_avx512 && with_extensions && __builtin_cpu_supports("avx512vnni"))
+        return &integer_kernels_avx512_vnni;
+#endif
+#if HAS_AVX_VNNI
+    if (kernels == &kernels_avx2 && with_extensions && has_avx_vnni())
+        return &integer_kernels_avx2_vnni;
+#endif
+    if (kernels != &kernels_baseline)
+        return kernels == &kernels_avx2 ? &integer_kernels_avx2 : &integer_kernels_avx512;
+#endif
+    (void)variant;
+    return &integer_kernels_baseline;
+}
+
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 

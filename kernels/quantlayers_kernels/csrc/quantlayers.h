@@ -153,6 +153,41 @@ struct kernels {
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
+/* Columns of a row whose codes lie in neighbouring bytes of a plane, from byte `at` of a slot on; those in
+ * [begin, end) of the window's bytes count. `group` is theirs, or the first of several short ones. */
+struct window {
+    int at, group, begin, end, slot;
+};
+
+/* Activations rounded to 8 bits; see hqq/integer_reference.py. Window by window where there are windows, with zeros for
+ * the columns that do not count, and a scale for each lane of four columns; otherwise in order, a scale for each block. */
+struct rounded_inputs {
+    int8_t *codes;                /* (tokens, token_bytes) */
+    float *scale;                 /* (tokens, token_scales) */
+    float *offset;                /* (tokens, padded(n_groups)): sums of scale * code over the columns of each group */
+    const struct window *windows; /* (n_windows), slot after slot */
+    int64_t first[9];             /* where the windows of each slot begin, and where the last one's end */
+    int64_t n_windows, token_bytes, token_scales;
+};
+
+/* Products of rounded activations; scratch: integer_product_floats, and for rounding rounding_floats. */
+struct integer_kernels {
+    int64_t (*hqq_windows)(const struct hqq_weight *, struct window *);
+    void (*hqq_round)(const struct hqq_weight *, const struct product *, const struct rounded_inputs *, int64_t begin,
+                      int64_t end, float *scratch);
+    void (*hqq_product)(const struct hqq_weight *, const struct product *, const struct rounded_inputs *, int64_t begin,
+                        int64_t end, float *scratch);
+    int64_t window_bytes;
+};
+
+extern const struct integer_kernels integer_kernels_baseline, integer_kernels_avx2, integer_kernels_avx512;
+extern const struct integer_kernels integer_kernels_avx2_vnni, integer_kernels_avx512_vnni;
+
+/* Those of a variant, for products of bytes with the extension that the CPU has for them. Added to a variant,
+ * WITHOUT_EXTENSIONS gives those of a CPU that has none, for tests. */
+#define WITHOUT_EXTENSIONS 16
+const struct integer_kernels *integer_kernels_of(int variant);
+
 /* Bytes of a cache line on most machines. */
 #define CACHE_LINE 64
 
@@ -177,6 +212,36 @@ static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
  * then the scratch to dequantize one row, or the scales and zeros of a block of rows, loaded a vector at a time. */
 static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
     return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w) + MAX_LANES;
+}
+
+/* Columns of a group whose activations share a scale when they are rounded to 8 bits; the last ones may be fewer. */
+#define ACTIVATION_BLOCK 16
+
+/* Blocks of smaller activations are rounded to 0: 127 over the largest of them might overflow. */
+#define SMALLEST_ACTIVATION 0x1p-100f
+
+/* Windows hold at most so many bytes for each column of a row; where they would hold more, rows are unpacked. */
+#define MAX_PADDING 4
+
+/* How many blocks of activations a row has. */
+static inline int64_t blocks_of(const struct hqq_weight *w) {
+    return w->n_groups * ((w->in_features / w->n_groups + ACTIVATION_BLOCK - 1) / ACTIVATION_BLOCK);
+}
+
+/* A number of floats as whole vectors, whatever their width. */
+static inline int64_t padded(int64_t n) {
+    return (n + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
+}
+
+/* Scratch memory of the product of rounded activations: one row of codes, and the scales and zeros of a block of rows, as
+ * they are converted and with padding; they are loaded a vector at a time. */
+static inline int64_t integer_product_floats(const struct hqq_weight *w) {
+    return code_floats(w) + 2 * BLOCK_ROWS * (padded(w->n_groups) + w->n_groups) + 4 * MAX_LANES;
+}
+
+/* Scratch memory of rounding: a row of codes, and the scale of each column. */
+static inline int64_t rounding_floats(const struct hqq_weight *w) {
+    return code_floats(w) + w->in_features;
 }
 
 /* Scores computed at a time for each of the four sums of entries that are compared. */

@@ -271,7 +271,8 @@ INLINE void dot_tokens(const float *weight, int64_t n, int rows, int tokens, int
 }
 
 /* The product of all tokens with up to BLOCK_ROWS dense rows of n inputs. */
-static TARGET void dot_rows(const float *weight, int64_t n, int rows, int64_t first_row, const struct product *p) {
+static TARGET __attribute__((unused)) void dot_rows(const float *weight, int64_t n, int rows, int64_t first_row,
+                                                    const struct product *p) {
     int64_t token = 0;
     if (rows < BLOCK_ROWS) {
         for (; token < p->tokens; token++)

@@ -5,11 +5,16 @@ from torch import Tensor
 from .. import native
 from ..interface import DenseRows, HQQGradient, HQQWeight
 from ..native_product import few_tokens_product
+from ..prepared import PreparedProduct
 from .layout import has_documented_layout
 
+# The products by the bits that activations are rounded to.
+KERNELS = {None: "ql_hqq_linear", 8: "ql_hqq_linear_int8"}
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
+# The same for activations rounded to 8 bits.
+MAX_ROUNDED_TOKENS = 1 << 20
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
@@ -28,13 +33,22 @@ def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis
 
 
 def can_use_few_tokens(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int, axis: int
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    nbits: int,
+    axis: int,
+    activation_bits: int | None = None,
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
     in_features = x.shape[-1]
+    max_tokens = MAX_TOKENS if activation_bits is None else MAX_ROUNDED_TOKENS
     return (
         axis == 1
-        and 0 < x.numel() <= MAX_TOKENS * in_features
+        and 0 < x.numel() <= max_tokens * in_features
         and x.is_cpu
         and x.dtype in native.KINDS
         and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
@@ -43,12 +57,47 @@ def can_use_few_tokens(
 
 
 def linear_few_tokens(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, nbits: int
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    nbits: int,
+    activation_bits: int | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out."""
+    """``x @ weight.T + bias`` from packed codes with groups along the inputs; float32 inside, dtype of ``x`` out.
+
+    ``activation_bits``: 8 for ``x`` rounded to 8 bits, as ``integer_reference.py`` defines it; None for ``x`` itself.
+    """
     W_q, scale, zero = W_q.contiguous(), scale.contiguous(), zero.contiguous()
     weight = weight_of(W_q, scale, zero, nbits=nbits, axis=1, in_features=x.shape[-1])
-    return few_tokens_product("ql_hqq_linear", weight, x, bias, out_features=W_q.shape[0])
+    return few_tokens_product(KERNELS[activation_bits], weight, x, bias, out_features=W_q.shape[0])
+
+
+def prepared(
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    nbits: int,
+    axis: int,
+    in_features: int,
+    activation_bits: int | None = None,
+) -> PreparedProduct | None:
+    """:func:`linear_few_tokens` with this weight, its arguments checked now; None where the kernels do not read it."""
+    if axis != 1 or not can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features):
+        return None
+    if not (W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
+        return None
+    weight = weight_of(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
+    return PreparedProduct(
+        KERNELS[activation_bits],
+        weight,
+        in_features=in_features,
+        out_features=W_q.shape[0],
+        max_tokens=MAX_TOKENS,
+    )
 
 
 def dequantize_rows(

@@ -17,8 +17,6 @@ PRODUCT_TILE, DENSE_TILE, VECTOR = 16384, 8192, 16
 MIN_ROWS, MAX_ROWS = 4, 32
 # On the tensor cores: rows of a program, bytes of a row in a step by the codes' slots in a byte, and steps in flight.
 DOT_ROWS, DOT_BYTES, DOT_STAGES = 32, {1: 64, 2: 64, 4: 64, 8: 32}, 3
-# With 64 tokens a program's sums spill out of its registers.
-MAX_DOT_TOKENS = 32
 
 
 def _n_slots(nbits: int) -> int:
@@ -111,14 +109,14 @@ def linear_few_tokens(
         )
 
     def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        tokens = min(MAX_DOT_TOKENS, max(gpu.MIN_DOT, gpu.power_of_two(n_tokens)))
-        triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
+        tile = gpu.dot_tile(n_tokens)
+        triton_kernels.few_tokens[*grid, -(-n_tokens // tile["TOKENS"])](
             *(flat, *weight, bias, y, n_tokens, *sizes, n_steps),
             **_planes(nbits),
             GROUP=group_size,
             BYTES=n_bytes,
             ROWS=DOT_ROWS,
-            TOKENS=tokens,
+            **tile,
             PRODUCT=gpu.product_type(x.dtype),
             STAGES=DOT_STAGES,
         )

@@ -67,11 +67,27 @@ def _(x, W_q, scale, zero, bias, nbits, axis):
     return x.new_empty(*x.shape[:-1], W_q.shape[0])
 
 
-def linear(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, nbits: int, axis: int) -> Tensor:
-    """:func:`hqq_linear`, without the cost of an operator where :func:`can_skip_operator` allows it."""
-    if can_skip_operator(x, W_q, scale, zero, bias):
-        return _multiply(x, W_q, scale, zero, bias, nbits, axis)
-    return hqq_linear(x, W_q, scale, zero, bias, nbits, axis)
+def linear(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    nbits: int,
+    axis: int,
+    activation_bits: int | None = None,
+) -> Tensor:
+    """:func:`hqq_linear`, without the cost of an operator where :func:`can_skip_operator` allows it.
+
+    There alone, and where :func:`cpu.can_use_few_tokens` says so, are activations rounded to ``activation_bits``.
+    """
+    if not can_skip_operator(x, W_q, scale, zero, bias):
+        return hqq_linear(x, W_q, scale, zero, bias, nbits, axis)
+    if activation_bits is not None and cpu.can_use_few_tokens(
+        x, W_q, scale, zero, bias, nbits=nbits, axis=axis, activation_bits=activation_bits
+    ):
+        return cpu.linear_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, activation_bits=activation_bits)
+    return _multiply(x, W_q, scale, zero, bias, nbits, axis)
 
 
 def _multiply(

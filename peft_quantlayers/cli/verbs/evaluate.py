@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from transformers import PreTrainedModel
 
+from ...arguments import nearest
 from ...evaluate import divergence, perplexity
 from .. import options
 from ..data import DATA_HELP, token_ids
@@ -26,7 +27,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--n_tokens", type=int, default=16_384, help="tokens of the text to use")
     parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
     parser.add_argument(
-        "--tasks", type=list[str] | None, default=None, help="tasks of lm-eval, which must be installed"
+        "--tasks",
+        type=list[str] | str | None,
+        default=None,
+        help="tasks of lm-eval, which must be installed: names with commas between them, or a list",
+    )
+    parser.add_argument(
+        "--include_path", type=str | None, default=None, help="folder with tasks of your own, as lm-eval takes them"
     )
     parser.add_argument("--limit", type=int | None, default=None, help="examples of each task; null: all")
 
@@ -51,18 +58,31 @@ def run(settings: Namespace) -> Result:
             compared = divergence(model, reference, ids, window=settings.window)
             found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
     if settings.tasks is not None:
-        found["tasks"] = task_scores(model, tokenizer, settings.tasks, settings.limit)
+        names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
+        found["tasks"] = task_scores(
+            model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
+        )
     return Result(text=_text(found), data=found)
 
 
-def task_scores(model: PreTrainedModel, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
-    """The scores of lm-eval's ``tasks``, by task."""
+def task_scores(
+    model: PreTrainedModel, tokenizer: Any, tasks: list[str], *, limit: int | None, folder: str | None = None
+) -> dict[str, Any]:
+    """The scores of lm-eval's ``tasks``, and of those in ``folder``, by task."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ImportError("--tasks needs lm-eval: pip install lm-eval.") from None
-    return simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)["results"]
+        raise ImportError("--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'.") from None
+    known = TaskManager(include_path=folder)
+    for task in tasks:
+        if not known.match_tasks([task]):
+            near = nearest(task, known.all_tasks)
+            raise ValueError(f"--tasks {task}: lm-eval has no such task{near}. `lm_eval ls tasks` lists them.")
+    return simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit, task_manager=known
+    )["results"]
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -113,6 +113,8 @@ def run(settings: Namespace) -> Result | None:
     if not (resume or settings.show_batch):
         ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
         options.refuse_output_in_use(settings, way_out=ways)
+        if settings.merge is not None and settings.merged_output is not None:
+            options.refuse_output_in_use(settings, option="merged_output")
     processes.wait_for_everyone()  # the first one will write there
     set_seed(settings.training.seed)
     if settings.training.use_cpu:

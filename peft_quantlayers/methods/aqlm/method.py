@@ -11,8 +11,10 @@ from torch import Tensor
 from quantlayers_kernels import aqlm, native
 from quantlayers_kernels.aqlm import aqlm_dequantize
 from quantlayers_kernels.aqlm.choice import matrix_to_groups
+from quantlayers_kernels.aqlm.cpu import prepared
 from quantlayers_kernels.aqlm.tiles import weight_tiles
 from quantlayers_kernels.aqlm.update import updated_codes
+from quantlayers_kernels.prepared import PreparedProduct
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight
@@ -127,6 +129,9 @@ class AQLMMethod(QuantMethod[AQLMSpec]):
             ],
             dim=-1,
         )
+
+    def prepared_product(self, weight: QuantizedWeight) -> PreparedProduct | None:
+        return prepared(*_tensors(weight)) if cast(AQLMSpec, weight.spec).row_parts == 1 else None
 
 
 def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 from quantlayers_kernels import hqq
 from quantlayers_kernels.bitpack import pack
 from quantlayers_kernels.hqq import experts, hqq_dequantize
+from quantlayers_kernels.hqq.cpu import prepared
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 from quantlayers_kernels.hqq.solve_whole_zeros import solve_whole_zeros
 from quantlayers_kernels.hqq.tiles import weight_tiles
 from quantlayers_kernels.hqq.update import updated_codes, updated_tiles
+from quantlayers_kernels.prepared import PreparedProduct
 from quantlayers_kernels.tiled import WeightTiles
 
 from ...formats import QuantizedWeight, TensorLayout
@@ -141,13 +143,36 @@ class HQQMethod(QuantMethod[HQQSpec]):
         tensors = weight.tensors | {"scale": scale, "zero": shifted}
         return dataclasses.replace(weight, spec=wide, tensors=tensors)
 
-    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, activation_bits: int | None = None
+    ) -> Tensor:
+        """As :meth:`QuantMethod.linear`, with activations rounded to ``activation_bits`` where the kernels do that."""
         spec: Any = weight.spec  # no cast: this is called for every token
         if spec.symmetric or spec.double_quant:
             _, (codes, scale, zero) = _parts(weight)
-            return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis)
+            return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis, activation_bits)
         tensors = weight.tensors
-        return hqq.linear(x, tensors["W_q"], tensors["scale"], tensors["zero"], bias, spec.nbits, spec.axis)
+        codes, scale, zero = tensors["W_q"], tensors["scale"], tensors["zero"]
+        return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis, activation_bits)
+
+    def rounding_misfit(self, spec: HQQSpec) -> str | None:
+        return None if spec.axis == 1 else "its groups run along the outputs (axis=0)"
+
+    def prepared_product(
+        self, weight: QuantizedWeight, *, activation_bits: int | None = None
+    ) -> PreparedProduct | None:
+        spec, tensors = cast(HQQSpec, weight.spec), weight.tensors
+        if spec.symmetric or spec.double_quant:  # the kernel's zeros or scales are made for every call
+            return None
+        return prepared(
+            tensors["W_q"],
+            tensors["scale"],
+            tensors["zero"],
+            nbits=spec.nbits,
+            axis=spec.axis,
+            in_features=weight.in_features,
+            activation_bits=activation_bits,
+        )
 
     def experts_linear(self, x: Tensor, weight: QuantizedWeight, counts: Sequence[int]) -> Tensor:
         spec, parts = _parts(weight)

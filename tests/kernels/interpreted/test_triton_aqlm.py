@@ -74,7 +74,7 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(n_tokens
 
 def test_more_tokens_than_one_tile_holds_are_right():
     weight = random_weight((2, 8, 1, 8), 35, 8, torch.float16)
-    x = torch.randn(aqlm_gpu.MAX_DOT_TOKENS + 3, 64)
+    x = torch.randn(gpu.MAX_DOT_TOKENS + 3, 64)
     y = aqlm_gpu.linear_few_tokens(x, *weight, None)
     torch.testing.assert_close(y, F.linear(x, dequantize_aqlm_reference(*weight)), rtol=1e-4, atol=1e-4)
 

@@ -86,7 +86,7 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(nbits, n
 
 def test_more_tokens_than_one_tile_holds_are_right():
     weight = random_weight(4, 1, (35, 64, 1), torch.float16)
-    x = torch.randn(hqq_gpu.MAX_DOT_TOKENS + 3, 64)
+    x = torch.randn(gpu.MAX_DOT_TOKENS + 3, 64)
     y = hqq_gpu.linear_few_tokens(x, *weight, None, nbits=4)
     torch.testing.assert_close(y, F.linear(x, reference(weight, 4, 64)), rtol=1e-4, atol=1e-4)
 

@@ -6,7 +6,7 @@ The program runs in this process, as ``python`` would run it. The Python process
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import os
 import runpy
 import shutil
@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from ..integrations import peft as _peft
-from ..integrations import transformers_registry as _transformers
+from .spelling import nearest
 
 AUTOLOAD_FOLDER = str(Path(__file__).parent / "autoload")
 """In ``PYTHONPATH`` this folder has a Python process import the package; see ``autoload/sitecustomize.py``."""
@@ -44,8 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         return WRONG_USAGE
     # Who sets this variable registers by hand, and a program cannot.
     os.environ.pop("PEFT_QUANTLAYERS_NO_REGISTER", None)
-    _peft.register()
-    _transformers.register()
+    importlib.import_module("peft_quantlayers").register()
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([AUTOLOAD_FOLDER, *filter(None, inherited)])
     return start() or 0
@@ -76,9 +74,7 @@ def _start_of(program: str, arguments: list[str]) -> Callable[[], int | None] | 
     if program in commands:
         return lambda: _run_function(commands[program].load(), found or program, arguments)
     if found is None:
-        near = difflib.get_close_matches(program, commands, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        return f"there is no command {program!r} in this environment.{meant}"
+        return f"there is no command {program!r} in this environment{nearest(program, commands)}."
     if _is_python(Path(found)):
         return lambda: _run_file(found, arguments)
     return lambda: os.execv(found, [program, *arguments])  # a shell, say: only the processes that it starts are ours

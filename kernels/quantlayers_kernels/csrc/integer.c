@@ -1,0 +1,65 @@
+/* HQQ products with activations rounded to 8 bits: once a call, before the rows are distributed over threads. */
+#include "quantlayers.h"
+
+#include <stdlib.h>
+
+struct integer_call {
+    const struct integer_kernels *kernels;
+    const struct hqq_weight *weight;
+    const struct product *product;
+    struct rounded_inputs inputs;
+};
+
+static void round_tokens(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct integer_call *call = context;
+    call->kernels->hqq_round(call->weight, call->product, &call->inputs, begin, end, scratch);
+}
+
+static void multiply_rows(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct integer_call *call = context;
+    call->kernels->hqq_product(call->weight, call->product, &call->inputs, begin, end, scratch);
+}
+
+static void find_slots(const struct window *windows, struct rounded_inputs *inputs) {
+    int slot = 0;
+    inputs->windows = windows;
+    for (int64_t i = 0; i < inputs->n_windows; i++)
+        while (slot <= windows[i].slot)
+            inputs->first[slot++] = i;
+    while (slot < 9)
+        inputs->first[slot++] = inputs->n_windows;
+}
+
+static int64_t whole_lines(int64_t bytes) {
+    return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+/* As ql_hqq_linear, with x rounded to 8 bits; see hqq/integer_reference.py. */
+int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+    struct integer_call call = {integer_kernels_of(variant), weight, product, {0}};
+    struct rounded_inputs *const inputs = &call.inputs;
+    const int64_t tokens = product->tokens, of_float = sizeof(float);
+    inputs->n_windows = call.kernels->hqq_windows(weight, NULL);
+    inputs->token_bytes = inputs->n_windows ? inputs->n_windows * call.kernels->window_bytes : weight->in_features;
+    inputs->token_scales = inputs->n_windows ? inputs->token_bytes / 4 : blocks_of(weight);
+    const int64_t of_codes = whole_lines(tokens * inputs->token_bytes);
+    const int64_t of_scale = whole_lines(tokens * inputs->token_scales * of_float);
+    const int64_t of_offset = tokens * padded(weight->n_groups) * of_float;
+    const int64_t of_windows = inputs->n_windows * (int64_t)sizeof(struct window);
+    void *const memory = malloc((size_t)(of_codes + of_scale + of_offset + of_windows + CACHE_LINE));
+    if (memory == NULL)
+        return -1;
+    uint8_t *const lines = (uint8_t *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
+    struct window *const windows = (struct window *)(lines + of_codes + of_scale + of_offset);
+    inputs->codes = (int8_t *)lines;
+    inputs->scale = (float *)(lines + of_codes);
+    inputs->offset = (float *)(lines + of_codes + of_scale);
+    if (inputs->n_windows)
+        call.kernels->hqq_windows(weight, windows);
+    find_slots(windows, inputs);
+    int failed = for_rows(round_tokens, &call, tokens, rounding_floats(weight), n_threads);
+    if (!failed)
+        failed = for_rows(multiply_rows, &call, product->out_features, integer_product_floats(weight), n_threads);
+    free(memory);
+    return failed;
+}

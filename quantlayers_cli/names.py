@@ -1,0 +1,138 @@
+"""The names of options: positional arguments get theirs, those of other trainers become ours, others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .spelling import nearest
+
+YAML_SUFFIXES = (".yaml", ".yml", ".json")
+# Names that other trainers and quantizers use for the same thing.
+ALIASES = {
+    "adapter_name_or_path": "adapter",
+    "avg_bits": "average_bits",
+    "base_model": "model",
+    "bits": "nbits",
+    "export_dir": "output",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target_modules": "lora.target_modules",
+    "model_name_or_path": "model",
+    "output_dir": "output",
+    "quantization_bit": "nbits",
+}
+# Options that every parser has by itself.
+OF_PARSERS = ("help", "config", "print_config")
+
+
+class WrongUsage(ValueError):
+    """The arguments are not those of the verb; the message says which and what was meant."""
+
+
+def with_names(
+    arguments: Sequence[str], positionals: Sequence[str], known: set[str], required: Collection[str] = ()
+) -> list[str]:
+    """``arguments`` with names for all that was given without, and our names for those of other programs.
+
+    Args:
+        arguments: after the verb.
+        positionals: options that may be given without their name, in this order; before them a YAML file may stand.
+        known: names of all options, those in groups with dots.
+        required: those that must be given, on the line or in a file.
+
+    Raises:
+        WrongUsage: an unknown option or key, a required one that is missing, a file that cannot be read.
+    """
+    rest, named = list(arguments), []
+    if rest and not rest[0].startswith("-") and rest[0].endswith(YAML_SUFFIXES):
+        named += ["--config", rest.pop(0)]
+    for name in positionals:
+        if rest and not rest[0].startswith("-"):
+            named += [f"--{name}", rest.pop(0)]
+    if rest and not rest[0].startswith("-"):
+        raise WrongUsage(f"{rest[0]!r} is one argument too many; give options by name, such as --{positionals[0]}.")
+    configs = [named[1]] if named[:1] == ["--config"] else []
+    for position, argument in enumerate(rest):
+        if argument.startswith("--"):
+            key, separator, value = argument[2:].partition("=")
+            name = _ours(key, known)
+            if name not in known and key not in OF_PARSERS and not _is_below_a_mapping(name, known):
+                raise WrongUsage(f"there is no option --{key}{meant(key, known, '--')}. --help lists them all.")
+            rest[position] = f"--{name}{separator}{value}"
+            if key == "config":
+                configs += [value] if separator else rest[position + 1 : position + 2]
+    given = {each[2:].partition("=")[0] for each in (*named, *rest) if each.startswith("--")}
+    for file in configs:
+        content = _content_of(file, known)
+        given |= {_ours(key, known) for key in _flat(content, known)}
+        if any(_ours(key, known) != key for key in content):
+            named[1:2] = [yaml.safe_dump(_renamed(content, known))]
+    if missing := [name for name in required if not {name, "print_config"} & given]:
+        raise WrongUsage(
+            f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. --help lists "
+            "all options."
+        )
+    return [*named, *rest]
+
+
+def meant(key: str, known: set[str], prefix: str = "") -> str:
+    """``" (did you mean ...?)"`` with the known name that is spelled nearly like ``key``, or nothing."""
+    found = nearest(key.replace("-", "_"), sorted(known))
+    return found.replace("mean '", f"mean '{prefix}") if found else ""
+
+
+def _ours(key: str, known: set[str]) -> str:
+    key = key.replace("-", "_")
+    alias = ALIASES.get(key, key)
+    return alias if key not in known and (alias in known or _is_below_a_mapping(alias, known)) else key
+
+
+def _is_below_a_mapping(name: str, known: set[str]) -> bool:
+    return any(name.startswith(f"{key}.") and not any(other.startswith(f"{key}.") for other in known) for key in known)
+
+
+def _content_of(file: str, known: set[str]) -> dict[str, Any]:
+    """What a YAML file holds; WrongUsage where it is none or has an unknown key."""
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise WrongUsage(f"{file} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise WrongUsage(f"{file} must hold options, one per line (name: value); it holds {type(content).__name__}.")
+    for key in _flat(content, known):
+        name = _ours(key, known)
+        is_known = name in known or _is_below_a_mapping(name, known)
+        if not is_known and not any(each.startswith(f"{name}.") for each in known):
+            raise WrongUsage(f"{file}: unknown key {key!r}{meant(key, known)}.")
+    return content
+
+
+def _flat(content: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        is_group = isinstance(value, Mapping) and any(each.startswith(f"{name}.") for each in known)
+        if is_group:
+            yield from _flat(value, known, f"{name}.")
+        else:
+            yield name
+
+
+def _renamed(content: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        *groups, last = _ours(str(key), known).split(".")
+        place = found
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = (
+            {**place[last], **value} if isinstance(value, dict) and isinstance(place.get(last), dict) else value
+        )
+    return found
