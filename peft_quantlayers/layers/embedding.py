@@ -148,6 +148,8 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
             raise RuntimeError(
                 f"{self.layer_name}: its rows are on the meta device, without numbers. Load the weights first."
             )
+        if not rows.numel():
+            return torch.empty(*input.shape, self.in_features, dtype=self.compute_dtype, device=rows.device)
         found = self._weight_of(self._tensors()).take_rows(rows)
         return self.method.dequantize(found, dtype=self.compute_dtype).view(*input.shape, self.in_features)
 
