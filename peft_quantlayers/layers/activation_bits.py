@@ -35,9 +35,9 @@ def set_activation_bits(model: nn.Module, bits: int | None) -> RoundedActivation
     """Let the quantized layers of ``model`` round their inputs to ``bits`` bits in inference, for speed on a CPU.
 
     A token's inputs are rounded in blocks of 16 columns, each with a scale of its own, and then multiplied in
-    integers, as llama.cpp does it with blocks of 32. That costs accuracy, so it is never a default. It holds in ``eval``
-    mode without gradients, uncompiled, on a CPU, for as many tokens at once as are faster so (32 at most); all else is
-    computed as before, and it is not saved.
+    integers, as llama.cpp does it with blocks of 32. That costs accuracy, so it is never a default. It holds in
+    ``eval`` mode without gradients, uncompiled, on a CPU, for as many tokens at once as are faster so (32 at most);
+    all else is computed as before, and it is not saved.
 
     Args:
         model: a model with quantized layers, with or without adapters.
