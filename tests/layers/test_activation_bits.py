@@ -136,6 +136,36 @@ def test_beside_an_adapter_the_base_rounds(calls):
     assert set(calls) == {"ql_hqq_linear_int8"}
 
 
+def test_layers_that_are_computed_together_round_too_but_not_for_a_gradient(calls):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    pql.set_activation_bits(model, 8)
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        alone = model(input_ids=tokens).logits
+        pql.fuse_projections(model)
+        calls.clear()
+        together = model(input_ids=tokens).logits
+    assert set(calls) == {"ql_hqq_linear_int8"}
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    calls.clear()
+    model(input_ids=tokens)
+    assert set(calls) == {"ql_hqq_linear"}
+
+
+def test_a_quantized_head_rounds_and_an_embedding_has_nothing_to_round(calls):
+    model = tiny(
+        transformers.LlamaConfig(**SMALL | {"tie_word_embeddings": True}), pql.HQQConfig(quantize_embeddings=8)
+    )
+    done = pql.set_activation_bits(model, 8)
+    assert "lm_head" in done.layers
+    assert not done.exact
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert calls.count("ql_hqq_linear_int8") == len(done.layers)
+
+
 def test_it_is_copied_and_pickled_but_not_saved(tmp_path):
     model = tiny()
     state = set(model.state_dict())
