@@ -4,8 +4,10 @@ Weights are random, since the time does not depend on them. Each layer comes wit
 product can be checked before it is timed.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,13 @@ def _hqq(out_features: int, in_features: int, nbits: int, group_size: int = GROU
     zero = ((2**nbits - 1) * torch.rand(scale.shape)).half()
     tensors = {"W_q": pack(codes, nbits), "scale": scale, "zero": zero}
     return _layer_of(pql.HQQSpec(nbits=nbits, group_size=group_size), tensors, (out_features, in_features))
+
+
+def _rounding(exact: Candidate) -> Candidate:
+    """The same layer, with inputs rounded to 8 bits."""
+    layer = copy.deepcopy(cast(nn.Module, exact.multiply)).eval()
+    pql.set_activation_bits(layer, 8)
+    return replace(exact, multiply=layer, tolerance=2e-2)
 
 
 def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits: int) -> tuple[Tensor, ...]:
@@ -164,7 +173,10 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
         Candidate(multiply=layer_with(dense), weight=dense, nbytes=dense.nbytes, is_ours=True),
     )
     for nbits in (4, 3, 2, 8):
-        yield f"HQQ {nbits}-bit", _hqq(out_features, in_features, nbits)
+        exact = _hqq(out_features, in_features, nbits)
+        yield f"HQQ {nbits}-bit", exact
+        if nbits < 8:
+            yield f"HQQ {nbits}-bit, 8-bit activations", _rounding(exact)
     yield "HQQ 2-bit g16", _hqq(out_features, in_features, 2, group_size=16)
     two_by_eight = _aqlm_tensors(out_features, in_features, 2, 8)
     one_by_sixteen = _aqlm_tensors(out_features, in_features, 1, 16)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate.divergence import divergence
-from quantlayers_kernels.hqq import integer_reference
+from quantlayers_kernels.hqq import cpu, integer_reference
 
 RESULTS = Path(__file__).parent / "results" / "activations.json"
 # (nbits, group size, columns of a block)
@@ -44,6 +44,7 @@ def rounded_inputs(model: torch.nn.Module, block: int) -> Iterator[None]:
 
 
 def main() -> None:
+    cpu.MAX_ROUNDED_TOKENS = WINDOW  # every token is rounded, as those are that are generated one at a time
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens to score")
     options = parser.parse_args()

@@ -288,6 +288,25 @@ def decode_shapes(name: str = "decode") -> str:
     return table([f"rate with {few} / {many} tokens, dense float32 = 1", *methods], body)
 
 
+def activations() -> str:
+    """What rounding activations costs, with the kernels' blocks and with others."""
+    measured = result("activations")
+    rows = [
+        [
+            f"{row['nbits']} bits, group {row['group_size']}",
+            f"{row['block']}{'' if row['is_measured'] else ' (by definition)'}",
+            f"{row['kl']:.1e}",
+            f"{row['top1_agreement']:.1%}",
+        ]
+        for row in measured["rows"]
+    ]
+    return (
+        table(["HQQ", "columns of a block", "KL to exact activations", "same next token"], rows)
+        + f"\n\n{measured['model']}; WikiText-2, {measured['windows']} windows of {measured['window_tokens']} tokens. "
+        + device_line(measured["device"], "python benchmarks/bench_activations.py")
+    )
+
+
 def decode_lora() -> str:
     """Microseconds of layers with an adapter, with one token and without gradients, ours and by PEFT's forward."""
     measured = result("decode_lora")
@@ -753,6 +772,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "decode_avx2": lambda: decode("decode_avx2"),
         "decode_shapes": decode_shapes,
         "decode_lora": decode_lora,
+        "activations": activations,
         "generate": generate,
         "generate_1b": lambda: generate("generate_1b"),
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),

@@ -24,9 +24,11 @@ def load_data(option: str, name: str) -> Any:
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package ``datasets`` is needed and not installed.
-        ValueError: the file cannot be read as what its name says.
+        ValueError: the file is empty, or cannot be read as what its name says.
     """
     path = Path(name).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"--{option} {name} is empty.")
     if path.is_file() and path.suffix in TEXT_SUFFIXES:
         return path
     if not path.exists() and (path.suffix in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,18 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..integrations.float_checkpoint import model_class
+from ..lora.base_fingerprint import AnotherBaseWarning
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a model in a folder or on the Hub. Raises ValueError where the folder holds an adapter."""
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter, and a model is needed here. Name the model that it was trained on, and the "
+            f"adapter beside it where there is such an option: --adapter {name}."
+        )
+    return AutoConfig.from_pretrained(name)
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
@@ -18,7 +31,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 def model_on_meta(name: str) -> PreTrainedModel:
     """The float model that the config of ``name`` describes, without numbers; a quantized one as its files hold it."""
-    config = AutoConfig.from_pretrained(name)
+    config = config_of(name)
     if getattr(config, "quantization_config", None) is not None:
         model: Any = load_model(name)
         model.to("meta").tie_weights()  # which moving has taken apart
@@ -40,21 +53,42 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **o
     """
     refuse_missing_folder("model", name)
     placed = {} if device is None else {"device_map": device}
-    return _class_of(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+    return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
 
 
 def base_of(adapter: str) -> str:
     """The name of the model that an adapter was trained on. Raises ValueError where the adapter does not say it."""
-    refuse_missing_folder("adapter", adapter)
-    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    name = _adapter_config(adapter).base_model_name_or_path
     if name is None:
         raise ValueError(f"{adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
     return name
 
 
 def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
-    """``model`` with the adapter of a folder or of the Hub on it, or as it is without one."""
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    """``model`` with the adapter of a folder or of the Hub on it, or as it is without one.
+
+    Raises:
+        ValueError: no adapter is there; it was trained on another base.
+    """
+    if adapter is None:
+        return model
+    _adapter_config(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AnotherBaseWarning)
+        try:
+            return PeftModel.from_pretrained(model, adapter).eval()
+        except AnotherBaseWarning as error:
+            raise ValueError(f"{error} In Python, PeftModel.from_pretrained takes it with a warning.") from None
+
+
+def _adapter_config(adapter: str) -> PeftConfig:
+    refuse_missing_folder("adapter", adapter)
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except ValueError as error:
+        raise ValueError(
+            f"--adapter {adapter}: {str(error).rstrip('.')}. Give the folder of an adapter, or its name on the Hub."
+        ) from None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -66,8 +100,12 @@ def load_tokenizer(name: str) -> Any:
 
 
 def needed_tokenizer(name: str) -> Any:
-    """As :func:`load_tokenizer`; ValueError where there is none."""
+    """As :func:`load_tokenizer`. Raises FileNotFoundError where there is no such model, ValueError without one."""
     tokenizer = load_tokenizer(name)
+    if tokenizer is None and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"{name}: there is no such folder here, and the Hub has no tokenizer of that name or cannot be reached."
+        )
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, which is needed here. Name one: --tokenizer FOLDER_OR_NAME.")
     return tokenizer

@@ -11,7 +11,8 @@ from quantlayers_kernels import native
 
 from ..arguments import check_choice, check_model
 from .linear import QuantizedLinear
-from .selection import quantized_layers, quantized_modules
+from .selection import quantized_modules, quantized_stacks
+from .stack import QuantizedStack
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def set_activation_bits(model: nn.Module, bits: int | None) -> RoundedActivation
 
     A token's inputs are rounded in blocks of 16 columns, each with a scale of its own, and then multiplied in
     integers, as llama.cpp does it with blocks of 32. That costs accuracy, so it is never a default. It holds in
-    ``eval`` mode without gradients, uncompiled, on a CPU; all else is computed as before, and it is not saved.
+    ``eval`` mode without gradients, uncompiled, on a CPU, for as many tokens at once as are faster so (32 at most);
+    all else is computed as before, and it is not saved.
 
     Args:
         model: a model with quantized layers, with or without adapters.
@@ -52,7 +54,7 @@ def set_activation_bits(model: nn.Module, bits: int | None) -> RoundedActivation
     """
     check_model("set_activation_bits", model)
     check_choice("bits", bits, (8, None))
-    layers = quantized_layers(model)
+    layers: dict[str, QuantizedLinear | QuantizedStack] = {**quantized_modules(model), **quantized_stacks(model)}
     exact = {name: reason for name, layer in layers.items() if (reason := _misfit(layer)) is not None}
     fitting = {name: layer for name, layer in quantized_modules(model).items() if name not in exact}
     if bits is None:
@@ -74,7 +76,7 @@ def set_activation_bits(model: nn.Module, bits: int | None) -> RoundedActivation
     return RoundedActivations(bits=bits, layers=tuple(fitting), exact=exact)
 
 
-def _misfit(layer: nn.Module) -> str | None:
+def _misfit(layer: QuantizedLinear | QuantizedStack) -> str | None:
     """Why ``layer`` cannot round its inputs, or None."""
     if not isinstance(layer, QuantizedLinear):
         return "stacks of experts have no product with rounded activations"

@@ -238,9 +238,13 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         if is_replaced or self.branch is not None or any(t.requires_grad for t in tensors.values()):
             return None
         dtype, output_dtype = self._checked_dtypes(x)
-        method, weight, bias = self.method, self._weight_of(tensors), self.bias
+        method: Any = self.method
+        weight, bias = self._weight_of(tensors), self.bias
+        # A product for a gradient takes the inputs as they are.
+        bits = None if torch.is_grad_enabled() else self.rounded_bits
+        rounding = {} if bits is None else {"activation_bits": bits}
         return FrozenLinear(
-            multiply=lambda x: method.linear(x.to(dtype), weight, bias).to(output_dtype).contiguous(),
+            multiply=lambda x: method.linear(x.to(dtype), weight, bias, **rounding).to(output_dtype).contiguous(),
             tiles=lambda dtype: method.weight_tiles(weight, dtype=dtype),
             dtype=dtype,
             bias=bias,

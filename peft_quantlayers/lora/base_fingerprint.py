@@ -31,6 +31,11 @@ from .layer import LoraQuantizedLinear
 from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of
 from .stack_layer import LoraQuantizedStack
 
+
+class AnotherBaseWarning(UserWarning):
+    """An adapter meets a base that it was not trained on."""
+
+
 # Numbers of each tensor that are looked at, evenly spaced.
 SAMPLE = 4096
 # Layers that a warning names.
@@ -164,6 +169,7 @@ def warn_of_another_base(config: Any, found: Mapping[str, str], model: nn.Module
     warnings.warn(
         f"adapter {adapter!r} was trained on the {kind} {config.base_model_name_or_path!r}, and this is "
         f"another one, {here!r}: {said}. It will compute something else than it was trained to. {way_out}",
+        AnotherBaseWarning,
         stacklevel=3,  # PEFT's injection
     )
 

@@ -260,8 +260,22 @@ def test_names_of_other_trainers_mean_the_same(float_model, tmp_path, capsys):
 
 
 def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapter, text_file, tmp_path, capsys):
-    out = str(tmp_path / "out")
+    out, other, empty = (str(tmp_path / name) for name in ("out", "other", "empty.jsonl"))
+    printed(capsys, ["quantize", float_model, other, "--group_size", "16"])
+    Path(empty).touch()
+    held_out = ["--text", text_file, "--n_tokens", "64"]
     cases = [
+        (["merge", adapter, out, "--model", other], "was trained on the quantized base"),
+        (["chat", other, "--adapter", adapter, "--prompt", "x"], "was trained on the quantized base"),
+        (["evaluate", other, "--adapter", adapter, *held_out], "was trained on the quantized base"),
+        (["merge", quantized, out], "Give the folder of an adapter"),
+        (["merge", "no-such-adapter", out], "Give the folder of an adapter"),
+        (["evaluate", quantized, "--adapter", other, *held_out], "Give the folder of an adapter"),
+        (["chat", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed here"),
+        (["estimate", adapter], "holds an adapter, and a model is needed here"),
+        (["chat", "no-such-model"], "there is no such folder here, and the Hub has"),
+        (["train", "no-such-model", out, "--data", text_file], "there is no such folder here, and the Hub has"),
+        (["train", quantized, out, "--data", empty], "empty.jsonl is empty"),
         (["quantize", "./no/such/folder", out], "there is no such folder"),
         (["quantize", float_model, out, "--nbits", "9"], "nbits"),
         (["quantize", float_model, out, "--num_codebooks", "2"], "HQQConfig has no field ['num_codebooks']"),

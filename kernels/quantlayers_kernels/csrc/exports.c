@@ -1,4 +1,4 @@
-/* The functions that Python calls, and the choice of the instruction set.
+/* The functions that Python calls, but those of hqq_linear.c, and the choice of the instruction set.
  *
  * Kernels take their arguments as structs, the number of threads and the instruction set, and return 0, or -1 when out
  * of memory. Python declares the structs and the functions again in interface.py.
@@ -29,7 +29,7 @@ int ql_best_variant(void) {
 #endif
 }
 
-static const struct kernels *kernels_of(int variant) {
+const struct kernels *kernels_of(int variant) {
 #if defined(__x86_64__)
     const int best = ql_best_variant();
     variant &= ~WITHOUT_EXTENSIONS;
@@ -96,17 +96,6 @@ struct call {
     const struct kernels *kernels;
     const void *first, *second;
 };
-
-static void multiply_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
-    const struct call *call = context;
-    call->kernels->hqq_product(call->first, call->second, begin, end, scratch);
-}
-
-/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
-int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
-    const struct call call = {kernels_of(variant), weight, product};
-    return for_rows(multiply_hqq, &call, product->out_features, hqq_product_floats(weight), n_threads);
-}
 
 static void dequantize_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
     const struct call *call = context;

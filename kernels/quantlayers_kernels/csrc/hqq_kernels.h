@@ -171,11 +171,13 @@ INLINE float dot_row(const struct hqq_weight *w, struct row_parts parts, const f
     return dot_one_token(w, parts, x, next);
 }
 
-static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p, int64_t begin,
-                                        int64_t end, float *scratch) {
+static TARGET void VARIANT(hqq_product)(const struct hqq_weight *w, const struct product *p,
+                                        const struct arranged_inputs *inputs, int64_t begin, int64_t end,
+                                        float *scratch) {
+    (void)inputs;
 #if LANES >= 8
-    if (can_multiply_in_registers(w, p)) {
-        product_in_registers(w, p, begin, end, scratch);
+    if (inputs != NULL) {
+        product_in_registers(w, p, inputs, begin, end, scratch);
         return;
     }
 #endif

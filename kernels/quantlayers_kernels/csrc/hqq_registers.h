@@ -56,24 +56,6 @@ struct hqq_block {
     int64_t row_bytes, n_groups, in_features;
 };
 
-/* Puts the inputs of each window in the order of its codes, (windows, 4, LANES), with zeros outside of the run. */
-INLINE void arrange(const float *x, struct slots slots, int64_t group_size, float *arranged) {
-    for (struct run run = {0}; next_run(slots, group_size, &run); arranged += WINDOW) {
-        const float *const from = x + run.slot * slots.columns + run.at;
-        for (int i = 0; i < WINDOW; i++) {
-            const int64_t j = run.at + i;
-            arranged[i % 4 * LANES + i / 4] = run.begin <= j && j < run.end ? from[i] : 0;
-        }
-    }
-}
-
-INLINE int64_t number_of_windows(struct slots slots, int64_t group_size) {
-    int64_t n = 0;
-    for (struct run run = {0}; next_run(slots, group_size, &run);)
-        n++;
-    return n;
-}
-
 /* How many columns a window must not reach beyond. */
 INLINE int64_t run_size_of(int64_t in_features, int64_t n_groups, int short_groups) {
     return short_groups ? in_features : in_features / n_groups;
@@ -81,17 +63,52 @@ INLINE int64_t run_size_of(int64_t in_features, int64_t n_groups, int short_grou
 
 typedef floats sums_of_tile[BLOCK_ROWS][MAX_BLOCK_TOKENS];
 
-INLINE void add_window(const struct hqq_block *w, struct slots slots, struct run run, const float *x,
-                       int64_t token_step, int rows, int tokens, int nbits, int short_groups, sums_of_tile acc) {
+/* By how much the lanes of each plane are shifted for a slot, a number for each lane: a shift by one number for all of
+ * them takes two instructions where it is not a constant. The high plane is rotated, from where its codes lie to above
+ * those of the low plane. */
+struct shifts {
+    lanes low, high;
+};
+
+INLINE struct shifts shifts_of_slot(struct slots slots, int slot) {
+    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
+    const lanes none = {0};
+    return (struct shifts){none + (uint32_t)(slot / slots_a_byte * slots.low),
+                           none + (uint32_t)((slot * slots.high - slots.low) & 31)};
+}
+
+INLINE lanes rotated(lanes v, lanes bits) {
+#if LANES == 16
+    return (lanes)_mm512_rorv_epi32((__m512i)v, (__m512i)bits);
+#else
+    return v >> bits | v << (-bits & 31);
+#endif
+}
+
+/* The codes of a window, one in each byte; the bits above a code belong to other codes. Shifts are of whole lanes, and
+ * the bits that they bring in from the next byte stay above a code too. */
+INLINE lanes codes_in_window(const uint8_t *packed, struct slots slots, struct shifts shifts, int slot, int64_t at) {
+    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
+    const lanes low = *(const lanes_at *)(packed + slot % slots_a_byte * slots.columns + at) >> shifts.low;
+    if (slots.high == 0)
+        return low;
+    const lanes high = rotated(*(const lanes_at *)(packed + slots_a_byte * slots.columns + at), shifts.high);
+    const uint32_t of_low = 0x01010101u * ((1u << slots.low) - 1);
+    return (low & of_low) | (high & ~of_low);
+}
+
+INLINE void add_window(const struct hqq_block *w, struct slots slots, struct window window, struct shifts shifts,
+                       const float *x, int64_t token_step, int rows, int tokens, int nbits, int short_groups,
+                       sums_of_tile acc) {
     const int shift = short_groups ? __builtin_ctzll((uint64_t)(w->in_features / w->n_groups)) : 0;
-    const int64_t first = short_groups ? (run.slot * slots.columns + run.at) >> shift : run.group;
     lanes codes[BLOCK_ROWS];
     struct group_values values[BLOCK_ROWS];
     for (int r = 0; r < rows; r++) {
-        const float *const scale = w->scale + r * w->n_groups + first, *const zero = w->zero + r * w->n_groups + first;
+        const float *const scale = w->scale + r * w->n_groups + window.group;
+        const float *const zero = w->zero + r * w->n_groups + window.group;
         values[r] = short_groups ? values_of_short_groups(scale, zero, shift, nbits)
                                  : values_of_group(*scale, *zero, nbits);
-        codes[r] = codes_in_window(w->packed + r * w->row_bytes, slots, run.slot, run.at);
+        codes[r] = codes_in_window(w->packed + r * w->row_bytes, slots, shifts, window.slot, window.at);
     }
     for (int b = 0; b < 4; b++) {
         floats weights[BLOCK_ROWS];
@@ -105,38 +122,79 @@ INLINE void add_window(const struct hqq_block *w, struct slots slots, struct run
     }
 }
 
+/* The sum of each vector's lanes, from the first to the last as sum_of adds them, for four vectors at once. */
+INLINE void sums_in_order(const floats *v, float *out) {
+    __m128 total = _mm_setzero_ps();
+#if LANES == 16
+    const __m512 ab = _mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), cd = _mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]);
+    const __m512 AB = _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]), CD = _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]);
+    const __m512 lane[4] = {_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee),
+                            _mm512_shuffle_ps(AB, CD, 0x44), _mm512_shuffle_ps(AB, CD, 0xee)};
+#define ADD_FOUR(i)                                                                                                  \
+    for (int k = 0; k < 4; k++)                                                                                      \
+        total = _mm_add_ps(total, _mm512_extractf32x4_ps(lane[k], i))
+    ADD_FOUR(0);
+    ADD_FOUR(1);
+    ADD_FOUR(2);
+    ADD_FOUR(3);
+#else
+    const __m256 ab = _mm256_unpacklo_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_unpacklo_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 AB = _mm256_unpackhi_ps((__m256)v[0], (__m256)v[1]), CD = _mm256_unpackhi_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 lane[4] = {_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee),
+                            _mm256_shuffle_ps(AB, CD, 0x44), _mm256_shuffle_ps(AB, CD, 0xee)};
+#define ADD_FOUR(i)                                                                                                  \
+    for (int k = 0; k < 4; k++)                                                                                      \
+        total = _mm_add_ps(total, _mm256_extractf128_ps(lane[k], i))
+    ADD_FOUR(0);
+    ADD_FOUR(1);
+#endif
+#undef ADD_FOUR
+    _mm_storeu_ps(out, total);
+}
+
 /* Sums over all inputs for `rows` rows of the weight and `tokens` rows of arranged inputs; the counts and nbits are
  * constants in every call. */
-INLINE void dot_packed(const struct hqq_block *w, const float *x, int64_t n_windows, int rows, int tokens, int nbits,
-                       int short_groups, float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
+INLINE void dot_packed(const struct hqq_block *w, const struct arranged_inputs *inputs, const float *x, int rows,
+                       int tokens, int nbits, int short_groups, float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     const struct slots slots = slots_of(w->in_features, nbits);
-    const int64_t run_size = run_size_of(w->in_features, w->n_groups, short_groups);
+    const int64_t n_windows = inputs->n_windows;
+    const int bytes_ahead = rows * nbits * WINDOW / 8; /* of the rows that come next, for each window of these */
     sums_of_tile total = {{{0}}};
-    struct run run = {0};
-    for (int64_t window = 0; window < n_windows;) {
+    struct shifts shifts = shifts_of_slot(slots, 0);
+    int slot = 0;
+    for (int64_t i = 0; i < n_windows;) {
         sums_of_tile acc = {{{0}}};
-        const int64_t end = window + PANEL / WINDOW < n_windows ? window + PANEL / WINDOW : n_windows;
-        for (; window < end && next_run(slots, run_size, &run); window++) {
-            /* The rows that come next: the slots go through a row several times, memory only once. */
-            for (int r = rows; r < 2 * rows; r++)
-                __builtin_prefetch(w->packed + r * w->row_bytes + (run.slot * slots.columns + run.at) * nbits / 8);
-            add_window(w, slots, run, x + window * WINDOW, n_windows * WINDOW, rows, tokens, nbits, short_groups, acc);
+        const int64_t end = i + PANEL / WINDOW < n_windows ? i + PANEL / WINDOW : n_windows;
+        for (; i < end; i++) {
+            const struct window window = inputs->windows[i];
+            if (window.slot != slot)
+                shifts = shifts_of_slot(slots, slot = window.slot);
+            for (int b = 0; b < bytes_ahead; b += CACHE_LINE)
+                __builtin_prefetch(w->packed + rows * w->row_bytes + i * bytes_ahead + b);
+            add_window(w, slots, window, shifts, x + i * WINDOW, n_windows * WINDOW, rows, tokens, nbits, short_groups,
+                       acc);
         }
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
                 total[r][t] += acc[r][t];
     }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++)
-            sums[r][t] = sum_of(total[r][t]);
+    for (int t = 0; t < tokens; t++) {
+        floats of_token[BLOCK_ROWS] = {{0}};
+        float of_rows[BLOCK_ROWS];
+        for (int r = 0; r < rows; r++)
+            of_token[r] = total[r][t];
+        sums_in_order(of_token, of_rows);
+        for (int r = 0; r < rows; r++)
+            sums[r][t] = of_rows[r];
+    }
 }
 
 /* The same for one row, of which few are left at the end; not compiled for each count, which would take minutes. */
-static TARGET __attribute__((noinline)) void dot_packed_row(const struct hqq_block *w, const float *x,
-                                                            int64_t n_windows, int tokens, int nbits,
-                                                            int short_groups,
+static TARGET __attribute__((noinline)) void dot_packed_row(const struct hqq_block *w,
+                                                            const struct arranged_inputs *inputs, const float *x,
+                                                            int tokens, int nbits, int short_groups,
                                                             float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
-    dot_packed(w, x, n_windows, 1, tokens, nbits, short_groups, sums);
+    dot_packed(w, inputs, x, 1, tokens, nbits, short_groups, sums);
 }
 
 INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int rows, float *scratch) {
@@ -146,55 +204,61 @@ INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int 
     return (struct hqq_block){w->packed + row * w->row_bytes, scale, zero, w->row_bytes, w->n_groups, w->in_features};
 }
 
-/* Rows [begin, end) of the product with `tokens` tokens; scratch: the arranged inputs, then a block's metadata. */
-INLINE void multiply_tokens(const struct hqq_weight *w, const struct product *p, int64_t begin, int64_t end,
-                            int64_t token, int tokens, int nbits, int short_groups, float *scratch) {
-    const struct slots slots = slots_of(w->in_features, nbits);
-    const int64_t run_size = run_size_of(w->in_features, w->n_groups, short_groups);
-    const int64_t n_windows = number_of_windows(slots, run_size);
-    float *const metadata = scratch + tokens * n_windows * WINDOW;
-    for (int t = 0; t < tokens; t++)
-        arrange(p->x + (token + t) * w->in_features, slots, run_size, scratch + t * n_windows * WINDOW);
-    int64_t row = begin;
+/* A block of rows, whose codes stay in the caches from one block of tokens to the next. */
+INLINE void multiply_block(const struct hqq_block *block, const struct product *p, const struct arranged_inputs *inputs,
+                           int64_t row, int64_t token, int tokens, int nbits, int short_groups) {
     float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
+    dot_packed(block, inputs, inputs->x + token * inputs->n_windows * WINDOW, BLOCK_ROWS, tokens, nbits, short_groups,
+               sums);
+    write_sums(sums, BLOCK_ROWS, tokens, row, token, p);
+}
+
+INLINE void multiply_packed(const struct hqq_weight *w, const struct product *p, const struct arranged_inputs *inputs,
+                            int64_t begin, int64_t end, int nbits, int short_groups, float *scratch) {
+    int64_t row = begin;
     for (; row + BLOCK_ROWS <= end; row += BLOCK_ROWS) {
-        const struct hqq_block block = read_block(w, row, BLOCK_ROWS, metadata);
-        dot_packed(&block, scratch, n_windows, BLOCK_ROWS, tokens, nbits, short_groups, sums);
-        write_sums(sums, BLOCK_ROWS, tokens, row, token, p);
+        const struct hqq_block block = read_block(w, row, BLOCK_ROWS, scratch);
+        int64_t token = 0;
+        for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
+            multiply_block(&block, p, inputs, row, token, BLOCK_TOKENS, nbits, short_groups);
+        switch (p->tokens - token) {
+        case 3: multiply_block(&block, p, inputs, row, token, 3, nbits, short_groups); break;
+        case 2: multiply_block(&block, p, inputs, row, token, 2, nbits, short_groups); break;
+        case 1: multiply_block(&block, p, inputs, row, token, 1, nbits, short_groups); break;
+        }
     }
     for (; row < end; row++) {
-        const struct hqq_block block = read_block(w, row, 1, metadata);
-        dot_packed_row(&block, scratch, n_windows, tokens, nbits, short_groups, sums);
-        write_sums(sums, 1, tokens, row, token, p);
+        const struct hqq_block block = read_block(w, row, 1, scratch);
+        for (int64_t token = 0; token < p->tokens; token++) {
+            float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
+            dot_packed_row(&block, inputs, inputs->x + token * inputs->n_windows * WINDOW, 1, nbits, short_groups, sums);
+            write_sums(sums, 1, 1, row, token, p);
+        }
     }
 }
 
-INLINE void multiply_packed(const struct hqq_weight *w, const struct product *p, int64_t begin, int64_t end,
-                            int nbits, int short_groups, float *scratch) {
-    int64_t token = 0;
-    for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
-        multiply_tokens(w, p, begin, end, token, BLOCK_TOKENS, nbits, short_groups, scratch);
-    switch (p->tokens - token) {
-    case 3: multiply_tokens(w, p, begin, end, token, 3, nbits, short_groups, scratch); break;
-    case 2: multiply_tokens(w, p, begin, end, token, 2, nbits, short_groups, scratch); break;
-    case 1: multiply_tokens(w, p, begin, end, token, 1, nbits, short_groups, scratch); break;
-    }
-}
-
-static TARGET void product_in_registers(const struct hqq_weight *w, const struct product *p, int64_t begin,
-                                        int64_t end, float *scratch) {
+static TARGET void product_in_registers(const struct hqq_weight *w, const struct product *p,
+                                        const struct arranged_inputs *inputs, int64_t begin, int64_t end,
+                                        float *scratch) {
     if (has_short_groups(slots_of(w->in_features, w->nbits), w->in_features / w->n_groups, w->nbits)) {
         switch (w->nbits) {
-        case 1: multiply_packed(w, p, begin, end, 1, 1, scratch); break;
-        case 2: multiply_packed(w, p, begin, end, 2, 1, scratch); break;
-        case 3: multiply_packed(w, p, begin, end, 3, 1, scratch); break;
-        case 4: multiply_packed(w, p, begin, end, 4, 1, scratch); break;
+        case 1: multiply_packed(w, p, inputs, begin, end, 1, 1, scratch); break;
+        case 2: multiply_packed(w, p, inputs, begin, end, 2, 1, scratch); break;
+        case 3: multiply_packed(w, p, inputs, begin, end, 3, 1, scratch); break;
+        case 4: multiply_packed(w, p, inputs, begin, end, 4, 1, scratch); break;
         }
         return;
     }
-#define MULTIPLY(nbits) multiply_packed(w, p, begin, end, nbits, 0, scratch)
+#define MULTIPLY(nbits) multiply_packed(w, p, inputs, begin, end, nbits, 0, scratch)
     FOR_NBITS(w->nbits, MULTIPLY);
 #undef MULTIPLY
+}
+
+INLINE int64_t number_of_windows(struct slots slots, int64_t group_size) {
+    int64_t n = 0;
+    for (struct run run = {0}; next_run(slots, group_size, &run);)
+        n++;
+    return n;
 }
 
 /* Decoding again for each block of tokens pays for two of them, with short groups for one; the scratch memory holds
@@ -207,6 +271,42 @@ INLINE int can_multiply_in_registers(const struct hqq_weight *w, const struct pr
     if (has_short_groups(slots, group_size, w->nbits)) /* with AVX2 unpacking is faster for one token */
         return p->tokens <= BLOCK_TOKENS && (LANES == 16 || p->tokens > 1 || group_size < 2 * LANES);
     return p->tokens <= 2 * BLOCK_TOKENS && number_of_windows(slots, group_size) * WINDOW <= 2 * w->in_features;
+}
+
+/* How many windows a row of this product is multiplied in; 0 where it is multiplied in another way. */
+static TARGET int64_t VARIANT(hqq_exact_windows)(const struct hqq_weight *w, const struct product *p) {
+    if (!can_multiply_in_registers(w, p))
+        return 0;
+    const struct slots slots = slots_of(w->in_features, w->nbits);
+    const int short_groups = has_short_groups(slots, w->in_features / w->n_groups, w->nbits);
+    return number_of_windows(slots, run_size_of(w->in_features, w->n_groups, short_groups));
+}
+
+/* Finds the windows, and puts the inputs of each in the order of its codes, (tokens, windows, 4, LANES), with zeros for
+ * columns that do not count. */
+static TARGET void VARIANT(hqq_arrange)(const struct hqq_weight *w, const struct product *p, struct window *windows,
+                                        float *arranged) {
+    const struct slots slots = slots_of(w->in_features, w->nbits);
+    const int64_t group_size = w->in_features / w->n_groups;
+    const int short_groups = has_short_groups(slots, group_size, w->nbits);
+    const int64_t run_size = run_size_of(w->in_features, w->n_groups, short_groups);
+    int64_t n = 0;
+    for (struct run run = {0}; next_run(slots, run_size, &run); n++) {
+        const int64_t group = short_groups ? (run.slot * slots.columns + run.at) / group_size : run.group;
+        windows[n] = (struct window){(int)run.at, (int)group, (int)(run.begin - run.at), (int)(run.end - run.at), run.slot};
+    }
+    for (int64_t token = 0; token < p->tokens; token++)
+        for (int64_t i = 0; i < n; i++, arranged += WINDOW) {
+            const struct window window = windows[i];
+            const float *const from = p->x + token * w->in_features + window.slot * slots.columns + window.at;
+            if (window.end - window.begin == WINDOW)
+                for (int b = 0; b < 4; b++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        arranged[b * LANES + lane] = from[4 * lane + b];
+            else
+                for (int k = 0; k < WINDOW; k++)
+                    arranged[k % 4 * LANES + k / 4] = window.begin <= k && k < window.end ? from[k] : 0;
+        }
 }
 
 #endif

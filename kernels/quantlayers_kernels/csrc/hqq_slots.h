@@ -46,19 +46,6 @@ INLINE int next_run(struct slots slots, int64_t group_size, struct run *run) {
     return 1;
 }
 
-/* The codes of a window, one in each byte; the bits above a code belong to other codes. Shifts are of whole lanes, and
- * the bits that they bring in from the next byte stay above a code too. */
-INLINE lanes codes_in_window(const uint8_t *packed, struct slots slots, int slot, int64_t at) {
-    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
-    const uint8_t *const low = packed + slot % slots_a_byte * slots.columns + at;
-    const lanes codes = *(const lanes_at *)low >> (slot / slots_a_byte * slots.low);
-    if (slots.high == 0)
-        return codes;
-    const uint8_t *const high = packed + slots_a_byte * slots.columns + at;
-    const uint32_t of_low = 0x01010101u * ((1u << slots.low) - 1);
-    return (codes & of_low) | (*(const lanes_at *)high >> (slot * slots.high) << slots.low & ~of_low);
-}
-
 /* Whether a window holds several whole groups, and a lane columns of one of them only. Their size is a power of two
  * then, as WINDOW is: quotients are shifts. */
 INLINE int has_short_groups(struct slots slots, int64_t group_size, int nbits) {

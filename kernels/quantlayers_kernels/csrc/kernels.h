@@ -12,6 +12,11 @@
 #include "hqq_solve.h"
 
 const struct kernels VARIANT(kernels) = {
+    .window_columns = 4 * LANES,
+#if LANES >= 8
+    .hqq_exact_windows = VARIANT(hqq_exact_windows),
+    .hqq_arrange = VARIANT(hqq_arrange),
+#endif
     .hqq_product = VARIANT(hqq_product),
     .hqq_rows = VARIANT(hqq_rows),
     .hqq_gradient = VARIANT(hqq_gradient),

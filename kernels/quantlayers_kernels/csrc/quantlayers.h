@@ -124,14 +124,32 @@ struct aqlm_choice {
     int64_t n_out, n_groups, num_codebooks, size, width, out_group, in_group, columns, beam;
 };
 
+/* Columns of a row whose codes lie in neighbouring bytes of a plane, from byte `at` of a slot on; those in
+ * [begin, end) of the window's bytes count. `group` is theirs, or the first of several short ones. */
+struct window {
+    int at, group, begin, end, slot;
+};
+
+/* Inputs in the order of the codes that lie in windows. */
+struct arranged_inputs {
+    const struct window *windows; /* (n_windows) */
+    const float *x;               /* (tokens, n_windows, columns of a window) */
+    int64_t n_windows;
+};
+
 /* Tokens of an expert that meet its weight together. */
 #define EXPERT_TOKENS 64
 
 /* Kernels work on the rows [begin, end), those of experts on the experts. `scratch` is the worker's own memory, aligned to a cache line: BLOCK_ROWS dense
- * rows for AQLM's product and hqq_product_floats for HQQ's; one dense row for dense rows, and hqq_row_floats more for
- * HQQ's; MAX_LANES groups for the solvers of HQQ; hqq_experts_floats for experts, whose kernels are NULL without AMX. */
+ * rows for AQLM's product and what hqq_product_floats says for HQQ's; one dense row for dense rows, and hqq_row_floats more for
+ * HQQ's; MAX_LANES groups for the solvers of HQQ; hqq_experts_floats for experts, whose kernels are NULL without AMX. With short
+ * vectors there are no hqq_exact_windows; inputs that are not arranged are NULL. */
 struct kernels {
-    void (*hqq_product)(const struct hqq_weight *, const struct product *, int64_t begin, int64_t end, float *scratch);
+    int64_t window_columns; /* of the windows that inputs are arranged in */
+    int64_t (*hqq_exact_windows)(const struct hqq_weight *, const struct product *);
+    void (*hqq_arrange)(const struct hqq_weight *, const struct product *, struct window *, float *arranged);
+    void (*hqq_product)(const struct hqq_weight *, const struct product *, const struct arranged_inputs *, int64_t begin,
+                        int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);
     void (*hqq_gradient)(const struct hqq_weight *, const struct hqq_gradient *, int64_t begin, int64_t end,
                          float *scratch);
@@ -153,11 +171,8 @@ struct kernels {
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-/* Columns of a row whose codes lie in neighbouring bytes of a plane, from byte `at` of a slot on; those in
- * [begin, end) of the window's bytes count. `group` is theirs, or the first of several short ones. */
-struct window {
-    int at, group, begin, end, slot;
-};
+/* The kernels of a variant, 0 to 2, or of the best one that the CPU has. */
+const struct kernels *kernels_of(int variant);
 
 /* Activations rounded to 8 bits; see hqq/integer_reference.py. Window by window where there are windows, with zeros for
  * the columns that do not count, and a scale for each lane of four columns; otherwise in order, a scale for each block. */
@@ -208,10 +223,14 @@ static inline int64_t hqq_row_floats(const struct hqq_weight *w) {
     return code_floats(w) + (w->axis == 1 ? 2 * w->n_groups : w->in_features);
 }
 
-/* Scratch memory of the product: dense rows, or the inputs of as many tokens in windows of which half may be empty;
- * then the scratch to dequantize one row, or the scales and zeros of a block of rows, loaded a vector at a time. */
+/* Scratch memory of the product: dense rows and the scratch to dequantize one; or, where inputs are arranged, the scales
+ * and zeros of a block of rows, loaded a vector at a time. */
 static inline int64_t hqq_product_floats(const struct hqq_weight *w) {
-    return 2 * BLOCK_ROWS * (w->in_features + w->n_groups) + hqq_row_floats(w) + MAX_LANES;
+    return BLOCK_ROWS * w->in_features + hqq_row_floats(w);
+}
+
+static inline int64_t hqq_arranged_product_floats(const struct hqq_weight *w) {
+    return 2 * BLOCK_ROWS * w->n_groups + MAX_LANES;
 }
 
 /* Columns of a group whose activations share a scale when they are rounded to 8 bits; the last ones may be fewer. */

@@ -1,10 +1,12 @@
 """HQQ on a CPU with the compiled kernels: products with few tokens, and dense rows. See ``csrc/hqq_kernels.h``."""
 
+import torch
 from torch import Tensor
 
 from .. import native
 from ..interface import DenseRows, HQQGradient, HQQWeight
 from ..native_product import few_tokens_product
+from ..precision import product_dtype
 from ..prepared import PreparedProduct
 from .layout import has_documented_layout
 
@@ -13,8 +15,10 @@ KERNELS = {None: "ql_hqq_linear", 8: "ql_hqq_linear_int8"}
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
-# The same for activations rounded to 8 bits.
-MAX_ROUNDED_TOKENS = 1 << 20
+# The same for activations rounded to 8 bits: on one thread a weight of 2048 x 2048 at 4 bits took 1.2 to 1.9 times as
+# long exactly with 32 tokens, and 0.9 to 1.1 times with 128; one of 1536 x 576 at 3 bits 0.8 times with 32. Where half
+# precision is multiplied faster the break-even is between 16 and 32, and in plain C between 1 and 4.
+MAX_ROUNDED_TOKENS = 32
 
 
 def can_dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, axis: int, in_features: int) -> bool:
@@ -45,10 +49,9 @@ def can_use_few_tokens(
 ) -> bool:
     """Whether :func:`linear_few_tokens` takes these arguments and is the faster way."""
     in_features = x.shape[-1]
-    max_tokens = MAX_TOKENS if activation_bits is None else MAX_ROUNDED_TOKENS
     return (
         axis == 1
-        and 0 < x.numel() <= max_tokens * in_features
+        and 0 < x.numel() <= _max_tokens(x.dtype, activation_bits) * in_features
         and x.is_cpu
         and x.dtype in native.KINDS
         and (bias is None or (bias.is_cpu and bias.shape == W_q.shape[:1]))
@@ -96,8 +99,17 @@ def prepared(
         weight,
         in_features=in_features,
         out_features=W_q.shape[0],
-        max_tokens=MAX_TOKENS,
+        max_tokens=min(MAX_TOKENS, _max_tokens(torch.float32, activation_bits)),
     )
+
+
+def _max_tokens(dtype: torch.dtype, activation_bits: int | None) -> int:
+    """Up to how many tokens of ``dtype`` :func:`linear_few_tokens` is the faster way."""
+    if activation_bits is None:
+        return MAX_TOKENS
+    if native.variant() == native.VARIANTS.index("baseline"):
+        return 1
+    return MAX_ROUNDED_TOKENS if product_dtype(dtype, torch.device("cpu")) == torch.float32 else MAX_TOKENS
 
 
 def dequantize_rows(

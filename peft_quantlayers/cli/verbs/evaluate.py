@@ -46,11 +46,12 @@ def run(settings: Namespace) -> Result:
         raise ValueError("--reference is compared on a text: give --text FILE.")
     refuse_missing_folder("adapter", settings.adapter or "")
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    if settings.text is not None:  # before the model, which takes longer
+        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(settings.model, **load), settings.adapter)
     found: dict[str, Any] = {"model": settings.model, "adapter": settings.adapter}
     if settings.text is not None:
-        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
         found["perplexity"] = perplexity(model, ids, window=settings.window)
         found["n_tokens"] = len(ids)
         if settings.reference is not None:

@@ -29,7 +29,7 @@ from ...streaming.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import config_of, load_model, needed_tokenizer, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -227,10 +227,8 @@ def adapter_config(settings: Namespace) -> PeftConfig:
 
 def load_quantized(settings: Namespace) -> PreTrainedModel:
     """The model, which is quantized while it is loaded unless it is already."""
-    from transformers import AutoConfig
-
     load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
-    saved = getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None)
+    saved = getattr(config_of(settings.model), "quantization_config", None)
     if saved is None:
         load["quantization_config"] = options.method_config(settings.quantization)
     if settings.fsdp_size is not None:

@@ -1,7 +1,48 @@
-/* HQQ products with activations rounded to 8 bits: once a call, before the rows are distributed over threads. */
+/* HQQ products: inputs are arranged, or rounded to 8 bits, once a call, before the rows are distributed over threads. */
 #include "quantlayers.h"
 
 #include <stdlib.h>
+
+static int64_t whole_lines(int64_t bytes) {
+    return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+static void *next_line(void *memory) {
+    return (void *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
+}
+
+struct exact_call {
+    const struct kernels *kernels;
+    const struct hqq_weight *weight;
+    const struct product *product;
+    const struct arranged_inputs *inputs;
+};
+
+static void multiply_hqq(const void *context, int64_t begin, int64_t end, float *scratch) {
+    const struct exact_call *call = context;
+    call->kernels->hqq_product(call->weight, call->product, call->inputs, begin, end, scratch);
+}
+
+/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
+int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+    struct exact_call call = {kernels_of(variant), weight, product, NULL};
+    const int64_t n_windows = call.kernels->hqq_exact_windows ? call.kernels->hqq_exact_windows(weight, product) : 0;
+    if (n_windows == 0)
+        return for_rows(multiply_hqq, &call, product->out_features, hqq_product_floats(weight), n_threads);
+    const int64_t of_x = product->tokens * n_windows * call.kernels->window_columns * (int64_t)sizeof(float);
+    void *const memory = malloc((size_t)(of_x + n_windows * (int64_t)sizeof(struct window) + CACHE_LINE));
+    if (memory == NULL)
+        return -1;
+    float *const x = next_line(memory);
+    struct window *const windows = (struct window *)((uint8_t *)x + of_x);
+    call.kernels->hqq_arrange(weight, product, windows, x);
+    const struct arranged_inputs inputs = {windows, x, n_windows};
+    call.inputs = &inputs;
+    const int failed =
+        for_rows(multiply_hqq, &call, product->out_features, hqq_arranged_product_floats(weight), n_threads);
+    free(memory);
+    return failed;
+}
 
 struct integer_call {
     const struct integer_kernels *kernels;
@@ -30,10 +71,6 @@ static void find_slots(const struct window *windows, struct rounded_inputs *inpu
         inputs->first[slot++] = inputs->n_windows;
 }
 
-static int64_t whole_lines(int64_t bytes) {
-    return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
-}
-
 /* As ql_hqq_linear, with x rounded to 8 bits; see hqq/integer_reference.py. */
 int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
     struct integer_call call = {integer_kernels_of(variant), weight, product, {0}};
@@ -49,7 +86,7 @@ int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *pr
     void *const memory = malloc((size_t)(of_codes + of_scale + of_offset + of_windows + CACHE_LINE));
     if (memory == NULL)
         return -1;
-    uint8_t *const lines = (uint8_t *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
+    uint8_t *const lines = next_line(memory);
     struct window *const windows = (struct window *)(lines + of_codes + of_scale + of_offset);
     inputs->codes = (int8_t *)lines;
     inputs->scale = (float *)(lines + of_codes);
