@@ -42,6 +42,18 @@ def test_quantize_gives_the_model_of_the_python_call(float_model, tmp_path, caps
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_quantize_takes_embeddings_and_head_too_and_inspect_says_so(float_model, tmp_path, capsys):
+    folder = tmp_path / "out"
+    printed(capsys, ["quantize", float_model, str(folder), "--group_size", "32", "--quantize_embeddings", "8"])
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(found.get_input_embeddings(), pql.layers.QuantizedEmbedding)
+    assert found.get_output_embeddings().spec.nbits == 8
+    assert "hqq nbits=8" in printed(capsys, ["inspect", str(folder)])
+    assert "quantize_embeddings" in refused(
+        capsys, ["quantize", float_model, str(tmp_path / "no"), "--quantize_embeddings", "5"], 1
+    )
+
+
 def test_quantize_transforms_the_float_weights_first(float_model, text_file, tmp_path, capsys):
     folder = tmp_path / "out"
     data = ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.sequence_length", "64"]
