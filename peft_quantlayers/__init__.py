@@ -6,6 +6,7 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 import os
 from typing import Any
 
+from . import required_versions as _required_versions  # noqa: F401  # first: it checks them
 from .bit_allocation import BitPlan, plan_bits
 from .calibration import Calibration, LayerResult
 from .exports import ExportFormat, ExportReport, LayerExport, export, export_formats

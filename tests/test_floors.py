@@ -23,6 +23,7 @@ FLOORS = [
         "quantlayers_kernels",
         "evaluate",
         "old_names",
+        "required_versions",
         "integrations.private_experts",
         "integrations.private_peft",
         "integrations.private_transformers",

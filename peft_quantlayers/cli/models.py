@@ -78,7 +78,10 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
         try:
             return PeftModel.from_pretrained(model, adapter).eval()
         except AnotherBaseWarning as error:
-            raise ValueError(f"{error} In Python, PeftModel.from_pretrained takes it with a warning.") from None
+            raise ValueError(
+                f"{error} If it was quantized for training only, quantize it again as it was there (peft-quantlayers "
+                "quantize MODEL base ...), and name that: --model base."
+            ) from None
 
 
 def _adapter_config(adapter: str) -> PeftConfig:

@@ -19,7 +19,6 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    apply_converters,
     dot_natural_key,
 )
 
@@ -30,7 +29,7 @@ from ..layers.dense_types import dense_shape
 from ..layers.expert_types import find_stack
 from .checkpoint_names import CheckpointNames
 from .expert_conversion import read_tensor
-from .tensor_conversion import NoOperation
+from .tensor_conversion import NoOperation, converted_name
 
 _PATTERN = "experts of quantized stacks"
 
@@ -142,7 +141,7 @@ def _parts(model: nn.Module, specs: Iterable[str], names: CheckpointNames) -> di
     parts: dict[str, list[list[str]]] = {}
     keys = {f"{name}.weight": name for name in specs}
     for key, renamed in names.renamed(keys).items():
-        target, pattern = apply_converters(renamed, converters)
+        target, pattern = converted_name(renamed, converters)
         if pattern is None:
             continue
         place = names.parameters([target]).get(target, target)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, apply_converters
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 from ..formats.checkpoint_format import StoredLayer
 from ..layers.dense_types import dense_shape
@@ -50,6 +50,18 @@ class StoredLayers:
         except (ValueError, RuntimeError) as error:
             self.failures.append(f"{parameter_name}: {error}")
             return None
+
+
+def converted_name(name: str, converters: Iterable[WeightConverter]) -> tuple[str, str | None]:
+    """The name that the first converter that takes ``name`` gives it, and the pattern that took it.
+
+    ``apply_converters`` of transformers, which 5.20 does not have.
+    """
+    for converter in converters:
+        name, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return name, pattern
+    return name, None
 
 
 class NoOperation(ConversionOps):
@@ -122,7 +134,7 @@ def keep_from_conversions(model: PreTrainedModel, names: Iterable[str]) -> None:
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     kept = set()
     for name in [*names, *sentinels]:
-        target, pattern = apply_converters(name, converters)
+        target, pattern = converted_name(name, converters)
         if pattern is not None and name in own:
             kept.add(name)
         elif pattern is not None:

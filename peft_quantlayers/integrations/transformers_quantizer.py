@@ -199,7 +199,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
                 shape = {"out_features": layer.out_features, "in_features": layer.in_features}
                 layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    # transformers 5.20 calls this without the model.
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if not self.pre_quantized:
             weight_conversions = [ExpertByExpert.around(entry, self._quantize_experts) for entry in weight_conversions]
         return [*self.quantized_tensors, *weight_conversions]

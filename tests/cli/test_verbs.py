@@ -273,6 +273,8 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["evaluate", quantized, "--adapter", other, *held_out], "Give the folder of an adapter"),
         (["chat", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed here"),
         (["estimate", adapter], "holds an adapter, and a model is needed here"),
+        (["report", "no-such-folder"], "--folder no-such-folder: there is no such folder"),
+        (["report", empty], "there is no such folder"),
         (["chat", "no-such-model"], "there is no such folder here, and the Hub has"),
         (["train", "no-such-model", out, "--data", text_file], "there is no such folder here, and the Hub has"),
         (["train", quantized, out, "--data", empty], "empty.jsonl is empty"),

@@ -58,6 +58,8 @@ def run(settings: Namespace) -> Result:
     """Read the folder, write the page."""
     refuse_missing_folder("folder", settings.folder)
     folder = Path(settings.folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
     file = Path(settings.output) if settings.output else folder / PAGE
     if file.is_dir():
         raise IsADirectoryError(f"--output {file} is a folder. Name a file, such as {file / PAGE}.")
