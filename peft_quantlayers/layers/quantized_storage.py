@@ -97,12 +97,14 @@ class QuantizedStorage(nn.Module):
         self.n_writes += 1
         self.spec = quantized.spec
         self._codes_dtype = quantized.tensors[quantized.spec.codes_name].dtype
+        self._name_tensors(tuple(quantized.tensors))
         for name, tensor in self._registered(quantized).items():
-            old = self._parameter(name)
-            if old.dtype == tensor.dtype and old.device == tensor.device:
+            old = self._parameters.get(name)
+            if old is not None and old.dtype == tensor.dtype and old.device == tensor.device:
                 old.data = tensor  # the Parameter object stays: an optimizer may hold it
             else:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+                trains = old is not None and old.requires_grad and tensor.is_floating_point()
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=trains)
         self._wrap_codes()
         for other in self.sharing:
             if other is not self:
@@ -123,8 +125,15 @@ class QuantizedStorage(nn.Module):
     def _take_tensors_of(self, other: QuantizedStorage) -> None:
         self.spec, self._codes_dtype, self.out_features = other.spec, other._codes_dtype, other.out_features
         self.n_writes += 1
+        self._name_tensors(other._tensor_names)
         for name in self._tensor_names:
             self._parameters[name] = other._parameters[name]
+
+    def _name_tensors(self, names: tuple[str, ...]) -> None:
+        """Drop the tensors that a weight of another layout no longer has."""
+        for name in set(self._tensor_names) - set(names):
+            del self._parameters[name]
+        self._tensor_names = names
 
     def unshare_parameters(self) -> None:
         """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""

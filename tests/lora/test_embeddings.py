@@ -194,3 +194,25 @@ def test_a_vocabulary_is_resized_before_adapters_and_its_new_tokens_are_trained(
     assert peft_model(input_ids=ids, labels=ids).loss < loss
     merged, _ = merge_back(peft_model, progress=False)
     assert merged.get_input_embeddings().num_embeddings == 260
+
+
+def test_a_second_merge_after_a_write_leaves_nothing_of_the_first_when_it_is_undone():
+    peft_model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False))
+    peft_model.add_adapter("b", LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False))
+    layer = peft_model.get_input_embeddings()
+    table = layer.get_base_layer()
+    before, delta = table.dequantize(), layer.get_delta_weight("default").detach()
+    layer.merge(adapter_names=["default"])
+    table.weight[7] = 1.0
+    layer.merge(adapter_names=["b"])
+    layer.unmerge()
+    left = (table.dequantize() - before).norm(dim=1)
+    assert layer.merged_adapters == []
+    assert left[7] > 1
+    assert torch.cat([left[:7], left[8:]]).norm() < 0.05 * delta.norm()
+    # Merged again, it is undone to the bit again.
+    codes = table.codes.clone()
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["b"])
+    layer.unmerge()
+    assert torch.equal(table.codes, codes)
