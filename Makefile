@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/q
 
 # A YAML file and a handful of verbs of the command line.
 demo: $(VENV)/.installed
-	rm -rf demo-output/base demo-output/tuned demo-output/merged
+	rm -rf demo-output/base demo-output/tuned demo-output/merged demo-output/served
 	$(RUN) examples/demo_verbs.py $(ARGS)
 
 # The same in Python, measured after every step, with a dense merge beside it: the README's table.

@@ -18,8 +18,10 @@ _IN_TESTS = {
 
 
 def exports_rows(measured: Mapping[str, Any]) -> list[list[str]]:
-    """One row for each case, as text."""
-    return [_row(row) for row in measured["rows"].values()]
+    """One row for each case, as text; those of a model together, in the order in which it was first measured."""
+    models = list(dict.fromkeys(row["model"] for row in measured["rows"].values()))
+    rows = sorted(measured["rows"].values(), key=lambda row: models.index(row["model"]))
+    return [_row(row) for row in rows]
 
 
 def _row(row: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ faster).
 On a shared machine the threads of a product wait for each other, and wall-clock times are unreliable: ``--one-thread``
 uses one thread and counts its CPU time. ``--avx2`` leaves AVX-512 unused, in all libraries that have a setting for it.
 ``--lora`` times layers with an adapter only, and one token through the whole of SmolLM2-135M with one on every layer.
+Rows of shapes that are not timed now stay in the file, if the same device made them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -86,6 +88,15 @@ def seconds_per_call(
     if torch.get_num_threads() != n_threads:
         raise SystemExit(f"a peer changed the number of threads from {n_threads} to {torch.get_num_threads()}.")
     return seconds
+
+
+def rows_to_keep(path: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``path`` for shapes that were not timed now, if the same device and versions made them."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != measured[key] for key in ("device", "clock")):
+        return []
+    shapes = [row["shape"] for row in measured["rows"]]
+    return [row for row in before["rows"] if row["shape"] not in shapes]
 
 
 def token_of_model(repeats: int, clock: Clock) -> dict[str, float]:
@@ -184,6 +195,8 @@ def main() -> None:
     if args.lora:
         measured["model"] = token_of_model(args.repeats, clock)
     path = RESULTS / f"decode{'_lora' if args.lora else ''}{'_avx2' if args.avx2 else ''}.json"
+    order = [list(shape) for shape in SHAPES.values()]
+    measured["rows"] = sorted(rows + rows_to_keep(path, measured), key=lambda row: order.index(row["shape"]))
     path.write_text(json.dumps(measured, indent=2) + "\n")
 
 

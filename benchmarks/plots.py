@@ -89,11 +89,13 @@ def quality_and_bits(axes: Axes) -> None:
     for row in result("quality")["rows"]:
         if row["made_by"] in names and row["group_size"] == 64 and row["nbits"] < 8:
             found.setdefault(names[row["made_by"]], []).append((row["bits_per_weight"], row["kl_to_float"]))
-    for row in result("calibration")["rows"]:
-        # Uniform widths with today's defaults, and AQLM finetuned.
-        others = ("group 16", "mixed", "zeros", "without", "HQQ 2 bits, group 64, calibrated, finetuned")
-        if "calibrated" in row["name"] and not any(other in row["name"] for other in others):
-            kind = "AQLM, calibrated" if "AQLM" in row["name"] else "HQQ, calibrated"
+    calibrated = {row["name"]: row for row in result("calibration")["rows"] if row["quantize_s"] is not None}
+    for name, row in calibrated.items():
+        # Uniform widths; those without asymmetric targets only where today's default is not measured.
+        others = ("group 16", "mixed", "zeros", "HQQ 2 bits, group 64, calibrated, finetuned")
+        is_replaced = name.replace(", without asymmetric targets", "") in calibrated.keys() - {name}
+        if "calibrated" in name and not is_replaced and not any(other in name for other in others):
+            kind = "AQLM, calibrated" if "AQLM" in name else "HQQ, calibrated"
             found.setdefault(kind, []).append((row["bits_per_weight"], row["kl_to_float"]))
     for (label, points), marker in zip(found.items(), "osD^", strict=False):
         axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=label)

@@ -2,6 +2,7 @@
 
     python examples/demo_verbs.py                          SmolLM2-135M in 4 bits, a few minutes on a laptop
     python examples/demo_verbs.py --model NAME --nbits 3
+    python examples/demo_verbs.py --export gguf            ends with a line of text from llama.cpp
 
 The task is made by ``orders_task.py``; ``demo.yaml`` says how it is learned.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import orders_task
 from demo_model import demo_model_folder
+from export_demo import export_and_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_quantlayers.cli import main as peft_quantlayers
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--nbits", type=int, default=4, help="bits per weight")
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--orders", type=int, default=48, help="held-out orders to score")
+    parser.add_argument("--export", help="format to export the merged model to, for example gguf")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is made")
     options = parser.parse_args()
     model, out = options.model or demo_model_folder(), options.output
@@ -75,6 +78,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(merged)
     right = orders_task.exact_match(AutoModelForCausalLM.from_pretrained(merged), tokenizer, test)
     print(f"\nmerged and loaded from {merged}: {right:.0%} of {len(test)} held-out orders right")
+    if options.export:
+        served = out / "served"
+        print(f"\n$ peft-quantlayers export {merged} {served} --format {options.export}", flush=True)
+        export_and_generate(merged, served, options.export, test[0].prompt)
     print(ON_YOUR_OWN)
 
 

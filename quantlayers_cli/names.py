@@ -57,7 +57,8 @@ def with_names(
             named += [f"--{name}", rest.pop(0)]
     if rest and not rest[0].startswith("-"):
         raise WrongUsage(f"{rest[0]!r} is one argument too many; give options by name, such as --{positionals[0]}.")
-    configs = [named[1]] if named[:1] == ["--config"] else []
+    # Where the YAML files are named: a list, the place in it, and what stands before the file there.
+    configs = [(named, 1, "")] if named[:1] == ["--config"] else []
     for position, argument in enumerate(rest):
         if argument.startswith("--"):
             key, separator, value = argument[2:].partition("=")
@@ -65,14 +66,16 @@ def with_names(
             if name not in known and key not in OF_PARSERS and not _is_below_a_mapping(name, known):
                 raise WrongUsage(f"there is no option --{key}{meant(key, known, '--')}. --help lists them all.")
             rest[position] = f"--{name}{separator}{value}"
-            if key == "config":
-                configs += [value] if separator else rest[position + 1 : position + 2]
+            if key == "config" and separator:
+                configs.append((rest, position, "--config="))
+            elif key == "config" and position + 1 < len(rest):
+                configs.append((rest, position + 1, ""))
     given = {each[2:].partition("=")[0] for each in (*named, *rest) if each.startswith("--")}
-    for file in configs:
-        content = _content_of(file, known)
+    for arguments, place, before in configs:
+        content = _content_of(arguments[place].removeprefix(before), known)
         given |= {_ours(key, known) for key in _flat(content, known)}
         if any(_ours(key, known) != key for key in content):
-            named[1:2] = [yaml.safe_dump(_renamed(content, known))]
+            arguments[place] = before + yaml.safe_dump(_renamed(content, known))
     if missing := [name for name in required if not {name, "print_config"} & given]:
         raise WrongUsage(
             f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. --help lists "
@@ -100,7 +103,7 @@ def _is_below_a_mapping(name: str, known: set[str]) -> bool:
 def _content_of(file: str, known: set[str]) -> dict[str, Any]:
     """What a YAML file holds; WrongUsage where it is none or has an unknown key."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise WrongUsage(f"{file} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

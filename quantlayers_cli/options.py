@@ -81,4 +81,4 @@ def check_names(verb: str, arguments: Sequence[str]) -> None:
 
 @cache
 def _verbs() -> dict[str, Any]:
-    return json.loads(OPTIONS.read_text())
+    return json.loads(OPTIONS.read_text(encoding="utf-8"))

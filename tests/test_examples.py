@@ -116,7 +116,8 @@ def test_the_demo_runs_on_another_model(options, label, tiny_folder, tmp_path):
 
 def test_the_demo_by_verbs_runs_on_another_model_and_says_how_to_do_the_same(tiny_folder, tmp_path):
     small = ["--model", str(tiny_folder), "--steps", "2", "--orders", "4"]
-    output = run_example("demo_verbs.py", *small, "--output", str(tmp_path))
+    output = run_example("demo_verbs.py", *small, "--output", str(tmp_path), "--export", "dense")
+    assert (tmp_path / "served" / "model.safetensors").exists()
     verbs = re.findall(r"^\$ peft-quantlayers (\w+)", output, re.M)
     assert verbs[:6] == ["quantize", "train", "merge", "evaluate", "evaluate", "chat"]
     assert "of 4 held-out orders right" in output

@@ -48,6 +48,7 @@ def is_cpu_inference(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
+        and not x.is_neg()  # whose memory has the other sign
         and not torch.is_autocast_enabled("cpu")
         and _is_undisturbed()
     )

@@ -18,7 +18,7 @@ def few_tokens_product(
         kernel: one of ``interface.KERNELS`` that takes a weight and a :class:`Product`.
         weight: the addresses of its tensors, which the caller keeps alive.
     """
-    inputs = x.float().contiguous()
+    inputs = x.resolve_neg().float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
     product = Product(

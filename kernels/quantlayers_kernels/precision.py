@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 CHOICE = "PEFT_QUANTLAYERS_CPU_HALF"
 _MEASURE, _HALF, _FLOAT = "auto", "half", "float32"
+_CHOSEN = os.environ.get(CHOICE, "").lower() or _MEASURE
 # Half precision loses digits, and where it takes as long it gains nothing. Real units take a fifth of the time, and
 # others as long as float32 or twice as long, so that noise does not change the answer.
 NEEDED_GAIN = 1.25
@@ -49,18 +50,17 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _is_faster_on_cpu(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a half precision faster than those of float32."""
     if dtype not in _FOUND:
-        if torch.compiler.is_compiling():  # a clock cannot be compiled
-            return _CPU_INSTRUCTIONS[dtype]
+        if torch.compiler.is_compiling():  # a clock cannot be compiled: the CPU's word, unless a choice was made
+            return _CHOSEN == _HALF or (_CHOSEN != _FLOAT and _CPU_INSTRUCTIONS[dtype])
         _FOUND[dtype] = _decided(dtype)
     return _FOUND[dtype]
 
 
 def _decided(dtype: torch.dtype) -> bool:
-    chosen = os.environ.get(CHOICE, "").lower() or _MEASURE
-    if chosen not in (_MEASURE, _HALF, _FLOAT):
-        raise ValueError(f"{CHOICE}={chosen!r} is unknown. Choose from {(_MEASURE, _HALF, _FLOAT)}.")
-    if chosen != _MEASURE:
-        return chosen == _HALF
+    if _CHOSEN not in (_MEASURE, _HALF, _FLOAT):
+        raise ValueError(f"{CHOICE}={_CHOSEN!r} is unknown. Choose from {(_MEASURE, _HALF, _FLOAT)}.")
+    if _CHOSEN != _MEASURE:
+        return _CHOSEN == _HALF
     return _CPU_INSTRUCTIONS[dtype] and _seconds(torch.float32) > NEEDED_GAIN * _seconds(dtype)
 
 

@@ -54,7 +54,7 @@ class PreparedProduct:
         return type(None), ()
 
     def __call__(self, x: Tensor, tensors: Mapping[str, Any], bias: Tensor | None) -> Tensor | None:
-        """The product, (..., out_features); None for too many tokens, for none, or for another number of inputs.
+        """The product, (..., out_features); None for too many tokens, for none, or for other shapes.
 
         Args:
             x: (..., in_features), one of ``native.KINDS``, a plain tensor on the CPU.
@@ -62,11 +62,13 @@ class PreparedProduct:
             bias: (out_features,), on the CPU, or None.
         """
         shape, n_numbers = x.shape, x.numel()
-        if not 0 < n_numbers <= self._max_numbers or shape[-1] != self._in_features:
+        if not 0 < n_numbers <= self._max_numbers or not shape or shape[-1] != self._in_features:
             return None
         is_float = x.dtype == torch.float32
         inputs = (x if is_float else x.float()).contiguous()
         if bias is not None:
+            if bias.shape != (self._out_features,):
+                return None
             bias = bias.float().contiguous()
         if self._converted is not None:
             for name, memory in self._converted.items():

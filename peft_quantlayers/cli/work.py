@@ -70,7 +70,7 @@ def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: P
     """Write the resolved settings and the versions beside the output."""
     versions = ", ".join(f"{name} {_version(name)}" for name in VERSIONS_OF)
     head = f"# {PROGRAM} {verb} {verb}.yaml does the same again.\n# Python {platform.python_version()}, {versions}\n"
-    (folder / f"{verb}.yaml").write_text(head + settings_text(parser, settings))
+    (folder / f"{verb}.yaml").write_text(head + settings_text(parser, settings), encoding="utf-8")
 
 
 def _print(result: Result, *, is_json: bool) -> None:

@@ -203,7 +203,7 @@ class QuantizedStorage(nn.Module):
 
     def _checked_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Dtypes of the product with ``x`` and of its result."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
+        if x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
                 f"{self.layer_name}: expected a floating input of shape (..., {self.in_features}), got {x.dtype} of "
                 f"shape {tuple(x.shape)}."

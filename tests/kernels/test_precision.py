@@ -1,5 +1,9 @@
 """Products of half precision are computed in it where this machine does so faster, and in float32 elsewhere."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +18,7 @@ HALF = [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch):
     monkeypatch.setattr(precision, "_FOUND", {})
-    monkeypatch.delenv(precision.CHOICE, raising=False)
+    monkeypatch.setattr(precision, "_CHOSEN", "auto")
 
 
 @pytest.fixture
@@ -54,16 +58,25 @@ def test_nothing_is_measured_for_other_dtypes_and_devices_and_where_there_are_no
     assert timed == []
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("half", torch.bfloat16), ("FLOAT32", torch.float32)])
+@pytest.mark.parametrize(("choice", "expected"), [("half", torch.bfloat16), ("float32", torch.float32)])
 def test_the_environment_decides_without_measuring(choice, expected, machine, monkeypatch):
     timed = machine(0.5 if choice == "half" else 6.0)
-    monkeypatch.setenv(precision.CHOICE, choice)
+    monkeypatch.setattr(precision, "_CHOSEN", choice)
+    compiled = torch.compile(lambda x: x.to(product_dtype(torch.bfloat16, x.device)), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).dtype == expected
     assert product_dtype(torch.bfloat16, CPU) == expected
     assert timed == []
 
 
+def test_the_environment_is_read_at_import():
+    program = "from quantlayers_kernels import precision; print(precision._CHOSEN)"
+    environment = os.environ | {precision.CHOICE: "Float32"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["float32"]
+
+
 def test_an_unknown_choice_is_refused(monkeypatch):
-    monkeypatch.setenv(precision.CHOICE, "double")
+    monkeypatch.setattr(precision, "_CHOSEN", "double")
     with pytest.raises(ValueError, match=r"PEFT_QUANTLAYERS_CPU_HALF='double' is unknown. Choose from"):
         product_dtype(torch.bfloat16, CPU)
 

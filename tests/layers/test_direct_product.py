@@ -79,10 +79,23 @@ def test_other_inputs_go_the_long_way(x):
 
 
 @torch.no_grad()
+def test_a_view_with_the_other_sign_is_read_with_it():
+    layer, x = layer_of(SPECS["hqq4"], bias=False), torch.randn(1, IN)
+    assert torch.equal(layer(torch._neg_view(x)), -layer(x))
+
+
+@torch.no_grad()
+def test_a_bias_of_another_length_is_not_read_past_its_end():
+    layer, x = layer_of(SPECS["hqq4"]), torch.randn(1, IN)
+    layer.bias = nn.Parameter(torch.ones(1))
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().t() + 1)
+
+
+@torch.no_grad()
 def test_a_wrong_input_is_refused_as_before():
     layer = layer_of(SPECS["hqq4"])
     layer(torch.randn(1, IN))
-    for x in (torch.randn(1, IN + 1), torch.zeros(1, IN, dtype=torch.int64)):
+    for x in (torch.randn(1, IN + 1), torch.zeros(1, IN, dtype=torch.int64), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="expected a floating input"):
             layer(x)
 

@@ -168,7 +168,7 @@ INLINE struct row_scales row_scales_of(const struct hqq_weight *w, int64_t row, 
     for (int i = 0; i < LANES; i++)
         lane[i] = i;
     for (int64_t g = 0; g < n_groups; g += LANES) {
-        const ints is_group = lane < (int32_t)(n - g);
+        const ints is_group = lane < (ints){0} + (int32_t)(n - g);
         for (int r = 0; r < rows; r++) {
             const floats scale = (floats)((ints)load(scales + r * n + g) & is_group);
             const floats zero = (floats)((ints)load(zeros + r * n + g) & is_group);
