@@ -18,7 +18,6 @@ from ..layers.dense_types import dense_modules, dense_shape
 from ..layers.expert_types import dense_stacks, fused_weights
 from ..layers.selection import quantized_layers
 from ..methods import HQQSpec, get_method
-from ..methods.hqq.method import with_plain_metadata
 from .source_layer import SourceLayer, StackFacts
 
 
@@ -189,8 +188,7 @@ def _common(model: nn.Module, layer: QuantizedLinear | QuantizedStack) -> dict[s
 
 def _plain(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight without metadata in 8 bits, which no format of other engines has; to the bit."""
-    is_plain = not isinstance(weight.spec, HQQSpec) or not weight.spec.double_quant
-    return weight if is_plain else with_plain_metadata(weight)
+    return get_method(weight.spec.method).with_plain_metadata(weight)
 
 
 def _stack_facts(model: nn.Module, name: str, stack: QuantizedStack) -> StackFacts:

@@ -96,7 +96,12 @@ class QuantizedWeight:
         """This weight with ``n_rows`` rows, of which those of the indices ``rows`` are ``new``; tensors are copied.
 
         If ``new`` has wider metadata, the others' are widened too.
+
+        Raises:
+            ValueError: ``new`` is of another spec, apart from wider metadata.
         """
+        if new is not None and new.spec not in (self.spec, self.spec.widened()):
+            raise ValueError(f"rows stored as {new.spec} cannot lie in a weight that is stored as {self.spec}.")
         spec, kept = (self.spec if new is None else new.spec), min(n_rows, self.out_features)
         tensors = {}
         for name, entry in spec.tensor_layout(n_rows, self.in_features).items():

@@ -145,6 +145,7 @@ def check_headers(
     specs: Mapping[str, QuantSpec],
     stored_layers: Collection[str],
     tied: Mapping[str, str],
+    branches: Collection[str],
     model: nn.Module,
 ) -> None:
     """Compare names, shapes and dtypes in the files with what ``model`` will hold, before anything is loaded.
@@ -155,6 +156,7 @@ def check_headers(
         specs: of the layers to be quantized, which are still dense in ``model``.
         stored_layers: layers that are stored in another layout, and were checked when they were described.
         tied: of layers whose tensors may be in the files under the name of another one, that name.
+        branches: the layers that have a low-rank branch.
         model: where the tensors go.
 
     Raises:
@@ -174,6 +176,11 @@ def check_headers(
             found[parameter] = key
             _check_layer_tensor(key, header, tensor_name, specs[name], layouts[name])
         elif name.removesuffix(".branch") in specs:
+            if name.removesuffix(".branch") not in branches:
+                raise ValueError(
+                    f"{header.file_name}: unexpected tensor {key!r}; config.json has no low-rank branch there. The "
+                    "file does not belong to it."
+                )
             _check_kind(key, header, is_floating=True)
         elif tensor_name in codes_names and parameter not in dense:
             raise ValueError(

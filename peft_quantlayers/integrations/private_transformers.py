@@ -68,21 +68,31 @@ def tying_shared_tensors(model: Any) -> Iterator[None]:
     declared = [owner.get_expanded_tied_weights_keys(all_submodels=False) for owner in owners]
     yield
     for owner, names in zip(owners, declared, strict=True):
-        if (renamed := _of_shared_tensors(owner, names)) != names:
-            owner._tied_weights_keys = renamed
+        _declare(owner, "_tied_weights_keys", names)
     for owner in model.modules():
         if isinstance(getattr(owner, "all_tied_weights_keys", None), dict):
-            owner.all_tied_weights_keys = _of_shared_tensors(owner, owner.all_tied_weights_keys)
+            _declare(owner, "all_tied_weights_keys", owner.all_tied_weights_keys)
+
+
+# Attribute of a model, while its embeddings are quantized: its own declarations of before.
+_DENSE_TIES = "_ties_of_dense_weights"
+
+
+def _declare(owner: Any, attribute: str, names: dict[str, str]) -> None:
+    if (renamed := _of_shared_tensors(owner, names)) != names:
+        before = vars(owner).setdefault(_DENSE_TIES, {})
+        before.setdefault(attribute, vars(owner).get(attribute))
+        setattr(owner, attribute, renamed)
 
 
 def tie_dense_weights(model: Any) -> None:
-    """Undo :func:`tying_shared_tensors`, in a model that is dense now, and tie its weights."""
-    owners = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
-    for owner in owners:
-        del owner._tied_weights_keys
-    for owner in model.modules() if owners else ():
-        if isinstance(getattr(owner, "all_tied_weights_keys", None), dict):
-            owner.all_tied_weights_keys = owner.get_expanded_tied_weights_keys(all_submodels=True)
+    """Undo :func:`tying_shared_tensors`, in a model that is dense now: declare what was declared before."""
+    for owner in model.modules():
+        for attribute, names in vars(owner).pop(_DENSE_TIES, {}).items():
+            if names is None:
+                delattr(owner, attribute)  # the class has it
+            else:
+                setattr(owner, attribute, names)
 
 
 def _of_shared_tensors(owner: Any, declared: dict[str, str]) -> dict[str, str]:

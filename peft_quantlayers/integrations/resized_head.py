@@ -10,12 +10,15 @@ from torch import nn
 
 from ..layers import QuantizedLinear
 from ..layers.changed_rows import with_changed_rows
+from ..layers.quantize_weight import quantize_weight
 
 
 def resized_head(
     resized: Callable[..., nn.Module], model: Any, head: nn.Module, *args: Any, **kwargs: Any
 ) -> nn.Module:
-    """``_get_resized_lm_head`` of a transformers model: a quantized head stays one, and its rows keep their codes.
+    """``_get_resized_lm_head`` of a transformers model: a quantized head is resized in its place.
+
+    Its rows keep their codes, and the layer its hooks, ``activation_bits`` and low-rank branch.
 
     Args:
         resized: transformers' own.
@@ -25,16 +28,13 @@ def resized_head(
     dense: Any = resized(head, *args, **kwargs)
     if not isinstance(head, QuantizedLinear) or dense is head:
         return dense
-    weight = dense.weight.detach()
-    if not head.quantized_weight.has_rows_of_their_own:
-        new = QuantizedLinear.from_weight(
-            weight, dense.bias, head.spec, layer_name=head.layer_name, compute_dtype=head.compute_dtype
-        )
-        return new.train(head.training)
+    weight, old = dense.weight.detach(), head.quantized_weight
     with torch.no_grad():
-        quantized = with_changed_rows(head.quantized_weight, head.dequantize(), weight, layer_name=head.layer_name)
-    new = type(head)(
-        quantized, compute_dtype=head.compute_dtype, layer_name=head.layer_name, dense_type=head.dense_type
-    )
-    new.register_parameter("bias", dense.bias)
-    return new.train(head.training)
+        if old.has_rows_of_their_own:
+            new = with_changed_rows(old, head.dequantize(), weight, layer_name=head.layer_name)
+        else:
+            new = quantize_weight(weight, head.spec, layer_name=head.layer_name)
+        head.resize(new)
+        if head.bias is not None:
+            head.bias.data = dense.bias.detach()
+    return head

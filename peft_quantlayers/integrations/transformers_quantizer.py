@@ -147,7 +147,8 @@ class QuantlayersHfQuantizer(HfQuantizer):
         check_kinds(model, modules, description.stacks, description.embeddings)
         self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
         self.specs |= {name: stack.spec for name, stack in stacks.items()}
-        tensor_names = self._tensor_names(model, [modules[name] for name in description.branches if name in modules])
+        branches = [modules[name] for name in description.branches if name in modules]
+        tensor_names = self._tensor_names(model, branches)
         stored = {modules[name]: layer for name, layer in description.stored_layers.items() if name in modules}
         stored_layers = StoredLayers(layers_with_wide_codes(self.specs, model) | stored, failures=self.failures)
         stored_layers.check_shapes(model)
@@ -159,7 +160,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             ignore_sentinels(model, self.parameters.keys() - found.keys(), names)
             self.parameters = found
         tied = stored_tables(model, self.specs)
-        check_headers(files, self.parameters, self.specs, {*stored, *stacks}, tied, model)
+        check_headers(files, self.parameters, self.specs, {*stored, *stacks}, tied, branches, model)
         renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
         self.quantized_tensors = [
             *stacked_tensors(stacks, files.headers, names, self.failures),
@@ -187,10 +188,9 @@ class QuantlayersHfQuantizer(HfQuantizer):
         }
         tables = place_empty_tables(model, self.specs, compute_dtypes=dtypes, device="meta")
         for stored_name, name in names.items():
-            if name in tables:
-                continue
-            dtype = dtypes[name]
-            layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtype, device="meta")
+            layer: Any = model.get_submodule(name) if name in tables else None
+            if layer is None:
+                layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtypes[name], device="meta")
             rank = description.branches.get(stored_name)
             if rank is not None and isinstance(layer, QuantizedStack):
                 stack_shape = (layer.n_experts, layer.out_features, layer.in_features)

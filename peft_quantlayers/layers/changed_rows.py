@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import QuantizedWeight
+from ..methods import get_method
 from .quantize_weight import quantize_weight
 
 
@@ -27,4 +28,8 @@ def with_changed_rows(old: QuantizedWeight, dense: Tensor, weight: Tensor, *, la
     if len(weight) == old.out_features and not len(changed):
         return old
     new = quantize_weight(weight[changed], old.spec, layer_name=layer_name) if len(changed) else None
+    if new is not None and new.spec != old.spec:
+        # Rows whose metadata need more than 8 bits: those that stay have theirs as the numbers that they stand for.
+        method = get_method(old.spec.method)
+        old, new = method.with_plain_metadata(old), method.with_plain_metadata(new)
     return old.with_rows(changed, new, n_rows=len(weight))

@@ -130,8 +130,7 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
             old = self.quantized_weight
             new = with_changed_rows(old, self.dequantize(), weight, layer_name=self.layer_name)
             if new is not old:
-                self.out_features = self.num_embeddings = len(weight)
-                self.quantized_weight = new
+                self.resize(new)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -160,9 +159,9 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
         shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]
         return ", ".join([nn.Embedding.extra_repr(self), *shown])
 
-    def _take_tensors_of(self, other: QuantizedStorage) -> None:
-        super()._take_tensors_of(other)
-        self.num_embeddings = other.out_features
+    def _set_rows(self, n_rows: int) -> None:
+        super()._set_rows(n_rows)
+        self.num_embeddings = n_rows
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":

@@ -97,16 +97,34 @@ class QuantizedStorage(nn.Module):
         self.n_writes += 1
         self.spec = quantized.spec
         self._codes_dtype = quantized.tensors[quantized.spec.codes_name].dtype
+        self._name_tensors(tuple(quantized.tensors))
         for name, tensor in self._registered(quantized).items():
-            old = self._parameter(name)
-            if old.dtype == tensor.dtype and old.device == tensor.device:
+            old = self._parameters.get(name)
+            if old is not None and old.dtype == tensor.dtype and old.device == tensor.device:
                 old.data = tensor  # the Parameter object stays: an optimizer may hold it
             else:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+                trains = old is not None and old.requires_grad and tensor.is_floating_point()
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=trains)
         self._wrap_codes()
         for other in self.sharing:
             if other is not self:
                 other._take_tensors_of(self)
+
+    def resize(self, quantized: QuantizedWeight) -> None:
+        """Hold ``quantized``, which may have another number of rows, and so do the layers that share the tensors.
+
+        The bias and the low-rank branch get zeros for rows that are added.
+        """
+        self._set_rows(quantized.out_features)
+        self.quantized_weight = quantized
+
+    def _set_rows(self, n_rows: int) -> None:
+        self.out_features = n_rows
+        branch = self._modules.get("branch")
+        for parameter in (self._parameters["bias"], None if branch is None else branch._parameters["B"]):
+            if parameter is not None and len(parameter) != n_rows:
+                kept = parameter.data[:n_rows]
+                parameter.data = torch.cat([kept, kept.new_zeros(n_rows - len(kept), *kept.shape[1:])])
 
     def share_tensors(self, others: Sequence[QuantizedStorage]) -> None:
         """Have ``others``, layers of the same spec and shape, hold this layer's tensors in the place of their own.
@@ -121,15 +139,24 @@ class QuantizedStorage(nn.Module):
             other._take_tensors_of(self)
 
     def _take_tensors_of(self, other: QuantizedStorage) -> None:
-        self.spec, self._codes_dtype, self.out_features = other.spec, other._codes_dtype, other.out_features
+        self.spec, self._codes_dtype = other.spec, other._codes_dtype
+        self._set_rows(other.out_features)
         self.n_writes += 1
+        self._name_tensors(other._tensor_names)
         for name in self._tensor_names:
             self._parameters[name] = other._parameters[name]
 
+    def _name_tensors(self, names: tuple[str, ...]) -> None:
+        """Drop the tensors that a weight of another layout no longer has."""
+        for name in set(self._tensor_names) - set(names):
+            del self._parameters[name]
+        self._tensor_names = names
+
     def unshare_parameters(self) -> None:
         """Take new Parameters around the same tensors, so that a write reaches no other layer that shares the old."""
-        for layer in self.sharing:
-            layer.sharing = tuple(each for each in layer.sharing if each is not self)
+        others = tuple(each for each in self.sharing if each is not self)
+        for layer in others:
+            layer.sharing = others if len(others) > 1 else ()
         self.sharing = ()
         for name, parameter in list(self._parameters.items()):
             if parameter is not None:

@@ -157,20 +157,23 @@ def _select_tables(model: nn.Module, config: QuantConfig, selection: Selection, 
     for table in embedding_tables(model):
         if selection.specs.keys() & set(table.names):  # a head of its own, with quantize_lm_head
             continue
-        dense = table.stays_dense
+        name, dense = table.names[0], table.stays_dense
         if any(map(config.is_skipped, table.names)):
             dense = StaysDense(reason=SKIPPED)
-        try:
+        spec: QuantSpec | None = asked
+        if dense is None and (misfit := asked.misfit(*table.shape)):
+            if config.on_misfit == "refuse":
+                problems.append(
+                    f"{name}: {misfit}, and on_misfit='refuse' leaves tables no other groups. Let them shrink with "
+                    f"on_misfit='shrink', or leave it dense with skip_modules=[{name!r}]."
+                )
+                continue
             spec = config.fitted_spec(asked, *table.shape)
-        except ValueError as error:
-            problems.append(f"{table.names[0]}: {error} Or leave it dense with quantize_embeddings=None.")
+            dense = StaysDense(reason=MISFIT, detail=misfit) if spec is None else None
+        if dense is not None or spec is None:
+            selection.dense_tables[name] = cast(StaysDense, dense)
             continue
-        if dense is None and spec is None:
-            dense = StaysDense(reason=MISFIT, detail=asked.misfit(*table.shape))
-        if dense is not None:
-            selection.dense_tables[table.names[0]] = dense
-            continue
-        selection.tables[table.names[0]] = (table, cast(QuantSpec, spec))
+        selection.tables[name] = (table, spec)
         for name in table.names:
             selection.dense.pop(name, None)
 

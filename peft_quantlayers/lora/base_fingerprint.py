@@ -22,11 +22,11 @@ from torch import nn
 
 from ..formats import QuantizedWeight
 from ..formats.quantized_weight import stored_bytes
-from ..layers import QuantizedLinear
 from ..layers.codes_parameter import as_codes, gathered, is_sharded
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.stack import QuantizedStack
 from ..transforms.record import are_transforms, in_words, transforms_of
+from .embedding_layer import LoraQuantizedEmbedding
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of
 from .stack_layer import LoraQuantizedStack
@@ -73,7 +73,9 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
         place = _place(name, module)
         if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)):
             weight = module.unmerged_snapshot().weight
-        elif isinstance(module, (QuantizedLinear, QuantizedStack)) and place not in found:
+        elif isinstance(module, LoraQuantizedEmbedding):
+            weight = module.unmerged_weight
+        elif isinstance(module, QuantizedStorage) and place not in found:
             weight = module.quantized_weight
         else:
             continue
@@ -90,6 +92,13 @@ def _place(name: str, module: nn.Module) -> str:
     return name.replace(".base_layer", "") if isinstance(module, QuantizedStack) else name.removesuffix(".base_layer")
 
 
+def _carries(module: nn.Module, adapter: str) -> bool:
+    """Whether ``module`` is LoRA on a quantized layer, with ``adapter`` among its adapters."""
+    if isinstance(module, LoraQuantizedEmbedding):
+        return adapter in module.lora_embedding_A
+    return isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)) and adapter in module.lora_A
+
+
 def is_recorded(config: Any) -> bool:
     """Whether adapters of ``config`` record their base: LoRA, and no subclass with a config file of its own."""
     return type(config) in (LoraConfig, MergeAwareLoraConfig)
@@ -104,7 +113,7 @@ def recorded(config: LoraConfig, found: Mapping[str, str], model: nn.Module, ada
     layers = {
         place: found[place]
         for name, module in model.named_modules()
-        if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)) and adapter in module.lora_A
+        if _carries(module, adapter)
         if (place := _place(name, module)) in found
     }
     transforms = transforms_of(model)

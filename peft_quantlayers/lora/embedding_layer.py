@@ -28,7 +28,10 @@ class LoraQuantizedEmbedding(Embedding):
         table: Any = self.get_base_layer()
         if not isinstance(table, QuantizedEmbedding):  # a dense stand-in
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        before = self._unmerged if self.merged and self._is_ours else table.quantized_weight
+        if self.merged and not self._is_ours:  # unmerge will subtract what was merged before, and this too
+            self._unmerged = None
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        before = self.unmerged_weight
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if self.merged:
             self._unmerged, self._n_writes = before, table.n_writes
@@ -36,11 +39,19 @@ class LoraQuantizedEmbedding(Embedding):
     def unmerge(self) -> None:
         """Restore the codes from before the merge; by subtraction where the table was written since."""
         if self.merged and self._is_ours:
-            self._table.quantized_weight = cast(QuantizedWeight, self._unmerged)
+            self._table.quantized_weight = cast(QuantizedWeight, self._unmerged).to(self._table.codes.device)
             self.merged_adapters.clear()
         else:
             super().unmerge()
         self._unmerged = None
+
+    @property
+    def unmerged_weight(self) -> QuantizedWeight | None:
+        """The table without merges; as it is where it was written since, and None for a dense one."""
+        table: Any = self.get_base_layer()
+        if not isinstance(table, QuantizedEmbedding):
+            return None
+        return self._unmerged if self.merged and self._is_ours else table.quantized_weight
 
     @property
     def _is_ours(self) -> bool:

@@ -117,6 +117,10 @@ class QuantMethod(ABC, Generic[SpecT]):
             multiple=weight.row_multiple,
         )
 
+    def with_plain_metadata(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The same weight, to the bit, with metadata that are not quantized themselves."""
+        return weight
+
     def rounding_misfit(self, spec: SpecT) -> str | None:
         """Why :meth:`linear` cannot round activations to 8 bits.
 

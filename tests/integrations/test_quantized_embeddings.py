@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from peft_quantlayers import HQQConfig, HQQLinear, dequantize_model, quantize_model, save_model, verify_model
 from peft_quantlayers.formats.checkpoint import specs_from_json
 from peft_quantlayers.integrations.private_transformers import tied_weights
-from peft_quantlayers.layers import QuantizedEmbedding
+from peft_quantlayers.layers import LowRankBranch, QuantizedEmbedding
 from peft_quantlayers.methods import spec_from_dict
 
 CONFIG = HQQConfig(nbits=4, quantize_embeddings=8)
@@ -174,3 +174,20 @@ def test_a_config_beside_a_saved_model_is_compared_with_its_tables(name, tmp_pat
     for bits in (None, 4):
         with pytest.raises(ValueError, match=r"(embed_tokens|lm_head) is HQQSpec"):
             type(model).from_pretrained(tmp_path, quantization_config=HQQConfig(nbits=4, quantize_embeddings=bits))
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForCausalLM", "LlamaForCausalLM"])
+def test_a_branch_of_a_head_is_saved_and_loaded_and_refused_where_the_config_has_none(name, tmp_path):
+    model = quantize_model(tiny_model(name), CONFIG, progress=False)
+    head = model.get_output_embeddings()
+    head.add_branch(LowRankBranch(torch.randn(4, head.in_features), torch.randn(head.out_features, 4)))
+    expected = outputs(model)
+    save_model(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    check_same(loaded, expected, is_tied=name in TIED)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["branches"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unexpected tensor '.*branch\.[AB]'"):
+        type(model).from_pretrained(tmp_path)

@@ -246,3 +246,11 @@ def test_where_the_library_goes_away_the_layer_stays_exact(monkeypatch):
     x = torch.randn(2, 128)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ layer.dequantize().t() + layer.bias)
+
+
+def test_an_embedding_table_is_no_layer_that_could_round_its_inputs(caplog):
+    model = tiny(quantization=pql.HQQConfig(nbits=4, quantize_embeddings=8))
+    report = pql.set_activation_bits(model, 8)
+    assert report.exact == {}
+    assert "lm_head" in report.layers
+    assert not caplog.text

@@ -7,9 +7,10 @@ import pytest
 import torch
 from _tiny_models import first_float, tiny_inputs, tiny_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MarianConfig, MarianMTModel
 
 from peft_quantlayers import AQLMConfig, HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantize_model
-from peft_quantlayers.layers import QuantizedEmbedding
+from peft_quantlayers.layers import LowRankBranch, QuantizedEmbedding, QuantizedLinear
 from peft_quantlayers.layers.embedding import why_not_quantizable
 from peft_quantlayers.layers.selection import quantized_embeddings, quantized_layers
 
@@ -253,3 +254,84 @@ def test_calibration_leaves_the_table_as_it_is_without():
     expected = QuantizedEmbedding.from_embedding(nn.Embedding.from_pretrained(table), SPEC)
     assert torch.equal(model.model.embed_tokens.codes, expected.codes)
     assert type(plain.model.embed_tokens) is type(model.model.embed_tokens)
+
+
+@pytest.mark.parametrize("n_rows", [300, 200])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_resized_head_keeps_its_branch_its_rounding_and_its_hooks(n_rows, is_tied):
+    model = quantize(tied_llama() if is_tied else tiny_model("LlamaForCausalLM"))
+    head, seen, ids = model.lm_head, [], torch.arange(10)[None]
+    head.add_branch(LowRankBranch(torch.randn(4, 64), torch.randn(256, 4)))
+    head.activation_bits = 8
+    head.register_forward_hook(lambda *arguments: seen.append(arguments))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(n_rows)
+        after = model(ids).logits
+    assert after.shape[-1] == n_rows
+    torch.testing.assert_close(after[..., :200], before[..., :200])
+    assert model.lm_head.activation_bits == 8
+    assert model.lm_head.branch.B.shape == (n_rows, 4)
+    assert not model.lm_head.branch.B[256:].any()
+    assert len(seen) == 2
+
+
+def test_a_table_of_another_size_resizes_the_bias_of_a_head_that_shares_it():
+    table = QuantizedEmbedding.from_embedding(nn.Embedding(10, 64), SPEC)
+    head = QuantizedLinear.from_weight(table.dequantize(), nn.Parameter(torch.ones(10)), SPEC)
+    table.share_tensors([head])
+    table.weight = torch.randn(30, 64)
+    x = torch.randn(2, 64)
+    assert head.bias.tolist() == [1.0] * 10 + [0.0] * 20
+    with torch.no_grad():
+        torch.testing.assert_close(head(x), x @ table.dequantize().T + head.bias)
+
+
+def test_layers_that_stop_sharing_are_no_group_any_more():
+    model = quantize(tied_llama())
+    table, head = model.model.embed_tokens, model.lm_head
+    head.unshare_parameters()
+    assert len(table.sharing) == len(head.sharing) == 0
+    rows = table.dequantize()
+    head.weight[3] = 0.5
+    assert torch.equal(table.dequantize(), rows)
+
+
+def wide_llama() -> nn.Module:
+    sizes = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+
+
+def test_a_table_that_does_not_fit_is_refused_with_a_way_out_unless_it_is_skipped():
+    fields = {"nbits": 4, "group_size": 32, "quantize_embeddings": 8, "on_misfit": "refuse"}
+    with pytest.raises(ValueError, match=r"model\.embed_tokens: in_features=96 is not") as refused:
+        quantize(wide_llama(), HQQConfig(**fields))
+    assert "group_size that divides" not in str(refused.value)
+    assert "skip_modules=['model.embed_tokens']" in str(refused.value)
+    model = quantize(wide_llama(), HQQConfig(**fields, skip_modules=["embed_tokens"]))
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert quantized_embeddings(quantize(wide_llama(), HQQConfig(**fields | {"on_misfit": "shrink"})))
+
+
+def marian() -> nn.Module:
+    sizes = {"vocab_size": 100, "decoder_vocab_size": 100, "d_model": 64, "max_position_embeddings": 32}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 128}
+    return MarianMTModel(MarianConfig(**sizes, pad_token_id=99, decoder_start_token_id=99, eos_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_model_that_declares_its_ties_itself_declares_them_as_before_once_it_is_dense(bits, tmp_path):
+    model = marian()
+    before = [(dict(vars(each)), each) for each in model.modules() if hasattr(each, "all_tied_weights_keys")]
+    quantize(model, HQQConfig(nbits=4, quantize_embeddings=bits))
+    dequantize_model(model)
+    for attributes, each in before:
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            assert vars(each).get(name) == attributes.get(name)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        found = MarianMTModel.from_pretrained(tmp_path)(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(found, expected)

@@ -1,6 +1,8 @@
 """PEFT on models with quantized embeddings: LoRA on table and head, trained tokens, merges, and what is refused."""
 
 import copy
+import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from peft_quantlayers import HQQConfig, merge_back, prepare_model_for_kbit_training, quantize_model, save_model
 from peft_quantlayers.layers import QuantizedEmbedding
+from peft_quantlayers.lora.base_fingerprint import AnotherBaseWarning
 from peft_quantlayers.lora.embedding_layer import LoraQuantizedEmbedding
 
 CONFIG = HQQConfig(nbits=4, quantize_embeddings=8)
@@ -194,3 +197,42 @@ def test_a_vocabulary_is_resized_before_adapters_and_its_new_tokens_are_trained(
     assert peft_model(input_ids=ids, labels=ids).loss < loss
     merged, _ = merge_back(peft_model, progress=False)
     assert merged.get_input_embeddings().num_embeddings == 260
+
+
+def test_a_second_merge_after_a_write_leaves_nothing_of_the_first_when_it_is_undone():
+    peft_model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False))
+    peft_model.add_adapter("b", LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False))
+    layer = peft_model.get_input_embeddings()
+    table = layer.get_base_layer()
+    before, delta = table.dequantize(), layer.get_delta_weight("default").detach()
+    layer.merge(adapter_names=["default"])
+    table.weight[7] = 1.0
+    layer.merge(adapter_names=["b"])
+    layer.unmerge()
+    left = (table.dequantize() - before).norm(dim=1)
+    assert layer.merged_adapters == []
+    assert left[7] > 1
+    assert torch.cat([left[:7], left[8:]]).norm() < 0.05 * delta.norm()
+    # Merged again, it is undone to the bit again.
+    codes = table.codes.clone()
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["b"])
+    layer.unmerge()
+    assert torch.equal(table.codes, codes)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_an_adapter_on_the_table_records_it_and_says_so_on_another_one(is_merged, tmp_path):
+    peft_model = trained(quantized(), LORA)
+    if is_merged:
+        peft_model.merge_adapter()
+    peft_model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "quantlayers_base.json").read_text())["layers"]
+    assert "model.embed_tokens" in record
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AnotherBaseWarning)
+        PeftModel.from_pretrained(quantized(), tmp_path)
+    other = quantized()
+    other.model.embed_tokens.weight[3] = 0.5
+    with pytest.warns(AnotherBaseWarning, match=r"model\.embed_tokens have other codes"):
+        PeftModel.from_pretrained(other, tmp_path)

@@ -8,13 +8,14 @@ from integrations.tiny import tiny_model, token_ids
 from mixtures import tiny_mixture
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, HQQSpec
 from peft_quantlayers.formats import QuantizedWeight
+from peft_quantlayers.layers import QuantizedEmbedding, QuantizedLinear
 from peft_quantlayers.layers.selection import quantized_layers
 from peft_quantlayers.methods import get_method
-from peft_quantlayers.methods.hqq.method import with_plain_metadata
 
 HQQ = get_method("hqq")
 
@@ -75,7 +76,7 @@ def test_rows_that_eight_bits_cannot_hold_are_stored_without(offset, spread, cap
 
 def test_it_is_exactly_a_plain_weight_and_its_layer_computes_with_that():
     weight = HQQ.quantize(heavy_tailed(), HQQSpec(nbits=3, group_size=32, double_quant=True))
-    plain = with_plain_metadata(weight)
+    plain = HQQ.with_plain_metadata(weight)
     assert not plain.spec.double_quant
     assert plain.tensors["scale"].dtype == torch.float16
     assert torch.equal(HQQ.dequantize(weight), HQQ.dequantize(plain))
@@ -146,7 +147,7 @@ def test_exports_write_the_same_as_of_the_plain_weight(target, tmp_path):
     pql.save_model(model, tmp_path / "double")
     plain = pql.quantize_model(tiny_model(), HQQConfig(nbits=4, group_size=32), progress=False)
     for name, layer in quantized_layers(plain).items():
-        layer.quantized_weight = with_plain_metadata(model.get_submodule(name).quantized_weight)
+        layer.quantized_weight = HQQ.with_plain_metadata(model.get_submodule(name).quantized_weight)
     pql.save_model(plain, tmp_path / "plain")
     files = []
     for name in ("double", "plain"):
@@ -181,3 +182,71 @@ def test_experts_are_stored_so_too(tmp_path):
 def test_what_eight_bits_are_not_for_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         HQQConfig(**{"nbits": 4, "group_size": 32, "double_quant": True} | fields)
+
+
+def row_for_float_scales(in_features: int) -> torch.Tensor:
+    """A row whose groups are so different that 8 bits cannot hold their scales."""
+    row = 0.02 * torch.randn(in_features)
+    row[-64:] *= 1000
+    return row
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_stay_as_they_are_where_another_one_needs_plain_scales(symmetric):
+    torch.manual_seed(0)
+    spec = HQQSpec(nbits=4, group_size=64, double_quant=True, symmetric=symmetric)
+    table = QuantizedEmbedding.from_embedding(nn.Embedding(64, 512), spec)
+    before, new = table.dequantize(), row_for_float_scales(512)
+    table.weight[3] = new
+    after = table.dequantize()
+    assert not table.spec.double_quant
+    assert torch.equal(after[4:], before[4:])
+    assert (after[3] - new).norm() < 0.2 * new.norm()
+    assert {name for name, _ in table.named_parameters()} == set(table.spec.tensor_layout(64, 512))
+    table.quantized_weight.check("table")
+
+
+def test_rows_of_another_layout_are_refused():
+    torch.manual_seed(0)
+    narrow, plain = (
+        QuantizedLinear.from_linear(nn.Linear(64, 4), HQQSpec(nbits=4, double_quant=each)).quantized_weight
+        for each in (True, False)
+    )
+    with pytest.raises(ValueError, match="cannot lie in a weight"):
+        narrow.with_rows(torch.tensor([1]), plain.rows(slice(1, 2)), n_rows=4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_layer_that_falls_back_to_plain_scales_is_saved_and_loaded(symmetric, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=512, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    pql.quantize_model(model, pql.HQQConfig(nbits=4, double_quant=True, symmetric=symmetric), progress=False)
+    layer = model.model.layers[0].self_attn.q_proj
+    before, weight = layer.quantized_weight, layer.dequantize()
+    weight[3] = row_for_float_scales(512)
+    layer.weight = weight
+    assert not layer.spec.double_quant
+    assert set(layer.state_dict()) == set(layer.spec.tensor_layout(512, 512))
+    pql.save_model(model, tmp_path)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    layer.quantized_weight = before  # and the way back, as unmerge goes it
+    assert set(layer.state_dict()) == set(layer.spec.tensor_layout(512, 512))
+    assert layer.spec.double_quant
+
+
+def test_layers_that_share_tensors_take_those_of_the_new_layout():
+    torch.manual_seed(0)
+    spec = HQQSpec(nbits=4, group_size=64, double_quant=True)
+    table = QuantizedEmbedding.from_embedding(nn.Embedding(64, 512), spec)
+    head = QuantizedLinear.from_weight(table.dequantize(), None, spec)
+    table.share_tensors([head])
+    table.weight[3] = row_for_float_scales(512)
+    for layer in (head, table):
+        assert {name for name, _ in layer.named_parameters()} == set(layer.spec.tensor_layout(64, 512))
+    x = torch.randn(2, 512)
+    torch.testing.assert_close(head(x), x @ table.dequantize().T, rtol=1e-3, atol=1e-3)

@@ -155,6 +155,14 @@ class HQQMethod(QuantMethod[HQQSpec]):
         codes, scale, zero = tensors["W_q"], tensors["scale"], tensors["zero"]
         return hqq.linear(x, codes, scale, zero, bias, spec.nbits, spec.axis, activation_bits)
 
+    def with_plain_metadata(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """As :meth:`QuantMethod.with_plain_metadata`: scales and zeros in the dtype of the spec instead of 8 bits."""
+        spec, (W_q, scale, zero) = _parts(weight)
+        if not spec.double_quant:
+            return weight
+        tensors = {"W_q": W_q, "scale": scale} | ({} if spec.symmetric else {"zero": zero})
+        return dataclasses.replace(weight, spec=spec.with_plain_metadata(), tensors=tensors)
+
     def rounding_misfit(self, spec: HQQSpec) -> str | None:
         return None if spec.axis == 1 else "its groups run along the outputs (axis=0)"
 
@@ -198,14 +206,6 @@ def _metadata(spec: HQQSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     if spec.symmetric:
         return scale, torch.full_like(scale, spec.symmetric_zero)
     return scale, from_eight_bits(tensors, "zero") if spec.double_quant else tensors["zero"]
-
-
-def with_plain_metadata(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight, to the bit, with scales and zeros in the dtype of its spec instead of 8 bits."""
-    spec = cast(HQQSpec, weight.spec)
-    scale, zero = _metadata(spec, weight.tensors)
-    tensors = {"W_q": weight.tensors["W_q"], "scale": scale} | ({} if spec.symmetric else {"zero": zero})
-    return dataclasses.replace(weight, spec=spec.with_plain_metadata(), tensors=tensors)
 
 
 def _solved(weight: Tensor, spec: HQQSpec, layout: dict[str, TensorLayout]) -> QuantizedWeight:
