@@ -92,6 +92,14 @@ class ExpertByExpert(WeightConverter):
         made.scope_prefix, made.base_model_prefix = self.scope_prefix, self.base_model_prefix
         return made
 
+    def reverse_transform(self) -> Any:
+        """A plain conversion, by transformers' own way, which in 5.20 does not call ``copy``."""
+        plain = self.copy(
+            list(self._original_source_patterns), list(self._original_target_patterns), operations=self.operations
+        )
+        plain.quantization_operation = self.quantization_operation
+        return plain.reverse_transform()
+
     def __deepcopy__(self, memo: dict) -> Self:
         return self._like(self, self.take)  # transformers makes a copy for each tensor
 
