@@ -176,7 +176,7 @@ def check_headers(
             found[parameter] = key
             _check_layer_tensor(key, header, tensor_name, specs[name], layouts[name])
         elif name.removesuffix(".branch") in specs:
-            if name.removesuffix(".branch") not in branches:
+            if name not in specs and name.removesuffix(".branch") not in branches:  # else it is a bias
                 raise ValueError(
                     f"{header.file_name}: unexpected tensor {key!r}; config.json has no low-rank branch there. The "
                     "file does not belong to it."
