@@ -23,8 +23,9 @@ from .calibration.quantize_calibrated import check_can_calibrate
 from .integrations.attached_quantizers import attach_quantizers
 from .layers.other_quantizers import refuse_other_quantizers
 from .layers.placement import check_weights_are_here
+from .layers.quantized_layers import quantized_layers
 from .layers.replace import quantize_each, quantize_tables
-from .layers.selection import checked_modules, finished_modules, quantizable_tables, quantized_layers
+from .layers.selection import checked_modules, finished_modules, quantizable_tables
 from .lora import has_adapters
 from .methods import QuantConfig
 from .methods.quant_config import check_config

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .integrations.interrupted_save import MODEL_FILES
 from .integrations.saved_folder import check_readable
 from .layers.codes_parameter import is_sharded
-from .layers.selection import layers_without_copies, quantized_embeddings, quantized_layers, quantized_stacks
+from .layers.quantized_layers import layers_without_copies, quantized_embeddings, quantized_layers, quantized_stacks
 from .lora import has_adapters
 from .storage import staged_folder
 

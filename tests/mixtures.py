@@ -34,7 +34,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_quantlayers.layers.selection import quantized_stacks
+from peft_quantlayers.layers.quantized_layers import quantized_stacks
 
 SIZES = {
     "vocab_size": 128,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight, QuantSpec
 from ..formats.checksums import are_checksums_used, checksums, find_damage, to_metadata
 from ..layers.dense_types import dense_key, dense_shape, dense_weight
+from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import place_empty_layer
-from ..layers.selection import quantized_layers
 from ..methods import QuantConfig, spec_from_dict
 from ..storage import locked_folder, replace_file
 

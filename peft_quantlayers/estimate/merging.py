@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from ..layers.selection import layers_without_copies
+from ..layers.quantized_layers import layers_without_copies
 from ..methods import QuantConfig
 from ..report import summary
 from .estimates import Estimate

@@ -11,13 +11,9 @@ from transformers import PreTrainedModel
 
 from ..formats import QuantSpec
 from ..layers.embedding_tables import place_empty_table, place_empty_tables
+from ..layers.quantized_layers import layers_without_copies, quantized_layers
 from ..layers.replace import place_empty_layer
-from ..layers.selection import (
-    layers_without_copies,
-    quantizable_modules,
-    quantizable_tables,
-    quantized_layers,
-)
+from ..layers.selection import quantizable_modules, quantizable_tables
 from ..methods import QuantConfig
 
 

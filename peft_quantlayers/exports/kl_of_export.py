@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..evaluate import divergence
 from ..layers import QuantizedLinear
 from ..layers.expert_types import stack_at
+from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import dense_in_place_of
 from ..layers.replace_stack import put_dense
-from ..layers.selection import quantized_layers
 
 WINDOW = 512
 

@@ -14,7 +14,7 @@ from ..formats import QuantizedWeight
 from ..layers import dequantize_model
 from ..layers.dense_types import dense_weight
 from ..layers.expert_types import dense_stacks
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 from ..methods import HQQConfig, HQQSpec, get_method
 from ..model import quantize_model
 from .source_layer import SourceLayer

@@ -16,7 +16,7 @@ from ..integrations.expert_tensors import expert_tensors
 from ..layers import QuantizedEmbedding, QuantizedLinear, QuantizedStack, quantized_modules
 from ..layers.dense_types import dense_modules, dense_shape
 from ..layers.expert_types import dense_stacks, fused_weights
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 from ..methods import HQQSpec, get_method
 from .source_layer import SourceLayer, StackFacts
 

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ..layers.dense_types import dense_names
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 
 
 class CheckpointNames:

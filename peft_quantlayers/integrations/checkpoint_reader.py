@@ -16,7 +16,7 @@ from ..formats import QuantizedWeight
 from ..formats.checkpoint import SENTINEL_SHAPE
 from ..formats.known_formats import known_formats
 from ..layers import QuantizedEmbedding, QuantizedLinear, QuantizedStack
-from ..layers.selection import QuantizedLayer, quantized_embeddings, quantized_layers
+from ..layers.quantized_layers import QuantizedLayer, quantized_embeddings, quantized_layers
 from .checkpoint_headers import CheckpointFiles
 from .saved_folder import weight_files
 from .tensor_conversion import QuantizedTensors, StoredLayers

@@ -24,8 +24,8 @@ from ..formats.checksums import SWITCH, are_checksums_used
 from ..formats.published_hqq import StoredHqqLayer, describe_hqq_layer, flattened
 from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_modules, dense_shape
+from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import place_empty_layer
-from ..layers.selection import quantized_layers
 from ..methods import spec_from_dict
 from .checkpoint_names import CheckpointNames
 from .single_experts import stacks_of_layers

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..layers import QuantizedLinear
 from ..layers.codes_parameter import is_sharded
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 from ..layers.stack import QuantizedStack
 from .parallel_loading import check_finite_shards
 from .private_transformers import is_marked_as_initialized

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..layers.placement import IN_ONE_PROCESS, check_weights_are_here, is_offloaded
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 from ..layers.stack import QuantizedStack
 from ..lora import LoraQuantizedLinear, MergeAwareLoraConfig
 from ..lora.base_fingerprint import base_fingerprints, is_recorded, recorded, warn_of_another_base

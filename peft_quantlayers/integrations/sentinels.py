@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantSpec
 from ..formats.checkpoint import SENTINEL_SHAPE
-from ..layers.selection import replaced_parameters
+from ..layers.quantized_layers import replaced_parameters
 from .checkpoint_headers import CheckpointFiles
 from .checkpoint_names import CheckpointNames
 from .tensor_conversion import ignore_tensors

@@ -14,7 +14,7 @@ from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..layers.selection import quantized_stacks
+from ..layers.quantized_layers import quantized_stacks
 from ..layers.stack import QuantizedStack, parameter_order
 
 

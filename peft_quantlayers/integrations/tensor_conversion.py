@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 
 from ..formats.checkpoint_format import StoredLayer
 from ..layers.dense_types import dense_shape
-from ..layers.selection import quantized_layers, replaced_parameters
+from ..layers.quantized_layers import quantized_layers, replaced_parameters
 
 _PATTERN = "tensors of quantized layers"
 

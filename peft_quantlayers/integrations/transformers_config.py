@@ -16,8 +16,8 @@ from ..formats.checkpoint_format import CheckpointFormat, ModelDescription
 from ..formats.known_formats import choose_format, known_formats
 from ..formats.quantized_weight import is_lossy_in_half
 from ..layers import QuantizedLinear
+from ..layers.quantized_layers import quantized_embeddings, quantized_layers, quantized_stacks
 from ..layers.quantized_storage import QuantizedStorage
-from ..layers.selection import quantized_embeddings, quantized_layers, quantized_stacks
 from ..methods import QuantConfig
 from .private_transformers import kept_dtype
 

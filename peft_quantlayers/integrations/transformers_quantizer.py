@@ -26,9 +26,10 @@ from ..layers.dense_rules import DenseRules
 from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
 from ..layers.embedding_tables import Table, embedding_tables, place_empty_tables, quantize_table, stored_tables
 from ..layers.expert_types import dense_stacks, find_stack
+from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import place_empty_layer
 from ..layers.replace_stack import put_stack, quantized_experts
-from ..layers.selection import quantizable_tables, quantized_layers
+from ..layers.selection import quantizable_tables
 from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..formats import QuantSpec
 from ..layers.codes_parameter import SENDABLE, as_bytes, as_codes
 from ..layers.dense_types import dense_shape
-from ..layers.selection import quantized_layers
+from ..layers.quantized_layers import quantized_layers
 
 
 @dataclass(frozen=True, kw_only=True)

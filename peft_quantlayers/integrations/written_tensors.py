@@ -14,8 +14,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..formats import QuantSpec
 from ..layers.embedding_tables import place_empty_tables
+from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import place_empty_layer
-from ..layers.selection import quantized_layers
 from .float_checkpoint import FloatCheckpoint
 from .sentinels import sentinels
 from .tensor_conversion import keep_from_conversions

@@ -5,8 +5,9 @@ from .dense_types import DenseType, register_dense_type
 from .embedding import QuantizedEmbedding
 from .linear import AQLMLinear, HQQLinear, QuantizedLinear, layer_type
 from .low_rank_branch import LowRankBranch
+from .quantized_layers import quantized_modules, quantized_stacks
 from .replace import dequantize_model, quantize_module
-from .selection import quantizable_modules, quantized_modules, quantized_stacks
+from .selection import quantizable_modules
 from .stack import QuantizedStack
 
 __all__ = [

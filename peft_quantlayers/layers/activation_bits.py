@@ -11,7 +11,7 @@ from quantlayers_kernels import native
 
 from ..arguments import check_choice, check_model
 from .linear import QuantizedLinear
-from .selection import quantized_modules, quantized_stacks
+from .quantized_layers import quantized_modules, quantized_stacks
 from .stack import QuantizedStack
 
 logger = logging.getLogger(__name__)

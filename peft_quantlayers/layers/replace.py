@@ -19,9 +19,9 @@ from .embedding_tables import Table, quantize_table
 from .expert_types import find_stack, fused_weights, stack_at
 from .linear import QuantizedLinear
 from .placement import check_weights_are_here
+from .quantized_layers import quantized_embeddings, quantized_modules, quantized_stacks
 from .quantized_storage import QuantizedStorage
 from .replace_stack import place_empty_stack, put_dense, quantize_stack
-from .selection import quantized_embeddings, quantized_modules, quantized_stacks
 from .stack import QuantizedStack
 
 

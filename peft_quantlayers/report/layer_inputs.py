@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration.model_calls import model_calls
 from ..layers import QuantizedLinear
-from ..layers.selection import quantized_modules
+from ..layers.quantized_layers import quantized_modules
 from .layer_facts import quantiles
 
 # Input rows of a layer that are kept, evenly from the text.

@@ -15,7 +15,7 @@ from ..formats import QuantSpec
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder
 from ..layers.dense_types import dense_weight
 from ..layers.quantize_weight import quantize_weight
-from ..layers.selection import QuantizedLayer, layers_without_copies, replaced_parameters
+from ..layers.quantized_layers import QuantizedLayer, layers_without_copies, replaced_parameters
 from ..methods import get_method
 from ..methods.hqq import HQQSpec
 from .layer_facts import Choice, LayerFacts, errors, layer_facts

@@ -15,8 +15,9 @@ from ..layers.dense_rules import MISFIT, ROUTER, DenseRules, StaysDense
 from ..layers.dense_types import dense_type_of
 from ..layers.embedding_tables import EMBEDDING
 from ..layers.expert_types import FusedWeight, fused_weights
+from ..layers.quantized_layers import QuantizedLayer, quantized_layers
 from ..layers.quantized_storage import QuantizedStorage
-from ..layers.selection import QuantizedLayer, Selection, fused_experts, quantized_layers, select_modules
+from ..layers.selection import Selection, fused_experts, select_modules
 from ..layers.stack import QuantizedStack
 from ..lora import has_adapters
 from ..methods import QuantConfig

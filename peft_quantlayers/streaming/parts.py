@@ -14,9 +14,10 @@ from ..integrations.float_checkpoint import FloatCheckpoint, TensorGroup, new_qu
 from ..integrations.written_tensors import WrittenTensors
 from ..layers.dense_types import dense_shape
 from ..layers.embedding_tables import place_empty_tables
+from ..layers.quantized_layers import QuantizedLayer, quantized_layers
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.replace import place_empty_layer, quantize_tables
-from ..layers.selection import QuantizedLayer, quantizable_tables, quantized_layers, select_modules
+from ..layers.selection import quantizable_tables, select_modules
 from ..methods import QuantConfig, spec_from_dict
 from .free_memory import return_free_memory
 from .work_folder import WorkFolder

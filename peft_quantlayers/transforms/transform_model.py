@@ -17,7 +17,8 @@ from ..calibration.model_calls import model_calls
 from ..calibration.model_facts import takes_token_ids, vocabulary_size
 from ..layers.other_quantizers import refuse_other_quantizers
 from ..layers.placement import check_weights_are_here
-from ..layers.selection import checked_modules, quantized_layers
+from ..layers.quantized_layers import quantized_layers
+from ..layers.selection import checked_modules
 from ..methods import QuantConfig
 from ..methods.quant_config import check_config
 from .base import Surroundings, Transform

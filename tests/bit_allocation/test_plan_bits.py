@@ -13,7 +13,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, BitPlan, Calibration, HQQConfig, plan_bits, quantize_model
 from peft_quantlayers.bit_allocation.fisher import sampled_gradients
 from peft_quantlayers.calibration.model_calls import model_calls
-from peft_quantlayers.layers.selection import quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_layers
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 DATA = Calibration(data=IDS, n_tokens=640, sequence_length=40)

@@ -14,7 +14,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.calibration import Visitor, walk
 from peft_quantlayers.calibration.statistics import collect
 from peft_quantlayers.layers.expert_types import dense_stacks
-from peft_quantlayers.layers.selection import quantized_stacks
+from peft_quantlayers.layers.quantized_layers import quantized_stacks
 from peft_quantlayers.methods import get_method
 
 IDS = torch.randint(3, 128, (16, 64), generator=torch.Generator().manual_seed(3))

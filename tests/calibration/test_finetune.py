@@ -10,7 +10,7 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers.calibration.trained_metadata import trained_metadata
-from peft_quantlayers.layers.selection import quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_layers
 
 
 def quantized(config: pql.HQQConfig) -> tuple[nn.Module, list[nn.Module]]:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
-from peft_quantlayers.layers.selection import quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_layers
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 
 from . import decoders, test_gguf

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MarianConfig, MarianMTMo
 from peft_quantlayers import AQLMConfig, HQQConfig, HQQLinear, HQQSpec, dequantize_model, quantize_model
 from peft_quantlayers.layers import LowRankBranch, QuantizedEmbedding, QuantizedLinear
 from peft_quantlayers.layers.embedding import why_not_quantizable
-from peft_quantlayers.layers.selection import quantized_embeddings, quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_embeddings, quantized_layers
 
 CONFIG = HQQConfig(nbits=4, quantize_embeddings=8)
 # Classes, and how many tables with the head among them hold one copy of the input embeddings.

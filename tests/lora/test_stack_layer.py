@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers.layers.selection import quantized_stacks
+from peft_quantlayers.layers.quantized_layers import quantized_stacks
 from peft_quantlayers.lora import LoraQuantizedStack
 
 IDS = torch.randint(3, 128, (2, 17), generator=torch.Generator().manual_seed(3))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import peft_quantlayers as pql
-from peft_quantlayers.layers.selection import quantized_stacks
+from peft_quantlayers.layers.quantized_layers import quantized_stacks
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3"]
 CONFIGS = {

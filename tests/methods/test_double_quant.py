@@ -14,7 +14,7 @@ import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, HQQSpec
 from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.layers import QuantizedEmbedding, QuantizedLinear
-from peft_quantlayers.layers.selection import quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_layers
 from peft_quantlayers.methods import get_method
 
 HQQ = get_method("hqq")

@@ -5,7 +5,7 @@ import torch
 from _tiny_models import first_float, generative_classes, tiny_inputs, tiny_model
 
 from peft_quantlayers import HQQConfig, quantize_model, save_model
-from peft_quantlayers.layers.selection import quantized_embeddings
+from peft_quantlayers.layers.quantized_layers import quantized_embeddings
 
 # Every twentieth, and what is special about others: five copies, tables of codebooks, rows that a class normalises.
 NORMED = "InklingForCausalLM"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.layers.expert_types import dense_stacks
-from peft_quantlayers.layers.selection import quantized_layers, quantized_stacks
+from peft_quantlayers.layers.quantized_layers import quantized_layers, quantized_stacks
 
 IDS = torch.randint(3, 128, (2, 17), generator=torch.Generator().manual_seed(3))
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)

@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import peft_quantlayers as pql
 from peft_quantlayers import Calibration, HQQConfig, Predictions, record_predictions, tune_scales
-from peft_quantlayers.layers.selection import quantized_layers
+from peft_quantlayers.layers.quantized_layers import quantized_layers
 from peft_quantlayers.scales import tuning_state
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))

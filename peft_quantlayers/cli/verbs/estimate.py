@@ -6,7 +6,7 @@ from jsonargparse import Namespace
 from peft import LoraConfig
 
 from ...estimate import Estimate, estimate_merging, estimate_quantizing, estimate_training
-from ...layers.selection import quantized_layers
+from ...layers.quantized_layers import quantized_layers
 from .. import options
 from ..models import model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
-from ...layers.selection import quantized_layers
+from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
