@@ -18,7 +18,7 @@ IMPORTED = {
     "peft.mapping": ("PEFT_TYPE_TO_PREFIX_MAPPING",),
     "peft.tuners": ("lora",),
     "peft.tuners.lora": ("Linear", "LoraLayer", "ParamWrapper", "loraga"),
-    "peft.tuners.lora.layer": ("LoraVariant", "ParamWrapper"),
+    "peft.tuners.lora.layer": ("Embedding", "LoraVariant", "ParamWrapper"),
     "peft.tuners.lora.loraga": ("estimate_gradients", "get_target_modules"),
     "peft.tuners.lora.model": ("LoraModel",),
     "peft.tuners.lora.variants": ("QALoraLinearVariant",),
