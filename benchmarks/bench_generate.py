@@ -161,8 +161,8 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
 
         def llama_cpp() -> Way:
             ensure_converter()
-            pql.export(ours(4), folder.parent / "gguf", "gguf", tokenizer=AutoTokenizer.from_pretrained(folder))
-            return of_llama_cpp(folder.parent / "gguf" / "model.gguf", n_threads)
+            pql.export(ours(4), Path(temporary, "gguf"), "gguf", tokenizer=AutoTokenizer.from_pretrained(folder))
+            return of_llama_cpp(Path(temporary, "gguf", "model.gguf"), n_threads)
 
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         half = torch.bfloat16

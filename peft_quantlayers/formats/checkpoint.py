@@ -142,7 +142,8 @@ def specs_from_json(fields: Any, spec_from_dict: SpecFromDict) -> dict[str, Quan
         raise TypeError("quantization_config: 'specs' must be a list and 'modules' a non-empty mapping.")
     counts = Counter(name for named in (modules, *others.values()) for name in named)
     if twice := sorted(str(name) for name, count in counts.items() if count > 1):
-        raise ValueError(f"quantization_config: {twice[:3]} are named in several of 'modules', {_KINDS}.")
+        kinds = ", ".join(map(repr, ("modules", *_KINDS)))
+        raise ValueError(f"quantization_config: {twice[:3]} are named in several of {kinds}.")
     if len(counts) > MAX_MODULES:
         raise ValueError(f"quantization_config: {len(counts)} modules are more than any model has.")
     specs = []

@@ -203,7 +203,10 @@ def test_dequantized_experts_compute_the_same_and_are_plain_again(tmp_path):
         (lambda fields: fields["stacks"].update({"x": 0}), "x"),
         (lambda fields: fields.update(stacks=[]), "'stacks' must be a mapping"),
         (lambda fields: fields["stacks"].update({"model.layers.0.mlp.experts.down_proj": 9}), "not an index"),
-        (lambda fields: fields["modules"].update({"model.layers.0.mlp.experts.down_proj": 0}), "in 'modules' and in"),
+        (
+            lambda fields: fields["modules"].update({"model.layers.0.mlp.experts.down_proj": 0}),
+            "in several of 'modules', 'stacks'",
+        ),
         (lambda fields: fields.update(format_version=4), "unknown field"),
         (
             lambda fields: fields["modules"].update(
