@@ -92,7 +92,7 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
         x: (..., in_features), floating.
         branches: as for :func:`lora_linears`, without dropout.
     """
-    if _is_one_float_token(y, x, branches):
+    if _can_multiply_vectors(y, x, branches):
         token, into = x.view(-1), y.view(-1)
         for A, B, scaling, _ in branches:
             into.addmv_(B, torch.mv(A, token), alpha=scaling)
@@ -110,7 +110,7 @@ def _upright(hidden: Tensor) -> Tensor:
     return hidden.t().contiguous() if hidden.shape[1] <= MAX_UPRIGHT_TOKENS else hidden.t()
 
 
-def _is_one_float_token(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> bool:
+def _can_multiply_vectors(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether ``x`` is one token on a CPU, and all floats are as wide: products with a vector take half the time."""
     dtype = x.dtype
     return (

@@ -20,13 +20,17 @@ def few_tokens_product(
     """
     inputs = x.resolve_neg().float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
-    product = Product(
-        y=y.data_ptr(),
-        x=inputs.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        tokens=inputs.numel() // x.shape[-1],
-        out_features=out_features,
-    )
+    y, product = empty_product(inputs, bias, out_features)
     native.call(kernel, weight, product)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def empty_product(inputs: Tensor, bias: Tensor | None, out_features: int) -> tuple[Tensor, Product]:
+    """Memory for a product, (..., out_features) float32, and the kernel's view of it and of what is multiplied.
+
+    ``inputs`` (..., in_features) and ``bias`` are float32 and contiguous; the caller keeps them alive.
+    """
+    y = inputs.new_empty((*inputs.shape[:-1], out_features))
+    address_of_bias = None if bias is None else bias.data_ptr()
+    n_tokens = inputs.numel() // inputs.shape[-1]
+    return y, Product(y.data_ptr(), inputs.data_ptr(), address_of_bias, n_tokens, out_features)

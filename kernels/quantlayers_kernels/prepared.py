@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .interface import Product
+from .native_product import empty_product
 
 
 class PreparedProduct:
@@ -36,7 +36,7 @@ class PreparedProduct:
     ) -> None:
         """
         Args:
-            kernel: one of ``interface.KERNELS`` that takes a weight and a :class:`Product`.
+            kernel: one of ``interface.KERNELS`` that takes a weight and a :class:`.interface.Product`.
             weight: the addresses of its tensors, which are checked and contiguous.
             in_features, out_features: of the weight.
             max_tokens: for more, calls give None.
@@ -73,14 +73,7 @@ class PreparedProduct:
         if self._converted is not None:
             for name, memory in self._converted.items():
                 memory.copy_(tensors[name])
-        y = inputs.new_empty((*shape[:-1], self._out_features))
-        product = Product(
-            y.data_ptr(),
-            inputs.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            n_numbers // self._in_features,
-            self._out_features,
-        )
+        y, product = empty_product(inputs, bias, self._out_features)
         if self._function(self._weight, product, torch.get_num_threads(), self._variant) != 0:
             native.refuse_without_memory(self._function.__name__)
         return y if is_float else y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The short way from a quantized layer's input to its result: for a few tokens on a CPU, without gradients.
+"""The fast path of a quantized layer: for a few tokens on a CPU, without gradients.
 
 One token through a small layer takes the kernel some 20 microseconds, and it takes as long to ask which kernel and
 with which arguments. Those questions are answered here once for a weight.
@@ -55,7 +55,7 @@ class DirectProduct:
         return True
 
     def __call__(self, layer: QuantizedStorage, x: Tensor) -> Tensor | None:
-        """The layer's result for ``x``, a plain tensor on the CPU; None where the long way must be gone."""
+        """The layer's result for ``x``, a plain tensor on the CPU; None where it does not apply."""
         parameters = layer._parameters
         bias = parameters["bias"]
         if (

@@ -19,7 +19,7 @@ from .changed_rows import with_changed_rows
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
-from .write_through import WriteThroughWeight
+from .write_through import WriteThroughWeight, written_values
 
 
 class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
@@ -124,9 +124,7 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
             )
         # Inference tensors would forbid every later training step.
         with torch.inference_mode(False), torch.no_grad():
-            if isinstance(weight, WriteThroughWeight):
-                weight = weight.dense()
-            weight = weight.detach().to(self.codes.device)
+            weight = written_values(weight, self.codes.device)
             old = self.quantized_weight
             new = with_changed_rows(old, self.dequantize(), weight, layer_name=self.layer_name)
             if new is not old:

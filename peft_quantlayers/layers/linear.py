@@ -28,7 +28,7 @@ from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
 from .watched import is_watched
-from .write_through import WriteThroughWeight
+from .write_through import WriteThroughWeight, written_values
 
 
 class QuantizedLinear(QuantizedStorage, nn.Linear):
@@ -188,9 +188,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
             )
         # Inference tensors would forbid every later training step.
         with torch.inference_mode(False), torch.no_grad():
-            if isinstance(weight, WriteThroughWeight):
-                weight = weight.dense()
-            weight = weight.detach().to(self.codes.device)
+            weight = written_values(weight, self.codes.device)
             if torch.equal(weight, self.dequantize().to(weight.dtype)):
                 return
             self.quantized_weight = quantize_weight(weight, self.spec, layer_name=self.layer_name)

@@ -167,3 +167,8 @@ class WriteThroughWeight(Tensor):
 
 
 mark_as_initialized(WriteThroughWeight)  # these weights always come from codes
+
+
+def written_values(weight: Tensor, device: torch.device) -> Tensor:
+    """The plain values of ``weight``, which is written to a layer on ``device``; also of another layer's weight."""
+    return (weight.dense() if isinstance(weight, WriteThroughWeight) else weight).detach().to(device)
