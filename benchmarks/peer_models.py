@@ -124,7 +124,8 @@ def made_by_gptqmodel(folder: Path, ids: Tensor, bits: int, group_size: int, **o
         for name, layer in loaded.model.named_modules():
             if hasattr(layer, "dequantize_weight"):
                 layer.scales = layer.scales.float()
-                dense[f"{name}.weight"] = layer.dequantize_weight().T
+                with torch.compiler.set_stance("force_eager"):
+                    dense[f"{name}.weight"] = layer.dequantize_weight().T
     return dense, stored, measured
 
 
