@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +26,7 @@ _TRAINER_BYTES = 2**26
 def estimate_training(
     model: PreTrainedModel,
     config: QuantConfig | None,
-    lora: LoraConfig,
+    lora: PeftConfig,
     *,
     batch_size: int = 1,
     sequence_length: int = 512,
@@ -84,7 +84,7 @@ def estimate_training(
     )
 
 
-def _prepared(model: PreTrainedModel, lora: LoraConfig, checkpointing: bool, **options: Any) -> nn.Module:
+def _prepared(model: PreTrainedModel, lora: PeftConfig, checkpointing: bool, **options: Any) -> nn.Module:
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     return get_peft_model(model, copy.deepcopy(lora), **options).train()
 
@@ -94,7 +94,7 @@ def _forward_and_backward(model: nn.Module, ids: Tensor) -> None:
 
 
 def _seconds(
-    block: PreTrainedModel, model: PreTrainedModel, lora: LoraConfig, shape: torch.Size, checkpointing: bool
+    block: PreTrainedModel, model: PreTrainedModel, lora: PeftConfig, shape: torch.Size, checkpointing: bool
 ) -> float:
     """Of a step: of a block times their number, and of the head and the loss."""
     prepared, ids = _prepared(block, lora, checkpointing), torch.randint(0, block.config.vocab_size, shape)
