@@ -5,7 +5,7 @@
 
 SmolLM2-135M, and a Llama of 1.2 billion random bfloat16 weights that is made on disk. What counts is what an estimate
 says: memory that the process allocates (RssAnon), and the mapped pages of weights. A thread reads both from
-/proc/PID/smaps every 20 ms. Linux only. Seconds are the processor's, so that other work on the machine does not count.
+/proc/PID/smaps every 50 ms. Linux only. Seconds are the processor's, so that other work on the machine does not count.
 Rows are written as they are made.
 """
 
@@ -42,7 +42,7 @@ def peak_of(*arguments: str) -> tuple[int, float]:
         )
         while running.poll() is None:
             peak = max(peak, taken(running.pid))
-            time.sleep(0.02)
+            time.sleep(0.05)
         if running.returncode != 0:
             said.seek(0)
             raise SystemExit(f"{' '.join(arguments)} failed: {said.read()[-2000:]}")

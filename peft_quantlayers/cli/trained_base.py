@@ -19,6 +19,7 @@ from ..streaming import quantize_checkpoint
 from . import options
 from .models import OWN_BASE, config_of, model_on_meta
 from .result import Result
+from .trl_trainers import trainer_loss
 
 # Of a checkpoint, in sizes of the adapter: the adapter itself, and AdamW's two moments.
 _CHECKPOINT_COPIES = 3
@@ -103,6 +104,7 @@ def _costs(settings: Namespace, adapter: PeftConfig) -> tuple[Estimate, dict[str
         sequence_length=settings.training.max_length or model.config.get_text_config().max_position_embeddings,
         use_gradient_checkpointing=bool(settings.training.gradient_checkpointing),
         is_timed=False,
+        loss_of=trainer_loss,
     )
     disk = {"quantized base": base} if is_new else {}
     disk |= {"adapter": estimate.disk, "a checkpoint": _CHECKPOINT_COPIES * estimate.disk}

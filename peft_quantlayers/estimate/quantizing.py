@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..report import summary
 from ..streaming.quantize_files import PART_BYTES
 from .estimates import Estimate
 from .live_bytes import LiveBytes, bytes_of_imports
+from .processor_time import processor_seconds
 
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
@@ -114,7 +114,6 @@ def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[
         with LiveBytes([weight]) as live:
             QuantizedLinear.from_weight(weight, None, spec)
         layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
-        start = time.perf_counter()
-        QuantizedLinear.from_weight(weight, None, spec)
-        seconds += (time.perf_counter() - start) * n_weights / weight.numel()
+        of_sample = processor_seconds(lambda weight=weight, spec=spec: QuantizedLinear.from_weight(weight, None, spec))
+        seconds += of_sample * n_weights / weight.numel()
     return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)

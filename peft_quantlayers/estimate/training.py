@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .estimates import Estimate
 from .fused_attention import fused_attention
 from .live_bytes import LiveBytes, bytes_of_imports
 from .meta_model import one_block_model, quantized_on_meta
+from .processor_time import processor_seconds
 
 # What the Trainer, its data and the allocator take beside the tensors.
 _TRAINER_BYTES = 2**26
@@ -32,8 +33,9 @@ def estimate_training(
     sequence_length: int = 512,
     use_gradient_checkpointing: bool = True,
     is_timed: bool = True,
+    loss_of: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> Estimate:
-    """Memory, disk and time of training ``lora`` on ``model`` with AdamW, by the loss over the model's own logits.
+    """Memory, disk and time of training ``lora`` on ``model`` with AdamW.
 
     Args:
         model: on the meta device, float or quantized; it is changed.
@@ -41,6 +43,8 @@ def estimate_training(
         lora: the adapter.
         batch_size, sequence_length: of one step.
         use_gradient_checkpointing: recompute activations in the backward pass.
+        loss_of: the loss of a prepared model and token ids (batch, tokens), as the trainer computes it; None for the
+            model's own, over all of its logits.
         is_timed: also run a step of one block with random numbers, which takes seconds.
 
     Returns:
@@ -61,7 +65,7 @@ def estimate_training(
     try:
         if is_followed:
             with live, fused_attention():
-                _forward_and_backward(prepared, ids)
+                (loss_of or _own_loss)(prepared, ids).backward()
     except (NotImplementedError, RuntimeError) as error:
         notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
     adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)
@@ -89,8 +93,8 @@ def _prepared(model: PreTrainedModel, lora: PeftConfig, checkpointing: bool, **o
     return get_peft_model(model, copy.deepcopy(lora), **options).train()
 
 
-def _forward_and_backward(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+def _own_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
 
 
 def _seconds(
@@ -98,7 +102,7 @@ def _seconds(
 ) -> float:
     """Of a step: of a block times their number, and of the head and the loss."""
     prepared, ids = _prepared(block, lora, checkpointing), torch.randint(0, block.config.vocab_size, shape)
-    of_block = _timed(lambda: _forward_and_backward(prepared, ids))
+    of_block = _timed(lambda: _own_loss(prepared, ids).backward())
     text = model.config.get_text_config()
     head = nn.Linear(text.hidden_size, text.vocab_size, bias=False).requires_grad_(False)
     hidden = torch.randn(shape.numel(), text.hidden_size, requires_grad=True)
@@ -106,9 +110,7 @@ def _seconds(
     return of_block * text.num_hidden_layers + of_head
 
 
-def _timed(call: Any) -> float:
+def _timed(call: Callable[[], None]) -> float:
     """Of the second call: the first one warms up."""
     call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return processor_seconds(call)

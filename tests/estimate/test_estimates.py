@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.cli.trl_trainers import trainer_loss
 from peft_quantlayers.estimate import estimate_merging, estimate_quantizing, estimate_training
 from peft_quantlayers.estimate.live_bytes import LiveBytes
 from peft_quantlayers.estimate.meta_model import one_block_model
@@ -125,3 +126,18 @@ def test_a_time_is_given_where_the_model_is_a_stack_of_blocks():
     timed = estimate_training(on_meta(), CONFIG, LORA, sequence_length=16)
     assert timed.seconds > 0
     assert "a step" in str(timed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_the_trainer_that_train_runs_is_counted(family):
+    pytest.importorskip("trl", reason="the extra `train` is not installed")
+    sizes = {"batch_size": 3, "sequence_length": 24}
+    found = estimate_training(on_meta(family), CONFIG, LORA, is_timed=False, loss_of=trainer_loss, **sizes)
+    assert not found.notes
+    model = get_peft_model(pql.quantize_model(tiny_model(family), CONFIG, progress=False), copy.deepcopy(LORA)).train()
+    pql.prepare_model_for_kbit_training(model)
+    ids = torch.randint(3, 100, (3, 24))
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        trainer_loss(model, ids).backward()
+    counted = found.peak - found.memory["libraries"] - found.memory["optimizer"]
+    assert counted == pytest.approx(live.peak, rel=0.1)

@@ -38,6 +38,7 @@ from ..trained_base import (
     quantized_base,
     refuse_options_of_float_models,
 )
+from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
     "Train an adapter on a quantized model; a float model is quantized first, and saved beside the adapter, where the "
@@ -64,7 +65,7 @@ OF_OURS = {"output_dir", "model_init_kwargs", "ref_model_init_kwargs"}
 
 def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     """Options of the verb; ``--trainer``, on the line or in the file, decides which class ``--training`` fills."""
-    arguments_type, _ = _trl(_chosen_trainer(arguments))
+    arguments_type, _ = trainer_of(_chosen_trainer(arguments))
     options.add_model(parser)
     options.add_output(parser, help_text="folder of the adapter; the Trainer's checkpoints are in it while it trains")
     parser.add_argument(
@@ -145,7 +146,7 @@ def run(settings: Namespace) -> Result | None:
     if is_float and not settings.show_batch:
         name = quantized_base(settings, adapter, processes)
     base = prepared(settings, name)
-    arguments_type, trainer_type = _trl(settings.trainer)
+    arguments_type, trainer_type = trainer_of(settings.trainer)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = arguments_type(
             **vars(settings.training), output_dir=scratch if settings.show_batch else settings.output
@@ -293,17 +294,6 @@ def _chosen_trainer(arguments: Sequence[str]) -> str:
         if isinstance(content, dict) and "trainer" in content:
             return str(content["trainer"])
     return "sft"
-
-
-def _trl(trainer: str) -> tuple[type, type]:
-    """The arguments' class and the trainer of TRL."""
-    try:
-        import trl
-    except ImportError:
-        raise ImportError("train needs TRL: pip install 'peft_quantlayers[train]'.") from None
-    if trainer == "dpo":
-        return trl.DPOConfig, trl.DPOTrainer
-    return trl.SFTConfig, trl.SFTTrainer
 
 
 def _checkpoint(given: str | None, folder: Path) -> str | None:
