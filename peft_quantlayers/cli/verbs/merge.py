@@ -11,7 +11,7 @@ from ...model_merge.merge_back import Strategy
 from ...saving import save_model
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import base_of, load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder, with_adapter
+from ..models import load_model, load_tokenizer, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
 from ..result import Result
 
 DESCRIPTION = "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model."
@@ -42,18 +42,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
-    refuse_missing_folder("adapter", settings.adapter)
-    name = settings.model or base_of(settings.adapter)
+    name, _ = model_and_adapter(settings.model, settings.adapter)
+    tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     if settings.dry_run:
         return Result(
             text=f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
         )
     options.refuse_output_in_use(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or name)
+    tokenizer = load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     held_out = None
     if settings.evaluate_on is not None:
-        tokenizer = needed_tokenizer(settings.tokenizer or name)
+        tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
