@@ -15,6 +15,7 @@ from .data import DATA_HELP, load_data
 from .field_help import field_help
 from .parsing import VerbParser
 
+PLAN_FILE = "bit_plan.json"
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -115,7 +116,7 @@ def add_budget(parser: ArgumentParser) -> None:
         "--average_bits",
         type=float | None,
         default=None,
-        help="stored bits per weight of the quantized layers, scales included (3 bits in groups of 64 are 3.5): bits "
+        help="stored bits per weight of the layers, scales included (3 bits in groups of 64 are 3.5): bits "
         "are planned layer by layer on --calibration.data",
     )
     parser.add_argument(
@@ -160,6 +161,12 @@ def budget(settings: Namespace) -> dict[str, Any]:
 def given_plan(settings: Namespace) -> BitPlan | None:
     """The plan in the file ``--plan``; None without one. Raises FileNotFoundError and ValueError as its reading."""
     return None if settings.plan is None else BitPlan.load(settings.plan)
+
+
+def figures_of(plan: BitPlan) -> dict[str, Any]:
+    """Totals of a plan, JSON-able."""
+    figures = ("bits_per_weight", "model_bytes", "predicted_kl", "measured_kl")
+    return {name: getattr(plan, name) for name in figures}
 
 
 def _configs() -> dict[str, type[QuantConfig]]:
