@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
+from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
 from ..models import load_model, load_tokenizer, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
@@ -61,6 +62,7 @@ def run(settings: Namespace) -> Result:
     if settings.evaluate_on is not None:
         tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    return_large_blocks()
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
     if is_to_be_planned:
