@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import peft_quantlayers as pql
+from quantlayers_kernels.hqq import cpu
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
 PERMUTED_RESULTS = RESULTS.with_name("transforms_permuted.json")
@@ -38,9 +39,11 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "SmoothQuant, alpha 0.5": [pql.SmoothQuant(alpha=0.5)],
     "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
-# With 8-bit inputs each row of a weight has one scale, and each token's inputs have one, as integer products need it.
-INTEGER_INPUTS = "8-bit inputs"
-QUANTIZERS = ("plain", "calibrated", INTEGER_INPUTS)
+# By ``set_activation_bits``: the integer kernels, whose inputs have a scale for each 16 columns.
+ROUNDED_INPUTS = "8-bit inputs"
+# As other engines do it, computed in floats: one scale for each row of a weight, and one for each token's inputs.
+INPUTS_BY_TOKEN = "one input scale a token"
+QUANTIZERS = ("plain", "calibrated", ROUNDED_INPUTS, INPUTS_BY_TOKEN)
 WIDTHS = (8, 4, 3, 2)
 ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in WIDTHS for quantizer in QUANTIZERS for name in TRANSFORMS]
 
@@ -77,14 +80,16 @@ def measure(
     name: str, model: PreTrainedModel, calibration: pql.Calibration, texts: dict[str, Texts]
 ) -> dict[str, Any]:
     width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
-    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INTEGER_INPUTS else GROUP_SIZE)
+    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INPUTS_BY_TOKEN else GROUP_SIZE)
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
     transformed = time.process_time()
     data = calibration if quantizer == "calibrated" else None
     pql.quantize_model(model, config, calibration=data, progress=False)
-    if quantizer == INTEGER_INPUTS:
+    if quantizer == ROUNDED_INPUTS:
+        pql.set_activation_bits(model, 8)
+    if quantizer == INPUTS_BY_TOKEN:
         for layer in pql.quantized_modules(model).values():
             layer.register_forward_pre_hook(rounded_inputs)
     row: dict[str, Any] = {
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows, or parts of names; in their order")
     parser.add_argument("--permuted", action="store_true", help="the model with its channels in a random order")
     args = parser.parse_args()
+    cpu.MAX_ROUNDED_TOKENS = WINDOW  # every token is rounded, as those are that are generated one at a time
     results = PERMUTED_RESULTS if args.permuted else RESULTS
     torch.manual_seed(0)
     folder = demo_model_folder()

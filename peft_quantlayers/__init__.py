@@ -44,7 +44,7 @@ from .methods import (
     registered_methods,
 )
 from .model import quantize_model
-from .model_merge import MergedModel, merge_back
+from .model_merge import MergedModel, merge_back, plan_merge_bits
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
@@ -102,6 +102,7 @@ __all__ = [
     "load_hqq_folder",
     "merge_back",
     "plan_bits",
+    "plan_merge_bits",
     "prepare_model_for_kbit_training",
     "quantize_checkpoint",
     "quantize_model",

@@ -53,6 +53,7 @@ PUBLIC = [
     "load_hqq_folder",
     "merge_back",
     "plan_bits",
+    "plan_merge_bits",
     "prepare_model_for_kbit_training",
     "quantize_checkpoint",
     "quantize_model",

@@ -27,7 +27,6 @@ DESCRIPTION = (
     "--average_bits or --size the model is in memory, and layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("model", "output")
-PLAN_FILE = "bit_plan.json"
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -82,7 +81,7 @@ def run(settings: Namespace) -> Result:
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
     if plan is not None:
-        plan.save(Path(settings.output) / PLAN_FILE)
+        plan.save(Path(settings.output) / options.PLAN_FILE)
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
     return _result(found, "\n".join(said), plan=plan, output=settings.output)
 
@@ -133,6 +132,5 @@ def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, outp
         "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
     }
     if plan is not None:
-        figures = ("bits_per_weight", "model_bytes", "predicted_kl", "measured_kl")
-        data["plan"] = {name: getattr(plan, name) for name in figures}
+        data["plan"] = options.figures_of(plan)
     return Result(text=text, output=output, data=data)
