@@ -6,6 +6,7 @@ NAMES = {
     "ours": "**ours**, HQQ calibrated",
     "ours-plain": "**ours**, HQQ",
     "ours-mixed": "**ours**, HQQ calibrated, mixed bits",
+    "ours-best": "**ours**, best HQQ calibrated",
     "ours-aqlm": "**ours**, AQLM 2x8 calibrated",
     "llmcompressor-gptq": "llm-compressor, GPTQ",
     "llmcompressor-awq": "llm-compressor, AWQ",
@@ -22,11 +23,12 @@ NAMES = {
 OF_CALIBRATION = {
     **{f"HQQ {bits} bits, group 64, calibrated": ("ours", bits) for bits in (4, 3, 2)},
     **{f"HQQ mixed bits, {bits} on average, group 64, calibrated": ("ours-mixed", bits) for bits in (3, 2)},
+    **{f"HQQ best at {bits}.5 bits per weight, calibrated": ("ours-best", bits) for bits in (4, 3, 2)},
     "AQLM 2x8, calibrated": ("ours-aqlm", 2),
 }
 # Quantizers that read no text, and those whose groups are of another kind, or chosen by themselves.
 WITHOUT_TEXT = ("ours-plain", "bitsandbytes-nf4", "bitsandbytes-nf4-double", "torchao", "torchao-hqq", "quanto")
-OTHER_GROUPS = ("quanto", "ours-aqlm")
+OTHER_GROUPS = ("quanto", "ours-best", "ours-aqlm")
 
 HEAD = [
     "bits",
