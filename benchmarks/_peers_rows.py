@@ -6,6 +6,7 @@ NAMES = {
     "ours": "**ours**, HQQ calibrated",
     "ours-plain": "**ours**, HQQ",
     "ours-mixed": "**ours**, HQQ calibrated, mixed bits",
+    "ours-best": "**ours**, HQQ calibrated, mixed bits, 8-bit metadata",
     "ours-aqlm": "**ours**, AQLM 2x8 calibrated",
     "llmcompressor-gptq": "llm-compressor, GPTQ",
     "llmcompressor-awq": "llm-compressor, AWQ",
@@ -22,6 +23,7 @@ NAMES = {
 OF_CALIBRATION = {
     **{f"HQQ {bits} bits, group 64, calibrated": ("ours", bits) for bits in (4, 3, 2)},
     **{f"HQQ mixed bits, {bits} on average, group 64, calibrated": ("ours-mixed", bits) for bits in (3, 2)},
+    **{f"HQQ best at {bits}.5 bits per weight, calibrated": ("ours-best", bits) for bits in (4, 3, 2)},
     "AQLM 2x8, calibrated": ("ours-aqlm", 2),
 }
 # Quantizers that read no text, and those whose groups are of another kind, or chosen by themselves.
@@ -48,7 +50,13 @@ def of_calibration(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of ``bench_calibration.py`` as rows of ``bench_peers.py``; their memory was not measured."""
     found = [(*OF_CALIBRATION[row["name"]], row) for row in measured["rows"] if row["name"] in OF_CALIBRATION]
     return [
-        {**row, "maker": maker, "bits": bits, "group_size": 64, "cpu_s": row["quantize_cpu_s"]}
+        {
+            **row,
+            "maker": maker,
+            "bits": bits,
+            "group_size": 48 if maker == "ours-best" else 64,
+            "cpu_s": row["quantize_cpu_s"],
+        }
         for maker, bits, row in found
         if "kl_to_float_second_text" in row
     ]
