@@ -28,7 +28,7 @@ OF_CALIBRATION = {
 }
 # Quantizers that read no text, and those whose groups are of another kind, or chosen by themselves.
 WITHOUT_TEXT = ("ours-plain", "bitsandbytes-nf4", "bitsandbytes-nf4-double", "torchao", "torchao-hqq", "quanto")
-OTHER_GROUPS = ("quanto", "ours-aqlm")
+OTHER_GROUPS = ("quanto", "ours-best", "ours-aqlm")
 
 HEAD = [
     "bits",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _dense_models import linear_shapes, load_float, measuring, stored_bits_per_weight, write_dense
+from _dense_models import LEFT_DENSE, linear_shapes, load_float, measuring, stored_bits_per_weight, write_dense
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,7 +33,8 @@ def made_by_ours(folder: Path, ids: Tensor, bits: int, group_size: int, *, reads
     import peft_quantlayers as pql
 
     model, measured = load_float(folder), {}
-    config = pql.HQQConfig(nbits=bits, group_size=group_size, skip_modules=["lm_head", "pooler"])
+    left_dense = [name for name, _ in model.named_modules() if name in LEFT_DENSE]
+    config = pql.HQQConfig(nbits=bits, group_size=group_size, skip_modules=left_dense)
     calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=ids.shape[1])
     with measuring(measured):
         pql.quantize_model(model, config, calibration=calibration if reads_text else None, progress=False)
@@ -124,7 +125,8 @@ def made_by_gptqmodel(folder: Path, ids: Tensor, bits: int, group_size: int, **o
         for name, layer in loaded.model.named_modules():
             if hasattr(layer, "dequantize_weight"):
                 layer.scales = layer.scales.float()
-                dense[f"{name}.weight"] = layer.dequantize_weight().T
+                with torch.compiler.set_stance("force_eager"):
+                    dense[f"{name}.weight"] = layer.dequantize_weight().T
     return dense, stored, measured
 
 
