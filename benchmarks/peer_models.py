@@ -31,6 +31,7 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
 
 def made_by_ours(folder: Path, ids: Tensor, bits: int, group_size: int, *, reads_text: bool = True) -> Made:
     import peft_quantlayers as pql
+    from peft_quantlayers.methods import get_method
 
     model, measured = load_float(folder), {}
     left_dense = [name for name, _ in model.named_modules() if name in LEFT_DENSE]
@@ -38,10 +39,8 @@ def made_by_ours(folder: Path, ids: Tensor, bits: int, group_size: int, *, reads
     calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=ids.shape[1])
     with measuring(measured):
         pql.quantize_model(model, config, calibration=calibration if reads_text else None, progress=False)
-    layers = pql.quantized_modules(model)
-    dense = {
-        f"{name}.weight": layer.quantized_weight.dequantize(dtype=torch.float32) for name, layer in layers.items()
-    }
+    quantized = {name: layer.quantized_weight for name, layer in pql.quantized_modules(model).items()}
+    dense = {f"{name}.weight": get_method(each.spec.method).dequantize(each) for name, each in quantized.items()}
     with tempfile.TemporaryDirectory() as scratch:
         pql.save_model(model, scratch)
         return dense, saved_tensors(Path(scratch)), measured
