@@ -6,13 +6,23 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ...estimate import estimate_merging
 from ...model_merge import merge_back
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
 from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, load_tokenizer, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
+from ..models import (
+    load_model,
+    load_tokenizer,
+    model_and_adapter,
+    model_on_meta,
+    needed_tokenizer,
+    rank_of,
+    tokenizer_name,
+    with_adapter,
+)
 from ..result import Result
 
 DESCRIPTION = "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model."
@@ -46,9 +56,9 @@ def run(settings: Namespace) -> Result:
     name, _ = model_and_adapter(settings.model, settings.adapter)
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     if settings.dry_run:
-        return Result(
-            text=f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
-        )
+        costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
+        text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
+        return Result(text=f"{text}\n{costs}", data=costs.to_dict())
     options.refuse_output_in_use(settings)
     tokenizer = load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
