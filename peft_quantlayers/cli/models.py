@@ -13,16 +13,41 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..integrations.float_checkpoint import model_class
 from ..lora.base_fingerprint import AnotherBaseWarning
 
+OWN_BASE = "base"
+"""In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
+
 
 def config_of(name: str) -> PreTrainedConfig:
     """The config of a model in a folder or on the Hub. Raises ValueError where the folder holds an adapter."""
-    folder = Path(name).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(name):
         raise ValueError(
             f"{name} holds an adapter, and a model is needed here. Name the model that it was trained on, and the "
             f"adapter beside it where there is such an option: --adapter {name}."
         )
     return AutoConfig.from_pretrained(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    folder = Path(name).expanduser()
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """The names of what to load. An adapter's folder in the place of a model stands for its base and itself.
+
+    Raises:
+        ValueError: neither is given; the adapter does not name its base.
+        FileNotFoundError: one of them is not there.
+    """
+    refuse_missing_folder("adapter", adapter or "")
+    if model is not None and adapter is None and is_adapter(model):
+        model, adapter = None, model
+    if model is not None:
+        return model, adapter
+    if adapter is None:
+        raise ValueError("name a model, or an adapter: --adapter FOLDER.")
+    return base_of(adapter), adapter
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
@@ -57,10 +82,21 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **o
 
 
 def base_of(adapter: str) -> str:
-    """The name of the model that an adapter was trained on. Raises ValueError where the adapter does not say it."""
-    name = _adapter_config(adapter).base_model_name_or_path
+    """The name of the model that an adapter was trained on; of one of its own, wherever both have been moved to.
+
+    Raises:
+        ValueError: the adapter does not say it.
+        FileNotFoundError: it is a folder that is not there.
+    """
+    name, folder = _adapter_config(adapter).base_model_name_or_path, Path(adapter).expanduser()
+    way_out = "Name its base: --model FOLDER_OR_NAME."
     if name is None:
-        raise ValueError(f"{adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
+        raise ValueError(f"{adapter} does not name the model that it was trained on. {way_out}")
+    for own in (folder / OWN_BASE, folder.parent / OWN_BASE):  # of a checkpoint, which lies in the adapter's folder
+        if Path(name).name == OWN_BASE and (own / "config.json").is_file():
+            return str(own)
+    if _looks_local(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{adapter} was trained on {name}, which is not there. {way_out}")
     return name
 
 
@@ -94,6 +130,13 @@ def _adapter_config(adapter: str) -> PeftConfig:
         ) from None
 
 
+def tokenizer_name(given: str | None, model: str, adapter: str | None) -> str:
+    """Whose tokenizer to take: what was ``given``, else the adapter's, if its folder has one, else the model's."""
+    if given is None and adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
+        return adapter
+    return given or model
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or of a model on the Hub; None where there is none."""
     try:
@@ -116,6 +159,9 @@ def needed_tokenizer(name: str) -> Any:
 
 def refuse_missing_folder(option: str, name: str) -> None:
     """Raise FileNotFoundError where ``name`` looks like a path, and nothing is there."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local and not Path(name).expanduser().exists():
+    if _looks_local(name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"--{option} {name}: there is no such folder.")
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

@@ -21,12 +21,13 @@ DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 def add_model(parser: ArgumentParser, *, required: bool = True) -> None:
     """``--model``, ``--tokenizer``, ``--dtype`` and ``--device``."""
-    help_text = "folder of a model, or its name on the Hub"
+    help_text, tokenizer_of = "folder of a model, or its name on the Hub", "the model's"
     if required:
         parser.add_argument("--model", type=str, required=True, help=help_text)
     else:
         parser.add_argument("--model", type=str | None, default=None, help=f"{help_text}; null: the adapter's base")
-    parser.add_argument("--tokenizer", type=str | None, default=None, help="its folder or name; null: the model's")
+        tokenizer_of = "the adapter's, or the model's"
+    parser.add_argument("--tokenizer", type=str | None, default=None, help=f"its folder or name; null: {tokenizer_of}")
     parser.add_argument("--dtype", type=DTYPES, default="auto", help="of float weights; auto: as the files have them")
     parser.add_argument(
         "--device", type=str | None, default=None, help="where to compute, such as cuda; null: the CPU"
@@ -76,9 +77,14 @@ def add_method(parser: VerbParser, prefix: str = "") -> None:
 def method_config(settings: Namespace) -> QuantConfig:
     """The config that the options of :func:`add_method` make. Raises as the config does."""
     config: Any = _configs()[settings.method]
-    names = {field.name for other in _configs().values() for field in dataclasses.fields(other)}
-    given: dict[str, Any] = {name: value for name, value in vars(settings).items() if name in names}
+    given = given_fields(settings)
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def given_fields(settings: Namespace) -> dict[str, Any]:
+    """The fields of methods that were given, by name."""
+    names = {field.name for config in _configs().values() for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(settings).items() if name in names}
 
 
 def add_calibration(parser: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from ...exports import export, export_formats
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import load_model, model_and_adapter, needed_tokenizer, refuse_missing_folder, tokenizer_name
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -22,7 +22,12 @@ POSITIONALS = ("model", "output")
 def add_arguments(parser: VerbParser) -> None:
     """Options of the verb."""
     names = ", ".join(export_formats())
-    parser.add_argument("--model", type=str, required=True, help="folder of a quantized model, or its name on the Hub")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="folder of a quantized model, or its name on the Hub; or the folder of an adapter: its base and itself",
+    )
     parser.add_argument("--format", type=str, required=True, help=f"one of {names}")
     options.add_output(parser)
     parser.add_argument("--adapter", type=str | None, default=None, help="adapter to write beside it, for the engine")
@@ -45,22 +50,23 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     refuse_missing_folder("model", settings.model)
-    refuse_missing_folder("adapter", settings.adapter or "")
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
     options.refuse_output_in_use(settings)
     if settings.dry_run:
         known = export_formats().get(settings.format)
-        return Result(text=f"would write {settings.model} into {settings.output}\n{known or settings.format}")
-    tokenizer = None if settings.tokenizer is None else needed_tokenizer(settings.tokenizer)
+        return Result(text=f"would write {name} into {settings.output}\n{known or settings.format}")
+    tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
+    tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     text: Any = None
     if settings.text is not None:
-        tokenizer = tokenizer or needed_tokenizer(settings.model)
+        tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
     report = export(
-        settings.model,
+        name,
         settings.output,
         settings.format,
-        adapter=settings.adapter,
+        adapter=adapter,
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         approximate=settings.approximate,
         tokenizer=tokenizer,

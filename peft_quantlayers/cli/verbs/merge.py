@@ -10,9 +10,10 @@ from jsonargparse import ArgumentParser, Namespace
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
+from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import base_of, load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder, with_adapter
+from ..models import load_model, load_tokenizer, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
 from ..result import Result
 
 DESCRIPTION = (
@@ -47,20 +48,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
-    refuse_missing_folder("adapter", settings.adapter)
-    name = settings.model or base_of(settings.adapter)
+    name, _ = model_and_adapter(settings.model, settings.adapter)
+    tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     is_to_be_planned = options.is_to_be_planned(settings)
     plan = options.given_plan(settings)
     if settings.dry_run:
         text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
         return Result(text=f"{text}; bits are planned for the budget" if is_to_be_planned else text)
     options.refuse_output_in_use(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or name)
+    tokenizer = load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     held_out = None
     if settings.evaluate_on is not None:
-        tokenizer = needed_tokenizer(settings.tokenizer or name)
+        tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    return_large_blocks()
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
     if is_to_be_planned:
