@@ -6,7 +6,7 @@ NAMES = {
     "ours": "**ours**, HQQ calibrated",
     "ours-plain": "**ours**, HQQ",
     "ours-mixed": "**ours**, HQQ calibrated, mixed bits",
-    "ours-best": "**ours**, best HQQ calibrated",
+    "ours-best": "**ours**, HQQ calibrated, mixed bits, 8-bit metadata",
     "ours-aqlm": "**ours**, AQLM 2x8 calibrated",
     "llmcompressor-gptq": "llm-compressor, GPTQ",
     "llmcompressor-awq": "llm-compressor, AWQ",
@@ -50,7 +50,13 @@ def of_calibration(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of ``bench_calibration.py`` as rows of ``bench_peers.py``; their memory was not measured."""
     found = [(*OF_CALIBRATION[row["name"]], row) for row in measured["rows"] if row["name"] in OF_CALIBRATION]
     return [
-        {**row, "maker": maker, "bits": bits, "group_size": 64, "cpu_s": row["quantize_cpu_s"]}
+        {
+            **row,
+            "maker": maker,
+            "bits": bits,
+            "group_size": 48 if maker == "ours-best" else 64,
+            "cpu_s": row["quantize_cpu_s"],
+        }
         for maker, bits, row in found
         if "kl_to_float_second_text" in row
     ]

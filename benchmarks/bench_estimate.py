@@ -26,7 +26,7 @@ from bench_streaming import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 WIKITEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"
-TOKENS, CALIBRATION_TOKENS, TRAIN_STEPS, RANK = 512, 4096, 2, 8
+TOKENS, CALIBRATION_TOKENS, TRAIN_STEPS, RANK = 512, 1024, 2, 8
 VOCABULARY = 49152  # of SmolLM2's tokenizer
 MODELS = {"SmolLM2": None, "1B": {"hidden": 2048, "layers": 16}, "1B, 2 blocks": {"hidden": 2048, "layers": 2}}
 # Verb by step, in the order in which they need each other.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import peft_quantlayers as pql
+from peft_quantlayers.transforms.rotation_core import rotation_matrix
 from quantlayers_kernels.hqq import cpu
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
@@ -36,9 +37,21 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation, random": [pql.Rotation(kind="random")],
     "rotation of heads": [pql.Rotation(residual=False)],
     "rotation, then AWQ scales": [pql.Rotation(), pql.AWQScales()],
+    "rotation, learned from none": [pql.Rotation(kind="learned")],
+    "rotation, learned from Hadamard": [pql.Rotation(kind="learned", start="hadamard")],
+    "rotation of heads, learned": [pql.Rotation(kind="learned", residual=False)],
+    "permutation by inputs": [pql.Permutation(by="inputs", residual=False)],
+    "permutation by weights": [pql.Permutation(by="weights", residual=False)],
+    "permutation by both": [pql.Permutation(by="both", residual=False)],
+    "permutation by weights, with the stream": [pql.Permutation(by="weights")],
+    "permutation by both, with the stream": [pql.Permutation(by="both")],
+    "permutation, then AWQ scales": [pql.Permutation(), pql.AWQScales()],
     "SmoothQuant, alpha 0.5": [pql.SmoothQuant(alpha=0.5)],
     "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
+# R4, which no weight before it can hold: a product with a Hadamard matrix before each down projection.
+ONLINE = "rotation before down_proj, online"
+TRANSFORMS[ONLINE] = []
 # By ``set_activation_bits``: the integer kernels, whose inputs have a scale for each 16 columns.
 ROUNDED_INPUTS = "8-bit inputs"
 # As other engines do it, computed in floats: one scale for each row of a weight, and one for each token's inputs.
@@ -69,6 +82,16 @@ def permute_channels(model: PreTrainedModel) -> None:
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, inner])
 
 
+@torch.no_grad()
+def rotate_mlp_inputs(model: PreTrainedModel) -> Tensor:
+    """The rotation that the inputs of all down projections have to go through from now on."""
+    size = model.config.intermediate_size
+    turn = rotation_matrix(size, use_hadamard=True, keeps_mean=False, seed=0).float()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight @ turn)
+    return turn
+
+
 def rounded_inputs(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Each token's inputs as 8-bit integers times one scale: what an integer product computes, in floats."""
     (x,) = args
@@ -84,9 +107,13 @@ def measure(
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
+    turn = rotate_mlp_inputs(model) if transform == ONLINE else None
     transformed = time.process_time()
     data = calibration if quantizer == "calibrated" else None
     pql.quantize_model(model, config, calibration=data, progress=False)
+    if turn is not None:
+        for layer in model.model.layers:
+            layer.mlp.down_proj.register_forward_pre_hook(lambda layer, args: (args[0] @ turn,))
     if quantizer == ROUNDED_INPUTS:
         pql.set_activation_bits(model, 8)
     if quantizer == INPUTS_BY_TOKEN:

@@ -71,10 +71,11 @@ def quality() -> str:
 def calibration() -> str:
     """Perplexity and KL of each base and each tuning on two texts, with bits and time."""
     measured = result("calibration")
-    rows = []
+    rows, default = [], measured["shrinkage"]
     for row in measured["rows"]:
         seconds = row.get("quantize_cpu_s", row["quantize_s"])
-        cells = [row["name"], f"{row['bits_per_weight']:.2f}"]
+        is_other = row["shrinkage"] not in (None, default)
+        cells = [row["name"] + " ¹" * is_other, f"{row['bits_per_weight']:.2f}"]
         for ending in ("", "_second_text"):
             is_scored = f"perplexity{ending}" in row
             cells.append(number(row[f"perplexity{ending}"]) if is_scored else "")
@@ -92,7 +93,8 @@ def calibration() -> str:
             f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; second text: Python's "
             f"help topics, {measured['second_text_windows']} windows; calibration: {measured['calibration_tokens']:,} "
             f"tokens of WikiText-2's other half; tuning: {tuning['steps']} steps of "
-            f"{tuning['batch']} x {tuning['tokens']} tokens of it.{elsewhere} "
+            f"{tuning['batch']} x {tuning['tokens']} tokens of it. "
+            f"¹ With shrinkage=0.3, the default before {default}.{elsewhere} "
             + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
         ]
     )

@@ -51,7 +51,7 @@ from .saving import save_model
 from .scales import Predictions, QuantScalesConfig, TuningResult, record_predictions, tune_scales
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
-from .transforms import AWQScales, Rotation, SmoothQuant, Transform, transform_model
+from .transforms import AWQScales, Permutation, Rotation, SmoothQuant, Transform, transform_model
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "MergedModel",
     "ModelSummary",
     "PVTuner",
+    "Permutation",
     "Predictions",
     "QuantConfig",
     "QuantMethod",

@@ -1,8 +1,8 @@
-"""Run a Python program as in a process of its own, without the eight seconds that its imports take.
+"""Run a Python program as in a process of its own, without the eight seconds that importing other packages takes.
 
-The standard library's fork server imports what nearly every program of ours imports, once for each pytest worker; a
-program is a fork of it, with its own arguments, folder, environment and output. A program that tests what an import
-does, or how much memory it takes, is started the ordinary way.
+The standard library's fork server imports PEFT and transformers once for each pytest worker; a program is a fork of
+it, with its own arguments, folder, environment and output, and imports our packages itself. A program that tests in
+which order other packages are imported, or how much memory they take, is started the ordinary way.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 
@@ -35,9 +36,7 @@ def run_program(
         subprocess.TimeoutExpired: the program was stopped.
     """
     words = [str(argument) for argument in arguments]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
-    _start_server()
+    context = fork_server()
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as error:
         place = str(cwd or Path.cwd())
         environment = dict(os.environ if env is None else env)
@@ -53,11 +52,15 @@ def run_program(
         )
 
 
-def _start_server() -> None:
-    """The server imports at its start, and finds modules by the environment alone."""
+def fork_server() -> ForkServerContext:
+    """The server, which was started where it was not yet; its processes have imported :mod:`preloaded`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    # It imports at its start, and finds modules by the environment alone.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
+    return context
 
 
 def _run(words: list[str], cwd: str, env: dict[str, str], out: str, error: str) -> None:

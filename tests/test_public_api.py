@@ -29,6 +29,7 @@ PUBLIC = [
     "MergedModel",
     "ModelSummary",
     "PVTuner",
+    "Permutation",
     "Predictions",
     "QuantConfig",
     "QuantMethod",

@@ -106,7 +106,12 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
-    data = load_data("calibration.data", fields["data"])
+    data: Any = load_data("calibration.data", fields["data"])
+    if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
+        raise ValueError(
+            f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
+            "FOLDER_OR_NAME."
+        )
     return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
 
 

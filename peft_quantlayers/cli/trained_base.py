@@ -17,7 +17,7 @@ from ..methods import QuantConfig
 from ..report import summary
 from ..streaming import quantize_checkpoint
 from . import options
-from .models import OWN_BASE, config_of, model_on_meta
+from .models import OWN_BASE, is_quantized_already, model_on_meta
 from .result import Result
 from .trl_trainers import trainer_loss
 
@@ -25,11 +25,6 @@ from .trl_trainers import trainer_loss
 _CHECKPOINT_COPIES = 3
 # Between looks whether the process that quantizes is done.
 _WAIT_SECONDS = 1.0
-
-
-def is_quantized_already(name: str) -> bool:
-    """Whether a model's config says so."""
-    return getattr(config_of(name), "quantization_config", None) is not None
 
 
 def refuse_options_of_float_models(settings: Namespace) -> None:

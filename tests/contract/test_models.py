@@ -1,15 +1,15 @@
 """What every registered method gets without a line of its own: models, LoRA, every way to merge, saving, copies."""
 
 import copy
-import multiprocessing
+import functools
 import pickle
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from every_method import VARIANTS
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from programs import run_program
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -30,8 +30,14 @@ def float_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)).eval()
 
 
-def quantized_model(config: pql.QuantConfig, **options) -> nn.Module:
-    return pql.quantize_model(float_model(), config, progress=False, **options)
+@functools.cache
+def _quantized(config: pql.QuantConfig) -> nn.Module:
+    return pql.quantize_model(float_model(), config, progress=False)
+
+
+def quantized_model(config: pql.QuantConfig) -> nn.Module:
+    """A copy: one quantization does for all tests of a config."""
+    return copy.deepcopy(_quantized(config))
 
 
 def with_lora(model: nn.Module, *, is_trained: bool = True, **fields) -> PeftModel:
@@ -79,10 +85,10 @@ def test_a_model_is_the_same_quantized_in_memory_while_loading_and_loaded_again(
 def test_calibration_lowers_the_output_errors_or_is_refused(config, method, spec):
     if not method.can_use_hessian(spec):
         with pytest.raises(ValueError, match=r"calibration.*not changed"):
-            quantized_model(config, calibration=DATA)
+            pql.quantize_model(float_model(), config, calibration=DATA, progress=False)
         return
     results: list[pql.LayerResult] = []
-    quantized_model(config, calibration=DATA, on_layer=results.append)
+    pql.quantize_model(float_model(), config, calibration=DATA, progress=False, on_layer=results.append)
     assert len(results) == 14
     assert all(result.output_error < result.weight_error for result in results)
 
@@ -221,23 +227,28 @@ def test_copies_and_pickles_compute_the_same_bits(config):
         assert_same_bits(other.state_dict(), model.state_dict())
 
 
-def _product_of(pickled: bytes, x: Tensor) -> Tensor:
-    return pickle.loads(pickled)(x)
+# Imports nothing of ours before the first pickle does.
+PRODUCTS = """
+import pickle, sys, torch
+assert "peft_quantlayers" not in sys.modules
+with open(sys.argv[1], "rb") as file:
+    x, pickled = pickle.load(file)
+with torch.no_grad():
+    torch.save([pickle.loads(layer)(x) for layer in pickled], sys.argv[2])
+"""
 
 
-@pytest.fixture(scope="module")
-def new_process() -> Iterator[ProcessPoolExecutor]:
-    """A process that has imported nothing of ours before the first pickle; one for all tests, for it starts slowly."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        yield executor
-
-
-def test_layers_of_methods_in_the_package_pickle_into_a_new_process(config, spec, new_process):
-    if spec.method.startswith("toy"):
-        pytest.skip("the toy is registered in this process only")
-    layer = pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec).requires_grad_(False)
+def test_layers_of_methods_in_the_package_pickle_into_a_new_process(tmp_path):
+    """But for the toy, which is registered in this process only."""
+    specs = [config.spec_for("layer") for name, config in VARIANTS.items() if not name.startswith("toy")]
+    layers = [pql.QuantizedLinear.from_linear(nn.Linear(64, 16), spec).requires_grad_(False) for spec in specs]
     x = torch.randn(2, 64)
-    torch.testing.assert_close(new_process.submit(_product_of, pickle.dumps(layer), x).result(timeout=120), layer(x))
+    (tmp_path / "layers").write_bytes(pickle.dumps((x, [pickle.dumps(layer) for layer in layers])))
+    done = run_program("-c", PRODUCTS, tmp_path / "layers", tmp_path / "products")
+    assert done.returncode == 0, done.stderr
+    products = torch.load(tmp_path / "products")
+    torch.testing.assert_close(products, [layer(x) for layer in layers])
+    assert len(products) >= 3
 
 
 def test_a_layer_compiles_whole(spec, fresh_compiler):

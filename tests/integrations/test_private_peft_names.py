@@ -4,14 +4,13 @@ import ast
 import importlib
 import inspect
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
 import pytest
 from peft import LoraModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from programs import run_program
 
 import peft_quantlayers as pql
 from peft_quantlayers.integrations import peft as integration
@@ -105,7 +104,7 @@ def test_a_name_that_is_imported_is_missed_before_any_module_needs_it():
         "del variants.QALoraLinearVariant, lora.loraga.get_target_modules\n"
         "import peft_quantlayers"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_program("-c", script)
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("ImportError: peft ")
     assert "variants.QALoraLinearVariant" in error

@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from _tiny_models import tiny_model
 from mixtures import MIXTURES, codes, same, tiny_mixture
+from programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -51,13 +50,8 @@ print(json.dumps(found))
 
 
 def in_stock_transformers(*folders):
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )
+    without_ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = run_program("-c", STOCK, *folders, env=without_ours, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -6,6 +6,7 @@ last step, which it never evaluated (we give the best of those before), and its 
 4 bits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -24,7 +25,9 @@ ITERS, BETA, LP_NORM = 20, 10.0, 0.7
 REAL = ("model.layers.3.self_attn.q_proj.weight", "model.layers.20.mlp.down_proj.weight")
 
 
+@functools.cache
 def weight(name: str) -> Tensor:
+    torch.manual_seed(0)
     if name == "gaussian":
         return torch.randn(256, 256) * 0.02
     if name == "student-t":
@@ -54,8 +57,10 @@ class LastStep:
     is_shrunk: Tensor
 
 
-def run_package_to_its_last_step(matrix: Tensor, nbits: int, axis: int) -> LastStep:
+@functools.cache
+def run_package_to_its_last_step(name: str, nbits: int, axis: int) -> LastStep:
     """``Quantizer.quantize`` without rounding the first zero and without the early stop, its own step function."""
+    matrix = weight(name)
     groups = matrix.reshape(-1, GROUP_SIZE) if axis == 1 else matrix.reshape(GROUP_SIZE, -1)
     low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
     max_code = 2**nbits - 1
@@ -80,7 +85,8 @@ def run_package(matrix: Tensor, nbits: int, axis: int, *, round_zero: bool) -> T
     return Quantizer.dequantize(W_q, meta | {"compute_dtype": torch.float32}).clone()
 
 
-def run_ours(matrix: Tensor, nbits: int, axis: int) -> Tensor:
+@functools.cache
+def run_ours(name: str, nbits: int, axis: int) -> Tensor:
     spec = HQQSpec(
         nbits=nbits,
         group_size=GROUP_SIZE,
@@ -94,8 +100,15 @@ def run_ours(matrix: Tensor, nbits: int, axis: int) -> Tensor:
         kappa=1.0,  # the release reads kappa and never applies it
     )
     method = get_method("hqq")
-    quantized = method.quantize(matrix, spec)
-    return method.dequantize(quantized)
+    return method.dequantize(method.quantize(weight(name), spec))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+    """What several tests look at is computed once, and not kept any longer."""
+    yield
+    for cached in (weight, run_package_to_its_last_step, run_ours):
+        cached.cache_clear()
 
 
 def steps_apart(ours: Tensor, theirs: Tensor, steps_per_unit: Tensor, axis: int) -> Tensor:
@@ -112,9 +125,8 @@ def test_groups_without_shrink_end_where_the_package_ends(name: str, nbits: int,
     Exception: a code that a rounding tie decides may differ, and the group then ends elsewhere. None of the random
     groups does; of the real ones, whose weights lie on a grid of 16 values, at most 0.1 % (8 bits; 0.03 % at 4).
     """
-    matrix = weight(name)
-    last = run_package_to_its_last_step(matrix, nbits, axis)
-    apart = steps_apart(run_ours(matrix, nbits, axis), last.dense, last.steps_per_unit, axis)[~last.is_shrunk]
+    last = run_package_to_its_last_step(name, nbits, axis)
+    apart = steps_apart(run_ours(name, nbits, axis), last.dense, last.steps_per_unit, axis)[~last.is_shrunk]
     n_apart = int((apart > 1e-4).sum())
     assert n_apart <= (2e-3 * apart.numel() if name in REAL else 0)
 
@@ -129,11 +141,11 @@ def test_groups_with_shrink_have_the_absolute_error_of_the_package(name: str, nb
     At 1 bit 20 steps are not enough to settle, and its zero of after the last step is better: up to 0.33 %.
     """
     matrix = weight(name)
-    last = run_package_to_its_last_step(matrix, nbits, axis)
+    last = run_package_to_its_last_step(name, nbits, axis)
     assert last.is_shrunk.any()
     ours, theirs = (
         by_group(dense - matrix, axis)[last.is_shrunk].abs().mean(1)
-        for dense in (run_ours(matrix, nbits, axis), last.dense)
+        for dense in (run_ours(name, nbits, axis), last.dense)
     )
     assert ours.sum() <= theirs.sum() * (1.004 if nbits == 1 else 1)
 
@@ -153,8 +165,8 @@ def test_total_error_is_not_larger_than_that_of_the_package(name: str, nbits: in
     and 1.2 % more squared error, both at 1 bit.
     """
     matrix = weight(name)
-    ours, theirs = run_ours(matrix, nbits, axis), run_package(matrix, nbits, axis, round_zero=False)
-    last = run_package_to_its_last_step(matrix, nbits, axis)
+    ours, theirs = run_ours(name, nbits, axis), run_package(matrix, nbits, axis, round_zero=False)
+    last = run_package_to_its_last_step(name, nbits, axis)
     ends_elsewhere = steps_apart(ours, theirs, last.steps_per_unit, axis) > 1e-3
     assert ends_elsewhere.float().mean() <= (ENDS_ELSEWHERE[nbits] if name in REAL else 0.001)
 
@@ -169,5 +181,5 @@ def test_total_error_is_not_larger_than_that_of_the_package(name: str, nbits: in
 def test_four_bits_have_a_smaller_error_than_the_layer_of_the_package(name: str, axis: int) -> None:
     """Its HQQLinear starts 4 bits from a rounded zero, and ends in a worse minimum: 1 % to 3 % more squared error."""
     matrix = weight(name)
-    ours, theirs = run_ours(matrix, 4, axis), run_package(matrix, 4, axis, round_zero=True)
+    ours, theirs = run_ours(name, 4, axis), run_package(matrix, 4, axis, round_zero=True)
     assert (ours - matrix).square().sum() < 0.99 * (theirs - matrix).square().sum()

@@ -1,5 +1,6 @@
 """The compiled HQQ kernels against the reference and a float64 truth, on every instruction set."""
 
+import functools
 from itertools import product
 
 import pytest
@@ -52,20 +53,30 @@ def test_many_tokens_and_the_gradient_go_through_the_compiled_dense_rows(axis, k
     assert_as_exact_as(x.grad, grad @ weight.float(), grad.double() @ weight)
 
 
+@functools.cache
+def weights_and_references(nbits: int, axis: int) -> list[tuple]:
+    """Of each dtype and shape; the same for all kernels."""
+    torch.manual_seed(0)
+    found = []
+    for dtype, (out_features, in_features, n_groups) in product(METADATA_DTYPES, SHAPES):
+        shape = (out_features, in_features, n_groups) if axis == 1 else (n_groups * 2, in_features, n_groups)
+        weight = random_weight(nbits, axis, shape, dtype)
+        reference = dequantize_hqq_reference(*weight, nbits=nbits, axis=axis, in_features=in_features)
+        found.append((weight, {written: reference.to(written) for written in native.WRITTEN}))
+    return found
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
 def test_dense_rows_are_those_of_the_reference_to_the_bit_and_nothing_else_is_written(nbits, axis, kernels):
-    for dtype in METADATA_DTYPES:
-        for out_features, in_features, n_groups in SHAPES:
-            shape = (out_features, in_features, n_groups) if axis == 1 else (n_groups * 2, in_features, n_groups)
-            W_q, scale, zero = random_weight(nbits, axis, shape, dtype)
-            reference = dequantize_hqq_reference(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-            parts = product((slice(0, shape[0]), slice(shape[0] // 2, shape[0])), native.WRITTEN)
-            for rows, written in parts:
-                memory = torch.full((2 + (rows.stop - rows.start) * in_features,), torch.nan, dtype=written)
+    for weight, references in weights_and_references(nbits, axis):
+        for written, reference in references.items():
+            n_rows, in_features = reference.shape
+            for rows in (slice(0, n_rows), slice(n_rows // 2, n_rows)):
+                memory = torch.full((2 + (n_rows - rows.start) * in_features,), torch.nan, dtype=written)
                 into = memory[1:-1].view(-1, in_features)
-                cpu.dequantize_rows(W_q, scale, zero, nbits=nbits, axis=axis, rows=rows, into=into)
-                assert torch.equal(into, reference[rows].to(written))
+                cpu.dequantize_rows(*weight, nbits=nbits, axis=axis, rows=rows, into=into)
+                assert torch.equal(into, reference[rows])
                 assert memory[[0, -1]].isnan().all()
 
 

@@ -1,5 +1,7 @@
 """Products with activations rounded to 8 bits against the reference that defines them, on every instruction set."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,19 +35,29 @@ def product(x, W_q, scale, zero, bias=None, *, nbits):
     return cpu.linear_few_tokens(x, W_q, scale, zero, bias, nbits=nbits, activation_bits=8)
 
 
+@functools.cache
+def products(nbits: int) -> list[tuple]:
+    """Of each shape and number of tokens: the arguments of :func:`product`, and the reference's result, which is slow
+    and the same for all kernels."""
+    torch.manual_seed(0)
+    found = []
+    for i, shape in enumerate(EACH_SHAPE):
+        weight = random_weight(nbits, 1, shape, METADATA_DTYPES[i % 3])
+        bias = torch.randn(shape[0])
+        for n_tokens in TOKENS:
+            x = torch.randn(n_tokens, shape[1]) * torch.rand(n_tokens, 1) + 0.5
+            found.append(((x, *weight, bias), integer_linear_reference(x, *weight, bias, nbits=nbits)))
+    return found
+
+
 @pytest.mark.parametrize("nbits", SUPPORTED_NBITS)
 def test_the_product_is_that_of_the_rounded_activations(nbits):
     """Up to float32's rounding of the scales and of the sums over blocks; one code more or less would be many times as
     much."""
-    for i, shape in enumerate(EACH_SHAPE):
-        W_q, scale, zero = random_weight(nbits, 1, shape, METADATA_DTYPES[i % 3])
-        bias = torch.randn(shape[0])
-        for n_tokens in TOKENS:
-            x = torch.randn(n_tokens, shape[1]) * torch.rand(n_tokens, 1) + 0.5
-            truth = integer_linear_reference(x, W_q, scale, zero, bias, nbits=nbits)
-            y = product(x, W_q, scale, zero, bias, nbits=nbits)
-            size = x.double().norm(dim=1, p=1)[:, None] * 2**nbits * scale.double().amax(1) + bias.abs()
-            assert ((y - truth).abs() <= 6e-7 * size).all(), (shape, n_tokens)
+    for (x, W_q, scale, zero, bias), truth in products(nbits):
+        y = product(x, W_q, scale, zero, bias, nbits=nbits)
+        size = x.double().norm(dim=1, p=1)[:, None] * 2**nbits * scale.double().amax(1) + bias.abs()
+        assert ((y - truth).abs() <= 6e-7 * size).all(), (W_q.shape, scale.shape, len(x))
 
 
 def test_whole_numbers_come_out_without_any_rounding():

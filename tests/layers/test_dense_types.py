@@ -2,13 +2,12 @@
 
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from programs import run_program
 from torch import nn
 from transformers.models.esm.modeling_esmfold import EsmFoldLinear
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -148,5 +147,5 @@ def test_importing_the_package_loads_no_model_file():
     lazy = [path.partition(":")[0] for path in dense_types._dense_types if ".models." in path]
     assert lazy
     program = f"import sys, peft_quantlayers\nassert not set({lazy}) & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program("-c", program)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from every_method import AbsmaxMethod, AbsmaxSpec
+from programs import run_program
 
 import peft_quantlayers
 import quantlayers_kernels
@@ -82,9 +82,7 @@ def test_a_file_in_the_folder_and_an_entry_point_are_found_without_an_edit_elsew
 
     path = [tmp_path, Path(quantlayers_kernels.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry)}
-    done = subprocess.run(
-        [sys.executable, "-c", USER], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+    done = run_program("-c", USER, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == sorted([*registered_methods(), "fourth", "third"])
 

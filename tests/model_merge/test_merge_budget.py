@@ -12,6 +12,7 @@ from integrations.tiny import tiny_model
 from model_merge.test_merge_other_models import adapted as adapted_other
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import BitPlan, Calibration, HQQConfig, plan_merge_bits
@@ -262,3 +263,25 @@ def test_tuning_and_measuring_go_with_a_budget():
     )
     assert report.capture is not None
     assert len({layer.spec.nbits for layer in quantized_layers(merged).values()}) > 1
+
+
+def test_experts_keep_their_bits_beside_planned_layers():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    torch.manual_seed(0)
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    base = pql.quantize_model(MixtralForCausalLM(config).eval(), CONFIG, progress=False)
+    lora = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(base, lora).eval()
+    plan = plan_merge_bits(model, DATA, average=4.5, strategy="requantize", progress=False)
+    assert {name.rpartition(".")[2] for name in plan.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    merged, _ = pql.merge_back(model, budget=plan, progress=False)
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in merged.state_dict().values()}
+    assert sum(tensor.nbytes for tensor in held.values()) == plan.model_bytes
+    widths = {name: layer.spec.nbits for name, layer in quantized_layers(merged).items()}
+    assert {width for name, width in widths.items() if "experts" in name} == {3}
+    assert len({width for name, width in widths.items() if "self_attn" in name}) > 1

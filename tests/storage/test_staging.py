@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,12 @@ KIND = FolderContents(
 OLD = {"config.json": "{}", "part1": "old 1", "part2": "old 2", "mine.txt": "mine"}
 NEW = {"config.json": '{"new": 1}', "part1": "new 1", "sub/deep": "new deep"}
 AFTER = {"config.json": '{"new": 1}', "part1": "new 1", "sub/deep": "new deep", "mine.txt": "mine"}
+# Begins a program: `storage` needs nothing else of the package, whose import takes seconds.
+STORAGE_ALONE = f"""
+import sys, types
+package = sys.modules["peft_quantlayers"] = types.ModuleType("peft_quantlayers")
+package.__path__ = [{str(ROOT / "peft_quantlayers")!r}]
+"""
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -148,6 +155,28 @@ def test_an_error_at_any_moment_of_moving_leaves_the_old_files_or_the_new(tmp_pa
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells the names of open files here")
+def test_new_files_are_on_the_disk_before_any_moves_and_the_names_at_the_end(tmp_path, monkeypatch):
+    synced, at_moves, rename = [], [], Path.rename
+
+    def recorded(self, target):
+        at_moves.append(set(synced))
+        return rename(self, target)
+
+    def names_of(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", names_of)
+    monkeypatch.setattr(Path, "rename", recorded)
+    for folder in (tmp_path / "new", write(tmp_path / "old", OLD)):
+        synced.clear()
+        at_moves.clear()
+        save(folder, overwrite=True)
+        assert at_moves
+        assert all({"config.json", "part1", "deep", "sub"} <= done for done in at_moves)
+        assert synced[-1] == (folder.name if folder.name == "old" else tmp_path.name)
+
+
 def test_files_that_appear_while_writing_are_not_touched(tmp_path):
     for folder in (tmp_path / "new", tmp_path / "empty"):
         if folder.name == "empty":
@@ -167,16 +196,15 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
-    program = f"""
+    program = f"""{STORAGE_ALONE}
 import os, signal
 from pathlib import Path
 from peft_quantlayers.storage import locked_folder
 with locked_folder(Path({str(tmp_path / "model")!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    environment["PEFT_QUANTLAYERS_NO_REGISTER"] = "1"
-    subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / ".model.saving.lock").exists()
     save(tmp_path / "model")
     assert read(tmp_path) == {f"model/{name}": text for name, text in NEW.items()}
@@ -234,7 +262,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path):
 MOUNTS = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + "/kernels", {here!r}]
+sys.path.insert(0, {here!r})
 from test_staging import NEW, OLD, AFTER, read, save, write
 import subprocess
 base = Path({base!r})
@@ -275,10 +303,9 @@ def test_mount_points_read_only_and_full_disks(tmp_path):
         or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode
     ):
         pytest.skip("this machine gives no mount namespace to a user")
-    program = MOUNTS.format(root=str(ROOT), here=str(Path(__file__).parent), base=str(tmp_path))
-    environment = os.environ | {"PEFT_QUANTLAYERS_NO_REGISTER": "1"}
+    program = STORAGE_ALONE + MOUNTS.format(here=str(Path(__file__).parent), base=str(tmp_path))
     command = [*unshare, sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
 
 

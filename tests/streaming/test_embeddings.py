@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from _tiny_models import tiny_model
+from programs import fork_server
 
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import parts, quantize_files
+from peft_quantlayers.streaming import parts, processes, quantize_files
 from streaming.test_calibrated import calibration_for
 from streaming.test_quantize_checkpoint import assert_same, in_memory, saved
 
@@ -77,7 +78,10 @@ def test_a_head_that_differs_in_the_files_keeps_its_own_rows(tmp_path):
     assert_same(tmp_path / "quantized", in_memory(folder, tmp_path / "expected", CONFIG))
 
 
-def test_in_two_processes_too(tmp_path):
+def test_in_two_processes_too(tmp_path, monkeypatch):
+    """Forks, which start in no time; test_quantize_checkpoint.py has spawned ones."""
+    server = fork_server()
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: server)
     folder = saved(tmp_path / "float", "Gemma3ForCausalLM")
     pql.quantize_checkpoint(folder, tmp_path / "quantized", CONFIG, progress=False, n_processes=2)
     assert_same(tmp_path / "quantized", in_memory(folder, tmp_path / "expected", CONFIG))

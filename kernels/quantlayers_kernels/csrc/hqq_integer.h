@@ -35,7 +35,7 @@ static TARGET int64_t VARIANT(hqq_windows)(const struct hqq_weight *w, struct wi
                     end = block;
             if (windows != NULL)
                 windows[n] = (struct window){(int)at, (int)((first + (short_groups ? at : begin)) / group_size),
-                                             (int)(begin - at), (int)(end - at), slot};
+                                             (int8_t)(begin - at), (int8_t)(end - at), (int8_t)slot};
         }
     }
     if (n * WINDOW > MAX_PADDING * w->in_features)

@@ -30,13 +30,13 @@ int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product
     if (n_windows == 0)
         return for_rows(multiply_hqq, &call, product->out_features, hqq_product_floats(weight), n_threads);
     const int64_t of_x = product->tokens * n_windows * call.kernels->window_columns * (int64_t)sizeof(float);
-    void *const memory = malloc((size_t)(of_x + n_windows * (int64_t)sizeof(struct window) + CACHE_LINE));
+    void *const memory = malloc((size_t)(of_x + n_windows * (int64_t)sizeof(struct joined_window) + CACHE_LINE));
     if (memory == NULL)
         return -1;
     float *const x = next_line(memory);
-    struct window *const windows = (struct window *)((uint8_t *)x + of_x);
-    call.kernels->hqq_arrange(weight, product, windows, x);
-    const struct arranged_inputs inputs = {windows, x, n_windows};
+    struct joined_window *const windows = (struct joined_window *)((uint8_t *)x + of_x);
+    const int has_joined = call.kernels->hqq_arrange(weight, product, windows, x);
+    const struct arranged_inputs inputs = {windows, x, n_windows, has_joined};
     call.inputs = &inputs;
     const int failed =
         for_rows(multiply_hqq, &call, product->out_features, hqq_arranged_product_floats(weight), n_threads);

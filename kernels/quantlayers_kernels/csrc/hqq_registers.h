@@ -85,21 +85,67 @@ INLINE lanes rotated(lanes v, lanes bits) {
 #endif
 }
 
-/* The codes of a window, one in each byte; the bits above a code belong to other codes. Shifts are of whole lanes, and
- * the bits that they bring in from the next byte stay above a code too. */
-INLINE lanes codes_in_window(const uint8_t *packed, struct slots slots, struct shifts shifts, int slot, int64_t at) {
-    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
-    const lanes low = *(const lanes_at *)(packed + slot % slots_a_byte * slots.columns + at) >> shifts.low;
+/* The codes whose bytes are given, one in each byte; the bits above a code belong to other codes. Shifts are of whole
+ * lanes, and the bits that they bring in from the next byte stay above a code too. */
+INLINE lanes codes_in_planes(lanes low, lanes high, struct slots slots, struct shifts shifts) {
+    low >>= shifts.low;
     if (slots.high == 0)
         return low;
-    const lanes high = rotated(*(const lanes_at *)(packed + slots_a_byte * slots.columns + at), shifts.high);
+    high = rotated(high, shifts.high);
     const uint32_t of_low = 0x01010101u * ((1u << slots.low) - 1);
     return (low & of_low) | (high & ~of_low);
 }
 
-INLINE void add_window(const struct hqq_block *w, struct slots slots, struct window window, struct shifts shifts,
-                       const float *x, int64_t token_step, int rows, int tokens, int nbits, int short_groups,
-                       sums_of_tile acc) {
+/* The bytes of a window in the low plane, and in the high one. */
+INLINE const lanes_at *in_low_plane(const uint8_t *packed, struct slots slots, int slot, int64_t at) {
+    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
+    return (const lanes_at *)(packed + slot % slots_a_byte * slots.columns + at);
+}
+
+INLINE const lanes_at *in_high_plane(const uint8_t *packed, struct slots slots, int64_t at) {
+    const int slots_a_byte = slots.high ? slots.low / slots.high : 1;
+    return (const lanes_at *)(packed + slots_a_byte * slots.columns + at);
+}
+
+INLINE lanes codes_in_window(const uint8_t *packed, struct slots slots, struct shifts shifts, int slot, int64_t at) {
+    const lanes low = *in_low_plane(packed, slots, slot, at);
+    if (slots.high == 0)
+        return codes_in_planes(low, low, slots, shifts);
+    return codes_in_planes(low, *in_high_plane(packed, slots, at), slots, shifts);
+}
+
+/* Whether windows are joined, two for each slot that ends within a group. They take a third to a half more time than one
+ * alone, which pays where there are many slots. */
+INLINE int can_join(int nbits, int short_groups) {
+    return LANES == 16 && (nbits == 2 || nbits == 3) && !short_groups;
+}
+
+/* `next` in the lanes `of_next`. */
+INLINE lanes joined_lanes(lanes first, lanes next, uint16_t of_next) {
+#if LANES == 16
+    return (lanes)_mm512_mask_mov_epi32((__m512i)first, of_next, (__m512i)next);
+#else
+    (void)next, (void)of_next;
+    return first;
+#endif
+}
+
+INLINE lanes codes_in_joined_window(const uint8_t *packed, struct slots slots, struct shifts shifts,
+                                    const struct joined_window *joined) {
+    const struct window first = joined->first, next = joined->next;
+    const lanes low = joined_lanes(*in_low_plane(packed, slots, first.slot, first.at),
+                                   *in_low_plane(packed, slots, next.slot, next.at), joined->of_next);
+    if (slots.high == 0)
+        return codes_in_planes(low, low, slots, shifts);
+    const lanes high = joined_lanes(*in_high_plane(packed, slots, first.at), *in_high_plane(packed, slots, next.at),
+                                    joined->of_next);
+    return codes_in_planes(low, high, slots, shifts);
+}
+
+INLINE void add_window(const struct hqq_block *w, struct slots slots, const struct joined_window *joined,
+                       struct shifts shifts, const float *x, int64_t token_step, int rows, int tokens, int nbits,
+                       int short_groups, int has_joined, sums_of_tile acc) {
+    const struct window window = joined->first;
     const int shift = short_groups ? __builtin_ctzll((uint64_t)(w->in_features / w->n_groups)) : 0;
     lanes codes[BLOCK_ROWS];
     struct group_values values[BLOCK_ROWS];
@@ -108,7 +154,15 @@ INLINE void add_window(const struct hqq_block *w, struct slots slots, struct win
         const float *const zero = w->zero + r * w->n_groups + window.group;
         values[r] = short_groups ? values_of_short_groups(scale, zero, shift, nbits)
                                  : values_of_group(*scale, *zero, nbits);
-        codes[r] = codes_in_window(w->packed + r * w->row_bytes, slots, shifts, window.slot, window.at);
+        if (!has_joined || joined->of_next == 0)
+            codes[r] = codes_in_window(w->packed + r * w->row_bytes, slots, shifts, window.slot, window.at);
+    }
+    if (has_joined && joined->of_next != 0) {
+        const struct shifts of_next = shifts_of_slot(slots, joined->next.slot);
+        const struct shifts both = {joined_lanes(shifts.low, of_next.low, joined->of_next),
+                                    joined_lanes(shifts.high, of_next.high, joined->of_next)};
+        for (int r = 0; r < rows; r++)
+            codes[r] = codes_in_joined_window(w->packed + r * w->row_bytes, slots, both, joined);
     }
     for (int b = 0; b < 4; b++) {
         floats weights[BLOCK_ROWS];
@@ -155,7 +209,8 @@ INLINE void sums_in_order(const floats *v, float *out) {
 /* Sums over all inputs for `rows` rows of the weight and `tokens` rows of arranged inputs; the counts and nbits are
  * constants in every call. */
 INLINE void dot_packed(const struct hqq_block *w, const struct arranged_inputs *inputs, const float *x, int rows,
-                       int tokens, int nbits, int short_groups, float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
+                       int tokens, int nbits, int short_groups, int has_joined,
+                       float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     const struct slots slots = slots_of(w->in_features, nbits);
     const int64_t n_windows = inputs->n_windows;
     const int bytes_ahead = rows * nbits * WINDOW / 8; /* of the rows that come next, for each window of these */
@@ -164,15 +219,17 @@ INLINE void dot_packed(const struct hqq_block *w, const struct arranged_inputs *
     int slot = 0;
     for (int64_t i = 0; i < n_windows;) {
         sums_of_tile acc = {{{0}}};
-        const int64_t end = i + PANEL / WINDOW < n_windows ? i + PANEL / WINDOW : n_windows;
+        int64_t end = i + PANEL / WINDOW < n_windows ? i + PANEL / WINDOW : n_windows;
         for (; i < end; i++) {
-            const struct window window = inputs->windows[i];
-            if (window.slot != slot)
-                shifts = shifts_of_slot(slots, slot = window.slot);
+            const struct joined_window *const window = &inputs->windows[i];
+            if (window->first.slot != slot)
+                shifts = shifts_of_slot(slots, slot = window->first.slot);
             for (int b = 0; b < bytes_ahead; b += CACHE_LINE)
                 __builtin_prefetch(w->packed + rows * w->row_bytes + i * bytes_ahead + b);
             add_window(w, slots, window, shifts, x + i * WINDOW, n_windows * WINDOW, rows, tokens, nbits, short_groups,
-                       acc);
+                       has_joined, acc);
+            if (has_joined && window->ends_panel)
+                end = 0;
         }
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
@@ -194,7 +251,7 @@ static TARGET __attribute__((noinline)) void dot_packed_row(const struct hqq_blo
                                                             const struct arranged_inputs *inputs, const float *x,
                                                             int tokens, int nbits, int short_groups,
                                                             float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
-    dot_packed(w, inputs, x, 1, tokens, nbits, short_groups, sums);
+    dot_packed(w, inputs, x, 1, tokens, nbits, short_groups, can_join(nbits, short_groups), sums);
 }
 
 INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int rows, float *scratch) {
@@ -206,25 +263,26 @@ INLINE struct hqq_block read_block(const struct hqq_weight *w, int64_t row, int 
 
 /* A block of rows, whose codes stay in the caches from one block of tokens to the next. */
 INLINE void multiply_block(const struct hqq_block *block, const struct product *p, const struct arranged_inputs *inputs,
-                           int64_t row, int64_t token, int tokens, int nbits, int short_groups) {
+                           int64_t row, int64_t token, int tokens, int nbits, int short_groups, int has_joined) {
     float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS];
     dot_packed(block, inputs, inputs->x + token * inputs->n_windows * WINDOW, BLOCK_ROWS, tokens, nbits, short_groups,
-               sums);
+               has_joined, sums);
     write_sums(sums, BLOCK_ROWS, tokens, row, token, p);
 }
 
 INLINE void multiply_packed(const struct hqq_weight *w, const struct product *p, const struct arranged_inputs *inputs,
-                            int64_t begin, int64_t end, int nbits, int short_groups, float *scratch) {
+                            int64_t begin, int64_t end, int nbits, int short_groups, int has_joined,
+                            float *scratch) {
     int64_t row = begin;
     for (; row + BLOCK_ROWS <= end; row += BLOCK_ROWS) {
         const struct hqq_block block = read_block(w, row, BLOCK_ROWS, scratch);
         int64_t token = 0;
         for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
-            multiply_block(&block, p, inputs, row, token, BLOCK_TOKENS, nbits, short_groups);
+            multiply_block(&block, p, inputs, row, token, BLOCK_TOKENS, nbits, short_groups, has_joined);
         switch (p->tokens - token) {
-        case 3: multiply_block(&block, p, inputs, row, token, 3, nbits, short_groups); break;
-        case 2: multiply_block(&block, p, inputs, row, token, 2, nbits, short_groups); break;
-        case 1: multiply_block(&block, p, inputs, row, token, 1, nbits, short_groups); break;
+        case 3: multiply_block(&block, p, inputs, row, token, 3, nbits, short_groups, has_joined); break;
+        case 2: multiply_block(&block, p, inputs, row, token, 2, nbits, short_groups, has_joined); break;
+        case 1: multiply_block(&block, p, inputs, row, token, 1, nbits, short_groups, has_joined); break;
         }
     }
     for (; row < end; row++) {
@@ -242,14 +300,21 @@ static TARGET void product_in_registers(const struct hqq_weight *w, const struct
                                         float *scratch) {
     if (has_short_groups(slots_of(w->in_features, w->nbits), w->in_features / w->n_groups, w->nbits)) {
         switch (w->nbits) {
-        case 1: multiply_packed(w, p, inputs, begin, end, 1, 1, scratch); break;
-        case 2: multiply_packed(w, p, inputs, begin, end, 2, 1, scratch); break;
-        case 3: multiply_packed(w, p, inputs, begin, end, 3, 1, scratch); break;
-        case 4: multiply_packed(w, p, inputs, begin, end, 4, 1, scratch); break;
+        case 1: multiply_packed(w, p, inputs, begin, end, 1, 1, 0, scratch); break;
+        case 2: multiply_packed(w, p, inputs, begin, end, 2, 1, 0, scratch); break;
+        case 3: multiply_packed(w, p, inputs, begin, end, 3, 1, 0, scratch); break;
+        case 4: multiply_packed(w, p, inputs, begin, end, 4, 1, 0, scratch); break;
         }
         return;
     }
-#define MULTIPLY(nbits) multiply_packed(w, p, inputs, begin, end, nbits, 0, scratch)
+    if (inputs->has_joined) {
+        if (w->nbits == 3 && can_join(3, 0))
+            multiply_packed(w, p, inputs, begin, end, 3, 0, 1, scratch);
+        if (w->nbits == 2 && can_join(2, 0))
+            multiply_packed(w, p, inputs, begin, end, 2, 0, 1, scratch);
+        return;
+    }
+#define MULTIPLY(nbits) multiply_packed(w, p, inputs, begin, end, nbits, 0, 0, scratch)
     FOR_NBITS(w->nbits, MULTIPLY);
 #undef MULTIPLY
 }
@@ -273,40 +338,80 @@ INLINE int can_multiply_in_registers(const struct hqq_weight *w, const struct pr
     return p->tokens <= 2 * BLOCK_TOKENS && number_of_windows(slots, group_size) * WINDOW <= 2 * w->in_features;
 }
 
+/* The lanes that have columns of a window. */
+INLINE uint16_t lanes_of(struct window window) {
+    return (uint16_t)((1u << ((window.end - 1) / 4 + 1)) - (1u << window.begin / 4));
+}
+
+/* The windows of a row; their number. `windows` may be NULL. Where a slot ends within a group, what is left of the
+ * window is filled with the first columns of the next slot, if they go on in other lanes: each lane adds what it would
+ * have added in two windows, in the same order. */
+INLINE int64_t joined_windows(const struct hqq_weight *w, struct slots slots, struct joined_window *windows) {
+    const int64_t group_size = w->in_features / w->n_groups, in_panel = PANEL / WINDOW;
+    const int short_groups = has_short_groups(slots, group_size, w->nbits);
+    const int64_t run_size = run_size_of(w->in_features, w->n_groups, short_groups);
+    struct joined_window joined = {{0}};
+    int64_t n = 0, n_runs = 0;
+    for (struct run run = {0}; next_run(slots, run_size, &run); n_runs++) {
+        const int64_t group = short_groups ? (run.slot * slots.columns + run.at) / group_size : run.group;
+        const struct window window = {(int)run.at, (int)group, (int8_t)(run.begin - run.at),
+                                      (int8_t)(run.end - run.at), (int8_t)run.slot};
+        if (can_join(w->nbits, short_groups) && n_runs % in_panel != 0 && joined.of_next == 0 &&
+            group == joined.first.group && (lanes_of(joined.first) & lanes_of(window)) == 0) {
+            joined.next = window;
+            joined.of_next = lanes_of(window);
+        } else {
+            joined = (struct joined_window){.first = window};
+            n++;
+        }
+        joined.ends_panel = (n_runs + 1) % in_panel == 0;
+        if (windows != NULL)
+            windows[n - 1] = joined;
+    }
+    if (windows != NULL)
+        windows[n - 1].ends_panel = 1;
+    return n;
+}
+
 /* How many windows a row of this product is multiplied in; 0 where it is multiplied in another way. */
 static TARGET int64_t VARIANT(hqq_exact_windows)(const struct hqq_weight *w, const struct product *p) {
     if (!can_multiply_in_registers(w, p))
         return 0;
     const struct slots slots = slots_of(w->in_features, w->nbits);
-    const int short_groups = has_short_groups(slots, w->in_features / w->n_groups, w->nbits);
-    return number_of_windows(slots, run_size_of(w->in_features, w->n_groups, short_groups));
+    return joined_windows(w, slots, NULL);
+}
+
+INLINE void arrange_columns(const float *x, struct slots slots, struct window window, float *arranged) {
+    const float *const from = x + window.slot * slots.columns + window.at;
+    for (int k = window.begin; k < window.end; k++)
+        arranged[k % 4 * LANES + k / 4] = from[k];
 }
 
 /* Finds the windows, and puts the inputs of each in the order of its codes, (tokens, windows, 4, LANES), with zeros for
- * columns that do not count. */
-static TARGET void VARIANT(hqq_arrange)(const struct hqq_weight *w, const struct product *p, struct window *windows,
-                                        float *arranged) {
+ * columns that do not count. Whether windows are joined. */
+static TARGET int VARIANT(hqq_arrange)(const struct hqq_weight *w, const struct product *p,
+                                       struct joined_window *windows, float *arranged) {
     const struct slots slots = slots_of(w->in_features, w->nbits);
-    const int64_t group_size = w->in_features / w->n_groups;
-    const int short_groups = has_short_groups(slots, group_size, w->nbits);
-    const int64_t run_size = run_size_of(w->in_features, w->n_groups, short_groups);
-    int64_t n = 0;
-    for (struct run run = {0}; next_run(slots, run_size, &run); n++) {
-        const int64_t group = short_groups ? (run.slot * slots.columns + run.at) / group_size : run.group;
-        windows[n] = (struct window){(int)run.at, (int)group, (int)(run.begin - run.at), (int)(run.end - run.at), run.slot};
-    }
-    for (int64_t token = 0; token < p->tokens; token++)
+    const int64_t n = joined_windows(w, slots, windows);
+    int has_joined = 0;
+    for (int64_t token = 0; token < p->tokens; token++) {
+        const float *const x = p->x + token * w->in_features;
         for (int64_t i = 0; i < n; i++, arranged += WINDOW) {
-            const struct window window = windows[i];
-            const float *const from = p->x + token * w->in_features + window.slot * slots.columns + window.at;
-            if (window.end - window.begin == WINDOW)
+            const struct window window = windows[i].first;
+            const float *const from = x + window.slot * slots.columns + window.at;
+            if (window.end - window.begin == WINDOW) {
                 for (int b = 0; b < 4; b++)
                     for (int lane = 0; lane < LANES; lane++)
                         arranged[b * LANES + lane] = from[4 * lane + b];
-            else
-                for (int k = 0; k < WINDOW; k++)
-                    arranged[k % 4 * LANES + k / 4] = window.begin <= k && k < window.end ? from[k] : 0;
+                continue;
+            }
+            memset(arranged, 0, WINDOW * sizeof(float));
+            arrange_columns(x, slots, window, arranged);
+            arrange_columns(x, slots, windows[i].next, arranged);
+            has_joined |= windows[i].of_next != 0;
         }
+    }
+    return has_joined;
 }
 
 #endif

@@ -127,14 +127,24 @@ struct aqlm_choice {
 /* Columns of a row whose codes lie in neighbouring bytes of a plane, from byte `at` of a slot on; those in
  * [begin, end) of the window's bytes count. `group` is theirs, or the first of several short ones. */
 struct window {
-    int at, group, begin, end, slot;
+    int at, group;
+    int8_t begin, end, slot;
+};
+
+/* A window, and one in the next slot that goes on with its group, in the lanes `of_next`, none where it stands alone.
+ * The sums of windows up to one that `ends_panel` are added first. */
+struct joined_window {
+    struct window first, next;
+    uint16_t of_next;
+    int16_t ends_panel;
 };
 
 /* Inputs in the order of the codes that lie in windows. */
 struct arranged_inputs {
-    const struct window *windows; /* (n_windows) */
-    const float *x;               /* (tokens, n_windows, columns of a window) */
+    const struct joined_window *windows; /* (n_windows) */
+    const float *x;                      /* (tokens, n_windows, columns of a window) */
     int64_t n_windows;
+    int has_joined; /* whether any two windows are */
 };
 
 /* Tokens of an expert that meet its weight together. */
@@ -147,7 +157,7 @@ struct arranged_inputs {
 struct kernels {
     int64_t window_columns; /* of the windows that inputs are arranged in */
     int64_t (*hqq_exact_windows)(const struct hqq_weight *, const struct product *);
-    void (*hqq_arrange)(const struct hqq_weight *, const struct product *, struct window *, float *arranged);
+    int (*hqq_arrange)(const struct hqq_weight *, const struct product *, struct joined_window *, float *arranged);
     void (*hqq_product)(const struct hqq_weight *, const struct product *, const struct arranged_inputs *, int64_t begin,
                         int64_t end, float *scratch);
     void (*hqq_rows)(const struct hqq_weight *, const struct dense_rows *, int64_t begin, int64_t end, float *scratch);

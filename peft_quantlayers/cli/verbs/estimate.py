@@ -37,9 +37,9 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Estimate each step."""
     refuse_missing_folder("model", settings.model)
-    for name in ("batch_size", "max_length"):
-        if settings[name] < 1:
-            raise ValueError(f"--{name} {settings[name]} must be at least 1.")
+    for name, least in (("batch_size", 1), ("max_length", 1), ("calibration_tokens", 0)):
+        if settings[name] < least:
+            raise ValueError(f"--{name} {settings[name]} must be at least {least}.")
     model = model_on_meta(settings.model)
     is_quantized = bool(quantized_layers(model))
     config = None if is_quantized else options.method_config(settings)

@@ -55,7 +55,7 @@ def run(settings: Namespace) -> Result:
         found["perplexity"] = perplexity(model, ids, window=settings.window)
         found["n_tokens"] = len(ids)
         if settings.reference is not None:
-            reference = load_model(settings.reference, **load)
+            reference = load_model(settings.reference, option="reference", **load)
             compared = divergence(model, reference, ids, window=settings.window)
             found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
     if settings.tasks is not None:

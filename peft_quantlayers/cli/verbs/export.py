@@ -11,7 +11,15 @@ from jsonargparse import Namespace
 from ...exports import export, export_formats
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, model_and_adapter, needed_tokenizer, refuse_missing_folder, tokenizer_name
+from ..models import (
+    another_base_refused,
+    load_model,
+    load_tokenizer,
+    model_and_adapter,
+    needed_tokenizer,
+    refuse_missing_folder,
+    tokenizer_name,
+)
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -57,22 +65,26 @@ def run(settings: Namespace) -> Result:
         return Result(text=f"would write {name} into {settings.output}\n{known or settings.format}")
     tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
     tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
-    data = options.calibration(settings, tokenizer)
+    data = options.calibration(settings, tokenizer or load_tokenizer(name))
     text: Any = None
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-    report = export(
-        name,
-        settings.output,
-        settings.format,
-        adapter=adapter,
-        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
-        approximate=settings.approximate,
-        tokenizer=tokenizer,
-        calibration=data,
-        float_model=None if settings.float_model is None else load_model(settings.float_model),
-        text=text,
-        overwrite=settings.overwrite,
-    )
+    float_model = None
+    if settings.float_model is not None:
+        float_model = load_model(settings.float_model, option="float_model")
+    with another_base_refused():
+        report = export(
+            name,
+            settings.output,
+            settings.format,
+            adapter=adapter,
+            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            approximate=settings.approximate,
+            tokenizer=tokenizer,
+            calibration=data,
+            float_model=float_model,
+            text=text,
+            overwrite=settings.overwrite,
+        )
     return Result(text=str(report), data=dataclasses.asdict(report), output=settings.output)

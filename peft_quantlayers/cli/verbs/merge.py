@@ -7,13 +7,23 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ...estimate import estimate_merging
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
 from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, load_tokenizer, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
+from ..models import (
+    load_model,
+    load_tokenizer,
+    model_and_adapter,
+    model_on_meta,
+    needed_tokenizer,
+    rank_of,
+    tokenizer_name,
+    with_adapter,
+)
 from ..result import Result
 
 DESCRIPTION = (
@@ -53,8 +63,10 @@ def run(settings: Namespace) -> Result:
     is_to_be_planned = options.is_to_be_planned(settings)
     plan = options.given_plan(settings)
     if settings.dry_run:
+        costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
         text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
-        return Result(text=f"{text}; bits are planned for the budget" if is_to_be_planned else text)
+        text += "; bits are planned for the budget" if is_to_be_planned else ""
+        return Result(text=f"{text}\n{costs}", data=costs.to_dict())
     options.refuse_output_in_use(settings)
     tokenizer = load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)

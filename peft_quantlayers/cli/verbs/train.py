@@ -29,11 +29,10 @@ from ...streaming.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import is_quantized_already, load_model, needed_tokenizer, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
 from ..trained_base import (
-    is_quantized_already,
     plan_of_training,
     quantized_base,
     refuse_options_of_float_models,
@@ -116,6 +115,7 @@ def run(settings: Namespace) -> Result | None:
         raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
+    checkpoint = _checkpoint(resume, Path(settings.output))
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
             True  # all that transformers saves of a model that was sharded while loading
@@ -165,7 +165,7 @@ def run(settings: Namespace) -> Result | None:
             trainer.add_callback(LayerFiguresCallback())
         if settings.show_batch:
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    found, told = trained(trainer, _checkpoint(resume, Path(settings.output)))
+    found, told = trained(trainer, checkpoint)
     model = trainer.model
     model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
     if not processes.is_main_process:
@@ -298,7 +298,14 @@ def _chosen_trainer(arguments: Sequence[str]) -> str:
 
 def _checkpoint(given: str | None, folder: Path) -> str | None:
     """``--training.resume_from_checkpoint`` as a folder: "true" is the last complete one, if there is any by now."""
-    return next(map(str, checkpoints(folder)), None) if str(given).lower() == "true" else given
+    if str(given).lower() == "true":
+        return next(map(str, checkpoints(folder)), None)
+    if given is not None and not (Path(given) / STATE_FILE).is_file():
+        raise FileNotFoundError(
+            f"--training.resume_from_checkpoint {given}: there is no checkpoint, which holds a {STATE_FILE}. 'true' "
+            "takes the last one in the output."
+        )
+    return given
 
 
 def _plain(value: Any) -> Any:
