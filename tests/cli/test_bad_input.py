@@ -262,8 +262,9 @@ def test_an_interrupt_at_any_stage_is_one_line_and_leaves_no_output(verb, comman
         with monkeypatch.context() as patched:
             patched.setattr(module, stage, interrupt)
             assert "interrupted" in refused(capsys, commands[verb], 130), stage
-        shutil.rmtree(tmp_path / "out", ignore_errors=verb == "train")
-    assert not (tmp_path / "out").exists()
+        if verb == "train":  # an empty folder
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not (tmp_path / "out").exists(), stage
 
 
 @pytest.mark.parametrize("verb", ["merge", "export", "report"])

@@ -141,3 +141,12 @@ def test_the_loss_of_the_trainer_that_train_runs_is_counted(family):
         trainer_loss(model, ids).backward()
     counted = found.peak - found.memory["libraries"] - found.memory["optimizer"]
     assert counted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_half_precision_that_is_cast_for_training_is_counted_twice():
+    model = on_meta().to(torch.bfloat16)
+    model.tie_weights()
+    dense = pql.summary(model, CONFIG).nbytes - sum(each.nbytes for each in pql.summary(model, CONFIG).quantized)
+    found = estimate_training(model, CONFIG, LORA, is_timed=False)
+    assert found.memory["weights as stored"] == pytest.approx(dense, rel=0.01)  # its files stay mapped
+    assert estimate_training(on_meta(), CONFIG, LORA, is_timed=False).memory["weights as stored"] == 0
