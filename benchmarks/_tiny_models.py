@@ -130,6 +130,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "attention_head_size": 16,
     },
+    "rt_detr": {"encoder_in_channels": [16, 32, 32]},
+    "rt_detr_resnet": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_hidden_layers": 6},
 }
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def taken(pid: int) -> int:
     return total
 
 
+@cache
 def estimates(model: Path, *options: str) -> dict[str, Any]:
     """What ``pql estimate`` says of each step."""
     command = [sys.executable, "-m", "peft_quantlayers", "estimate", str(model), *options, "--json"]

@@ -28,6 +28,8 @@ from peft_quantlayers.transforms.rotation_core import rotation_matrix
 from quantlayers_kernels.hqq import cpu
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
+# The default when most rows were measured, for all of them.
+SHRINKAGE = 0.3
 PERMUTED_RESULTS = RESULTS.with_name("transforms_permuted.json")
 TRANSFORMS: dict[str, list[pql.Transform]] = {
     "none": [],
@@ -40,6 +42,11 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation, learned from none": [pql.Rotation(kind="learned")],
     "rotation, learned from Hadamard": [pql.Rotation(kind="learned", start="hadamard")],
     "rotation of heads, learned": [pql.Rotation(kind="learned", residual=False)],
+    "rotation of heads, learned, then permutation": [
+        pql.Rotation(kind="learned", residual=False),
+        pql.Permutation(heads=False),
+    ],
+    "rotation of heads, learned, then AWQ scales": [pql.Rotation(kind="learned", residual=False), pql.AWQScales()],
     "permutation by inputs": [pql.Permutation(by="inputs", residual=False)],
     "permutation by weights": [pql.Permutation(by="weights", residual=False)],
     "permutation by both": [pql.Permutation(by="both", residual=False)],
@@ -154,7 +161,7 @@ def main() -> None:
     torch.manual_seed(0)
     folder = demo_model_folder()
     texts, calibration_ids = texts_and_ids(folder, load(folder, args.blocks))
-    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
+    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, shrinkage=SHRINKAGE)
     for name in [name for part in args.rows for name in ROWS if part == name or (part not in ROWS and part in name)]:
         model = load(folder, args.blocks)
         if args.permuted:

@@ -8,6 +8,7 @@ What PEFT does with adapters (hotswap, mixed batches, ...) is compared in the sa
 
 import argparse
 import atexit
+import copy
 import fnmatch
 import functools
 import json
@@ -668,19 +669,23 @@ def said(error: Exception) -> str:
     return f"crash: {type(error).__name__}: {message}"
 
 
+@functools.cache
+def _quantized(base: str, make_float: Callable[[], nn.Module]) -> nn.Module:
+    return BASES[base](make_float())
+
+
 def cell(name: str, base: str) -> dict[str, str]:
     """Row ``name`` on the layers ``base``, measured.
 
     ``state`` is one of works, merge refused, merge crashes, merge wrong, refused, crash, wrong.
     """
     x = torch.randn(16, SIZE, generator=torch.Generator().manual_seed(3))
-    quantize = BASES[base]
     try:
         if name in FEATURES:
-            done = FEATURES[name](quantize, x)
+            done = FEATURES[name](BASES[base], x)
         else:
             make_float = FLOAT_MODELS.get(name, float_model)
-            done = check(lambda: quantize(make_float()), METHODS[name], x)
+            done = check(lambda: copy.deepcopy(_quantized(base, make_float)), METHODS[name], x)
     except Wrong as wrong:
         return {"state": "wrong", "detail": str(wrong)}
     except Exception as error:

@@ -6,6 +6,7 @@ import importlib
 import json
 import platform
 import shutil
+import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from types import ModuleType
 
 from jsonargparse import Namespace
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
 from quantlayers_cli.names import WrongUsage
@@ -45,9 +47,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             _save_settings(verb, parser, settings, Path(result.output))
         _print(result, is_json=settings.json)
     except WrongUsage as error:
-        return said(f"{verb}: {error}", WRONG_USAGE)
+        return _said(f"{verb}: {error}", WRONG_USAGE)
     except KeyboardInterrupt:
-        return said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
+        return _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
     except Exception as error:
         return _failed(verb, error, is_debug=settings.debug, output=getattr(settings, "output", None))
     return result.exit_code
@@ -60,15 +62,21 @@ def verb_parser(verb: str, module: ModuleType, arguments: Sequence[str] = ()) ->
     return parser
 
 
+def _said(message: str, exit_code: int) -> int:
+    """As :func:`said`, on a line of its own also where a progress bar stands."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        return said(message, exit_code)
+
+
 def _failed(verb: str, error: Exception, *, is_debug: bool, output: str | None) -> int:
     if is_debug:
         traceback.print_exc()
     if output is not None and _is_full(Path(output)):  # which packages tell in words of their own, if at all
-        return said(f"{verb}: the disk of {output} is full. {_in_one_line(error)}", FAILED)
+        return _said(f"{verb}: the disk of {output} is full. {_in_one_line(error)}", FAILED)
     if isinstance(error, EXPECTED):
-        return said(f"{verb}: {_in_one_line(error)}", FAILED)
+        return _said(f"{verb}: {_in_one_line(error)}", FAILED)
     message = " ".join(f"{type(error).__name__}: {error}".split())
-    return said(f"{verb}: {message} (unexpected; --debug shows where it came from)", FAILED)
+    return _said(f"{verb}: {message} (unexpected; --debug shows where it came from)", FAILED)
 
 
 def _in_one_line(error: Exception) -> str:

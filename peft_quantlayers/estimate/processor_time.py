@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 
-def processor_seconds(call: Callable[[], object]) -> float:
+def processor_seconds(call: Callable[..., object], *arguments: Any) -> float:
     """Seconds of the processor in this thread, which takes part in all that torch does on the CPU."""
     start = time.thread_time()
-    call()
+    call(*arguments)
     return time.thread_time() - start

@@ -58,6 +58,7 @@ def estimate_training(
     block = one_block_model(model, config) if is_timed and is_followed else None
     notes: list[str] = [] if is_followed else ["without activations: the model does not predict the next token"]
     quantized_on_meta(model, config)
+    stored = {parameter: parameter.dtype for parameter in model.parameters()}
     prepared = _prepared(model, lora, use_gradient_checkpointing, low_cpu_mem_usage=True)
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
     live = LiveBytes([*prepared.parameters(), *prepared.buffers()])
@@ -69,6 +70,8 @@ def estimate_training(
     except (NotImplementedError, RuntimeError) as error:
         notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
     adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)
+    # Preparing casts them to float32; the pages of the file stay in memory as long as other weights lie in it.
+    cast = sum(p.numel() * dtype.itemsize for p, dtype in stored.items() if p.dtype != dtype)
     seconds = None if block is None else _seconds(block, model, lora, ids.shape, use_gradient_checkpointing)
     if is_timed and block is None:
         notes.append("without a time: the model is not a stack of blocks of one kind")
@@ -77,6 +80,7 @@ def estimate_training(
         memory={
             "libraries": imports + _TRAINER_BYTES,
             "weights": weights - adapter,
+            "weights as stored": cast,
             "adapter": adapter,
             "optimizer": 2 * adapter,
             "gradients and activations": live.peak - weights,

@@ -17,7 +17,7 @@ BOMB = "(([a-z._0-9])+)+X"
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(pattern_check, "CPU_SECONDS", 1)
+    monkeypatch.setattr(pattern_check, "CPU_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize(

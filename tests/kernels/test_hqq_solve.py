@@ -1,5 +1,7 @@
 """The solver against the published iteration, written out group by group with nothing saved."""
 
+import functools
+
 import pytest
 import torch
 from implementations import COMPILED, PLAIN, run_with
@@ -45,6 +47,22 @@ def solve_plainly(groups: torch.Tensor, **settings) -> tuple[torch.Tensor, torch
     return scale, zero, sum(each[2] for each in solved)
 
 
+@functools.cache
+def plain_solution(n_groups: int, nbits: int, std: float, kappa: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of random groups; slow, and the same whatever kernels a test runs with."""
+    groups = random_groups(n_groups, SIZE, std).double()
+    return solve_plainly(groups, nbits=nbits, options=HalfQuadraticOptions(kappa=kappa))
+
+
+@functools.cache
+def plain_torch_solution(n_groups: int, size: int, nbits: int, std: float, *, refine_scale: bool):
+    """Of the groups of ``test_compiled_and_plain_solvers_agree``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solve_cpu, "can_solve", lambda shifted: False)
+        groups = random_groups(n_groups, size, std) + 0.01
+        return solve_groups(groups, nbits=nbits, options=HalfQuadraticOptions(), refine_scale=refine_scale)
+
+
 def random_groups(n_groups: int, size: int, std: float, seed: int = 0) -> torch.Tensor:
     return std * torch.randn(n_groups, size, generator=torch.Generator().manual_seed(seed))
 
@@ -58,7 +76,7 @@ CASES = [(nbits, std, kappa) for nbits in (1, 2, 3, 4, 8) for std in (0.02, 0.3)
 @pytest.mark.parametrize(("nbits", "std", "kappa"), CASES)
 def test_the_zero_is_that_of_the_published_iteration(nbits, std, kappa):
     groups, options = random_groups(24, SIZE, std).double(), HalfQuadraticOptions(kappa=kappa)
-    scale, zero, n_shrunk = solve_plainly(groups, nbits=nbits, options=options)
+    scale, zero, n_shrunk = plain_solution(24, nbits, std, kappa)
     if std == 0.3 and nbits <= 2:
         assert n_shrunk == len(groups)
     elif std == 0.02 and kappa == 1.01 and nbits >= 3:
@@ -72,7 +90,7 @@ def test_the_zero_is_that_of_the_published_iteration(nbits, std, kappa):
 def test_in_float32_codes_differ_only_where_rounding_ties(nbits, std, kappa):
     groups, options = random_groups(48, SIZE, std), HalfQuadraticOptions(kappa=kappa)
     max_code = 2**nbits - 1
-    scale, zero, _ = solve_plainly(groups.double(), nbits=nbits, options=options)
+    scale, zero, _ = plain_solution(48, nbits, std, kappa)
     ours_scale, ours_zero = solve_groups(groups, nbits=nbits, options=options)
     # A tie rounded the other way moves a zero by a 63rd of a code, and everything after it: seen in no group of
     # these at most 4 bits, and in 1 of 48 at 8 bits.
@@ -193,7 +211,7 @@ def test_a_working_set_that_shrinks_gives_every_group_its_own_result():
 
 @pytest.mark.parametrize("std", [0.02, 0.3])
 @pytest.mark.parametrize("nbits", [1, 2, 3, 4, 8])
-def test_compiled_and_plain_solvers_agree(nbits, std, kernels, monkeypatch):
+def test_compiled_and_plain_solvers_agree(nbits, std):
     """To the bit in the published iteration without shrink; elsewhere ties may be broken the other way."""
     options = HalfQuadraticOptions()
     for n_groups, size in ((1, 1), (37, 7), (37, 63), (500, 64), (11, 1000), (5, 4096)):
@@ -201,10 +219,9 @@ def test_compiled_and_plain_solvers_agree(nbits, std, kernels, monkeypatch):
         solved, refined = (
             solve_groups(groups, nbits=nbits, options=options, refine_scale=way) for way in (False, True)
         )
-        with monkeypatch.context() as patch:
-            patch.setattr(solve_cpu, "can_solve", lambda shifted: False)
-            plain = solve_groups(groups, nbits=nbits, options=options)
-            plain_refined = solve_groups(groups, nbits=nbits, options=options, refine_scale=True)
+        plain, plain_refined = (
+            plain_torch_solution(n_groups, size, nbits, std, refine_scale=way) for way in (False, True)
+        )
         assert torch.equal(solved[0], plain[0])
         if std == 0.02 and nbits >= 3:
             assert torch.equal(solved[1], plain[1])

@@ -64,7 +64,7 @@ def _damage_line(damage: list[Any] | None) -> str:
 
 
 def _adapter(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    config = adapter_config(str(folder))
+    config: Any = adapter_config(str(folder))
     fields = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "target_modules", "target_parameters")}
     shown = {name: sorted(v) if isinstance(v, set) else v for name, v in fields.items() if v is not None}
     found = {"peft_type": str(config.peft_type.value), "base_model": config.base_model_name_or_path, **shown}
