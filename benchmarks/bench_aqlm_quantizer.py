@@ -155,7 +155,7 @@ def measure_large() -> list[dict[str, Any]]:
     method.quantize(weight[:64, :512].contiguous(), SPEC)  # code and threads are there now
     for is_calibrated in (False, True):
         statistics = InputStatistics(n_tokens=len(inputs), second_moment=inputs.t() @ inputs / len(inputs))
-        hessian = statistics.hessian(damping=0.05, shrinkage=0.3) if is_calibrated else None
+        hessian = statistics.hessian(damping=0.05, shrinkage=0.5) if is_calibrated else None
         began = time.process_time()
         measured = extra_memory_of(lambda h=hessian: method.quantize(weight, SPEC, hessian=h))
         row = {

@@ -6,7 +6,8 @@ Every row is written when it is done, so that rows can be made in several runs (
 
 A row is "base" or "base + tuning"; bases are quantized with 16k calibration tokens unless they say otherwise, and
 tuning is plain next-token training on the calibration half. "Mixed bits" are planned, with as many bytes as all layers
-at one width take.
+at one width take. The best rows spend those bytes on groups of 48 with scales and zeros in 8 bits, mixed bits, and
+codes that begin with error feedback where that is better.
 """
 
 import argparse
@@ -45,6 +46,14 @@ WHOLE_ZEROS = {
     f"HQQ 4 bits, group 64, {kind} zeros": pql.HQQConfig(nbits=4, group_size=64, **field)
     for kind, field in {"integer": {"integer_zero": True}, "symmetric": {"symmetric": True}}.items()
 }
+# Widths to choose from, by their average, and what the best rows choose from: stored bits per weight, and fields.
+MIXED = {3: [2, 3, 4], 2: [1, 2, 3]}
+SMALL_GROUPS: dict[str, Any] = {"double_quant": True, "group_size": 48}
+BEST: dict[float, list[dict[str, Any]]] = {
+    4.5: [*({"nbits": n} | SMALL_GROUPS for n in (3, 4)), {"nbits": 5, "double_quant": False, "group_size": 64}],
+    3.5: [{"nbits": n} | SMALL_GROUPS for n in (2, 3, 4)],
+    2.5: [{"nbits": n} | SMALL_GROUPS for n in (1, 2, 3)],
+}
 SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
@@ -60,6 +69,13 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         f"HQQ mixed bits, {n} on average, group 64, calibrated{said}": (pql.HQQConfig(nbits=n, group_size=64), options)
         for n, said, options in ((3, "", {}), (2, "", {}), (2, ", finetuned", FINETUNE))
     },
+    **{
+        f"HQQ best at {bits} bits per weight, calibrated": (
+            pql.HQQConfig(nbits=int(bits), **SMALL_GROUPS),
+            {"initial_codes": "best"},
+        )
+        for bits in BEST
+    },
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
@@ -68,8 +84,12 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         for way, options in (("calibrated", {}), ("calibrated, finetuned", FINETUNE))
     },
 }
-# Widths to choose from, by their average.
-MIXED = {3: [2, 3, 4], 2: [1, 2, 3]}
+# Rows whose bits are planned: stored bits per weight, and what each layer may take.
+PLANNED: dict[str, tuple[float, list[Any]]] = {
+    name: (config.nbits + 32 / config.group_size, MIXED[config.nbits])
+    for name, (config, _) in BASES.items()
+    if "mixed" in name
+} | {f"HQQ best at {bits} bits per weight, calibrated": (bits, choices) for bits, choices in BEST.items()}
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
     "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
@@ -115,20 +135,15 @@ def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cach
         )
     began, cpu_began = time.perf_counter(), time.process_time()
     plan = None
-    if "mixed" in name:
-        plan = pql.plan_bits(
-            model,
-            calibration,
-            average=config.nbits + 32 / config.group_size,
-            choices=MIXED[config.nbits],
-            config=config,
-            progress=False,
-        )
+    if base in PLANNED:
+        average, choices = PLANNED[base]
+        plan = pql.plan_bits(model, calibration, average=average, choices=choices, config=config, progress=False)
     pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
     row: dict[str, Any] = {
         "name": name,
         "quantize_s": time.perf_counter() - began,
         "quantize_cpu_s": time.process_time() - cpu_began,
+        "shrinkage": None if calibration is None else calibration.shrinkage,
         "threads": torch.get_num_threads(),
         "cpu": describe_device()["cpu"],
         "tuning_s_per_step": None,
@@ -197,6 +212,7 @@ def main() -> None:
             "device": describe_device(),
             "model": "SmolLM2-135M-Instruct, dequantized from GGUF Q4_1",
             "calibration_tokens": N_TOKENS,
+            "shrinkage": pql.Calibration.shrinkage,
             "tuning": {"steps": TUNING_STEPS, "batch": BATCH, "tokens": LENGTH},
             "windows": args.windows,
             "window_tokens": WINDOW,

@@ -56,6 +56,13 @@ def with_adapter(model: PreTrainedModel, float_model: PreTrainedModel, calibrati
     return model
 
 
+def with_trained_adapter(model: PreTrainedModel, float_model: PreTrainedModel, calibration: pql.Calibration) -> Any:
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")).eval()
+    options = {"tune_epochs": 2, "learning_rate": TUNING_RATE, "progress": False}
+    pql.initialize_loftq(model, float_model, calibration=calibration, **options)
+    return model
+
+
 def with_adapter_of_weights(model: PreTrainedModel, float_model: PreTrainedModel, _: pql.Calibration) -> Any:
     return with_adapter(model, float_model, None)
 
@@ -73,6 +80,7 @@ AFTER: dict[str, tuple[str, Callable[[PreTrainedModel, PreTrainedModel, pql.Cali
     "end-to-end tuning": ("asymmetric targets", tuned_end_to_end),
     "adapter of the weights' error": ("asymmetric targets", with_adapter_of_weights),
     "adapter of the outputs' error": ("asymmetric targets", with_adapter),
+    "adapter trained against the float model": ("asymmetric targets", with_trained_adapter),
     "without data, adapter of the weights' error": ("without data", with_adapter_of_weights),
     "without data, adapter of the outputs' error": ("without data", with_adapter),
 }

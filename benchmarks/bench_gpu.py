@@ -423,7 +423,7 @@ def quantizing(bench: Bench) -> dict[str, Any]:
     weight = torch.randn(shape, device=bench.device) / 50
     inputs = torch.randn(512, shape[1], device=bench.device)
     statistics = InputStatistics(n_tokens=len(inputs), second_moment=inputs.t() @ inputs / len(inputs))
-    hessian = statistics.hessian(damping=0.05, shrinkage=0.3)
+    hessian = statistics.hessian(damping=0.05, shrinkage=0.5)
     refused: list[dict[str, Any]] = []
     ways: dict[str, Callable[[], Any]] = {}
     for name, config in {

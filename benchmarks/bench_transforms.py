@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import peft_quantlayers as pql
+from peft_quantlayers.transforms.rotation_core import rotation_matrix
+from quantlayers_kernels.hqq import cpu
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
+# The default when most rows were measured, for all of them.
+SHRINKAGE = 0.3
 PERMUTED_RESULTS = RESULTS.with_name("transforms_permuted.json")
 TRANSFORMS: dict[str, list[pql.Transform]] = {
     "none": [],
@@ -35,12 +39,31 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "rotation, random": [pql.Rotation(kind="random")],
     "rotation of heads": [pql.Rotation(residual=False)],
     "rotation, then AWQ scales": [pql.Rotation(), pql.AWQScales()],
+    "rotation, learned from none": [pql.Rotation(kind="learned")],
+    "rotation, learned from Hadamard": [pql.Rotation(kind="learned", start="hadamard")],
+    "rotation of heads, learned": [pql.Rotation(kind="learned", residual=False)],
+    "rotation of heads, learned, then permutation": [
+        pql.Rotation(kind="learned", residual=False),
+        pql.Permutation(heads=False),
+    ],
+    "rotation of heads, learned, then AWQ scales": [pql.Rotation(kind="learned", residual=False), pql.AWQScales()],
+    "permutation by inputs": [pql.Permutation(by="inputs", residual=False)],
+    "permutation by weights": [pql.Permutation(by="weights", residual=False)],
+    "permutation by both": [pql.Permutation(by="both", residual=False)],
+    "permutation by weights, with the stream": [pql.Permutation(by="weights")],
+    "permutation by both, with the stream": [pql.Permutation(by="both")],
+    "permutation, then AWQ scales": [pql.Permutation(), pql.AWQScales()],
     "SmoothQuant, alpha 0.5": [pql.SmoothQuant(alpha=0.5)],
     "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
-# With 8-bit inputs each row of a weight has one scale, and each token's inputs have one, as integer products need it.
-INTEGER_INPUTS = "8-bit inputs"
-QUANTIZERS = ("plain", "calibrated", INTEGER_INPUTS)
+# R4, which no weight before it can hold: a product with a Hadamard matrix before each down projection.
+ONLINE = "rotation before down_proj, online"
+TRANSFORMS[ONLINE] = []
+# By ``set_activation_bits``: the integer kernels, whose inputs have a scale for each 16 columns.
+ROUNDED_INPUTS = "8-bit inputs"
+# As other engines do it, computed in floats: one scale for each row of a weight, and one for each token's inputs.
+INPUTS_BY_TOKEN = "one input scale a token"
+QUANTIZERS = ("plain", "calibrated", ROUNDED_INPUTS, INPUTS_BY_TOKEN)
 WIDTHS = (8, 4, 3, 2)
 ROWS = [f"{nbits} bits, {quantizer}, {name}" for nbits in WIDTHS for quantizer in QUANTIZERS for name in TRANSFORMS]
 
@@ -66,6 +89,16 @@ def permute_channels(model: PreTrainedModel) -> None:
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, inner])
 
 
+@torch.no_grad()
+def rotate_mlp_inputs(model: PreTrainedModel) -> Tensor:
+    """The rotation that the inputs of all down projections have to go through from now on."""
+    size = model.config.intermediate_size
+    turn = rotation_matrix(size, use_hadamard=True, keeps_mean=False, seed=0).float()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight @ turn)
+    return turn
+
+
 def rounded_inputs(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Each token's inputs as 8-bit integers times one scale: what an integer product computes, in floats."""
     (x,) = args
@@ -77,14 +110,20 @@ def measure(
     name: str, model: PreTrainedModel, calibration: pql.Calibration, texts: dict[str, Texts]
 ) -> dict[str, Any]:
     width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
-    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INTEGER_INPUTS else GROUP_SIZE)
+    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INPUTS_BY_TOKEN else GROUP_SIZE)
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
+    turn = rotate_mlp_inputs(model) if transform == ONLINE else None
     transformed = time.process_time()
     data = calibration if quantizer == "calibrated" else None
     pql.quantize_model(model, config, calibration=data, progress=False)
-    if quantizer == INTEGER_INPUTS:
+    if turn is not None:
+        for layer in model.model.layers:
+            layer.mlp.down_proj.register_forward_pre_hook(lambda layer, args: (args[0] @ turn,))
+    if quantizer == ROUNDED_INPUTS:
+        pql.set_activation_bits(model, 8)
+    if quantizer == INPUTS_BY_TOKEN:
         for layer in pql.quantized_modules(model).values():
             layer.register_forward_pre_hook(rounded_inputs)
     row: dict[str, Any] = {
@@ -117,11 +156,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows, or parts of names; in their order")
     parser.add_argument("--permuted", action="store_true", help="the model with its channels in a random order")
     args = parser.parse_args()
+    cpu.MAX_ROUNDED_TOKENS = WINDOW  # every token is rounded, as those are that are generated one at a time
     results = PERMUTED_RESULTS if args.permuted else RESULTS
     torch.manual_seed(0)
     folder = demo_model_folder()
     texts, calibration_ids = texts_and_ids(folder, load(folder, args.blocks))
-    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS)
+    calibration = pql.Calibration(data=calibration_ids, n_tokens=N_TOKENS, shrinkage=SHRINKAGE)
     for name in [name for part in args.rows for name in ROWS if part == name or (part not in ROWS and part in name)]:
         model = load(folder, args.blocks)
         if args.permuted:

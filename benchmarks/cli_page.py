@@ -35,8 +35,11 @@ pql train base tuned --data chats.jsonl --lora.r 16 --training.num_train_epochs 
 pql merge tuned merged --strategy calibrated --calibration.data notes.txt --evaluate_on held_out.txt
 pql export merged served --format mlx
 pql report base --text held_out.txt
-pql chat base --adapter tuned --compare
+pql chat tuned --compare
 ```
+
+The folder of an adapter stands for its base and itself, wherever a model is loaded: `pql chat tuned`, `pql evaluate
+tuned --text held_out.txt`. Trained on a float model, it holds the quantized base too (`tuned/base`).
 
 ![The page that report writes on a model: a heat map of errors, the worst layers](report.png)
 

@@ -89,10 +89,10 @@ def quality_and_bits(axes: Axes) -> None:
     for row in result("quality")["rows"]:
         if row["made_by"] in names and row["group_size"] == 64 and row["nbits"] < 8:
             found.setdefault(names[row["made_by"]], []).append((row["bits_per_weight"], row["kl_to_float"]))
-    calibrated = {row["name"]: row for row in result("calibration")["rows"] if row["quantize_s"] is not None}
+    calibrated = {row["name"]: row for row in result("calibration")["rows"] if " + " not in row["name"]}
     for name, row in calibrated.items():
         # Uniform widths; those without asymmetric targets only where today's default is not measured.
-        others = ("group 16", "mixed", "zeros", "HQQ 2 bits, group 64, calibrated, finetuned")
+        others = ("group 16", "mixed", "best", "zeros", "HQQ 2 bits, group 64, calibrated, finetuned")
         is_replaced = name.replace(", without asymmetric targets", "") in calibrated.keys() - {name}
         if "calibrated" in name and not is_replaced and not any(other in name for other in others):
             kind = "AQLM, calibrated" if "AQLM" in name else "HQQ, calibrated"

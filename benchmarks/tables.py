@@ -15,6 +15,8 @@ from _exports_rows import HEAD as EXPORTS_HEAD
 from _exports_rows import exports_rows
 from _models_rows import HEAD as MODELS_HEAD
 from _models_rows import models_differences, models_left_out, models_rows, models_summary
+from _peers_rows import ENCODER_HEAD, ENCODER_SCORES, SCORES, of_calibration, peers_rows, peers_versions
+from _peers_rows import HEAD as PEERS_HEAD
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -69,10 +71,11 @@ def quality() -> str:
 def calibration() -> str:
     """Perplexity and KL of each base and each tuning on two texts, with bits and time."""
     measured = result("calibration")
-    rows = []
+    rows, default = [], measured["shrinkage"]
     for row in measured["rows"]:
         seconds = row.get("quantize_cpu_s", row["quantize_s"])
-        cells = [row["name"], f"{row['bits_per_weight']:.2f}"]
+        is_other = row["shrinkage"] not in (None, default)
+        cells = [row["name"] + " ¹" * is_other, f"{row['bits_per_weight']:.2f}"]
         for ending in ("", "_second_text"):
             is_scored = f"perplexity{ending}" in row
             cells.append(number(row[f"perplexity{ending}"]) if is_scored else "")
@@ -90,8 +93,30 @@ def calibration() -> str:
             f"windows of {measured['window_tokens']} tokens, KL on {measured['kl_windows']}; second text: Python's "
             f"help topics, {measured['second_text_windows']} windows; calibration: {measured['calibration_tokens']:,} "
             f"tokens of WikiText-2's other half; tuning: {tuning['steps']} steps of "
-            f"{tuning['batch']} x {tuning['tokens']} tokens of it.{elsewhere} "
+            f"{tuning['batch']} x {tuning['tokens']} tokens of it. "
+            f"¹ With shrinkage=0.3, the default before {default}.{elsewhere} "
             + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
+        ]
+    )
+
+
+def peers(model: str) -> str:
+    """Ours and other quantizers on one model, by bits."""
+    measured = result("peers")
+    if model not in measured["models"]:
+        raise FileNotFoundError(f"no results of {model}")
+    entry = measured["models"][model]
+    command = device_line(measured["device"], f"python benchmarks/bench_peers.py {model}")
+    note = f"{entry['name']}. {peers_versions(entry['rows'])}. {command}"
+    if model == "minilm":
+        return f"{table(ENCODER_HEAD, peers_rows(entry['rows'], ENCODER_SCORES))}\n\n{note}"
+    elsewhere = of_calibration(result("calibration")) if model == "smollm2" else []
+    floats = entry["of_float"]
+    of_float = f"{floats['perplexity']:.2f}, on the second text {floats['perplexity_second_text']:.2f}"
+    return "\n\n".join(
+        [
+            table(PEERS_HEAD, peers_rows([*entry["rows"], *elsewhere], SCORES)),
+            f"Float model: {of_float}. {note}",
         ]
     )
 
@@ -766,6 +791,8 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "benchmarks.md": {
         "quality": quality,
         "calibration": calibration,
+        "peers": lambda: peers("smollm2"),
+        "peers_minilm": lambda: peers("minilm"),
         "loftq": loftq,
         "merge": merge,
         "decode": decode,
@@ -810,6 +837,7 @@ MADE_BY = {
     "generate": "`python benchmarks/bench_generate.py --one-thread`",
     "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
     "estimate": "`python benchmarks/bench_estimate.py`",
+    "peers_minilm": "`python benchmarks/bench_peers.py minilm`",
 }
 
 

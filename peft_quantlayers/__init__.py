@@ -44,14 +44,14 @@ from .methods import (
     registered_methods,
 )
 from .model import quantize_model
-from .model_merge import MergedModel, merge_back
+from .model_merge import MergedModel, merge_back, plan_merge_bits
 from .old_names import add_old_modules
 from .report import ModelSummary, summary
 from .saving import save_model
 from .scales import Predictions, QuantScalesConfig, TuningResult, record_predictions, tune_scales
 from .streaming import quantize_checkpoint
 from .training import LoftQResult, PVTuner, initialize_loftq, prepare_model_for_kbit_training
-from .transforms import AWQScales, Rotation, SmoothQuant, Transform, transform_model
+from .transforms import AWQScales, Permutation, Rotation, SmoothQuant, Transform, transform_model
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "MergedModel",
     "ModelSummary",
     "PVTuner",
+    "Permutation",
     "Predictions",
     "QuantConfig",
     "QuantMethod",
@@ -102,6 +103,7 @@ __all__ = [
     "load_hqq_folder",
     "merge_back",
     "plan_bits",
+    "plan_merge_bits",
     "prepare_model_for_kbit_training",
     "quantize_checkpoint",
     "quantize_model",

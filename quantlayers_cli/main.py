@@ -33,7 +33,7 @@ imported transformers:
   export PYTHONPATH="$({PROGRAM} autoload):$PYTHONPATH"
 
 Nothing is installed; without the variable all is as before."""
-WRONG_USAGE = 2
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_names(verb, rest)
     except WrongUsage as error:
         return said(f"{verb}: {error}", WRONG_USAGE)
-    return importlib.import_module("peft_quantlayers.cli.work").run_verb(verb, rest)
+    try:
+        work = importlib.import_module("peft_quantlayers.cli.work")
+    except KeyboardInterrupt:
+        return said(f"{verb}: interrupted. Nothing was begun.", INTERRUPTED)
+    except ImportError as error:
+        if "--debug" in rest:
+            raise
+        return said(f"{verb}: {' '.join(str(error).split())}", FAILED)
+    return work.run_verb(verb, rest)
 
 
 def said(message: str, exit_code: int) -> int:

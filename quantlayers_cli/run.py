@@ -7,6 +7,7 @@ The program runs in this process, as ``python`` would run it. The Python process
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import runpy
 import shutil
@@ -39,14 +40,18 @@ def run(arguments: Sequence[str]) -> int:
     program, *rest = _without_python(list(arguments)) or [""]
     start = _start_of(program, rest)
     if isinstance(start, str):
-        print(f"peft-quantlayers run: {start}", file=sys.stderr)
-        return WRONG_USAGE
+        return _refused(start)
     # Who sets this variable registers by hand, and a program cannot.
     os.environ.pop("PEFT_QUANTLAYERS_NO_REGISTER", None)
     importlib.import_module("peft_quantlayers").register()
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([AUTOLOAD_FOLDER, *filter(None, inherited)])
     return start() or 0
+
+
+def _refused(reason: str) -> int:
+    print(f"peft-quantlayers run: {reason}", file=sys.stderr)
+    return WRONG_USAGE
 
 
 def _without_python(arguments: list[str]) -> list[str]:
@@ -80,10 +85,21 @@ def _start_of(program: str, arguments: list[str]) -> Callable[[], int | None] | 
     return lambda: os.execv(found, [program, *arguments])  # a shell, say: only the processes that it starts are ours
 
 
-def _run_module(module: str, arguments: list[str]) -> None:
+def _is_module(name: str) -> bool:
+    """Whether there is a module of that name; the packages that it lies in are imported, as ``python -m`` does."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
+def _run_module(module: str, arguments: list[str]) -> int | None:
     sys.argv = [module, *arguments]  # runpy puts the file in the place of the name
     _set_first_path(os.getcwd())
+    if not _is_module(module):
+        return _refused(f"there is no module {module} in this environment.")
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return None
 
 
 def _run_file(file: str, arguments: list[str]) -> None:

@@ -37,18 +37,23 @@ def plan_of(
     """
     if (plan := given_plan(budget)) is not None:
         return plan
+    wanted = wanted_budget(budget, is_calibrated=calibration is not None)
+    return plan_bits(model, calibration, config=config, progress=progress, **wanted)
+
+
+def wanted_budget(budget: Any, *, is_calibrated: bool) -> dict[str, Any]:
+    """``budget``, no plan, as the argument ``average`` or ``size`` of a planner. Raises as :func:`plan_of`."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise TypeError(
             f"budget must be stored bits per weight (3.5), a size ('4GB'), a BitPlan or its file, got "
             f"{type(budget).__name__}. The model was not changed."
         )
-    if calibration is None:
+    if not is_calibrated:
         raise ValueError(
             f"budget={budget!r} needs calibration data, on which bits are planned: give calibration=, or a plan that "
-            "plan_bits made. The model was not changed."
+            "was made before. The model was not changed."
         )
-    wanted = {"size": budget} if isinstance(budget, str) else {"average": float(budget)}
-    return plan_bits(model, calibration, config=config, progress=progress, **wanted)
+    return {"size": budget} if isinstance(budget, str) else {"average": float(budget)}
 
 
 def given_plan(budget: Any) -> BitPlan | None:

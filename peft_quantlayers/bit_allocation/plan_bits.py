@@ -80,7 +80,7 @@ def plan_bits(
     check_tokenizer(tokenizer)
     config = HQQConfig() if config is None else config
     check_config("config", config)
-    fields = _fields_of(choices, config)
+    fields = fields_of_choices(choices, config)
     check_weights_are_here(
         model,
         "planning bits",
@@ -103,15 +103,20 @@ def plan_bits(
     )
     empty.with_budget(average=average, size=size)  # refuses before anything is computed
     linear = [name for name in specs if find_stack(model, name) is None]
-    few = dataclasses.replace(given, n_tokens=min(given.n_tokens, FISHER_TOKENS), batch_size=1)
-    samples = sampled_gradients(model, model_calls(model, few.batches(model)), linear)
+    samples = samples_of(model, linear, given)
     visitor = _MeasuringVisitor(model, candidates, samples, given)
     walk(model, linear, given, visitor, progress=progress)
     plan = dataclasses.replace(empty, layers={name: visitor.found.get(name, empty.layers[name]) for name in specs})
     return plan.with_budget(average=average, size=size)
 
 
-def _fields_of(choices: Sequence[int | Mapping[str, Any]] | None, config: QuantConfig) -> list[dict[str, Any]]:
+def samples_of(model: nn.Module, names: Sequence[str], calibration: Calibration) -> dict[str, LayerSamples]:
+    """:func:`sampled_gradients` of the modules ``names`` on the first tokens of ``calibration``."""
+    few = dataclasses.replace(calibration, n_tokens=min(calibration.n_tokens, FISHER_TOKENS), batch_size=1)
+    return sampled_gradients(model, model_calls(model, few.batches(model)), names)
+
+
+def fields_of_choices(choices: Sequence[int | Mapping[str, Any]] | None, config: QuantConfig) -> list[dict[str, Any]]:
     """Each choice as the fields that it sets. Raises as :func:`plan_bits`."""
     own = {field.name for field in dataclasses.fields(config.spec_type)}
     number = next((name for name in NUMBER_FIELDS if name in own), None)
@@ -155,17 +160,18 @@ def _candidates(
                 if fitted is None:
                     continue
                 spec = fitted
-            found.setdefault(name, []).append((each, spec, _n_bytes(spec, shape)))
-        found.setdefault(name, [({}, own, _n_bytes(own, shape))])
+            found.setdefault(name, []).append((each, spec, spec_bytes(spec, shape)))
+        found.setdefault(name, [({}, own, spec_bytes(own, shape))])
     return found
 
 
-def _n_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+def spec_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+    """Stored bytes of a weight of this shape, metadata included."""
     return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in spec.layout_of(shape).values())
 
 
 def _n_bytes_of_table(planned: tuple[Table, QuantSpec]) -> int:
-    return _n_bytes(planned[1], planned[0].shape)
+    return spec_bytes(planned[1], planned[0].shape)
 
 
 def _other_bytes(model: nn.Module, names: Sequence[str]) -> int:

@@ -52,6 +52,12 @@ def load_data(option: str, name: str) -> Any:
 
 
 def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tensor:
-    """The first ``n_tokens`` token ids of a text or dataset, (n,) int64."""
+    """The first ``n_tokens`` token ids of a text or dataset, (n,) int64.
+
+    Raises:
+        ValueError: ``n_tokens`` is below 1; as :func:`load_data`.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"{n_tokens} tokens of --{option} {name} are none: at least 1 is needed.")
     sequences = token_sequences(load_data(option, name), tokenizer, None, n_tokens=n_tokens)
     return torch.cat(sequences)[:n_tokens]

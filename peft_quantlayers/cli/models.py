@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
 from ..lora.base_fingerprint import AnotherBaseWarning
 
+# What may stand in the place of a device: ways to share a model among all of them.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+OWN_BASE = "base"
+"""In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
+
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The config of a model in a folder or on the Hub. Raises ValueError where the folder holds an adapter."""
-    folder = Path(name).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    """The config of a model in a folder or on the Hub.
+
+    Raises:
+        ValueError: the folder holds an adapter.
+        FileNotFoundError: it holds neither.
+    """
+    if is_adapter(name):
         raise ValueError(
             f"{name} holds an adapter, and a model is needed here. Name the model that it was trained on, and the "
             f"adapter beside it where there is such an option: --adapter {name}."
         )
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     return AutoConfig.from_pretrained(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    folder = Path(name).expanduser()
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """The names of what to load. An adapter's folder in the place of a model stands for its base and itself.
+
+    Raises:
+        ValueError: neither is given; the adapter does not name its base.
+        FileNotFoundError: one of them is not there.
+    """
+    refuse_missing_folder("adapter", adapter or "")
+    if model is not None and adapter is None and is_adapter(model):
+        model, adapter = None, model
+    if model is not None:
+        if Path(model).expanduser().exists():
+            config_of(model)
+        return model, adapter
+    if adapter is None:
+        raise ValueError("name a model, or an adapter: --adapter FOLDER.")
+    return base_of(adapter), adapter
+
+
+def is_quantized_already(name: str) -> bool:
+    """Whether a model's config says so."""
+    return getattr(config_of(name), "quantization_config", None) is not None
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
@@ -42,25 +89,45 @@ def model_on_meta(name: str) -> PreTrainedModel:
     return model.to(config.dtype or torch.float32)
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> PreTrainedModel:
+def load_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, option: str = "model", **options: Any
+) -> PreTrainedModel:
     """A model from a folder or the Hub, as its config describes it.
 
     Args:
         name: folder, or name on the Hub.
         dtype: of its float weights; "auto" for that of the files.
         device: where to put it, such as "cuda"; None for the CPU.
+        option: that names it, for errors.
         options: for ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: a folder that is not there, or holds no model.
+        ValueError: an adapter; a device that this machine does not have.
     """
-    refuse_missing_folder("model", name)
+    refuse_missing_folder(option, name)
+    if device not in DEVICE_MAPS:
+        check_device("device", device)
     placed = {} if device is None else {"device_map": device}
     return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
 
 
 def base_of(adapter: str) -> str:
-    """The name of the model that an adapter was trained on. Raises ValueError where the adapter does not say it."""
-    name = _adapter_config(adapter).base_model_name_or_path
+    """The name of the model that an adapter was trained on; of one of its own, wherever both have been moved to.
+
+    Raises:
+        ValueError: the adapter does not say it.
+        FileNotFoundError: it is a folder that is not there.
+    """
+    name, folder = adapter_config(adapter).base_model_name_or_path, Path(adapter).expanduser()
+    way_out = "Name its base: --model FOLDER_OR_NAME."
     if name is None:
-        raise ValueError(f"{adapter} does not name its base model. Name it: --model FOLDER_OR_NAME.")
+        raise ValueError(f"{adapter} does not name the model that it was trained on. {way_out}")
+    for own in (folder / OWN_BASE, folder.parent / OWN_BASE):  # of a checkpoint, which lies in the adapter's folder
+        if Path(name).name == OWN_BASE and (own / "config.json").is_file():
+            return str(own)
+    if _looks_local(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{adapter} was trained on {name}, which is not there. {way_out}")
     return name
 
 
@@ -72,11 +139,18 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     """
     if adapter is None:
         return model
-    _adapter_config(adapter)
+    adapter_config(adapter)
+    with another_base_refused():
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@contextmanager
+def another_base_refused() -> Iterator[None]:
+    """While this is open, an adapter that meets a base that it was not trained on is a ValueError."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", AnotherBaseWarning)
         try:
-            return PeftModel.from_pretrained(model, adapter).eval()
+            yield
         except AnotherBaseWarning as error:
             raise ValueError(
                 f"{error} If it was quantized for training only, quantize it again as it was there (peft-quantlayers "
@@ -84,14 +158,37 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
             ) from None
 
 
-def _adapter_config(adapter: str) -> PeftConfig:
+def adapter_config(adapter: str) -> PeftConfig:
+    """The config of an adapter in a folder or on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no weights.
+        ValueError: it holds no adapter, or a damaged one.
+    """
     refuse_missing_folder("adapter", adapter)
+    folder = Path(adapter).expanduser()
+    if is_adapter(adapter) and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise FileNotFoundError(f"--adapter {adapter} holds no {SAFETENSORS_WEIGHTS_NAME}: copy or download it again.")
     try:
         return PeftConfig.from_pretrained(adapter)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--adapter {adapter}: its adapter_config.json is damaged ({error}).") from None
     except ValueError as error:
         raise ValueError(
             f"--adapter {adapter}: {str(error).rstrip('.')}. Give the folder of an adapter, or its name on the Hub."
         ) from None
+
+
+def rank_of(adapter: str) -> int:
+    """Of a LoRA adapter; 0 of another kind."""
+    return getattr(adapter_config(adapter), "r", None) or 0
+
+
+def tokenizer_name(given: str | None, model: str, adapter: str | None) -> str:
+    """Whose tokenizer to take: what was ``given``, else the adapter's, if its folder has one, else the model's."""
+    if given is None and adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
+        return adapter
+    return given or model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -116,6 +213,9 @@ def needed_tokenizer(name: str) -> Any:
 
 def refuse_missing_folder(option: str, name: str) -> None:
     """Raise FileNotFoundError where ``name`` looks like a path, and nothing is there."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local and not Path(name).expanduser().exists():
+    if _looks_local(name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"--{option} {name}: there is no such folder.")
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

@@ -15,17 +15,19 @@ from .data import DATA_HELP, load_data
 from .field_help import field_help
 from .parsing import VerbParser
 
+PLAN_FILE = "bit_plan.json"
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def add_model(parser: ArgumentParser, *, required: bool = True) -> None:
     """``--model``, ``--tokenizer``, ``--dtype`` and ``--device``."""
-    help_text = "folder of a model, or its name on the Hub"
+    help_text, tokenizer_of = "folder of a model, or its name on the Hub", "the model's"
     if required:
         parser.add_argument("--model", type=str, required=True, help=help_text)
     else:
         parser.add_argument("--model", type=str | None, default=None, help=f"{help_text}; null: the adapter's base")
-    parser.add_argument("--tokenizer", type=str | None, default=None, help="its folder or name; null: the model's")
+        tokenizer_of = "the adapter's, or the model's"
+    parser.add_argument("--tokenizer", type=str | None, default=None, help=f"its folder or name; null: {tokenizer_of}")
     parser.add_argument("--dtype", type=DTYPES, default="auto", help="of float weights; auto: as the files have them")
     parser.add_argument(
         "--device", type=str | None, default=None, help="where to compute, such as cuda; null: the CPU"
@@ -75,9 +77,14 @@ def add_method(parser: VerbParser, prefix: str = "") -> None:
 def method_config(settings: Namespace) -> QuantConfig:
     """The config that the options of :func:`add_method` make. Raises as the config does."""
     config: Any = _configs()[settings.method]
-    names = {field.name for other in _configs().values() for field in dataclasses.fields(other)}
-    given: dict[str, Any] = {name: value for name, value in vars(settings).items() if name in names}
+    given = given_fields(settings)
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def given_fields(settings: Namespace) -> dict[str, Any]:
+    """The fields of methods that were given, by name."""
+    names = {field.name for config in _configs().values() for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(settings).items() if name in names}
 
 
 def add_calibration(parser: ArgumentParser) -> None:
@@ -99,7 +106,12 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
-    data = load_data("calibration.data", fields["data"])
+    data: Any = load_data("calibration.data", fields["data"])
+    if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
+        raise ValueError(
+            f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
+            "FOLDER_OR_NAME."
+        )
     return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
 
 
@@ -109,7 +121,7 @@ def add_budget(parser: ArgumentParser) -> None:
         "--average_bits",
         type=float | None,
         default=None,
-        help="stored bits per weight of the quantized layers, scales included (3 bits in groups of 64 are 3.5): bits "
+        help="stored bits per weight of the layers, scales included (3 bits in groups of 64 are 3.5): bits "
         "are planned layer by layer on --calibration.data",
     )
     parser.add_argument(
@@ -154,6 +166,12 @@ def budget(settings: Namespace) -> dict[str, Any]:
 def given_plan(settings: Namespace) -> BitPlan | None:
     """The plan in the file ``--plan``; None without one. Raises FileNotFoundError and ValueError as its reading."""
     return None if settings.plan is None else BitPlan.load(settings.plan)
+
+
+def figures_of(plan: BitPlan) -> dict[str, Any]:
+    """Totals of a plan, JSON-able."""
+    figures = ("bits_per_weight", "model_bytes", "predicted_kl", "measured_kl")
+    return {name: getattr(plan, name) for name in figures}
 
 
 def _configs() -> dict[str, type[QuantConfig]]:

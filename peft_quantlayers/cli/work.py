@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import shutil
+import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,19 +14,22 @@ from pathlib import Path
 from types import ModuleType
 
 from jsonargparse import Namespace
+from safetensors import SafetensorError
+from tqdm import tqdm
 
-from quantlayers_cli.main import said
+from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
 from quantlayers_cli.names import WrongUsage
 from quantlayers_cli.options import ALL_OPTIONS, PROGRAM
 
 from .parsing import VerbParser, new_parser, parse, settings_text
 from .result import Result
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 # Packages whose versions are saved beside an output.
 VERSIONS_OF = ("peft_quantlayers", "torch", "transformers", "peft", "trl")
 # What a user can mend: its message is enough.
-EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, MemoryError)
+EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, MemoryError, SafetensorError)
+# A file system with less is full: a file that failed half-written is gone again by now.
+FULL = 2**20
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
@@ -40,13 +45,13 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             return 0
         if result.output is not None:
             _save_settings(verb, parser, settings, Path(result.output))
+        _print(result, is_json=settings.json)
     except WrongUsage as error:
-        return said(f"{verb}: {error}", WRONG_USAGE)
+        return _said(f"{verb}: {error}", WRONG_USAGE)
     except KeyboardInterrupt:
-        return said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
+        return _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
     except Exception as error:
-        return _failed(verb, error, is_debug=settings.debug)
-    _print(result, is_json=settings.json)
+        return _failed(verb, error, is_debug=settings.debug, output=getattr(settings, "output", None))
     return result.exit_code
 
 
@@ -57,13 +62,31 @@ def verb_parser(verb: str, module: ModuleType, arguments: Sequence[str] = ()) ->
     return parser
 
 
-def _failed(verb: str, error: Exception, *, is_debug: bool) -> int:
+def _said(message: str, exit_code: int) -> int:
+    """As :func:`said`, on a line of its own also where a progress bar stands."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        return said(message, exit_code)
+
+
+def _failed(verb: str, error: Exception, *, is_debug: bool, output: str | None) -> int:
     if is_debug:
         traceback.print_exc()
+    if output is not None and _is_full(Path(output)):  # which packages tell in words of their own, if at all
+        return _said(f"{verb}: the disk of {output} is full. {_in_one_line(error)}", FAILED)
     if isinstance(error, EXPECTED):
-        return said(f"{verb}: {' '.join(str(error).split()) or type(error).__name__}", FAILED)
+        return _said(f"{verb}: {_in_one_line(error)}", FAILED)
     message = " ".join(f"{type(error).__name__}: {error}".split())
-    return said(f"{verb}: {message} (unexpected; --debug shows where it came from)", FAILED)
+    return _said(f"{verb}: {message} (unexpected; --debug shows where it came from)", FAILED)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_full(output: Path) -> bool:
+    place = next((place for place in (output, *output.parents) if place.exists()), None)
+    usage = None if place is None else shutil.disk_usage(place)
+    return usage is not None and usage.total > 0 and usage.free < FULL
 
 
 def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: Path) -> None:
@@ -76,7 +99,7 @@ def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: P
 def _print(result: Result, *, is_json: bool) -> None:
     text = json.dumps(result.data, indent=2) if is_json else result.text
     if text:
-        print(text)
+        print(text, flush=True)  # so that a pipe that is closed, or a full disk, is an error of this verb
 
 
 def _version(package: str) -> str:

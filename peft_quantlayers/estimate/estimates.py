@@ -15,7 +15,8 @@ class Estimate:
         step: what was estimated, in a word.
         memory: bytes by what they are for; together the peak of the process, mapped weights included.
         disk: bytes that are written.
-        seconds: on this machine, with as many threads as torch has now; None where it was not measured.
+        seconds: on this machine if it does nothing else, with as many threads as torch has now; None where it was
+            not measured.
         per_step: whether ``seconds`` is for one step of the optimizer.
         notes: what was left out or assumed.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,20 @@ from ..report import summary
 from ..streaming.quantize_files import PART_BYTES
 from .estimates import Estimate
 from .live_bytes import LiveBytes, bytes_of_imports
+from .processor_time import processor_seconds
 
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
 # Weights that are quantized to see how long it takes.
 _SAMPLE = 2**17
+# Of each token and block, in the two models that run beside each other: what enters the block, the sum that its
+# branches are added to, and what the branch at work reads.
+_STATES = 3
+# Of the widest layer's second moment: two, and the deviation from the float model's inputs, of all tokens and of each
+# half of them; the damped one, and what the damping of the targets is chosen with.
+_MOMENTS = 10
+# Of a weight, in float32, while its codes and its grid take turns.
+_WORKING_COPIES = 8
 
 
 def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibration_tokens: int = 0) -> Estimate:
@@ -50,7 +58,8 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     memory = {"libraries": bytes_of_imports(), "largest layer": max(largest, dense)}
     notes = []
     if calibration_tokens:
-        memory = memory | _of_calibration(model, shapes, calibration_tokens)
+        of_calibration = _of_calibration(model, shapes, calibration_tokens, sample.layer_bytes)
+        memory = {"libraries": memory["libraries"]} | of_calibration
         notes.append("without the time of the calibration itself")
     return Estimate(
         step="quantize",
@@ -61,16 +70,24 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     )
 
 
-def _of_calibration(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], n_tokens: int) -> dict[str, int]:
-    """A block in its dtype, its inputs and outputs, and the second moments of its layers' inputs in float32."""
-    text = model.config.get_text_config()
+def _of_calibration(
+    model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], n_tokens: int, layer_bytes: int
+) -> dict[str, int]:
+    """Everything around the blocks, a block twice, the states of all tokens in it, and its widest layer's moments.
+
+    ``layer_bytes``: what quantizing the largest layer takes without calibration.
+    """
+    text, size = model.config.get_text_config(), model.dtype.itemsize
     per_block = max(1, len(shapes) // max(1, text.num_hidden_layers))
     of_block = list(shapes.values())[:per_block]
-    moments = {shape[-1] for shape in of_block}
+    widest = max(shape[-1] for shape in of_block)
+    of_layers = sum(math.prod(shape) for shape in shapes.values()) * size
     return {
-        "one block": sum(math.prod(shape) for shape in of_block) * model.dtype.itemsize,
-        "activations": 2 * n_tokens * text.hidden_size * model.dtype.itemsize,
-        "second moments": sum(3 * 4 * inputs**2 for inputs in moments),
+        "around the blocks": sum(parameter.nbytes for parameter in model.parameters()) - of_layers,
+        "one block, twice": 2 * sum(math.prod(shape) for shape in of_block) * size,
+        "activations": 2 * n_tokens * (_STATES * text.hidden_size + widest) * size,
+        "second moments": _MOMENTS * 4 * widest**2,
+        "layer at work": max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block)),
     }
 
 
@@ -101,7 +118,6 @@ def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[
         with LiveBytes([weight]) as live:
             QuantizedLinear.from_weight(weight, None, spec)
         layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
-        start = time.perf_counter()
-        QuantizedLinear.from_weight(weight, None, spec)
-        seconds += (time.perf_counter() - start) * n_weights / weight.numel()
+        of_sample = processor_seconds(QuantizedLinear.from_weight, weight, None, spec)
+        seconds += of_sample * n_weights / weight.numel()
     return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)

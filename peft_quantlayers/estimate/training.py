@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from .estimates import Estimate
 from .fused_attention import fused_attention
 from .live_bytes import LiveBytes, bytes_of_imports
 from .meta_model import one_block_model, quantized_on_meta
+from .processor_time import processor_seconds
 
 # What the Trainer, its data and the allocator take beside the tensors.
 _TRAINER_BYTES = 2**26
@@ -26,14 +27,15 @@ _TRAINER_BYTES = 2**26
 def estimate_training(
     model: PreTrainedModel,
     config: QuantConfig | None,
-    lora: LoraConfig,
+    lora: PeftConfig,
     *,
     batch_size: int = 1,
     sequence_length: int = 512,
     use_gradient_checkpointing: bool = True,
     is_timed: bool = True,
+    loss_of: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> Estimate:
-    """Memory, disk and time of training ``lora`` on ``model`` with AdamW, by the loss over the model's own logits.
+    """Memory, disk and time of training ``lora`` on ``model`` with AdamW.
 
     Args:
         model: on the meta device, float or quantized; it is changed.
@@ -41,6 +43,8 @@ def estimate_training(
         lora: the adapter.
         batch_size, sequence_length: of one step.
         use_gradient_checkpointing: recompute activations in the backward pass.
+        loss_of: the loss of a prepared model and token ids (batch, tokens), as the trainer computes it; None for the
+            model's own, over all of its logits.
         is_timed: also run a step of one block with random numbers, which takes seconds.
 
     Returns:
@@ -54,6 +58,7 @@ def estimate_training(
     block = one_block_model(model, config) if is_timed and is_followed else None
     notes: list[str] = [] if is_followed else ["without activations: the model does not predict the next token"]
     quantized_on_meta(model, config)
+    stored = {parameter: parameter.dtype for parameter in model.parameters()}
     prepared = _prepared(model, lora, use_gradient_checkpointing, low_cpu_mem_usage=True)
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
     live = LiveBytes([*prepared.parameters(), *prepared.buffers()])
@@ -61,10 +66,12 @@ def estimate_training(
     try:
         if is_followed:
             with live, fused_attention():
-                _forward_and_backward(prepared, ids)
+                (loss_of or _own_loss)(prepared, ids).backward()
     except (NotImplementedError, RuntimeError) as error:
         notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
     adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)
+    # Preparing casts them to float32; the pages of the file stay in memory as long as other weights lie in it.
+    cast = sum(p.numel() * dtype.itemsize for p, dtype in stored.items() if p.dtype != dtype)
     seconds = None if block is None else _seconds(block, model, lora, ids.shape, use_gradient_checkpointing)
     if is_timed and block is None:
         notes.append("without a time: the model is not a stack of blocks of one kind")
@@ -73,6 +80,7 @@ def estimate_training(
         memory={
             "libraries": imports + _TRAINER_BYTES,
             "weights": weights - adapter,
+            "weights as stored": cast,
             "adapter": adapter,
             "optimizer": 2 * adapter,
             "gradients and activations": live.peak - weights,
@@ -84,21 +92,21 @@ def estimate_training(
     )
 
 
-def _prepared(model: PreTrainedModel, lora: LoraConfig, checkpointing: bool, **options: Any) -> nn.Module:
+def _prepared(model: PreTrainedModel, lora: PeftConfig, checkpointing: bool, **options: Any) -> nn.Module:
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     return get_peft_model(model, copy.deepcopy(lora), **options).train()
 
 
-def _forward_and_backward(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+def _own_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
 
 
 def _seconds(
-    block: PreTrainedModel, model: PreTrainedModel, lora: LoraConfig, shape: torch.Size, checkpointing: bool
+    block: PreTrainedModel, model: PreTrainedModel, lora: PeftConfig, shape: torch.Size, checkpointing: bool
 ) -> float:
     """Of a step: of a block times their number, and of the head and the loss."""
     prepared, ids = _prepared(block, lora, checkpointing), torch.randint(0, block.config.vocab_size, shape)
-    of_block = _timed(lambda: _forward_and_backward(prepared, ids))
+    of_block = _timed(lambda: _own_loss(prepared, ids).backward())
     text = model.config.get_text_config()
     head = nn.Linear(text.hidden_size, text.vocab_size, bias=False).requires_grad_(False)
     hidden = torch.randn(shape.numel(), text.hidden_size, requires_grad=True)
@@ -106,9 +114,7 @@ def _seconds(
     return of_block * text.num_hidden_layers + of_head
 
 
-def _timed(call: Any) -> float:
+def _timed(call: Callable[[], None]) -> float:
     """Of the second call: the first one warms up."""
     call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return processor_seconds(call)

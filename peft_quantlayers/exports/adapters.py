@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..arguments import nearest
@@ -95,10 +95,10 @@ def read_adapter(folder: Path, source_modules: Mapping[str, tuple[str, tuple[int
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}: no adapter of PEFT is in it. Nothing was written.")
-    config = json.loads((folder / CONFIG).read_text())
+    config = _json_of(folder / CONFIG)
     _refuse_variants(folder, config)
     stored: dict[str, dict[str, Tensor]] = {}
-    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+    with _opened(folder / WEIGHTS) as opened:
         for key in opened.keys():  # noqa: SIM118
             found = _KEY.fullmatch(key)
             if found is None:
@@ -138,7 +138,7 @@ def another_base(
         layers: the quantized layers by their names in the files.
     """
     file = folder / BASE_FILE
-    recorded = json.loads(file.read_text()).get("layers", {}) if file.is_file() else {}
+    recorded = _json_of(file).get("layers", {}) if file.is_file() else {}
     names = {module: source_modules[module][0] for module in recorded if module in source_modules}
     others = [
         module
@@ -151,6 +151,20 @@ def another_base(
         f"The adapter was trained on another quantized base: {others[0]} is another one there ({len(others)} of "
         f"{len(names)} layers). It will compute something else than it was trained to."
     )
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Copy or download it again. Nothing was written.") from None
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}). Copy or download it again. Nothing was written.") from None
 
 
 def branches_of(source: ModelSource) -> dict[str, LowRank]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from ..arguments import check_choice, check_dtype
 from ..integrations.interrupted_save import MODEL_FILES
+from ..lora.base_fingerprint import AnotherBaseWarning
 from ..storage import staged_folder
 from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
@@ -209,7 +211,7 @@ def _read_adapter(adapter: Any, given: GivenModel) -> tuple[Adapter, str]:
     if isinstance(adapter, (str, Path)):
         note = another_base(Path(adapter), given.modules, given.layers)
         if note:
-            logger.warning(note)
+            warnings.warn(note, AnotherBaseWarning, stacklevel=3)
         return read_adapter(Path(adapter), given.modules), note
     if not hasattr(adapter, "peft_config"):
         raise TypeError(f"adapter must be the folder of an adapter, or a PeftModel, got {type(adapter).__name__}.")

@@ -112,6 +112,24 @@ def requantize(plan: MergePlan) -> MergeResult:
     return MergeResult(strategy="requantize", weight=merged)
 
 
+def requantize_as(plan: MergePlan, spec: QuantSpec) -> MergeResult:
+    """:func:`requantize` into another form of the same method, such as another number of bits.
+
+    Nearest codes of the target on a new grid; or, where these lose a part of the delta, what is left of the target is
+    rounded into them with dither.
+    """
+    if spec == plan.weight.spec:
+        return requantize(plan)
+    nearest = plan.method.quantize(plan.target, spec)
+    merged, (retained, _) = nearest, _retained_and_error(plan, nearest)
+    if retained < MIN_RETAINED_FROM_SCRATCH and plan.delta.any():
+        rest = plan.target - plan.method.dequantize(nearest)
+        dithered = plan.method.merged(nearest, lambda rows: rest[rows])
+        if _retained_and_error(plan, dithered)[0] > retained:
+            merged = dithered
+    return MergeResult(strategy="requantize", weight=merged)
+
+
 def requantize_rows(plan: MergePlan) -> MergeResult:
     """:func:`requantize` of the rows that the delta changes, in a weight that has rows of their own."""
     changed = plan.delta.any(1).nonzero().flatten()

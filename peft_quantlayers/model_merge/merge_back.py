@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from peft import LoraModel, PeftModel
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_callable, check_choice, check_flag, check_integer, check_tokenizer
+from ..bit_allocation import BitPlan
 from ..calibration import Calibration
+from ..formats import QuantSpec
 from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
 from ..merging.advice import WITHOUT_NOISE, nothing_merged
@@ -23,7 +26,8 @@ from ..merging.merge_rules import RULES_FOR_ANY_DELTA
 from .active_adapters import only_active, set_active
 from .effect import measured_effect, restore
 from .held_out import held_out_batches
-from .merge_calibrated import merge_calibrated
+from .merge_budget import measured_plan, merge_plan_of, planned_sources, planned_specs
+from .merge_calibrated import merge_calibrated, rule_of
 from .merged_model import MergedModel
 from .refusals import (
     checked_names,
@@ -51,6 +55,7 @@ def merge_back(
     adapters: list[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
+    budget: float | str | Path | BitPlan | None = None,
     tune_epochs: int = 0,
     evaluate_on: Tensor | list[int] | Any = None,
     metric: Callable[[nn.Module], float] | None = None,
@@ -79,6 +84,11 @@ def merge_back(
         calibration: for ``"calibrated"``: texts, token ids, a dataset, batches for the model's forward, or a
             :class:`Calibration` around them. Layers that it does not reach are merged without calibration.
         tokenizer: for texts; None for the model's own.
+        budget: for "requantize", "calibrated" and "auto": the merged linear layers get more or fewer bits by what that
+            costs the predictions of the unmerged model. Stored bits per weight of these layers, scales included (3.5),
+            the size of the merged model's tensors ("4GB"), both with ``calibration``; or a plan of
+            :func:`plan_merge_bits`, or the file that it was saved in. With ``calibration``, what it
+            predicted and what was measured afterwards is logged, and set in a plan that was given.
         tune_epochs: after a merge that rounds, epochs over ``calibration`` in which scales and codebooks of the merged
             layers are trained end to end, for the merged model to predict what the unmerged one does; as
             :func:`tune_scales`, with the ``learning_rate`` of the :class:`Calibration`. For "requantize",
@@ -108,7 +118,7 @@ def merge_back(
     After any error, also one that ``metric`` raises, the model is left as it was.
     """
     refuse_other_models(peft_model)
-    _check_arguments(strategy, calibration, tune_epochs)
+    _check_arguments(strategy, calibration, tune_epochs, has_budget=budget is not None)
     check_tokenizer(tokenizer)
     check_callable("metric", metric, "a model")
     for flag, value in (("unload", unload), ("progress", progress)):
@@ -120,19 +130,21 @@ def merge_back(
     refuse_tied_weights(peft_model)
     targets = _checked_targets(peft_model, names, strategy, needs_unmerged=evaluate_on is not None, is_unloaded=unload)
     held_out = None if evaluate_on is None else held_out_batches(peft_model.get_base_model(), evaluate_on)
-    score_before = _score(metric, peft_model, targets, names, progress=progress)
-    captured = None
     data = None if calibration is None else Calibration.of(calibration, tokenizer)
-    predictions = None
+    plan, specs = None, None
+    if budget is not None:
+        plan = merge_plan_of(peft_model, targets, names, budget, data, strategy=strategy, progress=progress)
+        specs = planned_specs(peft_model, targets, names, plan)
+    score_before = _score(metric, peft_model, targets, names, progress=progress)
+    captured = predictions = None
     if data is not None and tune_epochs:
         predictions = unmerged_predictions(peft_model, targets, names, data, progress=progress)
     with _all_or_nothing(targets):
-        if data is None or strategy not in TAKING_CALIBRATION:
-            for target in tqdm(targets, desc="Merging", unit="layer", disable=not progress):
-                target.source.merge_by(target.source.merge_rules[strategy], names)
-        else:
-            with only_active(peft_model, targets, names):
-                merge_calibrated(peft_model, targets, names, data, strategy=strategy, progress=progress)
+        with only_active(peft_model, targets, names), measured_plan(peft_model, plan, data):
+            if data is None or strategy not in TAKING_CALIBRATION:
+                _merge_without_data(peft_model, targets, names, strategy, specs or {}, progress=progress)
+            else:
+                merge_calibrated(peft_model, targets, names, data, strategy=strategy, specs=specs, progress=progress)
         if data is not None and predictions is not None:
             with only_active(peft_model, targets, names):
                 tune_merged(
@@ -156,7 +168,24 @@ def merge_back(
     return MergedModel(_unloaded(peft_model, targets, names, strategy) if unload else peft_model, report)
 
 
-def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int) -> None:
+def _merge_without_data(
+    peft_model: PeftModel,
+    targets: Sequence[MergeTarget],
+    names: list[str],
+    strategy: Strategy,
+    specs: Mapping[str, QuantSpec],
+    *,
+    progress: bool,
+) -> None:
+    """Merge each target by its rule for ``strategy``, or into the form that ``specs`` has for its layer."""
+    named = planned_sources(peft_model, targets) if specs else {}
+    planned = {id(source): specs[name] for name, source in named.items() if name in specs}
+    for target in tqdm(targets, desc="Merging", unit="layer", disable=not progress):
+        spec = planned.get(id(target.source))
+        target.source.merge_by(target.source.merge_rules[strategy] if spec is None else rule_of(spec), names)
+
+
+def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, has_budget: bool) -> None:
     check_choice("strategy", strategy, STRATEGIES, remedy="The model is left as it was.")
     check_integer("tune_epochs", tune_epochs, at_least=0, at_most=10_000)
     if tune_epochs and strategy in WITHOUT_NOISE:
@@ -174,7 +203,7 @@ def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int) -> 
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
             '"requantize", or "keep" for plain LoRA. The model is left as it was.'
         )
-    if calibration is not None and strategy not in TAKING_CALIBRATION and not tune_epochs:
+    if calibration is not None and strategy not in TAKING_CALIBRATION and not (tune_epochs or has_budget):
         raise ValueError(
             f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do, and any that rounds with '
             "tune_epochs=. The model is left as it was."

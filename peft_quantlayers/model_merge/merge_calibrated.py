@@ -7,7 +7,7 @@ retains more of the delta. A gain on the delta makes up for the fraction that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from peft import PeftModel
@@ -22,7 +22,8 @@ from ..layers.quantize_weight import named_errors
 from ..merging import MergePlan, MergeResult, MergeSource
 from ..merging.coefficients import coefficient, output_error
 from ..merging.layer_report import LayerMergeReport, layer_report, with_outputs
-from ..merging.merge_rules import append, extended_spec, requantize
+from ..merging.merge_rules import append, extended_spec, requantize, requantize_as
+from ..merging.plan import MergeRule
 from ..merging.stack_source import StackSource
 from ..methods import get_method
 from .targets import MergeTarget
@@ -45,6 +46,7 @@ def merge_calibrated(
     calibration: Calibration,
     *,
     strategy: str,
+    specs: Mapping[str, QuantSpec] | None = None,
     progress: bool = True,
 ) -> None:
     """Merge ``names`` into the layers ``targets`` of ``peft_model``; they must be its active adapters.
@@ -52,17 +54,19 @@ def merge_calibrated(
     Args:
         targets: layers whose source ``can_be_calibrated``.
         strategy: "calibrated", or "append" to extend the format of the weights for the delta.
+        specs: for "calibrated", by the layer's name in the base model, what its merged weight is stored as; None, and
+            for layers that are not in it, as its weight is stored now.
 
     Raises:
         ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
         NotImplementedError: "append", and a format cannot be extended.
     """
-    model = peft_model.get_base_model()
+    model, specs = peft_model.get_base_model(), specs or {}
     # A linear layer's adapter is the module that is called; a stack is called itself, inside its experts module.
     sources = {id(called_module(target.source)): target.source for target in targets}
     layers = {name: sources[id(module)] for name, module in model.named_modules() if id(module) in sources}
     for name, layer in layers.items():
-        spec = layer.quantized_base().spec
+        spec = specs.get(name, layer.quantized_base().spec)
         method = get_method(spec.method)
         if strategy == "append":
             with named_errors(name):
@@ -73,14 +77,22 @@ def merge_calibrated(
                 f'{method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. The model is '
                 "left as it was."
             )
-    walk(model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy), progress=progress)
+    walk(
+        model, list(layers), calibration, _MergeVisitor(layers, names, calibration, strategy, specs), progress=progress
+    )
 
 
 class _MergeVisitor(Visitor):
     def __init__(
-        self, layers: dict[str, MergeSource], names: list[str], calibration: Calibration, strategy: str
+        self,
+        layers: dict[str, MergeSource],
+        names: list[str],
+        calibration: Calibration,
+        strategy: str,
+        specs: Mapping[str, QuantSpec],
     ) -> None:
         self.layers, self.names, self.calibration, self.strategy = layers, names, calibration, strategy
+        self.specs = specs
         self.needs_targets = calibration.finetune_epochs > 0
         self.statistics = wanted_statistics(calibration)
         self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
@@ -113,10 +125,12 @@ class _MergeVisitor(Visitor):
     def _merge(self, name: str, hessian: Tensor | None, statistics: InputStatistics | None) -> None:
         layer = self.layers[name]
         if hessian is None:
-            return layer.merge_by(append if self.strategy == "append" else requantize, self.names)
+            rule = append if self.strategy == "append" else rule_of(self.specs.get(name))
+            return layer.merge_by(rule, self.names)
         with named_errors(name):
             plan = layer.plan(self.names)
-            spec = extended_spec(plan.weight.spec) if self.strategy == "append" else plan.weight.spec
+            own = self.specs.get(name, plan.weight.spec)
+            spec = extended_spec(own) if self.strategy == "append" else own
             merged = for_outputs(plan, spec, hessian, asymmetric_target(plan.target, statistics))
         layer.apply_merge(plan, MergeResult(strategy=self.strategy, weight=merged))
         _report_outputs(layer, plan, merged, hessian)
@@ -152,10 +166,17 @@ def _report_outputs(layer: MergeSource, plan: MergePlan, merged: QuantizedWeight
         layer.merging.report = with_outputs(layer.merging.report, plan, merged, hessian)
 
 
+def rule_of(spec: QuantSpec | None) -> MergeRule:
+    """The rule that merges without data into weights stored as ``spec``; None for as they are stored now."""
+    return requantize if spec is None else lambda plan: requantize_as(plan, spec)
+
+
 def for_outputs(
     plan: MergePlan, spec: QuantSpec, hessian: Tensor, asymmetric: Tensor | None = None
 ) -> QuantizedWeight:
     """A weight whose outputs retain the whole delta under ``hessian``, starting from the current grid and codes.
+
+    A ``spec`` that cannot take these, of another number of bits, is quantized from scratch first.
 
     The weight of lowest error retains only a fraction of the delta. These losses add up over layers, while noise
     mostly cancels. So the delta is multiplied by a gain, which is raised until the outputs retain all of the delta.
@@ -163,12 +184,13 @@ def for_outputs(
 
     ``asymmetric``: the target that makes up for the errors of the layers before this one, in place of the plan's.
     """
-    delta, method = plan.delta, plan.method
-    if not delta.any():
-        return plan.weight
+    delta, method, own = plan.delta, plan.method, plan.weight.spec
     whole = plan.target if asymmetric is None else asymmetric
+    found = plan.weight if can_start_from(own, spec) else method.quantize(whole, spec, hessian=hessian)
+    if not delta.any():
+        return found
     start = plan.before if asymmetric is None else plan.before + (asymmetric - plan.target)
-    found, gain, weighted = plan.weight, 1.0, delta @ hessian.to(delta.device)
+    gain, weighted = 1.0, delta @ hessian.to(delta.device)
     for n_passes in range(1, MAX_PASSES + 1):
         target = start + gain * delta
         found = method.quantize(target, spec, hessian=hessian, start=found, iterations=1)
@@ -176,7 +198,15 @@ def for_outputs(
         if abs(retained - 1) < RETAINED_TOLERANCE and n_passes >= MIN_PASSES:
             break
         gain *= min(MAX_GAIN_RATIO, 1 / max(retained, 1 / MAX_GAIN_RATIO))
-    if delta.norm() < LARGE_DELTA * plan.before.norm() or spec != plan.weight.spec:
+    if delta.norm() < LARGE_DELTA * plan.before.norm() or spec != own:
         return found
     from_scratch = method.quantize(whole, spec, hessian=hessian)
     return min(found, from_scratch, key=lambda weight: output_error(method.dequantize(weight) - whole, hessian))
+
+
+def can_start_from(own: QuantSpec, spec: QuantSpec) -> bool:
+    """Whether a weight stored as ``own`` is one that quantizing to ``spec`` may start from."""
+    try:
+        return spec in (own, own.extended())
+    except NotImplementedError:  # a format that cannot be extended
+        return spec == own

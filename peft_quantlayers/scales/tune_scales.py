@@ -138,10 +138,14 @@ def tuned(
     train: Sequence[Role],
     epochs: int,
     learning_rate: float,
+    beside: Sequence[nn.Parameter] = (),
     resume_folder: str | Path | None = None,
     progress: bool = True,
 ) -> TuningResult:
-    """:func:`tune_scales` of these ``layers`` of ``model``; arguments are taken to be right."""
+    """:func:`tune_scales` of these ``layers`` of ``model``, and of the parameters ``beside``.
+
+    Arguments are taken to be right.
+    """
     calls = model_calls(model, predictions.batches)
     left_out = held_out(len(calls))
     order = [number for number in range(len(calls)) if number not in left_out] or [0]
@@ -168,7 +172,7 @@ def tuned(
             stack.enter_context(locked_folder(folder))
             options = {"train": list(train), "epochs": epochs, "learning_rate": learning_rate}
             state = TuningState(folder, fingerprint(layers, predictions, options))
-        trained = stack.enter_context(trained_metadata(model, layers, roles=train))
+        trained = stack.enter_context(trained_metadata(model, layers, roles=train, beside=beside))
         optimizer = torch.optim.Adam(trained.rates(learning_rate), betas=(0.9, 0.95))
         rates = [group["lr"] for group in optimizer.param_groups]
         first = 0 if state is None else state.restore(trained, optimizer)
@@ -195,7 +199,7 @@ def tuned(
             trained.keep()
         if state is not None:
             state.remove()
-    logger.info("scales tuned in %d steps: KL %.5f to %.5f", len(steps), before, after)
+    logger.info("tuned in %d steps: KL %.5f to %.5f", len(steps), before, after)
     if not is_kept:
         logger.warning(
             "tuning did not lower the divergence (%.5f to %.5f on windows that were left out); the model is as it "

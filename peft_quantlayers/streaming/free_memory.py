@@ -23,7 +23,7 @@ def return_large_blocks(n_bytes: int = 2**20) -> None:
     """From now on the C library returns each block of ``n_bytes`` or more when it is freed; elsewhere do nothing.
 
     Of its own accord it does so for the first of a size, and then keeps blocks of up to 32 MB. Steps of training, with
-    activations of many sizes, then hold nearly twice what is in use.
+    activations of many sizes, then hold nearly twice what is in use, and merging SmolLM2 115 MB more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -20,9 +20,11 @@ from ..layers.quantize_weight import quantize_weight
 from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
 from ..methods import get_method
+from ..scales import Predictions
 from ..transforms.record import in_words, transforms_of
 from .float_weights import float_weights
 from .low_rank import low_rank_approximation, output_norm
+from .tune_adapter import check_tuning, teacher_of, tune_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ def initialize_loftq(
     iterations: int = 1,
     calibration: Any = None,
     tokenizer: Any = None,
+    tune_epochs: int = 0,
+    learning_rate: float = 1e-3,
+    teacher: Predictions | str | Path | None = None,
     progress: bool = True,
 ) -> tuple[LoftQResult, ...]:
     """Initialise an adapter from the quantization error of its layers instead of zero.
@@ -63,6 +68,10 @@ def initialize_loftq(
 
     With ``calibration`` it is the outputs on this data that are approximated, block by block, with the adapter in the
     blocks before. On a base that was calibrated with asymmetric targets little is left for it.
+
+    With ``tune_epochs`` the adapter is then trained, all layers together, until the model predicts what the float
+    model does. Layers that make up for each other's errors are found by no approximation of single ones, so this is of
+    most use with two bits.
 
     With one iteration the codes do not change, and only the adapter must be saved. With more **the base model
     changes too, and the adapter fits no other**: save both, the base after ``peft_model.unload()``. New codes are
@@ -80,17 +89,22 @@ def initialize_loftq(
         iterations: how often the adapter is fitted.
         calibration: as in :func:`quantize_model`. Layers that it does not reach are as without.
         tokenizer: for texts; None for the model's own.
+        tune_epochs: epochs over the data, a window a step, in which ``A`` and ``B`` are trained; 0 for none. Every
+            eighth window is left out; if the divergence there did not fall, the adapter stays as it was before them.
+        learning_rate: of that training, relative to the root mean square of each matrix.
+        teacher: what the float model predicts (:func:`record_predictions`), or its file, with the data that it was
+            made on; None for ``float_model``, in memory, on ``calibration``.
         progress: show a progress bar.
 
     Returns:
-        One result for each quantized layer with the adapter.
+        One result for each quantized layer with the adapter; errors are those before ``tune_epochs``.
 
     Raises:
         TypeError: an argument of another kind. Nothing is changed.
         ValueError: ``iterations`` below 1; no such adapter on a quantized layer; one is merged, merge-aware, of a rank
-            above its layer's, or shares its layer with others while codes would change; ``float_model`` is not
-            found, lacks a weight, is quantized, holds NaN or Inf, has other transforms, or is another model. Nothing
-            is changed.
+            above its layer's, not the active one with ``tune_epochs``, or shares its layer with others while codes
+            would change; nothing to tune to; ``float_model`` is not found, lacks a weight, is quantized, holds NaN or
+            Inf, has other transforms, or is another model. Nothing is changed.
         NotImplementedError: the adapter is more than plain LoRA. Nothing is changed.
 
     Source: Li et al. 2023, "LoftQ". There, and in PEFT, ``scaling`` is assumed to be 1. For ``calibration`` see
@@ -122,10 +136,12 @@ def initialize_loftq(
         )
     for name, layer in layers.items():
         _check(name, layer, adapter, changes_codes=iterations > 1)
+    check_tuning(layers, adapter, float_model, teacher, calibration, epochs=tune_epochs, learning_rate=learning_rate)
     _refuse_other_transforms(float_model, model)
     given = None if calibration is None else Calibration.of(calibration, tokenizer)
     if given is not None:
         _check_calibration(given, layers, changes_codes=iterations > 1)
+    predictions = teacher_of(float_model, teacher, given, progress=progress) if tune_epochs else None
     weight_of = float_weights(float_model, model, list(layers))
     undo: list[Callable[[], None]] = []
     found: dict[str, LoftQResult] = {}
@@ -140,6 +156,16 @@ def initialize_loftq(
                 initialize(name, None)
         else:
             walk(model, list(layers), given, _InitializingVisitor(given, initialize), progress=progress)
+        if predictions is not None:
+            tune_adapter(
+                model,
+                layers,
+                adapter,
+                predictions,
+                epochs=tune_epochs,
+                learning_rate=learning_rate,
+                progress=progress,
+            )
     except BaseException:
         for put_back in undo:
             put_back()

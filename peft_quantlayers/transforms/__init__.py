@@ -6,11 +6,12 @@ and what lies below it; no adapters.
 
 from .awq import AWQScales
 from .base import Transform
+from .permutation import Permutation
 from .rotation import Rotation
 from .smoothquant import SmoothQuant
 from .transform_model import transform_model
 
-TRANSFORMS: dict[str, type[Transform]] = {each.name: each for each in (AWQScales, Rotation, SmoothQuant)}
+TRANSFORMS: dict[str, type[Transform]] = {each.name: each for each in (AWQScales, Permutation, Rotation, SmoothQuant)}
 """All transforms, by the names in records."""
 
-__all__ = ["TRANSFORMS", "AWQScales", "Rotation", "SmoothQuant", "Transform", "transform_model"]
+__all__ = ["TRANSFORMS", "AWQScales", "Permutation", "Rotation", "SmoothQuant", "Transform", "transform_model"]

@@ -51,14 +51,20 @@ class AWQScales(Transform):
     grid: QuantConfig | None = None
 
     name: ClassVar[str] = "awq_scales"
-    needs_calibration: ClassVar[bool] = True
-    needs_config: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer("n_grid", self.n_grid, at_least=1, at_most=1000)
         check_flag("clip", self.clip)
         if self.grid is not None:
             check_config("grid", self.grid)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def needs_config(self) -> bool:
+        return True
 
     @property
     def is_exact(self) -> bool:

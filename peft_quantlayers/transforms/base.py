@@ -43,12 +43,6 @@ class Transform(ABC):
     name: ClassVar[str]
     """In records and messages."""
 
-    needs_calibration: ClassVar[bool] = False
-    """Whether it measures inputs."""
-
-    needs_config: ClassVar[bool] = False
-    """Whether it has to know what the layers will be quantized to."""
-
     def __new__(cls, *positional: Any, **fields: Any) -> Self:
         """Raise TypeError for an unknown field, and list the known ones."""
         check_keywords_only(cls.__name__, positional, f"{cls.__name__}()")
@@ -62,6 +56,16 @@ class Transform(ABC):
         Raises:
             ValueError: the model has no place for it; the model was not changed.
         """
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it measures inputs."""
+        return False
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether it has to know what the layers will be quantized to."""
+        return False
 
     @property
     def is_exact(self) -> bool:

@@ -98,14 +98,15 @@ def _proposals(model: nn.Module, recorded: Recorded, shared: set[str]) -> Iterat
         offset = norm_offset(module)
         if offset is not None and all(input_weight(model, name).shape[-1] == n_channels for name in readers):
             yield Fold(kind="norm", source=source, readers=tuple(readers), n_channels=n_channels, norm_offset=offset)
-    dense = [name for name in recorded.layers if name not in shared and _is_dense(model, name)]
+    dense = [name for name in recorded.layers if name not in shared and is_dense(model, name)]
     for position, reader in enumerate(dense):
         for source in dense[:position]:
             if source.rpartition(".")[0] == reader.rpartition(".")[0]:
                 yield from _linear_folds(model, source, reader)
 
 
-def _is_dense(model: nn.Module, name: str) -> bool:
+def is_dense(model: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` is a module that computes ``x @ weight.T + bias``."""
     try:
         return dense_type_of(model.get_submodule(name)) is not None
     except AttributeError:  # a fused weight
@@ -158,11 +159,11 @@ def _head_dim(model: nn.Module, name: str) -> int:
 def _by_kind(model: nn.Module, folds: Iterator[Fold]) -> list[list[Fold]]:
     groups: dict[tuple, list[Fold]] = {}
     for fold in folds:
-        groups.setdefault(_kind(model, fold), []).append(fold)
+        groups.setdefault(kind_of_place(model, fold), []).append(fold)
     return list(groups.values())
 
 
-def _kind(model: nn.Module, fold: Fold) -> tuple:
+def kind_of_place(model: nn.Module, fold: Fold) -> tuple:
     """What folds in the same place of blocks of one class have in common."""
     names = [fold.source, *fold.readers]
     indexed = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names]

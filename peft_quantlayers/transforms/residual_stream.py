@@ -20,10 +20,8 @@ from .find_folds import norm_offset, shared_weights
 from .folds import input_weight, matrices, restored
 from .recorded_reads import record_reads
 from .rotation_core import rotation_matrix
-from .trial import distance, outputs_of
+from .trial import ROUNDED_TOLERANCE, ROUNDED_TOLERANCE_IN_HALF, distance, outputs_of
 
-# Of the change that the writers alone make, what rounding may leave after all have changed.
-TOLERANCE, TOLERANCE_IN_HALF = 1e-3, 0.3
 # Channels of a trial: few in float32, and a quarter in half precision, where a small change drowns in rounding.
 TRIAL_CHANNELS, TRIAL_FRACTION_IN_HALF = 8, 4
 SHOWN_NAMES = 3
@@ -76,6 +74,19 @@ class ResidualStream:
             for part in matrices(tensor):
                 part.copy_(part.double() @ rotation.to(part.device))
 
+    @torch.no_grad()
+    def reorder(self, model: nn.Module, order: Tensor) -> None:
+        """Let channel ``i`` of the stream be the one that was ``order[i]``; nothing is rounded, gains stay gains."""
+        for tensor in self._written(model, slice(None)):
+            for part in matrices(tensor):
+                part.copy_(part[..., order.to(part.device)])
+        for name, readers in self.readers.items():
+            for parameter in model.get_submodule(name).parameters():
+                parameter.copy_(parameter[order.to(parameter.device)])
+            for reader in readers:
+                for columns in matrices(input_weight(model, reader)):
+                    columns.copy_(columns[:, order.to(columns.device)])
+
     def tensors(self, model: nn.Module, channels: slice) -> list[Tensor]:
         """All that :meth:`rotate` changes for ``channels``."""
         found = list(self._written(model, channels))
@@ -105,10 +116,10 @@ def find_residual_stream(model: nn.Module, call: Call) -> ResidualStream:
         ValueError: its structure is not known, or does not allow a rotation; names the class and the part.
     """
     stream, gains = _proposed(model, call)
-    n_channels, tolerance = min(stream.width, TRIAL_CHANNELS), TOLERANCE
+    n_channels, tolerance = min(stream.width, TRIAL_CHANNELS), ROUNDED_TOLERANCE
     is_half = any(torch.finfo(tensor.dtype).bits < 32 for tensor in stream.tensors(model, slice(None)))
     if is_half:
-        n_channels, tolerance = max(n_channels, stream.width // TRIAL_FRACTION_IN_HALF), TOLERANCE_IN_HALF
+        n_channels, tolerance = max(n_channels, stream.width // TRIAL_FRACTION_IN_HALF), ROUNDED_TOLERANCE_IN_HALF
     in_the_way = (
         f"{gains[0]} has a gain for each channel, and no linear layer behind it that could take it"
         if gains
@@ -234,6 +245,7 @@ def _subtracts_mean(module: Any) -> bool:
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
     raise ValueError(
-        f"the residual stream of {type(model).__name__} cannot be rotated: {reason}. Leave Rotation out, or use "
-        "Rotation(residual=False), which rotates the heads only. The weights were not changed."
+        f"the residual stream of {type(model).__name__} cannot be rotated: {reason}. Leave the "
+        "transform out, or give it residual=False: Rotation(residual=False) rotates the heads only. The weights were "
+        "not changed."
     )

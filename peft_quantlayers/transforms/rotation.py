@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..arguments import check_choice, check_flag, check_integer
 from ..calibration.blocks import Call
 from .base import Surroundings, Transform
+from .cayley import TrainedRotation
 from .find_folds import find_folds
-from .folds import Fold, restored
-from .residual_stream import TOLERANCE, TOLERANCE_IN_HALF, embeddings_of, find_residual_stream
+from .folds import Fold
+from .learned_rotation import RotationsToLearn, learn
+from .residual_stream import embeddings_of, find_residual_stream
 from .rotation_core import rotation_matrix
-from .trial import distance, outputs_of
+from .trial import changes_nothing, outputs_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,75 +34,124 @@ class Rotation(Transform):
     LayerNorm get a rotation that keeps the mean.
 
     Fields:
-        kind: "hadamard", with random signs, for sizes that have a Hadamard matrix, else a random one; or "random".
+        kind: "hadamard", with random signs, for sizes that have a Hadamard matrix, else a random one; "random"; or
+            "learned" on calibration data, for the rounding to HQQ's grid to change the predictions least.
         residual: rotate the residual stream (R1), for which the gains of the norms move into the layers behind them.
         heads: rotate the values of each attention head (R2).
         seed: of the random numbers.
+        start: of a learned rotation: one of the other kinds, or "identity".
+        steps: of its training, each on a window of 128 tokens.
 
-    Source: Ashkboos et al. 2024, "QuaRot"; Liu et al. 2024, "SpinQuant". Both subtract the mean of each embedding,
-    which changes what a model with RMSNorm computes, and is left out here.
+    Source: Ashkboos et al. 2024, "QuaRot"; Liu et al. 2024, "SpinQuant", where they are learned. Both subtract the
+    mean of each embedding, which changes what a model with RMSNorm computes, and is left out here.
     """
 
-    kind: Literal["hadamard", "random"] = "hadamard"
+    kind: Literal["hadamard", "random", "learned"] = "hadamard"
     residual: bool = True
     heads: bool = True
     seed: int = 0
+    start: Literal["hadamard", "random", "identity"] = "identity"
+    steps: int = 40
 
     name: ClassVar[str] = "rotation"
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("hadamard", "random"))
+        check_choice("kind", self.kind, ("hadamard", "random", "learned"))
+        check_choice("start", self.start, ("hadamard", "random", "identity"))
+        check_integer("steps", self.steps, at_least=1, at_most=100_000)
         check_flag("residual", self.residual)
         check_flag("heads", self.heads)
         check_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
         if not self.residual and not self.heads:
             raise ValueError("Rotation(residual=False, heads=False) rotates nothing; leave it out.")
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.kind == "learned"
+
+    @property
+    def needs_config(self) -> bool:
+        return self.kind == "learned"
+
+    def to_dict(self) -> dict[str, Any]:
+        options = super().to_dict()
+        if self.kind != "learned":
+            del options["start"], options["steps"]
+        return options
+
     def apply(self, model: nn.Module, surroundings: Surroundings) -> None:
         heads = rotatable_heads(model, surroundings.call) if self.heads else []
-        if self.residual:
-            with untied_head(model):
-                stream = find_residual_stream(model, surroundings.call)
-                stream.rotate(model, self._matrix(stream.width, keeps_mean=stream.keeps_mean))
-        elif not heads:
+        if not self.residual and not heads:
             raise ValueError(
                 f"{type(model).__name__} has no attention whose values could be rotated: none was found in which they "
                 "go straight into a linear layer. The model was not changed."
             )
-        for fold in heads:
-            rotate_heads(model, fold, self._matrix(fold.head_dim))
+        with untied_head(model) if self.residual else nullcontext():
+            stream = find_residual_stream(model, surroundings.call) if self.residual else None
+            rotations = RotationsToLearn(
+                stream=stream,
+                residual=None if stream is None else self._rotation(stream.width, keeps_mean=stream.keeps_mean),
+                heads=heads,
+                of_heads=[self._rotation(fold.head_dim) for fold in heads],
+            )
+            if self.kind == "learned":
+                learn(model, rotations, surroundings, steps=self.steps)
+            if stream is not None and rotations.residual is not None:
+                stream.rotate(model, rotations.residual.matrix())
+        for fold, rotation in zip(heads, rotations.of_heads, strict=True):
+            rotate_heads(model, fold, rotation.matrix())
         logger.info("rotated %s%d attention(s)", "the residual stream and " if self.residual else "", len(heads))
 
-    def _matrix(self, size: int, *, keeps_mean: bool = False) -> Tensor:
-        return rotation_matrix(size, use_hadamard=self.kind == "hadamard", keeps_mean=keeps_mean, seed=self.seed)
+    def _rotation(self, size: int, *, keeps_mean: bool = False) -> TrainedRotation:
+        kind = self.start if self.kind == "learned" else self.kind
+        if kind == "identity":
+            start = torch.eye(size, dtype=torch.float64)
+        else:
+            start = rotation_matrix(size, use_hadamard=kind == "hadamard", keeps_mean=keeps_mean, seed=self.seed)
+        return TrainedRotation(start, keeps_mean=keeps_mean)
 
 
 @contextmanager
 def untied_head(model: Any) -> Iterator[None]:
     """Give an output head that shares the embeddings' weight one of its own; tie it again if an error ends this."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head, tokens = None if get_head is None else get_head(), embeddings_of(model)
-    if head is None or getattr(head, "weight", None) is not getattr(tokens, "weight", None):
+    tie = separate_head(model)
+    if tie is None:
         yield
         return
-    shared, configs = head.weight, {id(each): each for each in (model.config, model.config.get_text_config())}
-    before = {key: getattr(config, "tie_word_embeddings", None) for key, config in configs.items()}
-    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-    for config in configs.values():
-        config.tie_word_embeddings = False
     try:
         yield
     except BaseException:
-        head.weight = shared
-        for key, config in configs.items():
-            config.tie_word_embeddings = before[key]
+        tie()
         raise
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
     logger.warning(
         "the output head no longer shares its weight with the embeddings, which a rotation changes in another way: "
         "the model has %d more parameters, and tie_word_embeddings=False in its config.",
-        shared.numel(),
+        model.get_output_embeddings().weight.numel(),
     )
+
+
+def separate_head(model: Any) -> Callable[[], None] | None:
+    """Give an output head that shares the embeddings' weight one of its own, and return what ties it again.
+
+    None where it has its own already.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head, tokens = None if get_head is None else get_head(), embeddings_of(model)
+    if head is None or getattr(head, "weight", None) is not getattr(tokens, "weight", None):
+        return None
+    shared, configs = head.weight, {id(each): each for each in (model.config, model.config.get_text_config())}
+    before = {key: getattr(config, "tie_word_embeddings", None) for key, config in configs.items()}
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    for config in configs.values():
+        config.tie_word_embeddings = False
+
+    def tie() -> None:
+        head.weight = shared
+        for key, config in configs.items():
+            config.tie_word_embeddings = before[key]
+
+    return tie
 
 
 def rotatable_heads(model: nn.Module, call: Call) -> list[Fold]:
@@ -140,15 +191,13 @@ def rotate_heads(model: nn.Module, fold: Fold, rotation: Tensor, *, source_only:
             weight.copy_((heads @ rotation.to(weight.device)).flatten(-2))
 
 
-@torch.no_grad()
 def _is_rotatable(model: nn.Module, call: Call, fold: Fold, before: list[Tensor]) -> bool:
     turn = rotation_matrix(fold.head_dim, use_hadamard=False, keeps_mean=False, seed=1)
-    tensors = [*fold.source_tensors(model), *fold.reader_tensors(model)]
-    with restored(tensors):
-        rotate_heads(model, fold, turn, source_only=True)
-        half = distance(outputs_of(model, call), before)
-    with restored(tensors):
-        rotate_heads(model, fold, turn)
-        left = distance(outputs_of(model, call), before)
-    is_half = min(torch.finfo(tensor.dtype).bits for tensor in tensors) < 32
-    return half > 0 and left <= (TOLERANCE_IN_HALF if is_half else TOLERANCE) * half
+    return changes_nothing(
+        model,
+        call,
+        [*fold.source_tensors(model), *fold.reader_tensors(model)],
+        half=lambda: rotate_heads(model, fold, turn, source_only=True),
+        whole=lambda: rotate_heads(model, fold, turn),
+        before=before,
+    )

@@ -35,11 +35,14 @@ class SmoothQuant(Transform):
     alpha: float = 0.8
 
     name: ClassVar[str] = "smoothquant"
-    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.alpha != 0:
             check_number("alpha", self.alpha, above=0.0, at_most=1.0)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
 
     def apply(self, model: nn.Module, surroundings: Surroundings) -> None:
         names = set(dense_names(model) if surroundings.specs is None else surroundings.specs)

@@ -51,8 +51,8 @@ def transform_model(
 
     Args:
         model: not quantized, without adapters.
-        transforms: one, or several to be done in this order: :class:`AWQScales`, :class:`Rotation`,
-            :class:`SmoothQuant`.
+        transforms: one, or several to be done in this order: :class:`AWQScales`,
+            :class:`Permutation`, :class:`Rotation`, :class:`SmoothQuant`.
         config: what the model will be quantized to; AWQScales needs it.
         calibration: as for :func:`quantize_model`; for transforms that measure inputs.
         tokenizer: for texts, unless ``calibration`` is a :class:`Calibration`.

@@ -6,7 +6,7 @@ model's structure does not allow (a nonlinearity, another reader) shows however 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from .folds import Fold, divide_source, move_scale, restored
 TOLERANCE = 1e-5
 TOLERANCE_IN_FLOAT16 = 1e-2
 OFFSET_ROUNDINGS = 64
+# The same for changes that round, such as rotations.
+ROUNDED_TOLERANCE, ROUNDED_TOLERANCE_IN_HALF = 1e-3, 0.3
 
 
 @torch.no_grad()
@@ -38,6 +40,30 @@ def is_preserving(model: nn.Module, call: Call, fold: Fold, before: list[Tensor]
     if fold.norm_offset:
         tolerance = max(tolerance, OFFSET_ROUNDINGS * torch.finfo(source[0].dtype).eps)
     return half > 0 and left <= tolerance * half
+
+
+@torch.no_grad()
+def changes_nothing(
+    model: nn.Module,
+    call: Call,
+    tensors: list[Tensor],
+    *,
+    half: Callable[[], None],
+    whole: Callable[[], None],
+    before: list[Tensor],
+) -> bool:
+    """Whether ``whole`` leaves the outputs ``before`` of ``model`` for ``call`` as they are, where ``half`` does not.
+
+    Both change ``tensors`` of the model, which are put back to the bit. For changes that round.
+    """
+    with restored(tensors):
+        half()
+        change = distance(outputs_of(model, call), before)
+    with restored(tensors):
+        whole()
+        left = distance(outputs_of(model, call), before)
+    is_half = min(torch.finfo(tensor.dtype).bits for tensor in tensors) < 32
+    return change > 0 and left <= (ROUNDED_TOLERANCE_IN_HALF if is_half else ROUNDED_TOLERANCE) * change
 
 
 @torch.no_grad()

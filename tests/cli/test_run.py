@@ -145,6 +145,7 @@ def a_command():
         ((), "is no program"),
         (("--flag",), "'--flag' is no program.*--help"),
         (("-m",), "name of a module"),
+        (("-m", "no_such.module"), "there is no module no_such.module"),
         (("missing/script.py",), "there is no file missing/script.py"),
         (("accelerat", "launch"), "no command 'accelerat'.*'accelerate'"),
     ],

@@ -21,6 +21,8 @@ WAYS = {
     "ddp": ["-m", "peft_quantlayers", "train"],
     "ddp, by run": ["-m", "peft_quantlayers", "run", "-m", "peft_quantlayers", "train"],
     "fsdp2": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
+    "ddp, float model": ["-m", "peft_quantlayers", "train"],
+    "fsdp2, float model": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
 }
 
 
@@ -31,11 +33,12 @@ def losses(folder: Path) -> list[float]:
 
 @needs_gloo
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_the_adapter_of_one(way, quantized, tmp_path):
+def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     settings = {
-        "model": quantized,
+        "model": float_model if "float" in way else quantized,
         "data": str(tmp_path / "rows.jsonl"),
+        **({"quantization": {"group_size": 32}} if "float" in way else {}),
         "lora": {"r": 4, "lora_alpha": 8},
         "training": {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True},
     }

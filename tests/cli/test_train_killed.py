@@ -13,7 +13,7 @@ from peft_quantlayers.cli import main
 from peft_quantlayers.report.training_parts import checkpoints
 
 ROWS = [{"prompt": f"{number} and one is", "completion": f" {number + 1}."} for number in range(10, 26)]
-RESULT = ("adapter_model.safetensors", "adapter_config.json", "merged/config.json")
+RESULT = ("adapter_model.safetensors", "adapter_config.json", "merged/config.json", "base/model.safetensors")
 MERGED = "merged/model.safetensors"
 
 
@@ -32,23 +32,27 @@ def settings_file(folder: Path, model: str) -> Path:
 
 
 def content_of(folder: Path) -> dict[str, object]:
-    """Bytes of all files; of the merged model, which transformers writes, with a header in any order."""
-    found: dict[str, object] = {name: (folder / name).read_bytes() for name in RESULT}
+    """Bytes of all files, without the folder's name; of the merged model, which transformers writes, with a header in
+    any order."""
+    found: dict[str, object] = {
+        name: (folder / name).read_bytes().replace(bytes(folder), b"") for name in RESULT if (folder / name).exists()
+    }
     merged = (folder / MERGED).read_bytes()
     end = 8 + int.from_bytes(merged[:8], "little")
     return found | {MERGED: (json.loads(merged[8:end]), merged[end:])}
 
 
-def test_train_killed_at_any_moment_ends_with_the_same_files(quantized, tmp_path):
-    file = settings_file(tmp_path, quantized)
+def test_train_killed_at_any_moment_ends_with_the_same_files(float_model, tmp_path):
+    file = settings_file(tmp_path, float_model)  # which is quantized first
 
     def run(folder):
         torch.set_num_threads(1)
-        assert main(["train", str(file), "--output", str(folder)]) == 0
+        assert main(["train", str(file), "--output", str(folder), "--quantization.group_size", "32"]) == 0
 
     run(tmp_path / "expected")
     folders = folders_of_killed_runs(run, tmp_path / "all", int(os.environ.get("KILLS", "4")), seed=2, seconds=4.0)
     assert folders
+    assert content_of(tmp_path / "expected").keys() == {*RESULT, MERGED}
     assert all(content_of(each) == content_of(tmp_path / "expected") for each in folders)
 
 

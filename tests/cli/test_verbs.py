@@ -168,6 +168,22 @@ def test_merge_saves_one_model_and_its_report(quantized, adapter, text_file, tmp
     assert not torch.equal(merged.state_dict()[q_proj], base.state_dict()[q_proj])
 
 
+def test_a_merge_under_a_budget_plans_reports_and_keeps_the_plan(quantized, adapter, text_file, tmp_path, capsys):
+    data = ["--calibration.data", text_file, "--calibration.n_tokens", "256", "--calibration.sequence_length", "64"]
+    command = ["merge", adapter, str(tmp_path / "a"), "--average_bits", "4", "--choices", "[2, 3, 4]", *data]
+    assert "bits are planned" in printed(capsys, [*command, "--dry_run"])
+    found = json.loads(printed(capsys, [*command, "--json"]))
+    plan = pql.BitPlan.load(tmp_path / "a" / "bit_plan.json")
+    assert found["plan"]["bits_per_weight"] == plan.bits_per_weight <= 4
+    assert found["plan"]["measured_kl"] > 0
+    assert found["bits_after"] == pytest.approx(plan.bits_per_weight)
+    assert len({round(layer["bits_after"]) for layer in found["layers"]}) > 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    given = ["merge", adapter, str(tmp_path / "b"), "--plan", str(tmp_path / "a" / "bit_plan.json"), "--json"]
+    again = json.loads(printed(capsys, given))
+    assert [layer["bits_after"] for layer in again["layers"]] == [layer["bits_after"] for layer in found["layers"]]
+
+
 def test_evaluate_measures_perplexity_and_divergence(float_model, quantized, text_file, capsys):
     arguments = ["evaluate", quantized, "--text", text_file, "--window", "64", "--n_tokens", "1024", "--json"]
     found = json.loads(printed(capsys, [*arguments, "--reference", float_model]))
@@ -271,7 +287,9 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["merge", quantized, out], "Give the folder of an adapter"),
         (["merge", "no-such-adapter", out], "Give the folder of an adapter"),
         (["evaluate", quantized, "--adapter", other, *held_out], "Give the folder of an adapter"),
-        (["chat", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed here"),
+        (["chat"], "name a model, or an adapter"),
+        (["evaluate", *held_out], "name a model, or an adapter"),
+        (["chat", adapter, "--adapter", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed"),
         (["estimate", adapter], "holds an adapter, and a model is needed here"),
         (["report", "no-such-folder"], "--folder no-such-folder: there is no such folder"),
         (["report", empty], "there is no such folder"),
@@ -291,6 +309,7 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["merge", adapter, out, "--model", float_model, "--strategy", "exact"], ""),
         (["merge", float_model, out], ""),
         (["merge", adapter, out, "--tune_epochs", "2"], "needs calibration="),
+        (["merge", adapter, out, "--average_bits", "3.5"], "--average_bits needs --calibration.data"),
         (["evaluate", quantized], "nothing to measure on"),
         (["evaluate", quantized, "--text", "no.txt"], "there is no such file"),
         (["chat", quantized, "--compare"], "--compare needs --adapter"),

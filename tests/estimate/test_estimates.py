@@ -7,8 +7,10 @@ import torch
 from _tiny_models import tiny_model as tiny_class
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.cli.trl_trainers import trainer_loss
 from peft_quantlayers.estimate import estimate_merging, estimate_quantizing, estimate_training
 from peft_quantlayers.estimate.live_bytes import LiveBytes
 from peft_quantlayers.estimate.meta_model import one_block_model
@@ -75,9 +77,26 @@ def test_the_disk_that_quantizing_takes_is_the_size_of_the_file(family, tmp_path
     size = (tmp_path / "model.safetensors").stat().st_size - header
     assert found.disk == pytest.approx(size, rel=0.1)
     assert found.seconds > 0
-    more = estimate_quantizing(on_meta(family), CONFIG, calibration_tokens=4096)
-    assert more.peak > found.peak
-    assert more.memory["activations"] == 2 * 4096 * model.config.hidden_size * 4
+    assert estimate_quantizing(on_meta(family), CONFIG, calibration_tokens=4096).peak > found.peak
+
+
+def test_calibration_takes_what_is_estimated(tmp_path):
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "float")
+    ids = torch.randint(0, 256, (32, 128))
+    calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=128)
+    with LiveBytes() as live:
+        pql.quantize_checkpoint(
+            tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
+        )
+    found = estimate_quantizing(model.to("meta"), CONFIG, calibration_tokens=ids.numel())
+    counted = sum(size for name, size in found.memory.items() if name != "libraries")
+    assert counted == pytest.approx(live.peak, rel=0.2)
 
 
 def test_a_quantized_model_needs_no_config_and_a_float_one_does():
@@ -107,3 +126,27 @@ def test_a_time_is_given_where_the_model_is_a_stack_of_blocks():
     timed = estimate_training(on_meta(), CONFIG, LORA, sequence_length=16)
     assert timed.seconds > 0
     assert "a step" in str(timed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_the_trainer_that_train_runs_is_counted(family):
+    pytest.importorskip("trl", reason="the extra `train` is not installed")
+    sizes = {"batch_size": 3, "sequence_length": 24}
+    found = estimate_training(on_meta(family), CONFIG, LORA, is_timed=False, loss_of=trainer_loss, **sizes)
+    assert not found.notes
+    model = get_peft_model(pql.quantize_model(tiny_model(family), CONFIG, progress=False), copy.deepcopy(LORA)).train()
+    pql.prepare_model_for_kbit_training(model)
+    ids = torch.randint(3, 100, (3, 24))
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        trainer_loss(model, ids).backward()
+    counted = found.peak - found.memory["libraries"] - found.memory["optimizer"]
+    assert counted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_half_precision_that_is_cast_for_training_is_counted_twice():
+    model = on_meta().to(torch.bfloat16)
+    model.tie_weights()
+    dense = pql.summary(model, CONFIG).nbytes - sum(each.nbytes for each in pql.summary(model, CONFIG).quantized)
+    found = estimate_training(model, CONFIG, LORA, is_timed=False)
+    assert found.memory["weights as stored"] == pytest.approx(dense, rel=0.01)  # its files stay mapped
+    assert estimate_training(on_meta(), CONFIG, LORA, is_timed=False).memory["weights as stored"] == 0

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
+from peft_quantlayers.lora.base_fingerprint import AnotherBaseWarning
 
 from . import decoders
 from .models import quantized
@@ -142,7 +143,8 @@ def test_other_tuners_and_other_models_adapters_are_refused(tmp_path):
 def test_an_adapter_of_another_base_is_told(tmp_path):
     adapter = saved_adapter(tmp_path / "adapter")
     assert "another quantized base" not in str(pql.export(quantized(), tmp_path / "same", "mlx", adapter=adapter))
-    report = pql.export(quantized(nbits=3), tmp_path / "other", "mlx", adapter=adapter)
+    with pytest.warns(AnotherBaseWarning, match="trained on another quantized base"):
+        report = pql.export(quantized(nbits=3), tmp_path / "other", "mlx", adapter=adapter)
     assert "trained on another quantized base" in str(report)
 
 

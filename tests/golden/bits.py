@@ -90,7 +90,7 @@ def quantized(config: QuantConfig, *, is_calibrated: bool = False) -> Tensors:
     linear = nn.Linear(96, len(given), bias=False)
     linear.weight.data = given
     model = nn.Sequential(OrderedDict(layer=linear))
-    calibration = Calibration(data=[inputs()]) if is_calibrated else None
+    calibration = Calibration(data=[inputs()], shrinkage=0.3) if is_calibrated else None
     pql.quantize_model(model, config, calibration=calibration, progress=False)
     return state_of(model)
 
@@ -100,7 +100,7 @@ def merged(base: str, adapter: str, strategy: str) -> Tensors:
     strategy, _, given = strategy.partition(" ")
     calibration = None
     if given or strategy == "calibrated":
-        calibration = Calibration(data=CALIBRATION_IDS, n_tokens=256, sequence_length=32)
+        calibration = Calibration(data=CALIBRATION_IDS, n_tokens=256, sequence_length=32, shrinkage=0.3)
     peft_model = load_adapter(base, adapter)
     model, _ = pql.merge_back(peft_model, strategy=strategy, calibration=calibration, progress=False)
     return {name: tensor for name, tensor in state_of(model.model.layers[-1]).items() if "norm" not in name}

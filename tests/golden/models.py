@@ -172,7 +172,7 @@ def calibrated(folder: Path, on_layer: Callable[[pql.LayerResult], None] | None 
     known = {field.name for field in dataclasses.fields(pql.Calibration)}
     later = {name: value for name, value in {"asymmetric_targets": False}.items() if name in known}
     calibration = pql.Calibration(
-        data=CALIBRATION_IDS, n_tokens=256, sequence_length=32, resume_folder=folder, **later
+        data=CALIBRATION_IDS, n_tokens=256, sequence_length=32, shrinkage=0.3, resume_folder=folder, **later
     )
     config = HQQConfig(nbits=3, group_size=16)
     return pql.quantize_model(load("float"), config, calibration=calibration, progress=False, on_layer=on_layer)

@@ -21,8 +21,7 @@ NOT_ROTATABLE = {  # and the norm whose gain is in the way
 TIED = {"llama tied", "gpt2", "opt", "cohere", "falcon"}
 
 
-@pytest.fixture
-def float64_norms(monkeypatch):
+def keep_float64(monkeypatch) -> None:
     """Norm layers and routers that cast float64 to float32 leave it as it is."""
     to, softmax = torch.Tensor.to, nn.functional.softmax
 
@@ -36,6 +35,11 @@ def float64_norms(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", wide)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(nn.functional, "softmax", wide_softmax)
+
+
+@pytest.fixture
+def float64_norms(monkeypatch):
+    keep_float64(monkeypatch)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 24, 28, 36, 40, 60, 64, 108, 140, 144, 576])

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers import TextStreamer
 
 from .. import options
-from ..models import base_of, load_model, needed_tokenizer, refuse_missing_folder, with_adapter
+from ..models import load_model, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
 from ..result import Result
 
 DESCRIPTION = (
@@ -33,14 +33,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Answer until the input ends."""
-    if settings.model is None and settings.adapter is None:
-        raise ValueError("name a model: chat MODEL, or an adapter: chat --adapter FOLDER.")
-    if settings.compare and settings.adapter is None:
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
+    if settings.compare and adapter is None:
         raise ValueError("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
-    refuse_missing_folder("adapter", settings.adapter or "")
-    name = settings.model or base_of(settings.adapter)
-    tokenizer = needed_tokenizer(settings.tokenizer or name)
-    model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), settings.adapter)
+    tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
+    model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), adapter)
     said = {False: list[dict[str, str]](), True: list[dict[str, str]]()}
     for message in [settings.prompt] if settings.prompt is not None else _lines():
         for is_base in [True, False] if settings.compare else [False]:

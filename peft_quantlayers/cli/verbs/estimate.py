@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from jsonargparse import Namespace
 from peft import LoraConfig
 
@@ -11,6 +13,7 @@ from .. import options
 from ..models import model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
+from ..trl_trainers import trainer_loss, trainer_of
 
 DESCRIPTION = (
     "Say what memory, disk and time quantizing, training a LoRA adapter and merging it will take on this machine. "
@@ -34,9 +37,9 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Estimate each step."""
     refuse_missing_folder("model", settings.model)
-    for name in ("batch_size", "max_length"):
-        if settings[name] < 1:
-            raise ValueError(f"--{name} {settings[name]} must be at least 1.")
+    for name, least in (("batch_size", 1), ("max_length", 1), ("calibration_tokens", 0)):
+        if settings[name] < least:
+            raise ValueError(f"--{name} {settings[name]} must be at least {least}.")
     model = model_on_meta(settings.model)
     is_quantized = bool(quantized_layers(model))
     config = None if is_quantized else options.method_config(settings)
@@ -45,6 +48,8 @@ def run(settings: Namespace) -> Result:
         found.append(estimate_quantizing(model, config, calibration_tokens=settings.calibration_tokens))
     lora = LoraConfig(r=settings.lora.r, target_modules=settings.lora.target_modules)
     merged = estimate_merging(model, config, rank=settings.lora.r)
+    with suppress(ImportError):
+        trainer_of("sft")  # it takes memory too
     found.append(
         estimate_training(  # last, for it leaves an adapter on the model
             model,
@@ -53,6 +58,7 @@ def run(settings: Namespace) -> Result:
             batch_size=settings.batch_size,
             sequence_length=settings.max_length,
             use_gradient_checkpointing=settings.gradient_checkpointing,
+            loss_of=trainer_loss,
         )
     )
     found.append(merged)

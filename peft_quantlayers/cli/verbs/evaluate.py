@@ -11,7 +11,7 @@ from ...arguments import nearest
 from ...evaluate import divergence, perplexity
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder, with_adapter
+from ..models import load_model, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
 from ..result import Result
 
 DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."
@@ -20,7 +20,7 @@ POSITIONALS = ("model",)
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the verb."""
-    options.add_model(parser)
+    options.add_model(parser, required=False)
     parser.add_argument("--adapter", type=str | None, default=None, help="adapter to put on the model")
     parser.add_argument("--reference", type=str | None, default=None, help="model to compare the predictions with")
     parser.add_argument("--text", type=str | None, default=None, help=f"held-out text: {DATA_HELP}")
@@ -44,18 +44,18 @@ def run(settings: Namespace) -> Result:
         raise ValueError("there is nothing to measure on: give --text FILE, or --tasks NAME.")
     if settings.reference is not None and settings.text is None:
         raise ValueError("--reference is compared on a text: give --text FILE.")
-    refuse_missing_folder("adapter", settings.adapter or "")
-    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
+    tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     if settings.text is not None:  # before the model, which takes longer
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
     load = {"dtype": settings.dtype, "device": settings.device}
-    model = with_adapter(load_model(settings.model, **load), settings.adapter)
-    found: dict[str, Any] = {"model": settings.model, "adapter": settings.adapter}
+    model = with_adapter(load_model(name, **load), adapter)
+    found: dict[str, Any] = {"model": name, "adapter": adapter}
     if settings.text is not None:
         found["perplexity"] = perplexity(model, ids, window=settings.window)
         found["n_tokens"] = len(ids)
         if settings.reference is not None:
-            reference = load_model(settings.reference, **load)
+            reference = load_model(settings.reference, option="reference", **load)
             compared = divergence(model, reference, ids, window=settings.window)
             found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
     if settings.tasks is not None:

@@ -11,7 +11,15 @@ from jsonargparse import Namespace
 from ...exports import export, export_formats
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import (
+    another_base_refused,
+    load_model,
+    load_tokenizer,
+    model_and_adapter,
+    needed_tokenizer,
+    refuse_missing_folder,
+    tokenizer_name,
+)
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -22,7 +30,12 @@ POSITIONALS = ("model", "output")
 def add_arguments(parser: VerbParser) -> None:
     """Options of the verb."""
     names = ", ".join(export_formats())
-    parser.add_argument("--model", type=str, required=True, help="folder of a quantized model, or its name on the Hub")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="folder of a quantized model, or its name on the Hub; or the folder of an adapter: its base and itself",
+    )
     parser.add_argument("--format", type=str, required=True, help=f"one of {names}")
     options.add_output(parser)
     parser.add_argument("--adapter", type=str | None, default=None, help="adapter to write beside it, for the engine")
@@ -45,28 +58,33 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     refuse_missing_folder("model", settings.model)
-    refuse_missing_folder("adapter", settings.adapter or "")
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
     options.refuse_output_in_use(settings)
     if settings.dry_run:
         known = export_formats().get(settings.format)
-        return Result(text=f"would write {settings.model} into {settings.output}\n{known or settings.format}")
-    tokenizer = None if settings.tokenizer is None else needed_tokenizer(settings.tokenizer)
-    data = options.calibration(settings, tokenizer)
+        return Result(text=f"would write {name} into {settings.output}\n{known or settings.format}")
+    tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
+    tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
+    data = options.calibration(settings, tokenizer or load_tokenizer(name))
     text: Any = None
     if settings.text is not None:
-        tokenizer = tokenizer or needed_tokenizer(settings.model)
+        tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-    report = export(
-        settings.model,
-        settings.output,
-        settings.format,
-        adapter=settings.adapter,
-        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
-        approximate=settings.approximate,
-        tokenizer=tokenizer,
-        calibration=data,
-        float_model=None if settings.float_model is None else load_model(settings.float_model),
-        text=text,
-        overwrite=settings.overwrite,
-    )
+    float_model = None
+    if settings.float_model is not None:
+        float_model = load_model(settings.float_model, option="float_model")
+    with another_base_refused():
+        report = export(
+            name,
+            settings.output,
+            settings.format,
+            adapter=adapter,
+            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            approximate=settings.approximate,
+            tokenizer=tokenizer,
+            calibration=data,
+            float_model=float_model,
+            text=text,
+            overwrite=settings.overwrite,
+        )
     return Result(text=str(report), data=dataclasses.asdict(report), output=settings.output)

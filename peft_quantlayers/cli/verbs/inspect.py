@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from peft import PeftConfig
 
 from ...integrations.saved_folder import verify_model
 from ...report import summary
-from ..models import load_model, refuse_missing_folder
+from ..models import adapter_config, load_model, refuse_missing_folder
 from ..result import Result
 
 DESCRIPTION = "Say what a folder holds: bits of each layer, what stayed dense and why, adapters, damage."
@@ -65,7 +64,7 @@ def _damage_line(damage: list[Any] | None) -> str:
 
 
 def _adapter(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    config = PeftConfig.from_pretrained(str(folder))
+    config: Any = adapter_config(str(folder))
     fields = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "target_modules", "target_parameters")}
     shown = {name: sorted(v) if isinstance(v, set) else v for name, v in fields.items() if v is not None}
     found = {"peft_type": str(config.peft_type.value), "base_model": config.base_model_name_or_path, **shown}

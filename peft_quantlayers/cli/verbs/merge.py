@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ...model_merge import merge_back
+from ...estimate import estimate_merging
+from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import save_model
+from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import base_of, load_model, load_tokenizer, needed_tokenizer, refuse_missing_folder, with_adapter
+from ..models import (
+    load_model,
+    load_tokenizer,
+    model_and_adapter,
+    model_on_meta,
+    needed_tokenizer,
+    rank_of,
+    tokenizer_name,
+    with_adapter,
+)
 from ..result import Result
 
-DESCRIPTION = "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model."
+DESCRIPTION = (
+    "Merge an adapter into the quantized model that it was trained on, at the same bits, and save one model. With "
+    "--average_bits or --size merged layers get more or fewer bits by what they cost."
+)
 POSITIONALS = ("adapter", "output")
 REPORT_FILE = "merge_report.json"
 
@@ -38,38 +53,50 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--evaluate_tokens", type=int, default=4096, help="tokens of it to use")
     options.add_calibration(parser)
+    options.add_budget(parser)
 
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
-    refuse_missing_folder("adapter", settings.adapter)
-    name = settings.model or base_of(settings.adapter)
+    name, _ = model_and_adapter(settings.model, settings.adapter)
+    tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
+    is_to_be_planned = options.is_to_be_planned(settings)
+    plan = options.given_plan(settings)
     if settings.dry_run:
-        return Result(
-            text=f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
-        )
+        costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
+        text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
+        text += "; bits are planned for the budget" if is_to_be_planned else ""
+        return Result(text=f"{text}\n{costs}", data=costs.to_dict())
     options.refuse_output_in_use(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or name)
+    tokenizer = load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     held_out = None
     if settings.evaluate_on is not None:
-        tokenizer = needed_tokenizer(settings.tokenizer or name)
+        tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    return_large_blocks()
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
+    if is_to_be_planned:
+        plan = plan_merge_bits(peft_model, data, strategy=settings.strategy, **options.budget(settings))
     model: Any
     model, report = merge_back(
         peft_model,
         strategy=settings.strategy,
         calibration=data,
         tokenizer=tokenizer,
+        budget=plan,
         tune_epochs=settings.tune_epochs,
         evaluate_on=held_out,
     )
     save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
     report.save(f"{settings.output}/{REPORT_FILE}")
+    said, data_of_plan = "", {}
+    if plan is not None:
+        plan.save(Path(settings.output) / options.PLAN_FILE)
+        said, data_of_plan = f"\nplan: {plan}", {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{report}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
-        data=report.to_dict(),
+        text=f"{report}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        data=report.to_dict() | data_of_plan,
         output=settings.output,
     )

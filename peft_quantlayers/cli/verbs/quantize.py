@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from ...bit_allocation import BitPlan, plan_bits
 from ...bit_allocation.budget import with_plan
+from ...estimate import estimate_quantizing
 from ...methods import QuantConfig
 from ...model import quantize_model
 from ...report import ModelSummary, summary
@@ -17,7 +18,7 @@ from ...saving import save_model
 from ...streaming import quantize_checkpoint
 from ...transforms import TRANSFORMS, transform_model
 from .. import options
-from ..models import load_model, load_tokenizer, model_on_meta, refuse_missing_folder
+from ..models import is_quantized_already, load_model, load_tokenizer, model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -27,7 +28,6 @@ DESCRIPTION = (
     "--average_bits or --size the model is in memory, and layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("model", "output")
-PLAN_FILE = "bit_plan.json"
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -53,13 +53,17 @@ def run(settings: Namespace) -> Result:
     """Quantize, save, and say what became of the model."""
     config = options.method_config(settings)
     refuse_missing_folder("model", settings.model)
+    if is_quantized_already(settings.model):
+        raise ValueError(f"{settings.model} is quantized already. Give the float model. Nothing was written.")
     is_to_be_planned = options.is_to_be_planned(settings)
     plan = options.given_plan(settings)
     if plan is not None:
         config = with_plan(config, plan)
     if settings.dry_run:
         found = planned(settings.model, config)
-        text = f"{settings.output} would hold:\n{found}"
+        n_tokens = 0 if settings.calibration.data is None else settings.calibration.n_tokens
+        costs = estimate_quantizing(model_on_meta(settings.model), config, calibration_tokens=n_tokens)
+        text = f"{settings.output} would hold:\n{found}\n{costs}"
         if is_to_be_planned:
             text += "\nbefore bits are planned for the budget, which takes the model and the data"
         return _result(found, text)
@@ -82,7 +86,7 @@ def run(settings: Namespace) -> Result:
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
     if plan is not None:
-        plan.save(Path(settings.output) / PLAN_FILE)
+        plan.save(Path(settings.output) / options.PLAN_FILE)
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
     return _result(found, "\n".join(said), plan=plan, output=settings.output)
 
@@ -133,6 +137,5 @@ def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, outp
         "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
     }
     if plan is not None:
-        figures = ("bits_per_weight", "model_bytes", "predicted_kl", "measured_kl")
-        data["plan"] = {name: getattr(plan, name) for name in figures}
+        data["plan"] = options.figures_of(plan)
     return Result(text=text, output=output, data=data)

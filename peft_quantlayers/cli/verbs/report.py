@@ -57,9 +57,13 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Read the folder, write the page."""
     refuse_missing_folder("folder", settings.folder)
+    refuse_missing_folder("float_model", settings.float_model or "")
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
+    for name, least in (("window", 2), ("n_worst", 0)):
+        if settings[name] < least:
+            raise ValueError(f"--{name} {settings[name]} must be at least {least}.")
     file = Path(settings.output) if settings.output else folder / PAGE
     if file.is_dir():
         raise IsADirectoryError(f"--output {file} is a folder. Name a file, such as {file / PAGE}.")

@@ -29,12 +29,19 @@ from ...streaming.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
-from ..models import config_of, load_model, needed_tokenizer, refuse_missing_folder
+from ..models import is_quantized_already, load_model, needed_tokenizer, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result
+from ..trained_base import (
+    plan_of_training,
+    quantized_base,
+    refuse_options_of_float_models,
+)
+from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
-    "Train an adapter on a quantized model; a float model is quantized while it is loaded. Data: rows with `text`, "
+    "Train an adapter on a quantized model; a float model is quantized first, and saved beside the adapter, where the "
+    "other verbs find it. Data: rows with `text`, "
     "`messages`, `prompt` and `completion`, or `instruction`, `input` and `output`; for dpo `prompt`, `chosen` and "
     "`rejected`."
 )
@@ -57,7 +64,7 @@ OF_OURS = {"output_dir", "model_init_kwargs", "ref_model_init_kwargs"}
 
 def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     """Options of the verb; ``--trainer``, on the line or in the file, decides which class ``--training`` fills."""
-    arguments_type, _ = _trl(_chosen_trainer(arguments))
+    arguments_type, _ = trainer_of(_chosen_trainer(arguments))
     options.add_model(parser)
     options.add_output(parser, help_text="folder of the adapter; the Trainer's checkpoints are in it while it trains")
     parser.add_argument(
@@ -82,6 +89,12 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         default=None,
         help="processes that the quantized base is sharded over (FSDP2), without resuming; null: each has all of it",
     )
+    parser.add_argument(
+        "--base_output",
+        type=str | None,
+        default=None,
+        help="folder of the quantized model that a float --model becomes; adapters may share it; null: OUTPUT/base",
+    )
     options.add_method(parser, "quantization.")
     parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
     parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
@@ -102,6 +115,7 @@ def run(settings: Namespace) -> Result | None:
         raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
+    checkpoint = _checkpoint(resume, Path(settings.output))
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
             True  # all that transformers saves of a model that was sharded while loading
@@ -115,6 +129,9 @@ def run(settings: Namespace) -> Result | None:
         options.refuse_output_in_use(settings, way_out=ways)
         if settings.merge is not None and settings.merged_output is not None:
             options.refuse_output_in_use(settings, option="merged_output")
+    is_float = not is_quantized_already(settings.model)
+    if not is_float:
+        refuse_options_of_float_models(settings)
     processes.wait_for_everyone()  # the first one will write there
     set_seed(settings.training.seed)
     if settings.training.use_cpu:
@@ -122,10 +139,14 @@ def run(settings: Namespace) -> Result | None:
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
     rows = load_rows("data", settings.data, settings.trainer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data, settings.trainer)
+    adapter = adapter_config(settings)
     if settings.dry_run:
-        return Result(text=f"would train {settings.model} on {len(rows)} rows into {settings.output}")
-    base = prepared(settings)
-    arguments_type, trainer_type = _trl(settings.trainer)
+        return plan_of_training(settings, adapter, n_rows=len(rows))
+    name = settings.model
+    if is_float and not settings.show_batch:
+        name = quantized_base(settings, adapter, processes)
+    base = prepared(settings, name)
+    arguments_type, trainer_type = trainer_of(settings.trainer)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = arguments_type(
             **vars(settings.training), output_dir=scratch if settings.show_batch else settings.output
@@ -136,7 +157,7 @@ def run(settings: Namespace) -> Result | None:
             train_dataset=rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            peft_config=adapter_config(settings),  # DPO's reference is then the model without the adapter
+            peft_config=adapter,  # DPO's reference is then the model without the adapter
         )
         if settings.merge_aware:
             enable_merge_aware(trainer.model)
@@ -144,7 +165,7 @@ def run(settings: Namespace) -> Result | None:
             trainer.add_callback(LayerFiguresCallback())
         if settings.show_batch:
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    found, told = trained(trainer, _checkpoint(resume, Path(settings.output)))
+    found, told = trained(trainer, checkpoint)
     model = trainer.model
     model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
     if not processes.is_main_process:
@@ -208,10 +229,10 @@ def load_rows(option: str, name: str, trainer: str = "sft") -> Any:
     return rows
 
 
-def prepared(settings: Namespace) -> Any:
-    """The quantized model, prepared for training an adapter on it."""
+def prepared(settings: Namespace, name: str) -> Any:
+    """The quantized model ``name``, prepared for training an adapter on it."""
     checkpointing = bool(settings.training.gradient_checkpointing)
-    return prepare_model_for_kbit_training(load_quantized(settings), use_gradient_checkpointing=checkpointing)
+    return prepare_model_for_kbit_training(load_quantized(settings, name), use_gradient_checkpointing=checkpointing)
 
 
 def adapter_config(settings: Namespace) -> PeftConfig:
@@ -225,17 +246,16 @@ def adapter_config(settings: Namespace) -> PeftConfig:
     return LoraConfig(**{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))})
 
 
-def load_quantized(settings: Namespace) -> PreTrainedModel:
+def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
     """The model, which is quantized while it is loaded unless it is already."""
     load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
-    saved = getattr(config_of(settings.model), "quantization_config", None)
-    if saved is None:
+    if not is_quantized_already(name):
         load["quantization_config"] = options.method_config(settings.quantization)
     if settings.fsdp_size is not None:
         load["distributed_config"] = DistributedConfig(fsdp_size=settings.fsdp_size)
-    model = load_model(settings.model, **load)
+    model = load_model(name, **load)
     if not quantized_layers(model):
-        raise ValueError(f"{settings.model} holds no layer that this package has quantized.")
+        raise ValueError(f"{name} holds no layer that this package has quantized.")
     return model
 
 
@@ -276,20 +296,16 @@ def _chosen_trainer(arguments: Sequence[str]) -> str:
     return "sft"
 
 
-def _trl(trainer: str) -> tuple[type, type]:
-    """The arguments' class and the trainer of TRL."""
-    try:
-        import trl
-    except ImportError:
-        raise ImportError("train needs TRL: pip install 'peft_quantlayers[train]'.") from None
-    if trainer == "dpo":
-        return trl.DPOConfig, trl.DPOTrainer
-    return trl.SFTConfig, trl.SFTTrainer
-
-
 def _checkpoint(given: str | None, folder: Path) -> str | None:
     """``--training.resume_from_checkpoint`` as a folder: "true" is the last complete one, if there is any by now."""
-    return next(map(str, checkpoints(folder)), None) if str(given).lower() == "true" else given
+    if str(given).lower() == "true":
+        return next(map(str, checkpoints(folder)), None)
+    if given is not None and not (Path(given) / STATE_FILE).is_file():
+        raise FileNotFoundError(
+            f"--training.resume_from_checkpoint {given}: there is no checkpoint, which holds a {STATE_FILE}. 'true' "
+            "takes the last one in the output."
+        )
+    return given
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,106 @@
+"""The quantized base of what is trained on a float model: saved once, so that no other verb needs the float model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from jsonargparse import Namespace
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+
+from ..estimate import Estimate, estimate_training
+from ..estimate.estimates import size_text
+from ..methods import QuantConfig
+from ..report import summary
+from ..streaming import quantize_checkpoint
+from . import options
+from .models import OWN_BASE, is_quantized_already, model_on_meta
+from .result import Result
+from .trl_trainers import trainer_loss
+
+# Of a checkpoint, in sizes of the adapter: the adapter itself, and AdamW's two moments.
+_CHECKPOINT_COPIES = 3
+# Between looks whether the process that quantizes is done.
+_WAIT_SECONDS = 1.0
+
+
+def refuse_options_of_float_models(settings: Namespace) -> None:
+    """Raise ValueError where options say how to quantize what is quantized."""
+    given = [f"--quantization.{name}" for name in options.given_fields(settings.quantization)]
+    given += [] if settings.base_output is None else ["--base_output"]
+    if given:
+        raise ValueError(
+            f"{settings.model} is quantized already, and {given[0]} is for a float model. Leave it out, or give the "
+            "float model. Nothing was written."
+        )
+
+
+def base_folder(settings: Namespace) -> Path:
+    """Where the quantized base of a float model goes, as a path that is the same from everywhere."""
+    return Path(settings.base_output or Path(settings.output) / OWN_BASE).resolve()
+
+
+def quantized_base(settings: Namespace, adapter: PeftConfig, processes: PartialState) -> str:
+    """The folder of the model ``settings.model``, quantized; the first of several processes writes it.
+
+    Raises:
+        ValueError: the adapter fits no layer of the model, and nothing was written; as :func:`quantize_checkpoint`.
+        FileExistsError: the folder holds another model.
+    """
+    folder, config = base_folder(settings), options.method_config(settings.quantization)
+    _check_layers(settings.model, adapter)
+    if processes.is_main_process:
+        quantize_checkpoint(settings.model, folder, config, device=settings.device)
+    # It may take hours, and a barrier gives up after minutes. If it fails, the launcher ends all processes.
+    while not (folder / "config.json").is_file():
+        time.sleep(_WAIT_SECONDS)
+    processes.wait_for_everyone()
+    return str(folder)
+
+
+def _check_layers(name: str, adapter: PeftConfig) -> None:
+    """Raise ValueError where ``adapter`` names layers that the model does not have."""
+    tried = copy.deepcopy(adapter)
+    if isinstance(tried, LoraConfig):
+        tried.init_lora_weights = tried.use_dora = False  # they would read weights
+    inject_adapter_in_model(tried, model_on_meta(name), low_cpu_mem_usage=True)
+
+
+def plan_of_training(settings: Namespace, adapter: PeftConfig, *, n_rows: int) -> Result:
+    """What would be done, and what it takes."""
+    estimate, disk = _costs(settings, adapter)
+    places = {
+        "quantized base": base_folder(settings),
+        "adapter": settings.output,
+        "merged model": settings.merged_output or Path(settings.output) / "merged",
+    }
+    lines = [f"would train {settings.model} on {n_rows} rows into {settings.output}", str(estimate), "on disk:"]
+    lines += [
+        f"  {size_text(size)} {name}{f' in {places[name]}' if name in places else ''}" for name, size in disk.items()
+    ]
+    return Result(text="\n".join(lines), data={"rows": n_rows, **estimate.to_dict(), "disk": disk})
+
+
+def _costs(settings: Namespace, adapter: PeftConfig) -> tuple[Estimate, dict[str, int]]:
+    """What a step takes in memory, and bytes that will be written, by what they are."""
+    is_new = not is_quantized_already(settings.model)
+    config: QuantConfig | None = options.method_config(settings.quantization) if is_new else None
+    model: Any = model_on_meta(settings.model)
+    base = summary(model, config).nbytes
+    rows = 2 if settings.trainer == "dpo" else 1  # chosen and rejected
+    estimate = estimate_training(
+        model,
+        config,
+        adapter,
+        batch_size=rows * settings.training.per_device_train_batch_size,
+        sequence_length=settings.training.max_length or model.config.get_text_config().max_position_embeddings,
+        use_gradient_checkpointing=bool(settings.training.gradient_checkpointing),
+        is_timed=False,
+        loss_of=trainer_loss,
+    )
+    disk = {"quantized base": base} if is_new else {}
+    disk |= {"adapter": estimate.disk, "a checkpoint": _CHECKPOINT_COPIES * estimate.disk}
+    return estimate, disk | ({} if settings.merge is None else {"merged model": base})

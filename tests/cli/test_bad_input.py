@@ -1,0 +1,323 @@
+"""What is wrong with a command is one clear line and an exit code that is not 0; nothing is lost or half written.
+
+What only one verb has stands in ``test_verbs.py`` and ``test_train.py``, kills in ``test_train_killed.py`` and in
+``tests/streaming``.
+"""
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import TEXT, printed, refused
+
+from peft_quantlayers.cli import main, work
+from peft_quantlayers.cli.verbs import train
+from peft_quantlayers.storage import staging
+from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
+
+WITH_OPTIONS = sorted(VERBS.keys() - set(WITHOUT_OPTIONS))
+
+
+@pytest.fixture
+def commands(float_model, quantized, adapter, text_file, tmp_path) -> dict[str, list[str]]:
+    """A command for each verb that would be done; what it writes is ``tmp_path / "out"``."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps({"text": TEXT[:200]})] * 8))
+    out = str(tmp_path / "out")
+    steps = ["--training.max_steps", "2", "--training.save_steps", "1"]
+    return {
+        "quantize": ["quantize", float_model, out, "--group_size", "32"],
+        "train": ["train", quantized, out, "--data", str(rows), *steps],
+        "merge": ["merge", adapter, out],
+        "export": ["export", quantized, out, "--format", "mlx"],
+        "evaluate": ["evaluate", quantized, "--text", text_file, "--n_tokens", "256", "--window", "64"],
+        "inspect": ["inspect", quantized],
+        "estimate": ["estimate", quantized],
+        "report": ["report", quantized, out, "--n_worst", "0"],
+        "chat": ["chat", quantized, "--prompt", "x", "--max_new_tokens", "2"],
+    }
+
+
+def copied(source: str, destination: Path, *, without: str) -> str:
+    shutil.copytree(source, destination)
+    for file in destination.glob(without):
+        file.unlink()
+    return str(destination)
+
+
+# ---- names and values
+
+
+@pytest.mark.parametrize("verb", WITH_OPTIONS)
+def test_an_unknown_key_or_a_missing_file_of_options(verb, commands, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text("no_such: 1\n")
+    command = commands[verb]
+    for arguments, said in (
+        ([*command, "--no_such", "1"], "there is no option --no_such"),
+        ([*command, "--config", str(tmp_path / "wrong.yaml")], "wrong.yaml: unknown key 'no_such'"),
+        ([*command, "--config", str(tmp_path / "missing.yaml")], "missing.yaml cannot be read"),
+    ):
+        assert said in refused(capsys, arguments, 2)
+    assert not (tmp_path / "out").exists()
+
+
+WRONG_TYPES = {
+    "quantize": ("--nbits", "int"),
+    "train": ("--lora.r", "int"),
+    "merge": ("--evaluate_tokens", "int"),
+    "export": ("--n_tokens", "int"),
+    "evaluate": ("--window", "int"),
+    "estimate": ("--batch_size", "int"),
+    "report": ("--n_worst", "int"),
+    "chat": ("--temperature", "float"),
+}
+
+
+@pytest.mark.parametrize("verb", WRONG_TYPES)
+def test_a_value_of_a_wrong_type(verb, commands, tmp_path, capsys):
+    option, expected = WRONG_TYPES[verb]
+    said = refused(capsys, [*commands[verb], option, "many"], 2)
+    assert f"{option[2:]}='many': expected {expected}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_no_numbers_of_anything(commands, text_file, tmp_path, capsys):
+    for verb, options, said in (
+        ("evaluate", ["--n_tokens", "-5"], "-5 tokens of --text"),
+        ("evaluate", ["--window", "0"], "window=0 must be at least 2"),
+        ("merge", ["--evaluate_on", text_file, "--evaluate_tokens", "0"], "0 tokens of --evaluate_on"),
+        ("estimate", ["--calibration_tokens", "-3"], "--calibration_tokens -3 must be at least 0"),
+        ("report", ["--text", text_file, "--window", "0"], "--window 0 must be at least 2"),
+        ("report", ["--n_worst", "-1"], "--n_worst -1 must be at least 0"),
+        ("train", ["--lora.r", "0"], "`r` should be a positive integer"),
+        ("train", ["--trainer", "ppo"], "ppo"),
+        ("train", ["--device", "no_device"], "device='no_device' cannot be used here"),
+        ("merge", ["--device", "no_device"], "device='no_device' cannot be used here"),
+    ):
+        assert said in refused(capsys, [*commands[verb], *options], 2 if "ppo" in options else 1), (verb, options)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# ---- models, adapters and texts
+
+
+@pytest.mark.parametrize("verb", ["quantize", "train", "export", "evaluate", "inspect", "estimate", "chat"])
+def test_a_model_that_is_not_there_or_damaged(verb, commands, quantized, tmp_path, capsys):
+    damaged = Path(copied(quantized, tmp_path / "damaged", without="none"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2000])
+    unread = Path(copied(quantized, tmp_path / "unread", without="none"))
+    (unread / "config.json").write_text("{ no json")
+    (tmp_path / "empty").mkdir()
+    for model, said in (
+        ("/no/such/folder", "there is no such folder"),
+        (str(tmp_path / "empty"), "no config.json in it"),
+        (str(unread), "config.json' is not a valid JSON file"),
+        (str(damaged), "quantized already" if verb == "quantize" else "model.safetensors is damaged or incomplete"),
+    ):
+        command = [verb, model, *commands[verb][2:]]
+        if verb == "inspect" and model == str(damaged):  # the answer, not an error
+            assert "damaged" in printed(capsys, command, exit_code=1)
+            continue
+        found = refused(capsys, command, 1)
+        assert said in found or (verb == "export" and "no config.json" in found), model
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_of_another_base_or_damaged(commands, quantized, adapter, float_model, tmp_path, capsys):
+    other = str(tmp_path / "other")
+    printed(capsys, ["quantize", float_model, other, "--group_size", "64"])
+    without_weights = copied(adapter, tmp_path / "without", without="adapter_model.safetensors")
+    unread = Path(copied(adapter, tmp_path / "unread", without="none"))
+    (unread / "adapter_config.json").write_text("{")
+    half = Path(copied(adapter, tmp_path / "half", without="none"))
+    weights = half / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for verb, place in (("merge", 1), ("export", None), ("evaluate", None), ("chat", None)):
+        for given, said in (
+            (adapter, "was trained on"),
+            (without_weights, "holds no adapter_model.safetensors"),
+            (str(unread), "adapter_config.json"),
+            (str(half), "damaged"),
+        ):
+            model = other if given == adapter else quantized
+            command = list(commands[verb])
+            if place is None:
+                command[1:2] = [model, "--adapter", given]
+                command[1:] = [command[1], *command[4:], *command[2:4]]  # positional arguments come first
+            else:
+                command[place] = given
+                command += ["--model", model]
+            assert said in refused(capsys, command, 1), command
+    assert not (tmp_path / "out").exists()
+    assert "adapter_config.json is damaged" in refused(capsys, ["inspect", str(unread)], 1)
+
+
+def test_a_model_without_a_tokenizer(commands, float_model, quantized, adapter, text_file, tmp_path, capsys):
+    bare, bare_float = (
+        copied(model, tmp_path / name, without="token*") for name, model in (("q", quantized), ("f", float_model))
+    )
+    out = str(tmp_path / "out")
+    needed = "no tokenizer"
+    calibrated = ["--calibration.data", text_file]
+    for command in (
+        ["train", bare, *commands["train"][2:]],
+        ["evaluate", bare, *commands["evaluate"][2:]],
+        ["chat", bare, "--prompt", "x"],
+        ["report", bare, out, "--text", text_file],
+        ["export", bare, out, "--format", "mlx", "--text", text_file],
+        ["merge", adapter, out, "--model", bare, "--evaluate_on", text_file],
+        ["merge", adapter, out, "--model", bare, "--strategy", "calibrated", *calibrated],
+        ["quantize", bare_float, out, *calibrated],
+    ):
+        said = refused(capsys, command, 1)
+        assert needed in said, command
+        assert "--tokenizer FOLDER_OR_NAME" in said
+    assert not (tmp_path / "out").exists()
+    printed(capsys, ["merge", adapter, out, "--model", bare])  # which needs none
+
+
+def test_texts_and_rows_that_are_not_there(commands, tmp_path, capsys):
+    for verb, option in (
+        ("quantize", "--calibration.data"),
+        ("train", "--eval_data"),
+        ("merge", "--evaluate_on"),
+        ("merge", "--calibration.data"),
+        ("export", "--text"),
+        ("report", "--text"),
+    ):
+        assert f"{option} no.txt: there is no such file" in refused(capsys, [*commands[verb], option, "no.txt"], 1)
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    rows = ["train", commands["train"][1], str(tmp_path / "out"), "--data", str(tmp_path / "bad.jsonl")]
+    assert "bad.jsonl cannot be read as .jsonl" in refused(capsys, rows, 1)
+    for options, said in (
+        (["--training.resume_from_checkpoint", "/no/such"], "there is no checkpoint"),
+        (["--training.eval_strategy", "steps"], "eval_dataset"),
+    ):
+        assert said in refused(capsys, [*commands["train"], *options], 1)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+# ---- the disk
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_no_space_is_said_before_anything_is_written(verb, commands, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "the disk of" in refused(capsys, commands[verb], 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_while_training_is_said_and_the_checkpoint_before_is_kept(
+    commands, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    save, full = train.TrainerState.save_to_json, [False]
+
+    def until_the_second(self, path):
+        if self.global_step == 2:
+            full[0] = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        save(self, path)
+
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(train.TrainerState, "save_to_json", until_the_second)
+        free = SimpleNamespace(disk_usage=lambda path: usage._replace(free=0 if full[0] else usage.free))
+        patched.setattr(work, "shutil", free)
+        said = refused(capsys, commands["train"], 1)
+    assert f"the disk of {out} is full" in said
+    assert (out / "checkpoint-1" / "trainer_state.json").is_file()
+    assert "trained 2 steps" in printed(capsys, [*commands["train"], "--training.resume_from_checkpoint", "true"])
+
+
+# ---- Ctrl-C
+
+STAGES = {
+    "quantize": ["planned", "quantize_checkpoint"],
+    "train": ["load_rows", "needed_tokenizer", "load_model", "prepare_model_for_kbit_training", "trained"],
+    "merge": ["load_tokenizer", "load_model", "with_adapter", "merge_back", "save_model"],
+    "export": ["model_and_adapter", "export"],
+    "evaluate": ["token_ids", "load_model", "with_adapter", "perplexity"],
+    "inspect": ["verify_model", "load_model", "summary"],
+    "estimate": ["model_on_meta", "estimate_merging", "estimate_training"],
+    "report": ["load_model", "model_facts", "model_parts", "page"],
+    "chat": ["needed_tokenizer", "load_model", "_answer"],
+}
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_an_interrupt_at_any_stage_is_one_line_and_leaves_no_output(verb, commands, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module(f"peft_quantlayers.cli.verbs.{verb}")
+    for stage in STAGES[verb]:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, stage, interrupt)
+            assert "interrupted" in refused(capsys, commands[verb], 130), stage
+        if verb == "train":  # an empty folder
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not (tmp_path / "out").exists(), stage
+
+
+@pytest.mark.parametrize("verb", ["merge", "export", "report"])
+def test_an_interrupt_at_any_file_operation_leaves_the_whole_output_or_none(verb, commands, tmp_path, capsys):
+    out, state = tmp_path / "out", {"count": 0, "at": 0}
+
+    def hook(event, arguments):
+        if state["at"] and event in ("open", "os.rename", "os.mkdir") and str(tmp_path) in str(arguments[:2]):
+            state["count"] += 1
+            if state["count"] == state["at"]:
+                raise KeyboardInterrupt
+
+    sys.addaudithook(hook)  # stays for the process, and does nothing once "at" is 0
+    try:
+        for at in (1, 2, 3, 5, 8, 13, 21, 34, 55):
+            state |= {"count": 0, "at": at}
+            capsys.readouterr()
+            code = main(commands[verb])
+            state["at"] = 0
+            assert code in (0, 130)
+            if out.is_dir() and any(out.iterdir()):  # complete: reading it finds nothing wrong
+                assert (out / "config.json").is_file()
+                assert list(out.glob("*.safetensors"))
+            shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
+            assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+    finally:
+        state["at"] = 0
+
+
+def test_an_interrupt_while_packages_are_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("quantlayers_cli.main.importlib.import_module", interrupt)
+    assert refused(capsys, ["inspect", "m"], 130).endswith("interrupted. Nothing was begun.")
+
+    def missing(name):
+        raise ImportError("torch 2.0 is too old.")
+
+    monkeypatch.setattr("quantlayers_cli.main.importlib.import_module", missing)
+    assert refused(capsys, ["inspect", "m"], 1).endswith("inspect: torch 2.0 is too old.")
+
+
+def test_an_interrupt_while_training_keeps_the_checkpoints(commands, tmp_path, capsys, monkeypatch):
+    save = train.TrainerState.save_to_json
+
+    def until_the_second(self, path):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        save(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.TrainerState, "save_to_json", until_the_second)
+        assert "interrupted" in refused(capsys, commands["train"], 130)
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert "--training.resume_from_checkpoint true" in refused(capsys, commands["train"], 1)
+    assert "trained 2 steps" in printed(capsys, [*commands["train"], "--training.resume_from_checkpoint", "true"])
