@@ -29,7 +29,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
     Raises:
         ValueError: the folder holds an adapter.
-        FileNotFoundError: it holds neither.
+        FileNotFoundError: it holds neither, or there is none and the Hub does not have it.
     """
     if is_adapter(name):
         raise ValueError(
@@ -39,7 +39,14 @@ def config_of(name: str) -> PreTrainedConfig:
     folder = Path(name).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
-    return AutoConfig.from_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError:
+        if folder.exists():
+            raise
+        raise FileNotFoundError(
+            f"{name}: there is no such folder here, and the Hub has no model of that name or cannot be reached."
+        ) from None
 
 
 def is_adapter(name: str) -> bool:

@@ -23,8 +23,9 @@ from .processor_time import processor_seconds
 
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
-# Weights that are quantized to see how long it takes.
-_SAMPLE = 2**17
+# Weights that are quantized to see how long it takes: four times as many, until it takes long enough.
+_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
+_LONG_ENOUGH = 0.05
 # Of each token and block, in the two models that run beside each other: what enters the block, the sum that its
 # branches are added to, and what the branch at work reads.
 _STATES = 3
@@ -53,7 +54,7 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     shapes = {name: tuple(dense_shape(model, name)) for name in specs}
     sample = sample_layers(specs, shapes)
     read = max((math.prod(shape[-2:]) for shape in shapes.values()), default=0) * model.dtype.itemsize
-    largest = sample.layer_bytes + read + PART_BYTES
+    largest = sample.layer_bytes + read + min(PART_BYTES, planned.nbytes)
     dense = max((module.nbytes for module in planned.dense), default=0) * _DENSE_COPIES
     memory = {"libraries": bytes_of_imports(), "largest layer": max(largest, dense)}
     notes = []
@@ -105,7 +106,7 @@ class SampledLayers:
 
 
 def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[int]]) -> SampledLayers:
-    """Quantize a sample for each spec and number of inputs, once to see its memory and once to see its time."""
+    """Quantize a sample for each spec and number of inputs, once to see its memory and then to see its time."""
     weights_of: Counter[tuple[QuantSpec, int]] = Counter()
     largest_of: dict[tuple[QuantSpec, int], int] = {}
     for name, spec in specs.items():
@@ -118,6 +119,16 @@ def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[
         with LiveBytes([weight]) as live:
             QuantizedLinear.from_weight(weight, None, spec)
         layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
-        of_sample = processor_seconds(QuantizedLinear.from_weight, weight, None, spec)
-        seconds += of_sample * n_weights / weight.numel()
+        seconds += _seconds_per_weight(spec, inputs) * n_weights
     return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)
+
+
+def _seconds_per_weight(spec: QuantSpec, inputs: int) -> float:
+    """Of a sample that is so large that it is not the overhead of a call that is measured."""
+    size = _SAMPLE
+    while True:
+        weight = torch.randn(max(1, size // inputs), inputs)
+        seconds = processor_seconds(QuantizedLinear.from_weight, weight, None, spec)
+        if seconds >= _LONG_ENOUGH or size >= _LARGEST_SAMPLE:
+            return seconds / weight.numel()
+        size *= 4
