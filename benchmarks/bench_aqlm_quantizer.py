@@ -129,7 +129,7 @@ def measure_layers(names: list[str], folder: Path | None, repeats: int) -> list[
         weight = model.get_submodule(path).weight.detach().clone()
         moment, other = moments[path], held_out_moments[path]
         statistics = InputStatistics(n_tokens=calibration.n_tokens, second_moment=moment)
-        hessian = statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
+        hessian = statistics.hessian(damping=calibration.damping, shrinkage=calibration.used_shrinkage)
         ways: dict[str, tuple[Callable[[], Tensor], int]] = {
             "ours": (lambda w=weight, h=hessian: ours(w, h), repeats),
             "ours, without calibration": (lambda w=weight: ours(w, None), repeats),

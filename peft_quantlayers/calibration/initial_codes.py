@@ -35,7 +35,7 @@ def chosen_initial_codes(
     rows = weight.detach()[:: max(1, len(weight) // ROWS)].float()
     errors = dict.fromkeys(method.initial_codes, 0.0)
     for fitted, held_out in (halves, halves[::-1]):
-        hessian = fitted.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
+        hessian = fitted.hessian(damping=calibration.damping, shrinkage=calibration.used_shrinkage)
         assert held_out.second_moment is not None
         moment = held_out.second_moment.to(rows.device)
         for name in errors:

@@ -55,14 +55,14 @@ class InputGroup:
         """The second moment, damped and shrunk as ``calibration`` says, in memory of its own; None without data."""
         if self.statistics is None:
             return None
-        return self.statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
+        return self.statistics.hessian(damping=calibration.damping, shrinkage=calibration.used_shrinkage)
 
     def hessian_of_expert(self, expert: int, calibration: Calibration) -> Tensor | None:
         """:meth:`hessian` of one expert's own inputs, or of the stack's where they are shared or too few."""
         statistics = None if self.experts is None else self.experts.statistics_of(expert)
         if statistics is None:
             return self.hessian(calibration)
-        return statistics.hessian(damping=calibration.damping, shrinkage=calibration.shrinkage)
+        return statistics.hessian(damping=calibration.damping, shrinkage=calibration.used_shrinkage)
 
 
 class Visitor:

@@ -130,7 +130,7 @@ def merge_back(
     refuse_tied_weights(peft_model)
     targets = _checked_targets(peft_model, names, strategy, needs_unmerged=evaluate_on is not None, is_unloaded=unload)
     held_out = None if evaluate_on is None else held_out_batches(peft_model.get_base_model(), evaluate_on)
-    data = None if calibration is None else Calibration.of(calibration, tokenizer)
+    data = None if calibration is None else Calibration.of(calibration, tokenizer).of_merge()
     plan, specs = None, None
     if budget is not None:
         plan = merge_plan_of(peft_model, targets, names, budget, data, strategy=strategy, progress=progress)

@@ -69,7 +69,7 @@ def plan_merge_bits(
     names = checked_names(peft_model, adapters)
     refuse_broken_adapters(peft_model, names)
     targets = merge_targets(peft_model, names)
-    data = Calibration.of(calibration, tokenizer)
+    data = Calibration.of(calibration, tokenizer).of_merge()
     refuse_budget(peft_model, targets, names, strategy)
     sources, budget = planned_sources(peft_model, targets), {"average": average, "size": size}
     return planned(

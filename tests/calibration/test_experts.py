@@ -76,7 +76,7 @@ def test_the_stack_shares_the_moment_of_its_tokens_and_each_down_projection_has_
     float_model = tiny_mixture("qwen3_moe")
     experts = float_model.model.layers[0].mlp.experts
     x, index = inputs_of_experts(float_model)
-    method, options = get_method("hqq"), {"damping": given.damping, "shrinkage": given.shrinkage}
+    method, options = get_method("hqq"), {"damping": given.damping, "shrinkage": given.used_shrinkage}
     shared = collect([x], ("second_moment",)).hessian(**options)
     for expert in range(4):
         wanted = method.quantize(experts.gate_up_proj[expert], first.spec, hessian=shared)

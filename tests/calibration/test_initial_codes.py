@@ -47,7 +47,7 @@ def test_the_choice_is_the_lowest_error_on_the_other_half(decay):
     for kind in method.initial_codes:
         errors[kind] = 0.0
         for fitted, held_out in (given.halves(), given.halves()[::-1]):
-            hessian = fitted.hessian(damping=options.damping, shrinkage=options.shrinkage)
+            hessian = fitted.hessian(damping=options.damping, shrinkage=options.used_shrinkage)
             lost = method.dequantize(method.quantize(weight, SPEC, hessian=hessian, initial_codes=kind)) - weight
             errors[kind] += float((lost @ held_out.second_moment * lost).sum())
     assert chosen_initial_codes(weight, SPEC, given, options, layer_name="layer") == min(errors, key=errors.get)

@@ -54,7 +54,7 @@ class Recorder(Visitor):
         self.blocks: list[str] = []
 
     def visit(self, name: str, statistics: InputStatistics | None) -> None:
-        options = {"damping": self.calibration.damping, "shrinkage": self.calibration.shrinkage}
+        options = {"damping": self.calibration.damping, "shrinkage": self.calibration.used_shrinkage}
         self.hessians[name] = None if statistics is None else statistics.hessian(**options)
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> None:
