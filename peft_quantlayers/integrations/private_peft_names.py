@@ -34,6 +34,7 @@ IMPORTED = {
         "CONFIG_NAME",
         "PeftType",
         "SAFETENSORS_WEIGHTS_NAME",
+        "WEIGHTS_NAME",
         "hotswap",
         "save_and_load",
     ),

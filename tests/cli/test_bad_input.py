@@ -297,13 +297,13 @@ def test_an_interrupt_at_any_file_operation_leaves_the_whole_output_or_none(verb
 
 
 def test_an_interrupt_while_packages_are_imported_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("quantlayers_cli.main.importlib.import_module", interrupt)
+    monkeypatch.setattr(importlib, "import_module", interrupt)
     assert refused(capsys, ["inspect", "m"], 130).endswith("interrupted. Nothing was begun.")
 
     def missing(name):
         raise ImportError("torch 2.0 is too old.")
 
-    monkeypatch.setattr("quantlayers_cli.main.importlib.import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     assert refused(capsys, ["inspect", "m"], 1).endswith("inspect: torch 2.0 is too old.")
 
 
