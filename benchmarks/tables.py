@@ -163,7 +163,7 @@ def calibration_options() -> str:
             table(["HQQ", "bits per weight", "KL, WikiText", "KL, second text", "CPU seconds"], rows),
             "",
             f"The first 8 blocks of {measured['model']}; {measured['calibration_tokens']:,} tokens of WikiText-2, and "
-            f"groups of {measured['group_size']} where nothing else is said. "
+            f"groups of {measured['group_size']} where nothing else is said; shrinkage=0.3 in all rows. "
             + device_line(measured["device"], "python benchmarks/bench_calibration_options.py --blocks 8"),
         ]
     )
