@@ -792,6 +792,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "quality": quality,
         "calibration": calibration,
         "peers": lambda: peers("smollm2"),
+        "peers_permuted": lambda: peers("permuted"),
         "peers_minilm": lambda: peers("minilm"),
         "loftq": loftq,
         "merge": merge,
@@ -838,6 +839,7 @@ MADE_BY = {
     "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
     "estimate": "`python benchmarks/bench_estimate.py`",
     "peers_minilm": "`python benchmarks/bench_peers.py minilm`",
+    "peers_permuted": "`python benchmarks/bench_peers.py permuted`",
 }
 
 
