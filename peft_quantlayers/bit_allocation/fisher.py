@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import Call, evaluating, input_of
+from ..calibration.blocks import Call, evaluating, frozen, input_of
 
 # Tokens of a layer whose inputs and gradients are kept.
 KEPT_TOKENS = 1024
@@ -50,7 +50,7 @@ def sampled_gradients(model: nn.Module, calls: Sequence[Call], names: Sequence[s
     found: dict[str, LayerSamples] = {}
     per_call = max(1, KEPT_TOKENS // len(calls))
     generator = torch.Generator().manual_seed(0)
-    with _frozen(model), evaluating(model), torch.enable_grad():
+    with frozen(model), evaluating(model), torch.enable_grad():
         for call in calls:
             probes: list[tuple[str, Tensor, Tensor, Tensor]] = []
             with _probed(model, names, call, per_call, probes):
@@ -95,16 +95,3 @@ def _probed(
             handle = model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter gets a gradient while this is open."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, was_required in required.items():
-            parameter.requires_grad_(was_required)

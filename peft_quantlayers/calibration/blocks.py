@@ -131,6 +131,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of ``model`` gets a gradient; those that did, do so again afterwards."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, was_required in required.items():
+            parameter.requires_grad_(was_required)
+
+
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a layer that is called so reads."""
     return args[0] if args else next(iter(kwargs.values()))

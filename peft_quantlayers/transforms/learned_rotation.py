@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from ..calibration.blocks import Call, evaluating
+from ..calibration.blocks import Call, evaluating, frozen
 from ..calibration.model_calls import model_calls
 from ..formats import QuantSpec
 from ..methods import get_method
@@ -177,7 +177,7 @@ class _Sides:
     outputs: TrainedRotation | None = None
     head_inputs: tuple[TrainedRotation, int] | None = None
     head_outputs: tuple[TrainedRotation, int] | None = None
-    rows: Tensor | None = field(default=None)
+    rows: Tensor | None = None
 
 
 class _SeenRounded(nn.Module):
@@ -262,23 +262,19 @@ def _seen_rounded(model: nn.Module, rotations: RotationsToLearn, specs: Mapping[
             "changed."
         )
     bases, parametrized = _Bases(rotations), []
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        for name in sorted(touched):
-            module, key = _parameter_at(model, name)
-            is_transposed = input_weight(model, name).stride() != module.get_parameter(key).stride()
-            seen = _SeenRounded(sides[name], bases, is_transposed=is_transposed)
-            parametrized.append((module, key))
-            parametrize.register_parametrization(module, key, seen, unsafe=True)
-        yield bases
-    finally:
-        for module, key in parametrized:
-            if parametrize.is_parametrized(module, key):
-                parametrize.remove_parametrizations(module, key, leave_parametrized=False)
-        for parameter, was_required in required.items():
-            parameter.requires_grad_(was_required)
+    with frozen(model):
+        try:
+            for name in sorted(touched):
+                module, key = _parameter_at(model, name)
+                is_transposed = input_weight(model, name).stride() != module.get_parameter(key).stride()
+                seen = _SeenRounded(sides[name], bases, is_transposed=is_transposed)
+                parametrized.append((module, key))
+                parametrize.register_parametrization(module, key, seen, unsafe=True)
+            yield bases
+        finally:
+            for module, key in parametrized:
+                if parametrize.is_parametrized(module, key):
+                    parametrize.remove_parametrizations(module, key, leave_parametrized=False)
 
 
 def _parameter_at(model: nn.Module, name: str) -> tuple[nn.Module, str]:
