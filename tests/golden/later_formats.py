@@ -21,26 +21,14 @@ import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, HQQConfig
 
 from . import bits
-from .models import VOCABULARY, llama, logits_of, quantized, with_exact_weights
+from .models import SIZES, llama, logits_of, quantized, with_exact_weights
 
 FILES = Path(__file__).parent / "later_files"
 
 
 def mixtral() -> PreTrainedModel:
     """A Mixtral of one block, 32 channels wide, with two of four experts for each token."""
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = MixtralConfig(**SIZES, intermediate_size=32, num_hidden_layers=1, num_local_experts=4)
     return with_exact_weights(MixtralForCausalLM(config))
 
 

@@ -46,6 +46,18 @@ MIXED = HQQConfig(
     },
 )
 
+# Of the models that are built like a Llama.
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def integers(shape: torch.Size | tuple[int, ...], *, seed: int, largest: int) -> Tensor:
     """Bell-shaped integers between ``-largest`` and ``largest``, a multiple of 4, as float32."""
@@ -66,18 +78,7 @@ def with_exact_weights(model: nn.Module) -> nn.Module:
 def llama(n_blocks: int = 1) -> PreTrainedModel:
     """A Llama 32 channels wide, with biases and tied embeddings."""
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=n_blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        attention_bias=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **SIZES, intermediate_size=64, num_hidden_layers=n_blocks, tie_word_embeddings=True, attention_bias=True
     )
     return with_exact_weights(LlamaForCausalLM(config))
 
