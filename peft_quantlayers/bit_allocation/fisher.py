@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import Call, evaluating, frozen, input_of
+from ..calibration.blocks import Call, evaluating, frozen, input_of, real_logits
 
 # Tokens of a layer whose inputs and gradients are kept.
 KEPT_TOKENS = 1024
@@ -54,14 +54,13 @@ def sampled_gradients(model: nn.Module, calls: Sequence[Call], names: Sequence[s
         for call in calls:
             probes: list[tuple[str, Tensor, Tensor, Tensor]] = []
             with _probed(model, names, call, per_call, probes):
-                output = call.run(model)
-            logits = getattr(output, "logits", None)
-            if not isinstance(logits, Tensor):
-                raise TypeError(
-                    f"{type(model).__name__} gives no logits: bits are planned by what a model predicts. Plan them "
-                    "for a model with a head, such as AutoModelForCausalLM. The model was not changed."
+                logits = real_logits(
+                    model,
+                    call,
+                    otherwise=": bits are planned by what a model predicts. Plan them for a model with a head, such "
+                    "as AutoModelForCausalLM. The model was not changed.",
                 )
-            log_probs = call.real_tokens(logits).float().log_softmax(-1).flatten(0, -2)
+            log_probs = logits.float().log_softmax(-1).flatten(0, -2)
             targets = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
             log_probs.gather(1, targets.to(log_probs.device)).sum().backward()
             for name, chosen, inputs, probe in probes:

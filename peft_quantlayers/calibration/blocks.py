@@ -131,6 +131,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def real_logits(model: nn.Module, call: Call, *, otherwise: str) -> Tensor:
+    """(..., n_classes): of the tokens of ``call`` that are no padding.
+
+    Raises:
+        TypeError: the model gives none; ``otherwise`` says what they are for, and the way out.
+    """
+    logits = getattr(call.run(model), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{type(model).__name__} gives no logits{otherwise}")
+    return call.real_tokens(logits)
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of ``model`` gets a gradient; those that did, do so again afterwards."""

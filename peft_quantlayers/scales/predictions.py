@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_flag, check_integer, check_model
 from ..calibration import Calibration
-from ..calibration.blocks import Call, evaluating
+from ..calibration.blocks import Call, evaluating, real_logits
 from ..calibration.model_calls import model_calls
 from ..storage import replace_file
 
@@ -167,13 +167,9 @@ def record_predictions(
 
 def logits_of(model: nn.Module, call: Call) -> Tensor:
     """(n_tokens, n_classes): of the tokens that are no padding. Raises TypeError for a model without logits."""
-    logits = getattr(call.run(model), "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"{type(model).__name__} gives no logits: scales are tuned by what a model predicts. Take a model with a "
-            "head, such as AutoModelForCausalLM."
-        )
-    return call.real_tokens(logits).flatten(0, -2)
+    way_out = "Take a model with a head, such as AutoModelForCausalLM."
+    logits = real_logits(model, call, otherwise=f": scales are tuned by what a model predicts. {way_out}")
+    return logits.flatten(0, -2)
 
 
 def held_out(n_batches: int) -> Sequence[int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from ..calibration.blocks import Call, evaluating, frozen
+from ..calibration.blocks import Call, evaluating, frozen, real_logits
 from ..calibration.model_calls import model_calls
 from ..formats import QuantSpec
 from ..methods import get_method
@@ -116,13 +116,13 @@ def _windows(model: nn.Module, surroundings: Surroundings) -> list[Call]:
 
 
 def _log_probs(model: nn.Module, call: Call) -> Tensor:
-    logits = getattr(call.run(model), "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"{type(model).__name__} gives no logits, by which rotations are learned. Take a model with a head, or "
-            'Rotation(kind="hadamard"). The model was not changed.'
-        )
-    return call.real_tokens(logits).float().log_softmax(-1)
+    logits = real_logits(
+        model,
+        call,
+        otherwise=', by which rotations are learned. Take a model with a head, or Rotation(kind="hadamard"). The '
+        "model was not changed.",
+    )
+    return logits.float().log_softmax(-1)
 
 
 def _loss(model: nn.Module, bases: _Bases, call: Call) -> Tensor:
