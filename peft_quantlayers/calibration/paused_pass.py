@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,10 +22,18 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-# Python functions that torch calls from C++: overrides of its functions, and ``forward`` of an autograd function.
+# Python functions that torch calls from C++, beside ``forward`` of an autograd function: overrides of its functions.
 CALLED_BY_TORCH = {"__torch_function__", "__torch_dispatch__"}
-FUNCTION_APPLY = torch.autograd.Function.apply.__code__
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def autograd_forwards() -> set[CodeType]:
+    """The code of ``forward`` of every autograd function that is defined: what calls it is no frame of Python."""
+    functions: list[type] = [torch.autograd.Function]
+    for function in functions:  # grows while it is gone through
+        functions += function.__subclasses__()
+    codes = (getattr(inspect.unwrap(f.forward), "__code__", None) for f in functions[1:])  # type: ignore[attr-defined]
+    return {code for code in codes if code is not None}
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,12 @@ class Pass(greenlet):
     @property
     def can_pause(self) -> bool:
         """Whether no C++ function of torch called what runs now, in the pass itself; asked from within."""
+        forwards = autograd_forwards()
         frame = inspect.currentframe()
         while frame is not None:
-            caller = frame.f_back
-            if frame.f_code.co_name in CALLED_BY_TORCH or (caller is not None and caller.f_code is FUNCTION_APPLY):
+            if frame.f_code.co_name in CALLED_BY_TORCH or frame.f_code in forwards:
                 return False
-            frame = caller
+            frame = frame.f_back
         return True
 
     @contextmanager

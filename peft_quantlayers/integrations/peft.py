@@ -126,7 +126,7 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 
 def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """PEFT's, after checks of the config, which then records the quantized base.
+    """PEFT's, after checks of the config. That of an adapter to be trained then records the quantized base.
 
     A merge-aware adapter on a layer that is not quantized is refused. If the config has a record, another base gives a
     warning. On a model with quantized layers, an error leaves the model as it was.
@@ -142,7 +142,8 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
     warn_of_another_base(config, found, model, adapter_name)
     with unchanged_after_error(model) if is_quantized else nullcontext():
         _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
-    if is_recorded(config):
+    # An adapter that is loaded only to be used was trained before: on this base or on another, which nobody said.
+    if is_recorded(config) and not config.inference_mode:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 
 

@@ -155,3 +155,15 @@ def test_adapters_on_float_layers_and_other_tuners_are_saved_as_before(tmp_path)
     model = get_peft_model(quantized(), AdaLoraConfig(target_modules=TARGETS, total_step=10))
     assert type(model.peft_config["default"]) is AdaLoraConfig
     assert model.peft_config["default"].peft_type == peft.PeftType.ADALORA
+
+
+def test_loading_an_adapter_without_a_record_gives_it_none(tmp_path):
+    """It was trained before, and nobody knows on what."""
+    (saved_adapter(tmp_path) / "quantlayers_base.json").unlink()
+    config = LoraConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "quantlayers_base.json").exists()
+    PeftModel.from_pretrained(quantized(), tmp_path, is_trainable=True).save_pretrained(tmp_path / "trained")
+    assert len(record(tmp_path / "trained")) == 4
