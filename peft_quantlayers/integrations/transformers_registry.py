@@ -14,7 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.integrations import peft as adapters
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from ..formats.known_formats import known_formats
@@ -27,6 +27,10 @@ from .transformers_config import QuantlayersConfig
 from .transformers_quantizer import QuantlayersHfQuantizer, gathered_state_of
 
 logger = logging.getLogger(__name__)
+
+# transformers 5.24 wants a PEFT that is not released. Its code for adapters is that of 5.23, which wants this one.
+RELEASE, UNRELEASED_PEFT, WANTED_PEFT = (5, 24), "0.22.0", "0.20.0"
+
 _taken_over: dict[str, tuple[Any, Any]] = {}
 _replaced = Replacements()
 
@@ -35,6 +39,7 @@ def register() -> None:
     """Make transformers use our quantizers for "quantlayers", "hqq" and "aqlm"; a second call does nothing."""
     if _taken_over:
         return
+    accept_released_peft()
     warn_of_unreleased_peft()
     for name in known_formats():
         _taken_over[name] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(name), AUTO_QUANTIZER_MAPPING.get(name))
@@ -47,14 +52,20 @@ def register() -> None:
     _replaced.replace(PreTrainedModel, "dtype", property(_dtype))
 
 
+def accept_released_peft() -> None:
+    """Let ``model.add_adapter`` and ``model.load_adapter`` of transformers 5.24 work with the PEFT that there is."""
+    if Version(transformers.__version__).release[:2] == RELEASE and adapters.MIN_PEFT_VERSION == UNRELEASED_PEFT:
+        _replaced.replace(adapters, "MIN_PEFT_VERSION", WANTED_PEFT)
+
+
 def warn_of_unreleased_peft() -> None:
-    """Say so where transformers' own ways to adapters ask for a newer PEFT than there is (5.24 does)."""
-    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+    """Say so where transformers' own ways to adapters want a newer PEFT than the installed one."""
+    if Version(peft.__version__) < Version(adapters.MIN_PEFT_VERSION):
         logger.warning(
             "transformers %s wants PEFT %s in model.add_adapter and model.load_adapter, and PEFT %s is installed. "
             "peft.get_peft_model and PeftModel.from_pretrained work.",
             transformers.__version__,
-            MIN_PEFT_VERSION,
+            adapters.MIN_PEFT_VERSION,
             peft.__version__,
         )
 

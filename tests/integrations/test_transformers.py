@@ -3,10 +3,8 @@
 import copy
 import json
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from programs import run_program
 from safetensors.torch import load_file, save_file
@@ -23,6 +21,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, HQQLinear
+from peft_quantlayers.integrations import transformers_registry
+from peft_quantlayers.integrations.replacements import Replacements
 
 from .tiny import FAMILIES, saved_tiny_model, tiny_model, token_ids
 
@@ -427,12 +427,25 @@ def test_a_float_weight_of_another_shape_than_the_config_says_is_refused_while_q
 
 
 def test_a_transformers_that_wants_a_peft_that_is_not_there_is_told_with_what_works(monkeypatch, caplog):
-    from peft_quantlayers.integrations import transformers_registry
-
     transformers_registry.warn_of_unreleased_peft()
-    told = "transformers" in caplog.text
-    assert told == (Version(peft.__version__) < Version(transformers_registry.MIN_PEFT_VERSION))
-    monkeypatch.setattr(transformers_registry, "MIN_PEFT_VERSION", "99.0")
+    assert "transformers" not in caplog.text
+    monkeypatch.setattr(transformers_registry.adapters, "MIN_PEFT_VERSION", "99.0")
     transformers_registry.warn_of_unreleased_peft()
     assert "wants PEFT 99.0 in model.add_adapter" in caplog.text
     assert "peft.get_peft_model and PeftModel.from_pretrained work" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("release", "wanted", "accepted"),
+    [("5.24.0", "0.22.0", "0.20.0"), ("5.24.1", "0.20.0", "0.20.0"), ("5.25.0", "0.22.0", "0.22.0")],
+)
+def test_the_transformers_whose_wanted_peft_is_not_released_takes_the_one_that_is(
+    release, wanted, accepted, monkeypatch
+):
+    monkeypatch.setattr(transformers_registry.transformers, "__version__", release)
+    monkeypatch.setattr(transformers_registry.adapters, "MIN_PEFT_VERSION", wanted)
+    monkeypatch.setattr(transformers_registry, "_replaced", Replacements())
+    transformers_registry.accept_released_peft()
+    assert accepted == transformers_registry.adapters.MIN_PEFT_VERSION
+    transformers_registry._replaced.restore()
+    assert wanted == transformers_registry.adapters.MIN_PEFT_VERSION

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from programs import run_program
 from torch import nn
 from transformers.models.esm.modeling_esmfold import EsmFoldLinear
@@ -20,11 +21,12 @@ from peft_quantlayers.layers.replace import place_empty_layer
 
 ROUTES = "forward routes tokens: it returns more than the product"
 OWN_FORMAT = "a quantized layer already, in another format"
-# Every class in transformers 5.23 that derives from nn.Linear and is not registered.
+# Every class in transformers 5.24 that derives from nn.Linear and is not registered.
 LEFT_DENSE = {
     "Llama4Router": ROUTES,
     "PhimoeTopKRouter": ROUTES,
     "DeepseekV4GroupedLinear": "forward multiplies each group of inputs by its own rows of the weight",
+    "DoryLMHead": "forward multiplies each output by a parameter of its own",
     "IdeficsDecoupledLinear": "forward may append the outputs of a second, trainable layer",
     "AutoBitLinear": OWN_FORMAT,
     "CompressedTensorsFP8Linear": OWN_FORMAT,
@@ -40,7 +42,8 @@ def test_every_subclass_of_linear_in_transformers_is_registered_or_left_out_for_
     declared = re.compile(r"^class (\w+)\((?:torch\.)?nn\.Linear\)", re.MULTILINE)
     found = {name for file in source.rglob("*.py") for name in declared.findall(file.read_text(encoding="utf-8"))}
     registered = {path.partition(":")[2] for path in dense_types._dense_types}
-    assert found - registered == set(LEFT_DENSE)
+    missing = set() if Version(transformers.__version__) >= Version("5.24") else {"DoryLMHead"}
+    assert found - registered == set(LEFT_DENSE) - missing
     assert not registered & set(LEFT_DENSE)
 
 

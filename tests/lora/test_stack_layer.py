@@ -246,7 +246,11 @@ def test_kept_branches_are_saved_with_the_model(tmp_path):
     torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     pql.save_model(model, tmp_path / "kept")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=torch.float32)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert list(found) == list(saved)
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+    # To rounding: some CPUs' products depend on where a float matrix begins in memory.
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
     # A second adapter on top is kept beside the first.
     again = adapted(loaded, "gpt_oss")
     expected = again(IDS).logits

@@ -29,6 +29,7 @@ def test_tables_of_any_class_are_quantized_saved_and_loaded(name, tmp_path):
         pytest.skip("no inputs of this class are known")
 
     def outputs(each):
+        torch.manual_seed(0)  # one class draws what it is to denoise
         with torch.no_grad():
             return first_float(each(**inputs))
 
