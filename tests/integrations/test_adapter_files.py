@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -403,3 +404,18 @@ def test_a_model_without_our_layers_is_left_to_peft(folder, tmp_path):
     edit_tensors(folder, lambda tensors: dict(list(tensors.items())[1:]))
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(tiny_model(), folder)
+
+
+def test_an_adapter_whose_file_holds_a_scalar_is_loaded(tmp_path):
+    """A trained copy of a batch norm counts its batches."""
+
+    def model() -> nn.Module:
+        layers = nn.Sequential(OrderedDict(linear=nn.Linear(32, 32), norm=nn.BatchNorm1d(32)))
+        return pql.quantize_model(layers, pql.HQQConfig(nbits=4, group_size=16), progress=False)
+
+    config = LoraConfig(target_modules=["linear"], modules_to_save=["norm"], r=2)
+    trained = get_peft_model(model(), config)
+    trained.base_model.model.norm.modules_to_save["default"].num_batches_tracked.fill_(7)
+    trained.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model(), tmp_path)
+    assert loaded.base_model.model.norm.modules_to_save["default"].num_batches_tracked == 7
