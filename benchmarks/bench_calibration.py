@@ -23,6 +23,7 @@ import torch
 from _demo_model import demo_model_folder
 from _device import describe_device
 from bench_quality import KL_WINDOWS, TEXT, WINDOW, evaluate
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,6 +56,8 @@ BEST: dict[float, list[dict[str, Any]]] = {
     2.5: [{"nbits": n} | SMALL_GROUPS for n in (1, 2, 3)],
 }
 SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
+# As many tokens, half of them the model's own.
+SAMPLED, SAMPLED_SAID = {"sampled": True}, "half of it on the model's own text"
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
     **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
@@ -76,6 +79,18 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         )
         for bits in BEST
     },
+    **{
+        f"HQQ {name}, calibrated, {SAMPLED_SAID}": (pql.HQQConfig(nbits=n, group_size=g), SAMPLED)
+        for name, (n, g) in HQQ.items()
+    },
+    **{
+        f"HQQ best at {bits} bits per weight, calibrated, {SAMPLED_SAID}": (
+            pql.HQQConfig(nbits=int(bits), **SMALL_GROUPS),
+            {"initial_codes": "best"} | SAMPLED,
+        )
+        for bits in BEST
+    },
+    f"AQLM 2x8, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), SAMPLED),
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
@@ -89,7 +104,11 @@ PLANNED: dict[str, tuple[float, list[Any]]] = {
     name: (config.nbits + 32 / config.group_size, MIXED[config.nbits])
     for name, (config, _) in BASES.items()
     if "mixed" in name
-} | {f"HQQ best at {bits} bits per weight, calibrated": (bits, choices) for bits, choices in BEST.items()}
+} | {
+    f"HQQ best at {bits} bits per weight, calibrated{said}": (bits, choices)
+    for bits, choices in BEST.items()
+    for said in ("", f", {SAMPLED_SAID}")
+}
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
     "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
@@ -124,11 +143,28 @@ def help_text(tokenizer: Any) -> Tensor:
     return tokenizer(topics, return_tensors="pt").input_ids[0]
 
 
+def sampled_tokens(model: nn.Module, tokenizer: Any, cache: Path) -> Tensor:
+    """(n, 512): half of ``N_TOKENS`` that ``model`` writes itself, kept in ``cache``."""
+    file = cache / "sampled.safetensors"
+    if not file.exists():
+        began = time.process_time()
+        ids = pql.sample_calibration_data(model, tokenizer, n_tokens=N_TOKENS // 2, sequence_length=WINDOW)
+        cache.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids.contiguous()}, file)
+        print(f"{ids.numel():,} tokens sampled in {time.process_time() - began:.0f} CPU seconds", flush=True)
+    return load_file(file)["ids"]
+
+
 def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cache: Path) -> dict[str, Any]:
     base, _, tuning = name.partition(" + ")
     config, options = BASES[base]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     calibration = None
+    if options is not None and options.get("sampled"):
+        options = {field: value for field, value in options.items() if field != "sampled"}
+        windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
+        spread = torch.linspace(0, len(windows) - 1, N_TOKENS // 2 // WINDOW).round().long()
+        text = torch.cat([windows[spread], sampled_tokens(model, AutoTokenizer.from_pretrained(folder), cache)])
     if options is not None:
         calibration = pql.Calibration(
             data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options

@@ -74,8 +74,8 @@ def calibration() -> str:
     rows, default = [], measured["shrinkage"]
     for row in measured["rows"]:
         seconds = row.get("quantize_cpu_s", row["quantize_s"])
-        is_other = row["shrinkage"] not in (None, default)
-        cells = [row["name"] + " ¹" * is_other, f"{row['bits_per_weight']:.2f}"]
+        marks = " ¹" * (row["shrinkage"] not in (None, default)) + " ²" * (row["cpu"] != measured["device"]["cpu"])
+        cells = [row["name"] + marks, f"{row['bits_per_weight']:.2f}"]
         for ending in ("", "_second_text"):
             is_scored = f"perplexity{ending}" in row
             cells.append(number(row[f"perplexity{ending}"]) if is_scored else "")
@@ -83,7 +83,7 @@ def calibration() -> str:
         rows.append([*cells, "" if seconds is None else f"{seconds / 60:.1f}"])
     tuning = measured["tuning"]
     others = sorted({row["cpu"] for row in measured["rows"]} - {measured["device"]["cpu"]})
-    elsewhere = f" Rows without a second text were made on {' and '.join(others)}." if others else ""
+    elsewhere = f" ² On {' and '.join(others)}." if others else ""
     return "\n".join(
         [
             table(["", "bits per weight", "perplexity", "KL", "second text", "KL there", "CPU minutes"], rows),

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import required_versions as _required_versions  # noqa: F401  # first: it checks them
 from .bit_allocation import BitPlan, plan_bits
-from .calibration import Calibration, LayerResult
+from .calibration import Calibration, LayerResult, sample_calibration_data
 from .exports import ExportFormat, ExportReport, LayerExport, export, export_formats
 from .formats import QuantizedWeight, QuantSpec, TensorLayout
 from .formats.checksums import DamagedTensor
@@ -113,6 +113,7 @@ __all__ = [
     "register",
     "register_method",
     "registered_methods",
+    "sample_calibration_data",
     "save_model",
     "set_activation_bits",
     "set_merge_strategy",

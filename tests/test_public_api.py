@@ -64,6 +64,7 @@ PUBLIC = [
     "register",
     "register_method",
     "registered_methods",
+    "sample_calibration_data",
     "save_model",
     "set_activation_bits",
     "set_merge_strategy",

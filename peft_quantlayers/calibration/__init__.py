@@ -2,6 +2,7 @@
 
 from .data import Calibration
 from .quantize_calibrated import LayerResult, quantize_calibrated
+from .sampled_data import sample_calibration_data
 from .statistics import InputStatistics
 from .walk import BlockWork, InputGroup, Visitor, walk
 
@@ -13,5 +14,6 @@ __all__ = [
     "LayerResult",
     "Visitor",
     "quantize_calibrated",
+    "sample_calibration_data",
     "walk",
 ]

@@ -1,0 +1,138 @@
+"""Calibration data that the model writes itself: text and chats, sampled before it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from ..arguments import check_integer, check_model, check_number, check_tokenizer
+from .model_facts import is_encoder_decoder, max_length, predicts_next_token, vocabulary_size
+
+# Stands for a user's message when a chat template is asked for what comes before it.
+MESSAGE = "MESSAGE-OF-THE-USER"
+
+
+def sample_calibration_data(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    n_tokens: int = 16_384,
+    sequence_length: int = 512,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """Token ids that a language model samples, to calibrate its own quantization with.
+
+    Half of the sequences begin with a random token and go on as text; where the tokenizer has a chat template, the
+    other half begin where the template has the user speak, so that the model writes the question and the answer. So
+    the data are of the kinds that the model was trained on, whatever text there is at hand: a model that is calibrated
+    on one kind of text alone errs more on others. Beginning with a random token is the way of LLM-QAT
+    (https://arxiv.org/abs/2305.17888), beginning with an empty message that of Magpie
+    (https://arxiv.org/abs/2406.08464).
+
+    Args:
+        model: a causal language model of transformers, before it is quantized, or with an adapter before a merge.
+        tokenizer: for the chat template and the token that a text begins with; None for text alone.
+        n_tokens: tokens to sample; rounded up to whole sequences.
+        sequence_length: tokens of a sequence; fewer where the model has fewer positions.
+        temperature: of the sampling.
+        top_p: the likeliest tokens that have this probability together are sampled from.
+        batch_size: sequences that are sampled at a time.
+        seed: the same seed gives the same data on the same machine; torch's own generators are left as they were.
+        progress: show a progress bar.
+
+    Returns:
+        (n_sequences, sequence_length) int64 on the CPU, to be given as ``data`` of a :class:`Calibration`, alone or
+        joined with windows of a text.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong kind, or ``model`` does not write text.
+    """
+    check_model("sample_calibration_data", model)
+    check_tokenizer(tokenizer)
+    check_integer("n_tokens", n_tokens, at_least=1, at_most=2**40)
+    check_integer("sequence_length", sequence_length, at_least=2, at_most=2**24)
+    check_integer("batch_size", batch_size, at_least=1, at_most=2**20)
+    check_number("temperature", temperature, above=0.0, at_most=100.0)
+    check_number("top_p", top_p, above=0.0, at_most=1.0)
+    vocabulary = vocabulary_size(model)
+    can_write = hasattr(model, "generate") and not is_encoder_decoder(model) and predicts_next_token(model)
+    if vocabulary is None or not can_write:
+        raise ValueError(
+            f"{type(model).__name__} does not write text: sample_calibration_data is for causal language models. Give "
+            "texts or batches of your own as the calibration data."
+        )
+    length = min(sequence_length, max_length(model))
+    n_sequences = -(-n_tokens // length)
+    n_chats = 0 if (start := _chat_start(tokenizer)) is None or len(start) >= length else n_sequences // 2
+    sampling = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=0)
+    devices = [model.device] if model.device.type == "cuda" else []
+    found: list[Tensor] = []
+    with torch.random.fork_rng(devices), _sampling(model, sampling), torch.no_grad():
+        torch.manual_seed(seed)
+        texts = _text_starts(tokenizer, vocabulary, n_sequences - n_chats)
+        chats = torch.empty(0, 1, dtype=torch.int64) if start is None else start.expand(n_chats, -1)
+        batches = [*texts.split(batch_size), *chats.split(batch_size)]
+        bar = tqdm(total=n_sequences, desc="Sampling", unit="sequence", disable=not progress)
+        for ids in batches:
+            if not len(ids):
+                continue
+            ids = ids.to(model.device)
+            new = {"max_new_tokens": length - ids.shape[1], "min_new_tokens": None}
+            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **new)
+            found.append(written.cpu())
+            bar.update(len(ids))
+        bar.close()
+    sampled = torch.cat(found)
+    # Alternating, so that the first of them are of both kinds too.
+    order = torch.arange(n_sequences).float()
+    order[n_sequences - n_chats :] -= n_sequences - n_chats - 0.5
+    return sampled[order.argsort(stable=True)]
+
+
+def _text_starts(tokenizer: Any, vocabulary: int, n: int) -> Tensor:
+    """(n, 1) random tokens; (n, 2) where the tokenizer begins each text with a token of its own."""
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    usual = torch.tensor([token for token in range(vocabulary) if token not in special])
+    starts = usual[torch.randint(len(usual), (n, 1))]
+    first = None if tokenizer is None else tokenizer.bos_token_id
+    if first is None or tokenizer("a").input_ids[:1] != [first]:
+        return starts
+    return torch.cat([torch.full_like(starts, first), starts], dim=1)
+
+
+def _chat_start(tokenizer: Any) -> Tensor | None:
+    """(n,) token ids of what the chat template writes before the first message of the user; None without one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": MESSAGE}], tokenize=False)
+    start, is_there, _ = chat.partition(MESSAGE)
+    ids = tokenizer(start, add_special_tokens=False).input_ids
+    return torch.tensor(ids) if is_there and ids else None
+
+
+@contextmanager
+def _sampling(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """``model`` in evaluation, with ``config`` as its own: what it leaves open would be taken from there.
+
+    So no token ends a sequence: after the end of a text the next one begins.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    own, are_training = base.generation_config, {module: module.training for module in model.modules()}
+    base.generation_config = config
+    model.eval()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+        for module, is_training in are_training.items():
+            module.training = is_training
