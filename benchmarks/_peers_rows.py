@@ -13,6 +13,7 @@ NAMES = {
     "gptqmodel": "GPTQModel, GPTQ",
     "gptqmodel-gptaq": "GPTQModel, GPTAQ",
     "auto-round": "AutoRound",
+    "auto-round-full": "AutoRound",
     "bitsandbytes-nf4": "bitsandbytes NF4",
     "bitsandbytes-nf4-double": "bitsandbytes NF4",
     "torchao": "torchao",
