@@ -13,6 +13,7 @@ NAMES = {
     "gptqmodel": "GPTQModel, GPTQ",
     "gptqmodel-gptaq": "GPTQModel, GPTAQ",
     "auto-round": "AutoRound",
+    "auto-round-full": "AutoRound",
     "bitsandbytes-nf4": "bitsandbytes NF4",
     "bitsandbytes-nf4-double": "bitsandbytes NF4",
     "torchao": "torchao",
@@ -42,6 +43,7 @@ HEAD = [
     "peak MiB",
 ]
 ENCODER_HEAD = ["bits", "quantizer", "bits per weight", "1 - cosine", "second text", "CPU minutes", "peak MiB"]
+MARK = "¹"
 SCORES = ("perplexity", "kl_to_float", "perplexity_second_text", "kl_to_float_second_text")
 ENCODER_SCORES = ("cosine_distance", "cosine_distance_second_text")
 
@@ -62,10 +64,22 @@ def of_calibration(measured: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def peers_rows(rows: list[dict[str, Any]], scores: tuple[str, ...]) -> list[list[str]]:
-    """Cells, by bits and then by KL (or by cosine)."""
+def with_rows_from_elsewhere(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows``, and those of ``others`` that are not among them."""
+    known = {(row["maker"], row["bits"], row["group_size"]) for row in rows}
+    return [*rows, *(row for row in others if (row["maker"], row["bits"], row["group_size"]) not in known)]
+
+
+def peers_rows(rows: list[dict[str, Any]], scores: tuple[str, ...], processor: str) -> list[list[str]]:
+    """Cells, by bits and then by KL (or by cosine); CPU minutes on another processor than ``processor`` are marked."""
     by_score = sorted(rows, key=lambda row: (-row["bits"], row[scores[-1]]))
-    return [_cells(row, scores) for row in by_score]
+    return [_cells(row, scores, processor) for row in by_score]
+
+
+def other_processors(rows: list[dict[str, Any]], processor: str) -> str:
+    """What the mark stands for; empty where all ran on ``processor``."""
+    names = sorted({row["cpu"] for row in rows} - {processor})
+    return f" {MARK} On {' and '.join(names)}." if names else ""
 
 
 def peers_versions(rows: list[dict[str, Any]]) -> str:
@@ -79,7 +93,7 @@ def peers_versions(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{name} {' and '.join(sorted(each))}" for name, each in sorted(found.items()))
 
 
-def _cells(row: dict[str, Any], scores: tuple[str, ...]) -> list[str]:
+def _cells(row: dict[str, Any], scores: tuple[str, ...], processor: str) -> list[str]:
     maker = row["maker"]
     name = NAMES[maker]
     if maker not in OTHER_GROUPS:
@@ -93,7 +107,7 @@ def _cells(row: dict[str, Any], scores: tuple[str, ...]) -> list[str]:
         name,
         f"{row['bits_per_weight']:.2f}",
         *(_score(row[score], score) for score in scores),
-        f"{row['cpu_s'] / 60:.1f}",
+        f"{row['cpu_s'] / 60:.1f}" + f" {MARK}" * (row["cpu"] != processor),
         f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "",
     ]
 

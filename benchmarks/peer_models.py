@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _dense_models import LEFT_DENSE, linear_shapes, load_float, measuring, stored_bits_per_weight, write_dense
+from _processor import processor_name
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -100,12 +101,15 @@ def made_by_llmcompressor_gptq(folder: Path, ids: Tensor, bits: int, group_size:
 
 
 def made_by_llmcompressor_awq(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
-    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
-    modifier = AWQModifier(**llmcompressor_scheme(bits, group_size))
+    IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None  # it fails without an accelerator
+    modifiers = [AWQModifier(), QuantizationModifier(**llmcompressor_scheme(bits, group_size))]
     n_windows = len(ids) // 4  # each of its 20 trials for a scale runs what follows on all tokens
     said = {"options": f"asymmetric, {ids[:n_windows].numel():,} of the tokens"}
-    return made_by_llmcompressor([modifier], folder, ids[:n_windows], said)
+    return made_by_llmcompressor(modifiers, folder, ids[:n_windows], said)
 
 
 def made_by_gptqmodel(folder: Path, ids: Tensor, bits: int, group_size: int, **options: Any) -> Made:
@@ -135,12 +139,21 @@ def made_by_gptaq(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made
     return made_by_gptqmodel(folder, ids, bits, group_size, gptaq=GPTAQConfig())
 
 
-def made_by_autoround(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
+def from_multiples(layer: nn.Module) -> Tensor:
+    """(out_features, in_features), float32: a bfloat16 weight of multiples of ``layer.scale``, as its codes say it."""
+    groups = layer.weight.detach().float().unflatten(1, (layer.scale.shape[1], -1))
+    scale = layer.scale.float()[..., None]
+    return ((groups / scale).round() * scale).flatten(1)
+
+
+def made_by_autoround(folder: Path, ids: Tensor, bits: int, group_size: int, *, in_full: bool = False) -> Made:
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    model, iterations = load_float(folder), 50
-    measured = {"options": f"asymmetric, {iterations} iterations of batches of 4 (its defaults: 200, 8)"}
+    model = load_float(folder)
+    iterations, batch_size = (200, 8) if in_full else (50, 4)  # its defaults, and an eighth of their work
+    said = f"asymmetric, bfloat16, {iterations} iterations of batches of {batch_size}"
+    measured = {"options": said if in_full else f"{said} (its defaults: 200, 8)"}
     data = torch.utils.data.DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids])
     tuner = AutoRound(
         model,
@@ -153,16 +166,19 @@ def made_by_autoround(folder: Path, ids: Tensor, bits: int, group_size: int) -> 
         seqlen=ids.shape[1],
         dataset=data,
         device_map="cpu",
-        batch_size=4,
-        amp=False,
+        batch_size=batch_size,
         enable_torch_compile=False,
     )
     with measuring(measured):
         tuned, _ = tuner.quantize()
-    dense = {f"{name}.weight": tuned.get_submodule(name).weight.detach().clone() for name in linear_shapes(model)}
+    dense = {f"{name}.weight": from_multiples(tuned.get_submodule(name)) for name in linear_shapes(model)}
     with tempfile.TemporaryDirectory() as scratch:
-        tuner.save_quantized(scratch, format="auto_round")
+        tuner.save_quantized(scratch, format="auto_round:auto_gptq")  # the 4-bit default, auto_awq, fails in 0.16.1
         return dense, saved_tensors(Path(scratch)), measured
+
+
+def made_by_autoround_in_full(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
+    return made_by_autoround(folder, ids, bits, group_size, in_full=True)
 
 
 def made_by_bitsandbytes(folder: Path, ids: Tensor, bits: int, group_size: int, *, double: bool = False) -> Made:
@@ -239,6 +255,7 @@ MAKERS: dict[str, tuple[str, Callable[[Path, Tensor, int, int], Made]]] = {
     "gptqmodel": ("gptqmodel", made_by_gptqmodel),
     "gptqmodel-gptaq": ("gptqmodel", made_by_gptaq),
     "auto-round": ("auto-round", made_by_autoround),
+    "auto-round-full": ("auto-round", made_by_autoround_in_full),
     "bitsandbytes-nf4": ("bitsandbytes", made_by_bitsandbytes),
     "bitsandbytes-nf4-double": ("bitsandbytes", made_by_bitsandbytes_double),
     "torchao": ("torchao", made_by_torchao),
@@ -268,6 +285,7 @@ def main() -> None:
         "bits_per_weight": stored_bits_per_weight(stored, shapes),
         **said,
         "threads": torch.get_num_threads(),
+        "cpu": processor_name(),
         "versions": {name: importlib.metadata.version(name) for name in (package, "torch", "transformers")},
     }
     output = args.folder / MADE / f"{args.maker}-{args.bits}-{args.group_size}"

@@ -15,7 +15,16 @@ from _exports_rows import HEAD as EXPORTS_HEAD
 from _exports_rows import exports_rows
 from _models_rows import HEAD as MODELS_HEAD
 from _models_rows import models_differences, models_left_out, models_rows, models_summary
-from _peers_rows import ENCODER_HEAD, ENCODER_SCORES, SCORES, of_calibration, peers_rows, peers_versions
+from _peers_rows import (
+    ENCODER_HEAD,
+    ENCODER_SCORES,
+    SCORES,
+    of_calibration,
+    other_processors,
+    peers_rows,
+    peers_versions,
+    with_rows_from_elsewhere,
+)
 from _peers_rows import HEAD as PEERS_HEAD
 
 ROOT = Path(__file__).parent.parent
@@ -107,15 +116,16 @@ def peers(model: str) -> str:
         raise FileNotFoundError(f"no results of {model}")
     entry = measured["models"][model]
     command = device_line(measured["device"], f"python benchmarks/bench_peers.py {model}")
-    note = f"{entry['name']}. {peers_versions(entry['rows'])}. {command}"
-    if model == "minilm":
-        return f"{table(ENCODER_HEAD, peers_rows(entry['rows'], ENCODER_SCORES))}\n\n{note}"
     elsewhere = of_calibration(result("calibration")) if model == "smollm2" else []
+    rows, processor = with_rows_from_elsewhere(entry["rows"], elsewhere), measured["device"]["cpu"]
+    note = f"{entry['name']}. {peers_versions(entry['rows'])}. {command}{other_processors(rows, processor)}"
+    if model == "minilm":
+        return f"{table(ENCODER_HEAD, peers_rows(rows, ENCODER_SCORES, processor))}\n\n{note}"
     floats = entry["of_float"]
     of_float = f"{floats['perplexity']:.2f}, on the second text {floats['perplexity_second_text']:.2f}"
     return "\n\n".join(
         [
-            table(PEERS_HEAD, peers_rows([*entry["rows"], *elsewhere], SCORES)),
+            table(PEERS_HEAD, peers_rows(rows, SCORES, processor)),
             f"Float model: {of_float}. {note}",
         ]
     )

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from _dense_models import MEASURED, linear_shapes, load_float, stored_bits_per_weight, write_dense
-from _peers_rows import ENCODER_SCORES, SCORES, of_calibration, peers_rows, peers_versions
+from _peers_rows import (
+    ENCODER_SCORES,
+    SCORES,
+    of_calibration,
+    other_processors,
+    peers_rows,
+    peers_versions,
+    with_rows_from_elsewhere,
+)
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -80,20 +88,20 @@ def test_parameters_that_do_not_fit_are_refused_and_nothing_is_written(folder, t
     assert not (tmp_path / "made").exists()
 
 
-ROW = {"bits": 4, "group_size": 64, "bits_per_weight": 4.5, "cpu_s": 90.0, "peak_mib": 1234.0}
+ROW = {"bits": 4, "group_size": 64, "bits_per_weight": 4.5, "cpu_s": 90.0, "peak_mib": 1234.0, "cpu": "A"}
 ROW |= dict.fromkeys((*SCORES, *ENCODER_SCORES), 1.0)
 
 
 def test_rows_are_in_the_order_of_the_second_texts_kl_and_say_who_read_no_text():
     worse = ROW | {"maker": "quanto", "kl_to_float_second_text": 2.0}
-    found = peers_rows([worse, ROW | {"maker": "gptqmodel"}, ROW | {"maker": "ours", "bits": 8}], SCORES)
+    found = peers_rows([worse, ROW | {"maker": "gptqmodel"}, ROW | {"maker": "ours", "bits": 8}], SCORES, "A")
     assert [cells[:3] for cells in found] == [
         ["8", "**ours**, HQQ calibrated, group 64", "4.50"],
         ["4", "GPTQModel, GPTQ, group 64", "4.50"],
         ["4", "optimum-quanto, no text", "4.50"],
     ]
     assert found[1][3:] == ["1.00", "1.000", "1.00", "1.000", "1.5", "1,234"]
-    assert peers_rows([ROW | {"maker": "ours"}], ENCODER_SCORES)[0][3:5] == ["1.0000", "1.0000"]
+    assert peers_rows([ROW | {"maker": "ours"}], ENCODER_SCORES, "A")[0][3:5] == ["1.0000", "1.0000"]
 
 
 def test_our_rows_of_the_calibration_table_are_taken_where_both_texts_were_scored():
@@ -101,6 +109,18 @@ def test_our_rows_of_the_calibration_table_are_taken_where_both_texts_were_score
     others = [named | {"name": "HQQ 3 bits, group 64"}, {"name": "AQLM 2x8, calibrated", "quantize_cpu_s": 1.0}]
     (taken,) = of_calibration({"rows": [named, *others]})
     assert (taken["maker"], taken["bits"], taken["cpu_s"]) == ("ours", 3, 60.0)
+
+
+def test_times_of_another_processor_are_marked_and_the_mark_is_explained():
+    rows = [ROW | {"maker": "ours"}, ROW | {"maker": "ours", "bits": 3, "cpu": "B"}]
+    assert [cells[-2] for cells in peers_rows(rows, SCORES, "A")] == ["1.5", "1.5 ¹"]
+    assert other_processors(rows, "A") == " ¹ On B."
+    assert other_processors(rows[:1], "A") == ""
+
+
+def test_a_row_that_was_measured_beside_the_others_replaces_the_calibration_tables():
+    here, there = ROW | {"maker": "ours", "cpu_s": 1.0}, ROW | {"maker": "ours", "cpu_s": 2.0}
+    assert with_rows_from_elsewhere([here], [there, there | {"bits": 3}]) == [here, there | {"bits": 3}]
 
 
 def test_versions_name_each_package_once():
