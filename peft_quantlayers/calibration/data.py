@@ -52,7 +52,7 @@ class Calibration:
         damping: added to the diagonal of each second moment, as a fraction of the diagonal's mean. A larger value
             relies less on the data.
         shrinkage: fraction by which off-diagonal entries of the second moment are shrunk towards zero. A larger value
-            relies less on the data. None for 0.5, with which a quantized model errs less on text of another kind; and
+            relies less on the data. None for 0.5, with which the error on text of another kind is lower; and
             for 0.3 where an adapter is merged, which retains more of what it learned.
         asymmetric_targets: quantize each weight of a block to give the float model's outputs from the inputs that the
             quantized blocks before it make, which makes up for part of their error. The float model runs beside, with
