@@ -35,8 +35,8 @@ def sample_calibration_data(
     Half of the sequences begin with a random token and go on as text; where the tokenizer has a chat template, the
     other half begin where the template has the user speak, so that the model writes the question and the answer. So
     the data are of the kinds that the model was trained on, whatever text there is at hand: where a model is
-    calibrated on one kind of text alone, its error on others is larger. Beginning with a random token is the way of LLM-QAT
-    (https://arxiv.org/abs/2305.17888), beginning with an empty message that of Magpie
+    calibrated on one kind of text alone, its error on others is larger. Beginning with a random token is the way of
+    LLM-QAT (https://arxiv.org/abs/2305.17888), beginning with an empty message that of Magpie
     (https://arxiv.org/abs/2406.08464).
 
     Args:
