@@ -1,6 +1,8 @@
 """Save a whole model: all of it or nothing, and only if it can be read again."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,15 @@ def save_model(
         TypeError: ``model`` is not a transformers model.
         ValueError: the model carries adapters, or is sharded; or what was written could not be read again.
     """
+    with saved_model(model, folder, tokenizer=tokenizer, overwrite=overwrite, **kwargs):
+        pass
+
+
+@contextmanager
+def saved_model(
+    model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
+) -> Iterator[Path]:
+    """As :func:`save_model`; gives the hidden folder, whose files move at the end, to write more files to."""
     _check_arguments(model, folder, tokenizer)
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
@@ -62,6 +73,7 @@ def save_model(
             check_readable(written, model)
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise ValueError(f"the model would not load again, so it was not saved: {error}") from error
+        yield written
 
 
 def _check_arguments(model: Any, folder: Any, tokenizer: Any) -> None:

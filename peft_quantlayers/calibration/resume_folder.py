@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from ..layers.dense_types import dense_key, dense_shape, dense_weight
 from ..layers.quantized_layers import quantized_layers
 from ..layers.replace import place_empty_layer
 from ..methods import QuantConfig, spec_from_dict
-from ..storage import locked_folder, replace_file
+from ..storage import locked_folder, replace_file, says_full
 
 
 class ResumeFolder:
@@ -56,7 +57,11 @@ class ResumeFolder:
         self._lock.close()
 
     def keep(self, model: nn.Module, block: str, names: Sequence[str]) -> None:
-        """Store the block as it is now, with ``names``, its quantized layers."""
+        """Store the block as it is now, with ``names``, its quantized layers.
+
+        Raises:
+            OSError: the disk is full; blocks that were stored before are kept.
+        """
         layers = quantized_layers(model)
         specs = {name: layers[name].spec.to_dict() for name in names}
         tensors = {key: value.contiguous() for key, value in model.get_submodule(block).state_dict().items()}
@@ -67,8 +72,17 @@ class ResumeFolder:
         metadata = {"fingerprint": self.fingerprint, "specs": json.dumps(specs)}
         if are_checksums_used():
             metadata |= to_metadata(checksums(tensors))
-        with replace_file(self._file(block)) as part:
-            save_file(tensors, part, metadata=metadata)
+        try:
+            with replace_file(self._file(block)) as part:
+                save_file(tensors, part, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            if not says_full(error):
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk of resume_folder={self.folder} is full. Finished blocks are kept in it; free some "
+                "space, and call the same again to go on",
+            ) from error
 
     def restore(self, model: nn.Module, block: str, config: QuantConfig) -> bool:
         """Put the stored block in the place of the one in ``model``. False if it is not stored."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
 from quantlayers_cli.names import WrongUsage
 from quantlayers_cli.options import ALL_OPTIONS, PROGRAM
 
+from ..storage import is_full, replace_file, says_full
 from .parsing import VerbParser, new_parser, parse, settings_text
 from .result import Result
 
@@ -28,14 +29,13 @@ from .result import Result
 VERSIONS_OF = ("peft_quantlayers", "torch", "transformers", "peft", "trl")
 # What a user can mend: its message is enough.
 EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, MemoryError, SafetensorError)
-# A file system with less is full: a file that failed half-written is gone again by now.
-FULL = 2**20
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Parse, run, print; the exit code."""
     arguments = ["--help" if each == ALL_OPTIONS else each for each in arguments]
     settings = Namespace(debug="--debug" in arguments)
+    module = None
     try:
         module = importlib.import_module(f"{__package__}.verbs.{verb}")
         parser = verb_parser(verb, module, arguments)
@@ -51,7 +51,10 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
     except Exception as error:
-        return _failed(verb, error, is_debug=settings.debug, output=getattr(settings, "output", None))
+        if settings.debug:
+            traceback.print_exc()
+        output, way_on = getattr(settings, "output", None), getattr(module, "AFTER_A_FULL_DISK", "")
+        return _said(f"{verb}: {_full_disk(error, output, way_on) or _reason(error)}", FAILED)
     return result.exit_code
 
 
@@ -68,32 +71,42 @@ def _said(message: str, exit_code: int) -> int:
         return said(message, exit_code)
 
 
-def _failed(verb: str, error: Exception, *, is_debug: bool, output: str | None) -> int:
-    if is_debug:
-        traceback.print_exc()
-    if output is not None and _is_full(Path(output)):  # which packages tell in words of their own, if at all
-        return _said(f"{verb}: the disk of {output} is full. {_in_one_line(error)}", FAILED)
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
     if isinstance(error, EXPECTED):
-        return _said(f"{verb}: {_in_one_line(error)}", FAILED)
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return _said(f"{verb}: {message} (unexpected; --debug shows where it came from)", FAILED)
+        return _in_one_line(error)
+    return " ".join(f"{type(error).__name__}: {error} (unexpected; --debug shows where it came from)".split())
 
 
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _full_disk(error: Exception, output: str | None, way_on: str) -> str | None:
+    """What to say where ``error`` comes of a full disk, which packages tell in words of their own, if at all."""
+    is_told = says_full(error)
+    if not is_told and (output is None or isinstance(error, EXPECTED) or not is_full(Path(output))):
+        return None
+    place = error.filename if isinstance(error, OSError) else None
+    is_of_system = not isinstance(error, OSError) or error.strerror in (None, os.strerror(error.errno or 0))
+    if not is_of_system or (place is None and output is None):  # our own sentence names the place, and what is kept
+        return _in_one_line(error)
+    return f"the disk of {place or output} is full ({_in_one_line(error)}). {way_on}".rstrip()
 
 
-def _is_full(output: Path) -> bool:
-    place = next((place for place in (output, *output.parents) if place.exists()), None)
-    usage = None if place is None else shutil.disk_usage(place)
-    return usage is not None and usage.total > 0 and usage.free < FULL
+def _in_one_line(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror  # without its number
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: Path) -> None:
     """Write the resolved settings and the versions beside the output."""
     versions = ", ".join(f"{name} {_version(name)}" for name in VERSIONS_OF)
     head = f"# {PROGRAM} {verb} {verb}.yaml does the same again.\n# Python {platform.python_version()}, {versions}\n"
-    (folder / f"{verb}.yaml").write_text(head + settings_text(parser, settings), encoding="utf-8")
+    try:
+        with replace_file(folder / f"{verb}.yaml") as part:
+            part.write_text(head + settings_text(parser, settings), encoding="utf-8")
+    except OSError as error:
+        reason = f"{folder} is complete, but for the settings in {verb}.yaml ({error.strerror})."
+        raise OSError(error.errno, reason) from error
 
 
 def _print(result: Result, *, is_json: bool) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .full_disk import decimal_size, says_full
 from .lock import locked_folder
 from .names import contents, new_staging_path, staging_paths
 from .single_file import replace_file, sync, sync_tree
@@ -65,7 +66,8 @@ def staged_folder(
     Raises:
         FileExistsError: the target is a file; it holds files, now or at the end, and ``overwrite`` is False; another
             process writes to it. Its files are as they were.
-        OSError: no permission, read-only, or less than ``n_bytes`` free; nothing was written.
+        OSError: no permission, read-only, less than ``n_bytes`` free, or a disk that filled up meanwhile; nothing was
+            written.
     """
     target = Path(os.path.realpath(folder))
     _check_target(target, overwrite=overwrite)
@@ -84,9 +86,11 @@ def staged_folder(
                 _move_into(target, staging, kind)
             else:
                 _rename(new, target)
-        except BaseException:
+        except BaseException as error:
             # Also where the placeholder stands: the old files come back.
             recover(target, kind)
+            if says_full(error):
+                raise OSError(errno.ENOSPC, _full(target)) from error
             raise
         _remove(staging)
 
@@ -210,12 +214,18 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 def _check_space(target: Path, n_bytes: int) -> None:
     """Raise OSError if the file system has no space for the new files beside the old ones."""
     usage = shutil.disk_usage(target if target.is_dir() else target.parent)
-    if usage.total and usage.free < n_bytes + _SPARE_BYTES:
+    needed = n_bytes + _SPARE_BYTES
+    if usage.total and usage.free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{target} needs about {n_bytes / 1e9:.2f} GB, and {usage.free / 1e9:.2f} GB are free there; nothing was "
+            f"{target} needs about {decimal_size(needed)}, and {decimal_size(usage.free)} are free there; nothing was "
             "written. Old files are kept until the new ones are complete. Free some space or choose another folder.",
         )
+
+
+def _full(target: Path) -> str:
+    old = " The old files are kept." if contents(target) else ""
+    return f"the disk of {target} is full; nothing was written.{old} Free some space or choose another folder."
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ..layers.selection import quantizable_modules
 from ..methods import QuantConfig
 from ..methods.quant_config import check_config
 from ..storage import locked_folder
+from ..storage.full_disk import NO_SPACE, decimal_size
 from ..storage.names import contents
 from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
@@ -237,17 +238,19 @@ def _check_space(target: Path, parts: PartsOfModel, work: WorkFolder, max_shard_
     if usage.total and usage.free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{target} needs about {needed / 1e9:.2f} GB more, and {usage.free / 1e9:.2f} GB are free there",
+            f"{target} needs about {decimal_size(needed)} more, and {decimal_size(usage.free)} are free there",
         )
 
 
 def _with_way_out(error: OSError, target: Path, work: WorkFolder, parts: PartsOfModel) -> OSError:
     """``error`` with what is kept, and how to go on, where it says that the disk is full."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in NO_SPACE:
         return error
     n_done = sum(work.is_finished(number) for number in range(len(parts.parts)))
+    is_of_system = error.strerror == os.strerror(error.errno)
+    reason = f"the disk of {target} is full" if is_of_system else error.strerror
     return OSError(
         error.errno,
-        f"{error.strerror}. {n_done} of {len(parts.parts)} parts are finished and kept in {work.folder}; free some "
+        f"{reason}. {n_done} of {len(parts.parts)} parts are finished and kept in {work.folder}; free some "
         f"space there and call the same again to go on, or remove {target} to give up",
     )

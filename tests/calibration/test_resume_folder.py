@@ -10,10 +10,11 @@ import pytest
 import torch
 from golden.files import tensors_of
 from integrations.tiny import tiny_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
+from peft_quantlayers.calibration import resume_folder
 from peft_quantlayers.formats.checksums import METADATA_KEY
 from peft_quantlayers.storage import locked_folder
 
@@ -169,3 +170,19 @@ def test_a_folder_in_use_and_a_file_in_its_place_are_refused(file, tmp_path):
     with pytest.raises(OSError, match=r"cannot be made.*was not changed"):
         run(file / "below", model)
     assert not quantized_modules(model)
+
+
+def test_a_full_disk_is_named_and_what_is_kept_goes_on_with_the_same_codes(finished, tmp_path, monkeypatch):
+    def full(tensors, file, **kwargs):
+        if "layers.1" in str(file):
+            Path(file).write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, file, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume_folder, "save_file", full)
+        with pytest.raises(OSError, match=r"the disk of resume_folder=.* is full\. Finished blocks are kept"):
+            run(tmp_path)
+    assert [file.name for file in tmp_path.glob("*")] == ["model.layers.0.safetensors"]
+    state = run(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in finished["hqq"][1].items())

@@ -156,6 +156,25 @@ def test_an_error_at_any_moment_of_moving_leaves_the_old_files_or_the_new(tmp_pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells the names of open files here")
+def test_a_disk_that_fills_up_is_named_and_the_old_files_are_kept(tmp_path):
+    def full():
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("the tokenizer was not written") from None  # a package in words of its own
+
+    target = tmp_path / "model"
+    with pytest.raises(OSError, match=r"the disk of .*model is full; nothing was written\. Free some space") as caught:
+        save(target, meanwhile=full)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    target.mkdir()
+    write(target, OLD)
+    with pytest.raises(OSError, match=r"is full; nothing was written\. The old files are kept\."):
+        save(target, meanwhile=full, overwrite=True)
+    assert read(tmp_path) == {f"model/{name}": text for name, text in OLD.items()}
+
+
 def test_new_files_are_on_the_disk_before_any_moves_and_the_names_at_the_end(tmp_path, monkeypatch):
     synced, at_moves, rename = [], [], Path.rename
 

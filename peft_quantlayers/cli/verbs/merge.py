@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ...estimate import estimate_merging
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
-from ...saving import save_model
+from ...saving import saved_model
 from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
@@ -89,12 +88,12 @@ def run(settings: Namespace) -> Result:
         tune_epochs=settings.tune_epochs,
         evaluate_on=held_out,
     )
-    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
-    report.save(f"{settings.output}/{REPORT_FILE}")
-    said, data_of_plan = "", {}
-    if plan is not None:
-        plan.save(Path(settings.output) / options.PLAN_FILE)
-        said, data_of_plan = f"\nplan: {plan}", {"plan": options.figures_of(plan)}
+    with saved_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite) as folder:
+        report.save(folder / REPORT_FILE)
+        if plan is not None:
+            plan.save(folder / options.PLAN_FILE)
+    said = "" if plan is None else f"\nplan: {plan}"
+    data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
         text=f"{report}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,

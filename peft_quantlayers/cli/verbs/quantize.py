@@ -14,7 +14,8 @@ from ...estimate import estimate_quantizing
 from ...methods import QuantConfig
 from ...model import quantize_model
 from ...report import ModelSummary, summary
-from ...saving import save_model
+from ...saving import saved_model
+from ...storage import replace_file
 from ...streaming import quantize_checkpoint
 from ...transforms import TRANSFORMS, transform_model
 from .. import options
@@ -77,6 +78,9 @@ def run(settings: Namespace) -> Result:
             device=settings.device,
             n_processes=settings.n_processes,
         )
+        if plan is not None:
+            with replace_file(Path(settings.output) / options.PLAN_FILE) as part:
+                plan.save(part)
     elif settings.n_processes > 1:
         raise ValueError(
             f"--n_processes {settings.n_processes} goes from files to files: leave out --overwrite, --dtype, "
@@ -85,8 +89,6 @@ def run(settings: Namespace) -> Result:
     else:
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
-    if plan is not None:
-        plan.save(Path(settings.output) / options.PLAN_FILE)
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
     return _result(found, "\n".join(said), plan=plan, output=settings.output)
 
@@ -116,7 +118,9 @@ def quantized_in_memory(
         plan = plan_bits(model, data, config=config, **options.budget(settings))
     if not while_loading:
         quantize_model(model, config, calibration=data, budget=plan)
-    save_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite)
+    with saved_model(model, settings.output, tokenizer=tokenizer, overwrite=settings.overwrite) as folder:
+        if plan is not None:
+            plan.save(folder / options.PLAN_FILE)
     return summary(model), plan
 
 

@@ -46,6 +46,9 @@ DESCRIPTION = (
     "`rejected`."
 )
 POSITIONALS = ("model", "output")
+AFTER_A_FULL_DISK = (
+    "Checkpoints that are complete are kept: free some space, and go on with --training.resume_from_checkpoint true."
+)
 IGNORED_LABEL = -100
 # Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
 FORMS = {
