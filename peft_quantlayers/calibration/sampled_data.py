@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from ..arguments import check_integer, check_model, check_number, check_tokenizer
-from .model_facts import is_encoder_decoder, max_length, predicts_next_token, vocabulary_size
+from .blocks import evaluating
+from .model_facts import max_length, predicts_next_token, vocabulary_size
 
 # Stands for a user's message when a chat template is asked for what comes before it.
 MESSAGE = "MESSAGE-OF-THE-USER"
@@ -55,7 +56,8 @@ def sample_calibration_data(
         joined with windows of a text.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong kind, or ``model`` does not write text.
+        TypeError, ValueError: an argument is of a wrong kind; or ``model`` writes no text, or in a way of its own, as
+            models of speech and diffusion do.
     """
     check_model("sample_calibration_data", model)
     check_tokenizer(tokenizer)
@@ -65,38 +67,37 @@ def sample_calibration_data(
     check_number("temperature", temperature, above=0.0, at_most=100.0)
     check_number("top_p", top_p, above=0.0, at_most=1.0)
     vocabulary = vocabulary_size(model)
-    can_write = hasattr(model, "generate") and not is_encoder_decoder(model) and predicts_next_token(model)
-    if vocabulary is None or not can_write:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    writes = getattr(getattr(base, "generate", None), "__func__", None) is GenerationMixin.generate
+    if vocabulary is None or not (writes and predicts_next_token(base)):
         raise ValueError(
             f"{type(model).__name__} does not write text: sample_calibration_data is for causal language models. Give "
             "texts or batches of your own as the calibration data."
         )
     length = min(sequence_length, max_length(model))
     n_sequences = -(-n_tokens // length)
-    n_chats = 0 if (start := _chat_start(tokenizer)) is None or len(start) >= length else n_sequences // 2
+    chat_start = _chat_start(tokenizer)
+    n_chats = n_sequences // 2 if chat_start is not None and len(chat_start) < length else 0
     sampling = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=0)
     devices = [model.device] if model.device.type == "cuda" else []
-    found: list[Tensor] = []
-    with torch.random.fork_rng(devices), _sampling(model, sampling), torch.no_grad():
+    sampled = torch.empty(n_sequences, length, dtype=torch.int64)
+    with (
+        torch.random.fork_rng(devices),
+        evaluating(model),
+        _own_settings(base, sampling),
+        tqdm(total=n_sequences, desc="Sampling", unit="sequence", disable=not progress) as bar,
+    ):
         torch.manual_seed(seed)
-        texts = _text_starts(tokenizer, vocabulary, n_sequences - n_chats)
-        chats = torch.empty(0, 1, dtype=torch.int64) if start is None else start.expand(n_chats, -1)
-        batches = [*texts.split(batch_size), *chats.split(batch_size)]
-        bar = tqdm(total=n_sequences, desc="Sampling", unit="sequence", disable=not progress)
-        for ids in batches:
-            if not len(ids):
-                continue
-            ids = ids.to(model.device)
-            new = {"max_new_tokens": length - ids.shape[1], "min_new_tokens": None}
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **new)
-            found.append(written.cpu())
-            bar.update(len(ids))
-        bar.close()
-    sampled = torch.cat(found)
-    # Alternating, so that the first of them are of both kinds too.
-    order = torch.arange(n_sequences).float()
-    order[n_sequences - n_chats :] -= n_sequences - n_chats - 0.5
-    return sampled[order.argsort(stable=True)]
+        # Texts and chats by turns, so that the first of them are of both kinds too.
+        kinds = [(sampled[:: 2 if n_chats else 1], _text_starts(tokenizer, vocabulary, n_sequences - n_chats))]
+        if chat_start is not None and n_chats:
+            kinds.append((sampled[1::2], chat_start.expand(n_chats, -1)))
+        for rows, starts in kinds:
+            for into, ids in zip(rows.split(batch_size), starts.to(model.device).split(batch_size), strict=True):
+                mask, n_new = torch.ones_like(ids), length - ids.shape[1]
+                into.copy_(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n_new))
+                bar.update(len(ids))
+    return sampled
 
 
 def _text_starts(tokenizer: Any, vocabulary: int, n: int) -> Tensor:
@@ -121,18 +122,13 @@ def _chat_start(tokenizer: Any) -> Tensor | None:
 
 
 @contextmanager
-def _sampling(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """``model`` in evaluation, with ``config`` as its own: what it leaves open would be taken from there.
+def _own_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """``config`` in the place of the model's own, from which ``generate`` takes what is left open.
 
     So no token ends a sequence: after the end of a text the next one begins.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
-    own, are_training = base.generation_config, {module: module.training for module in model.modules()}
-    base.generation_config = config
-    model.eval()
+    own, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
-        base.generation_config = own
-        for module, is_training in are_training.items():
-            module.training = is_training
+        model.generation_config = own

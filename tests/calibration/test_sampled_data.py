@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _tiny_models import tiny_model as tiny_class
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -70,8 +71,17 @@ def test_half_of_the_sequences_are_chats_where_there_is_a_template():
     assert MESSAGE not in str(ids)
 
 
-def test_a_model_is_calibrated_on_it():
-    model = tiny_model("llama")
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: tiny_model("llama"),
+        lambda: tiny_class("MixtralForCausalLM"),
+        lambda: tiny_class("Gemma3ForConditionalGeneration"),
+        lambda: tiny_class("MambaForCausalLM"),
+    ],
+)
+def test_a_model_is_calibrated_on_it(create):
+    model = create()
     pql.quantize_model(
         model, pql.HQQConfig(nbits=2, group_size=16), calibration=sampled(model, n_tokens=512), progress=False
     )
@@ -89,6 +99,9 @@ def test_no_more_positions_than_the_model_has():
         lambda: tiny_model("bert"),
         lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=64)),
         lambda: nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)),
+        # Of speech and of diffusion: they write, but by a ``generate`` of their own.
+        lambda: tiny_class("CsmForConditionalGeneration"),
+        lambda: tiny_class("DiffusionGemmaForBlockDiffusion"),
     ],
 )
 def test_a_model_that_writes_no_text_is_refused(create):
