@@ -27,7 +27,7 @@ from ..lora.base_fingerprint import layers_of_record
 from ..lora.merge_aware_config import fingerprints_of
 from ..scales.scales_config import QuantScalesConfig
 from ..storage import replace_file
-from .checkpoint_headers import open_checkpoint
+from .checkpoint_headers import CheckpointFiles
 from .checksums import refuse_damage
 
 # Names that an error message shows.
@@ -93,13 +93,14 @@ def _check_config(file: Path) -> None:
 
 def check_file(file: Path) -> None:
     """Raise ValueError, naming ``file``, if it is damaged or holds integers where an adapter has floats."""
-    opened = open_checkpoint(str(file))
-    for key in opened.keys():  # noqa: SIM118
+    files = CheckpointFiles([str(file)])
+    for key, header in files.headers.items():
         if any(part in key for part in OUR_TENSORS):
-            dtype = opened.get_slice(key)[:0].dtype  # of the file: PEFT would cast it
+            # In the dtype of the file: PEFT would cast it.
+            dtype = (files.slice(key)[:0] if header.shape else files.read(key)).dtype
             if not dtype.is_floating_point:
                 raise ValueError(f"{file}: {key} holds {dtype} and no floats. The file is damaged.")
-    refuse_damage({str(file): opened}, name=f"the adapter {file}")
+    refuse_damage(files.opened, name=f"the adapter {file}")
 
 
 def add_checksums(file: Path) -> None:

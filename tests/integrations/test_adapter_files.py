@@ -25,6 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.formats.checksums import METADATA_KEY, SWITCH
+from peft_quantlayers.integrations.adapter_files import check_file
 
 from .tiny import tiny_model, token_ids
 
@@ -404,6 +405,15 @@ def test_a_model_without_our_layers_is_left_to_peft(folder, tmp_path):
     edit_tensors(folder, lambda tensors: dict(list(tensors.items())[1:]))
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(tiny_model(), folder)
+
+
+def test_a_scalar_among_an_adapters_own_tensors_is_checked_by_its_dtype(tmp_path):
+    file = tmp_path / FILE
+    save_file({"a.lora_scale": torch.tensor(1.0)}, file)
+    check_file(file)
+    save_file({"a.lora_scale": torch.tensor(True)}, file)
+    with pytest.raises(ValueError, match=r"a\.lora_scale holds torch\.bool and no floats"):
+        check_file(file)
 
 
 def test_an_adapter_whose_file_holds_a_scalar_is_loaded(tmp_path):
