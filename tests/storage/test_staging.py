@@ -155,7 +155,6 @@ def test_an_error_at_any_moment_of_moving_leaves_the_old_files_or_the_new(tmp_pa
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells the names of open files here")
 def test_a_disk_that_fills_up_is_named_and_the_old_files_are_kept(tmp_path):
     def full():
         try:
@@ -175,6 +174,7 @@ def test_a_disk_that_fills_up_is_named_and_the_old_files_are_kept(tmp_path):
     assert read(tmp_path) == {f"model/{name}": text for name, text in OLD.items()}
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells the names of open files here")
 def test_new_files_are_on_the_disk_before_any_moves_and_the_names_at_the_end(tmp_path, monkeypatch):
     synced, at_moves, rename = [], [], Path.rename
 
