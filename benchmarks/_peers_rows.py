@@ -76,10 +76,10 @@ def peers_rows(rows: list[dict[str, Any]], scores: tuple[str, ...], processor: s
     return [_cells(row, scores, processor) for row in by_score]
 
 
-def other_processors(rows: list[dict[str, Any]], processor: str) -> str:
-    """What the mark stands for; empty where all ran on ``processor``."""
+def other_processors(rows: list[dict[str, Any]], processor: str, mark: str = MARK) -> str:
+    """What ``mark`` stands for; empty where all ran on ``processor``."""
     names = sorted({row["cpu"] for row in rows} - {processor})
-    return f" {MARK} On {' and '.join(names)}." if names else ""
+    return f" {mark} On {' and '.join(names)}." if names else ""
 
 
 def peers_versions(rows: list[dict[str, Any]]) -> str:

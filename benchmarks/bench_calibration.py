@@ -56,8 +56,8 @@ BEST: dict[float, list[dict[str, Any]]] = {
     2.5: [{"nbits": n} | SMALL_GROUPS for n in (1, 2, 3)],
 }
 SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
-# As many tokens, half of them the model's own.
-SAMPLED, SAMPLED_SAID = {"sampled": True}, "half of it on the model's own text"
+# In the name of a base: as many tokens, half of them the model's own.
+SAMPLED_SAID = "half of it on the model's own text"
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
     **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
@@ -73,24 +73,18 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         for n, said, options in ((3, "", {}), (2, "", {}), (2, ", finetuned", FINETUNE))
     },
     **{
-        f"HQQ best at {bits} bits per weight, calibrated": (
+        f"HQQ best at {bits} bits per weight, calibrated{said}": (
             pql.HQQConfig(nbits=int(bits), **SMALL_GROUPS),
             {"initial_codes": "best"},
         )
+        for said in ("", f", {SAMPLED_SAID}")
         for bits in BEST
     },
     **{
-        f"HQQ {name}, calibrated, {SAMPLED_SAID}": (pql.HQQConfig(nbits=n, group_size=g), SAMPLED)
+        f"HQQ {name}, calibrated, {SAMPLED_SAID}": (pql.HQQConfig(nbits=n, group_size=g), {})
         for name, (n, g) in HQQ.items()
     },
-    **{
-        f"HQQ best at {bits} bits per weight, calibrated, {SAMPLED_SAID}": (
-            pql.HQQConfig(nbits=int(bits), **SMALL_GROUPS),
-            {"initial_codes": "best"} | SAMPLED,
-        )
-        for bits in BEST
-    },
-    f"AQLM 2x8, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), SAMPLED),
+    f"AQLM 2x8, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), {}),
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
@@ -160,11 +154,10 @@ def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cach
     config, options = BASES[base]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     calibration = None
-    if options is not None and options.get("sampled"):
-        options = {field: value for field, value in options.items() if field != "sampled"}
-        windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
-        spread = torch.linspace(0, len(windows) - 1, N_TOKENS // 2 // WINDOW).round().long()
-        text = torch.cat([windows[spread], sampled_tokens(model, AutoTokenizer.from_pretrained(folder), cache)])
+    if SAMPLED_SAID in base:
+        own = sampled_tokens(model, AutoTokenizer.from_pretrained(folder), cache)
+        given = pql.Calibration(data=text, n_tokens=own.numel(), sequence_length=WINDOW)
+        text = torch.cat([*given.batches(model), own])
     if options is not None:
         calibration = pql.Calibration(
             data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options

@@ -91,8 +91,7 @@ def calibration() -> str:
             cells.append(f"{row[f'kl_to_float{ending}']:.3f}" if is_scored else "")
         rows.append([*cells, "" if seconds is None else f"{seconds / 60:.1f}"])
     tuning = measured["tuning"]
-    others = sorted({row["cpu"] for row in measured["rows"]} - {measured["device"]["cpu"]})
-    elsewhere = f" ² On {' and '.join(others)}." if others else ""
+    elsewhere = other_processors(measured["rows"], measured["device"]["cpu"], "²")
     return "\n".join(
         [
             table(["", "bits per weight", "perplexity", "KL", "second text", "KL there", "CPU minutes"], rows),
@@ -107,6 +106,18 @@ def calibration() -> str:
             + device_line(measured["device"], "python benchmarks/bench_calibration.py"),
         ]
     )
+
+
+def own_text() -> str:
+    """KL on both texts with and without the model's own text, of the bases that were calibrated both ways."""
+    known = {row["name"]: row for row in result("calibration")["rows"]}
+    rows = []
+    for name, row in known.items():
+        base, _, said = name.partition(", calibrated, ")
+        if "own text" in said and (without := known.get(f"{base}, calibrated")) is not None:
+            scores = (each[score] for score in ("kl_to_float", "kl_to_float_second_text") for each in (without, row))
+            rows.append([base, *(f"{score:.3f}" for score in scores)])
+    return table(["", "WikiText", "WikiText, own text too", "second text", "second text, own text too"], rows)
 
 
 def peers(model: str) -> str:
@@ -825,7 +836,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     DOCS / "models.md": {"models": models},
-    DOCS / "calibration.md": {"calibration_options": calibration_options},
+    DOCS / "calibration.md": {"calibration_options": calibration_options, "own_text": own_text},
     DOCS / "experts.md": {
         "mixture_sizes": mixture_sizes,
         "experts": experts,
