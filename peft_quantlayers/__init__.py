@@ -6,7 +6,9 @@ Importing this package registers it with PEFT and transformers; :func:`unregiste
 import os
 from typing import Any
 
-from . import required_versions as _required_versions  # noqa: F401  # first: it checks them
+from quantlayers_cli import by_module as _by_module  # noqa: F401  # first: Ctrl-C from here on
+
+from . import required_versions as _required_versions  # noqa: F401  # then: it checks them
 from .bit_allocation import BitPlan, plan_bits
 from .calibration import Calibration, LayerResult, sample_calibration_data
 from .exports import ExportFormat, ExportReport, LayerExport, export, export_formats

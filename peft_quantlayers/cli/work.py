@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from quantlayers_cli.by_module import is_first_process
 from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
 from quantlayers_cli.names import WrongUsage
 from quantlayers_cli.options import ALL_OPTIONS, PROGRAM
@@ -49,7 +50,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     except WrongUsage as error:
         return _said(f"{verb}: {error}", WRONG_USAGE)
     except KeyboardInterrupt:
-        return _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
+        if is_first_process():
+            _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         if settings.debug:
             traceback.print_exc()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,15 +28,20 @@ def made_in_processes(
 ) -> Iterator[int]:
     """Make the parts ``numbers``, and give each as soon as it is finished.
 
+    Ctrl-C reaches this process alone, also where a terminal sends it to all of them. Whatever ends this process or
+    this call ends those that it started, in the middle of a part too.
+
     Raises:
         ValueError: a layer that cannot be quantized.
         RuntimeError: a process was killed, as the system does where memory runs out. Finished parts are kept.
     """
     n_threads = max(1, torch.get_num_threads() // n_processes)
     settings = (parts.checkpoint.folder, parts.config, parts.device, parts.part_bytes, work.folder, n_threads)
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), _begin, settings)
     try:
-        made = {pool.submit(_make, number): number for number in numbers}
+        with _interrupts_held_back():  # processes are started here, and hold them back for good
+            made = {pool.submit(_make, number): number for number in numbers}
         for each in as_completed(made):
             each.result()
             yield made[each]
@@ -41,8 +50,32 @@ def made_in_processes(
             "a process that quantized was killed: there may be too little memory for so many. Finished parts are "
             "kept; call again with fewer processes."
         ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until this is closed; in processes that are started meanwhile, for ever."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Processes inherit the mask of this thread. The system may give a signal to another thread, so it is kept too.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    is_main, kept = threading.current_thread() is threading.main_thread(), []
+    handler = signal.signal(signal.SIGINT, lambda number, _: kept.append(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if kept:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin(
@@ -54,9 +87,18 @@ def _begin(
     n_threads: int,
 ) -> None:
     global _own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     parts = PartsOfModel(FloatCheckpoint(source), config, device=device, part_bytes=part_bytes)
     _own = parts, WorkFolder.of_another_process(folder)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed leaves nobody to end this process, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the pool has started this process"
+    parent.join()
+    os._exit(1)
 
 
 def _make(number: int) -> None:

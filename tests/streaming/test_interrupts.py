@@ -1,0 +1,91 @@
+"""Ctrl-C, and whatever else ends a quantization in several processes, ends all of them; the call after it goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_folder import byte_tokenizer, save_tiny_llama
+
+from peft_quantlayers.cli import main
+from peft_quantlayers.streaming import quantize_files
+
+ROOT = Path(__file__).parents[2]
+# The command line with parts so small that a tiny model has several. It is a module: processes import it again.
+PROGRAM = """
+import sys
+from peft_quantlayers.streaming import quantize_files
+quantize_files.PART_BYTES = 20_000
+from peft_quantlayers.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+
+
+def started(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | paths | environment,
+    )
+
+
+def wait_for(holds, *, seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def said_by(running: subprocess.Popen[str]) -> list[str]:
+    """What the package printed before all of the processes had ended."""
+    text = running.communicate(timeout=120)[1]
+    assert "Traceback" not in text
+    return [line for line in text.replace("\r", "\n").splitlines() if line.startswith("peft-quantlayers")]
+
+
+@needs_signals
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_what_ends_the_first_process_ends_all_and_is_said_in_one_line(sent, tmp_path, monkeypatch):
+    model, out = str(save_tiny_llama(tmp_path / "float", byte_tokenizer())), tmp_path / "out"
+    options = ["--group_size", "32", "--n_processes", "2"]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    running = started([str(tmp_path / "program.py"), "quantize", model, str(out), *options])
+    parent = psutil.Process(running.pid)
+    wait_for(lambda: len(parent.children()) >= 3)  # and multiprocessing's own
+    children = parent.children()
+    # A terminal sends Ctrl-C to all of them; a kill meets one.
+    os.killpg(running.pid, sent) if sent == signal.SIGINT else running.send_signal(sent)
+    lines = said_by(running)
+    if sent == signal.SIGINT:
+        assert running.returncode == 130
+        assert lines == ["peft-quantlayers quantize: interrupted. What was saved before is as it was."]
+    wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
+    for folder in (out, tmp_path / "expected"):
+        assert main(["quantize", model, str(folder), "--group_size", "32"]) == 0
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    ("rank", "expected"), [("0", ["peft-quantlayers: interrupted. Nothing was begun."]), ("1", [])]
+)
+def test_an_interrupt_while_python_imports_the_package_is_one_line_of_the_first_process(rank, expected):
+    running = started(["-m", "peft_quantlayers", "inspect", "no-such-folder"], RANK=rank)
+    process = psutil.Process(running.pid)
+    wait_for(lambda: any("torch" in mapped.path for mapped in process.memory_maps()))  # which is imported below it
+    os.killpg(running.pid, signal.SIGINT)
+    assert said_by(running) == expected
+    assert running.returncode == -signal.SIGINT
