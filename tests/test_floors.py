@@ -124,6 +124,9 @@ MAY_REPLACE = {
         "vars(module)['forward']": "a pass must go on with the module that is in that place by then",
         "vars(module).pop('forward', None)": "the module's own forward again",
     },
+    "quantlayers_cli.by_module": {
+        "sys.excepthook": "what an interrupt prints before there is any code of ours that could catch it",
+    },
     "quantlayers_cli.autoload.sitecustomize": {
         "loader.exec_module": "of a module that is about to be imported, for one call",
     },

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ def hooked(hooks: dict[str, Callable], parent: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode, each module's own mode put back."""
-    training = {module: module.training for module in model.modules()}
+    # Weak: a layer that is replaced meanwhile goes, and its float weight with it.
+    training = WeakKeyDictionary({module: module.training for module in model.modules()})
     model.eval()
     try:
         yield

@@ -1,5 +1,6 @@
 """Calibrated from files to files: the bytes of quantize_model in memory, one block at a time, resumed after a kill."""
 
+import gc
 import json
 import os
 
@@ -231,3 +232,25 @@ def test_what_calibration_cannot_do_is_refused_before_anything_is_written(tmp_pa
                 tmp_path / "float", tmp_path / "q", config, calibration=calibration, progress=False
             )
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("way", ["files", "in memory"])
+def test_the_float_weights_of_finished_blocks_are_gone(way, tmp_path):
+    folder = tmp_path / "float"
+    model = saved(folder)
+    shape, alive = tuple(model.model.layers[0].mlp.down_proj.weight.shape), []
+    given = calibration_for(model)
+
+    def count(result):
+        if result.name.endswith("down_proj"):  # the last one of its block
+            gc.collect()
+            found = (each for each in gc.get_objects() if type(each) is torch.nn.Parameter)
+            alive.append(sum(tuple(each.shape) == shape and not each.is_meta for each in found))
+
+    if way == "files":
+        del model
+        pql.quantize_checkpoint(folder, tmp_path / "out", CONFIG, calibration=given, progress=False, on_layer=count)
+        assert alive[1] == alive[0]
+    else:
+        pql.quantize_model(model, CONFIG, calibration=given, progress=False, on_layer=count)
+        assert alive[1] == alive[0] - 1
