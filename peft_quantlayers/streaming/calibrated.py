@@ -12,9 +12,10 @@ from torch import Tensor
 from ..calibration import Calibration, LayerResult
 from ..calibration.model_calls import batch_tensors, model_calls
 from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_options
-from ..calibration.walk import BlockWork, walk_blocks
+from ..calibration.walk import BlockWork, InputGroup, walk_blocks
 from ..formats.quantized_weight import stored_bytes
 from .folder_blocks import FolderBlocks
+from .free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
 
@@ -81,6 +82,10 @@ class _StreamingVisitor(QuantizeVisitor):
 
     def restore_block(self, block: str, names: list[str]) -> bool:
         return self.source.restore(block)
+
+    def visit_group(self, group: InputGroup) -> None:
+        return_free_memory()  # of the statistics, and of the group before
+        super().visit_group(group)
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
         is_changed = super().finish_block(block, names, work)

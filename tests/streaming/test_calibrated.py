@@ -13,6 +13,7 @@ from mixtures import tiny_mixture
 from safetensors.torch import load_file
 
 import peft_quantlayers as pql
+from peft_quantlayers.calibration.quantize_calibrated import QuantizeVisitor
 from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
@@ -254,3 +255,18 @@ def test_the_float_weights_of_finished_blocks_are_gone(way, tmp_path):
     else:
         pql.quantize_model(model, CONFIG, calibration=given, progress=False, on_layer=count)
         assert alive[1] == alive[0] - 1
+
+
+def test_freed_memory_goes_back_before_each_group_of_layers(tmp_path, monkeypatch):
+    model = saved(tmp_path / "float")
+    events = []
+    own = QuantizeVisitor.visit_group
+    monkeypatch.setattr(calibrated, "return_free_memory", lambda: events.append("returned"))
+    monkeypatch.setattr(
+        QuantizeVisitor, "visit_group", lambda self, group: (events.append(group.names[0]), own(self, group))[1]
+    )
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "out", CONFIG, calibration=calibration_for(model), progress=False
+    )
+    assert events[::2] == ["returned"] * (len(events) // 2)
+    assert len(events) == 2 * 4 * 2  # two blocks: what q, k and v read, o, gate and up, down
