@@ -55,7 +55,8 @@ class WorkFolder:
             differing = sorted(key for key in {**before, **run} if before.get(key) != run.get(key))
             raise FileExistsError(
                 f"{destination} holds an unfinished run with other values of {', '.join(differing)}. Call it with "
-                "those, or pass resume=False to remove what it has done, or choose another folder."
+                "those, or pass resume=False (quantize --resume false) to remove what it has done, or choose another "
+                "folder."
             )
 
     @classmethod

@@ -328,3 +328,28 @@ def test_an_interrupt_is_said_and_leaves_nothing(float_model, tmp_path, capsys, 
         capsys, ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"], 130
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_model, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(self, work, number):
+        raise KeyboardInterrupt
+
+    command = ["quantize", float_model, str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr(PartsOfModel, "make", interrupted)
+        refused(capsys, [*command, "--group_size", "16"], 130)
+    said = refused(capsys, [*command, "--group_size", "32"], 1)
+    assert "unfinished run with other values of config" in said
+    assert "--resume false" in said
+    printed(capsys, [*command, "--group_size", "32", "--resume", "false"])
+    assert [file.name for file in out.iterdir() if file.name.startswith(".")] == []
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    for options in (["--resume", "false"], []):
+        printed(capsys, [*command, "--group_size", "32", *options])  # it is finished: nothing is done
+    assert "holds another model" in refused(capsys, [*command, "--group_size", "16", "--resume", "false"], 1)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    other = [*command[:2], str(tmp_path / "other"), "--resume", "false", "--dtype", "float32"]
+    assert "--resume false is for what goes from files to files" in refused(capsys, other, 1)
+    assert not (tmp_path / "other").exists()

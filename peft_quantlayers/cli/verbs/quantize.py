@@ -29,6 +29,7 @@ DESCRIPTION = (
     "--average_bits or --size the model is in memory, and layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("model", "output")
+IN_MEMORY = "--overwrite, --dtype, --transforms, --tokenizer, --average_bits, --size, --calibration.resume_folder"
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -44,6 +45,13 @@ def add_arguments(parser: VerbParser) -> None:
         type=names | None,
         default=None,
         help="changes of the float weights first, in this order, such as [awq_scales]; the model is then in memory",
+    )
+    parser.add_argument(
+        "--resume",
+        type=bool,
+        default=True,
+        help="go on with what an interrupted call has left in --output; false removes that, and starts from scratch. "
+        "A finished model is never removed",
     )
     parser.add_argument(
         "--n_processes", type=int, default=1, help="how many share the work; 1 with calibration or --overwrite"
@@ -76,15 +84,21 @@ def run(settings: Namespace) -> Result:
             config,
             calibration=options.calibration(settings, load_tokenizer(settings.model)),
             device=settings.device,
+            resume=settings.resume,
             n_processes=settings.n_processes,
         )
         if plan is not None:
             with replace_file(Path(settings.output) / options.PLAN_FILE) as part:
                 plan.save(part)
+    elif not settings.resume:
+        raise ValueError(
+            "--resume false is for what goes from files to files, and with these options nothing is left to resume: "
+            f"{IN_MEMORY}. Leave it out. Nothing was written."
+        )
     elif settings.n_processes > 1:
         raise ValueError(
-            f"--n_processes {settings.n_processes} goes from files to files: leave out --overwrite, --dtype, "
-            "--transforms, --tokenizer, --average_bits, --size and --calibration.resume_folder. Nothing was written."
+            f"--n_processes {settings.n_processes} goes from files to files, which these options do not: {IN_MEMORY}. "
+            "Leave them out. Nothing was written."
         )
     else:
         options.refuse_output_in_use(settings)
