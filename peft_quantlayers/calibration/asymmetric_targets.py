@@ -10,6 +10,8 @@ damping ``d`` is the one of lowest error on held-out tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,55 +33,67 @@ def asymmetric_target(weight: Tensor, statistics: InputStatistics | None) -> Ten
     Returns:
         (out_features, in_features), float32, on the device of ``weight``.
     """
-    if statistics is None or statistics.deviation_moment is None:
-        return None
-    damping = chosen_damping(weight, statistics)
-    if damping is None:
+    (damping,) = chosen_dampings([weight], statistics)
+    return target_with(damping, weight, statistics)
+
+
+def target_with(damping: float | None, weight: Tensor, statistics: InputStatistics | None) -> Tensor | None:
+    """:func:`asymmetric_target` with one of :func:`chosen_dampings`."""
+    if damping is None or statistics is None:
         return None
     weight = weight.float()
-    return weight + _shift(weight, statistics, damping)
+    moment, deviation = _moments(statistics, weight.device)
+    return weight + _shift(weight @ deviation, _damped_factor(moment, damping))
 
 
-def chosen_damping(weight: Tensor, statistics: InputStatistics) -> float | None:
-    """The damping whose shift, fitted to one half of the tokens, has the lowest error on the other, both ways.
+def chosen_dampings(weights: Sequence[Tensor], statistics: InputStatistics | None) -> list[float | None]:
+    """For each of some layers that read the same input, the damping of lowest error.
 
-    None where none is better than ``weight`` itself on each half.
+    It is the one whose shift, fitted to one half of the tokens, has the lowest error on the other, both ways. None
+    where none is better than the weight itself on each half, or nothing is known.
     """
-    halves = statistics.halves()
+    halves = None if statistics is None or statistics.deviation_moment is None else statistics.halves()
     if halves is None:
-        return None
-    rows = weight[:: max(1, len(weight) // ROWS)].float()
-    found: tuple[float, float | None] = (0.0, None)
+        return [None] * len(weights)
+    rows = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
+    moments, deviations = zip(*(_moments(half, rows[0].device) for half in halves), strict=True)
+    products = [[each @ deviation for each in rows] for deviation in deviations]
+    found: list[tuple[float, float | None]] = [(0.0, None)] * len(rows)
     for damping in DAMPINGS:
-        gains = [
-            _held_out_gain(rows, _shift(rows, fitted, damping), held_out)
-            for fitted, held_out in (halves, halves[::-1])
-        ]
-        if max(gains) < 0 and sum(gains) < found[0]:
-            found = (sum(gains), damping)
-    return found[1]
+        gains: list[list[float]] = [[] for _ in rows]
+        for fitted, held_out in ((0, 1), (1, 0)):
+            factor = _damped_factor(moments[fitted], damping)
+            for at, gains_of in enumerate(gains):
+                shift = _shift(products[fitted][at], factor)
+                gains_of.append(_held_out_gain(shift, moments[held_out], products[held_out][at]))
+        for at, gains_of in enumerate(gains):
+            if max(gains_of) < 0 and sum(gains_of) < found[at][0]:
+                found[at] = (sum(gains_of), damping)
+    return [damping for _, damping in found]
 
 
-def _shift(weight: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
-    """``W D (H + d)^-1``, shaped like ``weight``."""
-    moment, deviation = _moments(statistics, weight)
+def _damped_factor(moment: Tensor, damping: float) -> Tensor:
+    """The Cholesky factor of ``H + d``."""
     damped = moment.clone()
     damped.diagonal().add_(damping * moment.diagonal().mean())
-    factor = torch.linalg.cholesky(damped)
-    return torch.cholesky_solve((weight @ deviation).t(), factor).t()
+    return torch.linalg.cholesky(damped)
 
 
-def _held_out_gain(weight: Tensor, shift: Tensor, statistics: InputStatistics) -> float:
-    """The squared error of ``weight + shift`` less that of ``weight``; negative where the shift helps.
+def _shift(product: Tensor, factor: Tensor) -> Tensor:
+    """``W D (H + d)^-1`` from ``product = W D``, shaped like ``W``."""
+    return torch.cholesky_solve(product.t(), factor).t()
 
-    ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift.
+
+def _held_out_gain(shift: Tensor, moment: Tensor, product: Tensor) -> float:
+    """The squared error of ``W + shift`` less that of ``W``; negative where the shift helps.
+
+    ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift; ``product``: ``W D``.
     """
-    moment, deviation = _moments(statistics, weight)
-    return float(((shift @ moment - 2 * (weight @ deviation)) * shift).sum())
+    return float(((shift @ moment - 2 * product) * shift).sum())
 
 
-def _moments(statistics: InputStatistics, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(statistics: InputStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
     moment, deviation = statistics.second_moment, statistics.deviation_moment
     assert moment is not None
     assert deviation is not None
-    return moment.to(weight.device), deviation.to(weight.device)
+    return moment.to(device), deviation.to(device)

@@ -22,7 +22,7 @@ from ..layers.dense_types import dense_weight
 from ..layers.replace import linear_of, quantize_module
 from ..layers.stack import QuantizedStack
 from ..methods import QuantConfig, get_method
-from .asymmetric_targets import asymmetric_target
+from .asymmetric_targets import chosen_dampings, target_with
 from .data import Calibration
 from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
@@ -130,8 +130,9 @@ class QuantizeVisitor(Visitor):
         if group.experts is not None:
             return self._quantize_stack(group)
         hessian = group.hessian(self.calibration)
-        for name in group.names:
-            self._quantize(name, hessian, group.statistics)
+        dampings = chosen_dampings([self._weight(name) for name in group.names], group.statistics)
+        for name, damping in zip(group.names, dampings, strict=True):
+            self._quantize(name, hessian, group.statistics, damping)
         return None
 
     def _quantize_stack(self, group: InputGroup) -> None:
@@ -165,10 +166,15 @@ class QuantizeVisitor(Visitor):
         if self.on_layer is not None:
             self.on_layer(result)
 
-    def _quantize(self, name: str, hessian: Tensor | None, statistics: InputStatistics | None) -> None:
-        weight = linear_of(self.model, name)[0].detach().clone()
+    def _weight(self, name: str) -> Tensor:
+        return linear_of(self.model, name)[0].detach()
+
+    def _quantize(
+        self, name: str, hessian: Tensor | None, statistics: InputStatistics | None, damping: float | None
+    ) -> None:
+        weight = self._weight(name).clone()
         start = time.perf_counter()
-        target = asymmetric_target(weight, statistics)
+        target = target_with(damping, weight, statistics)
         initial_codes = chosen_initial_codes(
             weight if target is None else target,
             self.specs[name],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, Calibration, HQQConfig, quantize_model, quantized_modules
 from peft_quantlayers.calibration import InputStatistics, Visitor, layer_passes, unchanged_block, walk
-from peft_quantlayers.calibration.asymmetric_targets import DAMPINGS, asymmetric_target, chosen_damping
+from peft_quantlayers.calibration.asymmetric_targets import DAMPINGS, asymmetric_target, chosen_dampings
 from peft_quantlayers.calibration.quantize_calibrated import wanted_statistics
 from peft_quantlayers.calibration.statistics import PairedInput, collect
 from peft_quantlayers.layers import quantizable_modules
@@ -69,7 +69,7 @@ def test_few_tokens_and_noise_are_damped_until_fresh_tokens_lose_nothing(n_token
 def test_less_data_is_damped_more():
     weight = noise(6, 12, seed=5)
     chosen = [
-        [chosen_damping(weight, collect([pairs(n, seed=seed, spread=1.0)], WANTED)) for seed in range(20, 40, 2)]
+        [chosen_dampings([weight], collect([pairs(n, seed=seed, spread=1.0)], WANTED))[0] for seed in range(20, 40, 2)]
         for n in (30, 3000)
     ]
     few, many = (sum(2 * DAMPINGS[-1] if damping is None else damping for damping in each) for each in chosen)
