@@ -5,8 +5,8 @@
 
 SmolLM2-135M, and a Llama of 1.2 billion random bfloat16 weights that is made on disk. What counts is what an estimate
 says: memory that the process allocates (RssAnon), and the mapped pages of weights. A thread reads both from
-/proc/PID/smaps every 50 ms. Linux only. Seconds are the processor's, so that other work on the machine does not count.
-Rows are written as they are made.
+/proc/PID/smaps every 50 ms. Linux only. Seconds are the processor's, so that other work on the machine does not count,
+without those of a run that imports the same and does nothing. Rows are written as they are made.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench_streaming import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 WIKITEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"
-TOKENS, CALIBRATION_TOKENS, TRAIN_STEPS, RANK = 512, 1024, 2, 8
+TOKENS, CALIBRATION_TOKENS, TRAIN_STEPS, RANK = 512, 1024, 4, 8
 VOCABULARY = 49152  # of SmolLM2's tokenizer
 MODELS = {"SmolLM2": None, "1B": {"hidden": 2048, "layers": 16}, "1B, 2 blocks": {"hidden": 2048, "layers": 2}}
 # Verb by step, in the order in which they need each other.
@@ -106,6 +106,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 
 def measure(step: str, source: Path, folder: Path) -> tuple[int, float]:
+    """Peak bytes, and the processor's seconds without those of a start."""
     calibration, rows = write_texts(folder)
     base, tuned = folder / f"{source.name}-base", folder / f"{source.name}-tuned"
     out = folder / "out"
@@ -120,20 +121,16 @@ def measure(step: str, source: Path, folder: Path) -> tuple[int, float]:
         peak_of(*quantize, str(base))
     if step == "merge" and not tuned.exists():
         peak_of(*train, str(tuned))
-    if step == "quantize":
-        return peak_of(*quantize, str(out))
-    if step == "quantize, calibrated":
-        return peak_of(
-            *quantize,
-            str(out),
-            "--calibration.data",
-            str(calibration),
-            "--calibration.n_tokens",
-            str(CALIBRATION_TOKENS),
-        )
-    if step == "train":
-        return peak_of(*train, str(out))
-    return peak_of("merge", str(tuned), str(out))
+    calibrated = ("--calibration.data", str(calibration), "--calibration.n_tokens", str(CALIBRATION_TOKENS))
+    command: tuple[str, ...] = {
+        "quantize": (*quantize, str(out)),
+        "quantize, calibrated": (*quantize, str(out), *calibrated),
+        "train": (*train, str(out)),
+        "merge": ("merge", str(tuned), str(out)),
+    }[step]
+    start = (*command, "--show_batch") if step == "train" else ("inspect", str(source))
+    peak, seconds = peak_of(*command)
+    return peak, seconds - peak_of(*start)[1]
 
 
 def told_of(source: Path, step: str) -> dict[str, Any]:
@@ -141,7 +138,8 @@ def told_of(source: Path, step: str) -> dict[str, Any]:
     verb, _, calibrated = step.partition(", ")
     options = ["--calibration_tokens", str(CALIBRATION_TOKENS)] if calibrated else []
     told = estimates(source, "--nbits", "4", "--max_length", str(TOKENS), "--lora.r", str(RANK), *options)[verb]
-    return {"estimated_bytes": told["peak_bytes"], "estimated_s": told["seconds"], "memory": told["memory"]}
+    times = TRAIN_STEPS if told["per_step"] else 1
+    return {"estimated_bytes": told["peak_bytes"], "estimated_s": told["seconds"] * times, "memory": told["memory"]}
 
 
 def main() -> None:

@@ -762,7 +762,7 @@ def transforms(name: str = "transforms", options: str = "") -> str:
 
 
 def estimate() -> str:
-    """What ``pql estimate`` says beside the memory that the verbs took."""
+    """What ``pql estimate`` says beside the memory and the time that the verbs took."""
     measured = result("estimate")
     rows = [
         [
@@ -770,10 +770,12 @@ def estimate() -> str:
             f"{row['estimated_bytes'] / 2**20:,.0f}",
             f"{row['measured_bytes'] / 2**20:,.0f}",
             f"{100 * (row['estimated_bytes'] / row['measured_bytes'] - 1):+.0f} %",
+            f"{row['estimated_s']:.0f}",
+            f"{row['measured_cpu_s']:.0f}",
         ]
         for row in measured["rows"]
     ]
-    head = ["peak memory, MiB", "estimated", "measured", "error"]
+    head = ["", "peak, MiB: estimated", "measured", "error", "processor seconds: estimated", "measured"]
     return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_estimate.py')}"
 
 

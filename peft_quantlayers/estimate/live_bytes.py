@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..storage.free_memory import return_free_memory
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that are alive while operators run on the meta device.
@@ -54,6 +56,7 @@ class LiveBytes(TorchDispatchMode):
 
 def bytes_of_imports() -> int:
     """What this process has allocated by now: libraries, mostly. 0 where the system does not tell."""
+    return_free_memory()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

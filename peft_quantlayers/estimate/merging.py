@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..formats import QuantSpec
+from ..layers import QuantizedLinear
 from ..layers.quantized_layers import layers_without_copies
 from ..methods import QuantConfig
+from ..model_merge import merge_back
 from ..report import summary
 from .estimates import Estimate
 from .live_bytes import bytes_of_imports
 from .meta_model import quantized_on_meta
-from .quantizing import sample_layers
+from .sampled_layers import Work, sample_layers
 
 # Of a weight that is merged, in float32 beside what quantizing takes: the weight before, and the delta.
 _LAYER_COPIES = 2
@@ -32,8 +39,8 @@ def estimate_merging(model: PreTrainedModel, config: QuantConfig | None, *, rank
     specs = quantized_on_meta(model, config)
     shapes = {name: layer.quantized_weight.shape for name, layer in layers_without_copies(model).items()}
     found = summary(model)
-    sample = sample_layers(specs, shapes)
     largest = max((math.prod(shape[-2:]) for shape in shapes.values()), default=0) * 4 * _LAYER_COPIES
+    sample = sample_layers(specs, shapes, work_on=partial(_merging, rank))
     return Estimate(
         step="merge",
         memory={
@@ -46,3 +53,14 @@ def estimate_merging(model: PreTrainedModel, config: QuantConfig | None, *, rank
         disk=found.nbytes,
         seconds=sample.seconds,
     )
+
+
+def _merging(rank: int, weight: Tensor, spec: QuantSpec) -> Work:
+    """What merges an adapter of random numbers into ``weight``, (out, in)."""
+    layer = QuantizedLinear.from_weight(weight, None, spec)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=min(rank, *weight.shape), target_modules=["0"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=weight.std().item() / 100)
+    return partial(merge_back, model, progress=False)

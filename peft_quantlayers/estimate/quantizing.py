@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
-from ..formats import QuantSpec
-from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_shape
 from ..layers.selection import quantizable_modules, quantizable_tables
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming.quantize_files import PART_BYTES
+from .calibrating import calibration_seconds
 from .estimates import Estimate
-from .live_bytes import LiveBytes, bytes_of_imports
-from .processor_time import processor_seconds
+from .live_bytes import bytes_of_imports
+from .sampled_layers import sample_layers
 
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
-# Weights that are quantized to see how long it takes: four times as many, until it takes long enough.
-_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
-_LONG_ENOUGH = 0.05
 # Of each token and block, in the two models that run beside each other: what enters the block, the sum that its
 # branches are added to, and what the branch at work reads.
 _STATES = 3
@@ -42,7 +34,7 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     Args:
         model: on the meta device, in the dtype of its files. It is left as it is.
         config: how it will be quantized.
-        calibration_tokens: of the calibration; 0 for none. Its time is not estimated.
+        calibration_tokens: of the calibration; 0 for none. It is taken to have its other defaults.
 
     Raises:
         ValueError: a shape that the config does not fit.
@@ -57,18 +49,12 @@ def estimate_quantizing(model: PreTrainedModel, config: QuantConfig, *, calibrat
     largest = sample.layer_bytes + read + min(PART_BYTES, planned.nbytes)
     dense = max((module.nbytes for module in planned.dense), default=0) * _DENSE_COPIES
     memory = {"libraries": bytes_of_imports(), "largest layer": max(largest, dense)}
-    notes = []
+    seconds = sample.seconds
     if calibration_tokens:
         of_calibration = _of_calibration(model, shapes, calibration_tokens, sample.layer_bytes)
         memory = {"libraries": memory["libraries"]} | of_calibration
-        notes.append("without the time of the calibration itself")
-    return Estimate(
-        step="quantize",
-        memory=memory,
-        disk=planned.nbytes,
-        seconds=sample.seconds,
-        notes=tuple(notes),
-    )
+        seconds = calibration_seconds(model, specs, shapes, calibration_tokens)
+    return Estimate(step="quantize", memory=memory, disk=planned.nbytes, seconds=seconds)
 
 
 def _of_calibration(
@@ -90,45 +76,3 @@ def _of_calibration(
         "second moments": _MOMENTS * 4 * widest**2,
         "layer at work": max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block)),
     }
-
-
-@dataclass(frozen=True)
-class SampledLayers:
-    """How some random rows of each kind of layer were quantized.
-
-    Fields:
-        seconds: of all layers, at the sample's rate.
-        layer_bytes: the most that one layer takes while it is quantized, its float32 weight included.
-    """
-
-    seconds: float
-    layer_bytes: int
-
-
-def sample_layers(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[int]]) -> SampledLayers:
-    """Quantize a sample for each spec and number of inputs, once to see its memory and then to see its time."""
-    weights_of: Counter[tuple[QuantSpec, int]] = Counter()
-    largest_of: dict[tuple[QuantSpec, int], int] = {}
-    for name, spec in specs.items():
-        kind = (spec, shapes[name][-1])
-        weights_of[kind] += math.prod(shapes[name])
-        largest_of[kind] = max(largest_of.get(kind, 0), math.prod(shapes[name][-2:]))
-    seconds, layer_bytes = 0.0, 0
-    for (spec, inputs), n_weights in weights_of.items():
-        weight = torch.randn(max(1, _SAMPLE // inputs), inputs)
-        with LiveBytes([weight]) as live:
-            QuantizedLinear.from_weight(weight, None, spec)
-        layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
-        seconds += _seconds_per_weight(spec, inputs) * n_weights
-    return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)
-
-
-def _seconds_per_weight(spec: QuantSpec, inputs: int) -> float:
-    """Of a sample that is so large that it is not the overhead of a call that is measured."""
-    size = _SAMPLE
-    while True:
-        weight = torch.randn(max(1, size // inputs), inputs)
-        seconds = processor_seconds(QuantizedLinear.from_weight, weight, None, spec)
-        if seconds >= _LONG_ENOUGH or size >= _LARGEST_SAMPLE:
-            return seconds / weight.numel()
-        size *= 4

@@ -23,6 +23,7 @@ from ..layers import dequantize_model
 from ..merging import LayerMergeReport, MergeReport
 from ..merging.advice import WITHOUT_NOISE, nothing_merged
 from ..merging.merge_rules import RULES_FOR_ANY_DELTA
+from ..storage.free_memory import return_free_memory
 from .active_adapters import only_active, set_active
 from .effect import measured_effect, restore
 from .held_out import held_out_batches
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "exact", "aware", "calibrated", "requantize", "append", "dense", "keep"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 TAKING_CALIBRATION: tuple[Strategy, ...] = ("calibrated", "append")
+# Bytes of layers that are merged before freed memory goes back to the system; the more often, the longer it takes.
+BYTES_BEFORE_RETURN = 2**23
 
 
 def merge_back(
@@ -180,9 +183,14 @@ def _merge_without_data(
     """Merge each target by its rule for ``strategy``, or into the form that ``specs`` has for its layer."""
     named = planned_sources(peft_model, targets) if specs else {}
     planned = {id(source): specs[name] for name, source in named.items() if name in specs}
+    n_bytes = 0
     for target in tqdm(targets, desc="Merging", unit="layer", disable=not progress):
         spec = planned.get(id(target.source))
+        n_bytes += sum(parameter.nbytes for parameter in target.source.current_base().parameters())
         target.source.merge_by(target.source.merge_rules[strategy] if spec is None else rule_of(spec), names)
+        if n_bytes >= BYTES_BEFORE_RETURN:
+            return_free_memory()
+            n_bytes = 0
 
 
 def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, has_budget: bool) -> None:

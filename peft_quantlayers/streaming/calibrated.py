@@ -14,8 +14,8 @@ from ..calibration.model_calls import batch_tensors, model_calls
 from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_options
 from ..calibration.walk import BlockWork, InputGroup, walk_blocks
 from ..formats.quantized_weight import stored_bytes
+from ..storage.free_memory import return_free_memory
 from .folder_blocks import FolderBlocks
-from .free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
 

@@ -14,7 +14,7 @@ from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
 from ..integrations.float_checkpoint import TensorGroup
 from ..layers.dense_stack import as_called_stacks, as_parameters
-from .free_memory import return_free_memory
+from ..storage.free_memory import return_free_memory
 from .parts import PartsOfModel
 from .work_folder import WorkFolder
 

@@ -19,7 +19,7 @@ from ..layers.quantized_storage import QuantizedStorage
 from ..layers.replace import place_empty_layer, quantize_tables
 from ..layers.selection import quantizable_tables, select_modules
 from ..methods import QuantConfig, spec_from_dict
-from .free_memory import return_free_memory
+from ..storage.free_memory import return_free_memory
 from .work_folder import WorkFolder
 
 

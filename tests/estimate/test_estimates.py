@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli.trl_trainers import trainer_loss
-from peft_quantlayers.estimate import estimate_merging, estimate_quantizing, estimate_training
+from peft_quantlayers.estimate import calibrating, estimate_merging, estimate_quantizing, estimate_training, merging
 from peft_quantlayers.estimate.live_bytes import LiveBytes
 from peft_quantlayers.estimate.meta_model import one_block_model
 from quantlayers_kernels import tiled
@@ -97,6 +97,59 @@ def test_calibration_takes_what_is_estimated(tmp_path):
     found = estimate_quantizing(model.to("meta"), CONFIG, calibration_tokens=ids.numel())
     counted = sum(size for name, size in found.memory.items() if name != "libraries")
     assert counted == pytest.approx(live.peak, rel=0.2)
+
+
+def seconds_of_calibration(monkeypatch, model, n_tokens, **times):
+    """With these seconds for each kind of layer, and passes that take none."""
+    found = calibrating._Times(**({"token": 0.0, "layer": 0.0, "row": 0.0} | times))
+    monkeypatch.setattr(calibrating, "_times", lambda spec, inputs: found)
+    monkeypatch.setattr(calibrating, "_seconds_of_product", lambda n_tokens: 0.0)
+    return estimate_quantizing(model, CONFIG, calibration_tokens=n_tokens).seconds
+
+
+def test_the_time_of_calibration_counts_inputs_layers_and_rows(monkeypatch):
+    model = on_meta()
+    layers = model.config.num_hidden_layers
+    rows = sum(len(module.weight) for name, module in model.named_modules() if "proj" in name)
+    assert seconds_of_calibration(monkeypatch, model, 100, layer=1.0) == 7 * layers
+    assert seconds_of_calibration(monkeypatch, model, 100, row=1.0) == rows
+    # q, k and v read one input, and gate and up another; o and down have one each.
+    assert seconds_of_calibration(monkeypatch, model, 100, token=1.0) == 4 * layers * 100
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_layers_of_a_model_that_cannot_be_followed_have_inputs_of_their_own(monkeypatch):
+    model = on_meta()
+    monkeypatch.setattr(type(model), "forward", lambda self, **inputs: 1 / 0)
+    assert seconds_of_calibration(monkeypatch, model, 100, token=1.0) == 7 * model.config.num_hidden_layers * 100
+
+
+@pytest.mark.parametrize("config", [CONFIG, pql.AQLMConfig(nbits_per_codebook=4)])
+def test_the_time_of_calibration_is_measured_and_grows_with_the_tokens(config):
+    few, many = (estimate_quantizing(on_meta(), config, calibration_tokens=n).seconds for n in (1024, 2**24))
+    assert 0 < few < many
+
+
+def test_wide_layers_are_scaled_from_narrower_ones(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(calibrating, "_INPUTS", 64)
+
+    def measured(spec, inputs):
+        sizes.append(inputs)
+        return calibrating._Times(token=inputs**2, layer=inputs**3, row=inputs**5)
+
+    monkeypatch.setattr(calibrating, "_measured", measured)
+    found = calibrating._times(CONFIG.spec_for("layer"), 512)
+    assert sizes == [64, 32]
+    assert found == calibrating._Times(token=512**2, layer=512**3, row=64**5 * 8**2)  # at most with the square
+
+
+def test_the_time_of_merging_is_that_of_merges(monkeypatch):
+    merged = []
+    own = merging.merge_back
+    monkeypatch.setattr(merging, "merge_back", lambda model, **options: merged.append(model) or own(model, **options))
+    assert estimate_merging(on_meta(), CONFIG, rank=4).seconds > 0
+    assert len(merged) >= 2
 
 
 def test_a_quantized_model_needs_no_config_and_a_float_one_does():

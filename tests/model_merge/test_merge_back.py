@@ -1,6 +1,7 @@
 """merge_back: its strategies, its report, and that a refused call changes nothing."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -426,3 +427,11 @@ def test_an_adapter_that_is_merged_already_is_not_dropped_in_silence(strategy, x
     assert torch.equal(model(x), merged)
     _, report = pql.merge_back(model, strategy=strategy, adapters=["default", "other"])
     assert report.layers[0].adapters == ("default", "other")
+
+
+def test_freed_memory_goes_back_while_layers_are_merged(x, monkeypatch):
+    returned, merge_back = [], import_module("peft_quantlayers.model_merge.merge_back")
+    monkeypatch.setattr(merge_back, "return_free_memory", lambda: returned.append(True))
+    monkeypatch.setattr(merge_back, "BYTES_BEFORE_RETURN", 1)
+    pql.merge_back(with_adapter(quantized_two()), progress=False)
+    assert len(returned) == 2

@@ -10,7 +10,6 @@ from ...estimate import estimate_merging
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import saved_model
-from ...streaming.free_memory import return_large_blocks
 from .. import options
 from ..data import DATA_HELP, token_ids
 from ..models import (
@@ -73,7 +72,6 @@ def run(settings: Namespace) -> Result:
     if settings.evaluate_on is not None:
         tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
-    return_large_blocks()
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
     if is_to_be_planned:

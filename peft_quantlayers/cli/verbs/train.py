@@ -25,7 +25,7 @@ from ...report.tensorboard import LayerFiguresCallback
 from ...report.training_parts import STATE_FILE, checkpoints
 from ...saving import save_model
 from ...scales import QuantScalesConfig
-from ...streaming.free_memory import return_large_blocks
+from ...storage.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
