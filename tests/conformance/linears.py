@@ -33,6 +33,13 @@ def nf4_spec(linear: nn.Linear) -> NF4Spec:
 
 # The methods that can hold any weight exactly, and how.
 SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec, "nf4": nf4_spec}
+# Tests that compare what is kept in memory, not numbers, are given layers as they are used.
+COMPARES_MEMORY = ("test_velora_reduces_saved_activation_memory_vs_vanilla_lora",)
+USUAL_SPECS: dict[str, QuantSpec] = {
+    "hqq": HQQSpec(nbits=4, group_size=64),
+    "aqlm": AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=8),
+    "nf4": NF4Spec(),
+}
 # All other methods, and why they do not run PEFT's tests.
 WITHOUT_SPEC: dict[str, str] = {}
 
@@ -42,15 +49,16 @@ class Replacement:
 
     Attributes:
         is_on: whether it replaces anything; it counts adapters all the same.
+        is_exact: whether the layers hold any weight exactly.
         kept_dense: names of modules to leave as they are, as ``skip_modules`` would.
         n_quantized: layers quantized.
         n_adapted: times that PEFT put an adapter on one.
     """
 
     def __init__(self, method: str) -> None:
-        self._spec_of = SPECS[method]
+        self.method = method
         self._handle: RemovableHandle | None = None
-        self.is_on = True
+        self.is_on = self.is_exact = True
         self.kept_dense: Collection[str] = ()
         self.n_quantized = self.n_adapted = 0
 
@@ -68,7 +76,8 @@ class Replacement:
         if not self.is_on or type(module) is not nn.Linear or name in self.kept_dense or _is_peft_building():
             return None
         self.n_quantized += 1
-        return QuantizedLinear.from_linear(module, self._spec_of(module), layer_name=name)
+        spec = SPECS[self.method](module) if self.is_exact else USUAL_SPECS[self.method]
+        return QuantizedLinear.from_linear(module, spec, layer_name=name)
 
 
 def _is_peft_building() -> bool:

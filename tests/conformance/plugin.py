@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from .exceptions import FILE, ExpectedFailure, read_exceptions
-from .linears import SPECS, Replacement
+from .linears import COMPARES_MEMORY, SPECS, Replacement
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()}
 NEEDS_HUB = "needs the model hub"
@@ -75,6 +75,7 @@ class Judge:
             if replacement is not None:
                 replacement.kept_dense = _trained_in_full(item)
                 replacement.is_on = item.path.name != QUANTIZES_ITSELF
+                replacement.is_exact = item.name.partition("[")[0] not in COMPARES_MEMORY
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
