@@ -15,9 +15,10 @@ from ..layers import QuantizedLinear
 from .live_bytes import LiveBytes
 from .processor_time import processor_seconds
 
-# Weights that are worked on to see how long it takes: four times as many, until it takes long enough.
-_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
-_LONG_ENOUGH = 0.05
+# Weights that are worked on to see how long it takes: four times as many until it takes so many seconds, or it is a
+# whole layer. Large ones take longer for each weight, since the system fills their memory with zeros every time.
+_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**24
+_LONG_ENOUGH = 0.5
 
 Work = Callable[[], object]
 WorkOn = Callable[[Tensor, QuantSpec], Work]
@@ -58,7 +59,8 @@ def sample_layers(
         with LiveBytes([weight]) as live:
             _quantizing(weight, spec)()
         layer_bytes = max(layer_bytes, live.peak * largest_of[spec, inputs] // weight.numel())
-        seconds += _seconds_per_weight(work_on or _quantizing, spec, inputs) * n_weights
+        largest = min(_LARGEST_SAMPLE, largest_of[spec, inputs])
+        seconds += _seconds_per_weight(work_on or _quantizing, spec, inputs, largest) * n_weights
     return SampledLayers(seconds=seconds, layer_bytes=layer_bytes)
 
 
@@ -66,13 +68,13 @@ def _quantizing(weight: Tensor, spec: QuantSpec) -> Work:
     return lambda: QuantizedLinear.from_weight(weight, None, spec)
 
 
-def _seconds_per_weight(work_on: WorkOn, spec: QuantSpec, inputs: int) -> float:
-    """Of a sample that is so large that it is not the overhead of a call that is measured."""
-    size = _SAMPLE
+def _seconds_per_weight(work_on: WorkOn, spec: QuantSpec, inputs: int, largest: int) -> float:
+    """Of a sample of ``largest`` weights, or of fewer that take long enough."""
+    size = min(_SAMPLE, largest)
     while True:
         weight = torch.randn(max(1, size // inputs), inputs)
         # What is done once in a process is not what is measured.
         seconds = min(processor_seconds(work_on(weight, spec)) for _ in range(2))
-        if seconds >= _LONG_ENOUGH or size >= _LARGEST_SAMPLE:
+        if seconds >= _LONG_ENOUGH or size >= largest:
             return seconds / weight.numel()
-        size *= 4
+        size = min(4 * size, largest)
