@@ -129,8 +129,8 @@ class QuantizeVisitor(Visitor):
     def visit_group(self, group: InputGroup) -> None:
         if group.experts is not None:
             return self._quantize_stack(group)
-        hessian = group.hessian(self.calibration)
         dampings = chosen_dampings([self._weight(name) for name in group.names], group.statistics)
+        hessian = group.hessian(self.calibration)
         for name, damping in zip(group.names, dampings, strict=True):
             self._quantize(name, hessian, group.statistics, damping)
         return None
