@@ -56,8 +56,9 @@ BEST: dict[float, list[dict[str, Any]]] = {
     2.5: [{"nbits": n} | SMALL_GROUPS for n in (1, 2, 3)],
 }
 SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
-# In the name of a base: as many tokens, half of them the model's own.
-SAMPLED_SAID = "half of it on the model's own text"
+# In the name of a base: how many times as many tokens, half of them the model's own.
+SAMPLED_SAID, MORE_SAID = "half of it on the model's own text", "twice as many tokens, half of them its own text"
+SAMPLED = {SAMPLED_SAID: 1, MORE_SAID: 2}
 BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     **{f"HQQ {name}": (pql.HQQConfig(nbits=n, group_size=g), None) for name, (n, g) in HQQ.items()},
     **{f"HQQ {name}, calibrated": (pql.HQQConfig(nbits=n, group_size=g), {}) for name, (n, g) in HQQ.items()},
@@ -77,7 +78,7 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
             pql.HQQConfig(nbits=int(bits), **SMALL_GROUPS),
             {"initial_codes": "best"},
         )
-        for said in ("", f", {SAMPLED_SAID}")
+        for said in ("", *(f", {each}" for each in SAMPLED))
         for bits in BEST
     },
     **{
@@ -101,7 +102,7 @@ PLANNED: dict[str, tuple[float, list[Any]]] = {
 } | {
     f"HQQ best at {bits} bits per weight, calibrated{said}": (bits, choices)
     for bits, choices in BEST.items()
-    for said in ("", f", {SAMPLED_SAID}")
+    for said in ("", *(f", {each}" for each in SAMPLED))
 }
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
@@ -137,12 +138,12 @@ def help_text(tokenizer: Any) -> Tensor:
     return tokenizer(topics, return_tensors="pt").input_ids[0]
 
 
-def sampled_tokens(model: nn.Module, tokenizer: Any, cache: Path) -> Tensor:
-    """(n, 512): half of ``N_TOKENS`` that ``model`` writes itself, kept in ``cache``."""
-    file = cache / "sampled.safetensors"
+def sampled_tokens(model: nn.Module, tokenizer: Any, cache: Path, *, n_tokens: int) -> Tensor:
+    """(n, 512): ``n_tokens`` that ``model`` writes itself, kept in ``cache``."""
+    file = cache / f"sampled_{n_tokens}.safetensors"
     if not file.exists():
         began = time.process_time()
-        ids = pql.sample_calibration_data(model, tokenizer, n_tokens=N_TOKENS // 2, sequence_length=WINDOW)
+        ids = pql.sample_calibration_data(model, tokenizer, n_tokens=n_tokens, sequence_length=WINDOW)
         cache.mkdir(parents=True, exist_ok=True)
         save_file({"ids": ids.contiguous()}, file)
         print(f"{ids.numel():,} tokens sampled in {time.process_time() - began:.0f} CPU seconds", flush=True)
@@ -153,14 +154,16 @@ def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cach
     base, _, tuning = name.partition(" + ")
     config, options = BASES[base]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    calibration = None
-    if SAMPLED_SAID in base:
-        own = sampled_tokens(model, AutoTokenizer.from_pretrained(folder), cache)
+    calibration, n_tokens = None, N_TOKENS
+    if times := next((times for said, times in SAMPLED.items() if said in base), None):
+        n_tokens *= times
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        own = sampled_tokens(model, tokenizer, cache, n_tokens=n_tokens // 2)
         given = pql.Calibration(data=text, n_tokens=own.numel(), sequence_length=WINDOW)
         text = torch.cat([*given.batches(model), own])
     if options is not None:
         calibration = pql.Calibration(
-            data=text, n_tokens=N_TOKENS, resume_folder=cache / base.replace(" ", "-"), **options
+            data=text, n_tokens=n_tokens, resume_folder=cache / base.replace(" ", "-"), **options
         )
     began, cpu_began = time.perf_counter(), time.process_time()
     plan = None

@@ -116,7 +116,8 @@ def own_text() -> str:
         base, _, said = name.partition(", calibrated, ")
         if "own text" in said and (without := known.get(f"{base}, calibrated")) is not None:
             scores = (each[score] for score in ("kl_to_float", "kl_to_float_second_text") for each in (without, row))
-            rows.append([base, *(f"{score:.3f}" for score in scores)])
+            more, _, _ = said.rpartition(", ")
+            rows.append([f"{base}, {more}" if more else base, *(f"{score:.3f}" for score in scores)])
     return table(["", "WikiText", "WikiText, own text too", "second text", "second text, own text too"], rows)
 
 
