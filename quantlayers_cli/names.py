@@ -78,8 +78,8 @@ def with_names(
             arguments[place] = before + yaml.safe_dump(_renamed(content, known))
     if missing := [name for name in required if not {name, "print_config"} & given]:
         raise WrongUsage(
-            f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. --help lists "
-            "all options."
+            f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. "
+            "Without names they come before all options; --help lists these."
         )
     return [*named, *rest]
 

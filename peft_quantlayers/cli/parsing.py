@@ -16,7 +16,6 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from quantlayers_cli.names import WrongUsage, meant, with_names
 from quantlayers_cli.spelling import nearest
 
-
 # Groups of options that are fields of other packages' classes, which may be empty.
 GROUPS_OF_OTHERS = ("lora", "training")
 
@@ -35,7 +34,7 @@ class VerbParser(ArgumentParser):
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        """As everywhere; what a file gives for a flag is checked by :func:`parse`, since jsonargparse takes anything."""
+        """As everywhere. What a file gives for a flag is checked by :func:`parse`: jsonargparse takes anything."""
         if options.get("action") == "store_true":
             self.flags |= {name.removeprefix("--") for name in names}
         return super().add_argument(*names, **options)
