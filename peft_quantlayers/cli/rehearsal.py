@@ -21,7 +21,7 @@ def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> 
     The data is read and tokenized in full. Errors are those of the trainer. A run that is sharded, or distributed by
     an engine of its own, is not rehearsed.
     """
-    if settings.fsdp_size is not None or settings.training.deepspeed or settings.training.fsdp:
+    if settings.fsdp_size is not None or settings.training.get("deepspeed") or settings.training.get("fsdp"):
         return
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -40,7 +40,7 @@ def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> 
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
             )
             next(iter(trainer.get_train_dataloader()))
-            if not settings.training.optim_target_modules:  # names of the real model's layers
+            if not settings.training.get("optim_target_modules"):  # names of the real model's layers
                 trainer.create_optimizer_and_scheduler(num_training_steps=2)
     finally:
         if had_bars:

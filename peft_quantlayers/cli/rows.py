@@ -56,6 +56,7 @@ def first_wrong_line(path: Path) -> str | None:
         except ValueError as error:
             return str(error)
         return None
+    kinds: dict[str, type] = {}
     with path.open("rb") as opened:
         for number, line in enumerate(opened, 1):
             try:
@@ -66,6 +67,9 @@ def first_wrong_line(path: Path) -> str | None:
                 return f"line {number} is no text in UTF-8"
             if not isinstance(row, dict):
                 return f'line {number} holds {_shown(row)}, and a row looks like {{"text": "..."}}'
+            for key, value in row.items():
+                if value is not None and kinds.setdefault(key, type(value)) is not type(value):
+                    return f"line {number}: {key} is {_shown(value)}, and {kinds[key].__name__} in lines before it"
     return None
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..arguments import nearest
+from ..lora.base_fingerprint import base_fingerprints, layers_of_record
 from . import options
 from .half_made import RESUME
 from .models import config_of, is_quantized_already
@@ -167,4 +168,15 @@ def check_checkpoint(checkpoint: str | None) -> None:
             f"--training.resume_from_checkpoint {checkpoint} is the output of a run, and no checkpoint, which also "
             f"holds the state of the optimizer. Give {checkpoint}/checkpoint-STEP, or go on there: --output "
             f"{checkpoint} {RESUME}."
+        )
+
+
+def check_base_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    """Raise ValueError where the adapter in ``checkpoint`` was trained on other codes than those of ``model``."""
+    recorded, here = layers_of_record(PeftConfig.from_pretrained(checkpoint)), base_fingerprints(model)
+    others = [name for name, print_ in recorded.items() if here.get(name, print_) != print_]
+    if others or (recorded and not recorded.keys() & here.keys()):
+        raise ValueError(
+            f"--training.resume_from_checkpoint {checkpoint} was trained on another base: "
+            f"{(others or list(recorded))[0]} is another one there, or none. Give its base, or leave it out."
         )

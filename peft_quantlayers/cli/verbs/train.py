@@ -49,7 +49,13 @@ from ..trained_base import (
     quantized_base,
     refuse_options_of_float_models,
 )
-from ..training_checks import check_checkpoint, check_modules_to_save, check_training, given_options_named
+from ..training_checks import (
+    check_base_of_checkpoint,
+    check_checkpoint,
+    check_modules_to_save,
+    check_training,
+    given_options_named,
+)
 from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
@@ -239,6 +245,7 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     A checkpoint of the last step is loaded, and no more: the Trainer would make another step.
     """
     if checkpoint is not None:
+        check_base_of_checkpoint(trainer.model.get_base_model(), checkpoint)
         state, wanted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)), trainer.args
         has_all_epochs = state.global_step >= state.max_steps and state.num_train_epochs >= wanted.num_train_epochs
         if state.global_step >= wanted.max_steps if wanted.max_steps > 0 else has_all_epochs:
