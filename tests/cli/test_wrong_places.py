@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import refused
+from commands import printed, refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -165,6 +165,14 @@ def test_a_text_that_the_model_cannot_read(quantized, text_file, tmp_path, capsy
         assert ("do not belong together" if name == "small" else "cannot read 600 tokens at once: it has 512") in said
     chat = ["chat", str(tmp_path / "short"), "--tokenizer", quantized, "--prompt", "x" * 510]
     assert "cannot read 766 tokens at once" in refused_untouched(capsys, chat, tmp_path)
+
+
+def test_a_model_that_predicts_nan_is_bad_news(float_model, text_file, tmp_path, capsys):
+    own = copied(float_model, tmp_path / "own")
+    file = tmp_path / "own" / "model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    text = printed(capsys, ["evaluate", own, "--text", text_file, "--n_tokens", "64", "--window", "32"], exit_code=1)
+    assert "the model predicts NaN" in text
 
 
 def test_a_page_on_what_is_damaged_or_of_another_model(quantized, tmp_path, capsys):

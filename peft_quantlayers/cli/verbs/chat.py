@@ -98,4 +98,5 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], settings
         ids = model.generate(
             **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, streamer=streamer, **sampling
         )
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    n_read = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return tokenizer.decode(ids[0, n_read:], skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -88,7 +89,7 @@ def run(settings: Namespace) -> Result:
         found["tasks"] = task_scores(
             model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
         )
-    return Result(text=_text(found), data=found)
+    return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
 
 
 def task_scores(
@@ -115,6 +116,8 @@ def _text(found: dict[str, Any]) -> str:
     lines = [found["model"] + ("" if found["adapter"] is None else f" with {found['adapter']}")]
     if "perplexity" in found:
         lines.append(f"  perplexity {found['perplexity']:.3f} on {found['n_tokens']:,} tokens")
+        if math.isnan(found["perplexity"]):
+            lines.append("  the model predicts NaN: its weights are damaged, or the training of its adapter failed")
     if "kl" in found:
         lines.append(
             f"  beside {found['reference']}: KL {found['kl']:.4f} nats a token, the same most likely token "
