@@ -273,14 +273,14 @@ def needed_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def check_ids(model: Any, ids: Tensor, tokenizer: str) -> None:
-    """Raise ValueError where ``ids`` holds a token that ``model`` does not know."""
-    n_known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    largest = int(ids.max()) if ids.numel() else 0
-    if n_known is not None and largest >= n_known:
+def check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
+    """Raise ValueError where ``ids`` holds a token that a model of ``config`` does not know."""
+    n_known = getattr(config.get_text_config(), "vocab_size", None)
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if n_known is not None and (low < 0 or high >= n_known):
         raise ValueError(
-            f"the tokenizer of {tokenizer} gives the token {largest}, and {_name_of(model)} knows {n_known}: they do "
-            "not belong together. Name another: --tokenizer FOLDER_OR_NAME."
+            f"the text has token ids from {low} to {high}, and the model {config.name_or_path} knows {n_known}: they "
+            "do not belong together. Name the model's tokenizer: --tokenizer FOLDER_OR_NAME."
         )
 
 

@@ -163,6 +163,10 @@ def test_a_text_that_the_model_cannot_read(quantized, text_file, tmp_path, capsy
         command = ["evaluate", str(tmp_path / name), "--tokenizer", quantized, "--text", text_file]
         said = refused_untouched(capsys, [*command, "--window", window, "--n_tokens", "700"], tmp_path)
         assert ("do not belong together" if name == "small" else "cannot read 600 tokens at once: it has 512") in said
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 999] * 200}))
+    for command in (["evaluate", quantized], ["report", quantized, str(tmp_path / "p.html"), "--n_worst", "0"]):
+        said = refused_untouched(capsys, [*command, "--text", str(tmp_path / "ids.jsonl")], tmp_path)
+        assert "token ids from 1 to 999, and the model" in said
     chat = ["chat", str(tmp_path / "short"), "--tokenizer", quantized, "--prompt", "x" * 510]
     assert "cannot read 766 tokens at once" in refused_untouched(capsys, chat, tmp_path)
 

@@ -89,7 +89,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], settings
             raise ValueError(f"the chat template of {name} does not take these messages: {error}.") from None
     if not inputs["input_ids"].numel():
         raise ValueError("the message is empty, and there is nothing to answer.")
-    check_ids(model, inputs["input_ids"], settings.tokenizer or tokenizer.name_or_path)
+    check_ids(inputs["input_ids"], model.config)
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     )

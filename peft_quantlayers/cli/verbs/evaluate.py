@@ -70,18 +70,18 @@ def run(settings: Namespace) -> Result:
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     if settings.text is not None:  # before the model, which takes longer
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        for each in filter(None, (name, settings.reference)):
+            check_ids(ids, config_of(each))
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
     if settings.text is not None:
-        check_ids(model, ids, settings.tokenizer or name)
-        with long_windows_refused(model, settings.window):
+        with long_windows_refused(model, settings.window, option="window"):
             found["perplexity"] = perplexity(model, ids, window=settings.window)
         found["n_tokens"] = len(ids)
         if settings.reference is not None:
             reference = load_model(settings.reference, option="reference", **load)
-            check_ids(reference, ids, settings.tokenizer or name)
-            with long_windows_refused(reference, settings.window):
+            with long_windows_refused(reference, settings.window, option="window"):
                 compared = divergence(model, reference, ids, window=settings.window)
             found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
     if settings.tasks is not None:

@@ -14,6 +14,8 @@ from .. import options
 from ..data import DATA_HELP, token_ids
 from ..models import (
     another_base_refused,
+    check_ids,
+    config_of,
     load_model,
     load_tokenizer,
     model_and_adapter,
@@ -73,6 +75,7 @@ def run(settings: Namespace) -> Result:
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        check_ids(text, config_of(name))
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")

@@ -17,7 +17,14 @@ from ...report.training_parts import adapter_parts, find_trainer_state, training
 from ...storage import replace_file
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import (
+    check_ids,
+    config_of,
+    load_model,
+    long_windows_refused,
+    needed_tokenizer,
+    refuse_missing_folder,
+)
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -102,11 +109,13 @@ def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, o
     if settings.text is not None:
         tokenizer = needed_tokenizer(settings.tokenizer or settings.folder)
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        check_ids(ids, config_of(settings.folder))
     float_model = settings.float_model or _named_float_model(folder)
     model = load_model(settings.folder, device=settings.device)
-    facts = model_facts(
-        model, float_model=float_model, token_ids=ids, window=settings.window, n_worst=settings.n_worst
-    )
+    with long_windows_refused(model, settings.window, option="window"):
+        facts = model_facts(
+            model, float_model=float_model, token_ids=ids, window=settings.window, n_worst=settings.n_worst
+        )
     data = {
         "float_model": float_model,
         "mean_error": mean_error(facts),
