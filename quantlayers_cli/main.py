@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_help = rest[:1] in (["-h"], ["--help"])
         if verb == "run" and not is_help:
             return run(rest)
+        if rest and not is_help:
+            return said(f"{verb}: {rest[0]!r} is one argument too many; {verb} takes none.", WRONG_USAGE)
         print((RUN_HELP if verb == "run" else AUTOLOAD_HELP) if is_help else AUTOLOAD_FOLDER)
         return 0
     if {"-h", "--help"} & set(rest):

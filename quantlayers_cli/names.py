@@ -73,13 +73,13 @@ def with_names(
     given = {each[2:].partition("=")[0] for each in (*named, *rest) if each.startswith("--")}
     for arguments, place, before in configs:
         content = _content_of(arguments[place].removeprefix(before), known)
-        given |= {_ours(key, known) for key in _flat(content, known)}
-        if any(_ours(key, known) != key for key in content):
+        given |= {_ours(key, known) for key, _ in _flat(content, known)}
+        if any(_ours(key, known) != key or _is_empty_group(key, value, known) for key, value in content.items()):
             arguments[place] = before + yaml.safe_dump(_renamed(content, known))
     if missing := [name for name in required if not {name, "print_config"} & given]:
         raise WrongUsage(
-            f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. --help lists "
-            "all options."
+            f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. "
+            "Without names they come before all options; --help lists these."
         )
     return [*named, *rest]
 
@@ -101,36 +101,72 @@ def _is_below_a_mapping(name: str, known: set[str]) -> bool:
 
 
 def _content_of(file: str, known: set[str]) -> dict[str, Any]:
-    """What a YAML file holds; WrongUsage where it is none or has an unknown key."""
+    """What a YAML file holds; WrongUsage where it is none, or has an unknown key or one that is there twice."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as error:
         raise WrongUsage(f"{file} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _KeyTwice as error:
+        raise WrongUsage(f"{file}: {error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise WrongUsage(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise WrongUsage(f"{file} must hold options, one per line (name: value); it holds {type(content).__name__}.")
-    for key in _flat(content, known):
+        held = "nothing" if content is None else f"a {type(content).__name__}"
+        raise WrongUsage(f"{file} must hold options, one per line (name: value); it holds {held}.")
+    names: dict[str, str] = {}
+    for key, value in _flat(content, known):
         name = _ours(key, known)
-        is_known = name in known or _is_below_a_mapping(name, known)
-        if not is_known and not any(each.startswith(f"{name}.") for each in known):
+        if not (name in known or _is_below_a_mapping(name, known) or _is_group(name, known)):
             raise WrongUsage(f"{file}: unknown key {key!r}{meant(key, known)}.")
+        if name not in known and _is_group(name, known) and value is not None:
+            raise WrongUsage(f"{file}: {key} holds options, one per line below it (name: value); it holds {value!r}.")
+        if name in names:
+            raise WrongUsage(f"{file}: {names[name]!r} and {key!r} are the same option. Leave one of them.")
+        names[name] = key
     return content
 
 
-def _flat(content: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+class _KeyTwice(yaml.YAMLError):
+    """A key is there twice."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error: the first one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _KeyTwice(f"{key.value!r} is in line {lines[key.value]} and in line {line}. Leave one of them")
+            lines[key.value if isinstance(key, yaml.ScalarNode) else ""] = line
+        return super().construct_mapping(node, deep)
+
+
+def _is_group(name: str, known: set[str]) -> bool:
+    return any(each.startswith(f"{name}.") for each in known)
+
+
+def _is_empty_group(name: Any, value: Any, known: set[str]) -> bool:
+    """Whether nothing is given of a group."""
+    return value is None and name not in known and _is_group(str(name), known)
+
+
+def _flat(content: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options of a file, with the names of their groups, and their values."""
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_group = isinstance(value, Mapping) and any(each.startswith(f"{name}.") for each in known)
-        if is_group:
+        if isinstance(value, Mapping) and _is_group(name, known):
             yield from _flat(value, known, f"{name}.")
         else:
-            yield name
+            yield name, value
 
 
 def _renamed(content: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
+        if _is_empty_group(key, value, known):
+            continue
         *groups, last = _ours(str(key), known).split(".")
         place = found
         for group in groups:

@@ -71,9 +71,7 @@ def _start_of(program: str, arguments: list[str]) -> Callable[[], int | None] | 
     if not program or program.startswith("-"):
         return f"{program!r} is no program. Give a command, a script, or -m and a module; `run --help` shows examples."
     if os.sep in program or program.endswith((".py", ".pyz")):
-        if not os.path.exists(program):
-            return f"there is no file {program}."
-        return lambda: _run_file(program, arguments)
+        return _misfit(program) or (lambda: _run_file(program, arguments))
     found = shutil.which(program)
     commands = {entry.name: entry for entry in entry_points(group="console_scripts")}
     if program in commands:
@@ -85,19 +83,43 @@ def _start_of(program: str, arguments: list[str]) -> Callable[[], int | None] | 
     return lambda: os.execv(found, [program, *arguments])  # a shell, say: only the processes that it starts are ours
 
 
-def _is_module(name: str) -> bool:
-    """Whether there is a module of that name; the packages that it lies in are imported, as ``python -m`` does."""
+def _misfit(file: str) -> str | None:
+    """Why ``python FILE`` could not begin; what is wrong in a script, Python says itself."""
+    if not os.path.exists(file):
+        return f"there is no file {file}."
+    if os.path.isdir(file):
+        is_program = os.path.isfile(os.path.join(file, "__main__.py"))
+        return None if is_program else f"{file} is a folder without a __main__.py. Name a script."
+    if not os.access(file, os.R_OK):
+        return f"{file} cannot be read: there is no permission."
+    with open(file, "rb") as opened:
+        first = opened.readline(200)
+    # A long path to Python is written by pip for the shell, in a way that Python reads too.
+    if first.startswith(b"#!") and b"python" not in first and b"'''exec'" not in first:
+        reader = os.path.basename(first[2:].split()[-1].decode(errors="replace")) if first[2:].split() else "sh"
+        return (
+            f"{file} is no Python script. Give the program that reads it first: peft-quantlayers run {reader} {file}."
+        )
+    return None
+
+
+def _module_misfit(name: str) -> str | None:
+    """Why ``python -m NAME`` could not begin; the packages that it lies in are imported, as that does."""
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a package above it
-        return False
+        found = importlib.util.find_spec(name)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{name}.__main__")
+            return None if found else f"{name} is a package without a __main__. Name a module in it."
+    except (ImportError, ValueError):  # a package above it; a relative name
+        found = None
+    return None if found else f"there is no module {name or repr(name)} in this environment."
 
 
 def _run_module(module: str, arguments: list[str]) -> int | None:
     sys.argv = [module, *arguments]  # runpy puts the file in the place of the name
     _set_first_path(os.getcwd())
-    if not _is_module(module):
-        return _refused(f"there is no module {module} in this environment.")
+    if (reason := _module_misfit(module)) is not None:
+        return _refused(reason)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return None
 

@@ -84,7 +84,7 @@ def _opened(data: Any, n_tokens: int) -> Any:
     """``data`` with files, splits, columns and arrays opened: a tensor, or something to iterate over."""
     data = one_split(data)
     if isinstance(data, Path):
-        return [_text_of(data)]
+        return [text_of(data)]
     if isinstance(data, str):
         _refuse_paths([data])
         return [data]
@@ -107,7 +107,7 @@ def _opened(data: Any, n_tokens: int) -> Any:
     if isinstance(data, Sequence) and data and all(isinstance(item, str) for item in data):
         _refuse_paths(data)
     if isinstance(data, Sequence) and data and all(isinstance(item, Path) for item in data):
-        return [_text_of(item) for item in data]
+        return [text_of(item) for item in data]
     return data
 
 
@@ -268,7 +268,8 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file. Raises ValueError where it is none, or not in UTF-8."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file. Give the path of a text file, texts, token ids, or a dataset.")
     if path.suffix.lower() not in TEXT_SUFFIXES:

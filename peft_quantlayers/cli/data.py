@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration.texts import TEXT_SUFFIXES, token_sequences
+from ..calibration.texts import COLUMNS, TEXT_SUFFIXES, token_sequences
+from ..storage import says_full
+from .rows import check_texts, first_wrong_line
 
 # Suffixes that the package ``datasets`` reads, and the name of its reader.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -37,27 +40,55 @@ def load_data(option: str, name: str) -> Any:
         import datasets
     except ImportError:
         raise ImportError(f"--{option} {name} needs the package datasets: pip install datasets.") from None
-    if path.is_dir():
-        return datasets.load_from_disk(str(path))
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(f"--{option} {name}: a file of this kind is not read. Give {DATA_HELP}.")
-        try:
+    if path.is_file() and path.suffix not in READERS:
+        raise ValueError(f"--{option} {name}: a file of this kind is not read. Give {DATA_HELP}.")
+    try:
+        if path.is_dir():
+            return datasets.load_from_disk(str(path))
+        if path.is_file():
             return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"--{option} {name} cannot be read as {path.suffix}: {reason}") from None
-    dataset, _, split = name.partition(":")
-    return datasets.load_dataset(dataset, split=split or "train")
+        dataset, _, split = name.partition(":")
+        return datasets.load_dataset(dataset, split=split or "train")
+    except Exception as error:  # of any kind: readers of a dozen formats, and the Hub
+        if says_full(error):
+            raise
+        raise ValueError(f"--{option} {name} cannot be read{_reason(error, path)}") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The end of a sentence: what is wrong with data, by line where it has lines."""
+    if path.is_dir():
+        return f": it is no folder that datasets' save_to_disk wrote ({_in_one_line(error)})."
+    if not path.is_file():
+        return f": it is no file here, and as a dataset of the Hub it says: {_in_one_line(error)}"
+    wrong = None
+    if "corresponds to no data" in str(error):
+        return ": it holds no rows."
+    if path.suffix in (".json", ".jsonl") and os.access(path, os.R_OK):
+        wrong = first_wrong_line(path)
+    return f" as {path.suffix}: {wrong or _in_one_line(error.__cause__ or error)}."
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+
+
+def load_texts(option: str, name: str) -> Any:
+    """As :func:`load_data`, of texts or chats. Raises ValueError too for a row that holds neither, with its line."""
+    data = load_data(option, name)
+    columns = getattr(data, "column_names", None)
+    if isinstance(columns, list) and "input_ids" not in columns:
+        check_texts(option, name, data, [column for column in COLUMNS if column in columns][:1])
+    return data
 
 
 def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tensor:
     """The first ``n_tokens`` token ids of a text or dataset, (n,) int64.
 
     Raises:
-        ValueError: ``n_tokens`` is below 1; as :func:`load_data`.
+        ValueError: ``n_tokens`` is below 1; as :func:`load_texts`.
     """
     if n_tokens < 1:
         raise ValueError(f"{n_tokens} tokens of --{option} {name} are none: at least 1 is needed.")
-    sequences = token_sequences(load_data(option, name), tokenizer, None, n_tokens=n_tokens)
+    sequences = token_sequences(load_texts(option, name), tokenizer, None, n_tokens=n_tokens)
     return torch.cat(sequences)[:n_tokens]

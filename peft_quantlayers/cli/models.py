@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
+from ..integrations.private_transformers import name_or_path
 from ..lora.base_fingerprint import AnotherBaseWarning
 
+# Files of which a tokenizer has one at least.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # What may stand in the place of a device: ways to share a model among all of them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 OWN_BASE = "base"
@@ -30,6 +35,7 @@ def config_of(name: str) -> PreTrainedConfig:
     Raises:
         ValueError: the folder holds an adapter.
         FileNotFoundError: it holds neither, or there is none and the Hub does not have it.
+        NotADirectoryError: it is a file.
     """
     if is_adapter(name):
         raise ValueError(
@@ -37,6 +43,8 @@ def config_of(name: str) -> PreTrainedConfig:
             f"adapter beside it where there is such an option: --adapter {name}."
         )
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     try:
@@ -47,6 +55,8 @@ def config_of(name: str) -> PreTrainedConfig:
         raise FileNotFoundError(
             f"{name}: there is no such folder here, and the Hub has no model of that name or cannot be reached."
         ) from None
+    except Exception as error:  # of any kind, from the class of whatever model the file names
+        raise ValueError(f"{name}: its config.json describes no model that can be read here ({error}).") from None
 
 
 def is_adapter(name: str) -> bool:
@@ -91,8 +101,11 @@ def model_on_meta(name: str) -> PreTrainedModel:
         model.to("meta").tie_weights()  # which moving has taken apart
         return model
     found = _class_of(config)
-    with torch.device("meta"):
-        model = getattr(found, "from_config", found)(config)
+    try:
+        with torch.device("meta"):
+            model = getattr(found, "from_config", found)(config)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: no model can be made as its config.json says ({error}).") from None
     return model.to(config.dtype or torch.float32)
 
 
@@ -113,10 +126,23 @@ def load_model(
         ValueError: an adapter; a device that this machine does not have.
     """
     refuse_missing_folder(option, name)
-    if device not in DEVICE_MAPS:
-        check_device("device", device)
+    check_computing_device(device)
     placed = {} if device is None else {"device_map": device}
-    return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+    try:
+        return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: its weights are damaged or incomplete ({error}). Copy or download them again."
+        ) from None
+
+
+def check_computing_device(device: str | None) -> None:
+    """Raise ValueError for a device that this machine does not have, or on which nothing is computed."""
+    if device in DEVICE_MAPS:
+        return
+    check_device("device", device)
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError(f"device={device!r} computes nothing. Name one such as cuda, or leave it out.")
 
 
 def base_of(adapter: str) -> str:
@@ -147,8 +173,18 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     if adapter is None:
         return model
     adapter_config(adapter)
-    with another_base_refused():
-        return PeftModel.from_pretrained(model, adapter).eval()
+    try:
+        with another_base_refused():
+            return PeftModel.from_pretrained(model, adapter).eval()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if (isinstance(error, ValueError) and adapter in str(error)) or "was trained on" in str(error):
+            raise
+        reason = " ".join(str(error).split("\n\t")[:2])  # of torch's list of all tensors the first
+        raise ValueError(f"--adapter {adapter} does not fit {_name_of(model)}: {reason}") from None
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return name_or_path(model) or type(model).__name__
 
 
 @contextmanager
@@ -177,13 +213,22 @@ def adapter_config(adapter: str) -> PeftConfig:
     if is_adapter(adapter) and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise FileNotFoundError(f"--adapter {adapter} holds no {SAFETENSORS_WEIGHTS_NAME}: copy or download it again.")
     try:
-        return PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
     except json.JSONDecodeError as error:
         raise ValueError(f"--adapter {adapter}: its adapter_config.json is damaged ({error}).") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--adapter {adapter}: its adapter_config.json is no config of an adapter ({error})."
+        ) from None
     except ValueError as error:
         raise ValueError(
             f"--adapter {adapter}: {str(error).rstrip('.')}. Give the folder of an adapter, or its name on the Hub."
         ) from None
+    rank, base = getattr(config, "r", 1), config.base_model_name_or_path
+    if not isinstance(rank, int | None) or not isinstance(base, str | None):
+        wrong = f"r={rank!r}" if not isinstance(rank, int) else f"base_model_name_or_path={base!r}"
+        raise ValueError(f"--adapter {adapter}: its adapter_config.json says {wrong}, which no adapter can have.")
+    return config
 
 
 def rank_of(adapter: str) -> int:
@@ -199,11 +244,21 @@ def tokenizer_name(given: str | None, model: str, adapter: str | None) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or of a model on the Hub; None where there is none."""
+    """The tokenizer of a folder or of a model on the Hub; None where there is none.
+
+    Raises:
+        ValueError: there is one in the folder, and it cannot be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # of any kind: a dozen formats of vocabularies, some read by other packages
+        found = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
+        if not found:
+            return None
+        raise ValueError(
+            f"{name}: its tokenizer ({', '.join(found)}) cannot be read: {str(error) or type(error).__name__}. Name "
+            "another: --tokenizer FOLDER_OR_NAME."
+        ) from None
 
 
 def needed_tokenizer(name: str) -> Any:
@@ -216,6 +271,34 @@ def needed_tokenizer(name: str) -> Any:
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, which is needed here. Name one: --tokenizer FOLDER_OR_NAME.")
     return tokenizer
+
+
+def check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
+    """Raise ValueError where ``ids`` holds a token that a model of ``config`` does not know."""
+    n_known = getattr(config.get_text_config(), "vocab_size", None)
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if n_known is not None and (low < 0 or high >= n_known):
+        raise ValueError(
+            f"the text has token ids from {low} to {high}, and the model {config.name_or_path} knows {n_known}: they "
+            "do not belong together. Name the model's tokenizer: --tokenizer FOLDER_OR_NAME."
+        )
+
+
+@contextmanager
+def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") -> Iterator[None]:
+    """While this is open, a model that has no position for each of ``n_tokens``, those of ``option``, is a ValueError.
+
+    An IndexError with fewer tokens than the config says is left as it is.
+    """
+    try:
+        yield
+    except IndexError:
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most is None or (n_tokens is not None and n_tokens <= most):
+            raise
+        many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
+        way_out = f"Lower --{option}." if option else "Give less."
+        raise ValueError(f"{_name_of(model)} cannot read {many}: it has {most} positions. {way_out}") from None
 
 
 def refuse_missing_folder(option: str, name: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -11,11 +14,13 @@ from jsonargparse import ArgumentParser, Namespace
 from ..bit_allocation import BitPlan
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
-from .data import DATA_HELP, load_data
+from .data import DATA_HELP, load_texts
 from .field_help import field_help
 from .parsing import VerbParser
 
 PLAN_FILE = "bit_plan.json"
+# Options that name folders which are read.
+INPUTS = ("model", "adapter", "float_model", "reference", "folder")
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -43,8 +48,62 @@ def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it 
     )
 
 
+def check_pattern(option: str, value: Any) -> None:
+    """Raise ValueError where a text is no regular expression, which PEFT takes it for."""
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        raise ValueError(
+            f"--{option} {value!r} is no regular expression ({error}). Give a list of names: [q_proj, v_proj]."
+        ) from None
+
+
+def check_output(
+    settings: Namespace,
+    folder: Path | None = None,
+    *,
+    option: str = "output",
+    is_adapter: bool = False,
+    inputs: Sequence[str] = (),
+) -> None:
+    """Raise an error where ``folder``, or that of ``option``, cannot be written, or is one of those that are read.
+
+    Raises:
+        NotADirectoryError: it is a file, or lies in one.
+        PermissionError: it cannot be written.
+        FileExistsError: it holds what is read, or an adapter where a model is written and the other way round.
+    """
+    folder = Path(settings[option]) if folder is None else folder
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--{option} {folder} is a file. Name a folder.")
+    check_place(option, folder)
+    for given in filter(None, (*inputs, *map(settings.get, INPUTS))):
+        if Path(given).expanduser().is_dir() and Path(given).expanduser().resolve() == folder.resolve():
+            raise FileExistsError(f"--{option} {folder} is read, and would be replaced. Choose another folder.")
+    other, meant = ("config.json", "a model") if is_adapter else ("adapter_config.json", "an adapter")
+    if (folder / other).is_file():
+        raise FileExistsError(
+            f"--{option} {folder} holds {meant} ({other}): a model and an adapter in one folder are loaded together. "
+            "Choose another folder."
+        )
+
+
+def check_place(option: str, path: Path) -> None:
+    """Raise an error where ``path`` cannot be made: NotADirectoryError below a file, PermissionError, OSError."""
+    try:
+        above = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if above != path and not above.is_dir():
+            raise NotADirectoryError(f"--{option} {path} cannot be made: {above} is a file. Choose another place.")
+        if not os.access(above if above.is_dir() else above.parent, os.W_OK):
+            raise PermissionError(f"--{option} {path} cannot be written: there is no permission in {above}.")
+    except OSError as error:
+        if error.errno is None:  # ours
+            raise
+        raise OSError(f"--{option} {path} cannot be made: {error.strerror}. Choose another place.") from None
+
+
 def refuse_output_in_use(settings: Namespace, *, way_out: str = "", option: str = "output") -> None:
-    """Raise an error before hours of work, if the folder of ``option`` holds files or cannot be one."""
+    """Raise an error before hours of work, if the folder of ``option`` holds files; as :func:`check_output`."""
     folder = Path(settings[option])
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--{option} {folder} is a file. Name a folder.")
@@ -106,7 +165,7 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
-    data: Any = load_data("calibration.data", fields["data"])
+    data: Any = load_texts("calibration.data", fields["data"])
     if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
         raise ValueError(
             f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
@@ -165,7 +224,11 @@ def budget(settings: Namespace) -> dict[str, Any]:
 
 def given_plan(settings: Namespace) -> BitPlan | None:
     """The plan in the file ``--plan``; None without one. Raises FileNotFoundError and ValueError as its reading."""
-    return None if settings.plan is None else BitPlan.load(settings.plan)
+    if settings.plan is None:
+        return None
+    if not Path(settings.plan).is_file():
+        raise FileNotFoundError(f"--plan {settings.plan}: there is no such file. A budget's output holds {PLAN_FILE}.")
+    return BitPlan.load(settings.plan)
 
 
 def figures_of(plan: BitPlan) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from quantlayers_cli.names import WrongUsage, meant, with_names
+from quantlayers_cli.spelling import nearest
+
+# Groups of options that are fields of other packages' classes, which may be empty.
+GROUPS_OF_OTHERS = ("lora", "training")
 
 
 class VerbParser(ArgumentParser):
@@ -21,11 +25,19 @@ class VerbParser(ArgumentParser):
 
     Attributes:
         without_default: names of options that leave nothing in the settings where they are not given.
+        flags: names of options without a value on the line, such as ``--json``.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
         self.without_default: set[str] = set()
+        self.flags: set[str] = set()
+        super().__init__(**options)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """As everywhere. What a file gives for a flag is checked by :func:`parse`: jsonargparse takes anything."""
+        if options.get("action") == "store_true":
+            self.flags |= {name.removeprefix("--") for name in names}
+        return super().add_argument(*names, **options)
 
     def add_without_default(self, name: str, **options: Any) -> None:
         """Add ``--name``, which has no default."""
@@ -65,7 +77,24 @@ def parse(parser: VerbParser, arguments: Sequence[str], positionals: Sequence[st
         settings = parser.parse_args(named)
     except ArgumentError as error:
         raise WrongUsage(_in_one_line(str(error), known)) from None
+    _check_values(parser, settings)
     return settings
+
+
+def _check_values(parser: VerbParser, settings: Namespace) -> None:
+    """Raise WrongUsage for flags that are neither true nor false, and for names of nothing.
+
+    An option that is empty is often a variable of the shell that is not set: ``pql quantize "$MODEL" out``.
+    """
+    for name in sorted(parser.names()):
+        value = settings.get(name)
+        if name in parser.flags and not isinstance(value, bool):
+            raise WrongUsage(f"{name}={value!r}: expected true or false.")
+        if isinstance(value, str) and name.partition(".")[0] not in GROUPS_OF_OTHERS:
+            if not value.strip() and name != "prompt":
+                raise WrongUsage(f"--{name} is empty. Give it a value, or leave it out.")
+            if "\0" in value:
+                raise WrongUsage(f"--{name} {value!r} holds the character 0, which no name can.")
 
 
 def settings_text(parser: ArgumentParser, settings: Namespace) -> str:
@@ -82,6 +111,11 @@ def _in_one_line(message: str, known: set[str]) -> str:
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     expected = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
     expected.pop("NoneType", None)
+    choices = re.search(r"Expected an? typing\.Literal\[(.*?)\]", message)
+    if option and value and choices:
+        names = re.findall(r"'([^']*)'", choices[1])
+        listed = ", ".join([*(name.replace("bool", "true, false") for name in expected), *names])
+        return f"{option[1]}={value[1]!r}: choose one of {listed}{nearest(value[1], names)}."
     if option and value and expected:
         return f"{option[1]}={value[1]!r}: expected {' or '.join(expected)}."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):

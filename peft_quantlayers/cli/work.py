@@ -32,11 +32,14 @@ VERSIONS_OF = ("peft_quantlayers", "torch", "transformers", "peft", "trl")
 EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, MemoryError, SafetensorError)
 
 
+# As torch says it where the memory of a machine or of a device is not enough.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+
+
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Parse, run, print; the exit code."""
     arguments = ["--help" if each == ALL_OPTIONS else each for each in arguments]
     settings = Namespace(debug="--debug" in arguments)
-    module = None
     try:
         module = importlib.import_module(f"{__package__}.verbs.{verb}")
         parser = verb_parser(verb, module, arguments)
@@ -49,15 +52,15 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         _print(result, is_json=settings.json)
     except WrongUsage as error:
         return _said(f"{verb}: {error}", WRONG_USAGE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_first_process():
-            _said(f"{verb}: interrupted. What was saved before is as it was.", INTERRUPTED)
+            _said(f"{verb}: interrupted. What was saved before is as it was.{_notes(interrupt)}", INTERRUPTED)
         return INTERRUPTED
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        output, way_on = getattr(settings, "output", None), getattr(module, "AFTER_A_FULL_DISK", "")
-        return _said(f"{verb}: {_full_disk(error, output, way_on) or _reason(error)}", FAILED)
+        reason = _full_disk(error, getattr(settings, "output", None)) or _reason(error)
+        return _said(f"{verb}: {reason}{_notes(error)}", FAILED)
     return result.exit_code
 
 
@@ -76,12 +79,25 @@ def _said(message: str, exit_code: int) -> int:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in one line."""
-    if isinstance(error, EXPECTED):
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        reason = str(error).split("Error code")[0].split(". GPU")[0].rpartition("err == 0. ")[2]
+        return f"there is not enough memory ({' '.join(reason.split())}). `{PROGRAM} estimate` says what a step takes."
+    is_sentence = isinstance(error, KeyError) and " " in str(error)
+    if isinstance(error, EXPECTED) or is_sentence:
         return _in_one_line(error)
     return " ".join(f"{type(error).__name__}: {error} (unexpected; --debug shows where it came from)".split())
 
 
-def _full_disk(error: Exception, output: str | None, way_on: str) -> str | None:
+def _notes(error: BaseException) -> str:
+    """What was noted on the way: what is kept, where to go on. Nothing that the message says already."""
+    said = str(error).lower()
+    notes = getattr(error, "__notes__", ())
+    if "nothing was " in said:
+        notes = [note for note in notes if not note.startswith("Nothing was ")]
+    return "".join(f" {note}" for note in notes)
+
+
+def _full_disk(error: Exception, output: str | None) -> str | None:
     """What to say where ``error`` comes of a full disk, which packages tell in words of their own, if at all."""
     is_told = says_full(error)
     if not is_told and (output is None or isinstance(error, EXPECTED) or not is_full(Path(output))):
@@ -90,14 +106,17 @@ def _full_disk(error: Exception, output: str | None, way_on: str) -> str | None:
     is_of_system = not isinstance(error, OSError) or error.strerror in (None, os.strerror(error.errno or 0))
     if not is_of_system or (place is None and output is None):  # our own sentence names the place, and what is kept
         return _in_one_line(error)
-    return f"the disk of {place or output} is full ({_in_one_line(error)}). {way_on}".rstrip()
+    return f"the disk of {place or output} is full ({_in_one_line(error).rstrip('.')}). Free some space."
 
 
 def _in_one_line(error: BaseException) -> str:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        text = error.strerror  # without its number
-    return " ".join(text.split()) or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).partition(
+        "Exception raised from"
+    )[0]  # before the frames of torch's C++
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}."
+    text = " ".join(text.split()) or type(error).__name__
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -112,11 +113,13 @@ def open_checkpoint(file: str, *, backend: str = "mmap") -> Any:
             "For a folder that the hqq package wrote (qmodel.pt) use peft_quantlayers.load_hqq_folder."
         )
     if not Path(file).is_file():
-        raise ValueError(f"{Path(file).name} is not there, or no regular file: a pipe or a device is not opened.")
+        raise ValueError(f"{file} is not there, or no regular file: a pipe or a device is not opened.")
+    if not os.access(file, os.R_OK):
+        raise PermissionError(f"{file} cannot be read: there is no permission.")
     try:
         return safe_open(file, framework="pt", device="cpu", backend=backend)
     except SafetensorError as error:
-        raise ValueError(f"{Path(file).name} is damaged or incomplete ({error}). Download or save it again.") from None
+        raise ValueError(f"{file} is damaged or incomplete ({error}). Download or save it again.") from None
 
 
 def check_kinds(

@@ -55,7 +55,12 @@ class QuantlayersConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         if "interrupted_save" in config_dict:
             raise ValueError(f"the folder holds no model: {config_dict['interrupted_save']}.")
-        config = cls(known_formats()[config_dict["quant_method"]], dict(config_dict))
+        method, formats = config_dict.get("quant_method"), known_formats()
+        if method not in formats:
+            raise ValueError(
+                f"quantization_config: quant_method={method!r} is not read here; known are {list(formats)}."
+            )
+        config = cls(formats[method], dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

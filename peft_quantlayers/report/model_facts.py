@@ -66,6 +66,8 @@ def model_facts(
     for name, dense in _dense_weights(checkpoint, model, progress):
         rows = inputs[name].rows if name in inputs else None
         found[name].weight_error, found[name].output_error = errors(layers[name].quantized_weight, dense, rows)
+    if all(each.error is None for each in found.values()):
+        raise ValueError(f"{float_model} has none of the {len(found)} quantized layers: the model was not made of it.")
     worst = worst_layers(list(found.values()), n_worst)
     if worst:
         names = {facts.name for facts in worst}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .figures import curves, heat_map, is_in_blocks, small_curves, svg
@@ -66,12 +66,20 @@ def logged_series(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
 
 
 def adapter_parts(folder: Path) -> list[str]:
-    """HTML of the LoRA adapter in ``folder``: how large the product of its factors is in each layer."""
+    """HTML of the LoRA adapter in ``folder``: how large the product of its factors is in each layer.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return []
-    with safe_open(file, "pt") as opened:
-        norms = delta_norms({name: opened.get_tensor(name) for name in opened.keys() if "lora_" in name})  # noqa: SIM118
+    try:
+        with safe_open(file, "pt") as opened:
+            factors = {name: opened.get_tensor(name) for name in opened.keys() if "lora_" in name}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download it again.") from None
+    norms = delta_norms(factors)
     if not is_in_blocks(norms):
         return []
     text = "Frobenius norm of B A in each layer, without its scaling: where the adapter has learned."

@@ -1,9 +1,12 @@
 """Options in YAML files under other programs' names, wherever on the line the file is named."""
 
+import re
+
 import pytest
 import yaml
 
-from quantlayers_cli.names import with_names
+from peft_quantlayers.cli import main
+from quantlayers_cli.names import WrongUsage, with_names
 
 KNOWN = {"model", "output", "nbits", "group_size"}
 LINES = [
@@ -36,3 +39,49 @@ def test_two_files_keep_their_contents(tmp_path):
     contents = [found[place + 1] for place, argument in enumerate(found) if argument == "--config"]
     assert yaml.safe_load(contents[0]) == {"nbits": 4}
     assert yaml.safe_load(contents[1]) == {"model": "M"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nbits: 4\nnbits: 3\n", "'nbits' is in line 1 and in line 2. Leave one of them"),
+        ("nbits: 4\nbits: 3\n", "'nbits' and 'bits' are the same option"),
+        ("group:\n  a: 1\n  a: 2\n", "'a' is in line 2 and in line 3"),
+        ("group: 5\n", "group holds options, one per line below it (name: value); it holds 5"),
+        ("group: [a]\n", "group holds options"),
+        ("- nbits\n", "it holds a list"),
+        ("# nothing\n", "it holds nothing"),
+        ("nbits: *no\n", "is no YAML"),
+        ("group:\n\ta: 1\n", "is no YAML"),
+        ("nbits: " + "[" * 5000, "is no YAML"),
+        ("? [a]\n: 1\n", "is no YAML"),
+        ("4: nbits\n", "unknown key '4'"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_refused_by_its_name(text, said, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(WrongUsage, match=re.escape(str(file))) as refused:
+        with_names([str(file)], ["model", "output"], {*KNOWN, "group.a", "group.b"})
+    assert said in str(refused.value)
+
+
+def test_a_group_with_nothing_in_it_is_nothing(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("nbits: 4\ngroup:\n")
+    found = with_names([str(file)], ["model", "output"], {*KNOWN, "group.a"})
+    assert yaml.safe_load(found[found.index("--config") + 1]) == {"nbits": 4}
+
+
+def test_flags_and_choices_of_a_file_or_the_line(float_model, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("overwrite: maybe\n")
+    for options, said in (
+        (["--config", str(tmp_path / "c.yaml")], "overwrite='maybe': expected true or false"),
+        (["--method", "gptq"], "method='gptq': choose one of aqlm, hqq, nf4"),
+        (["--dtype", "float8"], "dtype='float8': choose one of auto, float32"),
+        (["--transforms", "[nope]"], "transforms='nope': choose one of awq_scales"),
+        (["--tokenizer", ""], "--tokenizer is empty"),
+    ):
+        assert main(["quantize", float_model, str(tmp_path / "out"), *options]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -36,9 +36,9 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
 
 
 def test_a_folder_for_the_merged_model_that_is_in_use_is_refused_before_training(quantized, tmp_path, capsys):
-    command = with_settings(tmp_path, [{"text": TEXT}], model=quantized, merge="auto", merged_output=quantized)
+    command = with_settings(tmp_path, [{"text": TEXT}], model=quantized, merge="auto", merged_output=str(tmp_path))
     said = refused(capsys, [*command, "--output", str(tmp_path / "out")], 1)
-    assert f"--merged_output {quantized} is not empty. Choose another folder" in said
+    assert f"--merged_output {tmp_path} is not empty. Choose another folder" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -157,7 +157,7 @@ def test_what_cannot_be_trained_is_refused_before_the_base_is_written(tmp_path, 
         (["--lora.target_modules", "no_such_layer"], "no_such_layer"),
         (["--quantization.nbits", "9"], "nbits"),
         (["--base_output", str(tmp_path / "full")], "full is not empty"),
-        (["--base_output", source], "source and destination are both"),
+        (["--base_output", source], "is read, and would be replaced"),
     ):
         assert said in refused(capsys, [*command, *options], 1)
         assert not out.exists(), options

@@ -20,6 +20,7 @@ DESCRIPTION = (
     "From config.json alone: some random weights are quantized, and one block of random numbers is trained for a step."
 )
 POSITIONALS = ("model",)
+MOST = 2**40
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -38,10 +39,17 @@ def run(settings: Namespace) -> Result:
     """Estimate each step."""
     refuse_missing_folder("model", settings.model)
     for name, least in (("batch_size", 1), ("max_length", 1), ("calibration_tokens", 0)):
-        if settings[name] < least:
-            raise ValueError(f"--{name} {settings[name]} must be at least {least}.")
+        if not least <= settings[name] <= MOST:
+            raise ValueError(f"--{name} {settings[name]} must be at least {least}, and at most {MOST}.")
+    options.check_pattern("lora.target_modules", settings.lora.target_modules)
+    if settings.lora.r < 1:
+        raise ValueError(f"--lora.r {settings.lora.r} must be at least 1.")
     model = model_on_meta(settings.model)
     is_quantized = bool(quantized_layers(model))
+    if is_quantized and (given := list(options.given_fields(settings))):
+        raise ValueError(
+            f"{settings.model} is quantized already, and --{given[0]} is for a float model. Leave it out."
+        )
     config = None if is_quantized else options.method_config(settings)
     found: list[Estimate] = []
     if config is not None:

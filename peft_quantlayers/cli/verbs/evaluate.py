@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,11 +13,22 @@ from ...arguments import nearest
 from ...evaluate import divergence, perplexity
 from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, model_and_adapter, needed_tokenizer, tokenizer_name, with_adapter
+from ..models import (
+    check_ids,
+    config_of,
+    load_model,
+    long_windows_refused,
+    model_and_adapter,
+    needed_tokenizer,
+    refuse_missing_folder,
+    tokenizer_name,
+    with_adapter,
+)
 from ..result import Result
 
 DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."
 POSITIONALS = ("model",)
+LM_EVAL = "--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,26 +57,39 @@ def run(settings: Namespace) -> Result:
         raise ValueError("there is nothing to measure on: give --text FILE, or --tasks NAME.")
     if settings.reference is not None and settings.text is None:
         raise ValueError("--reference is compared on a text: give --text FILE.")
+    if settings.limit is not None and settings.limit < 1:
+        raise ValueError(f"--limit {settings.limit} must be at least 1.")
+    if settings.tasks is not None:
+        refuse_missing_folder("include_path", settings.include_path or "")
+        if find_spec("lm_eval") is None:
+            raise ImportError(LM_EVAL)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
+    if settings.reference is not None:
+        refuse_missing_folder("reference", settings.reference)
+        config_of(settings.reference)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     if settings.text is not None:  # before the model, which takes longer
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        for each in filter(None, (name, settings.reference)):
+            check_ids(ids, config_of(each))
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
     if settings.text is not None:
-        found["perplexity"] = perplexity(model, ids, window=settings.window)
+        with long_windows_refused(model, settings.window, option="window"):
+            found["perplexity"] = perplexity(model, ids, window=settings.window)
         found["n_tokens"] = len(ids)
         if settings.reference is not None:
             reference = load_model(settings.reference, option="reference", **load)
-            compared = divergence(model, reference, ids, window=settings.window)
+            with long_windows_refused(reference, settings.window, option="window"):
+                compared = divergence(model, reference, ids, window=settings.window)
             found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
     if settings.tasks is not None:
         names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
         found["tasks"] = task_scores(
             model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
         )
-    return Result(text=_text(found), data=found)
+    return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
 
 
 def task_scores(
@@ -75,7 +101,7 @@ def task_scores(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ImportError("--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'.") from None
+        raise ImportError(LM_EVAL) from None
     known = TaskManager(include_path=folder)
     for task in tasks:
         if not known.match_tasks([task]):
@@ -90,6 +116,8 @@ def _text(found: dict[str, Any]) -> str:
     lines = [found["model"] + ("" if found["adapter"] is None else f" with {found['adapter']}")]
     if "perplexity" in found:
         lines.append(f"  perplexity {found['perplexity']:.3f} on {found['n_tokens']:,} tokens")
+        if math.isnan(found["perplexity"]):
+            lines.append("  the model predicts NaN: its weights are damaged, or the training of its adapter failed")
     if "kl" in found:
         lines.append(
             f"  beside {found['reference']}: KL {found['kl']:.4f} nats a token, the same most likely token "

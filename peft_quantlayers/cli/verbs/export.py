@@ -8,11 +8,14 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
+from ...arguments import check_choice
 from ...exports import export, export_formats
 from .. import options
 from ..data import DATA_HELP, token_ids
 from ..models import (
     another_base_refused,
+    check_ids,
+    config_of,
     load_model,
     load_tokenizer,
     model_and_adapter,
@@ -59,10 +62,12 @@ def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     refuse_missing_folder("model", settings.model)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
+    check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
+    options.check_output(settings, inputs=(name, adapter or ""))
     options.refuse_output_in_use(settings)
     if settings.dry_run:
-        known = export_formats().get(settings.format)
-        return Result(text=f"would write {name} into {settings.output}\n{known or settings.format}")
+        known = export_formats()[settings.format]
+        return Result(text=f"would write {name} into {settings.output}\n{known}")
     tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
     tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer or load_tokenizer(name))
@@ -70,6 +75,7 @@ def run(settings: Namespace) -> Result:
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        check_ids(text, config_of(name))
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")

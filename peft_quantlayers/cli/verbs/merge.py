@@ -57,6 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
     name, _ = model_and_adapter(settings.model, settings.adapter)
+    options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     is_to_be_planned = options.is_to_be_planned(settings)
     plan = options.given_plan(settings)
@@ -66,7 +67,7 @@ def run(settings: Namespace) -> Result:
         text += "; bits are planned for the budget" if is_to_be_planned else ""
         return Result(text=f"{text}\n{costs}", data=costs.to_dict())
     options.refuse_output_in_use(settings)
-    tokenizer = load_tokenizer(tokenizer_of)
+    tokenizer = needed_tokenizer(tokenizer_of) if settings.tokenizer else load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     held_out = None
     if settings.evaluate_on is not None:

@@ -19,7 +19,15 @@ from ...storage import replace_file
 from ...streaming import quantize_checkpoint
 from ...transforms import TRANSFORMS, transform_model
 from .. import options
-from ..models import is_quantized_already, load_model, load_tokenizer, model_on_meta, refuse_missing_folder
+from ..models import (
+    check_computing_device,
+    is_quantized_already,
+    load_model,
+    load_tokenizer,
+    model_on_meta,
+    needed_tokenizer,
+    refuse_missing_folder,
+)
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -62,6 +70,8 @@ def run(settings: Namespace) -> Result:
     """Quantize, save, and say what became of the model."""
     config = options.method_config(settings)
     refuse_missing_folder("model", settings.model)
+    options.check_place("output", Path(settings.output))
+    check_computing_device(settings.device)
     if is_quantized_already(settings.model):
         raise ValueError(f"{settings.model} is quantized already. Give the float model. Nothing was written.")
     is_to_be_planned = options.is_to_be_planned(settings)
@@ -101,6 +111,7 @@ def run(settings: Namespace) -> Result:
             "Leave them out. Nothing was written."
         )
     else:
+        options.check_output(settings)
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
@@ -118,7 +129,7 @@ def quantized_in_memory(
     settings: Namespace, config: QuantConfig, plan: BitPlan | None
 ) -> tuple[ModelSummary, BitPlan | None]:
     """Load, plan where that is wanted, quantize and save; what became of the model, and the plan."""
-    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
+    tokenizer = needed_tokenizer(settings.tokenizer) if settings.tokenizer else load_tokenizer(settings.model)
     data = options.calibration(settings, tokenizer)
     transforms = [TRANSFORMS[name]() for name in settings.transforms or ()]
     load: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}

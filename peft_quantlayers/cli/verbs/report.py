@@ -15,8 +15,16 @@ from ...report.model_parts import model_parts
 from ...report.page import folded, page, preformatted
 from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file
+from .. import options
 from ..data import DATA_HELP, token_ids
-from ..models import load_model, needed_tokenizer, refuse_missing_folder
+from ..models import (
+    check_ids,
+    config_of,
+    load_model,
+    long_windows_refused,
+    needed_tokenizer,
+    refuse_missing_folder,
+)
 from ..parsing import VerbParser
 from ..result import Result
 
@@ -67,6 +75,11 @@ def run(settings: Namespace) -> Result:
     file = Path(settings.output) if settings.output else folder / PAGE
     if file.is_dir():
         raise IsADirectoryError(f"--output {file} is a folder. Name a file, such as {file / PAGE}.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}.")
+    if file.exists() and file.suffix not in (".html", ".htm"):
+        raise FileExistsError(f"--output {file} is there, and no page. Name a file that ends with .html.")
+    options.check_place("output", file)
     parts: list[str] = []
     found: dict[str, object] = {}
     state = find_trainer_state(folder)
@@ -96,11 +109,13 @@ def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, o
     if settings.text is not None:
         tokenizer = needed_tokenizer(settings.tokenizer or settings.folder)
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        check_ids(ids, config_of(settings.folder))
     float_model = settings.float_model or _named_float_model(folder)
     model = load_model(settings.folder, device=settings.device)
-    facts = model_facts(
-        model, float_model=float_model, token_ids=ids, window=settings.window, n_worst=settings.n_worst
-    )
+    with long_windows_refused(model, settings.window, option="window"):
+        facts = model_facts(
+            model, float_model=float_model, token_ids=ids, window=settings.window, n_worst=settings.n_worst
+        )
     data = {
         "float_model": float_model,
         "mean_error": mean_error(facts),
@@ -112,10 +127,16 @@ def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, o
 def _named_float_model(folder: Path) -> str | None:
     """The model that ``quantize.yaml`` names, if it is a folder that is there. A merged model has another weight."""
     text = _saved_settings(folder).get("quantize")
-    named = (yaml.safe_load(text) or {}).get("model") if text else None
+    try:
+        named = (yaml.safe_load(text) or {}).get("model") if text else None
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / 'quantize.yaml'} holds no settings ({error}). Remove it, or name the model: --float_model "
+            "FOLDER."
+        ) from None
     return named if isinstance(named, str) and Path(named).is_dir() else None
 
 
 def _saved_settings(folder: Path) -> dict[str, str]:
     files = {verb: folder / f"{verb}.yaml" for verb in SETTINGS_OF}
-    return {verb: file.read_text() for verb, file in files.items() if file.is_file()}
+    return {verb: file.read_text(errors="replace") for verb, file in files.items() if file.is_file()}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
+from ...calibration.texts import one_split, text_of
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
@@ -29,13 +30,31 @@ from ...storage.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import options
 from ..data import DATA_HELP, load_data
-from ..models import is_quantized_already, load_model, needed_tokenizer, refuse_missing_folder
+from ..half_made import RESUME, half_made_removed
+from ..models import (
+    config_of,
+    is_quantized_already,
+    load_model,
+    long_windows_refused,
+    needed_tokenizer,
+    refuse_missing_folder,
+)
 from ..parsing import VerbParser
+from ..rehearsal import rehearse
 from ..result import Result
+from ..rows import check_texts
 from ..trained_base import (
+    base_folder,
     plan_of_training,
     quantized_base,
     refuse_options_of_float_models,
+)
+from ..training_checks import (
+    check_base_of_checkpoint,
+    check_checkpoint,
+    check_modules_to_save,
+    check_training,
+    given_options_named,
 )
 from ..trl_trainers import trainer_of
 
@@ -46,9 +65,6 @@ DESCRIPTION = (
     "`rejected`."
 )
 POSITIONALS = ("model", "output")
-AFTER_A_FULL_DISK = (
-    "Checkpoints that are complete are kept: free some space, and go on with --training.resume_from_checkpoint true."
-)
 IGNORED_LABEL = -100
 # Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
 FORMS = {
@@ -58,6 +74,11 @@ FORMS = {
 ROWS = {
     "sft": "rows with text, messages or conversations, prompt and completion, or instruction and output",
     "dpo": "rows with prompt (or instruction), chosen and rejected; without prompt, chosen and rejected are messages",
+}
+# Columns whose values are looked at in each row.
+OF_ROWS = {
+    *("text", "messages", "conversations", "prompt", "completion", "instruction", "output", "chosen", "rejected"),
+    "input_ids",
 }
 # Fields that PEFT fills itself.
 OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
@@ -113,12 +134,58 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
 def run(settings: Namespace) -> Result | None:
     """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
     refuse_missing_folder("model", settings.model)
+    check_training(settings)
     processes = PartialState(cpu=settings.training.use_cpu)
+    checkpoint = checked_start(settings, processes)
+    is_float = not is_quantized_already(settings.model)
+    if not is_float:
+        refuse_options_of_float_models(settings)
+    processes.wait_for_everyone()  # the first one will write there
+    if settings.training.use_cpu:
+        return_large_blocks()
+    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    rows = load_rows("data", settings, tokenizer)
+    eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
+    adapter = adapter_config(settings)
+    if settings.dry_run or (is_float and not settings.show_batch):
+        with given_options_named(settings):
+            rehearse(settings, rows, eval_rows, tokenizer)
+    set_seed(settings.training.seed)
+    if settings.dry_run:
+        return plan_of_training(settings, adapter, n_rows=len(rows))
+    data = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
+    if settings.show_batch:
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = new_trainer(settings, prepared(settings, settings.model), adapter, output=scratch, **data)
+            return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
+    folder, base = Path(settings.output), base_folder(settings) if is_float else None
+    with half_made_removed(folder, base=base, is_active=processes.is_main_process):
+        name = quantized_base(settings, adapter, processes) if is_float else settings.model
+        model = prepared(settings, name)
+        with given_options_named(settings):
+            trainer = new_trainer(settings, model, adapter, output=str(folder), **data)
+            found, told = trained(trainer, checkpoint)
+        trainer.model.save_pretrained(folder, is_main_process=processes.is_main_process)
+        if not processes.is_main_process:
+            return None
+        tokenizer.save_pretrained(folder)
+        trainer.save_state()  # for the report
+    lines = [f"{told}; the adapter is in {folder}"]
+    if settings.merge is not None:
+        merge, told = merged(settings, trainer.model, tokenizer)
+        found["merge"] = merge
+        lines.append(told)
+    return Result(text="\n".join(lines), data=found, output=settings.output)
+
+
+def checked_start(settings: Namespace, processes: PartialState) -> str | None:
+    """The checkpoint to go on with, if any. Raises an error where the output is in use, or nothing can go on there."""
     if settings.fsdp_size is not None and settings.merge is not None:
         raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
+    check_checkpoint(checkpoint)
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
             True  # all that transformers saves of a model that was sharded while loading
@@ -127,64 +194,49 @@ def run(settings: Namespace) -> Result | None:
             raise ValueError(
                 "a run with --fsdp_size cannot be resumed: its checkpoints hold no state of the optimizer."
             )
+        if not 1 <= settings.fsdp_size <= processes.num_processes:
+            raise ValueError(
+                f"--fsdp_size {settings.fsdp_size} must lie between 1 and the number of processes, which is "
+                f"{processes.num_processes}: accelerate launch --num_processes N -m peft_quantlayers train ..."
+            )
     if not (resume or settings.show_batch):
-        ways = ", or go on with its last checkpoint: --training.resume_from_checkpoint true"
-        options.refuse_output_in_use(settings, way_out=ways)
+        options.refuse_output_in_use(settings, way_out=f", or go on with its last checkpoint: {RESUME}")
         if settings.merge is not None and settings.merged_output is not None:
             options.refuse_output_in_use(settings, option="merged_output")
-    is_float = not is_quantized_already(settings.model)
-    if not is_float:
-        refuse_options_of_float_models(settings)
-    processes.wait_for_everyone()  # the first one will write there
-    set_seed(settings.training.seed)
-    if settings.training.use_cpu:
-        return_large_blocks()
-    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
-    rows = load_rows("data", settings.data, settings.trainer)
-    eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings.eval_data, settings.trainer)
-    adapter = adapter_config(settings)
-    if settings.dry_run:
-        return plan_of_training(settings, adapter, n_rows=len(rows))
-    name = settings.model
-    if is_float and not settings.show_batch:
-        name = quantized_base(settings, adapter, processes)
-    base = prepared(settings, name)
+    return checkpoint
+
+
+def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig, *, output: str, **data: Any) -> Any:
+    """TRL's trainer of ``model`` with a new adapter on it; ``data`` is what it takes besides."""
     arguments_type, trainer_type = trainer_of(settings.trainer)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = arguments_type(
-            **vars(settings.training), output_dir=scratch if settings.show_batch else settings.output
-        )
-        trainer = trainer_type(
-            model=base,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=adapter,  # DPO's reference is then the model without the adapter
-        )
-        if settings.merge_aware:
-            enable_merge_aware(trainer.model)
-        if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
-            trainer.add_callback(LayerFiguresCallback())
-        if settings.show_batch:
-            return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    found, told = trained(trainer, checkpoint)
-    model = trainer.model
-    model.save_pretrained(settings.output, is_main_process=processes.is_main_process)
-    if not processes.is_main_process:
-        return None
-    tokenizer.save_pretrained(settings.output)
-    trainer.save_state()  # for the report
-    lines = [f"{told}; the adapter is in {settings.output}"]
-    if settings.merge is not None:
-        merged: Any
-        merged, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
-        folder = settings.merged_output or str(Path(settings.output) / "merged")
+    trainer = trainer_type(
+        model=model,
+        args=arguments_type(**vars(settings.training), output_dir=output),
+        peft_config=adapter,  # DPO's reference is then the model without the adapter
+        **data,
+    )
+    if settings.merge_aware:
+        enable_merge_aware(trainer.model)
+    if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
+        trainer.add_callback(LayerFiguresCallback())
+    return trainer
+
+
+def merged(settings: Namespace, model: Any, tokenizer: Any) -> tuple[dict[str, Any], str]:
+    """Merge what was trained and save it; the report as data and in words. An error says where the adapter is."""
+    folder = settings.merged_output or str(Path(settings.output) / "merged")
+    is_resumed = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
+    try:
+        whole: Any
+        whole, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
         # A run that was killed here, and is resumed, replaces what it wrote.
-        save_model(merged, folder, tokenizer=tokenizer, overwrite=settings.overwrite or bool(resume))
-        found["merge"] = report.to_dict()
-        lines += [str(report), f"merged model in {folder}"]
-    return Result(text="\n".join(lines), data=found, output=settings.output)
+        save_model(whole, folder, tokenizer=tokenizer, overwrite=settings.overwrite or is_resumed)
+    except BaseException as error:
+        error.add_note(
+            f"The adapter is complete, in {settings.output}: peft-quantlayers merge {settings.output} MERGED."
+        )
+        raise
+    return report.to_dict(), f"{report}\nmerged model in {folder}"
 
 
 def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
@@ -193,43 +245,65 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     A checkpoint of the last step is loaded, and no more: the Trainer would make another step.
     """
     if checkpoint is not None:
+        check_base_of_checkpoint(trainer.model.get_base_model(), checkpoint)
         state, wanted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)), trainer.args
         has_all_epochs = state.global_step >= state.max_steps and state.num_train_epochs >= wanted.num_train_epochs
         if state.global_step >= wanted.max_steps if wanted.max_steps > 0 else has_all_epochs:
             trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
             trainer.state = state
             return {"metrics": {}, "log": state.log_history}, f"all {state.global_step} steps had been trained"
-    done = trainer.train(resume_from_checkpoint=checkpoint)
+    # Without positions for such a length the first long row would end it, after hours perhaps.
+    with long_windows_refused(trainer.model, trainer.args.max_length, option="training.max_length"):
+        done = trainer.train(resume_from_checkpoint=checkpoint)
     found = {"metrics": done.metrics, "log": trainer.state.log_history}
     return found, f"trained {done.global_step} steps, loss {done.training_loss:.4f}"
 
 
-def load_rows(option: str, name: str, trainer: str = "sft") -> Any:
-    """A dataset in the forms that TRL's ``trainer`` takes.
+def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
+    """The dataset of ``option`` in the forms that TRL's trainer takes.
 
     Raises:
-        ValueError: no rows, or columns that no form has.
+        ValueError: no rows; columns that no form has; a row with another kind of value, by its line; chats, and a
+            tokenizer without a template to write them.
     """
+    name, trainer, text = settings[option], settings.trainer, settings.training.get("dataset_text_field") or "text"
     rows = load_data(option, name)
     if isinstance(rows, Path):
         from datasets import Dataset
 
-        rows = Dataset.from_dict({"text": [part for part in rows.read_text().split("\n\n") if part.strip()]})
+        rows = Dataset.from_dict({text: [part for part in text_of(rows).split("\n\n") if part.strip()]})
     if hasattr(rows, "keys"):
-        rows = rows["train"]
+        rows = one_split(rows)
     if not len(rows):
         raise ValueError(f"--{option} {name} holds no rows.")
     columns = set(rows.column_names)
+    vocab_size = getattr(config_of(settings.model).get_text_config(), "vocab_size", None) or len(tokenizer)
+    check_texts(option, name, rows, sorted(columns & {*OF_ROWS, text}), vocab_size=vocab_size)
     if "conversations" in columns and "messages" not in columns:
         rows = rows.map(_from_sharegpt, remove_columns=["conversations"])
     elif "instruction" in columns and columns & {"output", "chosen"}:
         rows = rows.map(_from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
     columns = set(rows.column_names)
-    if not any(columns >= form for form in FORMS[trainer]):
+    form = next((form for form in FORMS[trainer] if columns >= {text if key == "text" else key for key in form}), None)
+    if form is None:
         raise ValueError(
             f"--{option} {name} has the columns {sorted(columns)}. --trainer {trainer} takes {ROWS[trainer]}."
         )
+    first = rows[0][text if form == {"text"} else min(form)]
+    if isinstance(first, list) and form != {"input_ids"}:
+        _check_template(option, settings, tokenizer)
+    elif form == {"text"} and not any(value.strip() for value in rows[text]):
+        raise ValueError(f"--{option} {name} holds no text: {text} is empty in all of {len(rows)} rows.")
     return rows
+
+
+def _check_template(option: str, settings: Namespace, tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", None) is None and not settings.training.get("chat_template_path"):
+        raise ValueError(
+            f"--{option} {settings[option]} holds chats, and the tokenizer of {settings.tokenizer or settings.model} "
+            "has no chat template to write them as text. Name one that has: --tokenizer FOLDER_OR_NAME, or a "
+            "template: --training.chat_template_path FILE."
+        )
 
 
 def prepared(settings: Namespace, name: str) -> Any:
@@ -243,6 +317,7 @@ def adapter_config(settings: Namespace) -> PeftConfig:
     if settings.adapter_type == "scales":
         fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
         return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
+    options.check_pattern("lora.target_modules", settings.lora.target_modules)
     names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
@@ -259,6 +334,7 @@ def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
     model = load_model(name, **load)
     if not quantized_layers(model):
         raise ValueError(f"{name} holds no layer that this package has quantized.")
+    check_modules_to_save(model, settings.lora.modules_to_save)
     return model
 
 

@@ -1,0 +1,63 @@
+"""The trainer of ``train`` around a model that is hardly there: what it refuses, it refuses before hours of work."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+from jsonargparse import Namespace
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .trl_trainers import trainer_of
+
+_WIDTH = 8
+
+
+def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> None:
+    """Make the trainer that the settings ask for, its batches, its optimizer and its schedule, and no step.
+
+    The data is read and tokenized in full. Errors are those of the trainer. A run that is sharded, or distributed by
+    an engine of its own, is not rehearsed.
+    """
+    if settings.fsdp_size is not None or settings.training.get("deepspeed") or settings.training.get("fsdp"):
+        return
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    arguments_type, trainer_type = trainer_of(settings.trainer)
+    had_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            given = {**copy.deepcopy(vars(settings.training)), "push_to_hub": False}
+            trainer: Any = trainer_type(
+                model=_smallest_model(len(tokenizer)),
+                args=arguments_type(**given, output_dir=scratch),
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                processing_class=copy.deepcopy(tokenizer),
+                peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
+            )
+            next(iter(trainer.get_train_dataloader()))
+            if not settings.training.get("optim_target_modules"):  # names of the real model's layers
+                trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    finally:
+        if had_bars:
+            enable_progress_bars()
+
+
+def _smallest_model(vocab_size: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=_WIDTH,
+            intermediate_size=_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            max_position_embeddings=_WIDTH,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )

@@ -1,0 +1,105 @@
+"""Rows that a verb is given: each is looked at, and the first wrong one is named by its file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# The entries of a message, in the two forms of chats.
+MESSAGE = (("role", "content"), ("from", "value"))
+_SHOWN = 60
+
+
+def check_texts(option: str, name: str, rows: Any, columns: Iterable[str], *, vocab_size: int = 2**63) -> None:
+    """Raise ValueError for the first row in which one of ``columns`` is neither text nor a chat.
+
+    A column is text in all rows, or a chat in all. ``input_ids`` are token ids below ``vocab_size``.
+    """
+    for column in columns:
+        kinds: set[str] = set()
+        for number, value in enumerate(_values(option, name, rows[column])):
+            kind, misfit = _kind_of(column, value, vocab_size)
+            kinds.add(kind)
+            if misfit is None and len(kinds) > 1:
+                misfit = f"is {kind}, and in rows before it is {next(iter(kinds - {kind}))}"
+            if misfit is not None:
+                raise ValueError(
+                    f"--{option} {name}, {place_of(name, number)}: {column} {misfit}. Mend this row, or remove it."
+                )
+
+
+def _values(option: str, name: str, column: Any) -> Iterator[Any]:
+    try:
+        yield from column
+    except UnicodeDecodeError as error:
+        wrong = first_wrong_line(Path(name).expanduser()) if name.endswith((".jsonl", ".json")) else None
+        raise ValueError(f"--{option} {name}: {wrong or error}. Write it as UTF-8.") from None
+
+
+def place_of(name: str, number: int) -> str:
+    """Where row ``number`` of a file stands: its line, where each row has one."""
+    path = Path(name).expanduser()
+    if path.suffix != ".jsonl" or not path.is_file():
+        return f"row {number + 1}"
+    with path.open("rb") as opened:
+        lines = [line for line, content in enumerate(opened, 1) if content.strip()]
+    return f"line {lines[number]}" if number < len(lines) else f"row {number + 1}"
+
+
+def first_wrong_line(path: Path) -> str | None:
+    """What is wrong with a .jsonl file, in its first line that holds no row, or with a .json file; None: nothing."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return str(error)
+        return None
+    kinds: dict[str, type] = {}
+    with path.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                row = json.loads(line.decode("utf-8")) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number} is no JSON ({error.msg} at character {error.pos + 1})"
+            except UnicodeDecodeError:
+                return f"line {number} is no text in UTF-8"
+            if not isinstance(row, dict):
+                return f'line {number} holds {_shown(row)}, and a row looks like {{"text": "..."}}'
+            for key, value in row.items():
+                if value is not None and kinds.setdefault(key, type(value)) is not type(value):
+                    return f"line {number}: {key} is {_shown(value)}, and {kinds[key].__name__} in lines before it"
+    return None
+
+
+def _kind_of(column: str, value: Any, vocab_size: int) -> tuple[str, str | None]:
+    """``"text"``, ``"a chat"`` or ``"token ids"``, and what is wrong with it."""
+    if column == "input_ids":
+        value = value.tolist() if hasattr(value, "tolist") else value
+        are_ids = isinstance(value, list) and all(type(each) is int and 0 <= each < vocab_size for each in value)
+        wanted = f"token ids are whole numbers from 0 to {vocab_size - 1}"
+        return "token ids", None if are_ids else f"holds {_shown(value)}, and {wanted}"
+    if isinstance(value, list):
+        return "a chat", _misfit_of_chat(value)
+    if column in ("messages", "conversations"):
+        return "a chat", f"is {_shown(value)}, and a chat is a list of messages"
+    return "text", None if isinstance(value, str) else f"is {_shown(value)}, and no text"
+
+
+def _misfit_of_chat(messages: list[Any]) -> str | None:
+    if not messages:
+        return "is a chat without messages"
+    for message in messages:
+        given = message if isinstance(message, Mapping) else {}
+        role, content = next((pair for pair in MESSAGE if pair[0] in given), MESSAGE[0])
+        said = given.get(content)
+        is_said = isinstance(said, str) or (content == "content" and (said or given.get("tool_calls")))
+        if not isinstance(given.get(role), str) or not is_said:
+            return f"has the message {_shown(message)}, and a message has {role} and {content}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

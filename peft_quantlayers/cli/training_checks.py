@@ -1,0 +1,182 @@
+"""What of the options of ``train`` cannot work, said before anything is loaded or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+from ..arguments import nearest
+from ..lora.base_fingerprint import base_fingerprints, layers_of_record
+from . import options
+from .half_made import RESUME
+from .models import config_of, is_quantized_already
+from .trained_base import base_folder
+from .trl_trainers import trainer_of
+
+# The least that numbers of ``--training`` may be, where transformers takes less and fails later, or trains nothing.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "max_length": 2,
+    "max_steps": -1,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "neftune_noise_alpha": 0,
+    "beta": 0,
+}
+# Numbers that must be above 0, steps also where they are a part of all.
+POSITIVE = ("save_steps", "eval_steps", "num_train_epochs")
+# Options of other packages' classes that have another default here.
+OUR_DEFAULTS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "report_to": "none", "use_cpu": True}
+# Trackers that transformers does not list as available where they are.
+NOT_LISTED = ("azure_ml", "flyte")
+
+
+def check_training(settings: Namespace) -> None:
+    """Raise ValueError where options contradict each other, the model or this machine; nothing was written."""
+    _check_numbers(settings)
+    _check_places(settings)
+    if settings.adapter_type == "lora" and settings.lora.task_type != "CAUSAL_LM":
+        raise ValueError(
+            f"--lora.task_type {settings.lora.task_type}: train finetunes language models. Leave it at CAUSAL_LM."
+        )
+    if settings.adapter_type != "lora" and settings.merge_aware:
+        raise ValueError("--merge_aware true is for LoRA: leave it out, or --adapter_type scales.")
+    if getattr(config_of(settings.model), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{settings.model} is an encoder-decoder, and TRL's trainers take language models with a decoder only."
+        )
+    _check_merge(settings)
+    _check_trackers(settings.training.report_to)
+
+
+def _check_numbers(settings: Namespace) -> None:
+    training = vars(settings.training)
+    for name, value in [*training.items(), *((f"lora.{key}", each) for key, each in vars(settings.lora).items())]:
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
+    for name, least in LEAST.items():
+        value = training.get(name)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise ValueError(f"--training.{name} {value:g} must be at least {least}.")
+    for name in POSITIVE:
+        value = training.get(name)
+        if (
+            isinstance(value, int | float)
+            and value <= 0
+            and not (name.startswith("num") and training["max_steps"] > 0)
+        ):
+            raise ValueError(f"--training.{name} {value:g} must be above 0.")
+    if training["max_steps"] == 0:
+        raise ValueError("--training.max_steps 0 trains nothing: at least 1, or -1 for --training.num_train_epochs.")
+
+
+def _check_places(settings: Namespace) -> None:
+    """Raise ValueError where two of the folders that are written are one, or one of them is that of the model."""
+    places = {"output": Path(settings.output)}
+    if not is_quantized_already(settings.model):
+        places["base_output"] = base_folder(settings)
+    if settings.merge is not None:
+        places["merged_output"] = Path(settings.merged_output or places["output"] / "merged")
+    elif settings.merged_output is not None:
+        raise ValueError("--merged_output is for --merge STRATEGY, which is not given.")
+    named: dict[Path, str] = {}
+    for option, folder in places.items():
+        options.check_output(settings, folder, option=option, is_adapter=option == "output")
+        if (other := named.setdefault(folder.resolve(), option)) != option:
+            raise ValueError(f"--{other} and --{option} are one folder, {folder}. Give each its own.")
+
+
+def _check_merge(settings: Namespace) -> None:
+    """Raise ValueError for a merge that would fail when all is trained."""
+    later = f"or merge afterwards: peft-quantlayers merge {settings.output} MERGED"
+    if settings.merge == "calibrated":
+        raise ValueError(
+            f"--merge calibrated needs text to calibrate on, which train does not take. Choose another, {later} "
+            "--strategy calibrated --calibration.data FILE."
+        )
+    if settings.merge == "exact" and settings.adapter_type == "lora" and not settings.lora.use_qalora:
+        raise ValueError(
+            "--merge exact needs an adapter that is constant in each group: --lora.use_qalora true with "
+            f"--lora.qalora_group_size. Choose another, {later}."
+        )
+
+
+def _check_trackers(given: Any) -> None:
+    """Raise ValueError for a tracker whose package is not installed. Unknown ones transformers names itself."""
+    available = (*get_available_reporting_integrations(), *NOT_LISTED, "all", "none")
+    for name in [given] if isinstance(given, str) else given or ():
+        if name not in available and get_reporting_integration_callbacks([name]):
+            raise ValueError(
+                f"--training.report_to {name}: the package is not installed. Install it, or leave this out: "
+                "losses are in the output too."
+            )
+
+
+def check_modules_to_save(model: nn.Module, wanted_names: list[str] | None) -> None:
+    """Raise ValueError for modules to train in full that the model does not have: PEFT would train none."""
+    names = {name.rpartition(".")[2]: name for name, _ in model.named_modules()}
+    for wanted in wanted_names or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name, _ in model.named_modules()):
+            raise ValueError(f"--lora.modules_to_save {wanted}: the model has no such module{nearest(wanted, names)}.")
+
+
+@contextmanager
+def given_options_named(settings: Namespace) -> Iterator[None]:
+    """Add the options that were given to an error of other packages that names none of them."""
+    try:
+        yield
+    except Exception as error:
+        given = _given(settings)
+        said = str(error).lower().replace("_", " ")
+        if given and not any(name.rpartition(".")[2].replace("_", " ") in said for name in given):
+            error.add_note(f"Given were {', '.join(f'--{name} {value}' for name, value in given.items())}.")
+        raise
+
+
+def _given(settings: Namespace) -> dict[str, Any]:
+    """Options of other packages' classes whose values are not the defaults, by name."""
+    arguments_type, _ = trainer_of(settings.trainer)
+    found: dict[str, Any] = {}
+    for group, cls in (("training", arguments_type), ("lora", LoraConfig)):
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for name, value in vars(settings[group]).items():
+            is_default = str(value) == str(defaults.get(name)) or OUR_DEFAULTS.get(name, "") == value
+            if not is_default and isinstance(value, str | int | float | list | dict) and defaults[name] is not MISSING:
+                found[f"{group}.{name}"] = value
+    return found
+
+
+def check_checkpoint(checkpoint: str | None) -> None:
+    """Raise ValueError where ``checkpoint`` is the folder of a finished adapter, and not one of its checkpoints."""
+    if checkpoint is None or not (Path(checkpoint) / "adapter_config.json").is_file():
+        return
+    if not Path(checkpoint).name.startswith("checkpoint-"):
+        raise ValueError(
+            f"--training.resume_from_checkpoint {checkpoint} is the output of a run, and no checkpoint, which also "
+            f"holds the state of the optimizer. Give {checkpoint}/checkpoint-STEP, or go on there: --output "
+            f"{checkpoint} {RESUME}."
+        )
+
+
+def check_base_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    """Raise ValueError where the adapter in ``checkpoint`` was trained on other codes than those of ``model``."""
+    recorded, here = layers_of_record(PeftConfig.from_pretrained(checkpoint)), base_fingerprints(model)
+    others = [name for name, print_ in recorded.items() if here.get(name, print_) != print_]
+    if others or (recorded and not recorded.keys() & here.keys()):
+        raise ValueError(
+            f"--training.resume_from_checkpoint {checkpoint} was trained on another base: "
+            f"{(others or list(recorded))[0]} is another one there, or none. Give its base, or leave it out."
+        )

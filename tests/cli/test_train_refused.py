@@ -1,0 +1,217 @@
+"""A training that cannot work: refused before anything is written where that can be known, and else undone."""
+
+import os
+
+import pytest
+from commands import printed, refused
+from safetensors import SafetensorError
+from test_wrong_places import contents, refused_untouched
+from tiny_folder import byte_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer
+
+from peft_quantlayers.cli.verbs import train
+
+# Options, and a part of what is said; a quarter of a second each, since no model is loaded.
+BEFORE_LOADING = [
+    ("--training.per_device_train_batch_size 0", "batch_size 0 must be at least 1"),
+    ("--training.per_device_train_batch_size -3", "batch_size -3 must be at least 1"),
+    ("--training.per_device_eval_batch_size 0", "eval_batch_size 0 must be at least 1"),
+    ("--training.gradient_accumulation_steps 0", "accumulation_steps 0 must be at least 1"),
+    ("--training.dataloader_num_workers -1", "num_workers -1 must be at least 0"),
+    ("--training.max_length 0", "max_length 0 must be at least 2"),
+    ("--training.learning_rate -1", "learning_rate -1 must be at least 0"),
+    ("--training.neftune_noise_alpha -1", "neftune_noise_alpha -1 must be at least 0"),
+    ("--training.save_steps 0", "save_steps 0 must be above 0"),
+    ("--training.max_steps 0", "max_steps 0 trains nothing"),
+    ("--training.max_steps -1 --training.num_train_epochs 0", "num_train_epochs 0 must be above 0"),
+    ("--training.report_to wandb", "report_to wandb: the package is not installed"),
+    ("--training.report_to nonesuch", "nonesuch is not supported"),
+    ("--lora.task_type SEQ_CLS", "task_type SEQ_CLS: train finetunes language models"),
+    ("--lora.target_modules ((", "'((' is no regular expression"),
+    ("--merge calibrated", "--merge calibrated needs text"),
+    ("--merge exact", "--merge exact needs an adapter that is constant in each group"),
+    ("--merge auto --merged_output OUT", "--output and --merged_output are one folder"),
+    ("--merged_output OUT2", "--merged_output is for --merge STRATEGY"),
+    ("--adapter_type scales --merge_aware true", "--merge_aware true is for LoRA"),
+    ("--fsdp_size 2", "must lie between 1 and the number of processes"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), BEFORE_LOADING, ids=[options for options, _ in BEFORE_LOADING])
+def test_options_that_cannot_work_are_refused_before_the_model_is_loaded(
+    options, said, commands, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr("peft_quantlayers.cli.training_checks.get_available_reporting_integrations", lambda: [])
+    options = options.replace("OUT", str(tmp_path / "out"))
+    assert said in refused_untouched(capsys, [*commands["train"], *options.split()], tmp_path)
+
+
+# Options, a part of what is said, and whether it shows without a step: then a float model is not quantized first.
+BY_THE_TRAINER = [
+    ("--training.optim no_such", "no_such is not a valid OptimizerNames", True),
+    ("--training.optim_args nope", "--training.optim_args nope", True),
+    ("--training.lr_scheduler_type no_such", "no_such is not a valid SchedulerType", True),
+    ("--training.lr_scheduler_type cosine_with_min_lr", "min_lr", True),
+    ("--training.eval_strategy steps", "eval_dataset", True),
+    ("--training.load_best_model_at_end true", "save and eval strategy", True),
+    ("--training.packing true --training.packing_strategy nope", "Invalid packing strategy", True),
+    ("--training.gradient_checkpointing_kwargs {nope:\u00a01}", "nope", False),
+    ("--lora.modules_to_save [nope]", "modules_to_save nope: the model has no such module", False),
+]
+
+
+@pytest.mark.parametrize(("options", "said", "is_early"), BY_THE_TRAINER, ids=[each[0] for each in BY_THE_TRAINER])
+def test_what_other_packages_refuse_leaves_nothing_behind(
+    options, said, is_early, float_model, commands, tmp_path, capsys
+):
+    options = [part.replace("\u00a0", " ") for part in options.split(" ")]
+    assert said in refused_untouched(capsys, [*commands["train"], *options], tmp_path)
+    if is_early:
+        of_float = ["train", float_model, *commands["train"][2:], *options]
+        assert said in refused_untouched(capsys, of_float, tmp_path)
+
+
+def test_folders_above_the_output_go_too_and_what_was_there_stays(commands, tmp_path, capsys):
+    wrong = ["--training.gradient_checkpointing_kwargs", "{nope: 1}"]
+    (tmp_path / "old" / "sub").mkdir(parents=True)
+    (tmp_path / "old" / "sub" / "mine.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for output, options in (("a/b/out", []), ("old", ["--overwrite"]), ("empty", [])):
+        command = ["train", commands["train"][1], str(tmp_path / output), *commands["train"][3:], *options]
+        assert refused_untouched(capsys, [*command, *wrong], tmp_path).endswith("Nothing was written.")
+
+
+def test_a_base_that_was_quantized_is_kept_and_the_way_on_is_said(float_model, commands, tmp_path, capsys):
+    command = ["train", float_model, *commands["train"][2:], "--training.max_steps", "1"]
+    said = refused(capsys, [*command, "--training.gradient_checkpointing_kwargs", "{nope: 1}"], 1)
+    out = tmp_path / "out"
+    assert f"The quantized model in {out / 'base'} is kept: go on with --training.resume_from_checkpoint true" in said
+    assert [path.name for path in out.iterdir()] == ["base"]
+    before = contents(out / "base")
+    printed(capsys, [*command, "--training.resume_from_checkpoint", "true"])
+    assert contents(out / "base") == before
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_first_checkpoint_or_the_adapter_is_saved(commands, tmp_path, capsys, monkeypatch):
+    """Nothing half-made is left where no checkpoint is complete, and otherwise what was trained is."""
+    out = tmp_path / "out"
+    for name, options in (("_save_optimizer_and_scheduler", []), ("save_state", ["--training.save_strategy", "no"])):
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, name, interrupted)
+            before = contents(tmp_path)
+            assert "interrupted" in refused(capsys, [*commands["train"], *options], 130)
+        assert contents(tmp_path) == before, name
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "save_state", interrupted)
+        said = refused(capsys, commands["train"], 130)
+    assert "Checkpoints that are complete are kept: go on with --training.resume_from_checkpoint true" in said
+    printed(capsys, [*commands["train"], "--training.resume_from_checkpoint", "true"])
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_a_merge_that_fails_at_the_end_says_where_the_adapter_is(commands, tmp_path, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise SafetensorError("no")
+
+    monkeypatch.setattr(train, "save_model", fails)
+    said = refused(capsys, [*commands["train"], "--merge", "auto"], 1)
+    assert f"The adapter is complete, in {tmp_path / 'out'}: peft-quantlayers merge" in said
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_too_little_memory_is_said_as_such(commands, tmp_path, capsys):
+    said = refused_untouched(capsys, [*commands["train"], "--lora.r", str(10**11)], tmp_path)
+    assert "there is not enough memory" in said
+    assert "`peft-quantlayers estimate` says what a step takes" in said
+
+
+def test_other_models(commands, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, **sizes)).save_pretrained(tmp_path / "short")
+    config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "pair")
+    for name, said in (("short", "cannot read 1024 tokens at once: it has 64 positions"), ("pair", "encoder-decoder")):
+        tokenizer.save_pretrained(tmp_path / name)
+        command = ["train", str(tmp_path / name), *commands["train"][2:], "--quantization.group_size", "16"]
+        assert said in refused(capsys, command, 1)
+
+
+def test_a_checkpoint_of_something_else(float_model, quantized, commands, tmp_path, capsys):
+    printed(capsys, commands["train"])
+    out, other = tmp_path / "out", str(tmp_path / "other")
+    command = ["train", quantized, other, *commands["train"][3:], "--training.resume_from_checkpoint"]
+    said = refused_untouched(capsys, [*command, str(out)], tmp_path)
+    assert "is the output of a run, and no checkpoint" in said
+    base = str(tmp_path / "base")
+    printed(capsys, ["quantize", float_model, base, "--group_size", "64"])
+    command = ["train", base, other, *commands["train"][3:], "--training.resume_from_checkpoint"]
+    said = refused_untouched(capsys, [*command, str(out / "checkpoint-1")], tmp_path)
+    assert "was trained on" in said
+
+
+# ---- rows
+
+ROW = '{"text": "some words"}'
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+PAIR = '{"prompt": "a", "completion": "b"}'
+ROWS = {
+    "no JSON": ([ROW, ROW, '{"text": '], "line 3 is no JSON"),
+    "no object": ([ROW, "5"], "line 2 holds 5"),
+    "a number": ([ROW, "", ROW, '{"text": 5}'], "line 4: text is 5, and"),
+    "null": ([ROW, '{"text": null}'], "line 2: text is null"),
+    "another column": ([ROW, '{"other": "x"}'], "line 2: text is null"),
+    "no words": (['{"text": " "}'] * 3, "holds no text: text is empty in all of 3 rows"),
+    "no lines": (["", ""], "holds no rows"),
+    "no template": ([CHAT, CHAT], "has no chat template"),
+    "a chat of a word": ([CHAT, '{"messages": "hello"}'], "line 2: messages is 'hello'"),
+    "a chat of nothing": ([CHAT, '{"messages": []}'], "line 2: messages is a chat without messages"),
+    "no role": ([CHAT, '{"messages": [{"content": "a"}]}'], "and a message has role and content"),
+    "no speaker": (['{"conversations": [{"from": null, "value": "b"}]}'], "and a message has from and value"),
+    "no completion": ([PAIR, '{"prompt": "a"}'], "line 2: completion is null"),
+    "no answer": (['{"instruction": "a", "output": null}'], "line 1: output is null"),
+    "a large id": (['{"input_ids": [1, 999]}'], "line 1: input_ids holds [1, 999], and token ids are"),
+    "a word for an id": (['{"input_ids": [1]}', '{"input_ids": [1, "x"]}'], "line 2: input_ids holds [1, 'x']"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_wrong_row_is_named_by_its_line(name, commands, tmp_path, capsys):
+    lines, said = ROWS[name]
+    rows = tmp_path / "wrong.jsonl"
+    rows.write_text("\n".join(lines))
+    command = [*commands["train"][:3], "--data", str(rows), *commands["train"][5:]]
+    found = refused_untouched(capsys, command, tmp_path)
+    assert f"--data {rows}" in found
+    assert said in found
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": 5}', "line 2: text is 5"),
+        ("x.jsonl", '{"text": "ö"}'.encode("latin-1"), "UTF-8"),
+        ("x.json", b"[{", "cannot be read as .json"),
+        ("x.csv", b'text\n"a,b\n', "cannot be read as .csv"),
+        ("x.parquet", b"x", "cannot be read as .parquet"),
+        ("x.arrow", b"x", "cannot be read as .arrow"),
+        ("x.txt", b"\xff\xfe\x00", "is no text in UTF-8"),
+        ("x.pdf", b"x", "a file of this kind is not read"),
+        ("x/state.json", b"{}", "is no folder that datasets' save_to_disk wrote"),
+    ],
+)
+def test_files_that_are_no_data_are_named_by_every_verb_that_takes_some(
+    file, content, said, commands, tmp_path, capsys
+):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    name = str(tmp_path / (os.path.dirname(file) or file))
+    for verb, option in (("train", "--eval_data"), ("evaluate", "--text"), ("quantize", "--calibration.data")):
+        found = refused_untouched(capsys, [*commands[verb], option, name], tmp_path)
+        assert name in found
+        assert said in found
