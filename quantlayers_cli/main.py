@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .names import WrongUsage
+from .option_names import WrongUsage
 from .options import EPILOG, PROGRAM, check_names, help_text
 from .run import AUTOLOAD_FOLDER, RUN_HELP, run
 from .spelling import nearest

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .names import with_names
+from .option_names import with_names
 
 PROGRAM = "peft-quantlayers"
 EPILOG = "exit codes: 0 done, 1 it failed or found damage, 2 wrong usage, 130 interrupted; run: those of the program"

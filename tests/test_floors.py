@@ -65,6 +65,8 @@ KNOWS_NO_PEERS = {
     "merging",
     "evaluate",
 }
+# Folders with the same files, one for each method.
+PARTS_OF_METHODS = {"hqq", "aqlm", "bitpack"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 
 
@@ -186,6 +188,15 @@ def test_the_start_of_the_command_line_imports_the_standard_library_and_yaml_onl
     assert roots <= {"quantlayers_cli", "yaml"} | set(sys.stdlib_module_names)
 
 
+def test_no_two_files_have_one_name():
+    """But those that are the same part of several methods, and verbs."""
+    folders: dict[str, set[Path]] = {}
+    for file in FILES:
+        if file.name != "__init__.py" and file.parent.name not in {*PARTS_OF_METHODS, "verbs"}:
+            folders.setdefault(file.name, set()).add(file.parent)
+    assert {name: found for name, found in folders.items() if len(found) > 1} == {}
+
+
 def test_no_files_import_each_other_in_a_circle():
     assert find_circle(import_graph()) == []
 
@@ -214,8 +225,8 @@ def test_evaluate_imports_no_more_of_ours_than_the_checks_of_arguments():
 @pytest.mark.parametrize(
     ("module", "source", "upward"),
     [
-        ("peft_quantlayers.formats.spec", "from ..methods import hqq", ["peft_quantlayers.methods.hqq"]),
-        ("peft_quantlayers.formats.spec", "def f():\n    from .. import layers", ["peft_quantlayers.layers"]),
+        ("peft_quantlayers.formats.quant_spec", "from ..methods import hqq", ["peft_quantlayers.methods.hqq"]),
+        ("peft_quantlayers.formats.quant_spec", "def f():\n    from .. import layers", ["peft_quantlayers.layers"]),
         ("peft_quantlayers.layers.__init__", "from .linear import HQQLinear", []),
         ("peft_quantlayers.layers.__init__", "from ..lora import x", ["peft_quantlayers.lora"]),
         ("peft_quantlayers.layers.linear", "import peft_quantlayers", ["peft_quantlayers"]),

@@ -1,6 +1,6 @@
 """Bits under a budget: how much each layer's quantization costs the model's predictions, and who gets which bits."""
 
-from .plan import BitPlan
+from .bit_plan import BitPlan
 from .plan_bits import plan_bits
 
 __all__ = ["BitPlan", "plan_bits"]

@@ -16,7 +16,7 @@ from ..calibration import Calibration
 from ..calibration.blocks import Call, evaluating
 from ..calibration.model_calls import model_calls
 from ..methods import QuantConfig
-from .plan import BitPlan
+from .bit_plan import BitPlan
 from .plan_bits import plan_bits
 
 logger = logging.getLogger(__name__)

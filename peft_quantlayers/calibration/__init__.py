@@ -1,6 +1,6 @@
 """Calibration: what a model reads while it is quantized or merged, and the walk that measures each layer's inputs."""
 
-from .data import Calibration
+from .calibration_data import Calibration
 from .quantize_calibrated import LayerResult, quantize_calibrated
 from .sampled_data import sample_calibration_data
 from .statistics import InputStatistics

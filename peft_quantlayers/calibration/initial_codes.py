@@ -8,7 +8,7 @@ from ..formats import QuantSpec
 from ..layers.quantize_weight import quantize_weight
 from ..methods import get_method
 from ..methods.base import InitialCodes
-from .data import Calibration
+from .calibration_data import Calibration
 from .statistics import InputStatistics
 
 # Rows of a weight that are quantized for the choice; each row is quantized for itself.

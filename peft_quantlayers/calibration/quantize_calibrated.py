@@ -23,7 +23,7 @@ from ..layers.replace import linear_of, quantize_module
 from ..layers.stack import QuantizedStack
 from ..methods import QuantConfig, get_method
 from .asymmetric_targets import chosen_dampings, target_with
-from .data import Calibration
+from .calibration_data import Calibration
 from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
 from .resume_folder import ResumeFolder

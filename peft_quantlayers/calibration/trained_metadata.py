@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..formats.spec import METADATA_ROLES, Role
+from ..formats.quant_spec import METADATA_ROLES, Role
 from ..layers import QuantizedLinear
 
 

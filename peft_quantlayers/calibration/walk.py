@@ -23,7 +23,7 @@ from ..layers.dense_stack import as_called_stacks, is_called_stack
 from ..layers.expert_types import fused_weights
 from .block_source import BlockSource, ModelBlocks
 from .blocks import Call, moved
-from .data import Calibration
+from .calibration_data import Calibration
 from .expert_inputs import ExpertInputs, collect_experts
 from .input_groups import layers_by_input
 from .layer_passes import LayerPasses

@@ -1,7 +1,7 @@
 """From a line of arguments, with or without a YAML file, to checked settings.
 
 jsonargparse makes the parsing, the types, the help and the dump of the resolved settings out of one declaration of the
-options. Here is what it leaves, next to the names (``quantlayers_cli.names``): messages of one line.
+options. Here is what it leaves, next to the names (``quantlayers_cli.option_names``): messages of one line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from quantlayers_cli.names import WrongUsage, meant, with_names
+from quantlayers_cli.option_names import WrongUsage, meant, with_names
 from quantlayers_cli.spelling import nearest
 
 # Groups of options that are fields of other packages' classes, which may be empty.

@@ -16,7 +16,7 @@ from ..estimate.estimates import size_text
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming import quantize_checkpoint
-from . import options
+from . import shared_options as options
 from .models import OWN_BASE, is_quantized_already, model_on_meta
 from .result import Result
 from .trl_trainers import trainer_loss

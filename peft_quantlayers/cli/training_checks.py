@@ -17,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from ..arguments import nearest
 from ..lora.base_fingerprint import base_fingerprints, layers_of_record
-from . import options
+from . import shared_options as options
 from .half_made import RESUME
 from .models import config_of, is_quantized_already
 from .trained_base import base_folder

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from quantlayers_cli.by_module import is_first_process
 from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
-from quantlayers_cli.names import WrongUsage
+from quantlayers_cli.option_names import WrongUsage
 from quantlayers_cli.options import ALL_OPTIONS, PROGRAM
 
 from ..storage import is_full, replace_file, says_full

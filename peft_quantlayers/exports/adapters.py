@@ -20,8 +20,8 @@ from torch import Tensor
 from ..arguments import nearest
 from ..lora.base_fingerprint import sampled_fingerprint
 from ..lora.merge_aware_config import BASE_FILE
-from .formats.base import LowRank
-from .source import ModelSource
+from .export_source import ModelSource
+from .formats.format_base import LowRank
 from .source_layer import SourceLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

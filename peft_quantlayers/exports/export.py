@@ -20,17 +20,17 @@ from ..lora.base_fingerprint import AnotherBaseWarning
 from ..storage import staged_folder
 from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
-from .formats.base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
+from .export_report import ExportReport
+from .export_source import ModelSource
+from .formats.format_base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
+from .formats.format_registry import format_named
 from .formats.grid_format import GridFormat
-from .formats.registry import format_named
 from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
-from .refusals import Model, refuse_misfits
-from .report import ExportReport
+from .refused_exports import Model, refuse_misfits
 from .requantize import float_weights, requantized_layers, requantized_model
 from .shards import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
-from .source import ModelSource
 from .target_grid import target_spec
 from .write_adapter import write_adapter
 

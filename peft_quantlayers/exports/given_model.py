@@ -17,7 +17,7 @@ from ..integrations.hqq_package_folder import load_hqq_folder
 from ..integrations.private_transformers import name_or_path
 from ..layers.placement import check_weights_are_here
 from ..lora import has_adapters
-from .source import ModelSource, folder_source, layers_in_memory, linear_modules
+from .export_source import ModelSource, folder_source, layers_in_memory, linear_modules
 from .source_layer import SourceLayer
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.other_files import CARD, copy_other_files
-from .formats.base import ExportFormat
-from .report import ExportReport
+from .export_report import ExportReport
+from .formats.format_base import ExportFormat
 
 REPORT, GENERATION = "export_report.json", "generation_config.json"
 # Any of them makes a tokenizer.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .config_json import engine_config, write_config
-from .formats.base import ExportTask
-from .report import LayerExport
+from .export_report import LayerExport
+from .formats.format_base import ExportTask
 from .shards import ShardedWriter
 from .source_layer import Matrix, SourceLayer
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ..methods import HQQSpec
-from .formats.base import LayerFacts
+from .formats.format_base import LayerFacts
 from .formats.grid_format import GridFormat
 
 # For a method without a width of its own, such as AQLM.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .adapter_files import n_layers_of, write_gguf_adapter, write_mlx_adapter, write_peft_adapter
 from .adapters import Adapter
-from .formats.base import AdapterForm, ExportTask, Written
+from .engine_adapters import n_layers_of, write_gguf_adapter, write_mlx_adapter, write_peft_adapter
+from .formats.format_base import AdapterForm, ExportTask, Written
 from .formats.gguf import FILE
 
 ADAPTER = "adapter"

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..arguments import check_choice
 from .checkpoint_format import CheckpointFormat, CheckpointTensors, ModelDescription, SpecFromDict
-from .spec import METADATA_DTYPES, QuantSpec
+from .quant_spec import METADATA_DTYPES, QuantSpec
 
 FORMAT_VERSION = 8
 # The fields that each version added.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .spec import QuantSpec
+from .quant_spec import QuantSpec
 
 SpecFromDict = Callable[[Any], QuantSpec]
 """Makes the spec of the method that ``fields["method"]`` names; raises ValueError or TypeError on anything else."""

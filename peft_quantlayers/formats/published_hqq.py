@@ -28,7 +28,7 @@ from .checkpoint_format import (
     SpecFromDict,
     TensorHeader,
 )
-from .spec import QuantSpec
+from .quant_spec import QuantSpec
 
 # packing name: (dtype of a word, codes a word, bits between two codes of a word)
 PACKINGS = {

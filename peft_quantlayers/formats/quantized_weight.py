@@ -10,7 +10,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from .spec import QuantSpec
+from .quant_spec import QuantSpec
 
 # Error that storing scales in a narrower dtype may make, relative to their norm; only one that underflows makes more.
 MAX_SCALE_ERROR = 0.01

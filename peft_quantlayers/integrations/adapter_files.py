@@ -27,8 +27,8 @@ from ..lora.base_fingerprint import layers_of_record
 from ..lora.merge_aware_config import fingerprints_of
 from ..scales.scales_config import QuantScalesConfig
 from ..storage import replace_file
+from .checkpoint_checksums import refuse_damage
 from .checkpoint_headers import CheckpointFiles
-from .checksums import refuse_damage
 
 # Names that an error message shows.
 SHOWN_NAMES = 3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantSpec
 from ..formats.checkpoint_format import TensorHeader
-from ..formats.spec import TensorLayout
+from ..formats.quant_spec import TensorLayout
 from ..layers.dense_types import dense_shape
 from ..layers.expert_types import find_stack
 from ..methods import registered_methods

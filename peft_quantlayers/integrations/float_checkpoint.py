@@ -39,8 +39,8 @@ from ..formats.checksums import are_checksums_used
 from ..layers.dense_types import dense_key, dense_names
 from ..layers.quantized_storage import QuantizedStorage
 from ..methods import QuantConfig
+from .checkpoint_checksums import refuse_damage
 from .checkpoint_headers import CheckpointFiles
-from .checksums import refuse_damage
 from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
 from .transformers_quantizer import QuantlayersHfQuantizer

@@ -34,9 +34,9 @@ from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict
 from .before_training import check_before_training
+from .checkpoint_checksums import checksum_metadata, refuse_damage
 from .checkpoint_headers import CheckpointFiles, check_headers, check_kinds
 from .checkpoint_names import CheckpointNames
-from .checksums import checksum_metadata, refuse_damage
 from .expert_conversion import ExpertByExpert
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded

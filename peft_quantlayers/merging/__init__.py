@@ -1,9 +1,9 @@
 """Merging a delta into a quantized weight: plan, rules, report, and the state that takes it back. Knows no PEFT."""
 
 from .layer_report import LayerMergeReport
-from .plan import AdapterTraits, MergePlan, MergeResult, MergeRule
-from .report import MergeReport
-from .source import MergeSource
+from .merge_report import MergeReport
+from .merge_source import MergeSource
+from .planned_merge import AdapterTraits, MergePlan, MergeResult, MergeRule
 from .state import MergeState, Snapshot
 
 __all__ = [

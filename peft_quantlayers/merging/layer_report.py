@@ -11,7 +11,7 @@ from ..formats import QuantizedWeight
 from ..methods import get_method
 from ..old_names import OldName
 from .coefficients import output_error, retained_fraction
-from .plan import MergePlan, MergeResult
+from .planned_merge import MergePlan, MergeResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch
 from ..methods import get_method
 from .coefficients import retained_fraction
-from .plan import MergePlan, MergeResult, MergeRule
+from .planned_merge import MergePlan, MergeResult, MergeRule
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from .layer_report import LayerMergeReport, layer_report
 from .merge_rules import RULES
-from .plan import MergePlan, MergeResult, MergeRule
-from .source import MergeSource
+from .merge_source import MergeSource
+from .planned_merge import MergePlan, MergeResult, MergeRule
 from .state import MergeState, Snapshot
 
 # The result for one expert, and the report on it, from its plan.

@@ -19,7 +19,7 @@ from quantlayers_kernels.bitpack import pack, packed_row_bytes, unpack
 
 from ..arguments import check_choice, check_integer
 from ..formats import QuantizedWeight, QuantSpec, TensorLayout
-from ..formats.spec import dtype_name, suggest_divisor, with_smaller_groups
+from ..formats.quant_spec import dtype_name, suggest_divisor, with_smaller_groups
 from .base import InitialCodes, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from .error_feedback import round_with_feedback
 from .quant_config import make_config

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from ..arguments import check_choice, check_fields, check_keywords_only
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.spec import QuantSpec, dtype_name
+from ..formats.quant_spec import QuantSpec, dtype_name
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from ..evaluate import Capture
 from ..evaluate.capture import compare_predictions
 from ..merging import Snapshot
 from .active_adapters import only_active
-from .held_out import HeldOutBatch
+from .held_out_calls import HeldOutBatch
 from .output_retention import OutputRetention, watched
 from .targets import MergeTarget
 

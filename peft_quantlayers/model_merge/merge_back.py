@@ -26,11 +26,11 @@ from ..merging.merge_rules import RULES_FOR_ANY_DELTA
 from ..storage.free_memory import return_free_memory
 from .active_adapters import only_active, set_active
 from .effect import measured_effect, restore
-from .held_out import held_out_batches
+from .held_out_calls import held_out_batches
 from .merge_budget import measured_plan, merge_plan_of, planned_sources, planned_specs
 from .merge_calibrated import merge_calibrated, rule_of
 from .merged_model import MergedModel
-from .refusals import (
+from .refused_merges import (
     checked_names,
     refuse_biases_without_a_place,
     refuse_broken_adapters,

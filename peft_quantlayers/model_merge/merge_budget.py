@@ -17,7 +17,7 @@ from ..layers import QuantizedLinear
 from ..merging import MergeSource
 from ..merging.merge_rules import exact
 from .merge_costs import fitted, planned
-from .refusals import checked_names, refuse_broken_adapters, refuse_other_models, refuse_weights_elsewhere
+from .refused_merges import checked_names, refuse_broken_adapters, refuse_other_models, refuse_weights_elsewhere
 from .targets import MergeTarget, TableSource, merge_targets
 
 # Those that can write a weight of other bits.

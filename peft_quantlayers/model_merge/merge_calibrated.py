@@ -23,7 +23,7 @@ from ..merging import MergePlan, MergeResult, MergeSource
 from ..merging.coefficients import coefficient, output_error
 from ..merging.layer_report import LayerMergeReport, layer_report, with_outputs
 from ..merging.merge_rules import append, extended_spec, requantize, requantize_as
-from ..merging.plan import MergeRule
+from ..merging.planned_merge import MergeRule
 from ..merging.stack_source import StackSource
 from ..methods import get_method
 from .targets import MergeTarget

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from .figures import bands, heat_map, is_in_blocks, svg
 from .layer_facts import LayerFacts
-from .model_facts import mean_error, worst_layers
 from .model_summary import ModelSummary, spec_label
 from .page import folded, heading, note, preformatted, table
+from .reported_facts import mean_error, worst_layers
 
 # Names of distributions that are positive and of several sizes.
 LOGARITHMIC = ("scale", "scales", "absmax", "absmax_scale")

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..formats.spec import METADATA_ROLES
+from ..formats.quant_spec import METADATA_ROLES
 from ..lora.adapter_folder import refuse_special_files
 
 BIASES, NORMS = "biases", "norms"

@@ -19,7 +19,7 @@ from ..calibration import Calibration
 from ..calibration.blocks import evaluating
 from ..calibration.model_calls import model_calls
 from ..calibration.trained_metadata import trained_metadata
-from ..formats.spec import METADATA_ROLES, Role
+from ..formats.quant_spec import METADATA_ROLES, Role
 from ..layers import QuantizedLinear
 from ..layers.placement import check_weights_are_here
 from ..lora import has_adapters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .names import INSIDE_LOCK, sibling_name
+from .writer_names import INSIDE_LOCK, sibling_name
 
 
 @contextmanager

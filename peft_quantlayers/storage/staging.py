@@ -22,8 +22,8 @@ from typing import Any
 
 from .full_disk import decimal_size, says_full
 from .lock import locked_folder
-from .names import contents, new_staging_path, staging_paths
 from .single_file import replace_file, sync, sync_tree
+from .writer_names import contents, new_staging_path, staging_paths
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ..methods import QuantConfig
 from ..methods.quant_config import check_config
 from ..storage import locked_folder
 from ..storage.full_disk import NO_SPACE, decimal_size
-from ..storage.names import contents
+from ..storage.writer_names import contents
 from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
 from .parts import PartsOfModel

@@ -5,10 +5,10 @@ and what lies below it; no adapters.
 """
 
 from .awq import AWQScales
-from .base import Transform
 from .permutation import Permutation
 from .rotation import Rotation
 from .smoothquant import SmoothQuant
+from .transform_base import Transform
 from .transform_model import transform_model
 
 TRANSFORMS: dict[str, type[Transform]] = {each.name: each for each in (AWQScales, Permutation, Rotation, SmoothQuant)}

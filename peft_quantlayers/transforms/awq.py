@@ -18,10 +18,10 @@ from ..layers.dense_types import dense_shape
 from ..methods import QuantConfig, get_method
 from ..methods.quant_config import check_config
 from .awq_core import Reader, best_scale, clip_limits, clipped, relative_weights, scale_candidates
-from .base import Surroundings, Transform
 from .find_folds import find_folds
 from .fold_inputs import FoldInputs, SeenInputs, refuse_nothing
 from .folds import Fold, input_weight, matrices, move_scale
+from .transform_base import Surroundings, Transform
 
 logger = logging.getLogger(__name__)
 

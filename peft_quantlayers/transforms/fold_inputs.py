@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from ..calibration import Calibration, InputGroup, InputStatistics, Visitor, walk
-from .base import Surroundings, Transform
 from .folds import Fold
+from .transform_base import Surroundings, Transform
 
 SeenInputs = Mapping[str, InputStatistics]
 """Of each reader that any token reached, what it reads."""

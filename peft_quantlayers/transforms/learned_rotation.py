@@ -23,10 +23,10 @@ from ..calibration.blocks import Call, evaluating, frozen, real_logits
 from ..calibration.model_calls import model_calls
 from ..formats import QuantSpec
 from ..methods import get_method
-from .base import Surroundings
 from .cayley import TrainedRotation, rounded_in_groups
 from .folds import Fold, input_weight, matrices
 from .residual_stream import ResidualStream
+from .transform_base import Surroundings
 
 logger = logging.getLogger(__name__)
 

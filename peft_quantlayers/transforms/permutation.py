@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_choice, check_flag
-from .base import Surroundings, Transform
 from .fold_inputs import FoldInputs, SeenInputs
 from .folds import Fold, input_weight, matrices
 from .free_channels import FreeChannels, find_free_channels, reorder
 from .residual_stream import ResidualStream, find_residual_stream
 from .rotation import rotatable_heads, rotate_heads, separate_head
+from .transform_base import Surroundings, Transform
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_flag, check_integer
 from ..calibration.blocks import Call
-from .base import Surroundings, Transform
 from .cayley import TrainedRotation
 from .find_folds import find_folds
 from .folds import Fold
 from .learned_rotation import RotationsToLearn, learn
 from .residual_stream import embeddings_of, find_residual_stream
 from .rotation_core import rotation_matrix
+from .transform_base import Surroundings, Transform
 from .trial import changes_nothing, outputs_of
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..arguments import check_number
 from ..calibration import Calibration
 from ..layers.dense_types import dense_names
-from .base import Surroundings, Transform
 from .find_folds import find_folds
 from .fold_inputs import FoldInputs, SeenInputs, refuse_nothing
 from .folds import Fold, input_weight, move_scale
+from .transform_base import Surroundings, Transform
 
 
 @dataclass(frozen=True, kw_only=True)

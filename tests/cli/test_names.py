@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from peft_quantlayers.cli import main
-from quantlayers_cli.names import WrongUsage, with_names
+from quantlayers_cli.option_names import WrongUsage, with_names
 
 KNOWN = {"model", "output", "nbits", "group_size"}
 LINES = [

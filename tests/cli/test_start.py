@@ -13,7 +13,7 @@ import pytest
 from quantlayers_cli import main
 from quantlayers_cli import options as listed_options
 from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
-from quantlayers_cli.names import WrongUsage
+from quantlayers_cli.option_names import WrongUsage
 
 ROOT = Path(__file__).parents[2]
 # Calls the command line, and says which packages that has imported.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peft_quantlayers
 from peft_quantlayers import QuantizedLinear, QuantizedWeight, QuantScalesConfig, quantize_model
 from peft_quantlayers.formats.checkpoint import specs_from_json, specs_to_json
-from peft_quantlayers.formats.spec import METADATA_ROLES
+from peft_quantlayers.formats.quant_spec import METADATA_ROLES
 from peft_quantlayers.layers import layer_type
 from peft_quantlayers.methods import config_type, spec_from_dict
 

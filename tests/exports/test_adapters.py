@@ -165,7 +165,7 @@ def test_vllm_is_told_the_smallest_rank_that_it_takes_for_the_adapter(tmp_path, 
 
 
 def test_a_rank_beyond_the_engines_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_quantlayers.exports.formats.base.ExportFormat.max_rank", 2)
+    monkeypatch.setattr("peft_quantlayers.exports.formats.format_base.ExportFormat.max_rank", 2)
     with pytest.raises(ValueError, match="rank 3, and vLLM takes 2"):
         pql.export(quantized(), tmp_path / "out", "compressed-tensors", approximate="adapter")
     assert not (tmp_path / "out").exists()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peft_quantlayers import HQQSpec
+from peft_quantlayers.exports.bit_strings import pack_rows, unpack_rows
 from peft_quantlayers.exports.grids import are_zeros_codes, in_eight_bits, uniform_grid, with_rounded_zeros
-from peft_quantlayers.exports.packing import pack_rows, unpack_rows
 from peft_quantlayers.methods import get_method
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_quantlayers.formats.checkpoint import FORMAT_VERSION, specs_from_json, specs_to_json
-from peft_quantlayers.formats.spec import suggest_divisor
+from peft_quantlayers.formats.quant_spec import suggest_divisor
 from peft_quantlayers.methods import HQQMethod, HQQSpec, spec_from_dict
 
 specs = st.builds(HQQSpec, nbits=st.sampled_from([2, 3, 4, 8]), group_size=st.sampled_from([None, 32, 64]))

@@ -7,7 +7,7 @@ from _tiny_models import tiny_model
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig, HQQSpec, quantize_model, save_model, summary
 from peft_quantlayers.estimate import estimate_merging, estimate_quantizing
-from peft_quantlayers.report.model_facts import model_facts
+from peft_quantlayers.report.reported_facts import model_facts
 
 CONFIG = HQQConfig(nbits=4, quantize_embeddings=8)
 CLASSES = ("LlamaForCausalLM", "Gemma3ForCausalLM", "T5ForConditionalGeneration", "BertForMaskedLM")

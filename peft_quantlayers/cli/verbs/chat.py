@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from jsonargparse import ArgumentParser, Namespace
 from transformers import TextStreamer
 
-from .. import options
+from .. import shared_options as options
 from ..models import (
     check_ids,
     load_model,

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from ...estimate import Estimate, estimate_merging, estimate_quantizing, estimate_training
 from ...layers.quantized_layers import quantized_layers
-from .. import options
+from .. import shared_options as options
 from ..models import model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
 from ..result import Result

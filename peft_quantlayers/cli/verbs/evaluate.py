@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from ...arguments import nearest
 from ...evaluate import divergence, perplexity
-from .. import options
-from ..data import DATA_HELP, token_ids
+from .. import shared_options as options
 from ..models import (
     check_ids,
     config_of,
@@ -24,6 +23,7 @@ from ..models import (
     tokenizer_name,
     with_adapter,
 )
+from ..read_data import DATA_HELP, token_ids
 from ..result import Result
 
 DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."

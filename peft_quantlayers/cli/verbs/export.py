@@ -10,8 +10,7 @@ from jsonargparse import Namespace
 
 from ...arguments import check_choice
 from ...exports import export, export_formats
-from .. import options
-from ..data import DATA_HELP, token_ids
+from .. import shared_options as options
 from ..models import (
     another_base_refused,
     check_ids,
@@ -24,6 +23,7 @@ from ..models import (
     tokenizer_name,
 )
 from ..parsing import VerbParser
+from ..read_data import DATA_HELP, token_ids
 from ..result import Result
 
 DESCRIPTION = "Write a quantized model as an inference engine reads it, exactly, and print the command that serves it."

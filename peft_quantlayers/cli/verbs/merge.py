@@ -10,8 +10,7 @@ from ...estimate import estimate_merging
 from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy
 from ...saving import saved_model
-from .. import options
-from ..data import DATA_HELP, token_ids
+from .. import shared_options as options
 from ..models import (
     load_model,
     load_tokenizer,
@@ -22,6 +21,7 @@ from ..models import (
     tokenizer_name,
     with_adapter,
 )
+from ..read_data import DATA_HELP, token_ids
 from ..result import Result
 
 DESCRIPTION = (

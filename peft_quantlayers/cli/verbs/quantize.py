@@ -18,7 +18,7 @@ from ...saving import saved_model
 from ...storage import replace_file
 from ...streaming import quantize_checkpoint
 from ...transforms import TRANSFORMS, transform_model
-from .. import options
+from .. import shared_options as options
 from ..models import (
     check_computing_device,
     is_quantized_already,

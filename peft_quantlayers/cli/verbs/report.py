@@ -10,13 +10,12 @@ from jsonargparse import Namespace
 
 from ...report import summary
 from ...report.merge_parts import MERGE_FILE, merge_parts
-from ...report.model_facts import mean_error, model_facts, worst_layers
 from ...report.model_parts import model_parts
 from ...report.page import folded, page, preformatted
+from ...report.reported_facts import mean_error, model_facts, worst_layers
 from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file
-from .. import options
-from ..data import DATA_HELP, token_ids
+from .. import shared_options as options
 from ..models import (
     check_ids,
     config_of,
@@ -26,6 +25,7 @@ from ..models import (
     refuse_missing_folder,
 )
 from ..parsing import VerbParser
+from ..read_data import DATA_HELP, token_ids
 from ..result import Result
 
 DESCRIPTION = (

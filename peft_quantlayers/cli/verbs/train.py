@@ -28,8 +28,7 @@ from ...saving import save_model
 from ...scales import QuantScalesConfig
 from ...storage.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
-from .. import options
-from ..data import DATA_HELP, load_data
+from .. import shared_options as options
 from ..half_made import RESUME, half_made_removed
 from ..models import (
     config_of,
@@ -40,6 +39,7 @@ from ..models import (
     refuse_missing_folder,
 )
 from ..parsing import VerbParser
+from ..read_data import DATA_HELP, load_data
 from ..rehearsal import rehearse
 from ..result import Result
 from ..rows import check_texts

@@ -1,1 +1,1 @@
-"""One object per export format; :mod:`.registry` lists them."""
+"""One object per export format; :mod:`.format_registry` lists them."""

@@ -9,7 +9,7 @@ from ...methods import get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
-from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written
+from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written
 from .vllm_command import vllm_command
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..bit_strings import pack_rows
 from ..grids import UniformGrid
-from ..packing import pack_rows
-from .base import Approximation, LayerFacts
+from .format_base import Approximation, LayerFacts
 from .grid_format import GridFormat, GridSettings, StoredGrid
 from .vllm_command import vllm_command
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...formats import QuantizedWeight
 from ..config_json import engine_config
+from ..export_report import LayerExport
 from ..grids import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
-from ..report import LayerExport
 from ..shards import ShardedWriter
 from ..source_layer import Matrix, SourceLayer, weight_of
-from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, LowRank, Written
+from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, LowRank, Written
 
 # Projections of one block that vLLM and SGLang compute as one layer, which has one layout.
 _FUSED = {

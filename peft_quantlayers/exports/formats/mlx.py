@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bit_strings import pack_rows
 from ..grids import UniformGrid
-from ..packing import pack_rows
 from ..source_layer import Matrix, SourceLayer, StackFacts
-from .base import ANY_RANK, Approximation, LayerFacts
+from .format_base import ANY_RANK, Approximation, LayerFacts
 from .grid_format import GridFormat, GridSettings, StoredGrid
 
 # What mlx-lm's models of these types call the module that transformers calls ``experts``.

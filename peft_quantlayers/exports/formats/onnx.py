@@ -11,8 +11,8 @@ import torch
 
 from ..own_process import convert_with
 from ..stand_ins import Place, StandIns
-from .base import ExportTask, Written
 from .converted import ContainerFormat, written_in_graph
+from .format_base import ExportTask, Written
 
 FILE = "model.onnx"
 _BUILDER = "onnxruntime_genai.models.builder"

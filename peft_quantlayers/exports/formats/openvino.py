@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..export_source import cast
 from ..side_files import has_tokenizer
-from ..source import cast
 from ..stand_ins import Place, StandIns
 from ..traced_decoder import TracedDecoder, cache_shapes, example_inputs
-from .base import Approximation, ExportTask, LayerFacts, Written
 from .converted import ContainerFormat, written_in_graph
+from .format_base import Approximation, ExportTask, LayerFacts, Written
 
 # The names that openvino-genai looks for.
 FILE, TOKENIZER, DETOKENIZER = "openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"

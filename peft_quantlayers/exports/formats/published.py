@@ -18,7 +18,7 @@ from ...methods import AQLMSpec, get_method
 from ..config_json import engine_config
 from ..shards import ShardedWriter
 from ..source_layer import StackFacts, part_of
-from .base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written, why_not_single
+from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written, why_not_single
 
 
 class _PublishedFormat(ExportFormat):

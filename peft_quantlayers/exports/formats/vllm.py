@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..bit_strings import pack_rows
 from ..grids import UniformGrid
-from ..packing import pack_rows
 from ..source_layer import StackFacts
-from .base import Approximation, LayerFacts, why_not_single
+from .format_base import Approximation, LayerFacts, why_not_single
 from .grid_format import GridFormat, GridSettings, StoredGrid, fused_name
 from .vllm_command import vllm_command
 

@@ -12,7 +12,7 @@ from quantlayers_kernels.aqlm.reference import unsigned_codes, wrapped_codes
 
 from ...arguments import check_integer
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import dtype_name, suggest_divisor
+from ...formats.quant_spec import dtype_name, suggest_divisor
 from ..quant_config import QuantConfig
 
 

@@ -12,7 +12,7 @@ from quantlayers_kernels.bitpack import SUPPORTED_NBITS, pack, packed_row_bytes,
 
 from ...arguments import check_choice, check_integer, check_number
 from ...formats import QuantSpec, TensorLayout
-from ...formats.spec import Role, dtype_name, suggest_divisor, with_smaller_groups
+from ...formats.quant_spec import Role, dtype_name, suggest_divisor, with_smaller_groups
 from ..quant_config import QuantConfig
 from .export_grids import Zeros, default_group_size, default_zeros, target_name, why_not
 

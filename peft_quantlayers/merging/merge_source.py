@@ -18,7 +18,7 @@ from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..layers.quantize_weight import named_errors
 from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
-from .plan import MergePlan, MergeResult, MergeRule
+from .planned_merge import MergePlan, MergeResult, MergeRule
 from .state import MergeState, Snapshot
 
 

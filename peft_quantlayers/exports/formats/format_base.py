@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...formats import QuantizedWeight, QuantSpec
 from ...methods import get_method
+from ..export_report import LayerExport
+from ..export_source import ModelSource
 from ..grids import are_zeros_codes
-from ..report import LayerExport
-from ..source import ModelSource
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from .vllm_command import MAX_RANK
 

@@ -2,8 +2,8 @@
 
 from ...arguments import nearest
 from ...methods.hqq.export_grids import ALIASES
-from .base import ExportFormat
 from .dense import DenseFormat
+from .format_base import ExportFormat
 from .gguf import GgufFormat
 from .gptq_awq import AwqFormat, GptqFormat
 from .mlx import MlxFormat

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..methods.hqq.export_grids import TARGETS
-from .formats.base import Approximation, ExportFormat, LayerFacts
-from .formats.registry import export_formats
+from .formats.format_base import Approximation, ExportFormat, LayerFacts
+from .formats.format_registry import export_formats
 
 # Layers that a refusal names.
 _SHOWN_LAYERS = 3

@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser, Namespace
 from ..bit_allocation import BitPlan
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
-from .data import DATA_HELP, load_texts
 from .field_help import field_help
 from .parsing import VerbParser
+from .read_data import DATA_HELP, load_texts
 
 PLAN_FILE = "bit_plan.json"
 # Options that name folders which are read.
@@ -165,7 +165,7 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
-    data: Any = load_texts("calibration.data", fields["data"])
+    data: Any = load_texts("calibration.calibration_data", fields["data"])
     if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
         raise ValueError(
             f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
