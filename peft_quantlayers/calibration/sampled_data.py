@@ -88,8 +88,14 @@ def sample_calibration_data(
         tqdm(total=n_sequences, desc="Sampling", unit="sequence", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
+        text_starts = _text_starts(tokenizer, vocabulary, n_sequences - n_chats)
+        if length <= text_starts.shape[1]:
+            raise ValueError(
+                f"sequence_length={length} leaves nothing to write: a text begins with {text_starts.shape[1]} tokens "
+                "here. Use more."
+            )
         # Texts and chats by turns, so that the first of them are of both kinds too.
-        kinds = [(sampled[:: 2 if n_chats else 1], _text_starts(tokenizer, vocabulary, n_sequences - n_chats))]
+        kinds = [(sampled[:: 2 if n_chats else 1], text_starts)]
         if chat_start is not None and n_chats:
             kinds.append((sampled[1::2], chat_start.expand(n_chats, -1)))
         for rows, starts in kinds:

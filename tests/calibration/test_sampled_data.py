@@ -128,3 +128,9 @@ def test_a_model_with_an_adapter_writes_with_it():
 def test_wrong_arguments_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         sampled(tiny_model("llama"), **fields)
+
+
+def test_sequences_that_a_texts_beginning_fills_are_refused():
+    assert sampled(tiny_model("llama"), sequence_length=2).shape == (200, 2)
+    with pytest.raises(ValueError, match=r"sequence_length=2 leaves nothing to write: a text begins with 2 tokens"):
+        sampled(tiny_model("llama"), Tokenizer(), sequence_length=2)
