@@ -165,7 +165,7 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
-    data: Any = load_texts("calibration.calibration_data", fields["data"])
+    data: Any = load_texts("calibration.data", fields["data"])
     if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
         raise ValueError(
             f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
