@@ -33,11 +33,13 @@ def check_number(name: str, value: Any, *, above: float, at_most: float) -> None
 
 def check_choice(name: str, value: Any, choices: tuple, *, remedy: str = "") -> None:
     """Raise unless ``value`` is one of ``choices``, of the very type that the choice has."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(
-            f"{name}={value!r} is not supported{nearest(value, choices)}; choose one of {choices}."
-            + (f" {remedy}" if remedy else "")
-        )
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return
+    raise ValueError(
+        f"{name}={value!r} is not supported{nearest(value, choices)}; choose one of {choices}."
+        + (f" {remedy}" if remedy else "")
+    )
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -1,5 +1,8 @@
 """The checks of source see what they are for, in each way that it can be written."""
 
+import re
+from pathlib import Path
+
 import pytest
 from source_checks import find_circle, own_names, private_attributes, private_imports, replacements
 
@@ -91,3 +94,20 @@ def test_the_walk_allows_writes_that_replace_nothing(source):
 def test_the_walk_sees_circles():
     assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+ROOT = Path(__file__).parents[1]
+# Words in whose place the field has a term, or a sentence a subject.
+NOT_OURS = re.compile(r"\b(anew|anybody|errs|nobody|somebody)\b", re.IGNORECASE)
+
+
+def test_prose_has_no_words_that_the_field_does_not_use():
+    folders = ("peft_quantlayers", "kernels", "quantlayers_cli", "benchmarks", "examples", "docs")
+    files = [file for folder in folders for kind in ("*.py", "*.md") for file in (ROOT / folder).rglob(kind)]
+    found = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in [*files, *ROOT.glob("*.md")]
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if NOT_OURS.search(line)
+    ]
+    assert found == []

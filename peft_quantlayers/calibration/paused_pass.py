@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -27,13 +28,18 @@ CALLED_BY_TORCH = {"__torch_function__", "__torch_dispatch__"}
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def autograd_forwards() -> set[CodeType]:
+def autograd_forwards() -> frozenset[CodeType]:
     """The code of ``forward`` of every autograd function that is defined: what calls it is no frame of Python."""
-    functions: list[type] = [torch.autograd.Function]
+    functions: list[Any] = [torch.autograd.Function]
     for function in functions:  # grows while it is gone through
         functions += function.__subclasses__()
-    codes = (getattr(inspect.unwrap(f.forward), "__code__", None) for f in functions[1:])  # type: ignore[attr-defined]
-    return {code for code in codes if code is not None}
+    return _forwards_of(tuple(functions[1:]))
+
+
+@lru_cache(maxsize=1)
+def _forwards_of(functions: tuple[Any, ...]) -> frozenset[CodeType]:
+    codes = (getattr(inspect.unwrap(function.forward), "__code__", None) for function in functions)
+    return frozenset(code for code in codes if code is not None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a training that fails has made: removed, unless somebody can go on with it."""
+"""What a training that fails has made: removed, unless the next call can resume from it."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args:
     warn_of_another_base(config, found, model, adapter_name)
     with unchanged_after_error(model) if is_quantized else nullcontext():
         _replaced.original(LoraModel, "inject_adapter")(self, model, adapter_name, *args, **kwargs)
-    # An adapter that is loaded only to be used was trained before: on this base or on another, which nobody said.
+    # An adapter that is loaded only to be used was trained before: on this base or on another, which is not recorded.
     if is_recorded(config) and not config.inference_mode:
         self.peft_config[adapter_name] = recorded(self.peft_config[adapter_name], found, model, adapter_name)
 

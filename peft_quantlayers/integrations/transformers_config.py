@@ -71,6 +71,7 @@ def describe_model(model: nn.Module) -> ModelDescription:
     """What a checkpoint has to say about ``model``, a transformers model."""
     layers = quantized_layers(model)
     compute_dtype, compute_dtypes = _compute_dtypes(model, layers)
+    is_half = model.dtype == torch.float16
     return ModelDescription(
         specs={name: layer.spec for name, layer in layers.items()},
         compute_dtype=compute_dtype,
@@ -83,9 +84,7 @@ def describe_model(model: nn.Module) -> ModelDescription:
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ),
         lossy_in_model_dtype=tuple(
-            name
-            for name, layer in layers.items()
-            if model.dtype == torch.float16 and is_lossy_in_half(layer.quantized_weight)
+            name for name, layer in layers.items() if is_half and is_lossy_in_half(layer.quantized_weight)
         ),
         has_sentinels=True,
         stacks=tuple(quantized_stacks(model)),
@@ -98,11 +97,12 @@ def _compute_dtypes(model: nn.Module, layers: Mapping[str, QuantizedStorage]) ->
 
     A reader that finds none takes the model's dtype, or what the model's class keeps for a layer (``kept_dtype``).
     """
-    own = _name(model.dtype)
+    model_dtype = model.dtype  # looked up in the whole model each time
+    own = _name(model_dtype)
     dtypes = {name: _name(layer.compute_dtype) for name, layer in layers.items()}
     most = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else own
     others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
-    is_taken = all(kept_dtype(model, name, model.dtype) in (None, most) for name in dtypes.keys() - others.keys())
+    is_taken = all(kept_dtype(model, name, model_dtype) in (None, most) for name in dtypes.keys() - others.keys())
     return (None if most == own and is_taken else most), others
 
 

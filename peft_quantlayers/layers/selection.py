@@ -329,7 +329,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _warn_of_dense_experts(model: nn.Module, selection: Selection) -> None:
-    """Warn of experts that nobody knows how to quantize; others stay dense for a reason that is told elsewhere."""
+    """Warn of experts that cannot be quantized; others stay dense for a reason that is told elsewhere."""
     known = selection.specs.keys() | selection.dense.keys()
     fused = {name: parameter for name, parameter in fused_experts(model).items() if name not in known}
     if fused:

@@ -1,7 +1,7 @@
 """The LoRA layer of a quantized stack of experts: PEFT's own for fused parameters, without dense weights.
 
 Names, shapes and files of an adapter are those of PEFT's ``ParamWrapper``, which wraps the experts module, one wrapper
-in another for each parameter. What differs is the product: instead of the deltas of all experts, made anew in each
+in another for each parameter. What differs is the product: instead of the deltas of all experts, computed in each
 forward pass, every expert's tokens go through that expert's two factors. So memory grows with tokens times rank, and
 dropout, which PEFT refuses here, works as it does on linear layers.
 

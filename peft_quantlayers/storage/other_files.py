@@ -13,7 +13,7 @@ CARD = "README.md"
 _SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".vocab", ".bpe"}
 _LEGAL = ("license", "notice", "use_policy")
 _FOLDERS = ("additional_chat_templates",)
-# Written anew, of the weights, or of a training run.
+# Written again, of the weights, or of a training run.
 _LEFT_OUT = {"config.json", "trainer_state.json", "quantize_config.json", "adapter_config.json", "all_results.json"}
 
 

@@ -181,7 +181,7 @@ def _journal(target: Path, kind: FolderContents) -> dict[str, Any] | None:
         names = [journal["staging"], *journal["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # Names only, no paths and no links out of the folder: the file may be anybody's.
+    # Names only, no paths and no links out of the folder: the file may come from anywhere.
     are_names = all(isinstance(name, str) and Path(name).name == name for name in names)
     if not are_names or target / journal["staging"] not in staging_paths(target):
         return None

@@ -94,7 +94,7 @@ def _begin(
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed leaves nobody to end this process, which would wait for work for ever."""
+    """After the parent was killed no process is left to end this one, which would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "the pool has started this process"
     parent.join()

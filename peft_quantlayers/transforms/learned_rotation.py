@@ -126,7 +126,7 @@ def _log_probs(model: nn.Module, call: Call) -> Tensor:
 
 
 def _loss(model: nn.Module, bases: _Bases, call: Call) -> Tensor:
-    """Mean KL divergence from the float model's predictions, which are made anew: those of all windows are large."""
+    """Mean KL divergence from the float model's predictions, which are not kept: those of all windows are large."""
     with torch.no_grad(), bases.left_out():
         theirs = _log_probs(model, call)
     ours = _log_probs(model, call)

@@ -158,7 +158,7 @@ def test_adapters_on_float_layers_and_other_tuners_are_saved_as_before(tmp_path)
 
 
 def test_loading_an_adapter_without_a_record_gives_it_none(tmp_path):
-    """It was trained before, and nobody knows on what."""
+    """It was trained before, and it is not known on what."""
     (saved_adapter(tmp_path) / "quantlayers_base.json").unlink()
     config = LoraConfig.from_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized(), tmp_path, config=config)

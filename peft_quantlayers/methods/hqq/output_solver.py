@@ -81,7 +81,7 @@ def weighted_whole_grid(groups: Tensor, importance: Tensor, *, nbits: int, is_sy
 
 
 def feedback_start(groups: Tensor, grids: Sequence[Grid], hessian: Tensor, *, act_order: bool) -> tuple[Tensor, Grid]:
-    """Codes rounded with error feedback, as floats, and their grid: for each row the one of ``grids`` that errs least.
+    """Codes rounded with error feedback, as floats, and the grid of lowest error among ``grids``, for each row.
 
     Where few directions carry the energy of the inputs, a grid that clips more may be worse with feedback.
     """
