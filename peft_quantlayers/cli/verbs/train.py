@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
-from ...calibration.texts import one_split, text_of
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
@@ -31,7 +30,6 @@ from ...training import prepare_model_for_kbit_training
 from .. import shared_options as options
 from ..half_made import RESUME, half_made_removed
 from ..models import (
-    config_of,
     is_quantized_already,
     load_model,
     long_windows_refused,
@@ -39,10 +37,9 @@ from ..models import (
     refuse_missing_folder,
 )
 from ..parsing import VerbParser
-from ..read_data import DATA_HELP, load_data
+from ..read_data import DATA_HELP
 from ..rehearsal import rehearse
 from ..result import Result
-from ..rows import check_texts
 from ..trained_base import (
     base_folder,
     plan_of_training,
@@ -56,6 +53,7 @@ from ..training_checks import (
     check_training,
     given_options_named,
 )
+from ..training_rows import load_rows
 from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
@@ -66,20 +64,6 @@ DESCRIPTION = (
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
-# Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
-FORMS = {
-    "sft": ({"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"}),
-    "dpo": ({"chosen", "rejected"},),
-}
-ROWS = {
-    "sft": "rows with text, messages or conversations, prompt and completion, or instruction and output",
-    "dpo": "rows with prompt (or instruction), chosen and rejected; without prompt, chosen and rejected are messages",
-}
-# Columns whose values are looked at in each row.
-OF_ROWS = {
-    *("text", "messages", "conversations", "prompt", "completion", "instruction", "output", "chosen", "rejected"),
-    "input_ids",
-}
 # Fields that PEFT fills itself.
 OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 # Fields of the trainers' arguments that other options give.
@@ -259,53 +243,6 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     return found, f"trained {done.global_step} steps, loss {done.training_loss:.4f}"
 
 
-def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
-    """The dataset of ``option`` in the forms that TRL's trainer takes.
-
-    Raises:
-        ValueError: no rows; columns that no form has; a row with another kind of value, by its line; chats, and a
-            tokenizer without a template to write them.
-    """
-    name, trainer, text = settings[option], settings.trainer, settings.training.get("dataset_text_field") or "text"
-    rows = load_data(option, name)
-    if isinstance(rows, Path):
-        from datasets import Dataset
-
-        rows = Dataset.from_dict({text: [part for part in text_of(rows).split("\n\n") if part.strip()]})
-    if hasattr(rows, "keys"):
-        rows = one_split(rows)
-    if not len(rows):
-        raise ValueError(f"--{option} {name} holds no rows.")
-    columns = set(rows.column_names)
-    vocab_size = getattr(config_of(settings.model).get_text_config(), "vocab_size", None) or len(tokenizer)
-    check_texts(option, name, rows, sorted(columns & {*OF_ROWS, text}), vocab_size=vocab_size)
-    if "conversations" in columns and "messages" not in columns:
-        rows = rows.map(_from_sharegpt, remove_columns=["conversations"])
-    elif "instruction" in columns and columns & {"output", "chosen"}:
-        rows = rows.map(_from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
-    columns = set(rows.column_names)
-    form = next((form for form in FORMS[trainer] if columns >= {text if key == "text" else key for key in form}), None)
-    if form is None:
-        raise ValueError(
-            f"--{option} {name} has the columns {sorted(columns)}. --trainer {trainer} takes {ROWS[trainer]}."
-        )
-    first = rows[0][text if form == {"text"} else min(form)]
-    if isinstance(first, list) and form != {"input_ids"}:
-        _check_template(option, settings, tokenizer)
-    elif form == {"text"} and not any(value.strip() for value in rows[text]):
-        raise ValueError(f"--{option} {name} holds no text: {text} is empty in all of {len(rows)} rows.")
-    return rows
-
-
-def _check_template(option: str, settings: Namespace, tokenizer: Any) -> None:
-    if getattr(tokenizer, "chat_template", None) is None and not settings.training.get("chat_template_path"):
-        raise ValueError(
-            f"--{option} {settings[option]} holds chats, and the tokenizer of {settings.tokenizer or settings.model} "
-            "has no chat template to write them as text. Name one that has: --tokenizer FOLDER_OR_NAME, or a "
-            "template: --training.chat_template_path FILE."
-        )
-
-
 def prepared(settings: Namespace, name: str) -> Any:
     """The quantized model ``name``, prepared for training an adapter on it."""
     checkpointing = bool(settings.training.gradient_checkpointing)
@@ -392,16 +329,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
         return {name: _plain(each) for name, each in vars(value).items()}
     return vars(value) if dataclasses.is_dataclass(value) else value
-
-
-def _from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    answer = {} if "chosen" in row else {"completion": row["output"]}
-    return {"prompt": f"{question}\n\n", **answer}
-
-
-def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    from ...calibration.texts import ROLES
-
-    said = [(turn["from"].lower(), turn["value"]) for turn in row["conversations"]]
-    return {"messages": [{"role": ROLES.get(role, role), "content": text} for role, text in said]}
