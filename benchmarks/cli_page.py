@@ -25,7 +25,9 @@ HEAD = """# The command line
 `peft-quantlayers VERB [config.yaml] [--option value ...]`, also as `pql` and `python -m peft_quantlayers`. Every
 option of a verb may stand in a YAML file, options on the line override it, groups are written with dots (`--lora.r
 16`) or as nested mappings. Names that other trainers use are understood (`--model_name_or_path`, `--bits`,
-`--lora_r`, `--output_dir`), and unknown ones are refused with the nearest that there is. Beside every output lies
+`--lora_r`, `--output_dir`, `--micro_batch_size`), usual fields of `training` and `lora` without their group too
+(`--learning_rate`, `--max_steps`), and unknown ones are refused with the nearest that there is. Positional arguments
+fill in what a YAML file leaves open, or else override it in their order. Beside every output lies
 `VERB.yaml` with the resolved options and versions: the same verb takes it again. `--json` prints results for
 programs. Exit codes: 0 done, 1 it failed or found damage, 2 wrong usage, 130 interrupted.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -38,7 +39,16 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, ``sys.argv`` if ``arguments`` is None; the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        exit_code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program that reads what is printed, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return exit_code
+
+
+def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_help())
         return 0 if given else WRONG_USAGE
@@ -47,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = given
     if verb not in VERBS:
-        return said(f"there is no verb {verb!r}{nearest(verb, VERBS)}. {PROGRAM} --help lists them.", WRONG_USAGE)
+        return said(f"{verb}: there is no such verb{nearest(verb, VERBS)}. {PROGRAM} --help lists them.", WRONG_USAGE)
     if verb in WITHOUT_OPTIONS:
         is_help = rest[:1] in (["-h"], ["--help"])
         if verb == "run" and not is_help:

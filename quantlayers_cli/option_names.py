@@ -11,21 +11,39 @@ import yaml
 from .spelling import nearest
 
 YAML_SUFFIXES = (".yaml", ".yml", ".json")
-# Names that other trainers and quantizers use for the same thing.
-ALIASES = {
-    "adapter_name_or_path": "adapter",
-    "avg_bits": "average_bits",
-    "base_model": "model",
-    "bits": "nbits",
-    "export_dir": "output",
-    "lora_alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.lora_dropout",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_target_modules": "lora.target_modules",
-    "model_name_or_path": "model",
-    "output_dir": "output",
-    "quantization_bit": "nbits",
+# Fields of TRL's and PEFT's classes that are also understood without the group that they are in.
+OF_TRAINING = (
+    "assistant_only_loss", "bf16", "completion_only_loss", "eval_steps", "eval_strategy", "fp16",
+    "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "logging_steps", "lr_scheduler_type",
+    "max_grad_norm", "max_length", "max_steps", "neftune_noise_alpha", "num_train_epochs", "optim", "packing",
+    "per_device_eval_batch_size", "per_device_train_batch_size", "report_to", "resume_from_checkpoint", "save_steps",
+    "save_strategy", "save_total_limit", "seed", "warmup_ratio", "warmup_steps", "weight_decay",
+)  # fmt: skip
+OF_LORA = (
+    "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save",
+    "target_modules", "use_dora", "use_qalora", "use_rslora",
+)  # fmt: skip
+# Names that other trainers and quantizers use for the same thing: of ours the first that a verb has.
+ALIASES: dict[str, tuple[str, ...]] = {
+    **{name: (f"training.{name}",) for name in OF_TRAINING},
+    **{name: (f"lora.{name}",) for name in OF_LORA},
+    **dict.fromkeys(("bits", "nbits", "quantization_bit", "wbits"), ("nbits", "quantization.nbits")),
+    **dict.fromkeys(("group_size", "groupsize"), ("group_size", "quantization.group_size")),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "sequence_len"), ("training.max_length",)),
+    "adapter_name_or_path": ("adapter",),
+    "avg_bits": ("average_bits",),
+    "base_model": ("model",),
+    "dataset": ("data",),
+    "export_dir": ("output",),
+    "lora_r": ("lora.r",),
+    "lora_rank": ("lora.r",),
+    "lora_target_modules": ("lora.target_modules",),
+    "lr": ("training.learning_rate",),
+    "micro_batch_size": ("training.per_device_train_batch_size",),
+    "model_name_or_path": ("model",),
+    "nproc": ("n_processes",),
+    "num_epochs": ("training.num_train_epochs",),
+    "output_dir": ("output",),
 }
 # Options that every parser has by itself.
 OF_PARSERS = ("help", "config", "print_config")
@@ -52,7 +70,7 @@ def with_names(
     rest, named = list(arguments), []
     if rest and not rest[0].startswith("-") and rest[0].endswith(YAML_SUFFIXES):
         named += ["--config", rest.pop(0)]
-    for name in positionals:
+    for name in _names_of_positionals(rest, positionals, named[1:], known):
         if rest and not rest[0].startswith("-"):
             named += [f"--{name}", rest.pop(0)]
     if rest and not rest[0].startswith("-"):
@@ -84,16 +102,28 @@ def with_names(
     return [*named, *rest]
 
 
+def _names_of_positionals(
+    rest: Sequence[str], positionals: Sequence[str], files: Sequence[str], known: set[str]
+) -> Sequence[str]:
+    """What arguments without names are: what neither a file nor the line gives, if that is enough, or all in order."""
+    given = {_ours(each[2:].partition("=")[0], known) for each in rest if each.startswith("--")}
+    given |= {_ours(key, known) for file in files for key in _content_of(file, known)}
+    left = [name for name in positionals if name not in given]
+    n_bare = next((at for at, each in enumerate(rest) if each.startswith("-")), len(rest))
+    return left if n_bare <= len(left) else positionals
+
+
 def meant(key: str, known: set[str], prefix: str = "") -> str:
     """``" (did you mean ...?)"`` with the known name that is spelled nearly like ``key``, or nothing."""
-    found = nearest(key.replace("-", "_"), sorted(known))
+    others = {alias for alias in ALIASES if _ours(alias, known) in known}
+    found = nearest(key.replace("-", "_"), sorted(known | others))
     return found.replace("mean '", f"mean '{prefix}") if found else ""
 
 
 def _ours(key: str, known: set[str]) -> str:
     key = key.replace("-", "_")
-    alias = ALIASES.get(key, key)
-    return alias if key not in known and (alias in known or _is_below_a_mapping(alias, known)) else key
+    names = () if key in known else ALIASES.get(key, ())
+    return next((name for name in names if name in known or _is_below_a_mapping(name, known)), key)
 
 
 def _is_below_a_mapping(name: str, known: set[str]) -> bool:

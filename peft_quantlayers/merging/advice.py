@@ -49,7 +49,10 @@ def recommendation(
         return None
     others = ["more text to calibrate on, or finetune_epochs in the Calibration"] if "calibrated" in done else []
     others += [way for name, way in _other_ways(layers).items() if name not in done]
-    return f"{retained:.2f} of the adapter's {what}." + (f" Instead: {'; or '.join(others)}." if others else "")
+    said = f"{retained:.2f} of the adapter's {what}."
+    if retained < 0:
+        said = "Rounding moved the predictions further than the adapter did."
+    return said + (f" Instead: {'; or '.join(others)}." if others else "")
 
 
 def nothing_merged(layers: Sequence[LayerMergeReport]) -> str | None:

@@ -85,3 +85,50 @@ def test_flags_and_choices_of_a_file_or_the_line(float_model, tmp_path, capsys):
         assert main(["quantize", float_model, str(tmp_path / "out"), *options]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+TRAIN = {"model", "output", "data", "quantization.nbits", "lora", "lora.r", "training", "training.max_steps"}
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        (["--bits", "4"], ["--quantization.nbits", "4"]),
+        (["--quantization_bit=4"], ["--quantization.nbits=4"]),
+        (["--max-steps", "3"], ["--training.max_steps", "3"]),
+        (["--learning_rate", "1e-4"], ["--training.learning_rate", "1e-4"]),  # a field that the file does not list
+        (["--micro_batch_size", "2"], ["--training.per_device_train_batch_size", "2"]),
+        (["--lora_rank", "8"], ["--lora.r", "8"]),
+        (["--dataset", "rows.jsonl"], ["--data", "rows.jsonl"]),
+    ],
+)
+def test_names_of_other_trainers_are_ours(given, ours):
+    known = TRAIN - {"lora.r", "training.max_steps"}  # as the listed options have it: groups of others without fields
+    for names in (TRAIN | {"training.learning_rate", "training.per_device_train_batch_size"}, known):
+        assert with_names(given, ["model", "output"], names) == ours
+
+
+def test_fields_without_their_group_stand_in_a_file_beside_the_group(tmp_path):
+    (tmp_path / "c.yaml").write_text("training:\n  seed: 1\nmax_steps: 3\nlr: 0.1\n")
+    fields = {"training.seed", "training.learning_rate"}
+    found = with_names([str(tmp_path / "c.yaml")], ["model"], TRAIN - {"training"} | fields)
+    assert yaml.safe_load(found[1]) == {"training": {"seed": 1, "max_steps": 3, "learning_rate": 0.1}}
+    (tmp_path / "c.yaml").write_text("max_step: 3\n")
+    with pytest.raises(WrongUsage, match="unknown key 'max_step' \\(did you mean 'max_steps'"):
+        with_names([str(tmp_path / "c.yaml")], ["model"], TRAIN - {"training"} | fields)
+    with pytest.raises(WrongUsage, match="there is no option --max_steps"):
+        with_names(["--max_steps", "3"], ["model"], KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (["O"], {"--output": "O"}),
+        (["M", "O"], {"--model": "M", "--output": "O"}),
+        (["M", "--output", "O"], {"--model": "M", "--output": "O"}),
+    ],
+)
+def test_positionals_fill_in_what_a_file_leaves_open(line, named, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: of-the-file\n")
+    found = with_names([str(tmp_path / "c.yaml"), *line], ["model", "output"], KNOWN, ["model", "output"])[2:]
+    assert dict(zip(found[::2], found[1::2], strict=True)) == named

@@ -94,3 +94,15 @@ def test_all_options_of_train_are_those_of_the_installed_packages(capsys):
     text = capsys.readouterr().out
     assert "--lora.r " in text
     assert "--training.max_steps " in text
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    started = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from quantlayers_cli import main; sys.exit(main(['train', '--help']))"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert started.stdout is not None
+    started.stdout.close()
+    assert started.communicate(timeout=60)[1] == b""

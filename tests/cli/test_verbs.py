@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import quantize
+from peft_quantlayers.merging import MergeReport, advice
+from peft_quantlayers.model_merge.merge_back import STRATEGIES
 from peft_quantlayers.streaming.parts import PartsOfModel
 
 # ---- each verb
@@ -235,7 +238,7 @@ def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["quantise"], "no verb 'quantise' (did you mean 'quantize'?)"),
+        (["quantise"], "quantise: there is no such verb (did you mean 'quantize'?)"),
         (["quantize", "m", "o", "--nbit", "3"], "there is no option --nbit (did you mean '--nbits'?)"),
         (["quantize", "m", "o", "--nbits", "three"], "nbits='three': expected int"),
         (["quantize", "m"], "output must be given"),
@@ -353,3 +356,16 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     other = [*command[:2], str(tmp_path / "other"), "--resume", "false", "--dtype", "float32"]
     assert "--resume false is for what goes from files to files" in refused(capsys, other, 1)
     assert not (tmp_path / "other").exists()
+
+
+def test_what_a_merge_advises_is_written_with_options(adapter, tmp_path, capsys, monkeypatch):
+    """All that there is to advise, in the report of a merge that lost little."""
+    layers = [SimpleNamespace(is_merge_aware=False, can_be_qalora=False, strategies=STRATEGIES, strategy="requantize")]
+    told = advice.not_measured(layers, is_captured=False, noise=10.0)
+    adviced = f"{'; or '.join(advice._other_ways(layers).values())}; {told}; report.table() has all of them"
+    monkeypatch.setattr(MergeReport, "__str__", lambda report: adviced)
+    said = printed(capsys, ["merge", adapter, str(tmp_path / "merged"), "--strategy", "requantize"])
+    assert "--strategy calibrated --calibration.data FILE" in said
+    assert "train --merge_aware true and merge with --strategy aware" in said
+    assert "--evaluate_on FILE" in said
+    assert not any(python in said for python in ('strategy="', "peft_quantlayers.", "evaluate_on=", "report.table()"))

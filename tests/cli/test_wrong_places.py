@@ -248,3 +248,12 @@ def test_what_is_no_program(arguments, said, tmp_path, capsys, monkeypatch):
     (tmp_path / "script.sh").write_text("#!/bin/sh\necho\n")
     assert main([argument.replace("FOLDER", str(tmp_path)) for argument in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [("quantize", "--calibration.data"), ("merge", "--calibration.data"), ("merge", "--evaluate_on")],
+)
+def test_data_that_is_not_there_is_refused_in_a_dry_run_too(verb, option, commands, tmp_path, capsys):
+    line = [*commands[verb], option, "no.txt", "--dry_run"]
+    assert f"{option} no.txt: there is no such file" in refused(capsys, line, 1)

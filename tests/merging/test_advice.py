@@ -42,6 +42,8 @@ def test_what_was_measured_nearest_to_the_predictions_decides():
     )
     assert advice(layer, output_retained=0.25, capture=capture_of(0.01)) is None
     assert advice(layer, output_retained=1.0, capture=capture_of(0.4)).startswith("0.60 of the adapter's effect")
+    further = advice(layer, output_retained=1.0, capture=capture_of(3.0))
+    assert further.startswith("Rounding moved the predictions further than the adapter did. Instead: ")
     # Predictions near those of the adapter, and still much of what it was trained for is lost.
     lost = advice(layer, output_retained=1.0, capture=capture_of(0.07, loss_merged=1.5))
     assert lost.startswith("0.50 of the adapter's gain in loss is left. Instead: ")

@@ -69,7 +69,8 @@ def run(settings: Namespace) -> Result:
 def _lines() -> Any:
     """What is typed, until an empty line or the end."""
     while True:
-        print("> ", end="", flush=True)
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return

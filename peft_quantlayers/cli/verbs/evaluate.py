@@ -83,7 +83,12 @@ def run(settings: Namespace) -> Result:
             reference = load_model(settings.reference, option="reference", **load)
             with long_windows_refused(reference, settings.window, option="window"):
                 compared = divergence(model, reference, ids, window=settings.window)
-            found |= {"reference": settings.reference, "kl": compared.kl, "top1_agreement": compared.top1_agreement}
+            found |= {
+                "reference": settings.reference,
+                "reference_perplexity": perplexity(reference, ids, window=settings.window),
+                "kl": compared.kl,
+                "top1_agreement": compared.top1_agreement,
+            }
     if settings.tasks is not None:
         names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
         found["tasks"] = task_scores(
@@ -120,8 +125,8 @@ def _text(found: dict[str, Any]) -> str:
             lines.append("  the model predicts NaN: its weights are damaged, or the training of its adapter failed")
     if "kl" in found:
         lines.append(
-            f"  beside {found['reference']}: KL {found['kl']:.4f} nats a token, the same most likely token "
-            f"{100 * found['top1_agreement']:.1f} % of the time"
+            f"  beside {found['reference']} with {found['reference_perplexity']:.3f}: KL {found['kl']:.4f} nats "
+            f"a token, the same most likely token {100 * found['top1_agreement']:.1f} % of the time"
         )
     for task, scores in found.get("tasks", {}).items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -30,6 +31,16 @@ DESCRIPTION = (
 )
 POSITIONALS = ("adapter", "output")
 REPORT_FILE = "merge_report.json"
+
+
+# What a report says in Python, and the same on the command line.
+IN_OPTIONS = {
+    r'strategy="(\w+)"': r"--strategy \1",
+    r"--strategy calibrated with some text": "--strategy calibrated --calibration.data FILE",
+    r"train with peft_quantlayers\.enable_merge_aware": "train --merge_aware true",
+    r"evaluate_on=held-out token ids": "--evaluate_on FILE",
+    r"report\.table\(\) has all of them": f"{REPORT_FILE} has all of them",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -61,18 +72,19 @@ def run(settings: Namespace) -> Result:
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     is_to_be_planned = options.is_to_be_planned(settings)
     plan = options.given_plan(settings)
-    if settings.dry_run:
-        costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
-        text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
-        text += "; bits are planned for the budget" if is_to_be_planned else ""
-        return Result(text=f"{text}\n{costs}", data=costs.to_dict())
-    options.refuse_output_in_use(settings)
+    if not settings.dry_run:
+        options.refuse_output_in_use(settings)
     tokenizer = needed_tokenizer(tokenizer_of) if settings.tokenizer else load_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer)
     held_out = None
     if settings.evaluate_on is not None:
         tokenizer = needed_tokenizer(tokenizer_of)
         held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    if settings.dry_run:
+        costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
+        text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
+        text += "; bits are planned for the budget" if is_to_be_planned else ""
+        return Result(text=f"{text}\n{costs}", data=costs.to_dict())
     base = load_model(name, dtype=settings.dtype, device=settings.device)
     peft_model = with_adapter(base, settings.adapter)
     if is_to_be_planned:
@@ -94,7 +106,14 @@ def run(settings: Namespace) -> Result:
     said = "" if plan is None else f"\nplan: {plan}"
     data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{report}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        text=f"{_with_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,
         output=settings.output,
     )
+
+
+def _with_options(text: str) -> str:
+    """What a report advises in Python, as options of the command line."""
+    for pattern, option in IN_OPTIONS.items():
+        text = re.sub(pattern, option, text)
+    return text

@@ -80,6 +80,7 @@ def run(settings: Namespace) -> Result:
         config = with_plan(config, plan)
     if settings.dry_run:
         found = planned(settings.model, config)
+        options.calibration(settings, load_tokenizer(settings.tokenizer or settings.model))  # refuses wrong data
         n_tokens = 0 if settings.calibration.data is None else settings.calibration.n_tokens
         costs = estimate_quantizing(model_on_meta(settings.model), config, calibration_tokens=n_tokens)
         text = f"{settings.output} would hold:\n{found}\n{costs}"
@@ -87,7 +88,7 @@ def run(settings: Namespace) -> Result:
             text += "\nbefore bits are planned for the budget, which takes the model and the data"
         return _result(found, text)
     if can_be_streamed(settings):
-        found = planned(settings.model, config)
+        planned(settings.model, config)  # refuses a model that cannot be made
         quantize_checkpoint(
             settings.model,
             settings.output,
@@ -100,6 +101,7 @@ def run(settings: Namespace) -> Result:
         if plan is not None:
             with replace_file(Path(settings.output) / options.PLAN_FILE) as part:
                 plan.save(part)
+        found = summary(model_on_meta(settings.output))
     elif not settings.resume:
         raise ValueError(
             "--resume false is for what goes from files to files, and with these options nothing is left to resume: "
