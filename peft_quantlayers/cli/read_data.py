@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..calibration.texts import COLUMNS, TEXT_SUFFIXES, token_sequences
 from ..storage import says_full
 from .rows import check_texts, first_wrong_line
 
+# Columns that make one text together.
+JOINED = (("prompt", "completion"), ("instruction", "input", "output"))
 # Suffixes that the package ``datasets`` reads, and the name of its reader.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 DATA_HELP = (
@@ -74,12 +77,34 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def load_texts(option: str, name: str) -> Any:
-    """As :func:`load_data`, of texts or chats. Raises ValueError too for a row that holds neither, with its line."""
+    """As :func:`load_data`, of texts or chats; rows of prompt and completion, or instruction and output, are joined.
+
+    Raises:
+        ValueError: columns that no form has; a row that holds neither text nor a chat, with its line.
+    """
     data = load_data(option, name)
     columns = getattr(data, "column_names", None)
-    if isinstance(columns, list) and "input_ids" not in columns:
-        check_texts(option, name, data, [column for column in COLUMNS if column in columns][:1])
-    return data
+    if not isinstance(columns, list) or "input_ids" in columns:
+        return data
+    parts = next((form for form in JOINED if {form[0], form[-1]} <= {*columns}), ())
+    found = [column for column in COLUMNS if column in columns][:1]
+    if not (found or parts):
+        raise ValueError(
+            f"--{option} {name} has the columns {sorted(columns)}. Rows hold text, messages or conversations, prompt "
+            "and completion, or instruction and output."
+        )
+    check_texts(option, name, data, found or [part for part in parts if part in columns and part != "input"])
+    return data if found else data.map(_joined, fn_kwargs={"parts": parts}, remove_columns=columns)
+
+
+def _joined(row: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """One text, or one chat of what is given as messages."""
+    values = [row[part] for part in parts if row.get(part)]
+    if all(isinstance(value, list) for value in values):
+        return {"messages": [message for value in values for message in value]}
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"a row has text and messages in {' and '.join(parts)}: {str(row)[:80]}. Give one of both.")
+    return {"text": ("" if parts[0] == "prompt" else "\n\n").join(values)}
 
 
 def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tensor:

@@ -369,3 +369,20 @@ def test_what_a_merge_advises_is_written_with_options(adapter, tmp_path, capsys,
     assert "train --merge_aware true and merge with --strategy aware" in said
     assert "--evaluate_on FILE" in said
     assert not any(python in said for python in ('strategy="', "peft_quantlayers.", "evaluate_on=", "report.table()"))
+
+
+def test_evaluate_reads_the_rows_that_train_takes(quantized, tmp_path, capsys):
+    found = []
+    rows = (
+        {"text": "ab cd"},
+        {"prompt": "ab", "completion": " cd"},
+        {"instruction": "ab", "input": "", "output": "cd"},
+    )
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("\n".join([json.dumps(row)] * 40))
+        found.append(
+            json.loads(printed(capsys, ["evaluate", quantized, "--text", str(file), "--window", "64", "--json"]))
+        )
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+    assert found[2]["n_tokens"] > found[0]["n_tokens"]  # an empty line between question and answer

@@ -257,3 +257,17 @@ def test_what_is_no_program(arguments, said, tmp_path, capsys, monkeypatch):
 def test_data_that_is_not_there_is_refused_in_a_dry_run_too(verb, option, commands, tmp_path, capsys):
     line = [*commands[verb], option, "no.txt", "--dry_run"]
     assert f"{option} no.txt: there is no such file" in refused(capsys, line, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "x"}, "has the columns ['question']. Rows hold text, messages or conversations"),
+        ({"prompt": "a", "completion": 5}, "line 1: completion is 5, and no text"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "a row has text and messages in prompt"),
+    ],
+)
+def test_rows_that_hold_no_text_are_named(row, said, commands, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    command = [*commands["evaluate"][:2], "--text", str(tmp_path / "rows.jsonl")]
+    assert said in refused(capsys, command, 1)
