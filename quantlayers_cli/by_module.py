@@ -1,4 +1,4 @@
-"""``python -m peft_quantlayers`` while it imports the package, which takes seconds: Ctrl-C is one line.
+"""``python -m peft_quantlayers`` while it imports the package, which takes seconds: Ctrl-C is one line, no word else.
 
 No code of the command line runs before that; ``peft_quantlayers`` imports this file first, and importing it is enough.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
+
+from .quiet import leave_out_what_others_say
 
 PACKAGE, PROGRAM = "peft_quantlayers", "peft-quantlayers"
 
@@ -33,3 +35,5 @@ def say_interrupts_in_one_line() -> None:
 # While Python looks for the module that it is to run, the name of the program is "-m".
 if sys.argv[:1] == ["-m"] and PACKAGE in sys.orig_argv:
     say_interrupts_in_one_line()
+    if "--debug" not in sys.orig_argv:
+        leave_out_what_others_say()

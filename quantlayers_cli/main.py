@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from .option_names import WrongUsage
 from .options import EPILOG, PROGRAM, check_names, help_text
+from .quiet import leave_out_what_others_say
 from .run import AUTOLOAD_FOLDER, RUN_HELP, run
 from .spelling import nearest
 
@@ -73,6 +74,8 @@ def _run(given: list[str]) -> int:
         check_names(verb, rest)
     except WrongUsage as error:
         return said(f"{verb}: {error}", WRONG_USAGE)
+    if "--debug" not in rest:
+        leave_out_what_others_say()
     try:
         work = importlib.import_module("peft_quantlayers.cli.work")
     except KeyboardInterrupt:

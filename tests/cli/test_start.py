@@ -106,3 +106,14 @@ def test_a_reader_that_has_enough_is_no_error():
     assert started.stdout is not None
     started.stdout.close()
     assert started.communicate(timeout=60)[1] == b""
+
+
+IN_PYTHON = "import sys; from quantlayers_cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("program", [["-m", "peft_quantlayers"], ["-c", IN_PYTHON]], ids=["module", "script"])
+def test_an_error_after_all_imports_is_the_only_line(program):
+    command = [sys.executable, *program, "inspect", "no-such-folder"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
