@@ -1,10 +1,11 @@
 """Peak memory and time of ``quantize_checkpoint``, on synthetic Llama checkpoints and on SmolLM2.
 
     python benchmarks/bench_streaming.py                      # 8 and 32 layers (1.5 and 4.2 GB), and SmolLM2
-    python benchmarks/bench_streaming.py --layers 8 --hidden 512
+    python benchmarks/bench_streaming.py --layers 8 --hidden 512 [--calibrated] [--method aqlm]
 
-Memory is what the process allocates (RssAnon in /proc/self/status, imports included), sampled in a short interval in
-a process of its own, and beside it all resident memory (VmHWM), in which mapped files count too. Linux only.
+Rows are written as they are made, in the place of those of the same case. Memory is what the process allocates
+(RssAnon in /proc/self/status, imports included), sampled in a short interval in a process of its own, and beside it
+all resident memory (VmHWM), in which mapped files count too. Linux only.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from _device import describe_device
 from _memory import MIB, in_own_process, resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +28,8 @@ from peft_quantlayers.streaming import quantize_files
 SHARD_BYTES = 10**9
 SMOLLM2 = "smollm2"
 CONFIG = pql.HQQConfig(nbits=4, group_size=64)
+CONFIGS = {"hqq": CONFIG, "aqlm": pql.AQLMConfig()}
+RESULTS = Path(__file__).parent / "results" / "streaming.json"
 
 
 def write_checkpoint(folder: Path, *, hidden: int, layers: int, vocabulary: int = 32000) -> None:
@@ -60,7 +65,7 @@ def write_checkpoint(folder: Path, *, hidden: int, layers: int, vocabulary: int 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def measure(source: str, destination: str, calibrated: str, part_bytes: str) -> dict[str, float]:
+def measure(source: str, destination: str, method: str, calibrated: str, part_bytes: str) -> dict[str, float]:
     """In a process of its own: quantize, while a thread looks at the memory."""
     torch.set_num_threads(1)
     quantize_files.PART_BYTES = int(part_bytes)
@@ -78,7 +83,7 @@ def measure(source: str, destination: str, calibrated: str, part_bytes: str) -> 
     if calibrated == "yes":
         ids = torch.randint(0, 500, (8, 256), generator=torch.Generator().manual_seed(0))
         options["calibration"] = pql.Calibration(data=ids, n_tokens=2048, sequence_length=256)
-    pql.quantize_checkpoint(source, destination, CONFIG, progress=False, **options)
+    pql.quantize_checkpoint(source, destination, CONFIGS[method], progress=False, **options)
     seconds = time.perf_counter() - start
     is_done.set()
     thread.join()
@@ -94,12 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--method", choices=CONFIGS, default="hqq")
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--no-smollm2", action="store_true")
     parser.add_argument(
         "--folder", help="where the checkpoints are made; the system's own temporary folder by default"
     )
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         print(json.dumps(measure(*given.measure)))
@@ -115,10 +121,20 @@ def main() -> None:
                 write_checkpoint(source, hidden=given.hidden, layers=case)
             n_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
             calibrated = "yes" if given.calibrated else "no"
-            arguments = [str(source), str(Path(scratch, "quantized")), calibrated, str(quantize_files.PART_BYTES)]
-            told = json.loads(in_own_process("--measure", *arguments))
-            row = {"case": case, "hidden": given.hidden, "calibrated": given.calibrated, "file_gb": n_bytes / 1e9}
-            print(json.dumps(row | told), flush=True)
+            arguments = [given.method, calibrated, str(quantize_files.PART_BYTES)]
+            told = json.loads(in_own_process("--measure", str(source), str(Path(scratch, "quantized")), *arguments))
+            row = {"case": case, "hidden": None if case == SMOLLM2 else given.hidden, "method": given.method}
+            keep(row | {"calibrated": given.calibrated, "file_gb": n_bytes / 1e9} | told)
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Print a row, and write it in the place of the one of the same case."""
+    print(json.dumps(row), flush=True)
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    of_case = ("method", "calibrated", "hidden", "case")
+    others = [each for each in known if any(each[name] != row[name] for name in of_case)]
+    rows = sorted([*others, row], key=lambda each: [str(each[name]).rjust(8) for name in of_case])
+    RESULTS.write_text(json.dumps({"device": describe_device(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

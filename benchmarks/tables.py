@@ -780,6 +780,24 @@ def estimate() -> str:
     return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_estimate.py')}"
 
 
+def streaming() -> str:
+    """Peak memory of quantizing from files to files, by the number of layers."""
+    measured = result("streaming")
+    rows = [
+        [
+            "SmolLM2" if row["hidden"] is None else f"{row['case']} layers of width {row['hidden']:,}",
+            row["method"].upper() + (", calibrated" if row["calibrated"] else ""),
+            f"{row['file_gb']:.2f}",
+            f"{row['peak_anonymous_mib']:,.0f}",
+            f"{row['peak_anonymous_mib'] - row['imports_mib']:,.0f}",
+            f"{row['peak_resident_mib']:,.0f}",
+        ]
+        for row in measured["rows"]
+    ]
+    head = ["", "", "float files, GB", "RssAnon, MiB", "without imports", "all resident, MiB"]
+    return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_streaming.py')}"
+
+
 def embeddings() -> str:
     """What quantized embeddings cost in quality and time, and what they save."""
     measured = result("embeddings")
@@ -848,7 +866,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "embeddings.md": {"embeddings": embeddings},
     DOCS / "exports.md": {"exports": exports},
-    DOCS / "larger-than-memory.md": {"estimate": estimate},
+    DOCS / "larger-than-memory.md": {"estimate": estimate, "streaming": streaming},
     DOCS / "transforms.md": {
         "transforms": transforms,
         "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
@@ -862,6 +880,7 @@ MADE_BY = {
     "generate": "`python benchmarks/bench_generate.py --one-thread`",
     "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
     "estimate": "`python benchmarks/bench_estimate.py`",
+    "streaming": "`python benchmarks/bench_streaming.py`",
     "peers_minilm": "`python benchmarks/bench_peers.py minilm`",
     "peers_permuted": "`python benchmarks/bench_peers.py permuted`",
 }
