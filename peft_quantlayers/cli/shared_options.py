@@ -146,6 +146,13 @@ def given_fields(settings: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(settings).items() if name in names}
 
 
+def resolve_method(settings: Namespace, config: QuantConfig) -> None:
+    """Put every field of ``config`` into the settings, which are saved: a default may be another one later."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        settings[field.name] = list(value) if isinstance(value, tuple) else value
+
+
 def add_calibration(parser: ArgumentParser) -> None:
     """``--calibration.data`` and the other fields of a :class:`Calibration`."""
     hints, texts = get_type_hints(Calibration), field_help(Calibration)

@@ -1,5 +1,6 @@
 """Each verb on a tiny model, in this process; what is wrong is one line and leaves nothing behind."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,9 @@ def test_quantize_gives_the_model_of_the_python_call(float_model, tmp_path, caps
     found = AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     assert (folder / "tokenizer.json").exists()
-    # The settings that are saved beside it do the same again.
+    # The settings that are saved beside it do the same again, whatever the defaults of a later version are.
+    saved = yaml.safe_load((folder / "quantize.yaml").read_text())
+    assert {field.name for field in dataclasses.fields(pql.HQQConfig) if field.default is not None} <= saved.keys()
     again = tmp_path / "again"
     assert main(["quantize", str(folder / "quantize.yaml"), "--output", str(again)]) == 0
     first, second = (load_file(each / "model.safetensors") for each in (folder, again))

@@ -69,6 +69,7 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Quantize, save, and say what became of the model."""
     config = options.method_config(settings)
+    options.resolve_method(settings, config)
     refuse_missing_folder("model", settings.model)
     options.check_place("output", Path(settings.output))
     check_computing_device(settings.device)
