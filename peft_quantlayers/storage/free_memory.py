@@ -1,4 +1,4 @@
-"""Give memory that the process has freed back to the system."""
+"""Give memory that the process has freed back to the system, and ask how much it had at most."""
 
 import ctypes
 import sys
@@ -29,6 +29,16 @@ def return_large_blocks(n_bytes: int = 2**24) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, n_bytes)
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process had so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    in_units = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return in_units if sys.platform == "darwin" else 1024 * in_units
 
 
 @cache

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
+from ...estimate.estimates import size_text
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
 from ...model_merge import merge_back
@@ -25,7 +26,7 @@ from ...report.tensorboard import LayerFiguresCallback
 from ...report.training_parts import STATE_FILE, checkpoints
 from ...saving import save_model
 from ...scales import QuantScalesConfig
-from ...storage.free_memory import return_large_blocks
+from ...storage.free_memory import peak_resident_bytes, return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import shared_options as options
 from ..half_made import RESUME, half_made_removed
@@ -239,8 +240,26 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     # Without positions for such a length the first long row would end it, after hours perhaps.
     with long_windows_refused(trainer.model, trainer.args.max_length, option="training.max_length"):
         done = trainer.train(resume_from_checkpoint=checkpoint)
-    found = {"metrics": done.metrics, "log": trainer.state.log_history}
-    return found, f"trained {done.global_step} steps, loss {done.training_loss:.4f}"
+    rates = rates_of(trainer, is_resumed=checkpoint is not None)
+    found = {"metrics": done.metrics | rates, "log": trainer.state.log_history}
+    speed = "" if "tokens_per_second" not in rates else f", {rates['tokens_per_second']:.0f} tokens/s"
+    most = "" if "peak_memory_bytes" not in rates else f", at most {size_text(rates['peak_memory_bytes'])} of memory"
+    return found, f"trained {done.global_step} steps, loss {done.training_loss:.4f}{speed}{most}"
+
+
+def rates_of(trainer: Any, *, is_resumed: bool) -> dict[str, Any]:
+    """Tokens per second, where the trainer counts them from the start, and the most memory so far, in bytes."""
+    found: dict[str, Any] = {}
+    log = trainer.state.log_history
+    n_tokens = next((row["num_tokens"] for row in reversed(log) if "num_tokens" in row), None)
+    seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), 0.0)
+    if n_tokens and seconds and not is_resumed:
+        found["tokens_per_second"] = n_tokens / seconds
+    if torch.cuda.is_available() and not trainer.args.use_cpu:
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    elif (peak := peak_resident_bytes()) is not None:
+        found["peak_memory_bytes"] = peak
+    return found
 
 
 def prepared(settings: Namespace, name: str) -> Any:
