@@ -10,7 +10,7 @@ OF_IMPORTS = ("bitsandbytes.backends.cpu.ops",)
 
 
 def leave_out_what_others_say() -> None:
-    """From now on in this process; ``--debug`` leaves it."""
+    """From now on in this process. Not called with ``--debug``."""
     for name in OF_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
     for package in ("transformers", "peft", "trl", "torch"):

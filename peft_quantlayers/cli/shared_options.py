@@ -103,10 +103,8 @@ def check_place(option: str, path: Path) -> None:
 
 
 def refuse_output_in_use(settings: Namespace, *, way_out: str = "", option: str = "output") -> None:
-    """Raise an error before hours of work, if the folder of ``option`` holds files; as :func:`check_output`."""
+    """Raise FileExistsError before hours of work, if the folder of ``option``, which was checked, holds files."""
     folder = Path(settings[option])
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--{option} {folder} is a file. Name a folder.")
     if folder.exists() and any(folder.iterdir()) and not settings.overwrite:
         raise FileExistsError(
             f"--{option} {folder} is not empty. Choose another folder, or replace what is in it: --overwrite{way_out}."
