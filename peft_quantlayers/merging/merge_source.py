@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..layers.quantize_weight import named_errors
+from ..layers.quantized_storage import QuantizedStorage
 from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
 from .planned_merge import MergePlan, MergeResult, MergeRule
@@ -141,7 +142,7 @@ class MergeSource(ABC):
         tensors = {name: getattr(base, name, None) for name in state.tensor_names}
         return Snapshot(
             base=base,
-            weight=base.quantized_weight if isinstance(base, (QuantizedLinear, QuantizedEmbedding)) else None,
+            weight=base.quantized_weight if isinstance(base, QuantizedStorage) else None,
             tensors={name: tensor.data.clone() for name, tensor in tensors.items() if tensor is not None},
             parameters=dict(base._parameters) if state.shares_base else {},
             host_state=self.host_state(),
@@ -157,7 +158,7 @@ class MergeSource(ABC):
         dtypes = {name: base.get_parameter(name).dtype for name in snapshot.tensors}
         base._parameters.update(snapshot.parameters)
         if snapshot.weight is not None:
-            cast(QuantizedLinear, base).quantized_weight = snapshot.weight.to(device)
+            cast(QuantizedStorage, base).quantized_weight = snapshot.weight.to(device)
         for name, tensor in snapshot.tensors.items():
             base.get_parameter(name).data = tensor.to(device, dtypes[name])
         self.put_base(base)

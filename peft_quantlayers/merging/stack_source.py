@@ -20,7 +20,7 @@ from .layer_report import LayerMergeReport, layer_report
 from .merge_rules import RULES
 from .merge_source import MergeSource
 from .planned_merge import MergePlan, MergeResult, MergeRule
-from .state import MergeState, Snapshot
+from .state import MergeState
 
 # The result for one expert, and the report on it, from its plan.
 ExpertRule = Callable[[int, MergePlan], tuple[MergeResult, LayerMergeReport]]
@@ -125,28 +125,6 @@ class StackSource(MergeSource):
         self.put_base(base)
         self.merging.unmerged, self.merging.report = unmerged, None
         self.merged_adapters[:] = names
-
-    def snapshot(self) -> Snapshot:
-        base, state = self.current_base(), self.merging
-        return Snapshot(
-            base=base,
-            weight=base.quantized_weight if isinstance(base, QuantizedStack) else None,
-            tensors={},
-            parameters={},
-            host_state=None,
-            merged_adapters=tuple(self.merged_adapters),
-            report=state.report,
-            unmerged=state.unmerged,
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        device = next(self.current_base().parameters()).device
-        base = snapshot.base.to(device)
-        if isinstance(base, QuantizedStack) and snapshot.weight is not None:
-            base.quantized_weight = snapshot.weight.to(device)
-        self.put_base(base)
-        self.merging.unmerged, self.merging.report = snapshot.unmerged, snapshot.report
-        self.merged_adapters[:] = snapshot.merged_adapters
 
 
 def _with_report(plan: MergePlan, result: MergeResult) -> tuple[MergeResult, LayerMergeReport]:
