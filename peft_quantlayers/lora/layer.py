@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from peft import LoraConfig
@@ -24,7 +24,7 @@ from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
-from ..merging.merge_rules import RULES
+from ..merging.strategies import Kind
 from ..old_names import OldName
 from .merge_aware_config import check_fingerprint, fingerprint, fingerprints_of
 from .merge_plan import lora_factors, lora_plan
@@ -67,9 +67,10 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     merge_with = OldName("merge_by")
     report_again = OldName("refresh_report")
 
-    merge_rules = RULES
+    kind: ClassVar[Kind] = "lora"
     can_be_calibrated = True
     knows_unmerged_weight = True
+    can_change_bits = True
 
     def __init__(
         self,
@@ -249,7 +250,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
             return super().merge(True, new)
         if self.merging.unmerged is None and not isinstance(self.get_base_layer(), QuantizedLinear):
             return super().merge(safe_merge, new)  # dequantized under its adapters
-        self.merge_by(RULES[self.merge_strategy], [*self.merged_adapters, *new])
+        self.merge_by(self.rule_of(self.merge_strategy), [*self.merged_adapters, *new])
 
     def unmerge(self) -> None:
         """Put back the quantized weight and the bias from before the first merge, bit for bit.
@@ -271,7 +272,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
                 )
             super().unmerge()
 
-    def plan(self, names: Sequence[str]) -> MergePlan:
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`; adapters are summed in the order in which they were added."""
         # Sums of floats depend on the order, and so would the codes.
         ordered = [name for name in self.lora_A if name in names]

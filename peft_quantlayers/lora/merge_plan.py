@@ -17,7 +17,7 @@ from ..formats import QuantizedWeight
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..merging import AdapterTraits, MergePlan
-from ..merging.merge_rules import fitting_strategies
+from ..merging.strategies import LoraFacts, fitting_strategies
 from ..methods import get_method
 from .dense_stand_in import dense_stand_in_under
 from .merge_aware_config import fingerprint
@@ -58,10 +58,12 @@ def lora_plan(
             names=tuple(names),
             dtype=next(iter(layer.lora_A.parameters())).dtype,
             strategies=fitting_strategies(
-                weight.spec,
-                is_plain=is_plain,
-                has_bias=any(layer.lora_bias[name] for name in names),
-                is_qalora=delta_of_groups is not None,
+                LoraFacts(
+                    spec=weight.spec,
+                    is_plain=is_plain,
+                    has_bias=any(layer.lora_bias[name] for name in names),
+                    is_qalora=delta_of_groups is not None,
+                )
             ),
             is_merge_aware=_is_rounded_against(weight, [merge_aware.get(name) for name in names]),
             trained_merge_aware=tuple(name for name in names if name in merge_aware),

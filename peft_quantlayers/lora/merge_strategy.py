@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..arguments import check_choice, check_model
-from ..merging.merge_rules import RULES
+from ..merging.strategies import rules_for
 from .layer import LoraQuantizedLinear
 from .stack_layer import LoraQuantizedStack
 
@@ -24,7 +24,7 @@ def set_merge_strategy(model: nn.Module, strategy: str) -> None:
     check_choice(
         "strategy",
         strategy,
-        tuple(RULES),
+        tuple(rules_for("lora")),
         remedy="Calibrated merges need data: peft_quantlayers.merge_back(model, strategy='calibrated', "
         "calibration=..., unload=False), and merge_and_unload() after it.",
     )

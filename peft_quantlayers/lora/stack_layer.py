@@ -24,8 +24,9 @@ from quantlayers_kernels.frozen_linear import Branch
 
 from ..layers.expert_branches import ExpertBranches, branches_on
 from ..layers.stack import QuantizedStack
-from ..merging.merge_rules import RULES
+from ..merging import MergePlan
 from ..merging.stack_source import StackSource
+from ..merging.strategies import rules_for
 from .stack_plan import expert_plan
 
 
@@ -138,7 +139,7 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if new:
-            self.merge_by(RULES[self.merge_strategy], [*self.merged_adapters, *new])
+            self.merge_by(rules_for("lora")[self.merge_strategy], [*self.merged_adapters, *new])
 
     def unmerge(self) -> None:
         """Put back the stack from before the first merge, bit for bit."""
@@ -147,11 +148,11 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
     def experts_module(self) -> nn.Module:
         return self.get_base_layer()
 
-    def plan_of(self, expert: int, names: Sequence[str]) -> Any:
-        """As :meth:`StackSource.plan_of`; adapters are summed in the order in which they were added."""
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
+        """As :meth:`MergeSource.plan`, of one expert; adapters are summed in the order in which they were added."""
         ordered = [name for name in self.lora_A if name in names]
         with torch.no_grad():
-            return expert_plan(self, expert, ordered)
+            return expert_plan(self, part, ordered)
 
 
 class _Branches:

@@ -12,7 +12,7 @@ from ..formats import QuantizedWeight
 from ..layers.low_rank_branch import LowRankBranch
 from ..layers.stack import QuantizedStack
 from ..merging import AdapterTraits, MergePlan
-from ..merging.merge_rules import fitting_strategies
+from ..merging.strategies import LoraFacts, fitting_strategies
 from ..methods import get_method
 
 
@@ -44,15 +44,12 @@ def expert_plan(layer: Any, expert: int, names: Sequence[str]) -> MergePlan:
         adapters=AdapterTraits(
             names=tuple(names),
             dtype=cast(nn.Linear, layer.lora_A[names[0]]).weight.dtype,
-            strategies=tuple(
-                name
-                for name in fitting_strategies(weight.spec, is_plain=True, has_bias=False, is_qalora=False)
-                if name != "aware"
-            ),
+            strategies=fitting_strategies(LoraFacts(kind="expert", spec=weight.spec)),
         ),
         weight=weight,
         before=before,
         target=target,
+        part=expert,
         left=left,
         right=right,
         compute_dtype=stack.compute_dtype,

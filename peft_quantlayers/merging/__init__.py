@@ -4,11 +4,12 @@ from .layer_report import LayerMergeReport
 from .merge_report import MergeReport
 from .merge_source import MergeSource
 from .planned_merge import AdapterTraits, MergePlan, MergeResult, MergeRule
-from .state import MergeState, Snapshot
+from .state import LayerWrite, MergeState, Snapshot
 
 __all__ = [
     "AdapterTraits",
     "LayerMergeReport",
+    "LayerWrite",
     "MergePlan",
     "MergeReport",
     "MergeResult",

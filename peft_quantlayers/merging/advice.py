@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from ..evaluate import Capture
 from .layer_report import LayerMergeReport
+from .strategies import STRATEGIES
 
 # If less than this fraction of the adapter's effect, or of its delta, is retained, another strategy is recommended.
 LOW_CAPTURE = 0.9
-# Strategies that round no code, or only as the adapters were trained.
-WITHOUT_NOISE = ("aware", "exact", "keep", "dense")
 
 
 def recommendation(
@@ -79,7 +78,7 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
         is_captured: whether predictions were compared.
         noise: of rounding, over the norm of the delta.
     """
-    rounded = any(layer.strategy not in WITHOUT_NOISE for layer in layers)
+    rounded = any(STRATEGIES[layer.strategy].rounds for layer in layers)
     if is_captured or not rounded or noise**2 < 1 - LOW_CAPTURE:
         return None
     return (
@@ -93,14 +92,11 @@ def _other_ways(layers: Sequence[LayerMergeReport]) -> dict[str, str]:
     if any(layer.is_merge_aware for layer in layers):
         return {"aware": 'strategy="aware", which these adapters were trained for'}
     possible = set.intersection(*(set(layer.strategies) for layer in layers)) if layers else set()
-    ways = {
-        "exact": 'strategy="exact", which rounds no code',
-        "calibrated": 'strategy="calibrated" with some text',
-        "aware": 'train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
-        "append": 'strategy="append", which costs one more bit per weight',
-        "keep": 'strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
+    found = {
+        name: strategy.advice
+        for name, strategy in STRATEGIES.items()
+        if name in possible and strategy.advice is not None
     }
-    found = {name: way for name, way in ways.items() if name in possible}
     if "aware" in found and all(layer.can_be_qalora for layer in layers):
         found["qalora"] = "train with QA-LoRA, which merges exactly"
     if "keep" not in found:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..formats import QuantizedWeight
-from ..methods import get_method
 from ..old_names import OldName
 from .coefficients import output_error, retained_fraction
 from .planned_merge import MergePlan, MergeResult
@@ -68,9 +66,9 @@ class LayerMergeReport:
 
 
 def layer_report(plan: MergePlan, result: MergeResult) -> LayerMergeReport:
-    """The report on the merge ``plan`` with its ``result``."""
+    """The report on the merge ``plan`` with its ``result``; of the outputs too if this has a ``hessian``."""
     merged = result.merged(plan)
-    return LayerMergeReport(
+    report = LayerMergeReport(
         name=plan.layer_name,
         adapters=plan.adapters.names,
         method=plan.weight.spec.method,
@@ -86,16 +84,13 @@ def layer_report(plan: MergePlan, result: MergeResult) -> LayerMergeReport:
         is_merge_aware=plan.adapters.is_merge_aware,
         can_be_qalora=plan.adapters.can_be_qalora,
     )
+    return report if result.hessian is None else _with_outputs(report, plan, merged, result.hessian)
 
 
-def with_outputs(
-    report: LayerMergeReport, plan: MergePlan, merged: QuantizedWeight, hessian: Tensor
-) -> LayerMergeReport:
-    """``report`` with the output fields of ``merged``, for inputs with the second moment ``hessian``."""
-    after = get_method(merged.spec.method).dequantize(merged)
-    retained = retained_fraction(plan.before, plan.target, after, hessian)
+def _with_outputs(report: LayerMergeReport, plan: MergePlan, merged: Tensor, hessian: Tensor) -> LayerMergeReport:
+    retained = retained_fraction(plan.before, plan.target, merged, hessian)
     delta = plan.target - plan.before
-    rest = after - plan.before - retained * delta
+    rest = merged - plan.before - retained * delta
     energies = [output_error(part, hessian) for part in (delta, rest)]
     noise = math.sqrt(max(0.0, energies[1]) / energies[0]) if energies[0] > 0 else 0.0
     return replace(report, output_retained=retained, output_noise=noise)

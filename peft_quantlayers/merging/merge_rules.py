@@ -10,7 +10,6 @@ import torch
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch
-from ..methods import get_method
 from .coefficients import retained_fraction
 from .planned_merge import MergePlan, MergeResult, MergeRule
 
@@ -24,25 +23,6 @@ MIN_RETAINED_FROM_SCRATCH = 0.95
 # codes would lose it. The fraction counts bytes of packed codes.
 MAX_FEW_BITS = 5.0
 MIN_MOVED = 0.25
-
-
-def fitting_strategies(spec: QuantSpec, *, is_plain: bool, has_bias: bool, is_qalora: bool) -> tuple[str, ...]:
-    """Strategies that fit LoRA adapters on a layer, besides "requantize" and "dense".
-
-    Args:
-        spec: of the layer's weight.
-        is_plain: the delta is the product of two factors.
-        has_bias: an adapter changes the bias (``lora_bias``), which merge-aware training does not support.
-        is_qalora: the delta is constant in each group.
-    """
-    fitting = {
-        "exact": is_qalora,
-        "aware": is_plain and not has_bias,
-        "keep": is_plain,
-        "calibrated": get_method(spec.method).can_use_hessian(spec),
-        "append": _can_be_extended(spec),
-    }
-    return tuple(name for name, fits in fitting.items() if fits)
 
 
 def automatic(plan: MergePlan) -> MergeResult:
@@ -130,6 +110,11 @@ def requantize_as(plan: MergePlan, spec: QuantSpec) -> MergeResult:
     return MergeResult(strategy="requantize", weight=merged)
 
 
+def rule_into(spec: QuantSpec | None) -> MergeRule:
+    """:func:`requantize_as` ``spec``; without one :func:`requantize`."""
+    return requantize if spec is None else lambda plan: requantize_as(plan, spec)
+
+
 def requantize_rows(plan: MergePlan) -> MergeResult:
     """:func:`requantize` of the rows that the delta changes, in a weight that has rows of their own."""
     changed = plan.delta.any(1).nonzero().flatten()
@@ -189,39 +174,6 @@ def keep(plan: MergePlan) -> MergeResult:
         left, right = torch.cat([plan.branch.B.float(), left], dim=1), torch.cat([plan.branch.A.float(), right])
     branch = LowRankBranch(right.to(dtype), left.to(dtype))
     return MergeResult(strategy="keep", weight=plan.weight, branch=branch)
-
-
-# The rules of the strategies that need no data, by name.
-RULES: dict[str, MergeRule] = {
-    "auto": automatic,
-    "exact": exact,
-    "aware": merge_aware,
-    "requantize": requantize,
-    "append": append,
-    "dense": dense,
-    "keep": keep,
-}
-# For adapters of which only the merged weight is known.
-RULES_FOR_ANY_DELTA: dict[str, MergeRule] = {name: RULES[name] for name in ("requantize", "dense")} | {
-    "auto": requantize
-}
-# For embedding tables, of which adapters often change a few rows.
-RULES_FOR_TABLES: dict[str, MergeRule] = {"auto": requantize_rows, "requantize": requantize_rows, "dense": dense}
-# For adapters whose merged weight is known without rounding (tuned scales).
-RULES_FOR_EXACT_WEIGHTS: dict[str, MergeRule] = {
-    "auto": exact,
-    "requantize": exact,
-    "exact": exact,
-    "dense": dense,
-}
-
-
-def _can_be_extended(spec: QuantSpec) -> bool:
-    try:
-        spec.extended()
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _is_far_below_a_step(plan: MergePlan, merged: QuantizedWeight) -> bool:

@@ -7,7 +7,7 @@ plan, and in the state that their layer keeps besides the base.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,7 +20,8 @@ from ..layers.quantized_storage import QuantizedStorage
 from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
 from .planned_merge import MergePlan, MergeResult, MergeRule
-from .state import MergeState, Snapshot
+from .state import LayerWrite, MergeState, Snapshot
+from .strategies import STRATEGIES, Kind, rules_for
 
 
 class MergeSource(ABC):
@@ -29,31 +30,36 @@ class MergeSource(ABC):
     Attributes:
         merging: what is merged.
         merged_adapters: names; the list is changed in place.
-        merge_rules: by strategy, the rules that its adapters can be merged by. "calibrated" needs data and is not one.
+        kind: of its adapters, by which the rules of the strategies are found.
         can_be_calibrated: whether data may choose the codes of the merged weight.
         knows_unmerged_weight: whether the weight from before is known as well where a merge was called on the layer
             itself, which is then undone bit for bit.
         measures_outputs: whether the module's own result is that of the one layer, so that both can be compared.
+        can_change_bits: whether a merge may store the weight in another number of bits.
+        is_merged_by_owner: whether PEFT's own class is the adapters' layer, and merges them where it is called: such a
+            merge is left as it is, and cannot be undone bit for bit.
     """
 
     merging: MergeState
-    merge_rules: ClassVar[Mapping[str, MergeRule]]
+    kind: ClassVar[Kind]
     can_be_calibrated: ClassVar[bool] = False
     knows_unmerged_weight: ClassVar[bool] = False
     measures_outputs: ClassVar[bool] = True
+    can_change_bits: ClassVar[bool] = False
+    is_merged_by_owner: ClassVar[bool] = False
     if TYPE_CHECKING:
         merged_adapters: list[str]
 
     @classmethod
     def possible_strategies(cls) -> tuple[str, ...]:
         """Names of the strategies that adapters of this kind can be merged by, on some layers at least."""
-        return (*cls.merge_rules, *(("calibrated",) if cls.can_be_calibrated else ()))
+        return (*rules_for(cls.kind), *(("calibrated",) if cls.can_be_calibrated else ()))
 
     # ---- what a kind of adapter says
 
     @abstractmethod
-    def plan(self, names: Sequence[str]) -> MergePlan:
-        """The merge of the adapters ``names``, in place of what is merged now. Changes nothing.
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
+        """The merge of the adapters ``names`` into one part, in place of what is merged now. Changes nothing.
 
         Raises:
             ValueError: the merged weight is not finite.
@@ -66,6 +72,15 @@ class MergeSource(ABC):
     @abstractmethod
     def put_base(self, base: nn.Module) -> None:
         """Make ``base`` the layer under the adapters."""
+
+    @property
+    def n_parts(self) -> int:
+        """Number of weights that are merged one after another: 1, or the experts of a stack."""
+        return 1
+
+    def called_module(self) -> nn.Module:
+        """The module whose forward pass reads the inputs of the layer under the adapters."""
+        return cast(nn.Module, self)
 
     def host_state(self) -> Any:
         """What merging changes in the adapters' layer, besides the base and the list of merged adapters."""
@@ -81,50 +96,59 @@ class MergeSource(ABC):
 
     # ---- merging
 
+    def rule_of(self, strategy: str) -> MergeRule:
+        """The rule by which ``strategy`` merges adapters of this kind without data."""
+        return STRATEGIES[strategy].rules[self.kind]
+
     def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
-        """Merge exactly these adapters by ``rule``, in place of what was merged before.
+        """Merge exactly these adapters, each part by ``rule``, in place of what was merged before.
 
         Raises:
-            ValueError, NotImplementedError: what the plan or the rule refuses, with the layer's name; the layer is
-                left as it was.
+            ValueError, NotImplementedError: what a plan or the rule refuses, with the layer's name; the layer is left
+                as it was.
         """
         with torch.no_grad(), named_errors(self.quantized_base().layer_name):
-            plan = self.plan(names)
-            result = rule(plan)
-        self.apply_merge(plan, result)
+            write = self.joined(self._merges(rule, names))
+        self.write_merge(write)
 
-    def apply_merge(self, plan: MergePlan, result: MergeResult) -> None:
-        """Write ``result`` into the layer, and report on it."""
-        with torch.no_grad():
-            report = layer_report(plan, result)
-            self.write_merge(plan.adapters.names, result, plan.tensors, host_state=plan.host_state)
-        self.merging.report = report
+    def _merges(self, rule: MergeRule, names: Sequence[str]) -> Iterator[tuple[MergePlan, MergeResult]]:
+        for part in range(self.n_parts):
+            plan = self.plan(names, part)
+            yield plan, rule(plan)
 
-    def write_merge(
-        self,
-        adapters: Sequence[str],
-        result: MergeResult | None,
-        tensors: Mapping[str, Tensor],
-        *,
-        host_state: Any = None,
-    ) -> None:
-        """Write a merged weight (None to leave the weight alone) and other parameters, without a report."""
-        state, unmerged = self.merging, self.unmerged_snapshot()
-        base = unmerged.base.to(next(self.current_base().parameters()).device)
-        if result is not None and result.is_new_layer:
-            self.put_base(_new_layer(cast(QuantizedLinear, base), result, tensors.get("bias")))
-        else:
+    def joined(self, merges: Iterable[tuple[MergePlan, MergeResult]]) -> LayerWrite:
+        """What the merges of all parts make of the layer. Changes nothing.
+
+        ``merges`` is read once, and plans are not kept: their weights are dense.
+        """
+        ((plan, result),) = merges
+        is_new = result.is_new_layer
+        return LayerWrite(
+            adapters=plan.adapters.names,
+            weight=None if is_new else result.weight,
+            new_base=_new_layer(self._unmerged_base_here(), result, plan.tensors.get("bias")) if is_new else None,
+            tensors=plan.tensors,
+            host_state=plan.host_state,
+            report=layer_report(plan, result),
+        )
+
+    @torch.no_grad()
+    def write_merge(self, write: LayerWrite) -> None:
+        """Write a merge into the layer."""
+        state, unmerged, base = self.merging, self.unmerged_snapshot(), write.new_base
+        if base is None:
+            base = self._unmerged_base_here()
             if state.shares_base:
                 cast(QuantizedLinear, base).unshare_parameters()
-            if result is not None and result.weight is not None:
-                cast(QuantizedLinear, base).quantized_weight = result.weight
-            for name, tensor in tensors.items():
+            if write.weight is not None:
+                cast(QuantizedStorage, base).quantized_weight = write.weight
+            for name, tensor in write.tensors.items():
                 parameter = base.get_parameter(name)
                 parameter.data = tensor.to(parameter.dtype)
-            self.put_base(base)
-        state.unmerged, state.report = unmerged, None
-        state.host_state, state.n_writes = host_state, getattr(base, "n_writes", -1)
-        self.merged_adapters[:] = adapters
+        self.put_base(base)
+        state.unmerged, state.report, state.host_state = unmerged, write.report, write.host_state
+        state.n_writes = getattr(base, "n_writes", -1)
+        self.merged_adapters[:] = write.adapters
 
     def undo_merge(self) -> None:
         """Restore the layer from before the first merge, bit for bit. Does nothing if nothing is merged."""
@@ -178,6 +202,10 @@ class MergeSource(ABC):
         """The layer without any merge."""
         return self.merging.unmerged or self.snapshot()
 
+    def _unmerged_base_here(self) -> nn.Module:
+        """The layer under the adapters without any merge, on the device where the layer is now."""
+        return self.unmerged_snapshot().base.to(next(self.current_base().parameters()).device)
+
     def unmerged_weight(self) -> QuantizedWeight:
         """The quantized weight without any merge."""
         return cast(QuantizedWeight, self.unmerged_snapshot().weight)
@@ -186,27 +214,26 @@ class MergeSource(ABC):
     def is_written_by_others(self) -> bool:
         """Whether the merged weight is no longer the one that the last merge wrote."""
         base, unmerged = self.current_base(), self.merging.unmerged
-        is_quantized = isinstance(base, (QuantizedLinear, QuantizedEmbedding))
-        is_ours = unmerged is not None and base is unmerged.base and is_quantized
-        return is_ours and cast(QuantizedLinear, base).n_writes != self.merging.n_writes
+        is_ours = unmerged is not None and base is unmerged.base
+        return is_ours and isinstance(base, QuantizedStorage) and base.n_writes != self.merging.n_writes
 
     @property
     def merge_report(self) -> LayerMergeReport | None:
         """The report on the last merge of this layer; None while nothing is merged."""
         return self.merging.report
 
-    def refresh_report(self) -> MergePlan:
-        """Update the report after the merged weight was tuned, and return the plan of the merge."""
+    def refresh_report(self, hessian: Tensor | None = None) -> None:
+        """Update the report after the merged weight was tuned; ``hessian`` as in :class:`MergeResult`."""
         strategy = "calibrated" if self.merging.report is None else self.merging.report.strategy
+        weight = self.quantized_base().quantized_weight
         with torch.no_grad():
             plan = self.plan(list(self.merged_adapters))
-            result = MergeResult(strategy=strategy, weight=self.quantized_base().quantized_weight)
-            self.merging.report = layer_report(plan, result)
-        return plan
+            self.merging.report = layer_report(plan, MergeResult(strategy=strategy, weight=weight, hessian=hessian))
 
 
-def _new_layer(base: QuantizedLinear, result: MergeResult, bias: Tensor | None) -> nn.Module:
-    """The layer that replaces ``base``; its bias is a copy."""
+def _new_layer(unmerged: nn.Module, result: MergeResult, bias: Tensor | None) -> nn.Module:
+    """The layer that replaces the one that is ``unmerged``; its bias is a copy."""
+    base = cast(QuantizedLinear, unmerged)
     if isinstance(base, QuantizedEmbedding):  # in the place of a linear layer, of which most targets are
         return base.dense_table(weight=cast(Tensor, result.dense))
     if bias is None and base.bias is not None:

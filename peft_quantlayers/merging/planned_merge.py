@@ -22,7 +22,7 @@ class AdapterTraits:
         names: of the adapters.
         dtype: of their parameters.
         strategies: the strategies that fit them, besides those that fit any; see
-            :func:`.merge_rules.fitting_strategies`.
+            :func:`.strategies.fitting_strategies`.
         is_merge_aware: all were trained through the rounding of this very weight.
         trained_merge_aware: those that were trained through a rounding, of this weight or another.
         can_be_qalora: QA-LoRA adapters, which merge exactly, can be trained on this weight.
@@ -49,6 +49,7 @@ class MergePlan:
 
     Fields:
         layer_name: of the layer, for messages.
+        part: which weight of the layer it is: 0, or the index of an expert in a stack.
         adapters: where the delta comes from.
         weight: the quantized weight without any adapter.
         before, target: that weight and the one with the delta, (out_features, in_features), float32.
@@ -68,6 +69,7 @@ class MergePlan:
     weight: QuantizedWeight
     before: Tensor
     target: Tensor
+    part: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     left: Tensor | None = None
     right: Tensor | None = None
@@ -103,12 +105,15 @@ class MergeResult:
         weight: its quantized weight; None for a dense layer.
         dense: the weight of a dense layer, (out_features, in_features), in its dtype, the layer's branch included.
         branch: the low-rank branch of a new layer with ``weight``; None to leave the layer's own.
+        hessian: second moment of the layer's inputs, (in_features, in_features), by which the weight was chosen; None
+            without data. The report says what the outputs retain under it.
     """
 
     strategy: str
     weight: QuantizedWeight | None = None
     dense: Tensor | None = None
     branch: LowRankBranch | None = None
+    hessian: Tensor | None = None
 
     @property
     def is_new_layer(self) -> bool:

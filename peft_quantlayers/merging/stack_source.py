@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
-from ..layers.quantize_weight import named_errors
 from ..layers.replace_stack import put_dense
 from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from .layer_report import LayerMergeReport, layer_report
-from .merge_rules import RULES
 from .merge_source import MergeSource
-from .planned_merge import MergePlan, MergeResult, MergeRule
-from .state import MergeState
-
-# The result for one expert, and the report on it, from its plan.
-ExpertRule = Callable[[int, MergePlan], tuple[MergeResult, LayerMergeReport]]
+from .planned_merge import MergePlan, MergeResult
+from .state import LayerWrite, MergeState
 
 
 class DenseExperts(nn.Module):
@@ -41,8 +36,7 @@ class StackSource(MergeSource):
         parameter_name: of the stack in :meth:`experts_module`.
     """
 
-    # QA-LoRA and merge-aware adapters are on linear layers only.
-    merge_rules = {name: rule for name, rule in RULES.items() if name not in ("exact", "aware")}
+    kind = "expert"
     can_be_calibrated = True
     knows_unmerged_weight = True
     measures_outputs = False
@@ -56,13 +50,13 @@ class StackSource(MergeSource):
     def experts_module(self) -> nn.Module:
         """The architecture's experts module, which holds the stack."""
 
-    @abstractmethod
-    def plan_of(self, expert: int, names: Sequence[str]) -> MergePlan:
-        """The merge of the adapters ``names`` into one expert, in place of what is merged now. Changes nothing."""
+    @property
+    def n_parts(self) -> int:
+        return self.unmerged_stack().n_experts
 
-    def plan(self, names: Sequence[str]) -> NoReturn:
-        """Not for a stack, whose dense weights are not in memory together: see :meth:`plan_of`."""
-        raise NotImplementedError("a stack of experts is merged expert by expert.")
+    def called_module(self) -> nn.Module:
+        """The stack itself, which its experts module calls."""
+        return self.current_base()
 
     # ---- the base
 
@@ -86,49 +80,21 @@ class StackSource(MergeSource):
     def is_mergeable(self) -> bool:
         return isinstance(self.quantized_base(), QuantizedStack)
 
-    @property
-    def is_written_by_others(self) -> bool:
-        return False
-
     # ---- merging
 
-    def merge_by(self, rule: MergeRule, names: Sequence[str]) -> None:
-        self.merge_experts(lambda expert, plan: _with_report(plan, rule(plan)), names)
-
-    def merge_experts(self, rule: ExpertRule, names: Sequence[str]) -> None:
-        """Merge exactly these adapters, each expert by ``rule``, in place of what was merged before.
-
-        Raises:
-            ValueError, NotImplementedError: what a plan or the rule refuses, with the stack's name; the stack is left
-                as it was.
-        """
-        stack, reports = self.unmerged_stack(), []
+    def joined(self, merges: Iterable[tuple[MergePlan, MergeResult]]) -> LayerWrite:
+        stack, reports = self.unmerged_stack(), list[LayerMergeReport]()
 
         def results() -> Iterator[MergeResult]:
-            for expert in range(stack.n_experts):
-                plan = self.plan_of(expert, names)
-                result, report = rule(expert, plan)
-                reports.append(report)
+            for plan, result in merges:
+                reports.append(layer_report(plan, result))
                 yield result
 
-        with torch.no_grad(), named_errors(stack.layer_name):
-            base = _merged_base(stack, results())
-        self._put_merged(base, names)
-        self.merging.report = _total(stack.layer_name, reports, self.current_base())
-
-    def _put_merged(self, base: nn.Module | QuantizedWeight, names: Sequence[str]) -> None:
-        unmerged = self.unmerged_snapshot()
-        if isinstance(base, QuantizedWeight):
-            stack = cast(QuantizedStack, unmerged.base)
-            stack.quantized_weight = base.to(stack.device)
-            base = stack
-        self.put_base(base)
-        self.merging.unmerged, self.merging.report = unmerged, None
-        self.merged_adapters[:] = names
-
-
-def _with_report(plan: MergePlan, result: MergeResult) -> tuple[MergeResult, LayerMergeReport]:
-    return result, layer_report(plan, result)
+        merged = _merged_base(stack, results())
+        report = _total(stack.layer_name, reports, merged)
+        if isinstance(merged, QuantizedWeight):
+            return LayerWrite(adapters=report.adapters, weight=merged.to(stack.device), report=report)
+        return LayerWrite(adapters=report.adapters, new_base=merged, report=report)
 
 
 def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Module | QuantizedWeight:
@@ -168,7 +134,7 @@ def _chained(first: MergeResult, rest: Iterator[MergeResult]) -> Iterator[MergeR
     yield from rest
 
 
-def _total(name: str, reports: Sequence[LayerMergeReport], base: nn.Module) -> LayerMergeReport:
+def _total(name: str, reports: Sequence[LayerMergeReport], merged: nn.Module | QuantizedWeight) -> LayerMergeReport:
     """One report on all experts of a stack."""
     energy = sum(report.delta_norm**2 for report in reports)
     strategies = [report.strategy for report in reports]
@@ -182,7 +148,10 @@ def _total(name: str, reports: Sequence[LayerMergeReport], base: nn.Module) -> L
         return sum(getattr(report, field) * report.delta_norm**2 for report in reports) / energy
 
     are_measured = all(report.output_retained is not None for report in reports)
-    bits = base.bits_per_weight if isinstance(base, QuantizedStack) else 8.0 * next(base.parameters()).dtype.itemsize
+    if isinstance(merged, (QuantizedStack, QuantizedWeight)):
+        bits = merged.bits_per_weight
+    else:
+        bits = 8.0 * next(merged.parameters()).dtype.itemsize
     return replace(
         reports[0],
         name=name,

@@ -1,8 +1,9 @@
-"""What is merged into one layer, as values: a snapshot of the layer, and the state of its last merge."""
+"""What is merged into one layer, as values: a snapshot of the layer, what a merge writes, and the last merge."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,27 @@ class Snapshot:
     merged_adapters: tuple[str, ...]
     report: LayerMergeReport | None
     unmerged: Snapshot | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWrite:
+    """What a merge writes into a layer, in place of what was merged before.
+
+    Fields:
+        adapters: names of the adapters that are merged then.
+        weight: for the quantized base; None to leave its weight alone.
+        new_base: the layer that replaces the base; None to leave the base in its place.
+        tensors: other parameters of the base (``bias``), with their new values.
+        host_state: what the adapters' layer keeps for itself.
+        report: on the merge; None where nothing was measured.
+    """
+
+    adapters: Sequence[str]
+    weight: QuantizedWeight | None = None
+    new_base: nn.Module | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    host_state: Any = None
+    report: LayerMergeReport | None = None
 
 
 @dataclass(kw_only=True)

@@ -6,42 +6,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from peft import PeftModel
 from torch import Tensor
 
 from ..evaluate import Capture
 from ..evaluate.capture import compare_predictions
 from ..merging import Snapshot
-from .active_adapters import only_active
 from .held_out_calls import HeldOutBatch
 from .output_retention import OutputRetention, watched
+from .prepared_merge import PreparedMerge
 from .targets import MergeTarget
 
 
-def measured_effect(
-    peft_model: PeftModel,
-    targets: Sequence[MergeTarget],
-    names: list[str],
-    batches: Sequence[HeldOutBatch],
-    *,
-    progress: bool = False,
-) -> Capture:
+def measured_effect(merge: PreparedMerge) -> Capture | None:
     """Compare the predictions of base, adapter and merged model by switching the layers between these states.
 
-    The layers' outputs are compared in the same passes, and written into their reports. The model ends merged, as it
-    was.
-
-    Args:
-        peft_model: merged.
-        targets: its merged layers.
-        names: of the adapters.
-        batches: held-out data.
-        progress: show a progress bar.
+    The layers' outputs are compared in the same passes, and written into their reports. The model, which is merged,
+    ends as it was. None, and nothing is done, without held-out data.
     """
+    if merge.held_out is None:
+        return None
+    peft_model, targets, base_model = merge.peft_model, merge.targets, merge.base_model
     merged = [target.source.snapshot() for target in targets]
     unmerged = [snapshot.unmerged or snapshot for snapshot in merged]
     retentions = [OutputRetention() for _ in targets]
-    base_model = peft_model.get_base_model()
 
     def of_merged(batch: HeldOutBatch) -> Tensor:
         return batch.logits(base_model)
@@ -57,9 +44,9 @@ def measured_effect(
     was_training = peft_model.training
     peft_model.eval()
     try:
-        with only_active(peft_model, targets, names):
-            scored = [(batch, batch.targets) for batch in batches]
-            captured = compare_predictions(of_adapter, of_base, of_merged, scored, progress=progress)
+        with merge.only_its_adapters():
+            scored = [(batch, batch.targets) for batch in merge.held_out]
+            captured = compare_predictions(of_adapter, of_base, of_merged, scored, progress=merge.progress)
     finally:
         peft_model.train(was_training)
     for target, retention in zip(targets, retentions, strict=True):

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from peft import PeftModel
 
 from ..arguments import check_choice, check_flag, check_tokenizer
 from ..bit_allocation import BitPlan
-from ..bit_allocation.budget import given_plan, measured, wanted_budget
+from ..bit_allocation.budget import given_plan, wanted_budget
 from ..calibration import Calibration
 from ..formats import QuantSpec
 from ..layers import QuantizedLinear
 from ..merging import MergeSource
-from ..merging.merge_rules import exact
+from ..merging.strategies import STRATEGIES
 from .merge_costs import fitted, planned
 from .refused_merges import checked_names, refuse_broken_adapters, refuse_other_models, refuse_weights_elsewhere
-from .targets import MergeTarget, TableSource, merge_targets
+from .targets import MergeTarget, merge_targets
 
 # Those that can write a weight of other bits.
-STRATEGIES_WITH_BUDGET = ("auto", "requantize", "calibrated")
+STRATEGIES_WITH_BUDGET = tuple(name for name, strategy in STRATEGIES.items() if strategy.form is None)
 
 
 def plan_merge_bits(
@@ -102,24 +102,13 @@ def merge_plan_of(
     )
 
 
-@contextmanager
-def measured_plan(peft_model: PeftModel, plan: BitPlan | None, calibration: Calibration | None) -> Iterator[None]:
-    """Set ``plan.measured_kl`` from the model, whose adapters are active, before and after the merge inside."""
-    with nullcontext() if plan is None else measured(peft_model.get_base_model(), plan, calibration):
-        yield
-
-
 def refuse_budget(peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str], strategy: str) -> None:
     """Raise ValueError where a merge has no bits to plan: it keeps the codes' number, or the weight's form."""
     if strategy not in STRATEGIES_WITH_BUDGET:
         raise ValueError(
             f"budget= chooses other bits for merged layers, and strategy={strategy!r} "
-            f'{_FORMS[strategy]}. Use "calibrated" or "requantize", or leave budget out. The model is left as it was.'
-        )
-    if not planned_sources(peft_model, targets):
-        raise ValueError(
-            f"budget= is for adapters on quantized linear layers, and {names} lie on none. The model is left as it "
-            "was."
+            f'{STRATEGIES[strategy].form}. Use "calibrated" or "requantize", or leave budget out. The model is left '
+            "as it was."
         )
     for target in targets:
         source = target.source
@@ -128,7 +117,7 @@ def refuse_budget(peft_model: PeftModel, targets: Sequence[MergeTarget], names: 
                 f"{target.name}: {list(target.module.merged_adapters)} are merged already, and bits are planned by "
                 "what the unmerged model predicts. Call unmerge_adapter() first. The model is left as it was."
             )
-        if source.merge_rules.get("requantize") is exact:
+        if source.kind == "exact weight":
             raise ValueError(
                 f"{target.name}: tuned scales merge exactly into the bits that they were tuned for. Leave budget out. "
                 "The model is left as it was."
@@ -140,6 +129,11 @@ def refuse_budget(peft_model: PeftModel, targets: Sequence[MergeTarget], names: 
                 'compute something else. Leave budget out, or merge with strategy="calibrated". The model is left as '
                 "it was."
             )
+    if not planned_sources(peft_model, targets):
+        raise ValueError(
+            f"budget= is for adapters on quantized linear layers, and {names} lie on none. The model is left as it "
+            "was."
+        )
     qalora = [name for name in names if getattr(peft_model.peft_config[name], "use_qalora", False)]
     if strategy == "auto" and qalora:
         raise ValueError(
@@ -148,19 +142,8 @@ def refuse_budget(peft_model: PeftModel, targets: Sequence[MergeTarget], names: 
         )
 
 
-_FORMS = {
-    "append": "extends each layer's format by one more codebook",
-    "exact": "keeps all codes, and folds the delta into the zeros",
-    "aware": "keeps the grid that the adapters were trained for",
-    "keep": "keeps all codes, and the adapter beside them",
-    "dense": "makes a float model",
-}
-
-
-def planned_specs(
-    peft_model: PeftModel, targets: Sequence[MergeTarget], names: list[str], plan: BitPlan
-) -> dict[str, QuantSpec]:
-    """By the layer's name in the base model, what each merged layer that ``plan`` names is stored as.
+def planned_targets(peft_model: PeftModel, targets: Sequence[MergeTarget], plan: BitPlan) -> list[MergeTarget]:
+    """``targets``, with what the merged weights of those that ``plan`` names are stored as.
 
     Raises:
         ValueError: the plan wants other bits of a layer that is not merged, or fields that its method does not have,
@@ -168,7 +151,7 @@ def planned_specs(
     """
     sources = planned_sources(peft_model, targets)
     modules = dict(peft_model.get_base_model().named_modules())
-    found: dict[str, QuantSpec] = {}
+    specs: dict[int, QuantSpec] = {}
     for name in plan.layers:
         fields = plan.overrides.get(name, {})
         module: Any = modules.get(name)
@@ -188,18 +171,12 @@ def planned_specs(
                 "merged. The model is left as it was."
             )
         if name in sources:
-            found[name] = spec
-    return found
+            specs[id(sources[name])] = spec
+    return [replace(target, spec=specs.get(id(target.source))) for target in targets]
 
 
 def planned_sources(peft_model: PeftModel, targets: Sequence[MergeTarget]) -> dict[str, MergeSource]:
-    """The layers whose bits a merge may change, by name in the base model: linear ones with weights of their own."""
-    ours = {id(target.module): target.source for target in targets}
-    found = {}
-    for name, module in peft_model.get_base_model().named_modules():
-        source = ours.get(id(module))
-        if source is None or isinstance(source, TableSource) or not source.is_mergeable:
-            continue
-        if isinstance(source.quantized_base(), QuantizedLinear):
-            found[name] = source
-    return found
+    """The layers whose bits a merge may change, by name in the base model."""
+    ours = {id(target.module): target.source for target in targets if target.source.can_change_bits}
+    modules = peft_model.get_base_model().named_modules()
+    return {name: ours[id(module)] for name, module in modules if id(module) in ours}

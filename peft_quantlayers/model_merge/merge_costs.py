@@ -22,11 +22,11 @@ from ..calibration import Calibration, InputGroup, Visitor, walk
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers import QuantizedLinear
 from ..merging import MergePlan, MergeSource
+from ..merging.calibrated_rule import for_outputs
 from ..merging.merge_rules import requantize_as
 from ..methods import QuantConfig, get_method
 from ..methods.quant_config import config_type
 from .active_adapters import only_active
-from .merge_calibrated import for_outputs
 from .targets import MergeTarget
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsFloat, cast
 
 import torch
-from peft import PeftMixedModel, PeftModel
+from peft import LoraModel, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..arguments import check_model, check_names
+from ..arguments import check_choice, check_integer, check_model, check_names
+from ..calibration import Calibration
 from ..integrations.private_peft import tied_target_modules
 from ..layers.placement import check_weights_are_here
+from ..merging.strategies import STRATEGIES, Strategy
+from .targets import MergeTarget
 
 
 def refuse_other_models(peft_model: Any) -> None:
@@ -44,6 +47,37 @@ def refuse_other_models(peft_model: Any) -> None:
         raise ValueError(
             "the model has no adapter any more: they were already merged and removed. Use the model that the merge "
             "returned, or load base and adapter again."
+        )
+
+
+def refuse_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, has_budget: bool) -> None:
+    """Raise if an argument of the merge is unknown, or if two of them contradict each other."""
+    check_choice("strategy", strategy, tuple(STRATEGIES), remedy="The model is left as it was.")
+    check_integer("tune_epochs", tune_epochs, at_least=0, at_most=10_000)
+    if tune_epochs and not STRATEGIES[strategy].rounds:
+        raise ValueError(
+            f"tune_epochs={tune_epochs} makes up for what rounding loses, and strategy={strategy!r} rounds nothing. "
+            "Leave it out. The model is left as it was."
+        )
+    if tune_epochs and calibration is None:
+        raise ValueError(
+            f"tune_epochs={tune_epochs} needs calibration=, on which the merged model learns to predict what the "
+            "unmerged one does. The model is left as it was."
+        )
+    if calibration is None and strategy == "calibrated":
+        raise ValueError(
+            'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
+            '"requantize", or "keep" for plain LoRA. The model is left as it was.'
+        )
+    if calibration is not None and not STRATEGIES[strategy].takes_calibration and not (tune_epochs or has_budget):
+        raise ValueError(
+            f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do, and any that rounds with '
+            "tune_epochs=. The model is left as it was."
+        )
+    if isinstance(calibration, Calibration) and calibration.resume_folder is not None:
+        raise ValueError(
+            "resume_folder is for quantize_model: an interrupted merge starts from the beginning. Remove it from the "
+            "Calibration. The model is left as it was."
         )
 
 
@@ -115,6 +149,50 @@ def refuse_tied_weights(peft_model: PeftModel) -> None:
             f"{sorted(tied)} has an adapter, and shares its weight with another layer, which a merge would change "
             "too. Leave it out of target_modules, or train on a model that was loaded with tie_word_embeddings=False. "
             "The model is left as it was."
+        )
+
+
+def refuse_targets(
+    found: Sequence[MergeTarget],
+    targets: Sequence[MergeTarget],
+    names: list[str],
+    strategy: Strategy,
+    *,
+    needs_unmerged: bool,
+) -> None:
+    """Raise if ``strategy`` does not support one of the layers ``found``, or needs an unmerged weight that is gone.
+
+    ``targets``: those of them that will be merged.
+    """
+    for target in found:
+        source, possible = target.source, target.source.possible_strategies()
+        if strategy not in possible:
+            raise ValueError(
+                f"{target.name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a "
+                f"{type(target.module).__name__}. Choose one of {possible}. The model is left as it was."
+            )
+        if source.knows_unmerged_weight or not target.module.merged:
+            continue
+        if needs_unmerged or (strategy == "dense" and source.is_merged_by_owner):
+            raise ValueError(
+                f"{target.name}: {target.module.merged_adapters} are merged already, and the unmerged weight is "
+                'needed for evaluate_on and for strategy="dense". Call unmerge_adapter() first, or load the adapter '
+                "onto its base again. The model is left as it was."
+            )
+    if not targets and "any delta" not in STRATEGIES[strategy].rules:
+        raise ValueError(
+            f'strategy={strategy!r} is for adapters on quantized layers, and {names} lie on none. Use "auto", which '
+            "merges them as PEFT does. The model is left as it was."
+        )
+
+
+def refuse_to_stay_loaded(peft_model: PeftModel, targets: Sequence[MergeTarget]) -> None:
+    """Raise if the wrapper could not take the merge back, which is what it is left for."""
+    is_undone = all(target.source.knows_unmerged_weight for target in targets)
+    if not (is_undone and isinstance(peft_model.base_model, LoraModel)):
+        raise ValueError(
+            "unload=False is for LoRA: other tuners' merges into quantized layers cannot be undone bit for bit. "
+            "Keep a copy of the model instead. The model is left as it was."
         )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..formats import QuantSpec
 from ..integrations.private_peft import available_adapters
 from ..layers import QuantizedEmbedding, QuantizedLinear
 from ..lora.dense_stand_in import dense_stand_in_under
 from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
-from ..merging.merge_rules import RULES_FOR_ANY_DELTA, RULES_FOR_TABLES
+from ..merging.strategies import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,30 +25,33 @@ class MergeTarget:
         name: of PEFT's layer in its model.
         module: PEFT's layer.
         source: plans, applies and undoes its merge: the module itself, or a :class:`TunerSource` for it.
+        spec: what its merged weight is stored as; None for as its weight is stored now.
     """
 
     name: str
     module: Any
     source: MergeSource
+    spec: QuantSpec | None = None
 
     @property
-    def is_peft_tuner(self) -> bool:
-        """Whether one of PEFT's other tuners made the layer: its own merge cannot be undone bit for bit."""
-        return self.module is not self.source
+    def is_left_to_owner(self) -> bool:
+        """Whether the layer's owner has merged it, so that it stays as it is."""
+        return self.source.is_merged_by_owner and self.module.merged
 
 
 class TunerSource(MergeSource):
     """Merges a layer of one of PEFT's other tuners (LoHa, OFT, IA3, ...) on a quantized layer."""
 
-    merge_rules = RULES_FOR_ANY_DELTA
-    knows_unmerged_weight = False
+    kind: ClassVar[Kind] = "any delta"
+    can_change_bits = True
+    is_merged_by_owner = True
 
     def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer: Any = layer
         self.merging = MergeState()
         self.merged_adapters = self.layer.merged_adapters  # PEFT's own list
 
-    def plan(self, names: Sequence[str]) -> MergePlan:
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`. PEFT merges them into a dense float32 stand-in; nothing else changes."""
         base, unmerged = self.quantized_base(), self.unmerged_snapshot()
         weight = self.unmerged_weight()
@@ -69,6 +73,10 @@ class TunerSource(MergeSource):
             branch=base.branch,
         )
 
+    def called_module(self) -> nn.Module:
+        """PEFT's layer."""
+        return self.layer
+
     def current_base(self) -> nn.Module:
         return self.layer.base_layer
 
@@ -79,7 +87,8 @@ class TunerSource(MergeSource):
 class TableSource(TunerSource):
     """Merges any adapter on an embedding table, or trained tokens of a head; rows without a delta keep their bits."""
 
-    merge_rules = RULES_FOR_TABLES
+    kind = "table"
+    can_change_bits = False
     measures_outputs = False  # its inputs are indices
 
     @property

@@ -3,63 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-from peft import PeftModel
-
-from ..calibration import Calibration
 from ..layers import QuantizedLinear
-from ..merging.advice import WITHOUT_NOISE
+from ..merging.strategies import STRATEGIES
 from ..scales import Predictions, record_predictions
 from ..scales.tune_scales import DEFAULT_ROLES, tuned
-from .active_adapters import only_active
-from .targets import MergeTarget
+from .prepared_merge import PreparedMerge
 
 
-def unmerged_predictions(
-    peft_model: PeftModel,
-    targets: Sequence[MergeTarget],
-    names: list[str],
-    calibration: Calibration,
-    *,
-    progress: bool,
-) -> Predictions:
-    """What the model with its adapters ``names`` predicts, window by window: each is a step of the tuning."""
-    with only_active(peft_model, targets, names):
-        return record_predictions(peft_model, dataclasses.replace(calibration, batch_size=1), progress=progress)
+def unmerged_predictions(merge: PreparedMerge) -> Predictions | None:
+    """What the model with its adapters predicts, window by window: each is a step of the tuning. None without one."""
+    if merge.calibration is None or not merge.tune_epochs:
+        return None
+    with merge.only_its_adapters():
+        return record_predictions(
+            merge.peft_model, dataclasses.replace(merge.calibration, batch_size=1), progress=merge.progress
+        )
 
 
-def tune_merged(
-    peft_model: PeftModel,
-    targets: Sequence[MergeTarget],
-    predictions: Predictions,
-    *,
-    epochs: int,
-    learning_rate: float,
-    progress: bool,
-) -> None:
+def tune_merged(merge: PreparedMerge, predictions: Predictions | None) -> None:
     """Train scales and codebooks of the layers whose merge has rounded something; their reports are made again.
 
     What the reports said of outputs is of the weights before, so it is dropped; ``evaluate_on`` measures it again.
+    Nothing is done without ``predictions``.
     """
     changed = [
         target.source
-        for target in targets
+        for target in merge.targets
         if isinstance(target.source.current_base(), QuantizedLinear)
         and target.source.merging.report is not None
-        and target.source.merging.report.strategy not in WITHOUT_NOISE
+        and STRATEGIES[target.source.merging.report.strategy].rounds
     ]
-    if not changed:
+    if predictions is None or merge.calibration is None or not changed:
         return
-    result = tuned(
-        peft_model.get_base_model(),
-        [source.quantized_base() for source in changed],
-        predictions,
-        train=DEFAULT_ROLES,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        progress=progress,
-    )
-    if result.is_kept:
-        for source in changed:
-            source.refresh_report()
+    with merge.only_its_adapters():
+        result = tuned(
+            merge.base_model,
+            [source.quantized_base() for source in changed],
+            predictions,
+            train=DEFAULT_ROLES,
+            epochs=merge.tune_epochs,
+            learning_rate=merge.calibration.learning_rate,
+            progress=merge.progress,
+        )
+        if result.is_kept:
+            for source in changed:
+                source.refresh_report()

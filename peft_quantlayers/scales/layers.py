@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
 from ..layers import QuantizedLinear
-from ..merging import AdapterTraits, MergePlan, MergeResult, MergeRule, MergeSource, MergeState
-from ..merging.merge_rules import RULES_FOR_EXACT_WEIGHTS
+from ..merging import AdapterTraits, LayerWrite, MergePlan, MergeRule, MergeSource, MergeState
 
 
 class TunedTensors(nn.Module):
@@ -52,7 +51,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
     """
 
     adapter_layer_names = ("quant_scales_tensors",)
-    merge_rules = RULES_FOR_EXACT_WEIGHTS
+    kind = "exact weight"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, names: Iterable[str], *, layer_name: str) -> None:
         super().__init__()
@@ -134,8 +133,7 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
         if adapter_name is not None:
             with torch.no_grad():
                 weight, tensors = self.merged_values(adapter_name)
-            result = None if weight is None else MergeResult(strategy="exact", weight=weight)
-            self.write_merge((adapter_name,), result, tensors)
+            self.write_merge(LayerWrite(adapters=(adapter_name,), weight=weight, tensors=tensors))
 
     def unmerge(self) -> None:
         """Restore the tensors from before the merge, bit for bit."""
@@ -198,7 +196,7 @@ class QuantScalesLinear(QuantScalesLayer):
         bias = cast(QuantizedLinear, self.base_layer).bias
         return [] if bias is None else [("bias", bias)]
 
-    def plan(self, names: Sequence[str]) -> MergePlan:
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`; the target is the weight with the tuned tensors, unrounded.
 
         Raises:
@@ -244,7 +242,7 @@ class QuantScalesNorm(QuantScalesLayer):
     def is_mergeable(self) -> bool:
         return True
 
-    def plan(self, names: Sequence[str]) -> MergePlan:
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """Raises NotImplementedError: a norm has no quantized weight, and is merged without a plan."""
         raise NotImplementedError(f"{self.layer_name} is a norm, which has no quantized weight.")
 

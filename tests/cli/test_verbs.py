@@ -16,7 +16,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import quantize
 from peft_quantlayers.merging import MergeReport, advice
-from peft_quantlayers.model_merge.merge_back import STRATEGIES
+from peft_quantlayers.merging.strategies import STRATEGIES
 from peft_quantlayers.streaming.parts import PartsOfModel
 
 # ---- each verb
@@ -363,7 +363,9 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
 
 def test_what_a_merge_advises_is_written_with_options(adapter, tmp_path, capsys, monkeypatch):
     """All that there is to advise, in the report of a merge that lost little."""
-    layers = [SimpleNamespace(is_merge_aware=False, can_be_qalora=False, strategies=STRATEGIES, strategy="requantize")]
+    layers = [
+        SimpleNamespace(is_merge_aware=False, can_be_qalora=False, strategies=tuple(STRATEGIES), strategy="requantize")
+    ]
     told = advice.not_measured(layers, is_captured=False, noise=10.0)
     adviced = f"{'; or '.join(advice._other_ways(layers).values())}; {told}; report.table() has all of them"
     monkeypatch.setattr(MergeReport, "__str__", lambda report: adviced)

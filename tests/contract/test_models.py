@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.lora import LoraQuantizedLinear
-from peft_quantlayers.model_merge.merge_back import STRATEGIES
+from peft_quantlayers.merging.strategies import STRATEGIES
 
 IDS = torch.randint(3, 96, (8, 40), generator=torch.Generator().manual_seed(0))
 SIZES = {

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_quantlayers as pql
-from peft_quantlayers.model_merge.merge_back import STRATEGIES
+from peft_quantlayers.merging.strategies import STRATEGIES
 from quantlayers_kernels import gpu
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference

@@ -12,7 +12,9 @@ from peft_quantlayers import HQQSpec
 from peft_quantlayers.layers import LowRankBranch
 from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeResult, merge_rules
 from peft_quantlayers.merging.coefficients import retained_fraction
+from peft_quantlayers.merging.strategies import LoraFacts, fitting_strategies, rules_for
 
+RULES = rules_for("lora")
 pytestmark = pytest.mark.usefixtures("toy_method")
 AWARE = AdapterTraits(names=("default",), is_merge_aware=True, trained_merge_aware=("default",))
 
@@ -36,13 +38,11 @@ def plan_for(rule: str, method: str) -> MergePlan:
     return plan_of(spec, delta=groups.repeat_interleave(16, 1), group_delta=groups)
 
 
-@pytest.mark.parametrize(
-    ("rule", "method"), [(rule, method) for rule in merge_rules.RULES for method in methods_for(rule)]
-)
+@pytest.mark.parametrize(("rule", "method"), [(rule, method) for rule in RULES for method in methods_for(rule)])
 def test_a_rule_retains_the_delta_and_changes_no_argument(rule, method):
     plan = plan_for(rule, method)
     before = copy.deepcopy(plan)
-    result = merge_rules.RULES[rule](plan)
+    result = RULES[rule](plan)
     assert result.strategy == ("requantize" if rule == "auto" else rule)
     # One more codebook of 16 vectors holds a part of the delta; rounding adds noise to all of it.
     tolerance = {"exact": 0.02, "keep": 1e-4, "dense": 1e-4, "append": 0.5}.get(rule, 0.25)
@@ -59,7 +59,7 @@ def test_without_a_delta_every_bit_stays(method):
     plan = plan_of(quick_spec(method), delta=torch.zeros(SHAPE), adapters=AWARE)
     names = ["auto", "aware", "requantize"] + ["append"] * (method in methods_for("append"))
     for name in names:
-        assert same_tensors(merge_rules.RULES[name](plan).weight.tensors, plan.weight.tensors), name
+        assert same_tensors(RULES[name](plan).weight.tensors, plan.weight.tensors), name
 
 
 @all_methods
@@ -111,7 +111,7 @@ def test_a_delta_that_leaves_the_range_of_codes_gets_a_new_grid():
 )
 def test_what_a_rule_cannot_merge_is_refused_with_the_way_out(rule, method, error, message):
     with pytest.raises(error, match=message):
-        merge_rules.RULES[rule](plan_of(quick_spec(method)))
+        RULES[rule](plan_of(quick_spec(method)))
 
 
 def test_a_delta_that_is_no_product_cannot_be_kept_as_a_branch():
@@ -173,13 +173,14 @@ def test_keep_leaves_the_codes_and_puts_its_factors_behind_those_of_the_layer():
 def test_strategies_are_named_for_the_adapters_that_they_fit(method):
     of_weight = {name for name in ("calibrated", "append") if method in methods_for(name)}
     for fields, of_adapter in (
-        ({"is_plain": True}, {"aware", "keep"}),
-        ({"is_plain": True, "has_bias": True}, {"keep"}),
-        ({"is_qalora": True}, {"exact"}),
-        ({}, set()),
+        ({}, {"aware", "keep"}),
+        ({"has_bias": True}, {"keep"}),
+        ({"kind": "expert"}, {"keep"}),
+        ({"is_plain": False, "is_qalora": True}, {"exact"}),
+        ({"is_plain": False}, set()),
     ):
-        given = {"is_plain": False, "has_bias": False, "is_qalora": False} | fields
-        assert set(merge_rules.fitting_strategies(quick_spec(method), **given)) == of_weight | of_adapter
+        facts = LoraFacts(spec=quick_spec(method), **fields)
+        assert set(fitting_strategies(facts)) == of_weight | of_adapter
 
 
 def test_rows_of_the_delta_are_those_of_the_factors_or_of_the_difference():

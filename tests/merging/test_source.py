@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from peft_quantlayers import QuantizedLinear
 from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeSource, MergeState
-from peft_quantlayers.merging.merge_rules import RULES_FOR_ANY_DELTA
+from peft_quantlayers.merging.strategies import rules_for
 
+RULES = rules_for("any delta")
 pytestmark = pytest.mark.usefixtures("toy_method")
 
 
 class Scaled(MergeSource):
     """Adapters that multiply the weight by a number, and count their merges."""
 
-    merge_rules = RULES_FOR_ANY_DELTA
+    kind = "any delta"
 
     def __init__(self, base: QuantizedLinear, factors: dict[str, float]) -> None:
         self.base: nn.Module = base
@@ -26,7 +27,7 @@ class Scaled(MergeSource):
         self.merging = MergeState()
         self.note = "unmerged"
 
-    def plan(self, names: Sequence[str]) -> MergePlan:
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         weight = self.unmerged_weight()
         before = self.quantized_base().method.dequantize(weight)
         target = before
@@ -71,12 +72,12 @@ def assert_same_bits(source: Scaled, bits: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rule", RULES_FOR_ANY_DELTA)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_merge_is_applied_and_undone_to_the_bit(rule, method):
     source = source_of(method)
     base, bits, before = source.base, bits_of(source), source.base.dequantize()
     for _ in range(2):
-        source.merge_by(RULES_FOR_ANY_DELTA[rule], ["triple"])
+        source.merge_by(RULES[rule], ["triple"])
         assert source.merged_adapters == ["triple"]
         torch.testing.assert_close(source.base.weight.norm(), 3 * before.norm(), rtol=0.1, atol=0)
         torch.testing.assert_close(source.base.bias, bits["bias"] + 1)
@@ -96,10 +97,10 @@ def test_a_second_merge_takes_the_place_of_the_first():
     bits = bits_of(source)
     alone.base.load_state_dict(bits)
     for names in (["triple"], ["half"]):
-        source.merge_by(RULES_FOR_ANY_DELTA["requantize"], names)
-    alone.merge_by(RULES_FOR_ANY_DELTA["requantize"], ["half"])
+        source.merge_by(RULES["requantize"], names)
+    alone.merge_by(RULES["requantize"], ["half"])
     assert_same_bits(source, bits_of(alone))
-    source.merge_by(RULES_FOR_ANY_DELTA["dense"], ["half", "triple"])
+    source.merge_by(RULES["dense"], ["half", "triple"])
     assert source.merged_adapters == ["half", "triple"]
     source.undo_merge()
     assert_same_bits(source, bits)
@@ -110,7 +111,7 @@ def test_a_snapshot_puts_every_state_back():
     snapshots, states = [], []
     for rule, names in ((None, []), ("requantize", ["triple"]), ("dense", ["half"])):
         if rule is not None:
-            source.merge_by(RULES_FOR_ANY_DELTA[rule], names)
+            source.merge_by(RULES[rule], names)
             source.note = f"merged {names[0]}"
         snapshots.append(source.snapshot())
         states.append((source.base, bits_of(source), source.note, source.merge_report, list(source.merged_adapters)))
@@ -132,11 +133,11 @@ def test_a_refused_merge_names_the_layer_and_leaves_what_was_merged():
     def refuse(plan: MergePlan) -> None:
         raise ValueError("no such merge.")
 
-    source.merge_by(RULES_FOR_ANY_DELTA["requantize"], ["triple"])
+    source.merge_by(RULES["requantize"], ["triple"])
     bits, report = bits_of(source), source.merge_report
     for rule, names, message in (
         (refuse, ["half"], r"model\.first: no such merge"),
-        (RULES_FOR_ANY_DELTA["requantize"], ["broken"], r"model\.first"),
+        (RULES["requantize"], ["broken"], r"model\.first"),
     ):
         with pytest.raises(ValueError, match=message):
             source.merge_by(rule, names)
@@ -146,7 +147,7 @@ def test_a_refused_merge_names_the_layer_and_leaves_what_was_merged():
 
 def test_a_write_from_elsewhere_is_noticed():
     source = source_of()
-    source.merge_by(RULES_FOR_ANY_DELTA["requantize"], ["triple"])
+    source.merge_by(RULES["requantize"], ["triple"])
     assert not source.is_written_by_others
     source.base.weight.data.mul_(2)
     assert source.is_written_by_others
@@ -161,7 +162,7 @@ def test_a_base_that_shares_its_parameters_with_another_layer_does_not_write_int
     twin._parameters.update(source.base._parameters)
     bits = bits_of(source)
     source.merging.shares_base = True
-    source.merge_by(RULES_FOR_ANY_DELTA["requantize"], ["triple"])
+    source.merge_by(RULES["requantize"], ["triple"])
     assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in bits.items())
     assert not torch.equal(source.base.dequantize(), twin.dequantize())
     source.undo_merge()

@@ -12,8 +12,8 @@ from torch import nn
 import peft_quantlayers as pql
 from peft_quantlayers import Calibration, HQQConfig, quantize_model, quantized_modules
 from peft_quantlayers.merging import MergePlan, MergeResult
+from peft_quantlayers.merging.calibrated_rule import for_outputs
 from peft_quantlayers.merging.coefficients import output_error, retained_fraction
-from peft_quantlayers.model_merge.merge_calibrated import for_outputs
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora.test_layer import assert_same_bits, bits_of, quantized_two, with_adapter
 
-from peft_quantlayers.lora.layer import RULES
+from peft_quantlayers.merging.strategies import rules_for
 from peft_quantlayers.model_merge.output_retention import OutputRetention, watched
 from peft_quantlayers.model_merge.targets import merge_targets
 
@@ -34,7 +34,7 @@ def test_watching_a_forward_pass_writes_to_no_layer_and_leaves_no_hook(rule, fai
     assert len(targets) == 2
     snapshots = []
     for target in targets:
-        target.source.merge_by(RULES[rule], ["default"])
+        target.source.merge_by(rules_for("lora")[rule], ["default"])
         snapshots.append(target.source.snapshot())
         target.source.undo_merge()
     x = torch.randn(5, 64)

@@ -3,21 +3,21 @@
 import copy
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import torch
-from every_method import methods_for, quick_config, quick_spec
+from every_method import methods_for, quick_config
 from integrations.tiny import tiny_model, token_ids
 from lora.test_layer import Two, assert_same_bits, bits_of, quantized_two, with_adapter
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
-from peft_quantlayers.lora.layer import RULES
-from peft_quantlayers.merging import merge_rules
-from peft_quantlayers.merging.advice import WITHOUT_NOISE
-from peft_quantlayers.model_merge.merge_back import STRATEGIES, TAKING_CALIBRATION
+from peft_quantlayers.merging import advice, merge_rules
+from peft_quantlayers.merging.strategies import STRATEGIES, MergeStrategy, Strategy, rules_for
 
+RULES = rules_for("lora")
 CASES = [(strategy, method) for strategy in RULES for method in methods_for(strategy)]
 pytestmark = pytest.mark.usefixtures("toy_method")
 
@@ -42,23 +42,31 @@ def x() -> torch.Tensor:
     return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
 
 
-def test_every_place_that_lists_strategies_knows_all_of_them():
-    known = set(STRATEGIES)
-    assert known == {*merge_rules.RULES, "calibrated"}
-    assert known >= {
-        *merge_rules.RULES_FOR_ANY_DELTA,
-        *merge_rules.RULES_FOR_EXACT_WEIGHTS,
-        *TAKING_CALIBRATION,
-        *WITHOUT_NOISE,
-    }
-    given = {"is_plain": True, "has_bias": False, "is_qalora": True}
-    fitting = {
-        name
-        for method in methods_for("requantize")
-        for name in merge_rules.fitting_strategies(quick_spec(method), **given)
-    }
-    assert fitting == known - {"auto", "requantize", "dense"}
-    assert all(f'``"{name}"``' in pql.merge_back.__doc__ for name in known)
+def test_the_registry_the_type_and_the_docstring_name_the_same_strategies():
+    assert get_args(Strategy) == tuple(STRATEGIES)
+    assert all(f'``"{name}"``' in pql.merge_back.__doc__ for name in STRATEGIES)
+    assert all("lora" in strategy.rules or strategy.takes_calibration for strategy in STRATEGIES.values())
+
+
+def test_a_strategy_is_one_entry_of_the_registry(monkeypatch):
+    """Merging by it, its refusals and its recommendation follow from the entry."""
+    entry = MergeStrategy(
+        rules={"lora": merge_rules.requantize},
+        fits=lambda facts: facts.is_plain,
+        form="rounds to nearest",
+        advice="what a plug-in has",
+    )
+    monkeypatch.setitem(STRATEGIES, "nearest", entry)
+    report = pql.merge_back(model_for("requantize"), strategy="nearest", progress=False).report
+    assert {layer.strategy for layer in report.layers} == {"requantize"}
+    assert "nearest" in report.layers[0].strategies
+    layers = [dataclasses.replace(layer, delta_retained=0.2) for layer in report.layers]
+    said = advice.recommendation(layers, capture=None, output_retained=None, delta_retained=0.2)
+    assert "what a plug-in has" in said
+    with pytest.raises(ValueError, match="rounds to nearest"):
+        pql.merge_back(model_for("requantize"), strategy="nearest", budget=3.0, calibration=[torch.ones(1, 4).long()])
+    with pytest.raises(ValueError, match="takes no calibration data"):
+        pql.merge_back(model_for("requantize"), strategy="nearest", calibration=[torch.ones(1, 4).long()])
 
 
 @pytest.mark.parametrize(("strategy", "method"), CASES)
