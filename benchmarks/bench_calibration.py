@@ -4,8 +4,9 @@ Calibration and training read the second half of WikiText-2, the measurement its
 ``bench_quality.py``. The second text, Python's help topics, is of another kind: nothing was calibrated on it.
 Every row is written when it is done, so that rows can be made in several runs (``--rows``), also at the same time.
 
-A row is "base" or "base + tuning"; bases are quantized with 16k calibration tokens unless they say otherwise, and
-tuning is plain next-token training on the calibration half. "Mixed bits" are planned, with as many bytes as all layers
+A row is "base" or "base + tuning"; bases are quantized with 16k calibration tokens unless they say otherwise. Tuning
+towards the float model's predictions (``tune_scales``) reads four times as many tokens of the base's kind, any other
+is plain next-token training on the calibration half. "Mixed bits" are planned, with as many bytes as all layers
 at one width take. The best rows spend those bytes on groups of 48 with scales and zeros in 8 bits, mixed bits, and
 codes that begin with error feedback where that is better.
 """
@@ -85,7 +86,12 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         f"HQQ {name}, calibrated, {SAMPLED_SAID}": (pql.HQQConfig(nbits=n, group_size=g), {})
         for name, (n, g) in HQQ.items()
     },
+    f"HQQ best at 2.5 bits per weight, calibrated, finetuned, {SAMPLED_SAID}": (
+        pql.HQQConfig(nbits=2, **SMALL_GROUPS),
+        {"initial_codes": "best"} | FINETUNE,
+    ),
     f"AQLM 2x8, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), {}),
+    f"AQLM 2x8, calibrated, finetuned, {SAMPLED_SAID}": (pql.AQLMConfig(), FINETUNE),
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
@@ -99,18 +105,24 @@ PLANNED: dict[str, tuple[float, list[Any]]] = {
     name: (config.nbits + 32 / config.group_size, MIXED[config.nbits])
     for name, (config, _) in BASES.items()
     if "mixed" in name
-} | {
-    f"HQQ best at {bits} bits per weight, calibrated{said}": (bits, choices)
-    for bits, choices in BEST.items()
-    for said in ("", *(f", {each}" for each in SAMPLED))
-}
+} | {name: (bits, choices) for bits, choices in BEST.items() for name in BASES if f"best at {bits} bits" in name}
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
     "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
     "LoRA r8": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
 LEARNING_RATES = {"scales": 1e-3, "scales, codebooks, norms": 1e-3, "LoRA r8": 5e-4}
-ROWS = [*BASES, *(f"AQLM 2x8, calibrated, {SYMMETRIC_SAID} + {tuning}" for tuning in TUNINGS)]
+TOWARDS_FLOAT = "predictions of the float model"
+TUNED_TOWARDS_FLOAT = [
+    f"HQQ best at 2.5 bits per weight, calibrated, {SAMPLED_SAID}",
+    f"AQLM 2x8, calibrated, {SAMPLED_SAID}",
+    f"AQLM 2x8, calibrated, finetuned, {SAMPLED_SAID}",
+]
+ROWS = [
+    *BASES,
+    *(f"{base} + {TOWARDS_FLOAT}" for base in TUNED_TOWARDS_FLOAT),
+    *(f"AQLM 2x8, calibrated, {SYMMETRIC_SAID} + {tuning}" for tuning in TUNINGS),
+]
 
 
 def tune(model: nn.Module, text: Tensor, tuning: str) -> float:
@@ -150,46 +162,60 @@ def sampled_tokens(model: nn.Module, tokenizer: Any, cache: Path, *, n_tokens: i
     return load_file(file)["ids"]
 
 
+def half_sampled(model: nn.Module, folder: Path, text: Tensor, cache: Path, *, n_tokens: int) -> Tensor:
+    """(n, 512): ``n_tokens``, half of them of ``text`` and half written by ``model``."""
+    own = sampled_tokens(model, AutoTokenizer.from_pretrained(folder), cache, n_tokens=n_tokens // 2)
+    given = pql.Calibration(data=text, n_tokens=own.numel(), sequence_length=WINDOW)
+    return torch.cat([*given.batches(model), own])
+
+
 def measure(name: str, folder: Path, text: Tensor, texts: dict[str, Texts], cache: Path) -> dict[str, Any]:
     base, _, tuning = name.partition(" + ")
     config, options = BASES[base]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    calibration, n_tokens = None, N_TOKENS
+    float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    calibration, n_tokens, data = None, N_TOKENS, text
     if times := next((times for said, times in SAMPLED.items() if said in base), None):
         n_tokens *= times
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        own = sampled_tokens(model, tokenizer, cache, n_tokens=n_tokens // 2)
-        given = pql.Calibration(data=text, n_tokens=own.numel(), sequence_length=WINDOW)
-        text = torch.cat([*given.batches(model), own])
+        data = half_sampled(float_model, folder, text, cache, n_tokens=n_tokens)
     if options is not None:
         calibration = pql.Calibration(
-            data=text, n_tokens=n_tokens, resume_folder=cache / base.replace(" ", "-"), **options
+            data=data, n_tokens=n_tokens, resume_folder=cache / base.replace(" ", "-"), **options
         )
-    began, cpu_began = time.perf_counter(), time.process_time()
-    plan = None
-    if base in PLANNED:
-        average, choices = PLANNED[base]
-        plan = pql.plan_bits(model, calibration, average=average, choices=choices, config=config, progress=False)
-    pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
     row: dict[str, Any] = {
         "name": name,
-        "quantize_s": time.perf_counter() - began,
-        "quantize_cpu_s": time.process_time() - cpu_began,
+        "quantize_s": None,
         "shrinkage": None if calibration is None else calibration.used_shrinkage,
         "threads": torch.get_num_threads(),
         "cpu": describe_device()["cpu"],
         "tuning_s_per_step": None,
     }
-    if tuning:
-        row["quantize_s"] = None  # its base was quantized for its own row
+    predictions = None
+    if tuning == TOWARDS_FLOAT:
+        more = half_sampled(float_model, folder, text, cache, n_tokens=4 * n_tokens)
+        predictions = pql.record_predictions(float_model, more, progress=False)
+    kept = cache / "models" / base.replace(" ", "-")  # a tuning starts from the base that has a row
+    if tuning and kept.exists():
+        model = AutoModelForCausalLM.from_pretrained(kept).eval()
+    else:
+        model = float_model
+        began, cpu_began = time.perf_counter(), time.process_time()
+        plan = None
+        if base in PLANNED:
+            average, choices = PLANNED[base]
+            plan = pql.plan_bits(model, calibration, average=average, choices=choices, config=config, progress=False)
+        pql.quantize_model(model, config, calibration=calibration, budget=plan, progress=False)
+        if not tuning:  # of which a base's row has the time
+            row |= {"quantize_s": time.perf_counter() - began, "quantize_cpu_s": time.process_time() - cpu_began}
+        pql.save_model(model, kept)
+    if predictions is not None:
+        began = time.process_time()
+        result = pql.tune_scales(model, predictions, resume_folder=cache / "tuning", progress=False)
+        row |= {"tuning_cpu_s": time.process_time() - began, "is_kept": result.is_kept}
+    elif tuning:
         tuned = peft.get_peft_model(model, TUNINGS[tuning]())
         row["tuning_s_per_step"] = tune(tuned, text, tuning)
-        row |= scores(tuned, texts)
-        row["bits_per_weight"] = tuned_bits_per_weight(tuned)
-    else:
-        row |= scores(model, texts)
-        row["bits_per_weight"] = bits_per_weight(model)
-    return row
+        return row | scores(tuned, texts) | {"bits_per_weight": tuned_bits_per_weight(tuned)}
+    return row | scores(model, texts) | {"bits_per_weight": bits_per_weight(model)}
 
 
 def scores(model: nn.Module, texts: dict[str, Texts]) -> dict[str, float]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from _demo_model import demo_model_folder
@@ -54,6 +54,8 @@ SETTINGS: dict[str, pql.QuantConfig] = {
     "AQLM 2x8, calibrated": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=8),
 }
 TRAININGS = ("plain", "aware", "qalora", "scales")
+# A merge whose scales and codebooks are then trained towards the unmerged model's predictions, and for how long.
+TUNED, TUNE_EPOCHS = "calibrated, tuned", 2
 CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_merge"
 Batch = dict[str, Tensor]
 
@@ -177,13 +179,16 @@ def train(
 
 def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Capture, float]:
     """The merged model, its capture, and the seconds of the merge itself."""
-    extra = {"calibration": task.train[:CALIBRATION_TOKENS]} if strategy == "calibrated" else {}
+    way, _, tuned = strategy.partition(", ")
+    extra: dict[str, Any] = {"tune_epochs": TUNE_EPOCHS} if tuned else {}
+    if tuned or way == "calibrated":
+        extra["calibration"] = task.train[:CALIBRATION_TOKENS]
     start = time.perf_counter()
     copied = copy.deepcopy(model)
     if strategy == "scales":
         merged = copied.merge_and_unload()
     else:
-        merged, _ = pql.merge_back(copied, strategy=strategy, **extra)
+        merged, _ = pql.merge_back(copied, strategy=cast(Any, way), **extra)
     seconds = time.perf_counter() - start
     return merged, compared(model, merged, task), seconds
 
@@ -222,7 +227,8 @@ def adapter_mb(model: nn.Module) -> float:
 def strategies(training: str, config: pql.QuantConfig) -> list[str]:
     if training != "plain":
         return ["exact" if training == "qalora" else training]
-    return ["requantize", "calibrated", "peft+hqq" if isinstance(config, pql.HQQConfig) else "append"]
+    others = ["peft+hqq"] if isinstance(config, pql.HQQConfig) else ["append", TUNED]
+    return ["requantize", "calibrated", *others]
 
 
 def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -233,7 +239,7 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
         model = train(base, training, task, options, config)
         score = task.score(model)
         for strategy in strategies(training, config):
-            if strategy in options.without:
+            if strategy in options.without or (options.only and strategy not in options.only):
                 continue
             merged, kept, seconds = (
                 merge_by_hqq(model, config, task) if strategy == "peft+hqq" else merge(model, strategy, task)
@@ -382,6 +388,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument("--only", nargs="+", default=[], help="strategies to measure; all without")
     parser.add_argument("--without", nargs="+", default=[], help="strategies to leave out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
