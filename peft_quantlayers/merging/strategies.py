@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ..formats import QuantSpec
 from ..methods import get_method
@@ -69,16 +69,15 @@ def _can_be_extended(spec: QuantSpec) -> bool:
     return True
 
 
+_REQUANTIZE: dict[Kind, MergeRule] = {
+    "lora": rules.requantize,
+    "expert": rules.requantize,
+    "any delta": rules.requantize,
+    "table": rules.requantize_rows,
+    "exact weight": rules.exact,
+}
 STRATEGIES: dict[str, MergeStrategy] = {
-    "auto": MergeStrategy(
-        rules={
-            "lora": rules.automatic,
-            "expert": rules.automatic,
-            "any delta": rules.requantize,
-            "table": rules.requantize_rows,
-            "exact weight": rules.exact,
-        }
-    ),
+    "auto": MergeStrategy(rules=_REQUANTIZE | {"lora": rules.automatic, "expert": rules.automatic}),
     "exact": MergeStrategy(
         rules={"lora": rules.exact, "exact weight": rules.exact},
         rounds=False,
@@ -98,15 +97,7 @@ STRATEGIES: dict[str, MergeStrategy] = {
         form="keeps the grid that the adapters were trained for",
         advice='train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
     ),
-    "requantize": MergeStrategy(
-        rules={
-            "lora": rules.requantize,
-            "expert": rules.requantize,
-            "any delta": rules.requantize,
-            "table": rules.requantize_rows,
-            "exact weight": rules.exact,
-        }
-    ),
+    "requantize": MergeStrategy(rules=_REQUANTIZE),
     "append": MergeStrategy(
         rules={"lora": rules.append, "expert": rules.append},
         takes_calibration=True,
@@ -121,17 +112,7 @@ STRATEGIES: dict[str, MergeStrategy] = {
         form="keeps all codes, and the adapter beside them",
         advice='strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
     ),
-    "dense": MergeStrategy(
-        rules={
-            "lora": rules.dense,
-            "expert": rules.dense,
-            "any delta": rules.dense,
-            "table": rules.dense,
-            "exact weight": rules.dense,
-        },
-        rounds=False,
-        form="makes a float model",
-    ),
+    "dense": MergeStrategy(rules=dict.fromkeys(get_args(Kind), rules.dense), rounds=False, form="makes a float model"),
 }
 
 
