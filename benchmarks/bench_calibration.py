@@ -56,6 +56,8 @@ BEST: dict[float, list[dict[str, Any]]] = {
     3.5: [{"nbits": n} | SMALL_GROUPS for n in (2, 3, 4)],
     2.5: [{"nbits": n} | SMALL_GROUPS for n in (1, 2, 3)],
 }
+# Stored bits per weight of AQLM layers whose number of codebooks is planned; the first are those of 2x8.
+CODEBOOKS_BUDGETS = (2.153, 2.5)
 SYMMETRIC_TARGETS, SYMMETRIC_SAID = {"asymmetric_targets": False}, "without asymmetric targets"
 # In the name of a base: how many times as many tokens, half of them the model's own.
 SAMPLED_SAID, MORE_SAID = "half of it on the model's own text", "twice as many tokens, half of them its own text"
@@ -83,8 +85,9 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
         for bits in BEST
     },
     **{
-        f"HQQ {name}, calibrated, {SAMPLED_SAID}": (pql.HQQConfig(nbits=n, group_size=g), {})
+        f"HQQ {name}, calibrated, {said}": (pql.HQQConfig(nbits=n, group_size=g), {})
         for name, (n, g) in HQQ.items()
+        for said in SAMPLED
     },
     f"HQQ best at 2.5 bits per weight, calibrated, finetuned, {SAMPLED_SAID}": (
         pql.HQQConfig(nbits=2, **SMALL_GROUPS),
@@ -92,6 +95,10 @@ BASES: dict[str, tuple[pql.QuantConfig, dict[str, Any] | None]] = {
     ),
     f"AQLM 2x8, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), {}),
     f"AQLM 2x8, calibrated, finetuned, {SAMPLED_SAID}": (pql.AQLMConfig(), FINETUNE),
+    **{
+        f"AQLM 1x8 to 3x8 at {bits} bits per weight, calibrated, {SAMPLED_SAID}": (pql.AQLMConfig(), {})
+        for bits in CODEBOOKS_BUDGETS
+    },
     "AQLM 2x8": (pql.AQLMConfig(), None),
     "AQLM 2x8, calibrated": (pql.AQLMConfig(), {}),
     "AQLM 2x8, calibrated, finetuned": (pql.AQLMConfig(), FINETUNE),
@@ -105,7 +112,11 @@ PLANNED: dict[str, tuple[float, list[Any]]] = {
     name: (config.nbits + 32 / config.group_size, MIXED[config.nbits])
     for name, (config, _) in BASES.items()
     if "mixed" in name
-} | {name: (bits, choices) for bits, choices in BEST.items() for name in BASES if f"best at {bits} bits" in name}
+}
+for bits, choices in BEST.items():
+    PLANNED |= {name: (bits, choices) for name in BASES if f"HQQ best at {bits} bits" in name}
+for bits in CODEBOOKS_BUDGETS:
+    PLANNED |= {name: (bits, [1, 2, 3]) for name in BASES if f"3x8 at {bits} bits" in name}
 TUNINGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "scales": lambda: pql.QuantScalesConfig(train=("scales",)),
     "scales, codebooks, norms": lambda: pql.QuantScalesConfig(train=("scales", "codebooks", "norms")),
