@@ -102,10 +102,19 @@ def all_methods(test: Callable) -> Callable:
 
 def quick_config(method: str, **changed: Any) -> QuantConfig:
     """The method's config with quick settings."""
-    made = config_type(_ALL[method].spec_type)
-    known = {field.name for field in fields(made)}
-    quick = {name: value for name, value in QUICK.items() if name in known}
-    return made(**quick | _divisors(_ALL[method].spec_type(**quick)) | changed)
+    spec_type = _ALL[method].spec_type
+    quick = _quick_fields(method)
+    return config_type(spec_type)(**quick | _divisors(spec_type(**quick)) | changed)
+
+
+def config_with_default_groups(method: str) -> QuantConfig:
+    """The method's config with quick settings but the size of groups, which weights of other shapes do not fit."""
+    return config_type(_ALL[method].spec_type)(**_quick_fields(method))
+
+
+def _quick_fields(method: str) -> dict[str, Any]:
+    known = {field.name for field in fields(_ALL[method].spec_type)}
+    return {name: value for name, value in QUICK.items() if name in known}
 
 
 def _divisors(spec: QuantSpec) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """What a file's source says: imports, private names of peers, replaced methods. For the tests of floors."""
 
 import ast
+import re
+from collections.abc import Mapping
 
 PEERS = ("peft", "transformers")
 
@@ -155,3 +157,55 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
         if circle:
             return circle
     return []
+
+
+# Above a list of methods that is written by hand, or at the end of its first line: why it is not the registry's.
+REASON_FOR_A_LIST = re.compile(r"# By hand: \w")
+
+
+def lists_of_methods(source: str, names: Mapping[str, str]) -> list[int]:
+    """Lines of lists of methods that are written by hand, without :data:`REASON_FOR_A_LIST`.
+
+    A list of methods is a literal list, tuple, set or dict of which at least half names methods, and two different
+    ones. What something is compared with is none, nor are the ids of a list. A dict that is joined to another with
+    ``|``, or a list with a starred part, adds to what the other has.
+
+    Args:
+        source: a file's.
+        names: what names a method, its config and its spec among them, and which method that is.
+    """
+    lines, tree = source.splitlines(), ast.parse(source)
+    exempt: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp):
+            exempt |= {part for part in (node.left, node.right) if isinstance(part, ast.Dict)}
+        elif isinstance(node, ast.Compare):
+            exempt |= {node.left, *node.comparators}
+        elif isinstance(node, ast.keyword) and node.arg == "ids":
+            exempt.add(node.value)
+
+    def methods_of(node: ast.AST | None) -> set[str]:
+        if isinstance(node, ast.Tuple):
+            return set().union(*map(methods_of, node.elts))
+        called = node.func if isinstance(node, ast.Call) else node
+        named = called.value if isinstance(called, ast.Constant) else name_of(called) if called else ""
+        return {names[named]} if named in names else set()
+
+    found = []
+    for node in ast.walk(tree):
+        if node in exempt:
+            continue
+        if isinstance(node, ast.Dict):
+            each = [methods_of(key) or methods_of(value) for key, value in zip(node.keys, node.values, strict=True)]
+        elif isinstance(node, ast.List | ast.Tuple | ast.Set) and not any(
+            isinstance(part, ast.Starred) for part in node.elts
+        ):
+            each = [methods_of(part) for part in node.elts]
+        else:
+            continue
+        named = [methods for methods in each if methods]
+        above = "\n".join(lines[max(node.lineno - 2, 0) : node.lineno])
+        if len(set().union(*named)) > 1 and 2 * len(named) >= len(each):
+            exempt |= set(ast.walk(node))  # its parts belong to it
+            found += [] if REASON_FOR_A_LIST.search(above) else [node.lineno]
+    return sorted(found)

@@ -65,7 +65,7 @@ KNOWS_NO_PEERS = {
     "merging",
     "evaluate",
 }
-# Folders with the same files, one for each method.
+# By hand: folders with the same files, one for each method that has kernels, and one for what they share.
 PARTS_OF_METHODS = {"hqq", "aqlm", "bitpack"}
 PRIVATE_NAMES = "integrations"  # the only folder that may touch them
 

@@ -50,6 +50,7 @@ def test_a_renamed_module_names_modules_that_there_are_and_gives_nothing_else(ol
 
 @pytest.mark.parametrize(
     ("module", "value"),
+    # By hand: the modules that there were.
     [
         ("quantizers.hqq", pql.HQQSpec(nbits=3)),
         ("quantizers.aqlm", pql.AQLMSpec()),

@@ -4,7 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
-from source_checks import find_circle, own_names, private_attributes, private_imports, replacements
+from source_checks import (
+    find_circle,
+    lists_of_methods,
+    own_names,
+    private_attributes,
+    private_imports,
+    replacements,
+)
+
+from peft_quantlayers.methods import config_type, registered_methods
 
 
 def test_the_walk_sees_private_imports():
@@ -96,7 +105,61 @@ def test_the_walk_sees_circles():
     assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+METHOD_NAMES = {
+    name: method
+    for method, found in registered_methods().items()
+    for name in (method, found.spec_type.__name__, config_type(found.spec_type).__name__)
+}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "@parametrize('method', ['hqq', 'nf4'])\ndef test(method): ...",
+        "for method in ('hqq', 'aqlm', 'other'): ...",
+        "CONFIGS = {'hqq': a, 'aqlm': b}",
+        "CONFIGS = {\n    'quick': pql.HQQConfig(nbits=4),\n    'small': NF4Config(),\n}",
+        "SPECS = [HQQSpec(), AQLMSpec(rounds=1)]",
+        "CASES = [('hqq', 'scale'), ('aqlm', 'codebooks')]",
+        "for config in (HQQConfig, NF4Config): ...",
+        "# A comment that gives no reason.\nmethods = ['hqq', 'nf4']",
+    ],
+)
+def test_the_walk_sees_lists_of_methods(source):
+    assert len(lists_of_methods(source, METHOD_NAMES)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "CONFIGS = {name: quick_config(name) for name in METHODS} | {'hqq': a, 'aqlm': b}",
+        "CASES = [*map(quick_config, METHODS), HQQConfig(nbits=3), AQLMConfig()]",
+        "assert found == ['hqq', 'aqlm']",
+        "parametrize('config', CONFIGS, ids=['hqq', 'nf4'])",
+        "SPECS = [HQQSpec(nbits=4), HQQSpec(nbits=3)]",
+        "PUBLIC = ['AQLMConfig', 'HQQConfig', 'a', 'b', 'c']",
+        "# By hand: the two that have a kernel.\nmethods = ['hqq', 'aqlm']",
+        "methods = {'hqq': ('hqq', 'nf4'), 'nf4': b}  # By hand: a reason.",
+    ],
+)
+def test_the_walk_allows_what_adds_to_the_registry_and_lists_with_a_reason(source):
+    assert lists_of_methods(source, METHOD_NAMES) == []
+
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_tests_take_methods_from_the_registry_or_say_why_not():
+    """``every_method.py`` has them; a test of a list by hand would not run on the next method."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in files
+        for line in lists_of_methods(file.read_text(encoding="utf-8"), METHOD_NAMES)
+    ]
+    assert found == [], "use METHODS or quick_config of every_method.py, or say why not: # By hand: ..."
+
+
 # Words in whose place the field has a term, or a sentence a subject.
 NOT_OURS = re.compile(r"\b(anew|anybody|errs|nobody|somebody)\b", re.IGNORECASE)
 

@@ -140,6 +140,7 @@ def test_a_size_counts_the_whole_model():
 
 @pytest.mark.parametrize(
     ("config", "choices"),
+    # By hand: the choices are fields of one method each.
     [
         (AQLMConfig(nbits_per_codebook=4, rounds=1), [1, 2]),
         (HQQConfig(nbits=3, group_size=16), [{"nbits": 2, "group_size": 32}, {"nbits": 3, "group_size": 16}]),

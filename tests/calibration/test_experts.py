@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_method import methods_for, quick_config
 from mixtures import MIXTURES, codes, same, tiny_mixture
 from peft import LoraConfig, get_peft_model
 from programs import run_program
@@ -142,12 +143,9 @@ def test_padding_does_not_count():
     assert [bool(group.experts.rows) for group in without.groups.values()] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("method", ["aqlm", "nf4"])
-def test_other_methods_are_calibrated_too(method):
-    config = {
-        "aqlm": pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=6, in_group_size=4, rounds=1, beam=2),
-        "nf4": pql.methods.config_type(get_method("nf4").spec_type)(block_size=16),
-    }[method]
+@pytest.mark.parametrize("method", methods_for("calibrated"))
+def test_every_method_is_calibrated(method):
+    config = quick_config(method)
     expected = logits(tiny_mixture("gpt_oss"))
     plain = pql.quantize_model(tiny_mixture("gpt_oss"), config, progress=False)
     model = pql.quantize_model(tiny_mixture("gpt_oss"), config, calibration=calibration(), progress=False)

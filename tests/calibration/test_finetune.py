@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from every_method import quick_config
+from every_method import all_methods, quick_config
 from integrations.tiny import tiny_model
 from torch import nn
 
@@ -27,7 +27,7 @@ def same(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return all(now[key].dtype == value.dtype and torch.equal(now[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm", "nf4"])
+@all_methods
 def test_floating_metadata_is_trained_in_float32_and_stored_as_the_spec_says(method):
     model, layers = quantized(quick_config(method))
     before = stored(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_method import methods_for, quick_config
 from golden.files import tensors_of
 from integrations.tiny import tiny_model
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,8 @@ from peft_quantlayers.formats.checksums import METADATA_KEY
 from peft_quantlayers.storage import locked_folder
 
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
-CONFIGS = {
+CONFIGS = {name: quick_config(name) for name in methods_for("calibrated")} | {
     "hqq": HQQConfig(nbits=2, group_size=16),
-    "aqlm": AQLMConfig(nbits_per_codebook=4),
     "aqlm-wide": AQLMConfig(num_codebooks=1, nbits_per_codebook=9, rounds=1),
 }
 UP = "mlp.up_proj"

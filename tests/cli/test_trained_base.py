@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from commands import TEXT, printed, refused
+from every_method import quick_config
 from integrations.tiny import FAMILIES
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
@@ -16,15 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import train
+from peft_quantlayers.methods import registered_methods
 from peft_quantlayers.streaming.parts import PartsOfModel
 
-METHODS = {
-    "hqq": ["--quantization.nbits", "4", "--quantization.group_size", "32"],
-    "aqlm": [
-        *("--quantization.method", "aqlm", "--quantization.num_codebooks", "1"),
-        *("--quantization.nbits_per_codebook", "4", "--quantization.rounds", "1"),
-    ],
-}
+HQQ = ["--quantization.nbits", "4", "--quantization.group_size", "32"]
 STEPS = ["--training.max_steps", "2", "--training.learning_rate", "0.01", "--training.save_strategy", "no"]
 
 
@@ -45,16 +42,28 @@ def float_folder(folder: Path, family: str) -> str:
     return str(folder)
 
 
-def trained(tmp_path, data, *, family="llama", method="hqq", options=()) -> Path:
+def quick_options(method: str) -> list[str]:
+    """The options that give the method's quick config."""
+    quick = quick_config(method)
+    default = type(quick)()
+    options = {"method": method}
+    for field in fields(quick):
+        if getattr(quick, field.name) != getattr(default, field.name):
+            options[field.name] = str(getattr(quick, field.name))
+    return [part for name, value in options.items() for part in (f"--quantization.{name}", value)]
+
+
+def trained(tmp_path, data, *, family="llama", quantization=HQQ, options=()) -> Path:
     source, out = float_folder(tmp_path / "float", family), tmp_path / "tuned"
-    assert main(["train", source, str(out), "--data", data, *METHODS[method], *STEPS, *options]) == 0
+    assert main(["train", source, str(out), "--data", data, *quantization, *STEPS, *options]) == 0
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "method"), [*(("llama", method) for method in registered_methods()), ("gpt2", "hqq")]
+)
 def test_what_was_trained_on_a_float_model_is_merged_measured_and_talked_with(family, method, tmp_path, data, capsys):
-    out = trained(tmp_path, data, family=family, method=method)
+    out = trained(tmp_path, data, family=family, quantization=quick_options(method))
     shutil.rmtree(tmp_path / "float")  # nothing needs it any more
     base = AutoModelForCausalLM.from_pretrained(out / "base")
     assert {layer.spec.method for layer in pql.quantized_modules(base).values()} == {method}
@@ -100,7 +109,7 @@ def test_the_base_is_that_of_quantize_and_is_kept_where_it_is_told(tmp_path, dat
     # A second adapter on the same model takes the base that is there.
     before = (shared / "model.safetensors").stat().st_mtime_ns
     command = ["train", str(tmp_path / "float"), str(tmp_path / "second"), "--data", data, *STEPS]
-    printed(capsys, [*command, *METHODS["hqq"], "--base_output", str(shared)])
+    printed(capsys, [*command, *HQQ, "--base_output", str(shared)])
     assert (shared / "model.safetensors").stat().st_mtime_ns == before
     printed(capsys, ["merge", str(tmp_path / "second"), str(tmp_path / "merged")])
     said = refused(capsys, [*command[:2], str(tmp_path / "third"), *command[3:], "--base_output", str(shared)], 1)
@@ -110,7 +119,7 @@ def test_the_base_is_that_of_quantize_and_is_kept_where_it_is_told(tmp_path, dat
 
 def test_a_dry_run_says_what_the_base_and_the_rest_take_on_disk(tmp_path, data, capsys):
     source, out = float_folder(tmp_path / "float", "llama"), tmp_path / "tuned"
-    command = ["train", source, str(out), "--data", data, *METHODS["hqq"], *STEPS, "--merge", "auto"]
+    command = ["train", source, str(out), "--data", data, *HQQ, *STEPS, "--merge", "auto"]
     text = printed(capsys, [*command, "--dry_run"])
     assert f"quantized base in {out / 'base'}" in text
     told = json.loads(printed(capsys, [*command, "--dry_run", "--json"]))
@@ -133,7 +142,7 @@ def test_a_dry_run_says_what_the_base_and_the_rest_take_on_disk(tmp_path, data, 
 
 def test_interrupted_while_it_is_quantized_it_goes_on_there(tmp_path, data, capsys, monkeypatch):
     source, out = float_folder(tmp_path / "float", "llama"), tmp_path / "tuned"
-    command = ["train", source, str(out), "--data", data, *METHODS["hqq"], *STEPS]
+    command = ["train", source, str(out), "--data", data, *HQQ, *STEPS]
     keep = PartsOfModel.keep
 
     def interrupted(self, work, number):
@@ -150,7 +159,7 @@ def test_interrupted_while_it_is_quantized_it_goes_on_there(tmp_path, data, caps
 def test_what_cannot_be_trained_is_refused_before_the_base_is_written(tmp_path, data, capsys, monkeypatch):
     source, out = float_folder(tmp_path / "float", "llama"), tmp_path / "tuned"
     monkeypatch.setattr(train, "load_model", None)
-    command = ["train", source, str(out), "--data", data, *METHODS["hqq"], *STEPS]
+    command = ["train", source, str(out), "--data", data, *HQQ, *STEPS]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for options, said in (

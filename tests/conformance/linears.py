@@ -31,10 +31,11 @@ def nf4_spec(linear: nn.Linear) -> NF4Spec:
     return NF4Spec(block_size=1)
 
 
-# The methods that can hold any weight exactly, and how.
+# By hand: the methods that can hold any weight exactly, and how; a method without an entry needs a reason below.
 SPECS: dict[str, Callable[[nn.Linear], QuantSpec]] = {"hqq": hqq_spec, "aqlm": aqlm_spec, "nf4": nf4_spec}
 # Tests that compare what is kept in memory, not numbers, are given layers as they are used.
 COMPARES_MEMORY = ("test_velora_reduces_saved_activation_memory_vs_vanilla_lora",)
+# By hand: as they are used.
 USUAL_SPECS: dict[str, QuantSpec] = {
     "hqq": HQQSpec(nbits=4, group_size=64),
     "aqlm": AQLMSpec(num_codebooks=1, nbits_per_codebook=8, in_group_size=8),

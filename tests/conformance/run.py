@@ -31,7 +31,7 @@ FILES = (
 QUICK_FILES = ("test_custom_models.py", "test_bdlora.py", OURS)
 # On the two ends of the range of PEFT's versions; half a minute each.
 QUICK_METHODS = (("hqq", LOWEST), ("hqq", NEWEST))
-# All others, and why they are left to `make conformance`.
+# By hand: all others, and why they are left to `make conformance`.
 NOT_QUICK = {
     "aqlm": "a minute or more, for the layer that all methods share; tests/contract and tests/lora run it",
     "nf4": "the default product and the default merge, which tests/contract and tests/lora run",

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from every_method import all_methods, quick_config
 from integrations.tiny import token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -189,14 +190,9 @@ def test_layers_that_engines_fuse_must_be_alike(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3"])
-@pytest.mark.parametrize("make", ["hqq", "aqlm", "nf4"])
-def test_dense_files_load_in_transformers_and_compute_the_same(tmp_path, family, make):
-    config = {
-        "hqq": None,
-        "aqlm": pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4),
-        "nf4": pql.NF4Config(block_size=64),
-    }[make]
-    model = quantized(family, config=config)
+@all_methods
+def test_dense_files_load_in_transformers_and_compute_the_same(tmp_path, family, method):
+    model = quantized(family, config=quick_config(method))
     report = pql.export(model, tmp_path / "out", "dense")
     assert report.relative_error < 1e-6
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

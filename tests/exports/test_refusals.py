@@ -8,6 +8,7 @@ import signal
 import _tiny_models
 import pytest
 import torch
+from every_method import METHODS, quick_config
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 
@@ -83,10 +84,11 @@ def test_groups_along_the_outputs_are_refused(tmp_path):
     assert "format='dense'" in said
 
 
-@pytest.mark.parametrize("config", [pql.AQLMConfig(nbits_per_codebook=4), pql.NF4Config(block_size=64)])
-def test_other_methods_are_refused_where_codes_are_no_integers(tmp_path, config):
-    model = quantized(config=config)
-    said = refused(model, tmp_path / "out", "humming", "has no place for (aqlm|nf4) weights")
+@pytest.mark.usefixtures("toy_method")
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "hqq"])
+def test_other_methods_are_refused_where_codes_are_no_integers(tmp_path, method):
+    model = quantized(config=quick_config(method))
+    said = refused(model, tmp_path / "out", "humming", f"has no place for {method} weights")
     assert "format='dense'" in said
 
 

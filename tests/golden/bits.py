@@ -51,7 +51,7 @@ WITH_CALIBRATION = {
     f"{name}, calibrated": (HQQ | AQLM)[name]
     for name in ("hqq 4 bits", "hqq 2 bits", "hqq integer zeros", "aqlm 2x8", "aqlm 1x8")
 }
-# Base model, adapter and strategy.
+# By hand: base model, adapter and strategy of what the file holds.
 MERGES = {
     "hqq auto": ("hqq", "lora", "auto"),
     "hqq requantize": ("hqq", "lora", "requantize"),

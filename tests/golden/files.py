@@ -38,3 +38,14 @@ def digests(file: str | Path) -> dict[str, str]:
     """:func:`digest` of each tensor in a safetensors file, or in that of a model's or adapter's folder."""
     files = [Path(file)] if Path(file).is_file() else sorted(Path(file).glob("*.safetensors"))
     return {name: digest(tensor) for path in files for name, tensor in tensors_of(path).items()}
+
+
+def assert_written(folder: Path, config: dict[str, Any], tensors: dict[str, str]) -> None:
+    """``folder`` holds what an older version wrote, and where the format is ours the sentinels of the fourth."""
+    sentinels = [f"{name}.weight" for name in config.get("modules", ())] if "sentinels" not in config else []
+    if sentinels:
+        config = config | {"sentinels": True, "format_version": max(config["format_version"], 4)}
+    assert quantization_config(folder) == config
+    found = digests(folder)
+    assert all(" [1] " in found.pop(name) for name in sentinels)
+    assert found == tensors

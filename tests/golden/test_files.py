@@ -16,7 +16,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.formats.checksums import METADATA_KEY
 
 from . import models
-from .files import ADAPTERS, MODELS, PUBLISHED, digests, quantization_config, tensors_of
+from .files import ADAPTERS, MODELS, PUBLISHED, assert_written, digests, quantization_config, tensors_of
 from .models import FILES, IDS
 
 # Of a forward pass, in the norm: what sums in another order may give. In bfloat16 a rounding more or less.
@@ -36,17 +36,6 @@ def test_all_files_are_small():
 @pytest.mark.parametrize("name", [*MODELS, *PUBLISHED])
 def test_a_model_computes_the_same_logits(name: str):
     assert_same_logits(models.logits_of(models.load(name)), name)
-
-
-def assert_written(folder: Path, config: dict[str, Any], tensors: dict[str, str]) -> None:
-    """``folder`` holds what an older version wrote, and where the format is ours the sentinels of later ones."""
-    sentinels = [f"{name}.weight" for name in config.get("modules", ())]
-    if sentinels:
-        config = config | {"sentinels": True, "format_version": 4}
-    assert quantization_config(folder) == config
-    found = digests(folder)
-    assert all(" [1] " in found.pop(name) for name in sentinels)
-    assert found == tensors
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -140,6 +140,7 @@ def test_gradients_are_those_of_the_cpu(n_tokens):
 def quantized_layers(dtype: torch.dtype) -> list[nn.Module]:
     torch.manual_seed(0)
     linear = nn.Linear(1024, 256).to(DEVICE, dtype)
+    # By hand: the methods with kernels of their own.
     configs = (pql.HQQConfig(nbits=4), pql.HQQConfig(nbits=3), pql.AQLMConfig(rounds=0, beam=1))
     return [pql.quantize_model(nn.Sequential(copy.deepcopy(linear)), config, progress=False) for config in configs]
 

@@ -28,6 +28,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 MODELS = {"llama": LlamaConfig(**SIZES), "mixtral": MixtralConfig(**SIZES, num_local_experts=4)}
+# By hand: codes of one byte and of two.
 CONFIGS = {
     "hqq": pql.HQQConfig(nbits=3, group_size=16),
     "aqlm": pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=9, rounds=0),

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from every_method import all_methods, quick_config
 from transformers import AqlmConfig, AutoConfig, AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
@@ -52,8 +53,9 @@ def test_overrides_in_a_mapping_leave_no_other_layer_dense(folder):
     assert specs_of(model) == {str(pql.HQQSpec(nbits=4)), str(pql.HQQSpec(nbits=8))}
 
 
-@pytest.mark.parametrize("config", [pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3), pql.NF4Config()])
-def test_the_mapping_of_every_method_makes_its_config_again(config, folder):
+@all_methods
+def test_the_mapping_of_every_method_makes_its_config_again(method, folder):
+    config = quick_config(method)
     model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config.to_dict())
     assert specs_of(model) == {str(config.spec_for("x"))}
 
@@ -74,6 +76,7 @@ def test_a_mapping_that_says_what_cannot_be_is_refused(fields, message, folder):
         AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=fields)
 
 
+# By hand: the two folders, and the methods that transformers has configs of.
 AGREE = {
     "ours": ("hqq", pql.HQQConfig(nbits=8)),
     "mapping": ("hqq", {"quant_method": "hqq", "nbits": 8}),
@@ -94,6 +97,7 @@ def test_the_config_of_a_saved_model_given_again_is_ignored_with_a_warning(case,
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+# By hand: our own format and the published one of AQLM.
 @pytest.mark.parametrize("name", ["hqq", "aqlm"])
 @pytest.mark.parametrize("read", [dict, AutoQuantizationConfig.from_dict], ids=["mapping", "object"])
 def test_the_fields_of_the_saved_model_itself_are_taken_as_it_is(read, name, folder):
@@ -113,6 +117,7 @@ def test_the_fields_of_another_saved_model_are_refused(folder):
 
 @pytest.mark.parametrize(
     ("name", "config"),
+    # By hand: two folders, each with what it does not hold.
     [
         ("hqq", pql.HQQConfig(nbits=4)),
         ("hqq", pql.AQLMConfig()),
@@ -137,6 +142,7 @@ def test_unregistering_gives_transformers_its_own_comparison_back():
 
 @pytest.mark.parametrize(
     ("config", "factor"),
+    # By hand: one case of AQLM, one of HQQ.
     [
         (pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, rounds=2), 1),
         (pql.HQQConfig(nbits=4, group_size=32), 1e-7),

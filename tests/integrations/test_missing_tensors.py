@@ -12,7 +12,7 @@ from peft_quantlayers.layers import LowRankBranch
 
 from .tiny import tiny_model
 
-CONFIGS = {
+CONFIGS = {  # By hand: a method for each of two formats.
     "own": HQQConfig(nbits=4, group_size=32),
     "published": AQLMConfig(num_codebooks=1, nbits_per_codebook=3),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
+from every_method import METHODS, quick_config
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
@@ -14,10 +15,9 @@ from peft_quantlayers.evaluate import perplexity
 
 from .tiny import tiny_model, token_ids
 
-CONFIGS = {
-    "hqq": pql.HQQConfig(nbits=4, group_size=32),
-    "aqlm": pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=9, rounds=0),
-    "nf4": pql.NF4Config(block_size=32),
+pytestmark = pytest.mark.usefixtures("toy_method")
+CONFIGS = {name: quick_config(name) for name in METHODS} | {
+    "aqlm": pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=9, rounds=0)  # codes of two bytes
 }
 
 

@@ -13,7 +13,7 @@ from peft_quantlayers.integrations.transformers_config import QuantlayersConfig,
 
 from .tiny import tiny_model
 
-CONFIGS = {
+CONFIGS = {  # By hand: a method for each of two formats.
     "aqlm": AQLMConfig(num_codebooks=1, nbits_per_codebook=4, rounds=0),
     "quantlayers": HQQConfig(nbits=4, group_size=32),
 }

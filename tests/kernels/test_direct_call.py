@@ -30,6 +30,7 @@ def call(method: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], lis
     )
 
 
+# By hand: the kernels' operators.
 METHODS = pytest.mark.parametrize("method", ["hqq", "aqlm"])
 
 

@@ -30,6 +30,7 @@ def layer(method: str, axis: int) -> tuple[list[torch.Tensor], Callable[[torch.T
 
 
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "plain"])
+# By hand: the kernels' operators.
 @pytest.mark.parametrize(("method", "axis"), [("hqq", 1), ("hqq", 0), ("aqlm", 1)])
 def test_training_scales_and_codebooks_allocates_nothing_dense(
     method, axis, is_compiled, monkeypatch, set_tile_elements
@@ -139,6 +140,7 @@ def test_a_gradient_with_other_rows_than_the_weight_is_refused(n_rows):
     codes = torch.zeros(OUT, IN // 8, 2, dtype=torch.int8)
     aqlm = (codes, torch.randn(2, 256, 1, 8), torch.rand(OUT, 1, 1, 1))
     x, grad, grad_weight = torch.randn(3, IN), torch.randn(3, n_rows), torch.randn(n_rows, IN)
+    # By hand: the kernels' operators.
     for method, weight in {"hqq": hqq, "aqlm": aqlm}.items():
         with pytest.raises(ValueError, match=f"that of {n_rows} outputs, and the weight has {OUT}"):
             getattr(torch.ops.quantlayers, f"{method}_metadata_gradient")(grad_weight, *weight)

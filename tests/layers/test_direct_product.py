@@ -18,7 +18,7 @@ from quantlayers_kernels import native
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the short way leads to a compiled kernel")
 
 IN, OUT = 64, 24
-SPECS = {
+SPECS = {  # By hand: the methods with a compiled kernel for a few tokens.
     "hqq4": HQQSpec(nbits=4, group_size=16),
     "hqq3-float32": HQQSpec(nbits=3, group_size=None, scale_dtype="float32"),
     "hqq2-bfloat16": HQQSpec(nbits=2, group_size=32, scale_dtype="bfloat16"),

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from every_method import all_methods, quick_config
+from every_method import METHODS, all_methods, config_with_default_groups, methods_for, quick_config
 from integrations.tiny import tiny_model, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -32,7 +32,7 @@ from peft_quantlayers import (
 )
 from peft_quantlayers.layers.dense_rules import MISFIT
 from peft_quantlayers.layers.selection import quantizable_modules, select_modules
-from peft_quantlayers.methods.nf4 import NF4Config, NF4Spec
+from peft_quantlayers.methods.nf4 import NF4Spec
 
 
 def model_of(*in_features: int, out_features: int = 32) -> nn.Module:
@@ -43,6 +43,7 @@ def model_of(*in_features: int, out_features: int = 32) -> nn.Module:
     ("in_features", "size"),
     [(4304, 16), (3420, 60), (588, 49), (7688, 62), (2814, 42), (48, 48), (160, 40), (128, 64), (7, 7)],
 )
+# By hand: the methods whose groups shrink, and by which field.
 @pytest.mark.parametrize(("spec", "field"), [(HQQSpec(), "group_size"), (NF4Spec(), "block_size")])
 def test_groups_shrink_to_the_largest_divisor_that_is_not_above_the_one_asked_for(spec, field, in_features, size):
     fitted = spec.fitted(96, in_features)
@@ -57,6 +58,7 @@ def test_groups_of_outputs_shrink_too():
     assert HQQSpec(group_size=None).fitted(48, 31).group_size is None
 
 
+# By hand: the methods whose groups shrink.
 @pytest.mark.parametrize("spec", [HQQSpec(), NF4Spec()])
 def test_a_weight_that_would_be_no_smaller_than_in_half_precision_has_no_fitting_spec(spec):
     assert spec.fitted(32, 127) is None  # a prime: every weight would have a scale of its own
@@ -169,8 +171,17 @@ def specs_of(model: nn.Module) -> dict[str, QuantSpec]:
     return {name: layer.spec for name, layer in quantized_modules(model).items()}
 
 
-@pytest.mark.parametrize("config", [HQQConfig(), NF4Config()], ids=["hqq", "nf4"])
-def test_calibrated_layers_have_the_specs_of_uncalibrated_ones(config):
+# Whose groups, as large as by default, do not fit but shrink.
+SHRINKING = {
+    name: config
+    for name, config in zip(METHODS, map(config_with_default_groups, METHODS), strict=True)
+    if config.spec_for("layer").misfit(64, 96) and config.spec_for("layer").fitted(64, 96)
+}
+
+
+@pytest.mark.parametrize("method", [name for name in methods_for("calibrated") if name in SHRINKING])
+def test_calibrated_layers_have_the_specs_of_uncalibrated_ones(method):
+    config = SHRINKING[method]
     ids = torch.randint(3, 128, (8, 40), generator=torch.Generator().manual_seed(0))
     data = Calibration(data=ids, n_tokens=320, sequence_length=40)
     model = quantize_model(tiny_model(), config, calibration=data, progress=False)
@@ -178,10 +189,10 @@ def test_calibrated_layers_have_the_specs_of_uncalibrated_ones(config):
     assert len(set(specs_of(model).values())) == 2
 
 
-AXES = [HQQConfig(), NF4Config(), HQQConfig(axis=0, group_size=40)]
+AXES = SHRINKING | {"hqq-axis-0": HQQConfig(axis=0, group_size=40)}
 
 
-@pytest.mark.parametrize("config", AXES, ids=["hqq", "nf4", "hqq-axis-0"])
+@pytest.mark.parametrize("config", AXES.values(), ids=AXES)
 def test_fitted_layers_train_merge_and_take_loftq(config):
     specs = specs_of(quantize_model(tiny_model(), config, progress=False))
     for merge in (False, True):
@@ -237,10 +248,17 @@ def qwen2_5_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=TEXT, vision_config=TOWER))
 
 
+CONFIGS = {name: config_with_default_groups(name) for name in METHODS} | {
+    # Not in rounds, of which files in the published format do not say how many there were.
+    "aqlm": AQLMConfig(num_codebooks=1, nbits_per_codebook=3),
+}
+
+
 @pytest.mark.parametrize("create", [siglip, qwen2_5_vl])
-@pytest.mark.parametrize("config", [HQQConfig(), NF4Config(), AQLMConfig(num_codebooks=1, nbits_per_codebook=3)])
-def test_the_same_layers_and_bits_in_memory_while_loading_and_after_saving(create, config, tmp_path):
+@all_methods
+def test_the_same_layers_and_bits_in_memory_while_loading_and_after_saving(create, method, tmp_path):
     torch.manual_seed(0)
+    config = CONFIGS[method]
     model = create()
     model.save_pretrained(tmp_path / "float")
     in_memory = quantize_model(type(model).from_pretrained(tmp_path / "float"), config, progress=False)

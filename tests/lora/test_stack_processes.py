@@ -18,9 +18,8 @@ import peft_quantlayers as pql
 from peft_quantlayers.layers.quantized_layers import quantized_stacks
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3"]
-CONFIGS = {
+CONFIGS = {  # By hand: codes of one byte and of two.
     "hqq": pql.HQQConfig(nbits=4, group_size=16),
-    # Codes of two bytes.
     "aqlm": pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=9, in_group_size=4, rounds=0, beam=1),
 }
 IDS = torch.randint(3, 128, (WORLD_SIZE, 24), generator=torch.Generator().manual_seed(3))

@@ -16,7 +16,7 @@ SPECTRA = {
     "1/k^2": 1 / torch.arange(1, IN + 1.0) ** 2,
     "exponential": torch.exp(-torch.arange(IN) / 6),
 }
-SPECS = {
+SPECS = {  # By hand: every kind of grid that error feedback rounds to.
     **{f"hqq {nbits} bits": HQQSpec(nbits=nbits, group_size=GROUP) for nbits in (4, 3, 2)},
     "hqq integer zeros": HQQSpec(nbits=3, group_size=GROUP, integer_zero=True),
     "hqq symmetric": HQQSpec(nbits=3, group_size=GROUP, symmetric=True),

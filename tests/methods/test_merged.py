@@ -8,7 +8,7 @@ from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.methods import get_method
 from quantlayers_kernels.hqq.update import DITHER_ROWS, dither_pattern
 
-SPECS = [
+SPECS = [  # By hand: the methods whose merge is their own; tests/contract has the others.
     HQQSpec(nbits=4, group_size=64),
     HQQSpec(nbits=3, group_size=None),
     HQQSpec(nbits=8, group_size=64, axis=0),

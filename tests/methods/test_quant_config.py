@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from peft_quantlayers.methods import AQLMConfig, HQQConfig, HQQSpec
+from peft_quantlayers.methods import AQLMConfig, HQQConfig, HQQSpec, config_type, registered_methods
 from peft_quantlayers.methods.quant_config import matches
 
 
@@ -61,7 +61,8 @@ def test_a_config_survives_json():
 
 def test_a_torch_dtype_is_as_good_as_its_name():
     assert HQQConfig(compute_dtype=torch.bfloat16) == HQQConfig(compute_dtype="bfloat16")
-    for config in (HQQConfig, AQLMConfig):
+    types = [config_type(method.spec_type) for method in registered_methods().values()]
+    for config in [each for each in types if "scale_dtype" in {field.name for field in dataclasses.fields(each)}]:
         assert config(scale_dtype=torch.float16) == config(scale_dtype="float16")
         with pytest.raises(ValueError, match=r"scale_dtype=torch\.int8|scale_dtype='int8'"):
             config(scale_dtype=torch.int8)

@@ -143,6 +143,7 @@ def test_a_number_a_size_and_a_file_do_what_the_plan_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "choices"),
+    # By hand: the choices are fields of one method each.
     [
         (quick_config("aqlm"), [1, 2]),
         (CONFIG, [{"nbits": 2, "group_size": 32}, {"nbits": 3, "group_size": 16}]),

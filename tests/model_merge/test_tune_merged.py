@@ -15,6 +15,7 @@ from peft_quantlayers import Calibration, HQQConfig, quantized_modules
 IDS = torch.randint(3, 128, (16, 40), generator=torch.Generator().manual_seed(0))
 # One batch, on which the tuning is judged too: a tiny random model's scales need not carry over to others.
 DATA = Calibration(data=IDS[:1].repeat(4, 1), n_tokens=160, sequence_length=160, learning_rate=3e-3)
+# By hand: a method for each of two strategies.
 CONFIGS = {
     "hqq": HQQConfig(nbits=2, group_size=16),
     "hqq-float32": HQQConfig(nbits=2, group_size=16, scale_dtype="float32"),
@@ -48,9 +49,7 @@ def divergence(model: nn.Module, teacher: torch.Tensor) -> float:
     return float((teacher.exp() * (teacher - ours)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(
-    ("method", "strategy"), [("hqq", "requantize"), ("hqq-float32", "requantize"), ("aqlm", "calibrated")]
-)
+@pytest.mark.parametrize(("method", "strategy"), zip(CONFIGS, ("requantize", "requantize", "calibrated"), strict=True))
 def test_predictions_come_nearer_codes_stay_and_unmerging_restores_the_bits(method, strategy):
     model = adapted(CONFIGS[method])
     with torch.no_grad():

@@ -7,18 +7,20 @@ import pytest
 import torch
 from _model_journey import differences
 from _tiny_models import tiny_model
+from every_method import METHODS, quick_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 import peft_quantlayers as pql
-from peft_quantlayers import AQLMConfig, HQQConfig, NF4Config, quantized_modules
+from peft_quantlayers import AQLMConfig, HQQConfig, quantized_modules
 
-CONFIGS = {
+pytestmark = pytest.mark.usefixtures("toy_method")
+CONFIGS = {name: quick_config(name) for name in METHODS} | {
     "hqq": HQQConfig(nbits=4, group_size=32, iters=1),
+    # Not in rounds, of which files in the published format do not say how many there were.
     "aqlm": AQLMConfig(num_codebooks=1, nbits_per_codebook=3),
-    "nf4": NF4Config(block_size=32),
 }
 MODELS = [
     "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_method import quick_config
+from every_method import SHAPES, all_methods, quick_config, quick_spec
 from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -68,22 +68,17 @@ def test_predictions_come_nearer_and_only_scales_change(family):
     )
 
 
-@pytest.mark.parametrize(
-    ("method", "train", "names"),
-    [
-        ("hqq", ("scales", "zeros"), {"scale", "zero"}),
-        ("aqlm", ("scales", "codebooks"), {"scales", "codebooks"}),
-        ("nf4", ("scales",), {"absmax"}),
-    ],
-)
-def test_roles_of_every_method(method, train, names, tmp_path):
+@all_methods
+def test_roles_of_every_method(method, tmp_path):
     model = quantized(config=quick_config(method))
+    roles = quick_spec(method).trainable_roles(*SHAPES[0])
+    train = sorted(set(roles.values()))
     before = tensors(model)
     # Of one batch, which it is judged on: whether a tiny random model's scales carry over to others is another matter.
     data = Calibration(data=IDS, n_tokens=640, sequence_length=40, batch_size=16)
     result = tune_scales(model, sharp(), data, train=train, epochs=20, learning_rate=3e-3, progress=False)
     assert result.is_kept
-    assert changed(model, before) == names
+    assert changed(model, before) == set(roles)
     pql.save_model(model, tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from _tiny_models import tiny_inputs, tiny_model
+from every_method import methods_for, quick_config
 from killed_runs import folders_of_killed_runs
 from mixtures import tiny_mixture
 from safetensors.torch import load_file
@@ -77,11 +78,11 @@ def test_it_writes_what_calibration_in_memory_writes(name, is_asymmetric, tmp_pa
 @pytest.mark.parametrize(
     "config",
     [
-        pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, rounds=1),
+        *map(quick_config, methods_for("calibrated")),
         pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=10, rounds=1),
         pql.HQQConfig(nbits=3, group_size=32, quantize_lm_head=True, overrides={"down_proj": {"nbits": 8}}),
     ],
-    ids=["aqlm", "wide codes", "head too"],
+    ids=[*methods_for("calibrated"), "wide codes", "head too"],
 )
 def test_every_method_and_layers_outside_of_blocks(config, tmp_path):
     calibration = calibration_for(saved(tmp_path / "float"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from _tiny_models import tiny_model
+from every_method import METHODS, quick_config
 from killed_runs import folders_of_killed_runs
 from safetensors.torch import load_file
 
@@ -76,14 +77,14 @@ def test_it_writes_what_quantize_model_and_save_model_write(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
+        *((quick_config(method), torch.float32) for method in METHODS),
         (CONFIG, torch.bfloat16),
         (CONFIG, torch.float16),
-        (pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=3, rounds=1), torch.float32),
         (pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=10, rounds=1), torch.float16),  # published, wide codes
         (pql.HQQConfig(nbits=2, group_size=32, compute_dtype="bfloat16"), torch.float32),
-        (pql.NF4Config(block_size=32), torch.bfloat16),
     ],
 )
+@pytest.mark.usefixtures("toy_method")
 def test_every_method_and_dtype_gives_the_same_bytes(config, dtype, tmp_path):
     folder = saved(tmp_path / "float", dtype=dtype)
     pql.quantize_checkpoint(folder, tmp_path / "quantized", config, progress=False)

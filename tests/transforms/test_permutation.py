@@ -5,6 +5,7 @@ import pytest
 import torch
 from calibration.other_models import MODELS as MODELS_OF_OTHER_KINDS
 from calibration.other_models import other_model
+from every_method import methods_for, quick_config
 from tiny_models import MODELS, change, logits, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -115,13 +116,9 @@ def test_half_precision_models_are_reordered_too(name):
     assert change(logits(model), before) < 0.03
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pql.HQQConfig(nbits=4, group_size=8), pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=4, rounds=1)],
-    ids=["hqq", "aqlm"],
-)
-def test_it_goes_with_quantizing_lora_merging_saving_and_loading(config, tmp_path):
-    model = tiny_model("llama", torch.float32)
+@pytest.mark.parametrize("method", methods_for("calibrated"))
+def test_it_goes_with_quantizing_lora_merging_saving_and_loading(method, tmp_path):
+    model, config = tiny_model("llama", torch.float32), quick_config(method)
     pql.quantize_model(model, config, transforms=pql.Permutation(by="both"), calibration=DATA, progress=False)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     merged, _ = pql.merge_back(adapted.eval(), progress=False)

@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+from every_method import all_methods, methods_for, quick_config
 from tiny_models import change, logits, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -46,18 +47,10 @@ def test_quantize_model_transforms_first_and_then_quantizes():
     assert names_of(model) == NAMES
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        CONFIG,
-        pql.NF4Config(block_size=16),
-        pql.AQLMConfig(num_codebooks=1, nbits_per_codebook=4, in_group_size=8, rounds=1),
-    ],
-    ids=["hqq", "nf4", "aqlm"],
-)
-def test_a_quantized_model_is_saved_and_loaded_with_what_was_done(config, tmp_path):
-    data = None if isinstance(config, pql.NF4Config) else DATA
-    model = quantized(config, transforms=pql.Rotation(), calibration=data)
+@all_methods
+def test_a_quantized_model_is_saved_and_loaded_with_what_was_done(method, tmp_path):
+    data = DATA if method in methods_for("calibrated") else None
+    model = quantized(quick_config(method), transforms=pql.Rotation(), calibration=data)
     pql.save_model(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
