@@ -49,13 +49,39 @@ tuned --text held_out.txt`. Trained on a float model, it holds the quantized bas
 (`DPOConfig` with `--trainer dpo`) as `--training.NAME`. This page is written by `python benchmarks/cli_page.py`.
 """
 
+OF_RUN = """Tried with models that this package has saved:
+
+| program | |
+|---|---|
+| `trl sft`, `trl dpo` | trains and saves an adapter (`tests/cli/test_run.py`) |
+| `accelerate launch` | processes that a program starts load them too (`tests/cli/test_train_distributed.py`) |
+| `lm_eval` | scores (`tests/cli/test_lm_eval.py`, where lm-eval is installed) |
+| `transformers serve`, `chat` | the answers of `pql chat` (same file; `pip install 'transformers[serving]'`) |
+
+With SmolLM2-135M-Instruct at 4 bits in `base`, transformers 5.23 and fastapi 0.165:
+
+```text
+$ pql run transformers serve base --port 8123 --device cpu
+INFO:     Uvicorn running on http://localhost:8123 (Press CTRL+C to quit)
+$ curl localhost:8123/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{"model": "base", "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}'
+{..."message":{"content":"The capital of France is Paris.","role":"assistant"}}],..."usage":{"completion_tokens":8,...
+$ pql run transformers chat base http://localhost:8123 max_new_tokens=16 do_sample=False
+<base>:
+The capital of France is Paris.
+```
+
+`transformers chat` takes a server on the same machine for the Hub: with `HF_HUB_OFFLINE=1` it stops.
+"""
+
 
 def page() -> str:
     """The whole page, from the file of options."""
     parts = [HEAD]
     for verb, text in VERBS.items():
         if verb in WITHOUT_OPTIONS:
-            parts.append(f"## {verb}\n\n{text.capitalize()}: `peft-quantlayers {verb} --help`.\n")
+            parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}: `peft-quantlayers {verb} --help`.\n")
+            parts += [OF_RUN] if verb == "run" else []
         else:
             parts.append(f"## {verb}\n\n{description(verb)}\n\n```text\n{listed(verb, WIDTH)}\n```\n")
     return "\n".join(parts)

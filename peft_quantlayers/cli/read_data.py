@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..calibration.texts import COLUMNS, TEXT_SUFFIXES, token_sequences
 from ..storage import says_full
+from .row_forms import joined
 from .rows import check_texts, first_wrong_line
 
 # Columns that make one text together.
@@ -37,7 +37,7 @@ def load_data(option: str, name: str) -> Any:
         raise ValueError(f"--{option} {name} is empty.")
     if path.is_file() and path.suffix in TEXT_SUFFIXES:
         return path
-    if not path.exists() and (path.suffix in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))):
+    if not path.exists() and is_data_name(name):
         raise FileNotFoundError(f"--{option} {name}: there is no such file.")
     try:
         import datasets
@@ -56,6 +56,16 @@ def load_data(option: str, name: str) -> Any:
         if says_full(error):
             raise
         raise ValueError(f"--{option} {name} cannot be read{_reason(error, path)}") from None
+
+
+def is_data_name(name: str) -> bool:
+    """Whether ``name`` is a path that is there, or looks like one; otherwise it is a name on the Hub, or a text."""
+    try:
+        path = Path(name).expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError):  # a text, too long for a name
+        return False
+    return is_there or path.suffix in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -94,17 +104,7 @@ def load_texts(option: str, name: str) -> Any:
             "and completion, or instruction and output."
         )
     check_texts(option, name, data, found or [part for part in parts if part in columns and part != "input"])
-    return data if found else data.map(_joined, fn_kwargs={"parts": parts}, remove_columns=columns)
-
-
-def _joined(row: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """One text, or one chat of what is given as messages."""
-    values = [row[part] for part in parts if row.get(part)]
-    if all(isinstance(value, list) for value in values):
-        return {"messages": [message for value in values for message in value]}
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"a row has text and messages in {' and '.join(parts)}: {str(row)[:80]}. Give one of both.")
-    return {"text": ("" if parts[0] == "prompt" else "\n\n").join(values)}
+    return data if found else data.map(joined, remove_columns=columns)
 
 
 def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tensor:

@@ -13,9 +13,11 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 
 from ..estimate import Estimate, estimate_training
 from ..estimate.estimates import size_text
+from ..estimate.meta_model import quantized_on_meta
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming import quantize_checkpoint
+from . import pv_training
 from . import shared_options as options
 from .models import OWN_BASE, is_quantized_already, model_on_meta
 from .result import Result
@@ -43,7 +45,7 @@ def base_folder(settings: Namespace) -> Path:
     return Path(settings.base_output or Path(settings.output) / OWN_BASE).resolve()
 
 
-def quantized_base(settings: Namespace, adapter: PeftConfig, processes: PartialState) -> str:
+def quantized_base(settings: Namespace, adapter: PeftConfig | None, processes: PartialState) -> str:
     """The folder of the model ``settings.model``, quantized; the first of several processes writes it.
 
     Raises:
@@ -51,7 +53,8 @@ def quantized_base(settings: Namespace, adapter: PeftConfig, processes: PartialS
         FileExistsError: the folder holds another model.
     """
     folder, config = base_folder(settings), options.method_config(settings.quantization)
-    _check_layers(settings.model, adapter)
+    if adapter is not None:
+        _check_layers(settings.model, adapter)
     if processes.is_main_process:
         quantize_checkpoint(settings.model, folder, config, device=settings.device)
     # It may take hours, and a barrier gives up after minutes. If it fails, the launcher ends all processes.
@@ -69,12 +72,13 @@ def _check_layers(name: str, adapter: PeftConfig) -> None:
     inject_adapter_in_model(tried, model_on_meta(name), low_cpu_mem_usage=True)
 
 
-def plan_of_training(settings: Namespace, adapter: PeftConfig, *, n_rows: int) -> Result:
+def plan_of_training(settings: Namespace, adapter: PeftConfig | None, *, n_rows: int) -> Result:
     """What would be done, and what it takes."""
     estimate, disk = _costs(settings, adapter)
     places = {
         "quantized base": base_folder(settings),
         "adapter": settings.output,
+        "model": settings.output,
         "merged model": settings.merged_output or Path(settings.output) / "merged",
     }
     lines = [f"would train {settings.model} on {n_rows} rows into {settings.output}", str(estimate), "on disk:"]
@@ -84,12 +88,20 @@ def plan_of_training(settings: Namespace, adapter: PeftConfig, *, n_rows: int) -
     return Result(text="\n".join(lines), data={"rows": n_rows, **estimate.to_dict(), "disk": disk})
 
 
-def _costs(settings: Namespace, adapter: PeftConfig) -> tuple[Estimate, dict[str, int]]:
+def _costs(settings: Namespace, adapter: PeftConfig | None) -> tuple[Estimate, dict[str, int]]:
     """What a step takes in memory, and bytes that will be written, by what they are."""
     is_new = not is_quantized_already(settings.model)
     config: QuantConfig | None = options.method_config(settings.quantization) if is_new else None
     model: Any = model_on_meta(settings.model)
     base = summary(model, config).nbytes
+    if adapter is None:
+        quantized_on_meta(model, config)
+        estimate = pv_training.costs(settings.model, model, settings.pv.buffer_bytes, base)
+        disk = {"quantized base": base} if is_new else {}
+        return estimate, disk | {
+            "model": estimate.disk,
+            "a checkpoint": estimate.disk + estimate.memory["codebooks"] // 2,
+        }
     rows = 2 if settings.trainer == "dpo" else 1  # chosen and rejected
     estimate = estimate_training(
         model,

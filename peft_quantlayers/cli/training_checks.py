@@ -53,7 +53,7 @@ def check_training(settings: Namespace) -> None:
             f"--lora.task_type {settings.lora.task_type}: train finetunes language models. Leave it at CAUSAL_LM."
         )
     if settings.adapter_type != "lora" and settings.merge_aware:
-        raise ValueError("--merge_aware true is for LoRA: leave it out, or --adapter_type scales.")
+        raise ValueError(f"--merge_aware true is for LoRA: leave it out, or --adapter_type {settings.adapter_type}.")
     if getattr(config_of(settings.model), "is_encoder_decoder", False):
         raise ValueError(
             f"{settings.model} is an encoder-decoder, and TRL's trainers take language models with a decoder only."
@@ -94,7 +94,9 @@ def _check_places(settings: Namespace) -> None:
         raise ValueError("--merged_output is for --merge STRATEGY, which is not given.")
     named: dict[Path, str] = {}
     for option, folder in places.items():
-        options.check_output(settings, folder, option=option, is_adapter=option == "output")
+        options.check_output(
+            settings, folder, option=option, is_adapter=option == "output" and settings.adapter_type != "pv"
+        )
         if (other := named.setdefault(folder.resolve(), option)) != option:
             raise ValueError(f"--{other} and --{option} are one folder, {folder}. Give each its own.")
 
@@ -159,11 +161,22 @@ def _given(settings: Namespace) -> dict[str, Any]:
     return found
 
 
-def check_checkpoint(checkpoint: str | None) -> None:
-    """Raise ValueError where ``checkpoint`` is the folder of a finished adapter, and not one of its checkpoints."""
-    if checkpoint is None or not (Path(checkpoint) / "adapter_config.json").is_file():
+def check_checkpoint(checkpoint: str | None, *, is_adapter: bool) -> None:
+    """Raise ValueError where ``checkpoint`` is the folder of a finished run, and not one of its checkpoints.
+
+    Args:
+        checkpoint: to go on with; None without one.
+        is_adapter: whether an adapter is trained, and no model.
+    """
+    if checkpoint is None:
         return
-    if not Path(checkpoint).name.startswith("checkpoint-"):
+    held, other = "adapter_config.json", "config.json"
+    if (Path(checkpoint) / (other if is_adapter else held)).is_file():
+        kind, way = ("a model", "only --adapter_type pv") if is_adapter else ("an adapter", "only lora or scales")
+        raise ValueError(f"--training.resume_from_checkpoint: {checkpoint} holds {kind}, which {way} goes on with.")
+    if (Path(checkpoint) / (held if is_adapter else other)).is_file() and not Path(checkpoint).name.startswith(
+        "checkpoint-"
+    ):
         raise ValueError(
             f"--training.resume_from_checkpoint {checkpoint} is the output of a run, and no checkpoint, which also "
             f"holds the state of the optimizer. Give {checkpoint}/checkpoint-STEP, or go on there: --output "

@@ -7,9 +7,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from ..calibration.texts import ROLES, one_split, text_of
+from ..calibration.texts import one_split, text_of
 from .models import config_of
 from .read_data import load_data
+from .row_forms import from_alpaca, from_sharegpt
 from .rows import check_texts
 
 # Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
@@ -49,9 +50,9 @@ def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
     vocab_size = getattr(config_of(settings.model).get_text_config(), "vocab_size", None) or len(tokenizer)
     check_texts(option, name, rows, sorted(columns & {*OF_ROWS, text}), vocab_size=vocab_size)
     if "conversations" in columns and "messages" not in columns:
-        rows = rows.map(_from_sharegpt, remove_columns=["conversations"])
+        rows = rows.map(from_sharegpt, remove_columns=["conversations"])
     elif "instruction" in columns and columns & {"output", "chosen"}:
-        rows = rows.map(_from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
+        rows = rows.map(from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
     columns = set(rows.column_names)
     form = next((form for form in FORMS[trainer] if columns >= {text if key == "text" else key for key in form}), None)
     if form is None:
@@ -73,14 +74,3 @@ def _check_template(option: str, settings: Namespace, tokenizer: Any) -> None:
             "has no chat template to write them as text. Name one that has: --tokenizer FOLDER_OR_NAME, or a "
             "template: --training.chat_template_path FILE."
         )
-
-
-def _from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    answer = {} if "chosen" in row else {"completion": row["output"]}
-    return {"prompt": f"{question}\n\n", **answer}
-
-
-def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    said = [(turn["from"].lower(), turn["value"]) for turn in row["conversations"]]
-    return {"messages": [{"role": ROLES.get(role, role), "content": text} for role, text in said]}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_model
 from .held_out import check_token_ids
+from .perplexity import is_causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,15 @@ class Divergence:
         kl: mean ``KL(reference || model)`` of the next-token distributions, nats.
         top1_agreement: fraction of the tokens after which both have the same most likely token.
         n_tokens: number of predictions compared.
+        perplexity, reference_perplexity: as :func:`perplexity` gives them; NaN of models that do not predict the next
+            token.
     """
 
     kl: float
     top1_agreement: float
     n_tokens: int
+    perplexity: float = math.nan
+    reference_perplexity: float = math.nan
 
 
 @torch.no_grad()
@@ -55,6 +61,7 @@ def divergence(
         check_model("divergence", each)
     n_windows = check_token_ids(token_ids, window=window, max_windows=max_windows)
     kl = agreed = 0.0
+    losses = [0.0, 0.0]
     for ids in tqdm(token_ids[: n_windows * window].view(-1, window), desc="Comparing", disable=not progress):
         ours, theirs = (
             each(ids[None].to(each.device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
@@ -67,5 +74,24 @@ def divergence(
             )
         kl += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
         agreed += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        for place, log_probs in enumerate((ours, theirs)):
+            losses[place] += nn.functional.nll_loss(log_probs[:-1], ids[1:].cpu().long(), reduction="sum").item()
     n_tokens = n_windows * window
-    return Divergence(kl=kl / n_tokens, top1_agreement=agreed / n_tokens, n_tokens=n_tokens)
+    means = [loss / (n_windows * (window - 1)) for loss in losses]
+    ours_ppl, their_ppl = (
+        _exp(mean) if is_causal(each) else math.nan for each, mean in zip((model, reference), means, strict=True)
+    )
+    return Divergence(
+        kl=kl / n_tokens,
+        top1_agreement=agreed / n_tokens,
+        n_tokens=n_tokens,
+        perplexity=ours_ppl,
+        reference_perplexity=their_ppl,
+    )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -35,12 +35,7 @@ def perplexity(
         ValueError: the text is shorter than one window, ``window`` below 2, or ``max_windows`` below 1.
     """
     check_model("perplexity", model)
-    can_generate = getattr(model, "can_generate", lambda: True)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not can_generate():
-        raise TypeError(
-            f"perplexity is of causal language models, which predict each token from those before it, and "
-            f"{type(model).__name__} does not. Measure it by the loss that its forward gives for labels."
-        )
+    check_causal(model)
     text = token_ids.reshape(-1) if isinstance(token_ids, Tensor) else token_ids
     n_windows = check_token_ids(text, window=window, max_windows=max_windows)
     # accelerate moves the inputs of a model that it has offloaded to meta.
@@ -56,3 +51,18 @@ def perplexity(
     finally:
         model.train(was_training)
     return math.exp(total / (n_windows * (window - 1)))
+
+
+def is_causal(model: Any) -> bool:
+    """Whether ``model`` predicts each token from those before it."""
+    can_generate = getattr(model, "can_generate", lambda: True)
+    return can_generate() and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def check_causal(model: Any) -> None:
+    """Raise TypeError for a model that does not predict each token from those before it."""
+    if not is_causal(model):
+        raise TypeError(
+            f"perplexity is of causal language models, which predict each token from those before it, and "
+            f"{type(model).__name__} does not. Measure it by the loss that its forward gives for labels."
+        )

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from .work_folder import HIDDEN, WorkFolder
 PART_BYTES = 2**25
 # Room for what lies beside the weights, and for the file system.
 _SPARE_BYTES = 2**24
+# Makes the missing parts, some of them in other processes; gives those that it made itself.
+Share = Callable[[PartsOfModel, WorkFolder, Sequence[int]], list[int]]
 
 
 def quantize_checkpoint(
@@ -91,6 +93,39 @@ def quantize_checkpoint(
             it.
         OSError: no permission; the disk is full (finished parts are kept).
     """
+    return quantize_files(
+        source,
+        destination,
+        config,
+        calibration=calibration,
+        budget=budget,
+        tokenizer=tokenizer,
+        resume=resume,
+        device=device,
+        max_shard_size=max_shard_size,
+        n_processes=n_processes,
+        progress=progress,
+        on_layer=on_layer,
+    )
+
+
+def quantize_files(
+    source: str | Path,
+    destination: str | Path,
+    config: QuantConfig,
+    *,
+    calibration: Any = None,
+    budget: BitPlan | str | Path | None = None,
+    tokenizer: Any = None,
+    resume: bool = True,
+    device: torch.device | str | None = None,
+    max_shard_size: int | str = "5GB",
+    n_processes: int = 1,
+    progress: bool = True,
+    on_layer: Callable[[LayerResult], None] | None = None,
+    share: Share | None = None,
+) -> Path:
+    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, without calibration."""
     check_config("config", config)
     check_flag("resume", resume)
     check_device("device", device)
@@ -148,7 +183,7 @@ def quantize_checkpoint(
             if not assembly.is_planned:
                 _check_space(target, parts, work, max_shard_size)
                 if given is None:
-                    _quantize_plain(parts, work, n_processes=n_processes, progress=progress)
+                    _quantize_plain(parts, work, n_processes=n_processes, progress=progress, share=share)
                 else:
                     quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
             assembly.write(target, run)
@@ -169,19 +204,25 @@ def _checked_plan(budget: Any) -> BitPlan:
     return plan
 
 
-def _quantize_plain(parts: PartsOfModel, work: WorkFolder, *, n_processes: int, progress: bool) -> None:
+def _quantize_plain(
+    parts: PartsOfModel, work: WorkFolder, *, n_processes: int, progress: bool, share: Share | None
+) -> None:
     """Make all parts that ``work`` does not have."""
     numbers = range(len(parts.parts))
+    own: list[int] = []
     missing = [number for number in numbers if not work.is_finished(number)]
     with tqdm(
         total=len(parts.specs) + len(parts.tables), desc="Quantizing", unit="layer", disable=not progress
     ) as bar:
-        if n_processes > 1 and len(missing) > 1:
+        if share is not None and missing:
+            own = share(parts, work, missing)
+        elif n_processes > 1 and len(missing) > 1:
             for number in made_in_processes(parts, work, missing, n_processes=min(n_processes, len(missing))):
                 bar.update(len(work.record(number)["layers"]))
         for number in numbers:
             if work.is_finished(number):
-                parts.take(work, number)
+                if number not in own:  # of those ``parts`` has the layers
+                    parts.take(work, number)
             else:
                 parts.make(work, number)
             bar.update(len(parts.layers) - bar.n if bar.n < len(parts.layers) else 0)

@@ -257,7 +257,7 @@ STAGES = {
     "inspect": ["verify_model", "load_model", "summary"],
     "estimate": ["model_on_meta", "estimate_merging", "estimate_training"],
     "report": ["load_model", "model_facts", "model_parts", "page"],
-    "chat": ["needed_tokenizer", "load_model", "_answer"],
+    "chat": ["needed_tokenizer", "load_model", "answer"],
 }
 
 

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from peft_quantlayers import cli
 from quantlayers_cli import run as run_module
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # A program that knows nothing of ours, and starts another one that does not either.
 PROGRAM = """
@@ -164,28 +167,98 @@ def test_help_says_what_run_does_and_autoload_prints_a_folder(capsys):
     assert cli.main(["runn"]) == 2
 
 
-def test_trls_dpo_trains_on_a_saved_model(folder, tmp_path):
-    pytest.importorskip("trl", reason="the extra `train` is not installed")
-    from tiny_folder import byte_tokenizer, save_tiny_llama
+# Of TRL's commands a row of the data, the first loss where it is known, and the most that the last one may be of it.
+OF_TRL = {
+    "sft": ({"prompt": "The lamp is", "completion": " red."}, None, 0.95),
+    "dpo": ({"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."}, 0.6931, 0.87),
+}
 
-    save_tiny_llama(tmp_path / "float", byte_tokenizer())
-    pql.quantize_checkpoint(tmp_path / "float", tmp_path / "m", pql.HQQConfig(group_size=32), progress=False)
+
+@pytest.mark.parametrize("program", OF_TRL)
+def test_trls_commands_train_on_a_saved_model(program, tmp_path):
+    pytest.importorskip("trl", reason="the extra `train` is not installed")
+    row, first_loss, most = OF_TRL[program]
+    quantized_folder(tmp_path)
     (tmp_path / "data").mkdir()
-    row = json.dumps({"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."})
-    (tmp_path / "data" / "train.jsonl").write_text(f"{row}\n" * 16)
+    (tmp_path / "data" / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
     done = command(
-        *("run", "trl", "dpo", "--model_name_or_path", "m", "--dataset_name", "data", "--output_dir", "out"),
+        *("run", "trl", program, "--model_name_or_path", "m", "--dataset_name", "data", "--output_dir", "out"),
         *("--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4", "--learning_rate", "3e-3"),
         *("--max_steps", "4", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "--bf16", "false"),
         cwd=tmp_path,
-        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        PATH=PROGRAMS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     losses = [each["loss"] for each in state["log_history"] if "loss" in each]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
-    assert losses[-1] < 0.6
+    assert first_loss is None or losses[0] == pytest.approx(first_loss, abs=1e-3)
+    assert losses[-1] < most * losses[0]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_transformers_serves_a_saved_model_and_chats_with_it(tmp_path):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="pip install 'transformers[serving]'")
+    model = quantized_folder(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", "PATH": PROGRAMS}
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "peft_quantlayers", "run", "transformers", "serve", str(model)),
+            *("--port", port, "--device", "cpu"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    try:
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if "running on" in line:
+                break
+        assert server.poll() is None, "".join(lines)
+        asked = {"model": str(model), "messages": [{"role": "user", "content": "The lamp is"}], "max_tokens": 8}
+        request = urllib.request.Request(
+            f"http://localhost:{port}/v1/chat/completions",
+            json.dumps(asked).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=100) as answered:
+            served = json.load(answered)["choices"][0]["message"]["content"]
+        chatted = subprocess.run(
+            [
+                *(sys.executable, "-m", "peft_quantlayers", "run", "transformers", "chat", str(model)),
+                *(f"http://localhost:{port}", "max_new_tokens=8", "do_sample=False"),
+            ],
+            input="The lamp is\nn\n!exit\n",  # "n": no more tokens
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | environment | {"HF_HUB_OFFLINE": "0"},
+            cwd=tmp_path,
+        )
+    finally:
+        server.kill()
+        server.communicate()
+    ours = command("chat", model, "--prompt", "The lamp is", "--max_new_tokens", "8", "--json")
+    assert json.loads(ours.stdout)["messages"][-1]["content"] == served
+    assert chatted.returncode == 0, chatted.stderr[-3000:]
+    assert "8 tokens in" in chatted.stdout
+
+
+def quantized_folder(folder: Path) -> Path:
+    from tiny_folder import byte_tokenizer, save_tiny_llama
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    save_tiny_llama(folder / "float", tokenizer)
+    return pql.quantize_checkpoint(folder / "float", folder / "m", pql.HQQConfig(group_size=32), progress=False)
 
 
 def test_the_commands_that_are_installed_are_there():

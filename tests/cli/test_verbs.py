@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
-from peft_quantlayers.cli.verbs import quantize
+from peft_quantlayers.cli.answers import prompts_of
+from peft_quantlayers.cli.verbs import evaluate, quantize
 from peft_quantlayers.merging import MergeReport, advice
 from peft_quantlayers.merging.strategies import STRATEGIES
 from peft_quantlayers.streaming.parts import PartsOfModel
@@ -190,14 +191,75 @@ def test_a_merge_under_a_budget_plans_reports_and_keeps_the_plan(quantized, adap
     assert [layer["bits_after"] for layer in again["layers"]] == [layer["bits_after"] for layer in found["layers"]]
 
 
-def test_evaluate_measures_perplexity_and_divergence(float_model, quantized, text_file, capsys):
+def test_evaluate_measures_perplexity_and_divergence(float_model, quantized, text_file, capsys, monkeypatch):
+    alone = ["evaluate", float_model, "--text", text_file, "--window", "64", "--n_tokens", "1024", "--json"]
+    alone = json.loads(printed(capsys, alone))
     arguments = ["evaluate", quantized, "--text", text_file, "--window", "64", "--n_tokens", "1024", "--json"]
     found = json.loads(printed(capsys, [*arguments, "--reference", float_model]))
     assert found["perplexity"] > 1
     assert 0 < found["kl"] < 0.1
     assert 0.5 < found["top1_agreement"] <= 1
+    monkeypatch.setattr(evaluate, "perplexity", None)  # both models run once, and each gives its own with the KL
+    both = json.loads(printed(capsys, [*arguments, "--reference", float_model]))
+    assert both == found
+    assert both["reference_perplexity"] == alone["perplexity"]
     same = json.loads(printed(capsys, [*arguments, "--reference", quantized]))
     assert (same["kl"], same["top1_agreement"]) == (0.0, 1.0)
+
+
+def test_evaluate_shows_answers_beside_those_of_the_reference(float_model, quantized, tmp_path, capsys):
+    arguments = ["evaluate", quantized, "--max_new_tokens", "6", "--prompts"]
+    rows = (
+        ("a.txt", "The lamp\n\nThe chair\n"),
+        ("b.jsonl", '{"prompt": "The lamp", "completion": "x"}\n{"prompt": "The chair", "completion": "y"}\n'),
+        ("c.jsonl", '{"instruction": "The lamp", "output": "x"}\n{"instruction": "The chair", "output": "y"}\n'),
+    )
+    inline = json.loads(printed(capsys, [*arguments, '["The lamp", "The chair"]', "--json"]))["answers"]
+    assert [row["prompt"] for row in inline] == ["The lamp", "The chair"]
+    for name, content in rows:
+        (tmp_path / name).write_text(content)
+        assert json.loads(printed(capsys, [*arguments, str(tmp_path / name), "--json"]))["answers"] == inline
+    limited = json.loads(printed(capsys, [*arguments, str(tmp_path / "a.txt"), "--limit", "1", "--json"]))
+    assert limited["answers"] == inline[:1]
+    compared = [*arguments, "The lamp", "--reference", float_model, "--temperature", "1.0"]
+    (first,), (second,), (other,), (same,) = (
+        json.loads(printed(capsys, [*command, "--json"]))["answers"]
+        for command in (
+            compared,
+            compared,
+            [*compared, "--seed", "1"],
+            [*arguments, "The lamp", "--reference", quantized, "--temperature", "1.0"],
+        )
+    )
+    assert first == second
+    assert first["reference_answer"] != first["answer"] != other["answer"]
+    assert same["reference_answer"] == same["answer"] == first["answer"]  # drawn alike
+    text = printed(capsys, [*arguments, "The lamp", "--reference", float_model])
+    assert [line.split(":")[0].strip() for line in text.splitlines()[1:4]] == ["prompt", "answer", "reference"]
+
+
+def test_a_chat_is_asked_up_to_its_last_answer(tmp_path):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for row in ({"messages": said}, {"conversations": turns}, {"prompt": said[:1], "completion": said[1:]}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        assert prompts_of("prompts", str(tmp_path / "rows.jsonl"), limit=None) == [said[:1]], row
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nope.txt"], "there is no such file"),
+        (["[]"], "holds none"),
+        (['["x", ""]'], "holds an empty one"),
+        (["x", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
+        (["x", "--seed", "-1"], "--seed -1 must lie between"),
+        (["x", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(options, said, quantized, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", None)
+    assert said in refused(capsys, ["evaluate", quantized, "--prompts", *options], 1)
 
 
 def test_inspect_tells_bits_adapters_and_damage(quantized, adapter, tmp_path, capsys):
@@ -217,9 +279,7 @@ def test_inspect_tells_bits_adapters_and_damage(quantized, adapter, tmp_path, ca
 
 def test_chat_answers_with_and_without_the_adapter(quantized, adapter, capsys):
     arguments = ["chat", quantized, "--adapter", adapter, "--prompt", "The lamp", "--max_new_tokens", "8"]
-    found = json.loads(
-        printed(capsys, [*arguments, "--compare", "--json"])[len("without the adapter:\nwith the adapter:\n") :]
-    )
+    found = json.loads(printed(capsys, [*arguments, "--compare", "--json"]))
     (ours,), (theirs,) = (
         [each for each in found[name] if each["role"] == "assistant"] for name in ("messages", "without_adapter")
     )

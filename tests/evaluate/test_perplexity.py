@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_quantlayers.evaluate import perplexity
+from peft_quantlayers.evaluate import divergence, perplexity
 
 
 class NextIsTwiceAsLikely(torch.nn.Module):
@@ -40,6 +40,14 @@ def test_max_windows_takes_the_first():
     model = NextIsTwiceAsLikely()
     assert perplexity(model, torch.tensor([0, 1, 2, 0, 0, 0]), window=3, max_windows=1) == pytest.approx(1 / 0.4)
     assert model.seen == [[0, 1, 2]]
+
+
+def test_a_comparison_gives_the_perplexities_of_both_in_one_pass():
+    model, reference = NextIsTwiceAsLikely().eval(), NextIsTwiceAsLikely().eval()
+    text = torch.tensor([0, 1, 1, 2, 3, 2, 3])
+    found = divergence(model, reference, text, window=3, progress=False)
+    assert found.perplexity == found.reference_perplexity == perplexity(reference, text, window=3)
+    assert len(model.seen) == 2
 
 
 @pytest.mark.parametrize("training", [True, False])

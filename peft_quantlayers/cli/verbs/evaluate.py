@@ -7,11 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from transformers import PreTrainedModel
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, set_seed
 
 from ...arguments import nearest
 from ...evaluate import divergence, perplexity
+from ...evaluate.perplexity import check_causal
 from .. import shared_options as options
+from ..answers import Question, add_sampling, answer, check_sampling, prompts_of
 from ..models import (
     check_ids,
     config_of,
@@ -26,7 +30,9 @@ from ..models import (
 from ..read_data import DATA_HELP, token_ids
 from ..result import Result
 
-DESCRIPTION = "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval."
+DESCRIPTION = (
+    "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval, answers to prompts."
+)
 POSITIONALS = ("model",)
 LM_EVAL = "--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'."
 
@@ -48,15 +54,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--include_path", type=str | None, default=None, help="folder with tasks of your own, as lm-eval takes them"
     )
-    parser.add_argument("--limit", type=int | None, default=None, help="examples of each task; null: all")
+    parser.add_argument("--limit", type=int | None, default=None, help="examples of each task, and prompts; null: all")
+    parser.add_argument(
+        "--prompts",
+        type=list[str] | str | None,
+        default=None,
+        help="to be answered, beside the reference's answers if there is one: a list, or a text file with one in each "
+        "line, or rows with prompt, instruction, messages or text",
+    )
+    add_sampling(parser, max_new_tokens=64)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
 def run(settings: Namespace) -> Result:
     """Measure what was asked for."""
-    if settings.text is None and settings.tasks is None:
-        raise ValueError("there is nothing to measure on: give --text FILE, or --tasks NAME.")
-    if settings.reference is not None and settings.text is None:
-        raise ValueError("--reference is compared on a text: give --text FILE.")
+    if settings.text is None and settings.tasks is None and settings.prompts is None:
+        raise ValueError("there is nothing to measure on: give --text FILE, --tasks NAME, or --prompts FILE.")
+    if settings.reference is not None and settings.text is None and settings.prompts is None:
+        raise ValueError("--reference is compared on a text or by answers: give --text FILE, or --prompts FILE.")
+    check_sampling(settings)
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"--seed {settings.seed} must lie between 0 and 4294967295.")
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"--limit {settings.limit} must be at least 1.")
     if settings.tasks is not None:
@@ -72,29 +90,57 @@ def run(settings: Namespace) -> Result:
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
         for each in filter(None, (name, settings.reference)):
             check_ids(ids, config_of(each))
+    if settings.prompts is not None:
+        prompts = prompts_of("prompts", settings.prompts, limit=settings.limit)
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
+    reference = None
+    if settings.reference is not None:
+        reference = load_model(settings.reference, option="reference", **load)
+        found["reference"] = settings.reference
     if settings.text is not None:
-        with long_windows_refused(model, settings.window, option="window"):
-            found["perplexity"] = perplexity(model, ids, window=settings.window)
-        found["n_tokens"] = len(ids)
-        if settings.reference is not None:
-            reference = load_model(settings.reference, option="reference", **load)
-            with long_windows_refused(reference, settings.window, option="window"):
-                compared = divergence(model, reference, ids, window=settings.window)
-            found |= {
-                "reference": settings.reference,
-                "reference_perplexity": perplexity(reference, ids, window=settings.window),
-                "kl": compared.kl,
-                "top1_agreement": compared.top1_agreement,
-            }
+        found |= measured(model, reference, ids, window=settings.window)
+    if settings.prompts is not None:
+        found["answers"] = answers(model, reference, tokenizer, prompts, settings)
     if settings.tasks is not None:
         names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
         found["tasks"] = task_scores(
             model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
         )
     return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
+
+
+def measured(model: Any, reference: Any, ids: Tensor, *, window: int) -> dict[str, Any]:
+    """Perplexity, and beside a reference its own and the divergence from it; each model runs once."""
+    found: dict[str, Any] = {"n_tokens": len(ids)}
+    check_causal(model)
+    with long_windows_refused(model, window, option="window"):
+        if reference is None:
+            return found | {"perplexity": perplexity(model, ids, window=window)}
+        with long_windows_refused(reference, window, option="window"):
+            compared = divergence(model, reference, ids, window=window)
+    return found | {
+        "perplexity": compared.perplexity,
+        "reference_perplexity": compared.reference_perplexity,
+        "kl": compared.kl,
+        "top1_agreement": compared.top1_agreement,
+    }
+
+
+def answers(
+    model: Any, reference: Any, tokenizer: Any, prompts: list[Question], settings: Namespace
+) -> list[dict[str, Any]]:
+    """What each model says to each of ``prompts``; each answer is sampled from the same seed."""
+    found = []
+    for prompt in tqdm(prompts, desc="Answering", unit="prompt"):
+        row: dict[str, Any] = {"prompt": prompt}
+        for key, each in (("answer", model), ("reference_answer", reference)):
+            if each is not None:
+                set_seed(settings.seed)
+                row[key] = answer(each, tokenizer, prompt, settings)
+        found.append(row)
+    return found
 
 
 def task_scores(
@@ -128,7 +174,15 @@ def _text(found: dict[str, Any]) -> str:
             f"  beside {found['reference']} with {found['reference_perplexity']:.3f}: KL {found['kl']:.4f} nats "
             f"a token, the same most likely token {100 * found['top1_agreement']:.1f} % of the time"
         )
+    for row in found.get("answers", []):
+        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        said = [("prompt", asked), ("answer", row["answer"]), ("reference", row.get("reference_answer"))]
+        lines += [f"  {name + ':':10} {_indented(text)}" for name, text in said if text is not None]
     for task, scores in found.get("tasks", {}).items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
         lines.append(f"  {task}: {shown}")
     return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n" + " " * 13)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
+
+from quantlayers_cli.by_module import is_first_process
 
 from ...bit_allocation import BitPlan, plan_bits
 from ...bit_allocation.budget import with_plan
@@ -17,6 +23,7 @@ from ...report import ModelSummary, summary
 from ...saving import saved_model
 from ...storage import replace_file
 from ...streaming import quantize_checkpoint
+from ...streaming.group import quantize_in_group
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
 from ..models import (
@@ -62,12 +69,18 @@ def add_arguments(parser: VerbParser) -> None:
         "A finished model is never removed",
     )
     parser.add_argument(
-        "--n_processes", type=int, default=1, help="how many share the work; 1 with calibration or --overwrite"
+        "--n_processes",
+        type=int,
+        default=1,
+        help="how many share the work, as those of torchrun and accelerate do; 1 with calibration or --overwrite",
     )
 
 
-def run(settings: Namespace) -> Result:
-    """Quantize, save, and say what became of the model."""
+def run(settings: Namespace) -> Result | None:
+    """Quantize, save, and say what became of the model; None in all but the first of several processes."""
+    # Without LOCAL_WORLD_SIZE the other processes of a cluster may do something else.
+    n_launched = int(os.environ["WORLD_SIZE"]) if os.environ.get("LOCAL_WORLD_SIZE") else 1
+    _check_launched(settings, n_launched)
     config = options.method_config(settings)
     options.resolve_method(settings, config)
     refuse_missing_folder("model", settings.model)
@@ -79,6 +92,8 @@ def run(settings: Namespace) -> Result:
     plan = options.given_plan(settings)
     if plan is not None:
         config = with_plan(config, plan)
+    if settings.dry_run and not is_first_process():
+        return None
     if settings.dry_run:
         found = planned(settings.model, config)
         options.calibration(settings, load_tokenizer(settings.tokenizer or settings.model))  # refuses wrong data
@@ -90,15 +105,20 @@ def run(settings: Namespace) -> Result:
         return _result(found, text)
     if can_be_streamed(settings):
         planned(settings.model, config)  # refuses a model that cannot be made
-        quantize_checkpoint(
-            settings.model,
-            settings.output,
-            config,
-            calibration=options.calibration(settings, load_tokenizer(settings.model)),
-            device=settings.device,
-            resume=settings.resume,
-            n_processes=settings.n_processes,
-        )
+        if n_launched > 1:
+            shared_out(settings, config)
+            if not is_first_process():
+                return None
+        else:
+            quantize_checkpoint(
+                settings.model,
+                settings.output,
+                config,
+                calibration=options.calibration(settings, load_tokenizer(settings.model)),
+                device=settings.device,
+                resume=settings.resume,
+                n_processes=settings.n_processes,
+            )
         if plan is not None:
             with replace_file(Path(settings.output) / options.PLAN_FILE) as part:
                 plan.save(part)
@@ -119,6 +139,43 @@ def run(settings: Namespace) -> Result:
         found, plan = quantized_in_memory(settings, config, plan)
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
     return _result(found, "\n".join(said), plan=plan, output=settings.output)
+
+
+def shared_out(settings: Namespace, config: QuantConfig) -> None:
+    """Quantize in all processes that torchrun or accelerate has started, each on its own GPU if they have any."""
+    own_device = settings.device
+    if own_device == "cuda":
+        own_device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first process may wait so long for the others
+    try:
+        quantize_in_group(
+            settings.model,
+            settings.output,
+            config,
+            device=settings.device,
+            own_device=own_device,
+            resume=settings.resume,
+            progress=is_first_process(),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_launched(settings: Namespace, n_launched: int) -> None:
+    """Raise ValueError where a launcher has started several processes for what goes in one."""
+    if n_launched == 1 or settings.dry_run:
+        return
+    if settings.calibration.data is not None or not can_be_streamed(settings):
+        raise ValueError(
+            f"a launcher has started {n_launched} processes, and this is done in one: with calibration each block "
+            f"needs those before it, and a model in memory ({IN_MEMORY}) is in one process. Call it without the "
+            "launcher; torch uses several threads by itself. Nothing was written."
+        )
+    if settings.n_processes > 1:
+        raise ValueError(
+            f"the {n_launched} processes that a launcher has started share the work: leave out --n_processes "
+            f"{settings.n_processes}, or the launcher. Nothing was written."
+        )
 
 
 def can_be_streamed(settings: Namespace) -> bool:

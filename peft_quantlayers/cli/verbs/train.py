@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -28,6 +28,7 @@ from ...saving import save_model
 from ...scales import QuantScalesConfig
 from ...storage.free_memory import peak_resident_bytes, return_large_blocks
 from ...training import prepare_model_for_kbit_training
+from .. import pv_training
 from .. import shared_options as options
 from ..half_made import RESUME, half_made_removed
 from ..models import (
@@ -58,10 +59,9 @@ from ..training_rows import load_rows
 from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
-    "Train an adapter on a quantized model; a float model is quantized first, and saved beside the adapter, where the "
-    "other verbs find it. Data: rows with `text`, "
-    "`messages`, `prompt` and `completion`, or `instruction`, `input` and `output`; for dpo `prompt`, `chosen` and "
-    "`rejected`."
+    "Train an adapter on a quantized model, or with --adapter_type pv all of an AQLM model; a float one is quantized "
+    "first, and saved beside the adapter, where the other verbs find it. Data: rows with `text`, `messages`, `prompt` "
+    "and `completion`, or `instruction`, `input` and `output`; for dpo `prompt`, `chosen` and `rejected`."
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
@@ -73,9 +73,12 @@ OF_OURS = {"output_dir", "model_init_kwargs", "ref_model_init_kwargs"}
 
 def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     """Options of the verb; ``--trainer``, on the line or in the file, decides which class ``--training`` fills."""
-    arguments_type, _ = trainer_of(_chosen_trainer(arguments))
+    chosen = _chosen(arguments, trainer="sft", adapter_type="lora")
+    arguments_type, _ = trainer_of(chosen["trainer"])
     options.add_model(parser)
-    options.add_output(parser, help_text="folder of the adapter; the Trainer's checkpoints are in it while it trains")
+    options.add_output(
+        parser, help_text="folder of the adapter, or of the model that pv trains; the Trainer's checkpoints are in it"
+    )
     parser.add_argument(
         "--trainer", type=Literal["sft", "dpo"], default="sft", help="supervised finetuning, or preferences"
     )
@@ -83,7 +86,12 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--eval_data", type=str | None, default=None, help=f"to evaluate on while training: {DATA_HELP}"
     )
-    parser.add_argument("--adapter_type", type=Literal["lora", "scales"], default="lora", help="what is trained")
+    parser.add_argument(
+        "--adapter_type",
+        type=Literal["lora", "scales", "pv"],
+        default="lora",
+        help="what is trained; pv: codes, codebooks and scales of an AQLM model by PV-Tuning, which gives a model",
+    )
     parser.add_argument("--merge_aware", type=bool, default=False, help="LoRA through the rounding of its merge")
     parser.add_argument(
         "--show_batch", action="store_true", help="print what is read and what is learned; train nothing"
@@ -114,6 +122,7 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
     # TRL asks for bfloat16 on a GPU where it is not told otherwise, and stops where there is none.
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
+    pv_training.add_arguments(parser, is_chosen=chosen["adapter_type"] == "pv")
 
 
 def run(settings: Namespace) -> Result | None:
@@ -138,24 +147,32 @@ def run(settings: Namespace) -> Result | None:
     set_seed(settings.training.seed)
     if settings.dry_run:
         return plan_of_training(settings, adapter, n_rows=len(rows))
-    data = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
+    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
     if settings.show_batch:
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = new_trainer(settings, prepared(settings, settings.model), adapter, output=scratch, **data)
+            model = prepared(settings, settings.model)
+            data["optimizers"] = (pv_training.new_tuner(settings, model), None)
+            trainer = new_trainer(settings, model, adapter, output=scratch, **data)
             return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
     folder, base = Path(settings.output), base_folder(settings) if is_float else None
     with half_made_removed(folder, base=base, is_active=processes.is_main_process):
         name = quantized_base(settings, adapter, processes) if is_float else settings.model
-        model = prepared(settings, name)
+        # PV-Tuning changes the codes, which no optimizer's state holds: it goes on with the model of the checkpoint.
+        model = prepared(settings, checkpoint if checkpoint is not None and adapter is None else name)
+        tuner = pv_training.new_tuner(settings, model)
         with given_options_named(settings):
-            trainer = new_trainer(settings, model, adapter, output=str(folder), **data)
+            trainer = new_trainer(settings, model, adapter, output=str(folder), optimizers=(tuner, None), **data)
             found, told = trained(trainer, checkpoint)
-        trainer.model.save_pretrained(folder, is_main_process=processes.is_main_process)
+        if tuner is not None:
+            tuner.close()
+            save_model(trainer.model, folder, tokenizer=tokenizer, overwrite=True)  # beside checkpoints
+        else:
+            trainer.model.save_pretrained(folder, is_main_process=processes.is_main_process)
         if not processes.is_main_process:
             return None
         tokenizer.save_pretrained(folder)
         trainer.save_state()  # for the report
-    lines = [f"{told}; the adapter is in {folder}"]
+    lines = [f"{told}; the {'model' if adapter is None else 'adapter'} is in {folder}"]
     if settings.merge is not None:
         merge, told = merged(settings, trainer.model, tokenizer)
         found["merge"] = merge
@@ -170,7 +187,8 @@ def checked_start(settings: Namespace, processes: PartialState) -> str | None:
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, is_adapter=settings.adapter_type != "pv")
+    pv_training.check_options(settings, n_processes=processes.num_processes)
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
             True  # all that transformers saves of a model that was sharded while loading
@@ -191,8 +209,8 @@ def checked_start(settings: Namespace, processes: PartialState) -> str | None:
     return checkpoint
 
 
-def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig, *, output: str, **data: Any) -> Any:
-    """TRL's trainer of ``model`` with a new adapter on it; ``data`` is what it takes besides."""
+def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig | None, *, output: str, **data: Any) -> Any:
+    """TRL's trainer of ``model`` with a new adapter on it, if any; ``data`` is what it takes besides."""
     arguments_type, trainer_type = trainer_of(settings.trainer)
     trainer = trainer_type(
         model=model,
@@ -230,11 +248,14 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     A checkpoint of the last step is loaded, and no more: the Trainer would make another step.
     """
     if checkpoint is not None:
-        check_base_of_checkpoint(trainer.model.get_base_model(), checkpoint)
+        is_adapter = isinstance(trainer.model, PeftModel)
+        if is_adapter:
+            check_base_of_checkpoint(trainer.model.get_base_model(), checkpoint)
         state, wanted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)), trainer.args
         has_all_epochs = state.global_step >= state.max_steps and state.num_train_epochs >= wanted.num_train_epochs
         if state.global_step >= wanted.max_steps if wanted.max_steps > 0 else has_all_epochs:
-            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
+            if is_adapter:
+                trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
             trainer.state = state
             return {"metrics": {}, "log": state.log_history}, f"all {state.global_step} steps had been trained"
     # Without positions for such a length the first long row would end it, after hours perhaps.
@@ -263,13 +284,18 @@ def rates_of(trainer: Any, *, is_resumed: bool) -> dict[str, Any]:
 
 
 def prepared(settings: Namespace, name: str) -> Any:
-    """The quantized model ``name``, prepared for training an adapter on it."""
-    checkpointing = bool(settings.training.gradient_checkpointing)
-    return prepare_model_for_kbit_training(load_quantized(settings, name), use_gradient_checkpointing=checkpointing)
+    """The quantized model ``name``, prepared for training; for PV-Tuning it keeps the dtype of its files."""
+    return prepare_model_for_kbit_training(
+        load_quantized(settings, name),
+        use_gradient_checkpointing=bool(settings.training.gradient_checkpointing),
+        upcast=settings.adapter_type != "pv",
+    )
 
 
-def adapter_config(settings: Namespace) -> PeftConfig:
-    """What is trained, as PEFT's config."""
+def adapter_config(settings: Namespace) -> PeftConfig | None:
+    """What is trained, as PEFT's config; None where it is no adapter."""
+    if settings.adapter_type == "pv":
+        return None
     if settings.adapter_type == "scales":
         fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
         return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
@@ -312,23 +338,23 @@ def shown_batch(batch: dict[str, Tensor], tokenizer: Any) -> str:
     return "\n".join(lines)
 
 
-def _chosen_trainer(arguments: Sequence[str]) -> str:
-    """``--trainer`` on the line, or the ``trainer:`` of the YAML file; "sft" if neither is there."""
+def _chosen(arguments: Sequence[str], **defaults: str) -> dict[str, str]:
+    """Options on the line, else in the YAML file, else their ``defaults``, before the parser is complete."""
     import yaml
 
-    for position, argument in enumerate(arguments):
-        if argument == "--trainer" and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith("--trainer="):
-            return argument.partition("=")[2]
+    found: dict[str, str] = {}
     for file in (argument for argument in arguments if argument.endswith((".yaml", ".yml"))):
         try:
             content = yaml.safe_load(Path(file).read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             continue  # the parser says what is wrong with it
-        if isinstance(content, dict) and "trainer" in content:
-            return str(content["trainer"])
-    return "sft"
+        if isinstance(content, dict):
+            found |= {name: str(content[name]) for name in defaults.keys() & content.keys()}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, separator, value = argument.removeprefix("--").replace("-", "_").partition("=")
+        if argument.startswith("--") and name in defaults:
+            found[name] = value if separator else following
+    return defaults | found
 
 
 def _checkpoint(given: str | None, folder: Path) -> str | None:

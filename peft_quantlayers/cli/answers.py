@@ -1,0 +1,94 @@
+"""What a model answers: the messages of a chat in its template, or a text to go on with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jsonargparse import ArgumentParser, Namespace
+
+from ..calibration.texts import one_split, text_of
+from .models import check_ids, long_windows_refused
+from .read_data import is_data_name, load_data
+from .row_forms import question_of
+from .rows import check_texts
+
+Question = list[dict[str, str]] | str
+# Columns of rows with prompts; of several the first is taken.
+ASKED = ("instruction", "conversations", "messages", "prompt", "text")
+
+
+def add_sampling(parser: ArgumentParser, *, max_new_tokens: int) -> None:
+    """``--max_new_tokens`` and ``--temperature``."""
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: the most likely token")
+
+
+def check_sampling(settings: Namespace) -> None:
+    """Raise ValueError for values out of range."""
+    if settings.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {settings.max_new_tokens} must be at least 1.")
+    if not 0 <= settings.temperature < math.inf:
+        raise ValueError(f"--temperature {settings.temperature} must be at least 0, and no infinity.")
+
+
+def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, *, streamer: Any = None) -> str:
+    """What ``model`` answers, by the options of :func:`add_sampling`.
+
+    Raises:
+        ValueError: nothing is asked; the chat template does not take the messages; a token that the model does not
+            know; more tokens than it has positions.
+    """
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if tokenizer.chat_template is None:  # a base model goes on with the text
+        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    else:
+        try:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            name = settings.tokenizer or tokenizer.name_or_path
+            raise ValueError(f"the chat template of {name} does not take these messages: {error}.") from None
+    if not inputs["input_ids"].numel():
+        raise ValueError("the message is empty, and there is nothing to answer.")
+    check_ids(inputs["input_ids"], model.config)
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
+    with long_windows_refused(model, inputs["input_ids"].shape[1] + settings.max_new_tokens):
+        ids = model.generate(
+            **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, streamer=streamer, **sampling
+        )
+    n_read = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return tokenizer.decode(ids[0, n_read:], skip_special_tokens=True)
+
+
+def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> list[Question]:
+    """The prompts of ``option``: a list, one text, or those of a file or a dataset, of which ``limit`` are taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: there is none, or an empty one; columns or rows that hold none.
+    """
+    found: list[Question] = []
+    if isinstance(given, list) or not is_data_name(given):
+        found += [given] if isinstance(given, str) else given
+    else:
+        rows = one_split(load_data(option, given))
+        if isinstance(rows, Path):
+            found += [line.strip() for line in text_of(rows).splitlines() if line.strip()]
+        else:
+            columns = [name for name in ASKED if name in rows.column_names][:1]
+            if not columns:
+                raise ValueError(
+                    f"--{option} {given} has the columns {sorted(rows.column_names)}. Rows hold {', '.join(ASKED)}."
+                )
+            rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+            check_texts(option, given, rows, columns)
+            found += map(question_of, rows)
+    if not found or not all(found):
+        raise ValueError(f"--{option} {given} holds {'an empty one' if found else 'none'}. Give texts to go on with.")
+    return found[:limit]
