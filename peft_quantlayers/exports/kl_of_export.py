@@ -13,7 +13,6 @@ from ..evaluate import divergence
 from ..layers import QuantizedLinear
 from ..layers.expert_types import stack_at
 from ..layers.quantized_layers import quantized_layers
-from ..layers.replace import dense_in_place_of
 from ..layers.replace_stack import put_dense
 
 WINDOW = 512
@@ -67,7 +66,7 @@ def _replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
             weight = weights[name] if layer.branch is None else weights[name] + layer.branch.dense()
             weight = weight.to(layer.compute_dtype)
             if isinstance(layer, QuantizedLinear):
-                model.set_submodule(name, dense_in_place_of(layer, weight, layer.bias))
+                model.set_submodule(name, layer.dense_with(weight, layer.bias))
                 continue
             experts, entry = stack_at(model, name)
             dense = weight.transpose(1, 2).contiguous() if entry.is_transposed else weight

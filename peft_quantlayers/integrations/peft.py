@@ -181,7 +181,7 @@ def _quantized_layers_merged(model: LoraModel, adapter_names: list[str] | None, 
 
     An offloaded model is left to PEFT, which fetches the weights of one layer at a time.
     """
-    kinds = (LoraQuantizedLinear, LoraQuantizedStack)
+    kinds = (LoraQuantizedLinear, LoraQuantizedStack, LoraQuantizedEmbedding)
     layers = [module for module in model.model.modules() if isinstance(module, kinds)]
     if any(is_offloaded(layer) for layer in layers):
         layers = []

@@ -107,6 +107,10 @@ class QuantizedEmbedding(QuantizedStorage, nn.Embedding):
         table.weight = nn.Parameter(weight.detach(), requires_grad=False)
         return table.train(self.training)
 
+    def dense_with(self, weight: Tensor, bias: None = None) -> nn.Embedding:
+        """:meth:`dense_table`, by the name that linear layers have for it."""
+        return self.dense_table(weight=weight)
+
     def write_weight(self, weight: Tensor) -> None:
         """Quantize ``weight`` (n_rows, embedding_dim) into this layer; rows that are the same keep their codes.
 

@@ -150,6 +150,22 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         """Add the result of ``branch`` to this layer's from now on, in place of an earlier branch."""
         self.branch = branch
 
+    def with_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> QuantizedLinear:
+        """A layer like this one with another weight, which computes as this one does."""
+        layer = type(self)(
+            quantized,
+            bias,
+            compute_dtype=self.compute_dtype,
+            layer_name=self.layer_name,
+            dense_type=self.dense_type,
+        )
+        layer.activation_bits = self.activation_bits
+        return layer.train(self.training)
+
+    def dense_with(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """The dense module in the architecture's place of this layer, with ``weight`` (out_features, in_features)."""
+        return self.dense_type.rebuild(weight, bias, is_training=self.training)
+
     @property
     def is_conv1d(self) -> bool:
         """Whether the architecture's module keeps its weight transposed, as transformers' ``Conv1D`` does."""

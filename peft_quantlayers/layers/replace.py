@@ -151,7 +151,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if isinstance(layer, QuantizedEmbedding):
             module = layer.dense_table(dtype)
         else:
-            module = dense_in_place_of(layer, layer.dense_weight(dtype).detach(), layer.bias)
+            module = layer.dense_with(layer.dense_weight(dtype).detach(), layer.bias)
         if layer.sharing and layer.branch is None:
             module.weight = weights.setdefault(id(layer.sharing[0]), module.weight)
         model.set_submodule(name, module)
@@ -164,17 +164,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             use_usual_experts(experts)
     remove_quantization_config(model)
     return model
-
-
-def dense_in_place_of(layer: QuantizedLinear, weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
-    """The dense module that ``layer`` replaced in the model's architecture, for example an ``nn.Linear``.
-
-    Args:
-        layer: the quantized layer.
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
-    return layer.dense_type.rebuild(weight, bias, is_training=layer.training)
 
 
 def linear_of(model: nn.Module, name: str) -> tuple[torch.Tensor, nn.Parameter | None]:

@@ -218,6 +218,18 @@ class QuantizedStack(QuantizedStorage):
         """Add the results of ``branch`` to the experts' from now on, in place of an earlier branch."""
         self.branch = branch
 
+    def with_weight(self, quantized: QuantizedWeight) -> QuantizedStack:
+        """A stack like this one with other weights, which computes as this one does."""
+        stack = QuantizedStack(
+            quantized,
+            compute_dtype=self.compute_dtype,
+            layer_name=self.layer_name,
+            is_transposed=self.is_transposed,
+            parameter_order=self.parameter_order,
+        )
+        stack.activation_bits = self.activation_bits
+        return stack.train(self.training)
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, metadata and branches included."""

@@ -71,10 +71,8 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         place = _place(name, module)
-        if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack)):
+        if isinstance(module, (LoraQuantizedLinear, LoraQuantizedStack, LoraQuantizedEmbedding)):
             weight = module.unmerged_snapshot().weight
-        elif isinstance(module, LoraQuantizedEmbedding):
-            weight = module.unmerged_weight
         elif isinstance(module, QuantizedStorage) and place not in found:
             weight = module.quantized_weight
         else:

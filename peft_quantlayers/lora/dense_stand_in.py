@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..merging import AdapterTraits, MergePlan, MergeSource
 
 
 @contextmanager
@@ -31,3 +33,35 @@ def dense_stand_in_under(adapter_layer: Any, weight: Tensor, bias: Tensor | None
     finally:
         adapter_layer.base_layer = base
         adapter_layer.merged_adapters[:] = merged
+
+
+def plan_by_peft(source: MergeSource, layer: Any, merge: Callable[..., None], names: Sequence[str]) -> MergePlan:
+    """The merge of adapters of any kind into a quantized layer, of which only the merged weight is known.
+
+    Args:
+        source: of the plan.
+        layer: PEFT's layer with the adapters.
+        merge: PEFT's own merge of ``layer``.
+        names: of the adapters.
+
+    Raises:
+        ValueError: the merged weight is not finite.
+    """
+    base, unmerged, weight = source.quantized_base(), source.unmerged_snapshot(), source.unmerged_weight()
+    before = base.method.dequantize(weight)
+    with torch.no_grad(), dense_stand_in_under(layer, before, unmerged.tensors.get("bias")) as stand_in:
+        try:
+            merge(safe_merge=True, adapter_names=list(names))
+        except ValueError as error:
+            raise ValueError(f"{error}. The model is left as it was.") from None
+        adapters = tuple(layer.merged_adapters)
+    return MergePlan(
+        layer_name=base.layer_name,
+        adapters=AdapterTraits(names=adapters),
+        weight=weight,
+        before=before,
+        target=stand_in.weight.data,
+        tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},
+        compute_dtype=base.compute_dtype,
+        branch=base.branch,
+    )

@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from peft.tuners.lora.layer import Embedding
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
-from ..formats import QuantizedWeight
 from ..layers import QuantizedEmbedding
+from ..merging import MergePlan, MergeSource, MergeState
+from .dense_stand_in import plan_by_peft
 
 
-class LoraQuantizedEmbedding(Embedding):
+class LoraQuantizedEmbedding(Embedding, MergeSource):
     """LoRA beside the lookup in a :class:`QuantizedEmbedding`. Merging quantizes the rows that a delta changes.
 
-    ``merge_back`` merges it as one of PEFT's other tuners, with a report.
+    Attributes:
+        merging: what is merged into the table, and the way back.
     """
 
-    _unmerged: QuantizedWeight | None = None
-    _n_writes: int = -1
+    kind = "table"
+    knows_unmerged_weight = True
+    measures_outputs = False  # its inputs are indices
 
-    @property
-    def _table(self) -> QuantizedEmbedding:
-        return cast(QuantizedEmbedding, self.get_base_layer())
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.merging = MergeState(tensor_names=())
+        super().__init__(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's."""
-        table: Any = self.get_base_layer()
-        if not isinstance(table, QuantizedEmbedding):  # a dense stand-in
-            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if self.merged and not self._is_ours:  # unmerge will subtract what was merged before, and this too
-            self._unmerged = None
-            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        before = self.unmerged_weight
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if self.merged:
-            self._unmerged, self._n_writes = before, table.n_writes
+        """Merge the given adapters, None for the active ones, together with those merged before.
+
+        Raises:
+            ValueError: the merged table is not finite; names the layer, which is left as it was.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_embedding_A]
+        if not new:
+            return
+        if self.is_written_by_others or not self.is_mergeable:  # or dequantized under its adapters
+            return super().merge(safe_merge=safe_merge, adapter_names=new)
+        self.merge_by(self.rule_of("auto"), [*self.merged_adapters, *new])
 
     def unmerge(self) -> None:
         """Restore the codes from before the merge; by subtraction where the table was written since."""
-        if self.merged and self._is_ours:
-            self._table.quantized_weight = cast(QuantizedWeight, self._unmerged).to(self._table.codes.device)
-            self.merged_adapters.clear()
-        else:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+        elif self.merging.unmerged is None or self.is_written_by_others:
+            self.forget_merge()
             super().unmerge()
-        self._unmerged = None
+        else:
+            self.undo_merge()
 
     @property
-    def unmerged_weight(self) -> QuantizedWeight | None:
-        """The table without merges; as it is where it was written since, and None for a dense one."""
-        table: Any = self.get_base_layer()
-        if not isinstance(table, QuantizedEmbedding):
-            return None
-        return self._unmerged if self.merged and self._is_ours else table.quantized_weight
+    def is_mergeable(self) -> bool:
+        return isinstance(self.quantized_base(), QuantizedEmbedding)
 
-    @property
-    def _is_ours(self) -> bool:
-        return self._unmerged is not None and self._n_writes == self._table.n_writes
+    def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
+        ordered = [name for name in self.lora_embedding_A if name in names]
+        return plan_by_peft(self, self, super().merge, ordered)
+
+    def current_base(self) -> nn.Module:
+        return self.get_base_layer()
+
+    def put_base(self, base: nn.Module) -> None:
+        self.base_layer = base
 
     def __repr__(self) -> str:
         rep: Any = super().__repr__()

@@ -23,11 +23,11 @@ from quantlayers_kernels.straight_through import straight_through
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
 from ..layers.watched import is_watched
-from ..merging import MergePlan, MergeSource, MergeState
+from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
 from ..merging.strategies import Kind
 from ..old_names import OldName
 from .merge_aware_config import check_fingerprint, fingerprint, fingerprints_of
-from .merge_plan import lora_factors, lora_plan
+from .merge_plan import lora_factors, lora_plan, lora_traits
 from .plain_adapters import is_plain_input, plain_branches
 from .qalora import MergeableQALoraVariant, check_config, group_delta
 from .quantization_backend import QuantizedLinearBackend
@@ -68,7 +68,6 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     report_again = OldName("refresh_report")
 
     kind: ClassVar[Kind] = "lora"
-    can_be_calibrated = True
     knows_unmerged_weight = True
     can_change_bits = True
 
@@ -274,10 +273,15 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
 
     def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`; adapters are summed in the order in which they were added."""
-        # Sums of floats depend on the order, and so would the codes.
-        ordered = [name for name in self.lora_A if name in names]
         with torch.no_grad():
-            return lora_plan(self, ordered, merge=super().merge, merge_aware=self.aware_adapters)
+            return lora_plan(self, self._ordered(names), merge=super().merge, merge_aware=self.aware_adapters)
+
+    def traits(self, names: Sequence[str]) -> AdapterTraits:
+        return lora_traits(self, self._ordered(names), merge_aware=self.aware_adapters)
+
+    def _ordered(self, names: Sequence[str]) -> list[str]:
+        """Those that are on this layer, as they were added: sums of floats depend on it, and so would the codes."""
+        return [name for name in self.lora_A if name in names]
 
     def current_base(self) -> nn.Module:
         return self.get_base_layer()

@@ -49,37 +49,47 @@ def lora_plan(
         except ValueError as error:
             raise ValueError(f"{error}. Nothing was merged. Train the adapter again or load another.") from None
         merged_caches = variant_caches(layer)
-    is_plain = bool(names) and not any(name in layer.lora_variant for name in names)
-    left, right = lora_factors(layer, names) if is_plain else (None, None)
-    delta_of_groups = _sum_of_group_deltas(layer, base, names)
+    adapters = lora_traits(layer, names, merge_aware=merge_aware)
+    left, right = lora_factors(layer, names) if _are_plain(layer, names) else (None, None)
     return MergePlan(
         layer_name=base.layer_name,
-        adapters=AdapterTraits(
-            names=tuple(names),
-            dtype=next(iter(layer.lora_A.parameters())).dtype,
-            strategies=fitting_strategies(
-                LoraFacts(
-                    spec=weight.spec,
-                    is_plain=is_plain,
-                    has_bias=any(layer.lora_bias[name] for name in names),
-                    is_qalora=delta_of_groups is not None,
-                )
-            ),
-            is_merge_aware=_is_rounded_against(weight, [merge_aware.get(name) for name in names]),
-            trained_merge_aware=tuple(name for name in names if name in merge_aware),
-            can_be_qalora=can_be_qalora(base),
-        ),
+        adapters=adapters,
         weight=weight,
         before=before,
         target=stand_in.weight.data,
         tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},
         left=left,
         right=right,
-        group_delta=delta_of_groups,
+        group_delta=_sum_of_group_deltas(layer, base, names),
         compute_dtype=base.compute_dtype,
         branch=base.branch,
         host_state=merged_caches,
     )
+
+
+def lora_traits(layer: Any, names: Sequence[str], *, merge_aware: dict[str, str]) -> AdapterTraits:
+    """What is known of the adapters ``names`` of a LoRA layer without a plan; arguments as of :func:`lora_plan`."""
+    base, weight = layer.quantized_base(), cast(QuantizedWeight, layer.unmerged_weight())
+    is_qalora = bool(names) and all(isinstance(layer.lora_variant.get(name), MergeableQALoraVariant) for name in names)
+    facts = LoraFacts(
+        spec=weight.spec,
+        is_plain=_are_plain(layer, names),
+        has_bias=any(layer.lora_bias[name] for name in names),
+        is_qalora=is_qalora,
+    )
+    return AdapterTraits(
+        names=tuple(names),
+        dtype=next(iter(layer.lora_A.parameters())).dtype,
+        strategies=fitting_strategies(facts),
+        is_merge_aware=_is_rounded_against(weight, [merge_aware.get(name) for name in names]),
+        trained_merge_aware=tuple(name for name in names if name in merge_aware),
+        can_be_qalora=can_be_qalora(base),
+    )
+
+
+def _are_plain(layer: Any, names: Sequence[str]) -> bool:
+    """Whether the delta of these adapters is a product of two factors."""
+    return bool(names) and not any(name in layer.lora_variant for name in names)
 
 
 def lora_factors(layer: LoraLinear, names: Sequence[str]) -> tuple[Tensor, Tensor]:

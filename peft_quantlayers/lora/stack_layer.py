@@ -24,10 +24,10 @@ from quantlayers_kernels.frozen_linear import Branch
 
 from ..layers.expert_branches import ExpertBranches, branches_on
 from ..layers.stack import QuantizedStack
-from ..merging import MergePlan
+from ..merging import AdapterTraits, MergePlan
 from ..merging.stack_source import StackSource
-from ..merging.strategies import rules_for
-from .stack_plan import expert_plan
+from ..merging.strategies import STRATEGIES
+from .stack_plan import expert_plan, expert_traits
 
 
 class LoraQuantizedStack(ParamWrapper, StackSource):
@@ -138,12 +138,32 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
             ValueError: the merged weight is not finite; names the expert, and the stack is left as it was.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if new:
-            self.merge_by(rules_for("lora")[self.merge_strategy], [*self.merged_adapters, *new])
+        if not new:
+            return
+        self._refuse_what_others_wrote()
+        if self.kind not in STRATEGIES[self.merge_strategy].rules:
+            raise ValueError(
+                f'{self.unmerged_stack().layer_name}: strategy="{self.merge_strategy}" is for adapters on linear '
+                f"layers, and these are on experts. Choose one of {self.possible_strategies()} with "
+                "set_merge_strategy. Nothing was merged."
+            )
+        self.merge_by(self.rule_of(self.merge_strategy), [*self.merged_adapters, *new])
 
     def unmerge(self) -> None:
         """Put back the stack from before the first merge, bit for bit."""
+        self._refuse_what_others_wrote()
         self.undo_merge()
+
+    def _refuse_what_others_wrote(self) -> None:
+        if self.is_written_by_others:
+            raise RuntimeError(
+                f"{self.unmerged_stack().layer_name}: its weights were written since {self.merged_adapters} were "
+                "merged, and the stack from before the merge does not have that. Keep the merged model "
+                "(merge_and_unload), or load base and adapter again."
+            )
+
+    def traits(self, names: Sequence[str]) -> AdapterTraits:
+        return expert_traits(self, [name for name in self.lora_A if name in names])
 
     def experts_module(self) -> nn.Module:
         return self.get_base_layer()

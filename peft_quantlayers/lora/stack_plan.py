@@ -41,11 +41,7 @@ def expert_plan(layer: Any, expert: int, names: Sequence[str]) -> MergePlan:
     branch = None if stack.branch is None else LowRankBranch(stack.branch.A[expert], stack.branch.B[expert])
     return MergePlan(
         layer_name=f"{stack.layer_name}[{expert}]",
-        adapters=AdapterTraits(
-            names=tuple(names),
-            dtype=cast(nn.Linear, layer.lora_A[names[0]]).weight.dtype,
-            strategies=fitting_strategies(LoraFacts(kind="expert", spec=weight.spec)),
-        ),
+        adapters=expert_traits(layer, names),
         weight=weight,
         before=before,
         target=target,
@@ -54,4 +50,13 @@ def expert_plan(layer: Any, expert: int, names: Sequence[str]) -> MergePlan:
         right=right,
         compute_dtype=stack.compute_dtype,
         branch=branch,
+    )
+
+
+def expert_traits(layer: Any, names: Sequence[str]) -> AdapterTraits:
+    """What is known of the adapters ``names`` of a LoRA layer on a stack without a plan."""
+    return AdapterTraits(
+        names=tuple(names),
+        dtype=cast(nn.Linear, layer.lora_A[names[0]]).weight.dtype,
+        strategies=fitting_strategies(LoraFacts(kind="expert", spec=layer.unmerged_stack().spec)),
     )

@@ -78,7 +78,7 @@ def not_measured(layers: Sequence[LayerMergeReport], *, is_captured: bool, noise
         is_captured: whether predictions were compared.
         noise: of rounding, over the norm of the delta.
     """
-    rounded = any(STRATEGIES[layer.strategy].rounds for layer in layers)
+    rounded = any(STRATEGIES[layer.strategy].adds_noise for layer in layers)
     if is_captured or not rounded or noise**2 < 1 - LOW_CAPTURE:
         return None
     return (

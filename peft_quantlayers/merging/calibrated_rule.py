@@ -1,4 +1,4 @@
-"""The rule of merging that uses data: codes are chosen for a low error of the outputs. A pure function of a plan.
+"""The rules of merging that use data: codes are chosen for a low error of the outputs. Pure functions of a plan.
 
 Rounding loses most of an adapter's delta, which is smaller than one step. If the codes of a row are chosen jointly
 under the Hessian, the second moment of the layer's inputs, one code compensates for the error of another, and the row
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..formats import QuantizedWeight, QuantSpec
 from .coefficients import coefficient, output_error
-from .planned_merge import MergePlan
+from .merge_rules import extended_spec
+from .planned_merge import LayerInputs, MergePlan, MergeResult
 
 # Number of passes over the codes; they end when the retained fraction of the delta is 1 within the tolerance.
 MIN_PASSES = 2
@@ -22,6 +23,22 @@ RETAINED_TOLERANCE = 0.05
 MAX_GAIN_RATIO = 2.0
 # A delta with this fraction of the weight's norm may need a new grid: both are tried.
 LARGE_DELTA = 0.25
+
+
+def calibrated(plan: MergePlan, spec: QuantSpec, inputs: LayerInputs) -> MergeResult:
+    """:func:`for_outputs`, in the form ``spec``."""
+    weight = for_outputs(plan, spec, inputs.hessian, inputs.target)
+    return MergeResult(strategy="calibrated", weight=weight, hessian=inputs.hessian)
+
+
+def append_for_outputs(plan: MergePlan, spec: QuantSpec, inputs: LayerInputs) -> MergeResult:
+    """:func:`for_outputs`, in the extended form of ``spec``.
+
+    Raises:
+        NotImplementedError: it cannot be extended.
+    """
+    weight = for_outputs(plan, extended_spec(spec), inputs.hessian, inputs.target)
+    return MergeResult(strategy="append", weight=weight, hessian=inputs.hessian)
 
 
 def for_outputs(

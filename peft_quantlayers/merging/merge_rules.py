@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import cache
+from typing import NoReturn
 
 import torch
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch
 from .coefficients import retained_fraction
-from .planned_merge import MergePlan, MergeResult, MergeRule
+from .planned_merge import AdapterTraits, MergePlan, MergeResult
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,7 @@ def exact(plan: MergePlan) -> MergeResult:
     if plan.exact is not None:
         return MergeResult(strategy="exact", weight=plan.exact)
     if plan.group_delta is None:
-        qalora = "Train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>), or u"
-        raise ValueError(
-            f"adapters {list(plan.adapters.names)} cannot be merged exactly: their delta is not constant in each "
-            f"quantization group. {qalora if plan.adapters.can_be_qalora else 'U'}se "
-            f'strategy="requantize" or {plan.adapters.lossless_strategy}.'
-        )
+        refuse_exact(plan.adapters)
     return MergeResult(strategy="exact", weight=plan.method.with_group_delta(plan.weight, plan.group_delta))
 
 
@@ -65,13 +61,7 @@ def merge_aware(plan: MergePlan) -> MergeResult:
     Raises:
         ValueError: an adapter was not trained merge-aware, or on another weight.
     """
-    if not plan.adapters.is_merge_aware:
-        can_be = "aware" in plan.adapters.strategies
-        trained = "Call peft_quantlayers.enable_merge_aware(model) before training them, or m" if can_be else "M"
-        raise ValueError(
-            f"adapters {list(plan.adapters.names)} were not trained merge-aware on this weight. {trained}erge with "
-            f'another strategy: "requantize" needs no data, {plan.adapters.lossless_strategy} loses nothing.'
-        )
+    check_merge_aware(plan.adapters)
     return MergeResult(strategy="aware", weight=on_grid(plan))
 
 
@@ -108,11 +98,6 @@ def requantize_as(plan: MergePlan, spec: QuantSpec) -> MergeResult:
         if _retained_and_error(plan, dithered)[0] > retained:
             merged = dithered
     return MergeResult(strategy="requantize", weight=merged)
-
-
-def rule_into(spec: QuantSpec | None) -> MergeRule:
-    """:func:`requantize_as` ``spec``; without one :func:`requantize`."""
-    return requantize if spec is None else lambda plan: requantize_as(plan, spec)
 
 
 def requantize_rows(plan: MergePlan) -> MergeResult:
@@ -165,15 +150,56 @@ def keep(plan: MergePlan) -> MergeResult:
         NotImplementedError: a LoRA variant whose delta is not a product of two factors.
     """
     if plan.left is None or plan.right is None:
-        raise NotImplementedError(
-            'strategy="keep" supports plain LoRA and rsLoRA. Use "exact" for QA-LoRA, "requantize", "calibrated" or '
-            '"dense" for other variants.'
-        )
+        refuse_keep()
     left, right, dtype = plan.left, plan.right, plan.adapters.dtype
     if plan.branch is not None:
         left, right = torch.cat([plan.branch.B.float(), left], dim=1), torch.cat([plan.branch.A.float(), right])
     branch = LowRankBranch(right.to(dtype), left.to(dtype))
     return MergeResult(strategy="keep", weight=plan.weight, branch=branch)
+
+
+# ---- what the rules refuse, which is known of the adapters before any plan
+
+
+def check_exact(adapters: AdapterTraits) -> None:
+    """Raise ValueError for adapters whose delta is not constant in the layer's groups."""
+    if "exact" not in adapters.strategies:
+        refuse_exact(adapters)
+
+
+def refuse_exact(adapters: AdapterTraits) -> NoReturn:
+    """Raise ValueError, with what else there is."""
+    qalora = "Train with LoraConfig(use_qalora=True, qalora_group_size=<group_size>), or u"
+    raise ValueError(
+        f"adapters {list(adapters.names)} cannot be merged exactly: their delta is not constant in each quantization "
+        f'group. {qalora if adapters.can_be_qalora else "U"}se strategy="requantize" or {adapters.lossless_strategy}.'
+    )
+
+
+def check_merge_aware(adapters: AdapterTraits) -> None:
+    """Raise ValueError for adapters that were not trained merge-aware, or on another weight."""
+    if adapters.is_merge_aware:
+        return
+    can_be = "aware" in adapters.strategies
+    trained = "Call peft_quantlayers.enable_merge_aware(model) before training them, or m" if can_be else "M"
+    raise ValueError(
+        f"adapters {list(adapters.names)} were not trained merge-aware on this weight. {trained}erge with another "
+        f'strategy: "requantize" needs no data, {adapters.lossless_strategy} loses nothing.'
+    )
+
+
+def check_keep(adapters: AdapterTraits) -> None:
+    """Raise NotImplementedError for LoRA variants whose delta is not a product of two factors."""
+    if "keep" not in adapters.strategies:
+        refuse_keep()
+
+
+def refuse_keep() -> NoReturn:
+    """Raise NotImplementedError, with what else there is."""
+    raise NotImplementedError(
+        'strategy="keep" supports plain LoRA and rsLoRA. Use "exact" for QA-LoRA, "requantize", "calibrated" or '
+        '"dense" for other variants.'
+    )
 
 
 def _is_far_below_a_step(plan: MergePlan, merged: QuantizedWeight) -> bool:

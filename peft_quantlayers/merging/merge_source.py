@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..formats import QuantizedWeight
-from ..layers import QuantizedEmbedding, QuantizedLinear
+from ..formats import QuantizedWeight, QuantSpec
+from ..layers import QuantizedLinear
 from ..layers.quantize_weight import named_errors
 from ..layers.quantized_storage import QuantizedStorage
-from ..layers.replace import dense_in_place_of
 from .layer_report import LayerMergeReport, layer_report
-from .planned_merge import MergePlan, MergeResult, MergeRule
+from .planned_merge import AdapterTraits, MergePlan, MergeResult, MergeRule
 from .state import LayerWrite, MergeState, Snapshot
-from .strategies import STRATEGIES, Kind, rules_for
+from .strategies import STRATEGIES, Kind
 
 
 class MergeSource(ABC):
@@ -31,18 +30,16 @@ class MergeSource(ABC):
         merging: what is merged.
         merged_adapters: names; the list is changed in place.
         kind: of its adapters, by which the rules of the strategies are found.
-        can_be_calibrated: whether data may choose the codes of the merged weight.
         knows_unmerged_weight: whether the weight from before is known as well where a merge was called on the layer
             itself, which is then undone bit for bit.
         measures_outputs: whether the module's own result is that of the one layer, so that both can be compared.
         can_change_bits: whether a merge may store the weight in another number of bits.
-        is_merged_by_owner: whether PEFT's own class is the adapters' layer, and merges them where it is called: such a
-            merge is left as it is, and cannot be undone bit for bit.
+        is_merged_by_owner: whether the adapters' layer is not of a class of ours, and merges them itself where it is
+            called: such a merge is left as it is, and cannot be undone bit for bit.
     """
 
     merging: MergeState
     kind: ClassVar[Kind]
-    can_be_calibrated: ClassVar[bool] = False
     knows_unmerged_weight: ClassVar[bool] = False
     measures_outputs: ClassVar[bool] = True
     can_change_bits: ClassVar[bool] = False
@@ -53,7 +50,7 @@ class MergeSource(ABC):
     @classmethod
     def possible_strategies(cls) -> tuple[str, ...]:
         """Names of the strategies that adapters of this kind can be merged by, on some layers at least."""
-        return (*rules_for(cls.kind), *(("calibrated",) if cls.can_be_calibrated else ()))
+        return tuple(name for name, strategy in STRATEGIES.items() if strategy.supports(cls.kind))
 
     # ---- what a kind of adapter says
 
@@ -64,6 +61,10 @@ class MergeSource(ABC):
         Raises:
             ValueError: the merged weight is not finite.
         """
+
+    def traits(self, names: Sequence[str]) -> AdapterTraits:
+        """What is known of the adapters ``names`` without a plan."""
+        return AdapterTraits(names=tuple(names))
 
     @abstractmethod
     def current_base(self) -> nn.Module:
@@ -95,6 +96,15 @@ class MergeSource(ABC):
         return isinstance(self.quantized_base(), QuantizedLinear)
 
     # ---- merging
+
+    def check_strategy(self, strategy: str, names: Sequence[str], spec: QuantSpec) -> None:
+        """Raise what the rules of ``strategy`` would refuse, with the layer's name, before anything is computed.
+
+        ``spec``: what the merged weight will be stored as.
+        """
+        if (check := STRATEGIES[strategy].check) is not None:
+            with named_errors(self.quantized_base().layer_name):
+                check(self.traits(names), spec)
 
     def rule_of(self, strategy: str) -> MergeRule:
         """The rule by which ``strategy`` merges adapters of this kind without data."""
@@ -234,21 +244,12 @@ class MergeSource(ABC):
 def _new_layer(unmerged: nn.Module, result: MergeResult, bias: Tensor | None) -> nn.Module:
     """The layer that replaces the one that is ``unmerged``; its bias is a copy."""
     base = cast(QuantizedLinear, unmerged)
-    if isinstance(base, QuantizedEmbedding):  # in the place of a linear layer, of which most targets are
-        return base.dense_table(weight=cast(Tensor, result.dense))
-    if bias is None and base.bias is not None:
-        bias = base.bias.detach().clone()
-    bias = None if bias is None else bias.to(base.bias.dtype)
+    if (own := getattr(base, "bias", None)) is not None:
+        bias = own.detach().clone() if bias is None else bias.to(own.dtype)
     if result.weight is None:
         parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return dense_in_place_of(base, cast(Tensor, result.dense), parameter)
-    layer = type(base)(
-        result.weight,
-        bias,
-        compute_dtype=base.compute_dtype,
-        layer_name=base.layer_name,
-        dense_type=base.dense_type,
-    )
+        return base.dense_with(cast(Tensor, result.dense), parameter)
+    layer = base.with_weight(result.weight, bias)
     if result.branch is not None:
         layer.add_branch(result.branch)
-    return layer.train(base.training)
+    return layer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedWeight
+from ..formats import QuantizedWeight, QuantSpec
 from ..layers import LowRankBranch
 from ..methods import QuantMethod, get_method
 
@@ -140,3 +140,21 @@ class MergeResult:
 
 
 MergeRule = Callable[[MergePlan], MergeResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """What data said of the inputs of a layer.
+
+    Fields:
+        hessian: their second moment, (in_features, in_features), float32.
+        target: the weight that makes up for the errors of the layers before this one, in place of the plan's, shaped
+            like it; None where nothing is known of them.
+    """
+
+    hessian: Tensor
+    target: Tensor | None = None
+
+
+# A rule with data; the spec is what the merged weight is stored as.
+DataRule = Callable[[MergePlan, QuantSpec, LayerInputs], MergeResult]

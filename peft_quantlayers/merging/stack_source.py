@@ -37,7 +37,6 @@ class StackSource(MergeSource):
     """
 
     kind = "expert"
-    can_be_calibrated = True
     knows_unmerged_weight = True
     measures_outputs = False
 
@@ -118,15 +117,9 @@ def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Mo
     weight = QuantizedWeight.stacked(weights(), stack.n_experts)
     if not branches:
         return weight
-    merged = QuantizedStack(
-        weight,
-        compute_dtype=stack.compute_dtype,
-        layer_name=stack.layer_name,
-        is_transposed=stack.is_transposed,
-        parameter_order=stack.parameter_order,
-    )
+    merged = stack.with_weight(weight)
     merged.add_branch(StackBranch(*(torch.stack([getattr(branch, part) for branch in branches]) for part in "AB")))
-    return merged.train(stack.training)
+    return merged
 
 
 def _chained(first: MergeResult, rest: Iterator[MergeResult]) -> Iterator[MergeResult]:
@@ -155,7 +148,7 @@ def _total(name: str, reports: Sequence[LayerMergeReport], merged: nn.Module | Q
     return replace(
         reports[0],
         name=name,
-        strategy=max(set(strategies), key=strategies.count),
+        strategy=max(dict.fromkeys(strategies), key=strategies.count),
         n_weights=sum(report.n_weights for report in reports),
         bits_after=bits,
         weight_norm=norm("weight_norm"),

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 
 from ..formats import QuantSpec
 from ..methods import get_method
-from . import merge_rules as rules
-from .planned_merge import MergeRule
+from . import merge_rules
+from .calibrated_rule import append_for_outputs, calibrated
+from .planned_merge import AdapterTraits, DataRule, MergeRule
 
 Strategy = Literal["auto", "exact", "calibrated", "aware", "requantize", "append", "keep", "dense"]
 
@@ -45,20 +46,31 @@ class MergeStrategy:
     """One strategy.
 
     Fields:
-        rules: by kind of adapter, how a plan is merged without data; a kind that is missing does not support it.
-        takes_calibration: the merge may use data; without a rule, it must.
-        rounds: the merge rounds codes other than as the adapters were trained, which adds noise.
+        rules: by kind of adapter, how a plan is merged without data.
+        data_rules: the same with data. A kind that is in neither does not support the strategy.
+        unreached: with data, the rule of layers that it does not reach.
+        check: raises ValueError or NotImplementedError where the rules would refuse, given what is known of the
+            adapters, and what the merged weight will be stored as.
+        adds_noise: the merge rounds codes other than as the adapters were trained.
+        can_change_bits: the merged weight may be stored in another number of bits.
+        form: what it makes of the form of a weight instead, for a message.
         fits: whether it is worth a recommendation for these LoRA adapters on this weight; None where all merge by it.
-        form: what it makes of the form of a weight, for a message; None if it can give it other bits.
         advice: what it is, where it is recommended after another one lost much; in the order of the registry.
     """
 
     rules: Mapping[Kind, MergeRule] = field(default_factory=dict)
-    takes_calibration: bool = False
-    rounds: bool = True
+    data_rules: Mapping[Kind, DataRule] = field(default_factory=dict)
+    unreached: MergeRule = merge_rules.requantize
+    check: Callable[[AdapterTraits, QuantSpec], object] | None = None
+    adds_noise: bool = True
+    can_change_bits: bool = False
+    form: str = ""
     fits: Callable[[LoraFacts], bool] | None = None
-    form: str | None = None
     advice: str | None = None
+
+    def supports(self, kind: Kind) -> bool:
+        """Whether adapters of this kind can be merged by it."""
+        return kind in self.rules or kind in self.data_rules
 
 
 def _can_be_extended(spec: QuantSpec) -> bool:
@@ -70,49 +82,59 @@ def _can_be_extended(spec: QuantSpec) -> bool:
 
 
 _REQUANTIZE: dict[Kind, MergeRule] = {
-    "lora": rules.requantize,
-    "expert": rules.requantize,
-    "any delta": rules.requantize,
-    "table": rules.requantize_rows,
-    "exact weight": rules.exact,
+    "lora": merge_rules.requantize,
+    "expert": merge_rules.requantize,
+    "any delta": merge_rules.requantize,
+    "table": merge_rules.requantize_rows,
+    "exact weight": merge_rules.exact,
 }
 STRATEGIES: dict[str, MergeStrategy] = {
-    "auto": MergeStrategy(rules=_REQUANTIZE | {"lora": rules.automatic, "expert": rules.automatic}),
+    "auto": MergeStrategy(
+        rules=_REQUANTIZE | {"lora": merge_rules.automatic, "expert": merge_rules.automatic}, can_change_bits=True
+    ),
     "exact": MergeStrategy(
-        rules={"lora": rules.exact, "exact weight": rules.exact},
-        rounds=False,
+        rules={"lora": merge_rules.exact, "exact weight": merge_rules.exact},
+        adds_noise=False,
+        check=lambda adapters, spec: merge_rules.check_exact(adapters),
         fits=lambda facts: facts.is_qalora,
         form="keeps all codes, and folds the delta into the zeros",
         advice='strategy="exact", which rounds no code',
     ),
     "calibrated": MergeStrategy(
-        takes_calibration=True,
+        data_rules={"lora": calibrated, "expert": calibrated},
+        can_change_bits=True,
         fits=lambda facts: get_method(facts.spec.method).can_use_hessian(facts.spec),
         advice='strategy="calibrated" with some text',
     ),
     "aware": MergeStrategy(
-        rules={"lora": rules.merge_aware},
-        rounds=False,
+        rules={"lora": merge_rules.merge_aware},
+        adds_noise=False,
+        check=lambda adapters, spec: merge_rules.check_merge_aware(adapters),
         fits=lambda facts: facts.is_plain and not facts.has_bias,
         form="keeps the grid that the adapters were trained for",
         advice='train with peft_quantlayers.enable_merge_aware and merge with strategy="aware"',
     ),
-    "requantize": MergeStrategy(rules=_REQUANTIZE),
+    "requantize": MergeStrategy(rules=_REQUANTIZE, can_change_bits=True),
     "append": MergeStrategy(
-        rules={"lora": rules.append, "expert": rules.append},
-        takes_calibration=True,
+        rules={"lora": merge_rules.append, "expert": merge_rules.append},
+        data_rules={"lora": append_for_outputs, "expert": append_for_outputs},
+        unreached=merge_rules.append,
+        check=lambda adapters, spec: merge_rules.extended_spec(spec),
         fits=lambda facts: _can_be_extended(facts.spec),
         form="extends each layer's format by one more codebook",
         advice='strategy="append", which costs one more bit per weight',
     ),
     "keep": MergeStrategy(
-        rules={"lora": rules.keep, "expert": rules.keep},
-        rounds=False,
+        rules={"lora": merge_rules.keep, "expert": merge_rules.keep},
+        adds_noise=False,
+        check=lambda adapters, spec: merge_rules.check_keep(adapters),
         fits=lambda facts: facts.is_plain,
         form="keeps all codes, and the adapter beside them",
         advice='strategy="keep", which saves the adapter as a low-rank branch and loses nothing',
     ),
-    "dense": MergeStrategy(rules=dict.fromkeys(get_args(Kind), rules.dense), rounds=False, form="makes a float model"),
+    "dense": MergeStrategy(
+        rules=dict.fromkeys(get_args(Kind), merge_rules.dense), adds_noise=False, form="makes a float model"
+    ),
 }
 
 
@@ -123,9 +145,5 @@ def rules_for(kind: Kind) -> dict[str, MergeRule]:
 
 def fitting_strategies(facts: LoraFacts) -> tuple[str, ...]:
     """Strategies that fit LoRA adapters on a layer, besides "requantize" and "dense", which fit all."""
-    fits = {
-        name: strategy.fits
-        for name, strategy in STRATEGIES.items()
-        if facts.kind in strategy.rules or not strategy.rules
-    }
+    fits = {name: strategy.fits for name, strategy in STRATEGIES.items() if strategy.supports(facts.kind)}
     return tuple([name for name, fit in fits.items() if fit is not None and fit(facts)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -14,16 +16,16 @@ from tqdm.auto import tqdm
 
 from ..bit_allocation import BitPlan
 from ..bit_allocation.budget import measured
-from ..merging import LayerMergeReport, MergeReport
+from ..evaluate import Capture
+from ..merging import MergeReport
 from ..merging.advice import nothing_merged
-from ..merging.merge_rules import rule_into
+from ..merging.merge_rules import requantize_as
 from ..merging.strategies import STRATEGIES, Strategy
 from ..storage.free_memory import return_free_memory
 from .effect import measured_effect, restore
 from .merge_calibrated import merge_calibrated
 from .merged_model import MergedModel
 from .prepared_merge import PreparedMerge, prepared_merge
-from .refused_merges import score_of
 from .targets import MergeTarget
 from .tune_merged import tune_merged, unmerged_predictions
 from .unload import merge_dense_layers, unloaded
@@ -116,28 +118,44 @@ def merge_back(
         unload=unload,
         progress=progress,
     )
-    score_before = _score(merge, "Scoring the adapter")
-    predictions = unmerged_predictions(merge)
-    with _all_or_nothing(merge.targets):
+    with _all_or_nothing(merge):
+        undo_merges(merge.targets)
+        score_before = _score(merge, "Scoring the adapter")
+        predictions = unmerged_predictions(merge)
         _merge_layers(merge)
         tune_merged(merge, predictions)
         captured = measured_effect(merge)
         score_after = _score(merge, "Scoring the merged model", is_merged=True)
         merge_dense_layers(merge)
-    scores = None if score_before is None or score_after is None else (score_before, score_after)
-    report = MergeReport(strategy=strategy, layers=_reports(merge.targets), capture=captured, scores=scores)
-    _warn_of_the_result(report)
-    return MergedModel(unloaded(merge) if unload else peft_model, report)
+        report = _report(merge, captured, score_before, score_after)
+        return MergedModel(unloaded(merge) if unload else peft_model, report)
 
 
 # ---- the steps, of which others are in files of their own
+
+
+@contextmanager
+def _all_or_nothing(merge: PreparedMerge) -> Iterator[None]:
+    """If anything fails inside, every target is restored."""
+    before = [target.source.snapshot() for target in merge.targets]
+    try:
+        yield
+    except BaseException:
+        restore(merge.targets, before)
+        raise
+
+
+def undo_merges(targets: Sequence[MergeTarget]) -> None:
+    """Begin with the unmerged layers: the adapters may be merged already, by this call's forerunner or by PEFT."""
+    for target in targets:
+        target.source.undo_merge()
 
 
 def _merge_layers(merge: PreparedMerge) -> None:
     plan = merge.plan
     measuring = nullcontext() if plan is None else measured(merge.base_model, plan, merge.calibration)
     with merge.only_its_adapters(), measuring:
-        if merge.calibration is None or not STRATEGIES[merge.strategy].takes_calibration:
+        if merge.calibration is None or not STRATEGIES[merge.strategy].data_rules:
             _merge_without_data(merge)
         else:
             merge_calibrated(merge, merge.calibration)
@@ -147,9 +165,10 @@ def _merge_without_data(merge: PreparedMerge) -> None:
     """Merge each target by its rule for the strategy, or into the form that was planned for it."""
     n_bytes = 0
     for target in tqdm(merge.targets, desc="Merging", unit="layer", disable=not merge.progress):
-        source = target.source
+        source, spec = target.source, target.spec
         n_bytes += sum(parameter.nbytes for parameter in source.current_base().parameters())
-        source.merge_by(source.rule_of(merge.strategy) if target.spec is None else rule_into(target.spec), merge.names)
+        rule = source.rule_of(merge.strategy) if spec is None else partial(requantize_as, spec=spec)
+        source.merge_by(rule, merge.names)
         if n_bytes >= BYTES_BEFORE_RETURN:
             return_free_memory()
             n_bytes = 0
@@ -160,37 +179,42 @@ def _score(merge: PreparedMerge, described: str, *, is_merged: bool = False) -> 
         return None
     bar = tqdm(total=1, desc=described, unit="score", disable=not merge.progress)
     with merge.only_its_adapters(), bar:
-        score = score_of(merge.metric, merge.base_model if is_merged else merge.peft_model)
+        score = _score_of(merge.metric, merge.base_model if is_merged else merge.peft_model)
         bar.update()
     return score
 
 
-@contextmanager
-def _all_or_nothing(targets: Sequence[MergeTarget]) -> Iterator[None]:
-    """If anything fails inside, every target is restored."""
-    before = [target.source.snapshot() for target in targets]
-    try:
-        yield
-    except BaseException:
-        restore(targets, before)
-        raise
+def _score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """``metric(model)``, a number."""
+    value = metric(model)
+    if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(
+            f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "
+            "model is left as it was."
+        )
+    score = float(value.detach()) if isinstance(value, Tensor) else float(value)
+    if math.isnan(score):
+        raise ValueError("metric gave NaN, which cannot be compared. The model is left as it was.")
+    return score
 
 
-def _reports(targets: Sequence[MergeTarget]) -> tuple[LayerMergeReport, ...]:
-    reports = (target.source.merge_report for target in targets if target.module.merged)
-    return tuple(report for report in reports if report is not None)
-
-
-def _warn_of_the_result(report: MergeReport) -> None:
-    if said := nothing_merged(report.layers):
+def _report(
+    merge: PreparedMerge, captured: Capture | None, score_before: float | None, score_after: float | None
+) -> MergeReport:
+    """What the merge did; what a user should know of it at once is logged."""
+    found = (target.source.merge_report for target in merge.targets if target.module.merged)
+    layers = tuple(report for report in found if report is not None)
+    if said := nothing_merged(layers):
         logger.warning(said)
-    wider = [layer for layer in report.layers if layer.strategy == "exact" and layer.bits_after > layer.bits_before]
+    wider = [layer for layer in layers if layer.strategy == "exact" and layer.bits_after > layer.bits_before]
     if wider:
         logger.warning(
             "%d of %d layers now keep scales and zeros in float32, %.2f more bits per weight (%s, ...): float16 zeros "
             "would lose more than 1 %% of the delta.",
             len(wider),
-            len(report.layers),
+            len(layers),
             wider[0].bits_after - wider[0].bits_before,
             wider[0].name,
         )
+    scores = None if score_before is None or score_after is None else (score_before, score_after)
+    return MergeReport(strategy=merge.strategy, layers=layers, capture=captured, scores=scores)

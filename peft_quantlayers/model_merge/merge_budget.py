@@ -21,7 +21,7 @@ from .refused_merges import checked_names, refuse_broken_adapters, refuse_other_
 from .targets import MergeTarget, merge_targets
 
 # Those that can write a weight of other bits.
-STRATEGIES_WITH_BUDGET = tuple(name for name, strategy in STRATEGIES.items() if strategy.form is None)
+STRATEGIES_WITH_BUDGET = tuple(name for name, strategy in STRATEGIES.items() if strategy.can_change_bits)
 
 
 def plan_merge_bits(
@@ -122,7 +122,7 @@ def refuse_budget(peft_model: PeftModel, targets: Sequence[MergeTarget], names: 
                 f"{target.name}: tuned scales merge exactly into the bits that they were tuned for. Leave budget out. "
                 "The model is left as it was."
             )
-        aware = sorted(set(names) & set(getattr(source, "aware_adapters", ())))
+        aware = sorted(source.traits(names).trained_merge_aware)
         if strategy == "auto" and aware:
             raise ValueError(
                 f"{target.name}: {aware} were trained through the rounding of these very bits, and with others they "

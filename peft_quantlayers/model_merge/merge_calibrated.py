@@ -8,50 +8,36 @@ from ..calibration import BlockWork, Calibration, InputGroup, Visitor, walk
 from ..calibration.asymmetric_targets import asymmetric_target
 from ..calibration.finetune import finetune_block
 from ..calibration.quantize_calibrated import wanted_statistics
-from ..layers.quantize_weight import named_errors
 from ..merging import MergePlan, MergeResult
-from ..merging.calibrated_rule import for_outputs
-from ..merging.merge_rules import append, extended_spec, rule_into
-from ..merging.planned_merge import MergeRule
-from ..methods import get_method
+from ..merging.merge_rules import requantize_as
+from ..merging.planned_merge import LayerInputs, MergeRule
+from ..merging.strategies import STRATEGIES, MergeStrategy
 from .prepared_merge import PreparedMerge
 from .targets import MergeTarget
 
 
 def merge_calibrated(merge: PreparedMerge, calibration: Calibration) -> None:
-    """Merge the layers by the strategy "calibrated", or "append" to extend the format of the weights for the delta.
+    """Merge the layers by the strategy's rules with data, what the data does not reach by its rule without.
 
     Args:
-        merge: its sources can be calibrated; its adapters must be the active ones.
+        merge: its adapters must be the active ones, and nothing be merged.
         calibration: the data.
 
     Raises:
-        ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`, or a layer's spec cannot use it.
-        NotImplementedError: "append", and a format cannot be extended.
+        ValueError, TypeError: the data is refused, as by :meth:`Calibration.batches`.
     """
     called = {id(target.source.called_module()): target for target in merge.targets}
     layers = {name: called[id(module)] for name, module in merge.base_model.named_modules() if id(module) in called}
-    for name, target in layers.items():
-        spec = target.spec or target.source.quantized_base().spec
-        method = get_method(spec.method)
-        if merge.strategy == "append":
-            with named_errors(name):
-                extended_spec(spec)
-        if not method.can_use_hessian(spec):
-            raise ValueError(
-                f"{name}: strategy={merge.strategy!r} with calibration data is not possible for {spec}. "
-                f'{method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. The model is '
-                "left as it was."
-            )
-    visitor = _MergeVisitor(layers, merge.names, calibration, is_extended=merge.strategy == "append")
+    assert len(layers) == len(merge.targets), "a layer to merge is not in the model"
+    visitor = _MergeVisitor(layers, merge.names, calibration, STRATEGIES[merge.strategy])
     walk(merge.base_model, list(layers), calibration, visitor, progress=merge.progress)
 
 
 class _MergeVisitor(Visitor):
     def __init__(
-        self, layers: dict[str, MergeTarget], names: list[str], calibration: Calibration, *, is_extended: bool
+        self, layers: dict[str, MergeTarget], names: list[str], calibration: Calibration, strategy: MergeStrategy
     ) -> None:
-        self.layers, self.names, self.calibration, self.is_extended = layers, names, calibration, is_extended
+        self.layers, self.names, self.calibration, self.strategy = layers, names, calibration, strategy
         self.needs_targets = calibration.finetune_epochs > 0
         self.statistics = wanted_statistics(calibration)
         self.hessians: dict[str, Tensor] = {}  # of this block, for the report after its finetuning
@@ -59,22 +45,23 @@ class _MergeVisitor(Visitor):
     def visit_group(self, group: InputGroup) -> None:
         hessian = None if group.experts is not None else group.hessian(self.calibration)
         for name in group.names:
-            self.layers[name].source.merge_by(self._rule(name, group, hessian), self.names)
+            target = self.layers[name]
+            target.source.merge_by(self._rule(target, group, hessian), self.names)
+            report = target.source.merge_report
+            is_changed = report is not None and (report.delta_norm > 0 or report.bits_after != report.bits_before)
+            if self.needs_targets and hessian is not None and is_changed:
+                self.hessians[name] = hessian
 
-    def _rule(self, name: str, group: InputGroup, hessian: Tensor | None) -> MergeRule:
+    def _rule(self, target: MergeTarget, group: InputGroup, hessian: Tensor | None) -> MergeRule:
         """For the outputs of each part, by what it reads; without data where it reads nothing."""
-        planned, is_stack = self.layers[name].spec, group.experts is not None
+        is_stack, data_rule = group.experts is not None, self.strategy.data_rules[target.source.kind]
 
         def rule(plan: MergePlan) -> MergeResult:
             moment = group.hessian_of_expert(plan.part, self.calibration) if is_stack else hessian
             if moment is None:
-                return append(plan) if self.is_extended else rule_into(planned)(plan)
-            own = planned or plan.weight.spec
-            asymmetric = None if is_stack else asymmetric_target(plan.target, group.statistics)
-            weight = for_outputs(plan, extended_spec(own) if self.is_extended else own, moment, asymmetric)
-            if self.needs_targets and not is_stack and weight is not plan.weight:
-                self.hessians[name] = moment
-            return MergeResult(strategy="append" if self.is_extended else "calibrated", weight=weight, hessian=moment)
+                return self.strategy.unreached(plan) if target.spec is None else requantize_as(plan, target.spec)
+            better = None if is_stack else asymmetric_target(plan.target, group.statistics)
+            return data_rule(plan, target.spec or plan.weight.spec, LayerInputs(hessian=moment, target=better))
 
         return rule
 

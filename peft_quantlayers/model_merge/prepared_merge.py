@@ -23,6 +23,7 @@ from .refused_merges import (
     refuse_biases_without_a_place,
     refuse_broken_adapters,
     refuse_other_models,
+    refuse_rules,
     refuse_targets,
     refuse_tied_weights,
     refuse_to_stay_loaded,
@@ -103,6 +104,7 @@ def prepared_merge(
     if budget is not None:
         plan = merge_plan_of(peft_model, targets, names, budget, data, strategy=strategy, progress=progress)
         targets = planned_targets(peft_model, targets, plan)
+    refuse_rules(targets, names, strategy, has_data=data is not None)
     return PreparedMerge(
         peft_model=peft_model,
         targets=targets,

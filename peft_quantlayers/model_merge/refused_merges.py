@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, SupportsFloat, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from peft import LoraModel, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
 
 from ..arguments import check_choice, check_integer, check_model, check_names
 from ..calibration import Calibration
 from ..integrations.private_peft import tied_target_modules
 from ..layers.placement import check_weights_are_here
 from ..merging.strategies import STRATEGIES, Strategy
+from ..methods import get_method
 from .targets import MergeTarget
 
 
@@ -54,7 +53,7 @@ def refuse_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, 
     """Raise if an argument of the merge is unknown, or if two of them contradict each other."""
     check_choice("strategy", strategy, tuple(STRATEGIES), remedy="The model is left as it was.")
     check_integer("tune_epochs", tune_epochs, at_least=0, at_most=10_000)
-    if tune_epochs and not STRATEGIES[strategy].rounds:
+    if tune_epochs and not STRATEGIES[strategy].adds_noise:
         raise ValueError(
             f"tune_epochs={tune_epochs} makes up for what rounding loses, and strategy={strategy!r} rounds nothing. "
             "Leave it out. The model is left as it was."
@@ -69,7 +68,7 @@ def refuse_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, 
             'strategy="calibrated" needs calibration=: some text like that of the adapter\'s task. Without any, use '
             '"requantize", or "keep" for plain LoRA. The model is left as it was.'
         )
-    if calibration is not None and not STRATEGIES[strategy].takes_calibration and not (tune_epochs or has_budget):
+    if calibration is not None and not STRATEGIES[strategy].data_rules and not (tune_epochs or has_budget):
         raise ValueError(
             f'strategy={strategy!r} takes no calibration data; "calibrated" and "append" do, and any that rounds with '
             "tune_epochs=. The model is left as it was."
@@ -166,6 +165,12 @@ def refuse_targets(
     """
     for target in found:
         source, possible = target.source, target.source.possible_strategies()
+        if source.knows_unmerged_weight and source.is_written_by_others:
+            raise ValueError(
+                f"{target.name}: its weight was written since {target.module.merged_adapters} were merged, and "
+                "another merge starts from the weight before, which does not have that. Call unmerge_adapter() first, "
+                "which subtracts them. The model is left as it was."
+            )
         if strategy not in possible:
             raise ValueError(
                 f"{target.name}: strategy={strategy!r} is for LoRA on quantized layers, and this is a "
@@ -186,6 +191,23 @@ def refuse_targets(
         )
 
 
+def refuse_rules(targets: Sequence[MergeTarget], names: list[str], strategy: Strategy, *, has_data: bool) -> None:
+    """Raise what a rule would refuse in the middle of the merge: adapters, or a form of a weight, of another kind."""
+    for target in targets:
+        source, weight = target.source, target.source.unmerged_snapshot().weight
+        if weight is None:  # a norm's
+            continue
+        spec = target.spec or weight.spec
+        source.check_strategy(strategy, names, spec)
+        method = get_method(spec.method)
+        if has_data and STRATEGIES[strategy].data_rules and not method.can_use_hessian(spec):
+            raise ValueError(
+                f"{source.quantized_base().layer_name}: strategy={strategy!r} with calibration data is not possible "
+                f'for {spec}. {method.calibration_requirement} Or merge with "requantize", or "keep" for plain LoRA. '
+                "The model is left as it was."
+            )
+
+
 def refuse_to_stay_loaded(peft_model: PeftModel, targets: Sequence[MergeTarget]) -> None:
     """Raise if the wrapper could not take the merge back, which is what it is left for."""
     is_undone = all(target.source.knows_unmerged_weight for target in targets)
@@ -194,21 +216,3 @@ def refuse_to_stay_loaded(peft_model: PeftModel, targets: Sequence[MergeTarget])
             "unload=False is for LoRA: other tuners' merges into quantized layers cannot be undone bit for bit. "
             "Keep a copy of the model instead. The model is left as it was."
         )
-
-
-def score_of(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
-    """``metric(model)``, a number."""
-    if not callable(metric):
-        raise TypeError(
-            f"metric must be a function of a model, got {type(metric).__name__}. The model is left as it was."
-        )
-    value = metric(model)
-    if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
-        raise TypeError(
-            f"metric must give a number, got {type(value).__name__}. Return one score, for example the accuracy. The "
-            "model is left as it was."
-        )
-    score = float(value.detach()) if isinstance(value, Tensor) else float(value)
-    if math.isnan(score):
-        raise ValueError("metric gave NaN, which cannot be compared. The model is left as it was.")
-    return score

@@ -12,8 +12,8 @@ from torch import nn
 from ..formats import QuantSpec
 from ..integrations.private_peft import available_adapters
 from ..layers import QuantizedEmbedding, QuantizedLinear
-from ..lora.dense_stand_in import dense_stand_in_under
-from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
+from ..lora.dense_stand_in import plan_by_peft
+from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.strategies import Kind
 
 
@@ -53,25 +53,7 @@ class TunerSource(MergeSource):
 
     def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`. PEFT merges them into a dense float32 stand-in; nothing else changes."""
-        base, unmerged = self.quantized_base(), self.unmerged_snapshot()
-        weight = self.unmerged_weight()
-        before = base.method.dequantize(weight)
-        with dense_stand_in_under(self.layer, before, unmerged.tensors.get("bias")) as stand_in:
-            try:
-                self.layer.merge(safe_merge=True, adapter_names=list(names))
-            except ValueError as error:
-                raise ValueError(f"{error}. The model is left as it was.") from None
-            adapters = tuple(self.layer.merged_adapters)
-        return MergePlan(
-            layer_name=base.layer_name,
-            adapters=AdapterTraits(names=adapters),
-            weight=weight,
-            before=before,
-            target=stand_in.weight.data,
-            tensors={} if stand_in.bias is None else {"bias": stand_in.bias.data},
-            compute_dtype=base.compute_dtype,
-            branch=base.branch,
-        )
+        return plan_by_peft(self, self.layer, self.layer.merge, names)
 
     def called_module(self) -> nn.Module:
         """PEFT's layer."""

@@ -22,19 +22,21 @@ def unmerged_predictions(merge: PreparedMerge) -> Predictions | None:
 
 
 def tune_merged(merge: PreparedMerge, predictions: Predictions | None) -> None:
-    """Train scales and codebooks of the layers whose merge has rounded something; their reports are made again.
+    """Train scales and codebooks of the linear layers whose merge has rounded something; their reports are made again.
 
     What the reports said of outputs is of the weights before, so it is dropped; ``evaluate_on`` measures it again.
     Nothing is done without ``predictions``.
     """
+    if predictions is None or merge.calibration is None:
+        return
     changed = [
         target.source
         for target in merge.targets
         if isinstance(target.source.current_base(), QuantizedLinear)
-        and target.source.merging.report is not None
-        and STRATEGIES[target.source.merging.report.strategy].rounds
+        and target.source.merge_report is not None
+        and STRATEGIES[target.source.merge_report.strategy].adds_noise
     ]
-    if predictions is None or merge.calibration is None or not changed:
+    if not changed:
         return
     with merge.only_its_adapters():
         result = tuned(

@@ -38,16 +38,31 @@ def merge_dense_layers(merge: PreparedMerge) -> None:
 
 
 def unloaded(merge: PreparedMerge) -> nn.Module:
-    """The base model without PEFT's wrapper, with the adapters merged."""
+    """The base model without PEFT's wrapper, with the adapters merged; after an error PEFT's modules are in place."""
     peft_model, targets = merge.peft_model, merge.targets
-    set_active(peft_model, targets, merge.names)  # PEFT keeps the modules_to_save of active adapters
-    for target in targets:
-        if target.source.is_merged_by_owner:  # some of PEFT's tuners (OSF) would merge a second time
-            parent = target.name.rpartition(".")[0]
-            is_wrapped = isinstance(peft_model.get_submodule(parent), AuxiliaryTrainingWrapper)  # trained tokens
-            peft_model.set_submodule(parent if is_wrapped else target.name, target.source.current_base())
-    with _without_already_merged_warning():
-        model = peft_model.merge_and_unload(adapter_names=merge.names)
+    active, replaced = list(peft_model.active_adapters), dict[str, nn.Module]()
+    try:
+        set_active(peft_model, targets, merge.names)  # PEFT keeps the modules_to_save of active adapters
+        for target in targets:
+            if target.source.is_merged_by_owner:  # some of PEFT's tuners (OSF) would merge a second time
+                parent = target.name.rpartition(".")[0]
+                is_wrapped = isinstance(peft_model.get_submodule(parent), AuxiliaryTrainingWrapper)  # trained tokens
+                name = parent if is_wrapped else target.name
+                replaced[name] = peft_model.get_submodule(name)
+                peft_model.set_submodule(name, target.source.current_base())
+        with _without_already_merged_warning():
+            model = peft_model.merge_and_unload(adapter_names=merge.names)
+    except BaseException as error:
+        for name, module in replaced.items():
+            peft_model.set_submodule(name, module)
+        set_active(peft_model, targets, active)
+        if isinstance(error, NotImplementedError) and not str(error):
+            kind = type(peft_model.base_model).__name__
+            raise NotImplementedError(
+                f"PEFT has no merge for adapters of {kind}. Keep them beside the base, with save_pretrained. The "
+                "model is left as it was."
+            ) from None
+        raise
     return dequantize_model(model) if merge.strategy == "dense" else model
 
 

@@ -196,6 +196,9 @@ class QuantScalesLinear(QuantScalesLayer):
         bias = cast(QuantizedLinear, self.base_layer).bias
         return [] if bias is None else [("bias", bias)]
 
+    def traits(self, names: Sequence[str]) -> AdapterTraits:
+        return AdapterTraits(names=tuple(names), strategies=("exact",))
+
     def plan(self, names: Sequence[str], part: int = 0) -> MergePlan:
         """As :meth:`MergeSource.plan`; the target is the weight with the tuned tensors, unrounded.
 
@@ -212,7 +215,7 @@ class QuantScalesLinear(QuantScalesLayer):
             exact = before if merged is None else merged
         return MergePlan(
             layer_name=base.layer_name,
-            adapters=AdapterTraits(names=tuple(present), strategies=("exact",)),
+            adapters=self.traits(present),
             weight=before,
             before=base.method.dequantize(before),
             target=base.method.dequantize(exact),

@@ -217,9 +217,9 @@ def test_a_merge_that_fails_half_way_puts_every_layer_back(monkeypatch):
     before, logits = bits_of(model), model(HELD_OUT).logits
     calls = []
 
-    from peft_quantlayers.model_merge import merge_calibrated
+    from peft_quantlayers.merging import calibrated_rule
 
-    original = merge_calibrated.for_outputs
+    original = calibrated_rule.for_outputs
 
     def breaks(plan, *args):
         calls.append(plan)
@@ -227,7 +227,7 @@ def test_a_merge_that_fails_half_way_puts_every_layer_back(monkeypatch):
             raise RuntimeError("out of memory")
         return original(plan, *args)
 
-    monkeypatch.setattr(merge_calibrated, "for_outputs", breaks)
+    monkeypatch.setattr(calibrated_rule, "for_outputs", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
         pql.merge_back(model, strategy="calibrated", calibration=calibration())
     after = bits_of(model)

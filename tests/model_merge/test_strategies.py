@@ -45,7 +45,7 @@ def x() -> torch.Tensor:
 def test_the_registry_the_type_and_the_docstring_name_the_same_strategies():
     assert get_args(Strategy) == tuple(STRATEGIES)
     assert all(f'``"{name}"``' in pql.merge_back.__doc__ for name in STRATEGIES)
-    assert all("lora" in strategy.rules or strategy.takes_calibration for strategy in STRATEGIES.values())
+    assert all("lora" in strategy.rules or strategy.data_rules for strategy in STRATEGIES.values())
 
 
 def test_a_strategy_is_one_entry_of_the_registry(monkeypatch):
