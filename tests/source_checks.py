@@ -41,8 +41,11 @@ NOT_OF_PEERS = {
 }  # fmt: skip
 
 
-# Calls that take an object and the name of an attribute.
-ATTRIBUTE_CALLS = ("getattr", "setattr", "hasattr", "delattr")
+# Calls that take the name of an attribute, and at which place.
+ATTRIBUTE_CALLS = {
+    **dict.fromkeys(("getattr", "setattr", "hasattr", "delattr"), 1),
+    **dict.fromkeys(("attrgetter", "methodcaller", "__getattribute__"), 0),
+}
 
 
 def name_of(node: ast.AST) -> str:
@@ -86,14 +89,46 @@ def own_names(source: str) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
+def constants_of(source: str) -> dict[str, object]:
+    """What names stand for that a file assigns a constant to."""
+    return {
+        target.id: node.value.value
+        for node in ast.walk(ast.parse(source))
+        for target in targets_of(node)
+        if isinstance(target, ast.Name) and isinstance(getattr(node, "value", None), ast.Constant)
+    }
+
+
+def peers_of(source: str) -> set[str]:
+    """Names under which a file has the peers' modules, classes and functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {
+                alias.asname or alias.name.split(".")[0] for alias in node.names if alias.name.split(".")[0] in PEERS
+            }
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] in PEERS:
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def root_of(node: ast.AST) -> str:
+    """``a`` of the expression ``a.b.c``."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return getattr(node, "id", "")
+
+
 def private_attributes(source: str, own: set[str]) -> list[str]:
     """Private attributes that are neither ours nor torch's, also where they are named by a string."""
-    found = set()
+    found, constants = set(), constants_of(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.Call) and name_of(node.func) in ATTRIBUTE_CALLS:
-            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+            at = ATTRIBUTE_CALLS[name_of(node.func)]
+            named = (constants.get(getattr(arg, "id", ""), getattr(arg, "value", "")) for arg in node.args[at:])
+            found |= {part for name in named if isinstance(name, str) for part in name.split(".")}
         elif isinstance(node, ast.Subscript) and is_dict_of_other(node.value) and isinstance(node.slice, ast.Constant):
             found.add(node.slice.value)
     return sorted({name for name in found if is_private(name)} - own - NOT_OF_PEERS)
@@ -107,6 +142,7 @@ WRITES_TO_A_DICT = ("update", "setdefault", "pop", "clear", "__setitem__")
 def replacements(source: str) -> list[str]:
     """Where a file changes what an object of other code is or does: its class, a method, its ``__dict__``."""
     functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    peers = peers_of(source)
 
     def is_function(value: ast.AST | None) -> bool:
         is_bound = isinstance(value, ast.Call) and name_of(value.func) in ("MethodType", "partial", "__get__")
@@ -119,7 +155,7 @@ def replacements(source: str) -> list[str]:
             return False
         holder, name, *value = call.args
         is_behaviour = isinstance(name, ast.Constant) and name.value in BEHAVIOUR
-        return not is_self(holder) and (is_behaviour or any(map(is_function, value)))
+        return root_of(holder) in peers or (not is_self(holder) and (is_behaviour or any(map(is_function, value))))
 
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -131,6 +167,7 @@ def replacements(source: str) -> list[str]:
             if isinstance(target, ast.Attribute):
                 is_behaviour = target.attr in BEHAVIOUR or is_function(getattr(node, "value", None))
                 is_replaced |= target.attr == "__class__" or (is_behaviour and not is_self(target.value))
+                is_replaced |= root_of(target) in peers
             if is_replaced:
                 found.append(ast.unparse(target))
     return found

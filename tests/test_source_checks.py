@@ -37,6 +37,9 @@ OWN = "class A:\n    def _own(self):\n        self._mine: int = self._own()\n"
         (OWN + "builtins.setattr(model, '_tp_plan', 1)", ["_tp_plan"]),
         (OWN + "vars(model)['_tp_plan'], layer.__dict__['_caches']", ["_caches", "_tp_plan"]),
         (OWN + "vars(model)[name], tensors['_other']", []),
+        (OWN + "NAME = '_caches'\ngetattr(layer, NAME)", ["_caches"]),
+        (OWN + "operator.attrgetter('model._tp_plan')(x), layer.__getattribute__('_caches')", ["_caches", "_tp_plan"]),
+        (OWN + "getattr(layer, name), getattr(layer, '_own')", []),
     ],
 )
 def test_the_walk_sees_private_attributes(source, private):
@@ -75,6 +78,9 @@ def test_the_walk_sees_private_attributes(source, private):
         "vars(module).pop('forward')",
         "del vars(module)['forward']",
         "setattr(vars(module), 'forward', run)",
+        "import peft\nsetattr(peft.LoraModel, 'step', imported)",
+        "from peft import LoraModel\nLoraModel.step = imported",
+        "import transformers as t\nt.utils.logging.level = 3",
     ],
 )
 def test_the_walk_sees_replaced_classes_and_methods(source):
@@ -165,7 +171,7 @@ NOT_OURS = re.compile(r"\b(anew|anybody|errs|nobody|somebody)\b", re.IGNORECASE)
 
 
 def test_prose_has_no_words_that_the_field_does_not_use():
-    folders = ("peft_quantlayers", "kernels", "quantlayers_cli", "benchmarks", "examples", "docs")
+    folders = ("peft_quantlayers", "kernels", "quantlayers_cli", "benchmarks", "examples", "docs", "patches")
     files = [file for folder in folders for kind in ("*.py", "*.md") for file in (ROOT / folder).rglob(kind)]
     found = [
         f"{file.relative_to(ROOT)}:{number}"

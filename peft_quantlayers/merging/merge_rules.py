@@ -85,7 +85,7 @@ def requantize(plan: MergePlan) -> MergeResult:
 def requantize_as(plan: MergePlan, spec: QuantSpec) -> MergeResult:
     """:func:`requantize` into another form of the same method, such as another number of bits.
 
-    Nearest codes of the target on a new grid; or, where these lose a part of the delta, what is left of the target is
+    Nearest codes of the target on a new grid; or, where these lose much of the delta, what is left of the target is
     rounded into them with dither.
     """
     if spec == plan.weight.spec:

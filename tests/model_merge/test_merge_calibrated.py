@@ -73,7 +73,7 @@ def test_more_of_the_adapter_survives_than_without_data(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_the_whole_change_of_the_outputs_arrives_where_the_least_error_keeps_a_part(config):
+def test_the_whole_delta_of_the_outputs_is_retained_where_the_least_error_retains_a_fraction(config):
     """A part that is lacking in every layer adds up; noise does not."""
     model = adapted(config)
     _, layer, hessian = layer_with_inputs(model)

@@ -14,7 +14,9 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers import HQQConfig
-from peft_quantlayers.merging import advice, merge_rules
+from peft_quantlayers.formats import QuantSpec
+from peft_quantlayers.merging import AdapterTraits, MergePlan, MergeResult, advice, merge_rules
+from peft_quantlayers.merging.planned_merge import LayerInputs
 from peft_quantlayers.merging.strategies import STRATEGIES, MergeStrategy, Strategy, rules_for
 
 RULES = rules_for("lora")
@@ -67,6 +69,32 @@ def test_a_strategy_is_one_entry_of_the_registry(monkeypatch):
         pql.merge_back(model_for("requantize"), strategy="nearest", budget=3.0, calibration=[torch.ones(1, 4).long()])
     with pytest.raises(ValueError, match="takes no calibration data"):
         pql.merge_back(model_for("requantize"), strategy="nearest", calibration=[torch.ones(1, 4).long()])
+
+
+def test_a_strategy_with_data_is_one_entry_of_the_registry(monkeypatch):
+    """Layers that the data reaches go by its rule, others by the one for them; what it checks is refused at once."""
+    seen, refused = [], []
+
+    def rule(plan: MergePlan, spec: QuantSpec, inputs: LayerInputs) -> MergeResult:
+        seen.append((plan.layer_name, spec, inputs.hessian.shape))
+        return dataclasses.replace(merge_rules.requantize(plan), hessian=inputs.hessian)
+
+    def check(adapters: AdapterTraits, spec: QuantSpec) -> None:
+        if refused:
+            raise ValueError("not this one.")
+
+    monkeypatch.setitem(STRATEGIES, "weighed", MergeStrategy(data_rules={"lora": rule}, check=check))
+    base = pql.quantize_model(tiny_model(), quick_config("hqq"), progress=False)
+    widths = {name: layer.in_features for name, layer in pql.quantized_modules(base).items()}
+    model = with_adapter(base, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    data = pql.Calibration(data=torch.arange(512) % 128, n_tokens=512, sequence_length=64)
+    report = pql.merge_back(copy.deepcopy(model), strategy="weighed", calibration=data, progress=False).report
+    assert [name for name, _, _ in seen] == [layer.name for layer in report.layers]
+    assert all(layer.output_retained is not None for layer in report.layers)
+    assert all(shape == (widths[name], widths[name]) for name, _, shape in seen)
+    refused.append(True)
+    with pytest.raises(ValueError, match=r"layers\.0.*not this one"):
+        pql.merge_back(model, strategy="weighed", calibration=data, progress=False)
 
 
 @pytest.mark.parametrize(("strategy", "method"), CASES)
