@@ -5,6 +5,7 @@
 
 /* Columns that are looked up at once: as many as a vector has 16-bit lanes. */
 #define LOOKED_UP 32
+#define ALL_LOOKED_UP 0xffffffffu
 
 /* With shorter groups there is a table to make for each vector. */
 INLINE int can_look_up_rows(const struct hqq_weight *w) {
@@ -13,7 +14,8 @@ INLINE int can_look_up_rows(const struct hqq_weight *w) {
 }
 
 INLINE __m512i bytes_in_lanes(const uint8_t *p, __mmask32 mask, int shift) {
-    return _mm512_srl_epi16(_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, p)), _mm_cvtsi32_si128(shift));
+    const __m256i bytes = mask == ALL_LOOKED_UP ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(mask, p);
+    return _mm512_srl_epi16(_mm512_cvtepu8_epi16(bytes), _mm_cvtsi32_si128(shift));
 }
 
 /* The codes of the columns of a slot from `at` on, one in each lane; the bits above a code belong to other codes. */
@@ -33,14 +35,23 @@ INLINE __m512i codes_in_lanes(const uint8_t *packed, struct slots slots, int slo
 INLINE void write_weights(floats table, __m512i codes, __mmask32 mask, int kind, void *out, int64_t at) {
     if (kind == KIND_BFLOAT16) {
         const __m512i halves = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)bfloat16_of(table)));
-        _mm512_mask_storeu_epi16((uint16_t *)out + at, mask, _mm512_permutexvar_epi16(codes, halves));
+        const __m512i weights = _mm512_permutexvar_epi16(codes, halves);
+        if (mask == ALL_LOOKED_UP)
+            _mm512_storeu_si512((uint16_t *)out + at, weights);
+        else
+            _mm512_mask_storeu_epi16((uint16_t *)out + at, mask, weights);
         return;
     }
     const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
     const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-    _mm512_mask_storeu_ps((float *)out + at, (__mmask16)mask, (__m512)permuted(table, (lanes)first));
-    _mm512_mask_storeu_ps((float *)out + at + LANES, (__mmask16)(mask >> LANES),
-                          (__m512)permuted(table, (lanes)second));
+    const __m512 weights[] = {(__m512)permuted(table, (lanes)first), (__m512)permuted(table, (lanes)second)};
+    for (int half = 0; half < 2; half++) {
+        float *const to = (float *)out + at + half * LANES;
+        if (mask == ALL_LOOKED_UP)
+            _mm512_storeu_ps(to, weights[half]);
+        else
+            _mm512_mask_storeu_ps(to, (__mmask16)(mask >> (half * LANES)), weights[half]);
+    }
 }
 
 /* One row; nbits and kind are constants in every call. */
@@ -60,7 +71,7 @@ INLINE void look_up_row(const struct hqq_block *w, int nbits, int kind, void *ou
             const int64_t end = end_of_group - first < slots.columns ? end_of_group - first : slots.columns;
             for (; at < end; at += LOOKED_UP) {
                 const int64_t left = end - at;
-                const __mmask32 mask = left >= LOOKED_UP ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
+                const __mmask32 mask = left >= LOOKED_UP ? ALL_LOOKED_UP : ((__mmask32)1 << left) - 1;
                 write_weights(table, codes_in_lanes(w->packed, slots, slot, at, mask), mask, kind, out, first + at);
             }
             at = end;
