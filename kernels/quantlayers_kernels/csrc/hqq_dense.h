@@ -14,7 +14,8 @@ INLINE int can_look_up_rows(const struct hqq_weight *w) {
 }
 
 INLINE __m512i bytes_in_lanes(const uint8_t *p, __mmask32 mask, int shift) {
-    const __m256i bytes = mask == ALL_LOOKED_UP ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(mask, p);
+    const __m256i bytes =
+        mask == ALL_LOOKED_UP ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(mask, p);
     return _mm512_srl_epi16(_mm512_cvtepu8_epi16(bytes), _mm_cvtsi32_si128(shift));
 }
 
