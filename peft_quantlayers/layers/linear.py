@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlayers_kernels.branch_products import Branch
 from quantlayers_kernels.direct_call import is_cpu_inference
-from quantlayers_kernels.frozen_linear import Branch, FrozenLinear
+from quantlayers_kernels.frozen_linear import FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
