@@ -23,7 +23,7 @@ from quantlayers_kernels.straight_through import straight_through
 
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..layers.watched import is_watched
+from ..layers.call_effects import is_watched
 from ..merging import MergePlan, MergeSource, MergeState
 from ..merging.merge_rules import RULES
 from ..old_names import OldName

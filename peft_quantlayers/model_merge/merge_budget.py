@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from ..arguments import check_choice, check_flag, check_tokenizer
 from ..bit_allocation import BitPlan
-from ..bit_allocation.budget import given_plan, measured, wanted_budget
+from ..bit_allocation.quantizing_under_budget import given_plan, measured, wanted_budget
 from ..calibration import Calibration
 from ..formats import QuantSpec
 from ..layers import QuantizedLinear

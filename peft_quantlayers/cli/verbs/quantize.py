@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from ...bit_allocation import BitPlan, plan_bits
-from ...bit_allocation.budget import with_plan
+from ...bit_allocation.quantizing_under_budget import with_plan
 from ...estimate import estimate_quantizing
 from ...methods import QuantConfig
 from ...model import quantize_model
