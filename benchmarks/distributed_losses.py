@@ -104,8 +104,8 @@ def _in_process(rank: int, port: int, folder: str, n_steps: int) -> None:
 
 def main(n_steps: int = 60) -> None:
     """Measure, compare, write results and plot."""
-    from peft_quantlayers.report.figures import curves as drawn
-    from peft_quantlayers.report.figures import svg
+    from peft_quantlayers.report.svg_plots import curves as drawn
+    from peft_quantlayers.report.svg_plots import svg
 
     with tempfile.TemporaryDirectory() as scratch:
         save_models(Path(scratch))

@@ -493,6 +493,37 @@ def quantize(name: str = "quantize") -> str:
     )
 
 
+def rebuild() -> str:
+    """Time after over time before the rebuild, of each benchmark's small cases."""
+    measured = result("rebuild")
+    body = []
+    for benchmark in ("quantize", "decode", "lora_step", "calibration"):
+        of_floats = [row for row in measured[benchmark] if row["row"].startswith("dense")]
+        ours = [row for row in measured[benchmark] if row not in of_floats]
+        for name, rows in ((f"`bench_{benchmark}`", ours), (f"`bench_{benchmark}`, float layers", of_floats)):
+            if rows:
+                slowest = max(rows, key=lambda row: row["after_over_before_of_minima"])
+                body.append(
+                    [
+                        name,
+                        str(len(rows)),
+                        f"{statistics.median(row['after_over_before'] for row in rows):.2f}",
+                        f"{statistics.median(row['after_over_before_of_minima'] for row in rows):.2f}",
+                        f"{min(row['after_over_before_of_minima'] for row in rows):.2f}",
+                        f"{slowest['after_over_before_of_minima']:.2f} ({slowest['row']})",
+                    ]
+                )
+    head = ["time after / before", "cases", "medians", "fastest calls", "least", "most"]
+    commits = f"{measured['before']} and {measured['after']}"
+    return (
+        table(head, body)
+        + "\n\n`medians` and `fastest calls`: the median over the cases of the ratio of their medians, and of their "
+        + "fastest calls; `least` and `most` are of fastest calls. CPU time of one thread, compiled kernels: "
+        + f"{measured['device']['kernels']}. Commits {commits}. "
+        + device_line(measured["device"], "python benchmarks/bench_rebuild.py BEFORE")
+    )
+
+
 def aqlm_quantizer() -> str:
     """Seconds and held-out error of each layer, ours and the research code's; the large layer's time and memory."""
     measured = result("aqlm_quantizer")
@@ -855,6 +886,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo": demo,
         "demo_aqlm": lambda: demo("demo_aqlm", 'make demo-table ARGS="--method aqlm --calibrate"'),
     },
+    DOCS / "decisions.md": {"rebuild": rebuild},
     DOCS / "peft-features.md": {"peft_features": peft_features, "conformance": conformance},
     DOCS / "models.md": {"models": models},
     DOCS / "calibration.md": {"calibration_options": calibration_options, "own_text": own_text},

@@ -17,7 +17,7 @@ from .arguments import (
     check_tokenizer,
 )
 from .bit_allocation import BitPlan
-from .bit_allocation.budget import measured, plan_of, with_plan
+from .bit_allocation.quantizing_under_budget import measured, plan_of, with_plan
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .calibration.quantize_calibrated import check_can_calibrate
 from .integrations.attached_quantizers import attach_quantizers

@@ -23,7 +23,7 @@ MOVED_MODULES: dict[str, tuple[str, ...]] = {
     "adapters.merge": ("model_merge",),
     "adapters.projections": ("lora.fused_projections",),
     "adapters.report": ("merging",),
-    "adapters.scales": ("scales.layers",),
+    "adapters.scales": ("scales.tuned_layers",),
     "adapters.scales_config": ("scales.scales_config",),
     "adapters.stamp": ("lora.merge_aware_config",),
     "calibration.quantize": ("calibration.quantize_calibrated",),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .frozen_linear import Branch, add_product, coin_flips, dropped, dtype_of_branches, without_autocast
+from .branch_products import Branch, add_product, coin_flips, dropped, dtype_of_branches, without_autocast
 
 
 class FrozenExperts(NamedTuple):

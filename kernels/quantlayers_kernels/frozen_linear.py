@@ -7,11 +7,10 @@ gradient is added in place where it is computed; autograd would allocate each pa
 it.
 
 The hidden state lies transposed, (r, n_tokens): on a CPU a product with few rows takes a half to a ninth of the time
-of one with few columns. Without gradients nothing of this is needed: see :func:`add_branches`.
+of one with few columns. Without gradients nothing of this is needed: see ``branch_products.py``.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,28 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled
+from .branch_products import (
+    Branch,
+    add_branches,
+    add_product,
+    coin_flips,
+    dropped,
+    dtype_of_branches,
+    rows_of,
+    upright,
+    without_autocast,
+)
 from .precision import product_dtype
 from .tiled import WeightTiles
-
-# The hidden state of up to so many tokens is copied to lie token by token: adding the product with B takes a fifth of
-# the time then for two and four tokens, and as long for eight.
-MAX_UPRIGHT_TOKENS = 8
-
-
-class Branch(NamedTuple):
-    """``scaling * dropout(x) @ A.T @ B.T``.
-
-    Fields:
-        A: (r, in_features), floating.
-        B: (out_features, r), dtype of ``A``.
-        scaling: of the branch.
-        dropout: probability that a number of ``x`` counts as zero; the others grow by ``1 / (1 - dropout)``.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    dropout: float = 0.0
 
 
 class FrozenLinear(NamedTuple):
@@ -84,57 +74,10 @@ def lora_linears(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...
     return _LoraLinears.apply(x, layers, places, dtype, *floats)
 
 
-def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """``y``, in place, with the products of ``x`` and each branch added: the way without gradients.
-
-    Args:
-        y: (..., out_features), floating and contiguous.
-        x: (..., in_features), floating.
-        branches: as for :func:`lora_linears`, without dropout.
-    """
-    if _can_multiply_vectors(y, x, branches):
-        token, into = x.view(-1), y.view(-1)
-        for A, B, scaling, _ in branches:
-            into.addmv_(B, torch.mv(A, token), alpha=scaling)
-        return y
-    dtype = dtype_of_branches(x, branches)
-    with without_autocast(x):
-        rows, into = _rows(x, dtype), y.view(-1, y.shape[-1])
-        for A, B, scaling, _ in branches:
-            add_product(into, _upright(A.to(dtype) @ rows.t()), B.to(dtype).t(), scaling=scaling)
-    return y
-
-
-def _upright(hidden: Tensor) -> Tensor:
-    """A hidden state (r, n_tokens) as (n_tokens, r), for the product with B."""
-    return hidden.t().contiguous() if hidden.shape[1] <= MAX_UPRIGHT_TOKENS else hidden.t()
-
-
-def _can_multiply_vectors(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> bool:
-    """Whether ``x`` is one token on a CPU, and all floats are as wide: products with a vector take half the time."""
-    dtype = x.dtype
-    return (
-        x.is_cpu
-        and dtype in (torch.float32, torch.float64)
-        and y.dtype == dtype
-        and x.numel() == x.shape[-1]
-        and x.is_contiguous()
-        and all(branch.A.dtype == dtype for branch in branches)
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 def _without_gradients(x: Tensor, layers: Sequence[FrozenLinear], places: "list[_Place]") -> tuple[Tensor, ...]:
     if any(place.branch.dropout > 0 for place in places):
         return _results(x, layers, places, dtype_of_branches(x, [place.branch for place in places]))[0]
     return tuple(add_branches(layer.multiply(x), x, layer.branches) for layer in layers)
-
-
-def dtype_of_branches(x: Tensor, branches: Sequence[Branch]) -> torch.dtype:
-    dtype = branches[0].A.dtype if branches else x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return product_dtype(dtype, x.device)
 
 
 class _Place(NamedTuple):
@@ -185,7 +128,7 @@ def _results(
     """The results of :func:`lora_linears`, and for the gradient the hidden state, its blocks and dropout's masks."""
     blocks = _blocks(places)
     with without_autocast(x):
-        rows = _rows(x, dtype)
+        rows = rows_of(x, dtype)
         masks = [coin_flips(rows, 1 - block.dropout) if block.dropout > 0 else None for block in blocks]
         hidden = rows.new_empty(places[-1].ranks.stop if places else 0, rows.shape[0])
         for block, mask in zip(blocks, masks, strict=True):
@@ -195,7 +138,7 @@ def _results(
         for branch, at, ranks in places:
             y = results[at]
             into = y.view(-1, y.shape[-1])
-            add_product(into, _upright(hidden[ranks]), branch.B.to(dtype).t(), scaling=branch.scaling)
+            add_product(into, upright(hidden[ranks]), branch.B.to(dtype).t(), scaling=branch.scaling)
     return results, hidden, blocks, masks
 
 
@@ -268,7 +211,7 @@ class _LoraLinears(torch.autograd.Function):
             for layer in layers:
                 _add_gradients_of_layer(layer, hidden, grad_hidden)
             grad_x = _input_gradient_of_weights(x, layers) if wants_x else None
-            rows = _rows(x, hidden.dtype)
+            rows = rows_of(x, hidden.dtype)
             for block, mask in zip(ctx.blocks, masks, strict=True):
                 its = branches[block.branches]
                 _add_gradients_of_block(block, its, mask, rows, grad_hidden[block.ranks], grad_x, grads)
@@ -282,7 +225,7 @@ def _add_gradients_of_layer(layer: _LayerGradient, hidden: Tensor, grad_hidden: 
     if layer.grad is None:  # the result was not used
         return
     dtype = hidden.dtype
-    rows = _rows(layer.grad, dtype)
+    rows = rows_of(layer.grad, dtype)
     for each in layer.branches:
         ranks, scaling = each.place.ranks, each.place.branch.scaling
         torch.mm((each.B.to(dtype) * scaling).t(), rows.t(), out=grad_hidden[ranks])
@@ -298,7 +241,7 @@ def _input_gradient_of_weights(x: Tensor, layers: Sequence[_LayerGradient]) -> T
     dtype = product_dtype(layers[0].layer.dtype, x.device)
     total: Tensor | None = None
     for layer, grad in used:
-        rows, is_first = _rows(grad, dtype), total is None
+        rows, is_first = rows_of(grad, dtype), total is None
         if total is None:
             total = tiled.empty_input_gradient(rows, x.shape[-1], sum(grad.shape[-1] for _, grad in used))
         tiled.add_input_gradient(rows, layer.tiles(dtype), total, is_first=is_first)
@@ -329,32 +272,5 @@ def _add_gradients_of_block(
         grad_x.add_(dropped(grad_hidden.t() @ A, mask, block.dropout))
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
 def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts))).to(dtype)
-
-
-def add_product(into: Tensor, left: Tensor, right: Tensor, *, scaling: float = 1.0) -> None:
-    """``into += scaling * left @ right``, whatever the dtype of ``into``."""
-    if into.dtype == left.dtype:
-        into.addmm_(left, right, alpha=scaling)
-    else:
-        into.add_(left @ right, alpha=scaling)
-
-
-def coin_flips(rows: Tensor, probability: float) -> Tensor:
-    return torch.empty(rows.shape, dtype=torch.bool, device=rows.device).bernoulli_(probability)
-
-
-def dropped(rows: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    if mask is None:
-        return rows
-    return rows * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)

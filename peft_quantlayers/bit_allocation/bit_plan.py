@@ -12,7 +12,7 @@ from accelerate.utils import convert_file_size_to_int
 
 from ..arguments import check_number
 from ..storage import replace_file
-from .allocation import Option, allocate
+from .budget_solver import Option, allocate
 
 FORMAT = "peft_quantlayers bit plan"
 VERSION = 1

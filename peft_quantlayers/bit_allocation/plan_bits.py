@@ -26,7 +26,7 @@ from ..methods import QuantConfig, get_method
 from ..methods.hqq import HQQConfig
 from ..methods.quant_config import check_config, matches
 from .bit_plan import BitPlan, LayerChoice
-from .fisher import LayerSamples, sampled_gradients
+from .fisher_gradients import LayerSamples, sampled_gradients
 
 # Tokens of the backward pass; a whole window of it is in memory with all that its gradient needs.
 FISHER_TOKENS = 4096

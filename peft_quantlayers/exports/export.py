@@ -29,7 +29,7 @@ from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
 from .refused_exports import Model, refuse_misfits
 from .requantize import float_weights, requantized_layers, requantized_model
-from .shards import SHARD_BYTES
+from .sharded_writer import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
 from .target_grid import target_spec
 from .write_adapter import write_adapter

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .grids import UniformGrid
+from .uniform_grid import UniformGrid
 
 BLOCK = 32
 Bytes = NDArray[np.uint8]

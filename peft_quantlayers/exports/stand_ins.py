@@ -19,7 +19,7 @@ from torch import Tensor
 from .config_json import engine_config, write_config
 from .export_report import LayerExport
 from .formats.format_base import ExportTask
-from .shards import ShardedWriter
+from .sharded_writer import ShardedWriter
 from .source_layer import Matrix, SourceLayer
 
 # A stand-in for a weight says in each row which row of all it is, in so many digits to this base, which every dtype

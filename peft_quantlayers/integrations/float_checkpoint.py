@@ -1,6 +1,7 @@
 """A float checkpoint on a disk, read group by group into a model on the meta device, as ``from_pretrained`` reads it.
 
-The only file that knows how transformers turns the tensors of files into parameters without loading all of them.
+With ``tensor_groups.py`` all that knows how transformers turns the tensors of files into parameters, without loading
+all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
 from transformers.utils import ContextManagers
 from transformers.utils import logging as transformers_logging
@@ -43,24 +37,10 @@ from .checkpoint_checksums import refuse_damage
 from .checkpoint_headers import CheckpointFiles
 from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
+from .tensor_groups import TensorGroup, check_shape, find_groups, find_tied, without_copies
 from .transformers_quantizer import QuantlayersHfQuantizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """Tensors of the files that make one parameter, or several, together.
-
-    Fields:
-        keys: names in the files, in the order in which transformers reads them.
-        parameters: the names in the model of what they make.
-        n_bytes: of the tensors in the files.
-    """
-
-    keys: tuple[str, ...]
-    parameters: tuple[str, ...]
-    n_bytes: int
 
 
 class FloatCheckpoint:
@@ -91,11 +71,11 @@ class FloatCheckpoint:
         config = AutoConfig.from_pretrained(folder)
         self.config, self.dtype = _get_dtype(dtype, paths, config, None, None, True, None)
         self.model = self.new_model()
-        self.conversions: list[Any] = []
-        self.groups, self.unexpected = self._find_groups()
-        self.tied = self._find_tied()
+        found = find_groups(self.model, self.files, where=str(folder))
+        self.unexpected, self.conversions = found.unexpected, found.conversions
+        self.tied = find_tied(self.model, found.groups, self.files)
         self.model.all_tied_weights_keys = dict(self.tied)
-        self.groups = self._without_copies()
+        self.groups = without_copies(found.groups, self.tied)
         self._check_complete()
         self._warn_of_unexpected()
 
@@ -136,7 +116,7 @@ class FloatCheckpoint:
         for name, reason in info.conversion_errors.items():
             raise ValueError(f"{self.folder}: {name} cannot be converted: {reason}")
         for name, stored, wanted in info.mismatched_keys:
-            self._check_shape(name, stored, wanted)
+            check_shape(str(self.folder), name, stored, wanted)
 
     def release(self, module: nn.Module | None = None) -> None:
         """Drop the numbers that files have of ``module``, of the whole model by default; others are computed once."""
@@ -169,13 +149,6 @@ class FloatCheckpoint:
             for parent, _, name in places if loaded is not None else ():
                 self.model.get_submodule(parent).register_parameter(name, loaded)
 
-    def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
-        if tuple(stored) != tuple(wanted):
-            raise ValueError(
-                f"{self.folder}: {name} has the shape {tuple(stored)} in the files, and config.json asks for "
-                f"{tuple(wanted)}. They do not belong together."
-            )
-
     def _quantize_joined(self, quantizer: QuantlayersHfQuantizer) -> None:
         """Quantize what transformers did not ask about: it asks for one weight of several that a conversion makes."""
         operation: Any = quantizer.get_quantize_ops()
@@ -201,63 +174,6 @@ class FloatCheckpoint:
             raise ValueError(
                 f"{self.folder} is quantized already ({method}). Give the float model that it was made of."
             )
-
-    def _find_groups(self) -> tuple[list[TensorGroup], list[str]]:
-        """Which tensors go where, by transformers' own rules, in the order in which it reads them."""
-        conversions = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        state: dict[str, Any] = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        keys: dict[str, list[str]] = {}
-        targets: dict[str, tuple[str, ...]] = {}
-        unexpected = []
-        for key in sorted(self.files.headers, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = rename_source_key(key, [], [], prefix, state)
-            if name not in state:
-                unexpected.append(key)
-                continue
-            if pattern is None:
-                self._check_shape(name, self.files.headers[key].shape, state[name].shape)
-            keys.setdefault(name, []).append(key)
-            patterns = of_pattern[pattern].target_patterns if pattern is not None else [""]
-            made = (name.replace(patterns[0], other) for other in patterns)
-            targets[name] = tuple(dict.fromkeys([name, *(target for target in made if target in state)]))
-        self.conversions = [entry for entry in conversions if entry.was_used()]
-        groups = [
-            TensorGroup(tuple(found), targets[name], sum(self.files.n_bytes(key) for key in found))
-            for name, found in keys.items()
-        ]
-        return groups, unexpected
-
-    def _find_tied(self) -> dict[str, str]:
-        """What ``tie_weights`` would tie after loading: all that is declared, but for what differs in the files."""
-        key_of = {name: group.keys for group in self.groups for name in group.parameters}
-        tied: dict[str, str] = {}
-        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
-            stored, other = key_of.get(target), key_of.get(source)
-            if stored is None or other is None or self._are_equal(stored, other):
-                tied[target] = source
-                if stored is not None:
-                    key_of[source] = stored  # the first that is there stands for all
-        return tied
-
-    def _without_copies(self) -> list[TensorGroup]:
-        """The groups without those that make only what an earlier one makes, tied to it."""
-        made: set[str] = set()
-        groups = []
-        for group in self.groups:
-            names = {self.tied.get(name, name) for name in group.parameters}
-            if not names <= made:
-                groups.append(group)
-            made |= names
-        return groups
-
-    def _are_equal(self, keys: Sequence[str], others: Sequence[str]) -> bool:
-        return len(keys) == len(others) == 1 and self.files.are_equal(keys[0], others[0])
 
     def _warn_of_unexpected(self) -> None:
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]

@@ -22,8 +22,8 @@ from torch import nn
 from ..formats.quantized_weight import weight_checksum
 from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
-from ..scales.layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
 from ..scales.scales_config import BIASES, NORMS, QuantScalesConfig, QuantScalesType
+from ..scales.tuned_layers import QuantScalesLayer, QuantScalesLinear, QuantScalesNorm
 from .pattern_check import check_patterns
 
 # Modules that an error message names; a model has hundreds.

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,28 +19,26 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..formats import QuantSpec
 from ..formats.checkpoint import QUANT_METHOD
-from ..formats.checkpoint_format import ModelDescription
-from ..layers import LowRankBranch, QuantizedLinear, dequantize_model, quantizable_modules
+from ..layers import dequantize_model, quantizable_modules
 from ..layers.codes_parameter import is_sharded
 from ..layers.dense_rules import DenseRules
-from ..layers.dense_types import dense_shape, dense_type_of, dense_weight
-from ..layers.embedding_tables import Table, embedding_tables, place_empty_tables, quantize_table, stored_tables
+from ..layers.dense_types import dense_shape, dense_type_of
+from ..layers.embedding_tables import Table, embedding_tables, quantize_table, stored_tables
 from ..layers.expert_types import dense_stacks, find_stack
 from ..layers.quantized_layers import quantized_layers
-from ..layers.replace import place_empty_layer
 from ..layers.replace_stack import put_stack, quantized_experts
 from ..layers.selection import quantizable_tables
-from ..layers.stack import QuantizedStack
-from ..layers.stack_branch import StackBranch
 from ..methods import spec_from_dict
 from .before_training import check_before_training
 from .checkpoint_checksums import checksum_metadata, refuse_damage
 from .checkpoint_headers import CheckpointFiles, check_headers, check_kinds
 from .checkpoint_names import CheckpointNames
+from .described_layers import place_described_layers, tensor_names
 from .expert_conversion import ExpertByExpert
 from .given_config import compare_with_asked, quant_config_of, without_untagged
 from .loaded_tensors import check_loaded
 from .parallel_loading import refuse_parallel_loading
+from .peft_kbit_mark import mark_for_kbit_training, unmark_for_kbit_training
 from .private_transformers import kept_dtype
 from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .single_experts import StackedTensors, stacked_tensors, stacks_of_layers
@@ -149,7 +147,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
         self.specs = {name: description.specs[stored_name] for stored_name, name in modules.items()}
         self.specs |= {name: stack.spec for name, stack in stacks.items()}
         branches = [modules[name] for name in description.branches if name in modules]
-        tensor_names = self._tensor_names(model, branches)
+        stored_names = tensor_names(model, self.specs, branches)
         stored = {modules[name]: layer for name, layer in description.stored_layers.items() if name in modules}
         stored_layers = StoredLayers(layers_with_wide_codes(self.specs, model) | stored, failures=self.failures)
         stored_layers.check_shapes(model)
@@ -162,43 +160,13 @@ class QuantlayersHfQuantizer(HfQuantizer):
             self.parameters = found
         tied = stored_tables(model, self.specs)
         check_headers(files, self.parameters, self.specs, {*stored, *stacks}, tied, branches, model)
-        renamed = names.renamed(key for key, name in self.parameters.items() if name in tensor_names)
+        renamed = names.renamed(key for key, name in self.parameters.items() if name in stored_names)
         self.quantized_tensors = [
             *stacked_tensors(stacks, files.headers, names, self.failures),
             QuantizedTensors({name: self.parameters[key] for key, name in renamed.items()}, stored_layers),
         ]
-        self._place_layers(model, description, modules | {name: name for name in stacks})
+        place_described_layers(model, description, modules | {name: name for name in stacks}, self.specs)
         ignore_tensors(model, config.checkpoint_format.setting_names)
-
-    def _tensor_names(self, model: PreTrainedModel, branches: Collection[str]) -> set[str]:
-        """All parameters of the layers that the checkpoint describes, without biases."""
-        names = {f"{name}.branch.{part}" for name in branches for part in ("A", "B")}
-        for name, spec in self.specs.items():
-            try:
-                names |= {f"{name}.{part}" for part in spec.layout_of(dense_shape(model, name))}
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        return names
-
-    def _place_layers(self, model: PreTrainedModel, description: ModelDescription, names: dict[str, str]) -> None:
-        """Quantized layers with empty tensors, and their branches, in the place of the modules in ``names``."""
-        dtypes = {
-            name: description.compute_dtypes.get(stored_name, description.compute_dtype)
-            or kept_dtype(model, name, dense_weight(model, name).dtype)
-            for stored_name, name in names.items()
-        }
-        tables = place_empty_tables(model, self.specs, compute_dtypes=dtypes, device="meta")
-        for stored_name, name in names.items():
-            layer: Any = model.get_submodule(name) if name in tables else None
-            if layer is None:
-                layer = place_empty_layer(model, name, self.specs[name], compute_dtype=dtypes[name], device="meta")
-            rank = description.branches.get(stored_name)
-            if rank is not None and isinstance(layer, QuantizedStack):
-                stack_shape = (layer.n_experts, layer.out_features, layer.in_features)
-                layer.add_branch(StackBranch.empty_stack(rank, stack_shape, dtype=layer.compute_dtype, device="meta"))
-            elif rank is not None and isinstance(layer, QuantizedLinear):
-                shape = {"out_features": layer.out_features, "in_features": layer.in_features}
-                layer.add_branch(LowRankBranch.empty(rank, **shape, dtype=layer.compute_dtype, device="meta"))
 
     # transformers 5.20 calls this without the model.
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -345,22 +313,6 @@ def gathered_state_of(original: Callable[..., Any], model: Any, model_to_save: A
     if not was_sharded or not isinstance(quantizer, QuantlayersHfQuantizer):
         return state
     return quantizer.gathered_state(model_to_save, state)
-
-
-def mark_for_kbit_training(model: PreTrainedModel) -> None:
-    """Let PEFT's ``prepare_model_for_kbit_training`` treat ``model``, of any method, as a quantized one.
-
-    PEFT has no general hook: it knows some methods by name, and HQQ by ``model.hqq_quantized`` too. For such a model
-    it leaves floating parameters in their dtype and turns on gradient checkpointing, which is right for all our
-    layers. For any other it would cast the scales to float32.
-    """
-    cast(Any, model).hqq_quantized = True
-
-
-def unmark_for_kbit_training(model: PreTrainedModel) -> None:
-    """Take back :func:`mark_for_kbit_training`."""
-    if hasattr(model, "hqq_quantized"):
-        del model.hqq_quantized
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

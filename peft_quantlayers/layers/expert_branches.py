@@ -15,7 +15,7 @@ from functools import cached_property
 
 from torch import nn
 
-from quantlayers_kernels.frozen_linear import Branch
+from quantlayers_kernels.branch_products import Branch
 
 
 class ExpertBranches:

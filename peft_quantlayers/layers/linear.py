@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlayers_kernels.branch_products import Branch
 from quantlayers_kernels.direct_call import is_cpu_inference
-from quantlayers_kernels.frozen_linear import Branch, FrozenLinear
+from quantlayers_kernels.frozen_linear import FrozenLinear
 from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
@@ -21,13 +22,13 @@ from ..integrations.private_transformers import mark_as_initialized
 from ..methods import get_method, registered_methods
 from ..methods.base import InitialCodes
 from ..old_names import OldName
+from .call_effects import is_watched
 from .dense_types import LINEAR, DenseType
 from .direct_product import DirectProduct
 from .low_rank_branch import LowRankBranch
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
-from .watched import is_watched
 from .write_through import WriteThroughWeight, written_values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlayers_kernels.frozen_linear import Branch
+from quantlayers_kernels.branch_products import Branch
 
 from .low_rank_branch import LowRankBranch
 

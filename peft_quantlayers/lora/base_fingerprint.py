@@ -25,7 +25,7 @@ from ..formats.quantized_weight import stored_bytes
 from ..layers.codes_parameter import as_codes, gathered, is_sharded
 from ..layers.quantized_storage import QuantizedStorage
 from ..layers.stack import QuantizedStack
-from ..transforms.record import are_transforms, in_words, transforms_of
+from ..transforms.applied_transforms import are_transforms, in_words, transforms_of
 from .embedding_layer import LoraQuantizedEmbedding
 from .layer import LoraQuantizedLinear
 from .merge_aware_config import BASE_FILE, MergeAwareLoraConfig, fingerprints_of

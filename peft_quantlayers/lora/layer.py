@@ -17,12 +17,13 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quantlayers_kernels.frozen_linear import FrozenLinear, add_branches, lora_linears
+from quantlayers_kernels.branch_products import add_branches
+from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
 from ..integrations.private_peft import set_variant_caches, variant_caches
 from ..layers import QuantizedLinear
-from ..layers.watched import is_watched
+from ..layers.call_effects import is_watched
 from ..merging import AdapterTraits, MergePlan, MergeSource, MergeState
 from ..merging.strategies import Kind
 from ..old_names import OldName

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from quantlayers_kernels.frozen_linear import Branch
+from quantlayers_kernels.branch_products import Branch
 
 
 def plain_branches(layer: Any, names: Sequence[str], x: Tensor) -> list[Branch] | None:

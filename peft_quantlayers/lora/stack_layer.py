@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from quantlayers_kernels.frozen_linear import Branch
+from quantlayers_kernels.branch_products import Branch
 
 from ..layers.expert_branches import ExpertBranches, branches_on
 from ..layers.stack import QuantizedStack

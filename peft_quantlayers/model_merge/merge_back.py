@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..bit_allocation import BitPlan
-from ..bit_allocation.budget import measured
+from ..bit_allocation.quantizing_under_budget import measured
 from ..evaluate import Capture
 from ..merging import MergeReport
 from ..merging.advice import nothing_merged

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from ..arguments import check_choice, check_flag, check_tokenizer
 from ..bit_allocation import BitPlan
-from ..bit_allocation.budget import given_plan, wanted_budget
+from ..bit_allocation.quantizing_under_budget import given_plan, wanted_budget
 from ..calibration import Calibration
 from ..formats import QuantSpec
 from ..layers import QuantizedLinear
@@ -90,7 +90,7 @@ def merge_plan_of(
     """``budget`` itself if it is a plan or the file of one, or a plan for that many bits per weight or that size.
 
     Raises:
-        TypeError, ValueError: as :func:`.bit_allocation.budget.plan_of`. Nothing was changed.
+        TypeError, ValueError: as :func:`.bit_allocation.quantizing_under_budget.plan_of`. Nothing was changed.
     """
     refuse_budget(peft_model, targets, names, strategy)
     if (plan := given_plan(budget)) is not None:

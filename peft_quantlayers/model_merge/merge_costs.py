@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..bit_allocation import BitPlan
 from ..bit_allocation.bit_plan import LayerChoice
-from ..bit_allocation.fisher import LayerSamples
+from ..bit_allocation.fisher_gradients import LayerSamples
 from ..bit_allocation.plan_bits import ROWS, fields_of_choices, samples_of, spec_bytes
 from ..calibration import Calibration, InputGroup, Visitor, walk
 from ..formats import QuantizedWeight, QuantSpec

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .figures import heat_map, is_in_blocks, svg
-from .page import folded, heading, note, table
+from .html_page import folded, heading, note, table
+from .svg_plots import heat_map, is_in_blocks, svg
 
 MERGE_FILE = "merge_report.json"
 N_WORST = 10

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .figures import bands, heat_map, is_in_blocks, svg
+from .html_page import folded, heading, note, preformatted, table
 from .layer_facts import LayerFacts
 from .model_summary import ModelSummary, spec_label
-from .page import folded, heading, note, preformatted, table
 from .reported_facts import mean_error, worst_layers
+from .svg_plots import bands, heat_map, is_in_blocks, svg
 
 # Names of distributions that are positive and of several sizes.
 LOGARITHMIC = ("scale", "scales", "absmax", "absmax_scale")

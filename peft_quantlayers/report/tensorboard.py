@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .figures import heat_map, is_in_blocks
+from .svg_plots import heat_map, is_in_blocks
 from .training_parts import delta_norms
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .figures import curves, heat_map, is_in_blocks, small_curves, svg
-from .page import heading, note, table
+from .html_page import heading, note, table
+from .svg_plots import curves, heat_map, is_in_blocks, small_curves, svg
 
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -10,7 +10,8 @@ import torch
 
 from ..formats import QuantSpec
 from ..formats.quantized_weight import is_lossy_in_half
-from ..integrations.float_checkpoint import FloatCheckpoint, TensorGroup, new_quantizer
+from ..integrations.float_checkpoint import FloatCheckpoint, new_quantizer
+from ..integrations.tensor_groups import TensorGroup
 from ..integrations.written_tensors import WrittenTensors
 from ..layers.dense_types import dense_shape
 from ..layers.embedding_tables import place_empty_tables

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_callable, check_device, check_flag, check_integer, check_tokenizer
 from ..bit_allocation import BitPlan
-from ..bit_allocation.budget import given_plan, with_plan
+from ..bit_allocation.quantizing_under_budget import given_plan, with_plan
 from ..calibration import Calibration, LayerResult
 from ..calibration.blocks import find_block_lists
 from ..calibration.quantize_calibrated import check_can_calibrate

@@ -21,9 +21,9 @@ from ..lora import LoraQuantizedLinear
 from ..lora.base_fingerprint import record_again
 from ..methods import get_method
 from ..scales import Predictions
-from ..transforms.record import in_words, transforms_of
+from ..transforms.applied_transforms import in_words, transforms_of
 from .float_weights import float_weights
-from .low_rank import low_rank_approximation, output_norm
+from .low_rank_approximation import low_rank_approximation, output_norm
 from .tune_adapter import check_tuning, teacher_of, tune_adapter
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from ..calibration.model_facts import text_config
 from ..layers.dense_types import dense_shape, dense_type_of
 from .folds import Fold, input_weight
 from .recorded_reads import Recorded, record_reads
-from .trial import is_preserving, outputs_of
+from .scale_trials import is_preserving, outputs_of
 
 # Of the gain that a norm has at a weight of one, what rounding in half precision may add or take.
 GAIN_TOLERANCE = 0.02

@@ -18,7 +18,7 @@ from ..layers.expert_types import dense_stacks, fused_weights
 from .find_folds import is_dense, kind_of_place, shared_weights
 from .folds import Fold, input_weight, matrices
 from .recorded_reads import record_reads
-from .trial import changes_nothing, outputs_of
+from .scale_trials import changes_nothing, outputs_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from .find_folds import norm_offset, shared_weights
 from .folds import input_weight, matrices, restored
 from .recorded_reads import record_reads
 from .rotation_core import rotation_matrix
-from .trial import ROUNDED_TOLERANCE, ROUNDED_TOLERANCE_IN_HALF, distance, outputs_of
+from .scale_trials import ROUNDED_TOLERANCE, ROUNDED_TOLERANCE_IN_HALF, distance, outputs_of
 
 # Channels of a trial: few in float32, and a quarter in half precision, where a small change drowns in rounding.
 TRIAL_CHANNELS, TRIAL_FRACTION_IN_HALF = 8, 4

@@ -19,8 +19,8 @@ from .folds import Fold
 from .learned_rotation import RotationsToLearn, learn
 from .residual_stream import embeddings_of, find_residual_stream
 from .rotation_core import rotation_matrix
+from .scale_trials import changes_nothing, outputs_of
 from .transform_base import Surroundings, Transform
-from .trial import changes_nothing, outputs_of
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from ..layers.quantized_layers import quantized_layers
 from ..layers.selection import checked_modules
 from ..methods import QuantConfig
 from ..methods.quant_config import check_config
-from .record import add_record
+from .applied_transforms import add_record
+from .scale_trials import distance, norm, outputs_of
 from .transform_base import Surroundings, Transform
-from .trial import distance, norm, outputs_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers import AQLMConfig, BitPlan, Calibration, HQQConfig, plan_bits, quantize_model
-from peft_quantlayers.bit_allocation.fisher import sampled_gradients
+from peft_quantlayers.bit_allocation.fisher_gradients import sampled_gradients
 from peft_quantlayers.calibration.model_calls import model_calls
 from peft_quantlayers.layers.quantized_layers import quantized_layers
 

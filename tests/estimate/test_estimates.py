@@ -11,7 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli.trl_trainers import trainer_loss
-from peft_quantlayers.estimate import calibrating, estimate_merging, estimate_quantizing, estimate_training, merging
+from peft_quantlayers.estimate import (
+    calibration_time,
+    estimate_merging,
+    estimate_quantizing,
+    estimate_training,
+    merge_estimate,
+)
 from peft_quantlayers.estimate.live_bytes import LiveBytes
 from peft_quantlayers.estimate.meta_model import one_block_model
 from quantlayers_kernels import tiled
@@ -101,9 +107,9 @@ def test_calibration_takes_what_is_estimated(tmp_path):
 
 def seconds_of_calibration(monkeypatch, model, n_tokens, **times):
     """With these seconds for each kind of layer, and passes that take none."""
-    found = calibrating._Times(**({"token": 0.0, "layer": 0.0, "row": 0.0} | times))
-    monkeypatch.setattr(calibrating, "_times", lambda spec, inputs: found)
-    monkeypatch.setattr(calibrating, "_seconds_of_product", lambda n_tokens: 0.0)
+    found = calibration_time._Times(**({"token": 0.0, "layer": 0.0, "row": 0.0} | times))
+    monkeypatch.setattr(calibration_time, "_times", lambda spec, inputs: found)
+    monkeypatch.setattr(calibration_time, "_seconds_of_product", lambda n_tokens: 0.0)
     return estimate_quantizing(model, CONFIG, calibration_tokens=n_tokens).seconds
 
 
@@ -132,22 +138,25 @@ def test_the_time_of_calibration_is_measured_and_grows_with_the_tokens(config):
 
 def test_wide_layers_are_scaled_from_narrower_ones(monkeypatch):
     sizes = []
-    monkeypatch.setattr(calibrating, "_INPUTS", 64)
+    monkeypatch.setattr(calibration_time, "_INPUTS", 64)
 
     def measured(spec, inputs):
         sizes.append(inputs)
-        return calibrating._Times(token=inputs**2, layer=inputs**3, row=inputs**5)
+        return calibration_time._Times(token=inputs**2, layer=inputs**3, row=inputs**5)
 
-    monkeypatch.setattr(calibrating, "_measured", measured)
-    found = calibrating._times(CONFIG.spec_for("layer"), 512)
+    monkeypatch.setattr(calibration_time, "_measured", measured)
+    found = calibration_time._times(CONFIG.spec_for("layer"), 512)
     assert sizes == [64, 32]
-    assert found == calibrating._Times(token=512**2, layer=512**3, row=64**5 * 8**2)  # at most with the square
+    # Rows at most with the square.
+    assert found == calibration_time._Times(token=512**2, layer=512**3, row=64**5 * 8**2)
 
 
 def test_the_time_of_merging_is_that_of_merges(monkeypatch):
     merged = []
-    own = merging.merge_back
-    monkeypatch.setattr(merging, "merge_back", lambda model, **options: merged.append(model) or own(model, **options))
+    own = merge_estimate.merge_back
+    monkeypatch.setattr(
+        merge_estimate, "merge_back", lambda model, **options: merged.append(model) or own(model, **options)
+    )
     assert estimate_merging(on_meta(), CONFIG, rank=4).seconds > 0
     assert len(merged) >= 2
 

@@ -287,7 +287,7 @@ def test_a_published_folder_goes_through_the_same_door(tmp_path):
 
 
 def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_quantlayers.exports.shards.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("peft_quantlayers.exports.sharded_writer.SHARD_BYTES", 40_000)
     model = quantized()
     pql.export(model, tmp_path / "out", "dense")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

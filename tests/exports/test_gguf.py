@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 import peft_quantlayers as pql
 from peft_quantlayers.exports.gguf_blocks import affine_blocks, affine_weight, eight_bit_blocks
-from peft_quantlayers.exports.grids import uniform_grid
 from peft_quantlayers.exports.stand_ins import rows_of_stand_in, stand_in
+from peft_quantlayers.exports.uniform_grid import uniform_grid
 from peft_quantlayers.methods import get_method
 
 from .converters import in_a_child  # noqa: F401

@@ -5,7 +5,7 @@ import torch
 
 from peft_quantlayers import HQQSpec
 from peft_quantlayers.exports.bit_strings import pack_rows, unpack_rows
-from peft_quantlayers.exports.grids import are_zeros_codes, in_eight_bits, uniform_grid, with_rounded_zeros
+from peft_quantlayers.exports.uniform_grid import are_zeros_codes, in_eight_bits, uniform_grid, with_rounded_zeros
 from peft_quantlayers.methods import get_method
 
 

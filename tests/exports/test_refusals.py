@@ -13,7 +13,7 @@ from integrations.tiny import tiny_model
 from peft import LoraConfig, get_peft_model
 
 import peft_quantlayers as pql
-from peft_quantlayers.exports import shards
+from peft_quantlayers.exports import sharded_writer
 
 from . import decoders
 from .models import files_of, quantized
@@ -162,7 +162,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("the disk burns")
 
-    monkeypatch.setattr("peft_quantlayers.exports.shards.write_safetensors", fail)
+    monkeypatch.setattr("peft_quantlayers.exports.sharded_writer.write_safetensors", fail)
     refused(quantized(), tmp_path / "out", "mlx", "the disk burns", error=RuntimeError)
 
 
@@ -170,7 +170,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_written(tmp_path):
     model = quantized()
     pid = os.fork()
     if pid == 0:
-        shards.write_safetensors = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        sharded_writer.write_safetensors = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         pql.export(model, tmp_path / "out", "mlx")
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, HqqConfig, LlamaConfig
 
 import peft_quantlayers as pql
 from peft_quantlayers.formats.published_hqq import describe_hqq_layer, flattened
-from peft_quantlayers.integrations import transformers_quantizer
+from peft_quantlayers.integrations import described_layers
 from peft_quantlayers.methods import spec_from_dict
 from quantlayers_kernels.bitpack import unpack
 
@@ -179,14 +179,14 @@ def test_nothing_is_reported_missing_or_unexpected(n_files: int, tmp_path: Path,
 def test_layers_are_built_once_with_their_real_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_like_transformers_4(package_model(5), tmp_path / "model")
     placed = {}
-    place = transformers_quantizer.place_empty_layer
+    place = described_layers.place_empty_layer
 
     def record(model: nn.Module, name: str, spec: pql.QuantSpec, **kwargs) -> pql.QuantizedLinear:
         layer = place(model, name, spec, **kwargs)
         placed[name] = (layer, layer.spec)
         return layer
 
-    monkeypatch.setattr(transformers_quantizer, "place_empty_layer", record)
+    monkeypatch.setattr(described_layers, "place_empty_layer", record)
     loaded = pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder))
     assert set(loaded) == set(placed)
     for name, layer in loaded.items():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from quantlayers_kernels.branch_products import Branch
 from quantlayers_kernels.frozen_experts import FrozenExperts, expert_rows, lora_experts
-from quantlayers_kernels.frozen_linear import Branch
 
 COUNTS = [3, 0, 5, 1]
 IN, OUT = 12, 7

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quantlayers_kernels.frozen_linear import Branch, FrozenLinear, add_branches, lora_linears
+from quantlayers_kernels.branch_products import Branch, add_branches
+from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 
 IN, TOKENS = 16, (3, 5)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.layers.quantize_weight import quantize_weight
 from peft_quantlayers.methods import HQQMethod, HQQSpec, spec_from_dict
-from peft_quantlayers.methods.hqq import method as hqq
+from peft_quantlayers.methods.hqq import fitted_weight
 from quantlayers_kernels.bitpack import SUPPORTED_NBITS, unpack
 from quantlayers_kernels.hqq.solve import HalfQuadraticOptions, encode, solve_groups
 
@@ -91,7 +91,7 @@ def test_the_result_depends_on_neither_the_run_nor_the_chunks(axis, monkeypatch)
     expected = quantize(weight, nbits=2, axis=axis, group_size=12)
     assert_same_bits(quantize(weight, nbits=2, axis=axis, group_size=12), expected)
     for chunk in (1, 12, 100, 1000):
-        monkeypatch.setattr(hqq, "CPU_CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(fitted_weight, "CPU_CHUNK_WEIGHTS", chunk)
         assert_same_bits(quantize(weight, nbits=2, axis=axis, group_size=12), expected)
 
 

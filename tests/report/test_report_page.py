@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.methods.nf4 import NF4Spec
+from peft_quantlayers.report.depth_table import Place, depth_table, place_of
 from peft_quantlayers.report.layer_facts import code_use, layer_facts
 from peft_quantlayers.report.layer_inputs import layer_inputs
-from peft_quantlayers.report.places import Place, depth_table, place_of
 from peft_quantlayers.report.reported_facts import larger_specs, model_facts, worst_layers
 from peft_quantlayers.report.training_parts import delta_norms, find_trainer_state, logged_series
 

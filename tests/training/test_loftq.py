@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
 from peft_quantlayers.methods import config_type, get_method
-from peft_quantlayers.training.low_rank import low_rank_approximation
+from peft_quantlayers.training.low_rank_approximation import low_rank_approximation
 
 # HQQ with few bits, and every other method.
 CONFIGS = {

@@ -18,7 +18,7 @@ from peft_quantlayers.transforms.awq_core import (
     relative_weights,
     scale_candidates,
 )
-from peft_quantlayers.transforms.trial import distance, norm, outputs_of
+from peft_quantlayers.transforms.scale_trials import distance, norm, outputs_of
 
 SPEC = pql.HQQSpec(nbits=2, group_size=16)
 CONFIG = pql.HQQConfig(nbits=3, group_size=8)

@@ -14,7 +14,8 @@ INLINE int can_look_up_rows(const struct hqq_weight *w) {
 }
 
 INLINE __m512i bytes_in_lanes(const uint8_t *p, __mmask32 mask, int shift) {
-    const __m256i bytes = mask == ALL_LOOKED_UP ? _mm256_loadu_epi8(p) : _mm256_maskz_loadu_epi8(mask, p);
+    const __m256i bytes =
+        mask == ALL_LOOKED_UP ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(mask, p);
     return _mm512_srl_epi16(_mm512_cvtepu8_epi16(bytes), _mm_cvtsi32_si128(shift));
 }
 
@@ -37,7 +38,7 @@ INLINE void write_weights(floats table, __m512i codes, __mmask32 mask, int kind,
         const __m512i halves = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)bfloat16_of(table)));
         const __m512i weights = _mm512_permutexvar_epi16(codes, halves);
         if (mask == ALL_LOOKED_UP)
-            _mm512_storeu_epi16((uint16_t *)out + at, weights);
+            _mm512_storeu_si512((uint16_t *)out + at, weights);
         else
             _mm512_mask_storeu_epi16((uint16_t *)out + at, mask, weights);
         return;

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from quantlayers_cli.by_module import is_first_process
 
 from ...bit_allocation import BitPlan, plan_bits
-from ...bit_allocation.budget import with_plan
+from ...bit_allocation.quantizing_under_budget import with_plan
 from ...estimate import estimate_quantizing
 from ...methods import QuantConfig
 from ...model import quantize_model

@@ -9,9 +9,9 @@ import yaml
 from jsonargparse import Namespace
 
 from ...report import summary
+from ...report.html_page import folded, page, preformatted
 from ...report.merge_parts import MERGE_FILE, merge_parts
 from ...report.model_parts import model_parts
-from ...report.page import folded, page, preformatted
 from ...report.reported_facts import mean_error, model_facts, worst_layers
 from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file

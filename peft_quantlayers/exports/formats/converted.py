@@ -15,10 +15,10 @@ from torch import Tensor
 from ..bit_strings import pack_rows
 from ..config_json import engine_config
 from ..export_report import LayerExport
-from ..grids import UniformGrid
 from ..source_layer import SourceLayer
 from ..stand_ins import StandIns, write_stand_ins
 from ..target_grid import requantized_facts
+from ..uniform_grid import UniformGrid
 from .format_base import Approximation, Comparison, ExportTask, LayerFacts, Written
 from .grid_format import GridFormat, GridSettings, StoredGrid
 

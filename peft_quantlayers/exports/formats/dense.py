@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...methods import get_method
 from ..config_json import engine_config
-from ..shards import ShardedWriter
+from ..sharded_writer import ShardedWriter
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written
 from .vllm_command import vllm_command

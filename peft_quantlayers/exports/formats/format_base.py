@@ -15,8 +15,8 @@ from ...formats import QuantizedWeight, QuantSpec
 from ...methods import get_method
 from ..export_report import LayerExport
 from ..export_source import ModelSource
-from ..grids import are_zeros_codes
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
+from ..uniform_grid import are_zeros_codes
 from .vllm_command import MAX_RANK
 
 Approximation = Literal["8bit", "adapter", "requantize"]

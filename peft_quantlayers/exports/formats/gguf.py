@@ -21,9 +21,9 @@ from ...methods import get_method
 from ..export_report import LayerExport
 from ..gguf_blocks import BLOCK, Bytes, affine_blocks, affine_weight, eight_bit_blocks
 from ..gguf_converter import convert, converter_folder
-from ..grids import UniformGrid, uniform_grid
 from ..source_layer import Matrix, SourceLayer, StackFacts, weight_of
 from ..stand_ins import Place, StandIns
+from ..uniform_grid import UniformGrid, uniform_grid
 from .converted import ConvertedFormat
 from .format_base import ANY_RANK, Approximation, Comparison, ExportTask, LayerFacts, Written
 from .grid_format import GridSettings, StoredGrid

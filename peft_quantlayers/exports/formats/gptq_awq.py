@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bit_strings import pack_rows
-from ..grids import UniformGrid
+from ..uniform_grid import UniformGrid
 from .format_base import Approximation, LayerFacts
 from .grid_format import GridFormat, GridSettings, StoredGrid
 from .vllm_command import vllm_command

@@ -14,9 +14,9 @@ from torch import Tensor
 from ...formats import QuantizedWeight
 from ..config_json import engine_config
 from ..export_report import LayerExport
-from ..grids import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
-from ..shards import ShardedWriter
+from ..sharded_writer import ShardedWriter
 from ..source_layer import Matrix, SourceLayer, weight_of
+from ..uniform_grid import UniformGrid, in_eight_bits, uniform_grid, with_rounded_zeros
 from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, LowRank, Written
 
 # Projections of one block that vLLM and SGLang compute as one layer, which has one layout.

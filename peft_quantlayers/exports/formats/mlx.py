@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..bit_strings import pack_rows
-from ..grids import UniformGrid
 from ..source_layer import Matrix, SourceLayer, StackFacts
+from ..uniform_grid import UniformGrid
 from .format_base import ANY_RANK, Approximation, LayerFacts
 from .grid_format import GridFormat, GridSettings, StoredGrid
 

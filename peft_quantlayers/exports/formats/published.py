@@ -16,7 +16,7 @@ from ...formats.published_aqlm import PublishedAqlmFormat
 from ...formats.published_hqq_writer import published_hqq_misfit, published_hqq_tensors
 from ...methods import AQLMSpec, get_method
 from ..config_json import engine_config
-from ..shards import ShardedWriter
+from ..sharded_writer import ShardedWriter
 from ..source_layer import StackFacts, part_of
 from .format_base import Approximation, Comparison, ExportFormat, ExportTask, LayerFacts, Written, why_not_single
 

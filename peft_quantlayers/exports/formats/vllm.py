@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..bit_strings import pack_rows
-from ..grids import UniformGrid
 from ..source_layer import StackFacts
+from ..uniform_grid import UniformGrid
 from .format_base import Approximation, LayerFacts, why_not_single
 from .grid_format import GridFormat, GridSettings, StoredGrid, fused_name
 from .vllm_command import vllm_command

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from peft_quantlayers.bit_allocation.allocation import Option, allocate
+from peft_quantlayers.bit_allocation.budget_solver import Option, allocate
 
 
 def drawn(seed: int, n_layers: int = 6, n_options: int = 3) -> dict[str, list[Option]]:

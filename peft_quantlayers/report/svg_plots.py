@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .places import depth_table, place_of
+from .depth_table import depth_table, place_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

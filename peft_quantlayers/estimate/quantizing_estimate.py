@@ -11,7 +11,7 @@ from ..layers.selection import quantizable_modules, quantizable_tables
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming.quantize_files import PART_BYTES
-from .calibrating import calibration_seconds
+from .calibration_time import calibration_seconds
 from .estimates import Estimate
 from .live_bytes import bytes_of_imports
 from .sampled_layers import sample_layers
