@@ -16,10 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
 from ..integrations.private_transformers import name_or_path
 from ..lora.base_fingerprint import AnotherBaseWarning
+from .refused_values import values_refused
 
 # Files of which a tokenizer has one at least.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -69,7 +72,8 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
     """The names of what to load. An adapter's folder in the place of a model stands for its base and itself.
 
     Raises:
-        ValueError: neither is given; the adapter does not name its base.
+        WrongUsage: neither is given.
+        ValueError: the adapter does not name its base.
         FileNotFoundError: one of them is not there.
     """
     refuse_missing_folder("adapter", adapter or "")
@@ -80,7 +84,7 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
             config_of(model)
         return model, adapter
     if adapter is None:
-        raise ValueError("name a model, or an adapter: --adapter FOLDER.")
+        raise WrongUsage("name a model, or an adapter: --adapter FOLDER.")
     return base_of(adapter), adapter
 
 
@@ -137,12 +141,17 @@ def load_model(
 
 
 def check_computing_device(device: str | None) -> None:
-    """Raise ValueError for a device that this machine does not have, or on which nothing is computed."""
+    """Raise ValueError for a device that this machine does not have, WrongUsage for what is none that computes."""
     if device in DEVICE_MAPS:
         return
+    try:
+        is_meta = device is not None and torch.device(device).type == "meta"
+    except RuntimeError:  # no machine has it
+        with values_refused():
+            check_device("device", device)
     check_device("device", device)
-    if device is not None and torch.device(device).type == "meta":
-        raise ValueError(f"device={device!r} computes nothing. Name one such as cuda, or leave it out.")
+    if is_meta:
+        raise WrongUsage(f"device={device!r} computes nothing. Name one such as cuda, or leave it out.")
 
 
 def base_of(adapter: str) -> str:

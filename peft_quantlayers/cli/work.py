@@ -51,7 +51,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             _save_settings(verb, parser, settings, Path(result.output))
         _print(result, is_json=settings.json)
     except WrongUsage as error:
-        return _said(f"{verb}: {error}", WRONG_USAGE)
+        return _said(f"{verb}: {_in_one_line(error)}{_notes(error)}", WRONG_USAGE)
     except KeyboardInterrupt as interrupt:
         if is_first_process():
             _said(f"{verb}: interrupted. What was saved before is as it was.{_notes(interrupt)}", INTERRUPTED)

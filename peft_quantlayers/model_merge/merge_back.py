@@ -121,7 +121,7 @@ def merge_back(
     After any error, also one that ``metric`` raises, the model is left as it was.
     """
     refuse_other_models(peft_model)
-    _check_arguments(strategy, calibration, tune_epochs, has_budget=budget is not None)
+    check_strategy(strategy, calibration, tune_epochs, has_budget=budget is not None)
     check_tokenizer(tokenizer)
     check_callable("metric", metric, "a model")
     for flag, value in (("unload", unload), ("progress", progress)):
@@ -193,7 +193,8 @@ def _merge_without_data(
             n_bytes = 0
 
 
-def _check_arguments(strategy: Strategy, calibration: Any, tune_epochs: int, *, has_budget: bool) -> None:
+def check_strategy(strategy: Strategy, calibration: Any, tune_epochs: int, *, has_budget: bool) -> None:
+    """Raise an error, before anything is loaded, for a strategy that these arguments do not fit."""
     check_choice("strategy", strategy, STRATEGIES, remedy="The model is left as it was.")
     check_integer("tune_epochs", tune_epochs, at_least=0, at_most=10_000)
     if tune_epochs and strategy in WITHOUT_NOISE:

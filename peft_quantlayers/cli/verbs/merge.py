@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ...estimate import estimate_merging
 from ...model_merge import merge_back, plan_merge_bits
-from ...model_merge.merge_back import Strategy
+from ...model_merge.merge_back import Strategy, check_strategy
 from ...saving import saved_model
 from .. import shared_options as options
 from ..models import (
@@ -23,6 +23,7 @@ from ..models import (
     with_adapter,
 )
 from ..read_data import DATA_HELP, token_ids
+from ..refused_values import check_at_least, values_refused
 from ..result import Result
 
 DESCRIPTION = (
@@ -67,6 +68,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
+    with values_refused():
+        has_budget = settings.average_bits is not None or settings.size is not None or settings.plan is not None
+        check_strategy(settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget)
+    check_at_least(settings, 1, "evaluate_tokens")
     name, _ = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)

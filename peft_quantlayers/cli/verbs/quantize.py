@@ -13,6 +13,7 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 
 from quantlayers_cli.by_module import is_first_process
+from quantlayers_cli.option_names import WrongUsage
 
 from ...bit_allocation import BitPlan, plan_bits
 from ...bit_allocation.budget import with_plan
@@ -36,6 +37,7 @@ from ..models import (
     refuse_missing_folder,
 )
 from ..parsing import VerbParser
+from ..refused_values import check_at_least
 from ..result import Result
 
 DESCRIPTION = (
@@ -80,6 +82,7 @@ def run(settings: Namespace) -> Result | None:
     """Quantize, save, and say what became of the model; None in all but the first of several processes."""
     # Without LOCAL_WORLD_SIZE the other processes of a cluster may do something else.
     n_launched = int(os.environ["WORLD_SIZE"]) if os.environ.get("LOCAL_WORLD_SIZE") else 1
+    check_at_least(settings, 1, "n_processes", most=1024)
     _check_launched(settings, n_launched)
     config = options.method_config(settings)
     options.resolve_method(settings, config)
@@ -124,12 +127,12 @@ def run(settings: Namespace) -> Result | None:
                 plan.save(part)
         found = summary(model_on_meta(settings.output))
     elif not settings.resume:
-        raise ValueError(
+        raise WrongUsage(
             "--resume false is for what goes from files to files, and with these options nothing is left to resume: "
             f"{IN_MEMORY}. Leave it out. Nothing was written."
         )
     elif settings.n_processes > 1:
-        raise ValueError(
+        raise WrongUsage(
             f"--n_processes {settings.n_processes} goes from files to files, which these options do not: {IN_MEMORY}. "
             "Leave them out. Nothing was written."
         )
@@ -162,17 +165,17 @@ def shared_out(settings: Namespace, config: QuantConfig) -> None:
 
 
 def _check_launched(settings: Namespace, n_launched: int) -> None:
-    """Raise ValueError where a launcher has started several processes for what goes in one."""
+    """Raise WrongUsage where a launcher has started several processes for what goes in one."""
     if n_launched == 1 or settings.dry_run:
         return
     if settings.calibration.data is not None or not can_be_streamed(settings):
-        raise ValueError(
+        raise WrongUsage(
             f"a launcher has started {n_launched} processes, and this is done in one: with calibration each block "
             f"needs those before it, and a model in memory ({IN_MEMORY}) is in one process. Call it without the "
             "launcher; torch uses several threads by itself. Nothing was written."
         )
     if settings.n_processes > 1:
-        raise ValueError(
+        raise WrongUsage(
             f"the {n_launched} processes that a launcher has started share the work: leave out --n_processes "
             f"{settings.n_processes}, or the launcher. Nothing was written."
         )

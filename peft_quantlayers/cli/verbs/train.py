@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ...estimate.estimates import size_text
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
@@ -40,6 +42,7 @@ from ..models import (
 )
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP
+from ..refused_values import values_refused
 from ..rehearsal import rehearse
 from ..result import Result
 from ..trained_base import (
@@ -65,6 +68,8 @@ DESCRIPTION = (
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
+# Of the data, to see whether TRL's trainer takes the options.
+ROWS_FOR_OPTIONS = 4
 # Fields that PEFT fills itself.
 OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 # Fields of the trainers' arguments that other options give.
@@ -141,6 +146,8 @@ def run(settings: Namespace) -> Result | None:
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     adapter = adapter_config(settings)
+    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
+        rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
     if settings.dry_run or (is_float and not settings.show_batch):
         with given_options_named(settings):
             rehearse(settings, rows, eval_rows, tokenizer)
@@ -183,7 +190,7 @@ def run(settings: Namespace) -> Result | None:
 def checked_start(settings: Namespace, processes: PartialState) -> str | None:
     """The checkpoint to go on with, if any. Raises an error where the output is in use, or nothing can go on there."""
     if settings.fsdp_size is not None and settings.merge is not None:
-        raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
+        raise WrongUsage("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
@@ -194,11 +201,11 @@ def checked_start(settings: Namespace, processes: PartialState) -> str | None:
             True  # all that transformers saves of a model that was sharded while loading
         )
         if resume:
-            raise ValueError(
+            raise WrongUsage(
                 "a run with --fsdp_size cannot be resumed: its checkpoints hold no state of the optimizer."
             )
         if not 1 <= settings.fsdp_size <= processes.num_processes:
-            raise ValueError(
+            raise WrongUsage(
                 f"--fsdp_size {settings.fsdp_size} must lie between 1 and the number of processes, which is "
                 f"{processes.num_processes}: accelerate launch --num_processes N -m peft_quantlayers train ..."
             )
@@ -298,12 +305,16 @@ def adapter_config(settings: Namespace) -> PeftConfig | None:
         return None
     if settings.adapter_type == "scales":
         fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
-        return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
+        with values_refused():
+            return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
     options.check_pattern("lora.target_modules", settings.lora.target_modules)
     names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
-    return LoraConfig(**{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))})
+    with values_refused():
+        return LoraConfig(
+            **{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))}
+        )
 
 
 def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
