@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,8 +189,22 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if (isinstance(error, ValueError) and adapter in str(error)) or "was trained on" in str(error):
             raise
-        reason = " ".join(str(error).split("\n\t")[:2])  # of torch's list of all tensors the first
-        raise ValueError(f"--adapter {adapter} does not fit {_name_of(model)}: {reason}") from None
+        reason = textwrap.shorten(" ".join(str(error).split("\n\t")[:2]), 200, placeholder=" ...")  # of long lists
+        raise ValueError(
+            f"--adapter {adapter} does not fit {_name_of(model)} ({type(model).__name__}): it {_trained_on(adapter)}. "
+            f"Give its own base, or an adapter of this model. {reason}"
+        ) from None
+
+
+def _trained_on(adapter: str) -> str:
+    """The end of a sentence: the name of an adapter's base, and its architecture if that can be read."""
+    try:
+        base = base_of(adapter)
+        kind = ", ".join(config_of(base).architectures or ())
+    except (OSError, ValueError):
+        named = adapter_config(adapter).base_model_name_or_path
+        return "does not name its base" if named is None else f"was trained on {named}, which is not there"
+    return f"was trained on {base}" + (f" ({kind})" if kind else "")
 
 
 def _name_of(model: PreTrainedModel) -> str:

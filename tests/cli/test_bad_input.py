@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands import printed, refused
 
-from peft_quantlayers.cli import main, work
+from peft_quantlayers.cli import main, saved_settings, work
 from peft_quantlayers.cli.verbs import train
 from peft_quantlayers.merging import MergeReport
 from peft_quantlayers.storage import staging
@@ -237,7 +237,7 @@ def test_settings_that_no_space_is_left_for_are_the_only_thing_that_is_missing(
     verb, commands, tmp_path, capsys, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(work, "replace_file", no_space)
+        patched.setattr(saved_settings, "replace_file", no_space)
         said = refused(capsys, commands[verb], 1)
     out = tmp_path / "out"
     assert said.endswith(f"{out} is complete, but for the settings in {verb}.yaml (No space left on device).")

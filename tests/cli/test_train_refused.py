@@ -119,7 +119,7 @@ def test_a_merge_that_fails_at_the_end_says_where_the_adapter_is(commands, tmp_p
     def fails(*_, **__):
         raise SafetensorError("no")
 
-    monkeypatch.setattr(train, "save_model", fails)
+    monkeypatch.setattr(train, "saved_model", fails)
     said = refused(capsys, [*commands["train"], "--merge", "auto"], 1)
     assert f"The adapter is complete, in {tmp_path / 'out'}: peft-quantlayers merge" in said
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

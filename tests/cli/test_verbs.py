@@ -10,7 +10,7 @@ import torch
 import yaml
 from commands import TEXT, printed, refused
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
@@ -19,6 +19,7 @@ from peft_quantlayers.cli.verbs import evaluate, quantize
 from peft_quantlayers.merging import MergeReport, advice
 from peft_quantlayers.model_merge.merge_back import STRATEGIES
 from peft_quantlayers.streaming.parts import PartsOfModel
+from quantlayers_cli import option_names
 
 # ---- each verb
 
@@ -410,6 +411,41 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     other = [*command[:2], str(tmp_path / "other"), "--resume", "false", "--dtype", "float32"]
     assert "--resume false is for what goes from files to files" in refused(capsys, other, 2)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_finished_folder_that_is_quantized_again_was_there_already(float_model, tmp_path, capsys):
+    command = ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"]
+    assert "saved in" in printed(capsys, command)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+    assert "was there already, complete" in printed(capsys, command)
+    assert json.loads(printed(capsys, [*command, "--json"]))["was_there"] is True
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")} == before
+
+
+def test_an_adapter_of_another_architecture_names_both_and_the_way_out(quantized, adapter, tmp_path, capsys):
+    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(quantized).save_pretrained(tmp_path / "gpt2")
+    command = ["chat", str(tmp_path / "gpt2"), "--adapter", adapter, "--prompt", "x"]
+    said = refused(capsys, command, 1)
+    assert "gpt2 (GPT2LMHeadModel): it was trained on" in said
+    assert "(LlamaForCausalLM). Give its own base, or an adapter of this model." in said
+    assert len(said) < 600
+
+
+def test_a_file_of_options_is_parsed_once(float_model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "q.yaml").write_text(yaml.safe_dump({"model": float_model, "group_size": 32, "output": "unused"}))
+    parsed = []
+
+    class Counted(option_names._EachKeyOnce):
+        def __init__(self, stream):
+            parsed.append(stream)
+            super().__init__(stream)
+
+    monkeypatch.setattr(option_names, "_EachKeyOnce", Counted)
+    option_names._parsed.cache_clear()
+    printed(capsys, ["quantize", str(tmp_path / "q.yaml"), "--output", str(tmp_path / "out"), "--dry_run"])
+    assert parsed == [(tmp_path / "q.yaml").read_text()]
 
 
 def test_what_a_merge_advises_is_written_with_options(adapter, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -12,6 +11,7 @@ from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.merge_back import Strategy, check_strategy
 from ...saving import saved_model
 from .. import shared_options as options
+from ..in_options import REPORT_FILE, in_options
 from ..models import (
     load_model,
     load_tokenizer,
@@ -31,17 +31,6 @@ DESCRIPTION = (
     "--average_bits or --size merged layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("adapter", "output")
-REPORT_FILE = "merge_report.json"
-
-
-# What a report says in Python, and the same on the command line.
-IN_OPTIONS = {
-    r'strategy="(\w+)"': r"--strategy \1",
-    r"--strategy calibrated with some text": "--strategy calibrated --calibration.data FILE",
-    r"train with peft_quantlayers\.enable_merge_aware": "train --merge_aware true",
-    r"evaluate_on=held-out token ids": "--evaluate_on FILE",
-    r"report\.table\(\) has all of them": f"{REPORT_FILE} has all of them",
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -111,14 +100,7 @@ def run(settings: Namespace) -> Result:
     said = "" if plan is None else f"\nplan: {plan}"
     data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{_with_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        text=f"{in_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,
         output=settings.output,
     )
-
-
-def _with_options(text: str) -> str:
-    """What a report advises in Python, as options of the command line."""
-    for pattern, option in IN_OPTIONS.items():
-        text = re.sub(pattern, option, text)
-    return text

@@ -24,6 +24,7 @@ from ...report import ModelSummary, summary
 from ...saving import saved_model
 from ...storage import replace_file
 from ...streaming import quantize_checkpoint
+from ...streaming.assembly import RUN_FILE
 from ...streaming.group import quantize_in_group
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
@@ -106,7 +107,9 @@ def run(settings: Namespace) -> Result | None:
         if is_to_be_planned:
             text += "\nbefore bits are planned for the budget, which takes the model and the data"
         return _result(found, text)
+    was_there = False
     if can_be_streamed(settings):
+        was_there = (Path(settings.output) / RUN_FILE).is_file()  # of the same run, or it is refused
         planned(settings.model, config)  # refuses a model that cannot be made
         if n_launched > 1:
             shared_out(settings, config)
@@ -140,8 +143,9 @@ def run(settings: Namespace) -> Result | None:
         options.check_output(settings)
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
-    said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
-    return _result(found, "\n".join(said), plan=plan, output=settings.output)
+    where = f"was there already, complete, in {settings.output}" if was_there else f"saved in {settings.output}"
+    said = [str(found), *([] if plan is None else [f"plan: {plan}"]), where]
+    return _result(found, "\n".join(said), plan=plan, output=settings.output, was_there=was_there)
 
 
 def shared_out(settings: Namespace, config: QuantConfig) -> None:
@@ -217,8 +221,10 @@ def planned(name: str, config: QuantConfig) -> ModelSummary:
     return summary(model_on_meta(name), config)
 
 
-def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, output: str | None = None) -> Result:
-    data = {
+def _result(
+    found: ModelSummary, text: str, *, plan: BitPlan | None = None, output: str | None = None, was_there: bool = False
+) -> Result:
+    data: dict[str, Any] = {
         "n_parameters": found.n_parameters,
         "nbytes": found.nbytes,
         "fraction_quantized": found.fraction_quantized,
@@ -228,6 +234,8 @@ def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, outp
         ],
         "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
     }
+    if output is not None:
+        data["was_there"] = was_there
     if plan is not None:
         data["plan"] = options.figures_of(plan)
     return Result(text=text, output=output, data=data)
