@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +134,7 @@ def _is_below_a_mapping(name: str, known: set[str]) -> bool:
 
 def _content_of(file: str, known: set[str]) -> dict[str, Any]:
     """What a YAML file holds; WrongUsage where it is none, or has an unknown key or one that is there twice."""
-    try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), _EachKeyOnce)
-    except OSError as error:
-        raise WrongUsage(f"{file} cannot be read: {error.strerror}.") from None
-    except _KeyTwice as error:
-        raise WrongUsage(f"{file}: {error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise WrongUsage(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        held = "nothing" if content is None else f"a {type(content).__name__}"
-        raise WrongUsage(f"{file} must hold options, one per line (name: value); it holds {held}.")
+    content = read_options(file)
     names: dict[str, str] = {}
     for key, value in _flat(content, known):
         name = _ours(key, known)
@@ -154,6 +146,28 @@ def _content_of(file: str, known: set[str]) -> dict[str, Any]:
             raise WrongUsage(f"{file}: {names[name]!r} and {key!r} are the same option. Leave one of them.")
         names[name] = key
     return content
+
+
+def read_options(file: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises WrongUsage where it cannot be read, or is none, or has a key twice."""
+    try:
+        content = copy.deepcopy(_parsed(Path(file).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise WrongUsage(f"{file} cannot be read: {error.strerror}.") from None
+    except _KeyTwice as error:
+        raise WrongUsage(f"{file}: {error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise WrongUsage(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else f"a {type(content).__name__}"
+        raise WrongUsage(f"{file} must hold options, one per line (name: value); it holds {held}.")
+    return content
+
+
+@cache
+def _parsed(text: str) -> Any:
+    """The content of YAML; a file is read by the names, by the options of its verb and by their values."""
+    return yaml.load(text, _EachKeyOnce)
 
 
 class _KeyTwice(yaml.YAMLError):

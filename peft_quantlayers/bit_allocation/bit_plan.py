@@ -176,11 +176,15 @@ def budget_bytes(plan: BitPlan, *, average: float | None, size: int | str | None
     if average is not None:
         check_number("average", average, above=0.0, at_most=32.0)
         return math.floor(average * plan.n_weights / 8)
+    return bytes_of_size(size) - plan.other_bytes
+
+
+def bytes_of_size(size: Any) -> int:
+    """The bytes of a number, or of a text such as "4GB". Raises ValueError for what is no size."""
     try:
-        n_bytes = convert_file_size_to_int(size)  # type: ignore[arg-type]
+        return convert_file_size_to_int(size)
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"size={size!r} is no size; write for example '4GB'.") from None
-    return n_bytes - plan.other_bytes
 
 
 def _described(average: float | None, size: int | str | None) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from jsonargparse import ArgumentParser, Namespace
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..calibration.texts import one_split, text_of
 from .models import check_ids, long_windows_refused
 from .read_data import is_data_name, load_data
+from .refused_values import check_at_least
 from .row_forms import question_of
 from .rows import check_texts
 
@@ -27,11 +29,9 @@ def add_sampling(parser: ArgumentParser, *, max_new_tokens: int) -> None:
 
 
 def check_sampling(settings: Namespace) -> None:
-    """Raise ValueError for values out of range."""
-    if settings.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {settings.max_new_tokens} must be at least 1.")
-    if not 0 <= settings.temperature < math.inf:
-        raise ValueError(f"--temperature {settings.temperature} must be at least 0, and no infinity.")
+    """Raise WrongUsage for values out of range."""
+    check_at_least(settings, 1, "max_new_tokens")
+    check_at_least(settings, 0, "temperature")
 
 
 def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, *, streamer: Any = None) -> str:
@@ -71,7 +71,8 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: there is none, or an empty one; columns or rows that hold none.
+        WrongUsage: a list that holds none, or an empty one.
+        ValueError: a file that does; columns or rows that hold none.
     """
     found: list[Question] = []
     if isinstance(given, list) or not is_data_name(given):
@@ -90,5 +91,6 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
             check_texts(option, given, rows, columns)
             found += map(question_of, rows)
     if not found or not all(found):
-        raise ValueError(f"--{option} {given} holds {'an empty one' if found else 'none'}. Give texts to go on with.")
+        error = WrongUsage if isinstance(given, list) else ValueError
+        raise error(f"--{option} {given} holds {'an empty one' if found else 'none'}. Give texts to go on with.")
     return found[:limit]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
 from ..integrations.private_transformers import name_or_path
 from ..lora.base_fingerprint import AnotherBaseWarning
+from .refused_values import values_refused
 
 # Files of which a tokenizer has one at least.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -69,7 +73,8 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
     """The names of what to load. An adapter's folder in the place of a model stands for its base and itself.
 
     Raises:
-        ValueError: neither is given; the adapter does not name its base.
+        WrongUsage: neither is given.
+        ValueError: the adapter does not name its base.
         FileNotFoundError: one of them is not there.
     """
     refuse_missing_folder("adapter", adapter or "")
@@ -80,7 +85,7 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
             config_of(model)
         return model, adapter
     if adapter is None:
-        raise ValueError("name a model, or an adapter: --adapter FOLDER.")
+        raise WrongUsage("name a model, or an adapter: --adapter FOLDER.")
     return base_of(adapter), adapter
 
 
@@ -137,12 +142,17 @@ def load_model(
 
 
 def check_computing_device(device: str | None) -> None:
-    """Raise ValueError for a device that this machine does not have, or on which nothing is computed."""
+    """Raise ValueError for a device that this machine does not have, WrongUsage for what is none that computes."""
     if device in DEVICE_MAPS:
         return
+    try:
+        is_meta = device is not None and torch.device(device).type == "meta"
+    except RuntimeError:  # no machine has it
+        with values_refused():
+            check_device("device", device)
     check_device("device", device)
-    if device is not None and torch.device(device).type == "meta":
-        raise ValueError(f"device={device!r} computes nothing. Name one such as cuda, or leave it out.")
+    if is_meta:
+        raise WrongUsage(f"device={device!r} computes nothing. Name one such as cuda, or leave it out.")
 
 
 def base_of(adapter: str) -> str:
@@ -179,8 +189,22 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if (isinstance(error, ValueError) and adapter in str(error)) or "was trained on" in str(error):
             raise
-        reason = " ".join(str(error).split("\n\t")[:2])  # of torch's list of all tensors the first
-        raise ValueError(f"--adapter {adapter} does not fit {_name_of(model)}: {reason}") from None
+        reason = textwrap.shorten(" ".join(str(error).split("\n\t")[:2]), 200, placeholder=" ...")  # of long lists
+        raise ValueError(
+            f"--adapter {adapter} does not fit {_name_of(model)} ({type(model).__name__}): it {_trained_on(adapter)}. "
+            f"Give its own base, or an adapter of this model. {reason}"
+        ) from None
+
+
+def _trained_on(adapter: str) -> str:
+    """The end of a sentence: the name of an adapter's base, and its architecture if that can be read."""
+    try:
+        base = base_of(adapter)
+        kind = ", ".join(config_of(base).architectures or ())
+    except (OSError, ValueError):
+        named = adapter_config(adapter).base_model_name_or_path
+        return "does not name its base" if named is None else f"was trained on {named}, which is not there"
+    return f"was trained on {base}" + (f" ({kind})" if kind else "")
 
 
 def _name_of(model: PreTrainedModel) -> str:

@@ -8,12 +8,15 @@ import inspect
 from jsonargparse import Namespace
 from torch import nn
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..estimate import Estimate
 from ..layers import AQLMLinear
 from ..layers.quantized_layers import quantized_layers
 from ..training import PVTuner
 from .models import is_quantized_already
 from .parsing import VerbParser
+from .refused_values import values_refused
 from .trl_trainers import trainer_of
 
 OPTIONS = {
@@ -43,25 +46,25 @@ def add_arguments(parser: VerbParser, *, is_chosen: bool) -> None:
 
 
 def check_options(settings: Namespace, *, n_processes: int) -> None:
-    """Raise ValueError for options that do not go with ``--adapter_type``, before anything is loaded."""
+    """Raise WrongUsage for options that do not go with ``--adapter_type``, before anything is loaded."""
     if settings.adapter_type != "pv":
         for name in OPTIONS:
             if settings.pv[name] != _DEFAULTS[name]:
-                raise ValueError(f"--pv.{name} is for --adapter_type pv. Give that too, or leave it out.")
+                raise WrongUsage(f"--pv.{name} is for --adapter_type pv. Give that too, or leave it out.")
         return
     why = "--adapter_type pv trains the model itself"
     if settings.trainer != "sft":
-        raise ValueError(f"{why}, and --trainer dpo compares it with what it was. Leave one of both out.")
+        raise WrongUsage(f"{why}, and --trainer dpo compares it with what it was. Leave one of both out.")
     if settings.merge is not None:
-        raise ValueError(f"{why}: there is no adapter, and --output is the trained model. Leave out --merge.")
+        raise WrongUsage(f"{why}: there is no adapter, and --output is the trained model. Leave out --merge.")
     if settings.fsdp_size is not None or n_processes > 1:
-        raise ValueError(f"{why} in one process: the codes would differ in several. Call it without a launcher.")
+        raise WrongUsage(f"{why} in one process: the codes would differ in several. Call it without a launcher.")
     default = {field.name: field.default for field in dataclasses.fields(trainer_of("sft")[0])}["optim"]
     if str(settings.training.optim) != str(default) or settings.training.weight_decay:
         name = "weight_decay" if settings.training.weight_decay else "optim"
-        raise ValueError(f"{why} with an optimizer of its own, AdamW without decay. Leave out --training.{name}.")
+        raise WrongUsage(f"{why} with an optimizer of its own, AdamW without decay. Leave out --training.{name}.")
     if not is_quantized_already(settings.model) and settings.quantization.method != "aqlm":
-        raise ValueError(
+        raise WrongUsage(
             f"{why}, codes too, which only AQLM has: --quantization.method aqlm. For {settings.quantization.method} "
             "choose --adapter_type lora or scales."
         )
@@ -71,18 +74,20 @@ def new_tuner(settings: Namespace, model: nn.Module) -> PVTuner | None:
     """The optimizer of ``model``, whose codebooks and scales become float32 and trainable; None for an adapter.
 
     Raises:
-        ValueError: the model has no AQLM layer; a value out of range.
+        ValueError: the model has no AQLM layer.
+        WrongUsage: a value out of range.
     """
     if settings.adapter_type != "pv":
         return None
     _check_layers(settings.model, model)
     training = settings.training
-    return PVTuner(
-        model,
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        **vars(settings.pv),
-    )
+    with values_refused():
+        return PVTuner(
+            model,
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            **vars(settings.pv),
+        )
 
 
 def costs(name: str, model: nn.Module, buffer_bytes: int, n_bytes: int) -> Estimate:

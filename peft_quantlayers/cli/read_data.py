@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..calibration.texts import COLUMNS, TEXT_SUFFIXES, token_sequences
 from ..storage import says_full
 from .row_forms import joined
@@ -111,9 +113,10 @@ def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tenso
     """The first ``n_tokens`` token ids of a text or dataset, (n,) int64.
 
     Raises:
-        ValueError: ``n_tokens`` is below 1; as :func:`load_texts`.
+        WrongUsage: ``n_tokens`` is below 1.
+        ValueError: as :func:`load_texts`.
     """
     if n_tokens < 1:
-        raise ValueError(f"{n_tokens} tokens of --{option} {name} are none: at least 1 is needed.")
+        raise WrongUsage(f"{n_tokens} tokens of --{option} {name} are none: at least 1 is needed.")
     sequences = token_sequences(load_texts(option, name), tokenizer, None, n_tokens=n_tokens)
     return torch.cat(sequences)[:n_tokens]

@@ -15,17 +15,21 @@ from .trl_trainers import trainer_of
 _WIDTH = 8
 
 
-def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> None:
+def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any, *, n_rows: int | None = None) -> None:
     """Make the trainer that the settings ask for, its batches, its optimizer and its schedule, and no step.
 
-    The data is read and tokenized in full. Errors are those of the trainer. A run that is sharded, or distributed by
-    an engine of its own, is not rehearsed.
+    The data is read and tokenized in full, or ``n_rows`` of it, which are no batch. Errors are those of the trainer. A
+    run that is sharded, or distributed by an engine of its own, is not rehearsed.
     """
     if settings.fsdp_size is not None or settings.training.get("deepspeed") or settings.training.get("fsdp"):
         return
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     arguments_type, trainer_type = trainer_of(settings.trainer)
+    if n_rows is not None:
+        rows, eval_rows = (
+            each if each is None else each.select(range(min(n_rows, len(each)))) for each in (rows, eval_rows)
+        )
     had_bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -39,7 +43,8 @@ def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> 
                 processing_class=copy.deepcopy(tokenizer),
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
             )
-            next(iter(trainer.get_train_dataloader()))
+            if n_rows is None:
+                next(iter(trainer.get_train_dataloader()))
             if not settings.training.get("optim_target_modules"):  # names of the real model's layers
                 trainer.create_optimizer_and_scheduler(num_training_steps=2)
     finally:

@@ -11,12 +11,16 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..bit_allocation import BitPlan
+from ..bit_allocation.bit_plan import bytes_of_size
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
 from .field_help import field_help
 from .parsing import VerbParser
 from .read_data import DATA_HELP, load_texts
+from .refused_values import values_refused
 
 PLAN_FILE = "bit_plan.json"
 # Options that name folders which are read.
@@ -49,11 +53,11 @@ def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it 
 
 
 def check_pattern(option: str, value: Any) -> None:
-    """Raise ValueError where a text is no regular expression, which PEFT takes it for."""
+    """Raise WrongUsage where a text is no regular expression, which PEFT takes it for."""
     try:
         re.compile(value if isinstance(value, str) else "")
     except re.error as error:
-        raise ValueError(
+        raise WrongUsage(
             f"--{option} {value!r} is no regular expression ({error}). Give a list of names: [q_proj, v_proj]."
         ) from None
 
@@ -132,10 +136,11 @@ def add_method(parser: VerbParser, prefix: str = "") -> None:
 
 
 def method_config(settings: Namespace) -> QuantConfig:
-    """The config that the options of :func:`add_method` make. Raises as the config does."""
+    """The config that the options of :func:`add_method` make. Raises WrongUsage for what the config refuses."""
     config: Any = _configs()[settings.method]
     given = given_fields(settings)
-    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    with values_refused():
+        return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 
 def given_fields(settings: Namespace) -> dict[str, Any]:
@@ -176,7 +181,8 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
             f"--calibration.data {fields['data']} is text, and the model has no tokenizer. Name one: --tokenizer "
             "FOLDER_OR_NAME."
         )
-    return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
+    with values_refused():
+        return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
 
 
 def add_budget(parser: ArgumentParser) -> None:
@@ -206,16 +212,23 @@ def add_budget(parser: ArgumentParser) -> None:
 
 
 def is_to_be_planned(settings: Namespace) -> bool:
-    """Whether ``--average_bits`` or ``--size`` is given. Raises ValueError where other options contradict that."""
+    """Whether ``--average_bits`` or ``--size`` is given. Raises WrongUsage for values and options that cannot be."""
     given = [name for name in ("average_bits", "size", "plan") if getattr(settings, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} are two budgets: give one. Nothing was written.")
+        raise WrongUsage(f"--{given[0]} and --{given[1]} are two budgets: give one. Nothing was written.")
     if settings.choices is not None and given in ([], ["plan"]):
-        raise ValueError("--choices needs a budget: --average_bits 3.5 or --size 4GB. Nothing was written.")
+        raise WrongUsage("--choices needs a budget: --average_bits 3.5 or --size 4GB. Nothing was written.")
     if given in ([], ["plan"]):
         return False
+    if settings.average_bits is not None and not 0 < settings.average_bits <= 32:
+        raise WrongUsage(
+            f"--average_bits {settings.average_bits} must be above 0 and at most 32. Nothing was written."
+        )
+    if settings.size is not None:
+        with values_refused():
+            bytes_of_size(settings.size)
     if settings.calibration.data is None:
-        raise ValueError(
+        raise WrongUsage(
             f"--{given[0]} needs --calibration.data, on which bits are planned; or give --plan FILE, a plan that was "
             "made before. Nothing was written."
         )

@@ -17,11 +17,14 @@ from ..estimate.meta_model import quantized_on_meta
 from ..methods import QuantConfig
 from ..report import summary
 from ..streaming import quantize_checkpoint
-from . import pv_training
+from . import pv_training, work
 from . import shared_options as options
 from .models import OWN_BASE, is_quantized_already, model_on_meta
+from .parsing import parse
 from .result import Result
+from .saved_settings import save_settings
 from .trl_trainers import trainer_loss
+from .verbs import quantize
 
 # Of a checkpoint, in sizes of the adapter: the adapter itself, and AdamW's two moments.
 _CHECKPOINT_COPIES = 3
@@ -57,11 +60,24 @@ def quantized_base(settings: Namespace, adapter: PeftConfig | None, processes: P
         _check_layers(settings.model, adapter)
     if processes.is_main_process:
         quantize_checkpoint(settings.model, folder, config, device=settings.device)
+        if not (folder / "quantize.yaml").exists():
+            _save_settings(settings, config, folder)
     # It may take hours, and a barrier gives up after minutes. If it fails, the launcher ends all processes.
     while not (folder / "config.json").is_file():
         time.sleep(_WAIT_SECONDS)
     processes.wait_for_everyone()
     return str(folder)
+
+
+def _save_settings(settings: Namespace, config: QuantConfig, folder: Path) -> None:
+    """Write ``quantize.yaml``, by which ``quantize`` does the same again, and ``report`` finds the float model."""
+    parser = work.verb_parser("quantize", quantize)
+    given = parse(
+        parser, [settings.model, str(folder), "--method", settings.quantization.method], quantize.POSITIONALS
+    )
+    given.device = settings.device
+    options.resolve_method(given, config)
+    save_settings("quantize", parser, given, folder)
 
 
 def _check_layers(name: str, adapter: PeftConfig) -> None:

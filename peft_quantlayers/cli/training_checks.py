@@ -15,11 +15,14 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ..arguments import nearest
 from ..lora.base_fingerprint import base_fingerprints, layers_of_record
 from . import shared_options as options
 from .half_made import RESUME
 from .models import config_of, is_quantized_already
+from .refused_values import check_at_least, values_refused
 from .trained_base import base_folder
 from .trl_trainers import trainer_of
 
@@ -45,15 +48,20 @@ NOT_LISTED = ("azure_ml", "flyte")
 
 
 def check_training(settings: Namespace) -> None:
-    """Raise ValueError where options contradict each other, the model or this machine; nothing was written."""
+    """Raise an error where options contradict each other, the model or this machine; nothing was written.
+
+    Raises:
+        WrongUsage: a value out of range; options that exclude each other.
+        ValueError: a model that cannot be trained here; a tracker that is not installed.
+    """
     _check_numbers(settings)
     _check_places(settings)
     if settings.adapter_type == "lora" and settings.lora.task_type != "CAUSAL_LM":
-        raise ValueError(
+        raise WrongUsage(
             f"--lora.task_type {settings.lora.task_type}: train finetunes language models. Leave it at CAUSAL_LM."
         )
     if settings.adapter_type != "lora" and settings.merge_aware:
-        raise ValueError(f"--merge_aware true is for LoRA: leave it out, or --adapter_type {settings.adapter_type}.")
+        raise WrongUsage(f"--merge_aware true is for LoRA: leave it out, or --adapter_type {settings.adapter_type}.")
     if getattr(config_of(settings.model), "is_encoder_decoder", False):
         raise ValueError(
             f"{settings.model} is an encoder-decoder, and TRL's trainers take language models with a decoder only."
@@ -66,11 +74,12 @@ def _check_numbers(settings: Namespace) -> None:
     training = vars(settings.training)
     for name, value in [*training.items(), *((f"lora.{key}", each) for key, each in vars(settings.lora).items())]:
         if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
+            raise WrongUsage(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
+    check_at_least(settings, 1, "lora.r")
     for name, least in LEAST.items():
         value = training.get(name)
         if isinstance(value, int | float) and not least <= value < math.inf:
-            raise ValueError(f"--training.{name} {value:g} must be at least {least}.")
+            raise WrongUsage(f"--training.{name} {value:g} must be at least {least}.")
     for name in POSITIVE:
         value = training.get(name)
         if (
@@ -78,39 +87,39 @@ def _check_numbers(settings: Namespace) -> None:
             and value <= 0
             and not (name.startswith("num") and training["max_steps"] > 0)
         ):
-            raise ValueError(f"--training.{name} {value:g} must be above 0.")
+            raise WrongUsage(f"--training.{name} {value:g} must be above 0.")
     if training["max_steps"] == 0:
-        raise ValueError("--training.max_steps 0 trains nothing: at least 1, or -1 for --training.num_train_epochs.")
+        raise WrongUsage("--training.max_steps 0 trains nothing: at least 1, or -1 for --training.num_train_epochs.")
 
 
 def _check_places(settings: Namespace) -> None:
-    """Raise ValueError where two of the folders that are written are one, or one of them is that of the model."""
+    """Raise WrongUsage where two of the folders that are written are one, or one of them is that of the model."""
     places = {"output": Path(settings.output)}
     if not is_quantized_already(settings.model):
         places["base_output"] = base_folder(settings)
     if settings.merge is not None:
         places["merged_output"] = Path(settings.merged_output or places["output"] / "merged")
     elif settings.merged_output is not None:
-        raise ValueError("--merged_output is for --merge STRATEGY, which is not given.")
+        raise WrongUsage("--merged_output is for --merge STRATEGY, which is not given.")
     named: dict[Path, str] = {}
     for option, folder in places.items():
         options.check_output(
             settings, folder, option=option, is_adapter=option == "output" and settings.adapter_type != "pv"
         )
         if (other := named.setdefault(folder.resolve(), option)) != option:
-            raise ValueError(f"--{other} and --{option} are one folder, {folder}. Give each its own.")
+            raise WrongUsage(f"--{other} and --{option} are one folder, {folder}. Give each its own.")
 
 
 def _check_merge(settings: Namespace) -> None:
-    """Raise ValueError for a merge that would fail when all is trained."""
+    """Raise WrongUsage for a merge that would fail when all is trained."""
     later = f"or merge afterwards: peft-quantlayers merge {settings.output} MERGED"
     if settings.merge == "calibrated":
-        raise ValueError(
+        raise WrongUsage(
             f"--merge calibrated needs text to calibrate on, which train does not take. Choose another, {later} "
             "--strategy calibrated --calibration.data FILE."
         )
     if settings.merge == "exact" and settings.adapter_type == "lora" and not settings.lora.use_qalora:
-        raise ValueError(
+        raise WrongUsage(
             "--merge exact needs an adapter that is constant in each group: --lora.use_qalora true with "
             f"--lora.qalora_group_size. Choose another, {later}."
         )
@@ -120,7 +129,9 @@ def _check_trackers(given: Any) -> None:
     """Raise ValueError for a tracker whose package is not installed. Unknown ones transformers names itself."""
     available = (*get_available_reporting_integrations(), *NOT_LISTED, "all", "none")
     for name in [given] if isinstance(given, str) else given or ():
-        if name not in available and get_reporting_integration_callbacks([name]):
+        with values_refused():
+            is_known = name in available or get_reporting_integration_callbacks([name])
+        if is_known and name not in available:
             raise ValueError(
                 f"--training.report_to {name}: the package is not installed. Install it, or leave this out: "
                 "losses are in the output too."

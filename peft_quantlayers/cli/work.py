@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +20,12 @@ from quantlayers_cli.main import FAILED, INTERRUPTED, WRONG_USAGE, said
 from quantlayers_cli.option_names import WrongUsage
 from quantlayers_cli.options import ALL_OPTIONS, PROGRAM
 
-from ..storage import is_full, replace_file, says_full
-from .parsing import VerbParser, new_parser, parse, settings_text
+from ..storage import is_full, says_full
+from .in_options import in_options
+from .parsing import VerbParser, new_parser, parse
 from .result import Result
+from .saved_settings import save_settings
 
-# Packages whose versions are saved beside an output.
-VERSIONS_OF = ("peft_quantlayers", "torch", "transformers", "peft", "trl")
 # What a user can mend: its message is enough.
 EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, MemoryError, SafetensorError)
 
@@ -48,10 +46,10 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if result is None:  # another process tells
             return 0
         if result.output is not None:
-            _save_settings(verb, parser, settings, Path(result.output))
+            save_settings(verb, parser, settings, Path(result.output))
         _print(result, is_json=settings.json)
     except WrongUsage as error:
-        return _said(f"{verb}: {error}", WRONG_USAGE)
+        return _said(f"{verb}: {_in_one_line(error)}{_notes(error)}", WRONG_USAGE)
     except KeyboardInterrupt as interrupt:
         if is_first_process():
             _said(f"{verb}: interrupted. What was saved before is as it was.{_notes(interrupt)}", INTERRUPTED)
@@ -115,30 +113,11 @@ def _in_one_line(error: BaseException) -> str:
     )[0]  # before the frames of torch's C++
     if isinstance(error, OSError) and error.strerror:  # without its number
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}."
-    text = " ".join(text.split()) or type(error).__name__
+    text = in_options(" ".join(text.split())) or type(error).__name__
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-def _save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: Path) -> None:
-    """Write the resolved settings and the versions beside the output."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in VERSIONS_OF)
-    head = f"# {PROGRAM} {verb} {verb}.yaml does the same again.\n# Python {platform.python_version()}, {versions}\n"
-    try:
-        with replace_file(folder / f"{verb}.yaml") as part:
-            part.write_text(head + settings_text(parser, settings), encoding="utf-8")
-    except OSError as error:
-        reason = f"{folder} is complete, but for the settings in {verb}.yaml ({error.strerror})."
-        raise OSError(error.errno, reason) from error
 
 
 def _print(result: Result, *, is_json: bool) -> None:
     text = json.dumps(result.data, indent=2) if is_json else result.text
     if text:
         print(text, flush=True)  # so that a pipe that is closed, or a full disk, is an error of this verb
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"

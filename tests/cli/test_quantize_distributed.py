@@ -60,7 +60,7 @@ def test_what_goes_in_one_process_is_refused_in_several(float_model, text_file, 
         (["--overwrite"], "Call it without the launcher"),
         (["--n_processes", "2"], "leave out --n_processes 2"),
     ):
-        assert said in refused(capsys, [*command, *options], 1)
+        assert said in refused(capsys, [*command, *options], 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -19,9 +19,9 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
     settings = {
         "model": float_model,
         "data": str(data),
-        "quantization": {"method": "hqq", "nbits": 4, "group_size": 32},
+        "quantization": {"method": "hqq", "nbits": 3, "group_size": 32},
         "lora": {"r": 4, "lora_alpha": 8},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
         "merge": "requantize",
     }
     file, folder = tmp_path / "train.yaml", tmp_path / "out"
@@ -34,6 +34,21 @@ def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
     assert (folder / "adapter_model.safetensors").exists()
     assert pql.quantized_modules(AutoModelForCausalLM.from_pretrained(folder / "merged"))
     assert "is not empty" in refused(capsys, ["train", str(file), "--output", str(folder)], 1)
+    # What a merge advises is in options, and all layers are in a file, as merge writes it.
+    assert "merge_report.json has all of them" in text
+    assert f"such options are those of peft-quantlayers merge {folder} MERGED" in text
+    assert not any(python in text for python in ('strategy="', "peft_quantlayers.", "evaluate_on=", "report.table()"))
+    assert (folder / "merged" / "merge_report.json").is_file()
+    # The base can be made again from what lies beside it.
+    again = tmp_path / "again"
+    printed(capsys, ["quantize", str(folder / "base" / "quantize.yaml"), "--output", str(again)])
+    assert (again / "model.safetensors").read_bytes() == (folder / "base" / "model.safetensors").read_bytes()
+
+
+def test_what_peft_says_of_options_that_nobody_gave_is_not_shown(quantized, tmp_path, recwarn):
+    command = with_settings(tmp_path, [{"text": TEXT}], model=quantized, training={"max_steps": 1})
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert not [each for each in recwarn if "loftq_config" in str(each.message)]
 
 
 def test_a_folder_for_the_merged_model_that_is_in_use_is_refused_before_training(quantized, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_what_pv_tuning_cannot_do_is_refused_before_anything_is_written(options,
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT[:100]}))
     start = ["train", float_model, str(tmp_path / "out"), "--data", str(tmp_path / "rows.jsonl"), "--adapter_type"]
     method = ["--quantization.method", "aqlm"]
-    assert said in refused_untouched(capsys, [*start, "pv", *method, *options.split()], tmp_path)
+    assert said in refused_untouched(capsys, [*start, "pv", *method, *options.split()], tmp_path, 2)
 
 
 def test_a_model_without_codes_to_move_is_refused_and_several_processes_are(quantized, tmp_path, capsys, monkeypatch):
@@ -91,4 +91,4 @@ def test_a_model_without_codes_to_move_is_refused_and_several_processes_are(quan
     assert f"{quantized} has none. Quantize its float model so" in refused_untouched(capsys, command, tmp_path)
     two = SimpleNamespace(num_processes=2, is_main_process=True)
     monkeypatch.setattr("peft_quantlayers.cli.verbs.train.PartialState", lambda **_: two)
-    assert "in one process" in refused_untouched(capsys, command, tmp_path)
+    assert "in one process" in refused_untouched(capsys, command, tmp_path, 2)

@@ -43,8 +43,9 @@ def test_options_that_cannot_work_are_refused_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(train, "load_model", None)
     monkeypatch.setattr("peft_quantlayers.cli.training_checks.get_available_reporting_integrations", lambda: [])
+    exit_code = 1 if "not installed" in said else 2
     options = options.replace("OUT", str(tmp_path / "out"))
-    assert said in refused_untouched(capsys, [*commands["train"], *options.split()], tmp_path)
+    assert said in refused_untouched(capsys, [*commands["train"], *options.split()], tmp_path, exit_code)
 
 
 # Options, a part of what is said, and whether it shows without a step: then a float model is not quantized first.
@@ -65,11 +66,11 @@ BY_THE_TRAINER = [
 def test_what_other_packages_refuse_leaves_nothing_behind(
     options, said, is_early, float_model, commands, tmp_path, capsys
 ):
-    options = [part.replace("\u00a0", " ") for part in options.split(" ")]
-    assert said in refused_untouched(capsys, [*commands["train"], *options], tmp_path)
+    options, exit_code = [part.replace("\u00a0", " ") for part in options.split(" ")], 2 if is_early else 1
+    assert said in refused_untouched(capsys, [*commands["train"], *options], tmp_path, exit_code)
     if is_early:
         of_float = ["train", float_model, *commands["train"][2:], *options]
-        assert said in refused_untouched(capsys, of_float, tmp_path)
+        assert said in refused_untouched(capsys, of_float, tmp_path, exit_code)
 
 
 def test_folders_above_the_output_go_too_and_what_was_there_stays(commands, tmp_path, capsys):
@@ -118,7 +119,7 @@ def test_a_merge_that_fails_at_the_end_says_where_the_adapter_is(commands, tmp_p
     def fails(*_, **__):
         raise SafetensorError("no")
 
-    monkeypatch.setattr(train, "save_model", fails)
+    monkeypatch.setattr(train, "saved_model", fails)
     said = refused(capsys, [*commands["train"], "--merge", "auto"], 1)
     assert f"The adapter is complete, in {tmp_path / 'out'}: peft-quantlayers merge" in said
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

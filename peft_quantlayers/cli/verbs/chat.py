@@ -9,6 +9,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from transformers import TextStreamer
 
+from quantlayers_cli.option_names import WrongUsage
+
 from .. import shared_options as options
 from ..answers import add_sampling, answer, check_sampling
 from ..models import (
@@ -41,7 +43,7 @@ def run(settings: Namespace) -> Result:
     """Answer until the input ends."""
     name, adapter = model_and_adapter(settings.model, settings.adapter)
     if settings.compare and adapter is None:
-        raise ValueError("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
+        raise WrongUsage("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
     check_sampling(settings)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), adapter)

@@ -12,6 +12,7 @@ from ...layers.quantized_layers import quantized_layers
 from .. import shared_options as options
 from ..models import model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
+from ..refused_values import check_at_least
 from ..result import Result
 from ..trl_trainers import trainer_loss, trainer_of
 
@@ -38,12 +39,10 @@ def add_arguments(parser: VerbParser) -> None:
 def run(settings: Namespace) -> Result:
     """Estimate each step."""
     refuse_missing_folder("model", settings.model)
-    for name, least in (("batch_size", 1), ("max_length", 1), ("calibration_tokens", 0)):
-        if not least <= settings[name] <= MOST:
-            raise ValueError(f"--{name} {settings[name]} must be at least {least}, and at most {MOST}.")
+    check_at_least(settings, 1, "batch_size", "max_length", most=MOST)
+    check_at_least(settings, 0, "calibration_tokens", most=MOST)
+    check_at_least(settings, 1, "lora.r")
     options.check_pattern("lora.target_modules", settings.lora.target_modules)
-    if settings.lora.r < 1:
-        raise ValueError(f"--lora.r {settings.lora.r} must be at least 1.")
     model = model_on_meta(settings.model)
     is_quantized = bool(quantized_layers(model))
     if is_quantized and (given := list(options.given_fields(settings))):

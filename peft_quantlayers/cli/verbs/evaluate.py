@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ...arguments import nearest
 from ...evaluate import divergence, perplexity
 from ...evaluate.perplexity import check_causal
@@ -28,6 +30,7 @@ from ..models import (
     with_adapter,
 )
 from ..read_data import DATA_HELP, token_ids
+from ..refused_values import check_at_least
 from ..result import Result
 
 DESCRIPTION = (
@@ -69,14 +72,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> Result:
     """Measure what was asked for."""
     if settings.text is None and settings.tasks is None and settings.prompts is None:
-        raise ValueError("there is nothing to measure on: give --text FILE, --tasks NAME, or --prompts FILE.")
+        raise WrongUsage("there is nothing to measure on: give --text FILE, --tasks NAME, or --prompts FILE.")
     if settings.reference is not None and settings.text is None and settings.prompts is None:
-        raise ValueError("--reference is compared on a text or by answers: give --text FILE, or --prompts FILE.")
+        raise WrongUsage("--reference is compared on a text or by answers: give --text FILE, or --prompts FILE.")
     check_sampling(settings)
-    if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"--seed {settings.seed} must lie between 0 and 4294967295.")
-    if settings.limit is not None and settings.limit < 1:
-        raise ValueError(f"--limit {settings.limit} must be at least 1.")
+    check_at_least(settings, 0, "seed", most=2**32 - 1)
+    check_at_least(settings, 1, "limit", "n_tokens")
+    check_at_least(settings, 2, "window")
     if settings.tasks is not None:
         refuse_missing_folder("include_path", settings.include_path or "")
         if find_spec("lm_eval") is None:

@@ -24,6 +24,7 @@ from ..models import (
 )
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
+from ..refused_values import check_at_least, values_refused
 from ..result import Result
 
 DESCRIPTION = "Write a quantized model as an inference engine reads it, exactly, and print the command that serves it."
@@ -62,7 +63,9 @@ def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     refuse_missing_folder("model", settings.model)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
-    check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
+    with values_refused():
+        check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
+    check_at_least(settings, 1, "n_tokens")
     options.check_output(settings, inputs=(name, adapter or ""))
     options.refuse_output_in_use(settings)
     if settings.dry_run:

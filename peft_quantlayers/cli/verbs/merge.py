@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ...estimate import estimate_merging
+from ...merging.strategies import Strategy
 from ...model_merge import merge_back, plan_merge_bits
-from ...model_merge.merge_back import Strategy
+from ...model_merge.refused_merges import refuse_arguments
 from ...saving import saved_model
 from .. import shared_options as options
+from ..in_options import REPORT_FILE, in_options
 from ..models import (
     load_model,
     load_tokenizer,
@@ -23,6 +24,7 @@ from ..models import (
     with_adapter,
 )
 from ..read_data import DATA_HELP, token_ids
+from ..refused_values import check_at_least, values_refused
 from ..result import Result
 
 DESCRIPTION = (
@@ -30,17 +32,6 @@ DESCRIPTION = (
     "--average_bits or --size merged layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("adapter", "output")
-REPORT_FILE = "merge_report.json"
-
-
-# What a report says in Python, and the same on the command line.
-IN_OPTIONS = {
-    r'strategy="(\w+)"': r"--strategy \1",
-    r"--strategy calibrated with some text": "--strategy calibrated --calibration.data FILE",
-    r"train with peft_quantlayers\.enable_merge_aware": "train --merge_aware true",
-    r"evaluate_on=held-out token ids": "--evaluate_on FILE",
-    r"report\.table\(\) has all of them": f"{REPORT_FILE} has all of them",
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -67,6 +58,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
+    with values_refused():
+        has_budget = settings.average_bits is not None or settings.size is not None or settings.plan is not None
+        refuse_arguments(settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget)
+    check_at_least(settings, 1, "evaluate_tokens")
     name, _ = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
@@ -106,14 +101,7 @@ def run(settings: Namespace) -> Result:
     said = "" if plan is None else f"\nplan: {plan}"
     data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{_with_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        text=f"{in_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,
         output=settings.output,
     )
-
-
-def _with_options(text: str) -> str:
-    """What a report advises in Python, as options of the command line."""
-    for pattern, option in IN_OPTIONS.items():
-        text = re.sub(pattern, option, text)
-    return text

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 
 from quantlayers_cli.by_module import is_first_process
+from quantlayers_cli.option_names import WrongUsage
 
 from ...bit_allocation import BitPlan, plan_bits
 from ...bit_allocation.quantizing_under_budget import with_plan
@@ -23,6 +24,7 @@ from ...report import ModelSummary, summary
 from ...saving import saved_model
 from ...storage import replace_file
 from ...streaming import quantize_checkpoint
+from ...streaming.assembly import RUN_FILE
 from ...streaming.group import quantize_in_group
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
@@ -36,6 +38,7 @@ from ..models import (
     refuse_missing_folder,
 )
 from ..parsing import VerbParser
+from ..refused_values import check_at_least
 from ..result import Result
 
 DESCRIPTION = (
@@ -80,6 +83,7 @@ def run(settings: Namespace) -> Result | None:
     """Quantize, save, and say what became of the model; None in all but the first of several processes."""
     # Without LOCAL_WORLD_SIZE the other processes of a cluster may do something else.
     n_launched = int(os.environ["WORLD_SIZE"]) if os.environ.get("LOCAL_WORLD_SIZE") else 1
+    check_at_least(settings, 1, "n_processes", most=1024)
     _check_launched(settings, n_launched)
     config = options.method_config(settings)
     options.resolve_method(settings, config)
@@ -103,7 +107,9 @@ def run(settings: Namespace) -> Result | None:
         if is_to_be_planned:
             text += "\nbefore bits are planned for the budget, which takes the model and the data"
         return _result(found, text)
+    was_there = False
     if can_be_streamed(settings):
+        was_there = (Path(settings.output) / RUN_FILE).is_file()  # of the same run, or it is refused
         planned(settings.model, config)  # refuses a model that cannot be made
         if n_launched > 1:
             shared_out(settings, config)
@@ -124,12 +130,12 @@ def run(settings: Namespace) -> Result | None:
                 plan.save(part)
         found = summary(model_on_meta(settings.output))
     elif not settings.resume:
-        raise ValueError(
+        raise WrongUsage(
             "--resume false is for what goes from files to files, and with these options nothing is left to resume: "
             f"{IN_MEMORY}. Leave it out. Nothing was written."
         )
     elif settings.n_processes > 1:
-        raise ValueError(
+        raise WrongUsage(
             f"--n_processes {settings.n_processes} goes from files to files, which these options do not: {IN_MEMORY}. "
             "Leave them out. Nothing was written."
         )
@@ -137,8 +143,9 @@ def run(settings: Namespace) -> Result | None:
         options.check_output(settings)
         options.refuse_output_in_use(settings)
         found, plan = quantized_in_memory(settings, config, plan)
-    said = [str(found), *([] if plan is None else [f"plan: {plan}"]), f"saved in {settings.output}"]
-    return _result(found, "\n".join(said), plan=plan, output=settings.output)
+    where = f"was there already, complete, in {settings.output}" if was_there else f"saved in {settings.output}"
+    said = [str(found), *([] if plan is None else [f"plan: {plan}"]), where]
+    return _result(found, "\n".join(said), plan=plan, output=settings.output, was_there=was_there)
 
 
 def shared_out(settings: Namespace, config: QuantConfig) -> None:
@@ -162,17 +169,17 @@ def shared_out(settings: Namespace, config: QuantConfig) -> None:
 
 
 def _check_launched(settings: Namespace, n_launched: int) -> None:
-    """Raise ValueError where a launcher has started several processes for what goes in one."""
+    """Raise WrongUsage where a launcher has started several processes for what goes in one."""
     if n_launched == 1 or settings.dry_run:
         return
     if settings.calibration.data is not None or not can_be_streamed(settings):
-        raise ValueError(
+        raise WrongUsage(
             f"a launcher has started {n_launched} processes, and this is done in one: with calibration each block "
             f"needs those before it, and a model in memory ({IN_MEMORY}) is in one process. Call it without the "
             "launcher; torch uses several threads by itself. Nothing was written."
         )
     if settings.n_processes > 1:
-        raise ValueError(
+        raise WrongUsage(
             f"the {n_launched} processes that a launcher has started share the work: leave out --n_processes "
             f"{settings.n_processes}, or the launcher. Nothing was written."
         )
@@ -214,8 +221,10 @@ def planned(name: str, config: QuantConfig) -> ModelSummary:
     return summary(model_on_meta(name), config)
 
 
-def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, output: str | None = None) -> Result:
-    data = {
+def _result(
+    found: ModelSummary, text: str, *, plan: BitPlan | None = None, output: str | None = None, was_there: bool = False
+) -> Result:
+    data: dict[str, Any] = {
         "n_parameters": found.n_parameters,
         "nbytes": found.nbytes,
         "fraction_quantized": found.fraction_quantized,
@@ -225,6 +234,8 @@ def _result(found: ModelSummary, text: str, *, plan: BitPlan | None = None, outp
         ],
         "dense": [{"reason": group.label, "modules": list(group.names)} for group in found.by_reason],
     }
+    if output is not None:
+        data["was_there"] = was_there
     if plan is not None:
         data["plan"] = options.figures_of(plan)
     return Result(text=text, output=output, data=data)

@@ -26,6 +26,7 @@ from ..models import (
 )
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
+from ..refused_values import check_at_least
 from ..result import Result
 
 DESCRIPTION = (
@@ -69,9 +70,9 @@ def run(settings: Namespace) -> Result:
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
-    for name, least in (("window", 2), ("n_worst", 0)):
-        if settings[name] < least:
-            raise ValueError(f"--{name} {settings[name]} must be at least {least}.")
+    check_at_least(settings, 2, "window")
+    check_at_least(settings, 0, "n_worst")
+    check_at_least(settings, 1, "n_tokens")
     file = Path(settings.output) if settings.output else folder / PAGE
     if file.is_dir():
         raise IsADirectoryError(f"--output {file} is a folder. Name a file, such as {file / PAGE}.")

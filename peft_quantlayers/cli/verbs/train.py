@@ -11,26 +11,29 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoftQConfig, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
+from quantlayers_cli.option_names import WrongUsage, read_options
+
 from ...estimate.estimates import size_text
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
+from ...merging.strategies import Strategy
 from ...model_merge import merge_back
-from ...model_merge.merge_back import Strategy
 from ...report.tensorboard import LayerFiguresCallback
 from ...report.training_parts import STATE_FILE, checkpoints
-from ...saving import save_model
+from ...saving import save_model, saved_model
 from ...scales import QuantScalesConfig
 from ...storage.free_memory import peak_resident_bytes, return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import pv_training
 from .. import shared_options as options
 from ..half_made import RESUME, half_made_removed
+from ..in_options import REPORT_FILE, in_options
 from ..models import (
     is_quantized_already,
     load_model,
@@ -40,6 +43,7 @@ from ..models import (
 )
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP
+from ..refused_values import values_refused
 from ..rehearsal import rehearse
 from ..result import Result
 from ..trained_base import (
@@ -65,6 +69,8 @@ DESCRIPTION = (
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
+# Of the data, to see whether TRL's trainer takes the options.
+ROWS_FOR_OPTIONS = 4
 # Fields that PEFT fills itself.
 OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 # Fields of the trainers' arguments that other options give.
@@ -141,6 +147,8 @@ def run(settings: Namespace) -> Result | None:
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     adapter = adapter_config(settings)
+    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
+        rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
     if settings.dry_run or (is_float and not settings.show_batch):
         with given_options_named(settings):
             rehearse(settings, rows, eval_rows, tokenizer)
@@ -183,7 +191,7 @@ def run(settings: Namespace) -> Result | None:
 def checked_start(settings: Namespace, processes: PartialState) -> str | None:
     """The checkpoint to go on with, if any. Raises an error where the output is in use, or nothing can go on there."""
     if settings.fsdp_size is not None and settings.merge is not None:
-        raise ValueError("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
+        raise WrongUsage("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
@@ -194,11 +202,11 @@ def checked_start(settings: Namespace, processes: PartialState) -> str | None:
             True  # all that transformers saves of a model that was sharded while loading
         )
         if resume:
-            raise ValueError(
+            raise WrongUsage(
                 "a run with --fsdp_size cannot be resumed: its checkpoints hold no state of the optimizer."
             )
         if not 1 <= settings.fsdp_size <= processes.num_processes:
-            raise ValueError(
+            raise WrongUsage(
                 f"--fsdp_size {settings.fsdp_size} must lie between 1 and the number of processes, which is "
                 f"{processes.num_processes}: accelerate launch --num_processes N -m peft_quantlayers train ..."
             )
@@ -228,18 +236,21 @@ def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig | None, *, 
 def merged(settings: Namespace, model: Any, tokenizer: Any) -> tuple[dict[str, Any], str]:
     """Merge what was trained and save it; the report as data and in words. An error says where the adapter is."""
     folder = settings.merged_output or str(Path(settings.output) / "merged")
+    by_hand = f"peft-quantlayers merge {settings.output} MERGED"
     is_resumed = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
     try:
         whole: Any
         whole, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
         # A run that was killed here, and is resumed, replaces what it wrote.
-        save_model(whole, folder, tokenizer=tokenizer, overwrite=settings.overwrite or is_resumed)
+        replaced = settings.overwrite or is_resumed
+        with saved_model(whole, folder, tokenizer=tokenizer, overwrite=replaced) as written:
+            report.save(written / REPORT_FILE)
     except BaseException as error:
-        error.add_note(
-            f"The adapter is complete, in {settings.output}: peft-quantlayers merge {settings.output} MERGED."
-        )
+        error.add_note(f"The adapter is complete, in {settings.output}: {by_hand}.")
         raise
-    return report.to_dict(), f"{report}\nmerged model in {folder}"
+    told = in_options(str(report))
+    told += f"\nsuch options are those of {by_hand}" if "--" in told else ""
+    return report.to_dict(), f"{told}\nmerged model in {folder}; every layer in its {REPORT_FILE}"
 
 
 def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
@@ -298,12 +309,18 @@ def adapter_config(settings: Namespace) -> PeftConfig | None:
         return None
     if settings.adapter_type == "scales":
         fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
-        return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
+        with values_refused():
+            return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
     options.check_pattern("lora.target_modules", settings.lora.target_modules)
     names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
-    return LoraConfig(**{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))})
+    if fields["loftq_config"] == vars(LoftQConfig()):  # jsonargparse has filled it in, and PEFT would warn of it
+        fields.pop("loftq_config")
+    with values_refused():
+        return LoraConfig(
+            **{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))}
+        )
 
 
 def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
@@ -340,13 +357,11 @@ def shown_batch(batch: dict[str, Tensor], tokenizer: Any) -> str:
 
 def _chosen(arguments: Sequence[str], **defaults: str) -> dict[str, str]:
     """Options on the line, else in the YAML file, else their ``defaults``, before the parser is complete."""
-    import yaml
-
     found: dict[str, str] = {}
     for file in (argument for argument in arguments if argument.endswith((".yaml", ".yml"))):
         try:
-            content = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            content = read_options(file)
+        except WrongUsage:
             continue  # the parser says what is wrong with it
         if isinstance(content, dict):
             found |= {name: str(content[name]) for name in defaults.keys() & content.keys()}
