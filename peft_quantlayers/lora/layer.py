@@ -278,7 +278,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
             return lora_plan(self, self._ordered(names), merge=super().merge, merge_aware=self.aware_adapters)
 
     def traits(self, names: Sequence[str]) -> AdapterTraits:
-        return lora_traits(self, self._ordered(names), merge_aware=self.aware_adapters)
+        return lora_traits(self, self._ordered(names), self.unmerged_weight(), merge_aware=self.aware_adapters)
 
     def _ordered(self, names: Sequence[str]) -> list[str]:
         """Those that are on this layer, as they were added: sums of floats depend on it, and so would the codes."""

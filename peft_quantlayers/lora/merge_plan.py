@@ -49,7 +49,7 @@ def lora_plan(
         except ValueError as error:
             raise ValueError(f"{error}. Nothing was merged. Train the adapter again or load another.") from None
         merged_caches = variant_caches(layer)
-    adapters = lora_traits(layer, names, merge_aware=merge_aware)
+    adapters = lora_traits(layer, names, weight, merge_aware=merge_aware)
     left, right = lora_factors(layer, names) if _are_plain(layer, names) else (None, None)
     return MergePlan(
         layer_name=base.layer_name,
@@ -67,9 +67,13 @@ def lora_plan(
     )
 
 
-def lora_traits(layer: Any, names: Sequence[str], *, merge_aware: dict[str, str]) -> AdapterTraits:
-    """What is known of the adapters ``names`` of a LoRA layer without a plan; arguments as of :func:`lora_plan`."""
-    base, weight = layer.quantized_base(), cast(QuantizedWeight, layer.unmerged_weight())
+def lora_traits(
+    layer: Any, names: Sequence[str], weight: QuantizedWeight, *, merge_aware: dict[str, str]
+) -> AdapterTraits:
+    """What is known of the adapters ``names`` of a LoRA layer on the unmerged ``weight`` without a plan.
+
+    Other arguments as of :func:`lora_plan`.
+    """
     is_qalora = bool(names) and all(isinstance(layer.lora_variant.get(name), MergeableQALoraVariant) for name in names)
     facts = LoraFacts(
         spec=weight.spec,
@@ -83,7 +87,7 @@ def lora_traits(layer: Any, names: Sequence[str], *, merge_aware: dict[str, str]
         strategies=fitting_strategies(facts),
         is_merge_aware=_is_rounded_against(weight, [merge_aware.get(name) for name in names]),
         trained_merge_aware=tuple(name for name in names if name in merge_aware),
-        can_be_qalora=can_be_qalora(base),
+        can_be_qalora=can_be_qalora(layer.quantized_base()),
     )
 
 

@@ -147,7 +147,7 @@ class MergeSource(ABC):
         """Write a merge into the layer."""
         state, unmerged, base = self.merging, self.unmerged_snapshot(), write.new_base
         if base is None:
-            base = self._unmerged_base_here()
+            base = unmerged.base.to(next(self.current_base().parameters()).device)
             if state.shares_base:
                 cast(QuantizedLinear, base).unshare_parameters()
             if write.weight is not None:
