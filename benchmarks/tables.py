@@ -109,15 +109,22 @@ def calibration() -> str:
 
 
 def own_text() -> str:
-    """KL on both texts with and without the model's own text, of the bases that were calibrated both ways."""
+    """KL on both texts with and without the model's own text; of those that were calibrated both ways, both."""
     known = {row["name"]: row for row in result("calibration")["rows"]}
     rows = []
     for name, row in known.items():
+        if "own text" not in name:
+            continue
         base, _, said = name.partition(", calibrated, ")
-        if "own text" in said and (without := known.get(f"{base}, calibrated")) is not None:
-            scores = (each[score] for score in ("kl_to_float", "kl_to_float_second_text") for each in (without, row))
-            more, _, _ = said.rpartition(", ")
-            rows.append([f"{base}, {more}" if more else base, *(f"{score:.3f}" for score in scores)])
+        said, _, tuned = said.partition(" + ")
+        steps = [step for step in said.split(", ") if "own text" not in step]
+        finetuned = [step for step in steps if step == "finetuned"]
+        without = known.get(", ".join([base, "calibrated", *finetuned]) + (f" + {tuned}" if tuned else ""))
+        scores = (
+            each and each[score] for score in ("kl_to_float", "kl_to_float_second_text") for each in (without, row)
+        )
+        label = ", ".join([base, *steps, *([f"tuned to the {tuned}"] if tuned else [])])
+        rows.append([label, *("–" if score is None else f"{score:.3f}" for score in scores)])
     return table(["", "WikiText", "WikiText, own text too", "second text", "second text, own text too"], rows)
 
 
