@@ -54,7 +54,7 @@ kill-test: $(VENV)/.installed
 # For daily use, in less than 90 seconds: the checks, the contract of all methods, the golden files, and the tests of
 # what changed, without the slow ones.
 check: $(VENV)/.installed lint
-	$(PYTEST) -q -m "not slow and not real_model" $$($(VENV)/bin/python tests/selection.py) $(ARGS)
+	$(PYTEST) -q -m "not slow and not thorough and not real_model" $$($(VENV)/bin/python tests/selection.py) $(ARGS)
 
 # PEFT's own tests on our layers, all of them: half an hour or more for each method. The newest supported PEFT, or
 # another: make conformance PEFT=0.21.0 METHOD=aqlm ARGS="--shard 0/4"
