@@ -14,6 +14,12 @@ IN_OPTIONS = {
     r"needs calibration=": "needs --calibration.data FILE",
     r"tune_epochs=(\d+)": r"--tune_epochs \1",
     r"with tune_epochs=": "with --tune_epochs",
+    r"\bapproximate='(\w+)'": r"--approximate \1",
+    r"\bformat='([\w-]+)'": r"--format \1",
+    r"\baverage=([\d.]+)": r"--average_bits \1",
+    r"\bsize='(\w+)'": r"--size \1",
+    r"skip_modules=\['([^']*)'\]": r"--skip_modules [\1]",
+    r"pass tokenizer= one": "give --tokenizer one",
     r"Train with LoraConfig\(use_qalora=True, qalora_group_size=<group_size>\)": "Train with --lora.use_qalora true "
     "--lora.qalora_group_size SIZE",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
@@ -21,7 +27,7 @@ IN_OPTIONS = {
 
 
 def in_options(text: str) -> str:
-    """``text`` with options of ``merge`` in the place of arguments of :func:`merge_back`."""
+    """``text`` with options in the place of arguments in Python."""
     for pattern, option in IN_OPTIONS.items():
         text = re.sub(pattern, option, text)
     return text

@@ -66,6 +66,11 @@ def check_training(settings: Namespace) -> None:
         raise ValueError(
             f"{settings.model} is an encoder-decoder, and TRL's trainers take language models with a decoder only."
         )
+    if settings.training.get("deepspeed"):
+        raise WrongUsage(
+            "--training.deepspeed flattens parameters into buffers of one floating dtype, of which the codes of "
+            "quantized layers cannot be part. Leave it out, or shard the base over the processes: --fsdp_size N."
+        )
     _check_merge(settings)
     _check_trackers(settings.training.report_to)
 
@@ -76,6 +81,7 @@ def _check_numbers(settings: Namespace) -> None:
         if isinstance(value, float) and math.isnan(value):
             raise WrongUsage(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
     check_at_least(settings, 1, "lora.r")
+    check_at_least(settings, 0, "lora.lora_dropout", most=1)
     for name, least in LEAST.items():
         value = training.get(name)
         if isinstance(value, int | float) and not least <= value < math.inf:

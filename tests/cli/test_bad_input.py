@@ -71,7 +71,7 @@ def test_values_that_are_no_numbers_of_anything(commands, text_file, tmp_path, c
     for verb, options, said in (
         ("evaluate", ["--n_tokens", "-5"], "--n_tokens -5 must be at least 1"),
         ("evaluate", ["--window", "0"], "--window 0 must be at least 2"),
-        ("merge", ["--evaluate_on", text_file, "--evaluate_tokens", "0"], "--evaluate_tokens 0 must be at least 1"),
+        ("merge", ["--evaluate_on", text_file, "--evaluate_tokens", "0"], "--evaluate_tokens 0 must be at least 2"),
         ("estimate", ["--calibration_tokens", "-3"], "--calibration_tokens -3 must be at least 0"),
         ("report", ["--text", text_file, "--window", "0"], "--window 0 must be at least 2"),
         ("report", ["--n_worst", "-1"], "--n_worst -1 must be at least 0"),

@@ -25,7 +25,7 @@ OUT_OF_RANGE = {
         ("--num_codebooks 2", "HQQConfig has no field ['num_codebooks']"),
         ("--n_processes 0", "--n_processes 0 must be at least 1"),
         ("--average_bits -1 --calibration.data TEXT", "--average_bits -1.0 must be above 0"),
-        ("--size many --calibration.data TEXT", "size='many' is no size"),
+        ("--size many --calibration.data TEXT", "--size many is no size"),
         ("--calibration.data TEXT --calibration.n_tokens 0", "n_tokens"),
         ("--calibration.data TEXT --calibration.damping -1", "damping"),
         ("--device no_device", "device='no_device' cannot be used here"),
@@ -34,6 +34,8 @@ OUT_OF_RANGE = {
     "train": [
         ("--lora.r 0", "--lora.r 0 must be at least 1"),
         ("--lora.target_modules ((", "is no regular expression"),
+        ("--lora.lora_dropout 2", "--lora.lora_dropout 2.0 must be at least 0, and at most 1"),
+        ("--training.deepspeed x.json", "Leave it out, or shard the base over the processes: --fsdp_size N"),
         ("--training.max_steps 0", "trains nothing"),
         ("--training.optim no_such", "no_such is not a valid OptimizerNames"),
         ("--training.lr_scheduler_type no_such", "no_such is not a valid SchedulerType"),
@@ -42,10 +44,10 @@ OUT_OF_RANGE = {
     ],
     "merge": [
         ("--tune_epochs -1", "tune_epochs"),
-        ("--evaluate_tokens 0", "--evaluate_tokens 0 must be at least 1"),
+        ("--evaluate_tokens 0", "--evaluate_tokens 0 must be at least 2"),
         ("--average_bits 99 --calibration.data TEXT", "--average_bits 99.0 must be above 0 and at most 32"),
     ],
-    "export": [("--format nope", "format='nope' is not supported"), ("--n_tokens 0", "--n_tokens 0 must be")],
+    "export": [("--format nope", "--format nope is not supported"), ("--n_tokens 0", "--n_tokens 0 must be")],
     "evaluate": [
         ("--window 0", "--window 0 must be at least 2"),
         ("--n_tokens -5", "--n_tokens -5 must be at least 1"),
@@ -86,7 +88,7 @@ EXCLUDING = {
         ("--adapter_type pv --merge auto", "there is no adapter"),
     ],
     "merge": [
-        ("--tune_epochs 2", "tune_epochs=2 needs calibration"),
+        ("--tune_epochs 2", "--tune_epochs 2 needs --calibration.data FILE"),
         ("--strategy keep --calibration.data TEXT", "takes no calibration data"),
         ("--average_bits 3.5", "--average_bits needs --calibration.data"),
     ],
@@ -130,6 +132,9 @@ def test_what_files_hold_ends_with_1(verb, commands, quantized, float_model, tmp
         (tmp_path / "bad.jsonl").write_text(json.dumps({"text": 5}))
         assert "is 5, and no text" in refused(capsys, [*command, "--data", str(tmp_path / "bad.jsonl")], 1)
         assert "nope" in refused(capsys, [*command, "--lora.target_modules", "[nope]"], 1)
+        template = ["--training.chat_template_path", "no.jinja"]
+        assert "no.jinja: there is no such file" in refused(capsys, [*command, *template], 1)
+        assert "initialize_loftq" in refused(capsys, [*command, "--lora.init_lora_weights", "loftq"], 1)
         assert "for a float model" in refused(capsys, [*command, "--quantization.nbits", "3"], 1)
     if verb == "quantize":
         assert "is quantized already" in refused(capsys, ["quantize", quantized, str(out)], 1)

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from ...arguments import check_choice
 from ...exports import export, export_formats
 from .. import shared_options as options
+from ..in_options import in_options
 from ..models import (
     another_base_refused,
     check_ids,
@@ -96,4 +97,4 @@ def run(settings: Namespace) -> Result:
             text=text,
             overwrite=settings.overwrite,
         )
-    return Result(text=str(report), data=dataclasses.asdict(report), output=settings.output)
+    return Result(text=in_options(str(report)), data=dataclasses.asdict(report), output=settings.output)

@@ -61,7 +61,7 @@ def run(settings: Namespace) -> Result:
     with values_refused():
         has_budget = settings.average_bits is not None or settings.size is not None or settings.plan is not None
         refuse_arguments(settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget)
-    check_at_least(settings, 1, "evaluate_tokens")
+    check_at_least(settings, 2, "evaluate_tokens")
     name, _ = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)

@@ -69,6 +69,7 @@ DESCRIPTION = (
 )
 POSITIONALS = ("model", "output")
 IGNORED_LABEL = -100
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 # Of the data, to see whether TRL's trainer takes the options.
 ROWS_FOR_OPTIONS = 4
 # Fields that PEFT fills itself.
@@ -144,6 +145,9 @@ def run(settings: Namespace) -> Result | None:
     if settings.training.use_cpu:
         return_large_blocks()
     tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    template = settings.training.get("chat_template_path") or ""
+    if template.endswith(TEMPLATE_SUFFIXES) and not Path(template).is_file():
+        raise FileNotFoundError(f"--training.chat_template_path {template}: there is no such file.")
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     adapter = adapter_config(settings)
@@ -315,7 +319,10 @@ def adapter_config(settings: Namespace) -> PeftConfig | None:
     names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
-    if fields["loftq_config"] == vars(LoftQConfig()):  # jsonargparse has filled it in, and PEFT would warn of it
+    is_filled_in = fields["loftq_config"] == vars(LoftQConfig())
+    if (
+        is_filled_in and fields["init_lora_weights"] != "loftq"
+    ):  # jsonargparse has filled it in, and PEFT would warn of it
         fields.pop("loftq_config")
     with values_refused():
         return LoraConfig(
