@@ -75,7 +75,7 @@ def test_what_sharding_cannot_do_is_refused_before_anything_is_loaded(quantized,
         (["--merge", "auto"], "--merge needs the whole base in one process"),
         (["--training.resume_from_checkpoint", "true"], "cannot be resumed"),
     ):
-        assert main([*command, *options]) == 1
+        assert main([*command, *options]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
