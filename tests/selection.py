@@ -52,7 +52,7 @@ SLOW = (
 # second version what another test shows in seconds.
 THOROUGH = (
     "tests/cli/test_run.py::test_autoload_imports_the_package_in_whatever_order_a_program_imports",
-    "tests/cli/test_run.py::test_trls_dpo_trains_on_a_saved_model",
+    "tests/cli/test_run.py::test_trls_commands_train_on_a_saved_model",
     "tests/cli/test_train_distributed.py::test_two_processes_train_the_adapter_of_one",
     "tests/conformance/test_conformance.py::test_pefts_own_tests_pass_on_our_layers[hqq-0.21.0]",
     "tests/exports/test_experts.py::test_gguf_of_a_mixture_with_the_tokenizer_of_gpt2s_kind[llama4]",

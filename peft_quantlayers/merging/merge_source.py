@@ -232,13 +232,17 @@ class MergeSource(ABC):
         """The report on the last merge of this layer; None while nothing is merged."""
         return self.merging.report
 
-    def refresh_report(self, hessian: Tensor | None = None) -> None:
-        """Update the report after the merged weight was tuned; ``hessian`` as in :class:`MergeResult`."""
+    def refresh_report(self, hessian: Tensor | None = None) -> MergePlan:
+        """Update the report after the merged weight was tuned, and return the plan of the merge.
+
+        ``hessian``: as in :class:`MergeResult`.
+        """
         strategy = "calibrated" if self.merging.report is None else self.merging.report.strategy
         weight = self.quantized_base().quantized_weight
         with torch.no_grad():
             plan = self.plan(list(self.merged_adapters))
             self.merging.report = layer_report(plan, MergeResult(strategy=strategy, weight=weight, hessian=hessian))
+        return plan
 
 
 def _new_layer(unmerged: nn.Module, result: MergeResult, bias: Tensor | None) -> nn.Module:
