@@ -71,7 +71,8 @@ def parse(parser: VerbParser, arguments: Sequence[str], positionals: Sequence[st
     Raises:
         WrongUsage: an unknown option or key, a value of the wrong type, a required one that is missing.
     """
-    known = parser.names()
+    # jsonargparse names what a dataclass of PEFT's may hold below init_args, and writes and reads it without.
+    known = parser.names() | {name.replace(".init_args.", ".") for name in parser.names()}
     named = with_names(arguments, positionals, known)
     try:
         settings = parser.parse_args(named)

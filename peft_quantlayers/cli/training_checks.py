@@ -1,4 +1,4 @@
-"""What of the options of ``train`` cannot work, said before anything is loaded or written."""
+"""What of the options of ``train`` cannot work, said before anything is loaded or written; and what is no result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from peft import LoraConfig, PeftConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from quantlayers_cli.option_names import WrongUsage
@@ -210,3 +212,14 @@ def check_base_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
             f"--training.resume_from_checkpoint {checkpoint} was trained on another base: "
             f"{(others or list(recorded))[0]} is another one there, or none. Give its base, or leave it out."
         )
+
+
+def refuse_diverged(model: nn.Module, *, n_steps: int) -> None:
+    """Raise ValueError if something that was trained is not finite any more: it is no result to save."""
+    for name, parameter in model.named_parameters():
+        here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.requires_grad and not torch.isfinite(here).all():
+            raise ValueError(
+                f"the training diverged: {name} holds NaN or Inf after {n_steps} steps. Train with a lower "
+                "--training.learning_rate, or with --training.max_grad_norm and --training.warmup_steps."
+            )

@@ -58,6 +58,29 @@ def test_a_folder_for_the_merged_model_that_is_in_use_is_refused_before_training
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("adapter_type", ["lora", "scales"])
+def test_the_settings_beside_an_output_train_the_same_again(adapter_type, quantized, tmp_path, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    settings = {"model": quantized, "adapter_type": adapter_type, "training": {"max_steps": 1}}
+    settings |= {"lora": {}} if adapter_type == "scales" else {}
+    command = with_settings(tmp_path, [{"text": TEXT}] * 4, **settings)
+    printed(capsys, [*command, "--output", str(first)])
+    printed(capsys, ["train", str(first / "train.yaml"), "--output", str(again)])
+    assert (again / "adapter_model.safetensors").read_bytes() == (first / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_training_that_diverged_is_no_result(quantized, tmp_path, capsys):
+    command = with_settings(
+        tmp_path,
+        [{"text": TEXT}] * 4,
+        model=quantized,
+        training={"max_steps": 3, "learning_rate": 1e30, "max_grad_norm": 0.0, "save_strategy": "no"},
+    )
+    said = refused(capsys, [*command, "--output", str(tmp_path / "out")], 1)
+    assert re.search(r"diverged: .*lora_.* holds NaN or Inf after 3 steps.*--training.learning_rate", said)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
 PAIRS = [
     {"prompt": "The lamp is", "chosen": " red.", "rejected": " a fish."},
     {"prompt": "The chair is", "chosen": " blue.", "rejected": " a bird of prey."},

@@ -58,6 +58,7 @@ from ..training_checks import (
     check_modules_to_save,
     check_training,
     given_options_named,
+    refuse_diverged,
 )
 from ..training_rows import load_rows
 from ..trl_trainers import trainer_of
@@ -175,6 +176,7 @@ def run(settings: Namespace) -> Result | None:
         with given_options_named(settings):
             trainer = new_trainer(settings, model, adapter, output=str(folder), optimizers=(tuner, None), **data)
             found, told = trained(trainer, checkpoint)
+            refuse_diverged(trainer.model, n_steps=trainer.state.global_step)
         if tuner is not None:
             tuner.close()
             save_model(trainer.model, folder, tokenizer=tokenizer, overwrite=True)  # beside checkpoints
