@@ -42,8 +42,9 @@ pql report base --text held_out.txt
 pql chat tuned --compare
 ```
 
-The folder of an adapter stands for its base and itself, wherever a model is loaded: `pql chat tuned`, `pql evaluate
-tuned --text held_out.txt`. Trained on a float model, it holds the quantized base too (`tuned/base`).
+The folder of an adapter stands for its base and itself in `merge`, `chat`, `evaluate`, `inspect` and `report`: `pql
+chat tuned`, `pql evaluate tuned --text held_out.txt`. Trained on a float model, it holds the quantized base too
+(`tuned/base`).
 
 ![The page that report writes on a model: a heat map of errors, the worst layers](report.png)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from quantlayers_cli.option_names import WrongUsage
+from quantlayers_cli.options import PROGRAM
 
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
@@ -42,9 +43,10 @@ def config_of(name: str) -> PreTrainedConfig:
         NotADirectoryError: it is a file.
     """
     if is_adapter(name):
+        base = base_of(name)
         raise ValueError(
-            f"{name} holds an adapter, and a model is needed here. Name the model that it was trained on, and the "
-            f"adapter beside it where there is such an option: --adapter {name}."
+            f"{name} holds an adapter, and a model is needed here. Name the one that it was trained on, {base}; or "
+            f"make one model of both: {PROGRAM} merge {name} MERGED."
         )
     folder = Path(name).expanduser()
     if folder.is_file():
