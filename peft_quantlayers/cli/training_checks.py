@@ -152,6 +152,23 @@ def check_modules_to_save(model: nn.Module, wanted_names: list[str] | None) -> N
             raise ValueError(f"--lora.modules_to_save {wanted}: the model has no such module{nearest(wanted, names)}.")
 
 
+def check_something_is_learned(trainer: Any, **rows: Any) -> None:
+    """Raise ValueError where TRL's trainer has dropped all rows: only their prompts are within the longest length.
+
+    Args:
+        trainer: its ``train_dataset`` and ``eval_dataset`` are what is left.
+        rows: what it was given, by the option that named it (``data``, ``eval_data``).
+    """
+    for option, given in rows.items():
+        left = trainer.train_dataset if option == "data" else trainer.eval_dataset
+        if given is not None and len(given) and not len(left):
+            end = "last" if trainer.args.truncation_mode == "keep_end" else "first"
+            raise ValueError(
+                f"--{option} leaves nothing to learn: in all of {len(given)} rows the completion lies outside the "
+                f"{end} {trainer.args.max_length} tokens, to which rows are truncated. Raise --training.max_length."
+            )
+
+
 @contextmanager
 def given_options_named(settings: Namespace) -> Iterator[None]:
     """Add the options that were given to an error of other packages that names none of them."""
@@ -160,7 +177,8 @@ def given_options_named(settings: Namespace) -> Iterator[None]:
     except Exception as error:
         given = _given(settings)
         said = str(error).lower().replace("_", " ")
-        if given and not any(name.rpartition(".")[2].replace("_", " ") in said for name in given):
+        is_named = "--training." in str(error)
+        if given and not is_named and not any(name.rpartition(".")[2].replace("_", " ") in said for name in given):
             error.add_note(f"Given were {', '.join(f'--{name} {value}' for name, value in given.items())}.")
         raise
 

@@ -192,6 +192,17 @@ def test_a_wrong_row_is_named_by_its_line(name, commands, tmp_path, capsys):
     assert said in found
 
 
+@pytest.mark.parametrize("option", ["--training.max_steps=1", "--show_batch"])
+def test_rows_whose_completions_are_all_truncated(option, float_model, commands, tmp_path, capsys):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text("\n".join(['{"prompt": "' + "a" * 90 + '", "completion": "b"}'] * 6))
+    for model in (commands["train"][1], float_model):
+        command = ["train", model, commands["train"][2], "--data", str(rows), option, "--training.max_length", "32"]
+        said = refused_untouched(capsys, command, tmp_path)
+        assert "in all of 6 rows the completion lies outside the first 32 tokens" in said
+        assert said.count("--training.max_length") == 1
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [

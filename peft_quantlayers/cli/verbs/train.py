@@ -56,6 +56,7 @@ from ..training_checks import (
     check_base_of_checkpoint,
     check_checkpoint,
     check_modules_to_save,
+    check_something_is_learned,
     check_training,
     given_options_named,
 )
@@ -230,6 +231,7 @@ def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig | None, *, 
         peft_config=adapter,  # DPO's reference is then the model without the adapter
         **data,
     )
+    check_something_is_learned(trainer, data=data["train_dataset"], eval_data=data["eval_dataset"])
     if settings.merge_aware:
         enable_merge_aware(trainer.model)
     if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
