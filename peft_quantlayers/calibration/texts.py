@@ -20,6 +20,14 @@ TEXT_SUFFIXES = ("", ".txt", ".md", ".rst", ".py")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
+def with_role(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn with the entries "from" and "value" as a message with "role" and "content"; a message as it is."""
+    if turn.get("role") is not None or turn.get("from") is None:
+        return turn
+    speaker = turn["from"].lower()
+    return {"role": ROLES.get(speaker, speaker), "content": turn["value"]}
+
+
 def token_sequences(
     data: Any, tokenizer: Any, model: nn.Module | None, *, n_tokens: int = 2**40, progress: bool = False
 ) -> list[Tensor]:
@@ -228,12 +236,7 @@ class _Encoder:
                 "the calibration data holds chats, and the tokenizer has no chat template to write them as text. Give "
                 "the tokenizer of the chat model, set tokenizer.chat_template, or give texts."
             )
-        if "role" not in messages[0]:
-            messages = [
-                {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
-                for message in messages
-            ]
-        text = render(list(messages), tokenize=False)
+        text = render([with_role(message) for message in messages], tokenize=False)
         return torch.tensor(self.encode(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
+from peft_quantlayers.cli.read_data import token_ids
 
 
 def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
@@ -127,6 +129,39 @@ def test_dpo_reads_preferences_in_the_forms_that_people_have(rows, expected, qua
     command = with_settings(tmp_path, rows * 8, model=quantized, trainer="dpo", tokenizer=str(tmp_path / "tokenizer"))
     shown = printed(capsys, [*command, "--output", str(tmp_path / "out"), "--show-batch"])
     assert expected in shown
+
+
+def folder_with_template(tmp_path: Path, model: str, template: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+SAID = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}]
+TURNS = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": TURNS}],
+        [{"conversations": SAID}],
+        [{"messages": SAID}, {"messages": TURNS}],
+        [{"prompt": TURNS[:1], "completion": TURNS[1:]}],
+    ],
+    ids=["messages", "conversations", "mixed", "prompt and completion"],
+)
+def test_turns_with_from_and_value_are_read_under_every_name(rows, quantized, tmp_path, capsys):
+    tokenizer = folder_with_template(
+        tmp_path, quantized, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    command = with_settings(tmp_path, rows * 8, model=quantized, tokenizer=tokenizer)
+    shown = printed(capsys, [*command, "--output", str(tmp_path / "out"), "--show-batch"]).replace("[", "")
+    assert "<user>Which?<assistant>red" in shown
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    ids = token_ids("text", str(tmp_path / "rows.jsonl"), reader, n_tokens=52)
+    assert reader.decode(ids) == "<user>Which?<assistant>red" * 2
 
 
 def test_rows_of_the_other_trainer_are_refused_with_what_is_taken(quantized, tmp_path, capsys):

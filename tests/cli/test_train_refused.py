@@ -173,6 +173,8 @@ ROWS = {
     "a chat of a word": ([CHAT, '{"messages": "hello"}'], "line 2: messages is 'hello'"),
     "a chat of nothing": ([CHAT, '{"messages": []}'], "line 2: messages is a chat without messages"),
     "no role": ([CHAT, '{"messages": [{"content": "a"}]}'], "and a message has role and content"),
+    "no turn": ([CHAT, '{"messages": [{"who": "a", "says": "b"}]}'], "line 2: messages has the message"),
+    "neither form": (['{"messages": [{"who": "a"}]}'], "a message has role and content, or from and value"),
     "no speaker": (['{"conversations": [{"from": null, "value": "b"}]}'], "and a message has from and value"),
     "no completion": ([PAIR, '{"prompt": "a"}'], "line 2: completion is null"),
     "no answer": (['{"instruction": "a", "output": null}'], "line 1: output is null"),
