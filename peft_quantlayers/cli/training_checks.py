@@ -81,6 +81,9 @@ def _check_numbers(settings: Namespace) -> None:
         if isinstance(value, float) and math.isnan(value):
             raise WrongUsage(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
     check_at_least(settings, 1, "lora.r")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (settings.lora[name] or {}).items():
+            _check_value_of_pattern(name, pattern, value)
     check_at_least(settings, 0, "lora.lora_dropout", most=1)
     for name, least in LEAST.items():
         value = training.get(name)
@@ -96,6 +99,15 @@ def _check_numbers(settings: Namespace) -> None:
             raise WrongUsage(f"--training.{name} {value:g} must be above 0.")
     if training["max_steps"] == 0:
         raise WrongUsage("--training.max_steps 0 trains nothing: at least 1, or -1 for --training.num_train_epochs.")
+
+
+def _check_value_of_pattern(name: str, pattern: str, value: Any) -> None:
+    """Raise WrongUsage for a value in PEFT's mappings of layers to ranks or alphas, whose types it does not check."""
+    is_rank = name == "rank_pattern"
+    is_number = isinstance(value, int if is_rank else int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (is_rank and value < 1):
+        wanted = "a whole number of at least 1" if is_rank else "a finite number"
+        raise WrongUsage(f"--lora.{name} {{{pattern!r}: {value!r}}}: the value must be {wanted}.")
 
 
 def _check_places(settings: Namespace) -> None:

@@ -87,6 +87,7 @@ def run(settings: Namespace) -> Result | None:
     _check_launched(settings, n_launched)
     config = options.method_config(settings)
     options.resolve_method(settings, config)
+    options.check_choices(settings, config)
     refuse_missing_folder("model", settings.model)
     options.check_place("output", Path(settings.output))
     check_computing_device(settings.device)
