@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -236,7 +237,11 @@ class _Encoder:
                 "the calibration data holds chats, and the tokenizer has no chat template to write them as text. Give "
                 "the tokenizer of the chat model, set tokenizer.chat_template, or give texts."
             )
-        text = render([with_role(message) for message in messages], tokenize=False)
+        try:
+            text = render([with_role(message) for message in messages], tokenize=False)
+        except TemplateError as error:
+            name = getattr(self.tokenizer, "name_or_path", "") or "the tokenizer"
+            raise ValueError(f"the chat template of {name} does not take these messages: {error}.") from None
         return torch.tensor(self.encode(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 

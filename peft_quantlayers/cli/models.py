@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -323,6 +324,18 @@ def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") 
         many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
         way_out = f"Lower --{option}." if option else "Give less."
         raise ValueError(f"{_name_of(model)} cannot read {many}: it has {most} positions. {way_out}") from None
+
+
+@contextmanager
+def template_refusals_named(name: str) -> Iterator[None]:
+    """While this is open, an error of the chat template of ``name``, a tokenizer or a file, is a ValueError."""
+    try:
+        yield
+    except TemplateError as error:
+        refused = ValueError(f"the chat template of {name} does not take these messages: {error}.")
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from None
 
 
 def refuse_missing_folder(option: str, name: str) -> None:

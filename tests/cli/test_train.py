@@ -164,6 +164,21 @@ def test_turns_with_from_and_value_are_read_under_every_name(rows, quantized, tm
     assert reader.decode(ids) == "<user>Which?<assistant>red" * 2
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"), [("{% for m in %}", "Expected an expression"), ("{{ raise_exception('no') }}", "no")]
+)
+@pytest.mark.parametrize("option", ["--dry_run", "--show_batch", "--training.max_steps=1"])
+def test_a_chat_template_that_fails_is_named(template, reason, option, quantized, float_model, tmp_path, capsys):
+    tokenizer, out = folder_with_template(tmp_path, quantized, template), str(tmp_path / "out")
+    command = with_settings(tmp_path, [{"messages": SAID}] * 8, model=quantized, tokenizer=tokenizer)
+    said = refused(capsys, [*command, "--output", out, option], 1)
+    assert f"the chat template of {tokenizer} does not take these messages: {reason}" in said
+    assert "unexpected" not in said
+    for verb in (["evaluate", quantized, "--text"], ["quantize", float_model, out, "--calibration.data"]):
+        said = refused(capsys, [*verb, str(tmp_path / "rows.jsonl"), "--tokenizer", tokenizer], 1)
+        assert f"the chat template of {tokenizer} does not take these messages: {reason}" in said
+
+
 def test_rows_of_the_other_trainer_are_refused_with_what_is_taken(quantized, tmp_path, capsys):
     for trainer, rows, said in (
         ("dpo", [{"text": "x"}], "--trainer dpo takes rows with prompt (or instruction), chosen and rejected"),

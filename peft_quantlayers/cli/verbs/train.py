@@ -40,6 +40,7 @@ from ..models import (
     long_windows_refused,
     needed_tokenizer,
     refuse_missing_folder,
+    template_refusals_named,
 )
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP
@@ -152,17 +153,22 @@ def run(settings: Namespace) -> Result | None:
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     adapter = adapter_config(settings)
-    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
+    writer = template or settings.tokenizer or settings.model  # of chats
+    with (
+        template_refusals_named(writer),
+        values_refused(),
+        given_options_named(settings),
+    ):  # of the trainer's options, in a moment
         rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
     if settings.dry_run or (is_float and not settings.show_batch):
-        with given_options_named(settings):
+        with template_refusals_named(writer), given_options_named(settings):
             rehearse(settings, rows, eval_rows, tokenizer)
     set_seed(settings.training.seed)
     if settings.dry_run:
         return plan_of_training(settings, adapter, n_rows=len(rows))
     data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
     if settings.show_batch:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, template_refusals_named(writer):
             model = prepared(settings, settings.model)
             data["optimizers"] = (pv_training.new_tuner(settings, model), None)
             trainer = new_trainer(settings, model, adapter, output=scratch, **data)
@@ -173,7 +179,7 @@ def run(settings: Namespace) -> Result | None:
         # PV-Tuning changes the codes, which no optimizer's state holds: it goes on with the model of the checkpoint.
         model = prepared(settings, checkpoint if checkpoint is not None and adapter is None else name)
         tuner = pv_training.new_tuner(settings, model)
-        with given_options_named(settings):
+        with template_refusals_named(writer), given_options_named(settings):
             trainer = new_trainer(settings, model, adapter, output=str(folder), optimizers=(tuner, None), **data)
             found, told = trained(trainer, checkpoint)
         if tuner is not None:
