@@ -171,6 +171,18 @@ def add_calibration(parser: ArgumentParser) -> None:
             )
 
 
+def check_calibration(settings: Namespace) -> None:
+    """Raise WrongUsage for options of a calibration without data, which would be ignored."""
+    if settings.calibration.data is not None:
+        return
+    for field in dataclasses.fields(Calibration):
+        if field.name not in ("data", "tokenizer") and settings.calibration[field.name] != field.default:
+            raise WrongUsage(
+                f"--calibration.{field.name} is for a calibration, which needs --calibration.data. Give that too, or "
+                "leave it out."
+            )
+
+
 def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     """The :class:`Calibration` that the options of :func:`add_calibration` make; None without data."""
     fields = vars(settings.calibration)

@@ -85,21 +85,27 @@ EXCLUDING = {
         ("--average_bits 3.5", "--average_bits needs --calibration.data"),
         ("--size 1GB --plan p.json", "--size and --plan are two budgets"),
         ("--choices [3]", "--choices needs a budget"),
+        ("--calibration.n_tokens 64", "--calibration.n_tokens is for a calibration, which needs --calibration.data"),
         ("--overwrite --n_processes 2", "goes from files to files, which these options do not"),
         ("--overwrite --resume false", "--resume false is for what goes from files to files"),
     ],
     "train": [
         ("--merge calibrated", "--merge calibrated needs text"),
         ("--merged_output x", "--merged_output is for --merge STRATEGY"),
+        ("--adapter_type scales --lora.r 4", "--lora.r is for --adapter_type lora, and it is scales"),
+        ("--adapter_type scales --lora.target_modules [q_proj]", "--lora.target_modules is for --adapter_type lora"),
+        ("--scales.train [scales]", "--scales.train is for --adapter_type scales, and it is lora"),
         ("--adapter_type scales --merge_aware true", "--merge_aware true is for LoRA"),
         ("--training.eval_strategy steps", "eval_dataset"),
         ("--adapter_type pv --merge auto", "there is no adapter"),
     ],
     "merge": [
         ("--tune_epochs 2", "--tune_epochs 2 needs --calibration.data FILE"),
+        ("--calibration.damping 0.1", "--calibration.damping is for a calibration, which needs --calibration.data"),
         ("--strategy keep --calibration.data TEXT", "takes no calibration data"),
         ("--average_bits 3.5", "--average_bits needs --calibration.data"),
     ],
+    "export": [("--calibration.n_tokens 64", "--calibration.n_tokens is for a calibration, which needs")],
     "chat": [("--compare", "--compare needs --adapter")],
 }
 

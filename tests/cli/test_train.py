@@ -69,7 +69,8 @@ PAIRS = [
 def with_settings(tmp_path, rows, **settings) -> list[str]:
     """The start of a command that trains on ``rows``, by a file of settings."""
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"data": str(tmp_path / "rows.jsonl"), "lora": {"r": 4, "lora_alpha": 8}, **settings}
+    adapter = {"lora": {"r": 4, "lora_alpha": 8}} if settings.get("adapter_type", "lora") == "lora" else {}
+    settings = {"data": str(tmp_path / "rows.jsonl"), **adapter, **settings}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     return ["train", str(tmp_path / "train.yaml")]
 

@@ -77,6 +77,7 @@ WRONG = [
     ("--pv.trust_ratio 0", "--pv.trust_ratio: trust_ratio=0.0 must lie above 0"),
     ("--pv.buffer_bytes -1", "--pv.buffer_bytes: buffer_bytes=-1 must lie between 0"),
     ("--training.adam_beta1 1", "--training.adam_beta1, --training.adam_beta2: betas"),
+    ("--lora.r 4", "--lora.r is for --adapter_type lora, and it is pv"),
     ("--merge_aware true", "leave it out, or --adapter_type pv"),
 ]
 

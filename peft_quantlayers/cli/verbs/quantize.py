@@ -81,6 +81,7 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(settings: Namespace) -> Result | None:
     """Quantize, save, and say what became of the model; None in all but the first of several processes."""
+    options.check_calibration(settings)
     # Without LOCAL_WORLD_SIZE the other processes of a cluster may do something else.
     n_launched = int(os.environ["WORLD_SIZE"]) if os.environ.get("LOCAL_WORLD_SIZE") else 1
     check_at_least(settings, 1, "n_processes", most=1024)

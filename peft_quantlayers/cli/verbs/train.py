@@ -42,7 +42,7 @@ from ..models import (
     refuse_missing_folder,
     template_refusals_named,
 )
-from ..parsing import VerbParser
+from ..parsing import VerbParser, new_parser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused
 from ..rehearsal import rehearse
@@ -122,22 +122,42 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         help="folder of the quantized model that a float --model becomes; adapters may share it; null: OUTPUT/base",
     )
     options.add_method(parser, "quantization.")
-    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
-    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
-    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
-    parser.add_argument(
-        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
-    )
+    _add_adapters(parser)
     parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
     # TRL asks for bfloat16 on a GPU where it is not told otherwise, and stops where there is none.
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
     pv_training.add_arguments(parser, is_chosen=chosen["adapter_type"] == "pv")
 
 
+def _add_adapters(parser: VerbParser) -> None:
+    """``--lora`` and ``--scales``: the fields of the adapters' configs."""
+    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
+    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
+    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
+    parser.add_argument(
+        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
+    )
+
+
+def _check_adapter_options(settings: Namespace) -> None:
+    """Raise WrongUsage for options of an adapter that is not trained, which would be ignored."""
+    parser = new_parser("", "")
+    _add_adapters(parser)
+    defaults = parser.parse_args([])
+    for group in sorted({"lora", "scales"} - {settings.adapter_type}):
+        for name, value in vars(settings[group]).items():
+            if _plain(value) != _plain(defaults[group][name]):
+                raise WrongUsage(
+                    f"--{group}.{name} is for --adapter_type {group}, and it is {settings.adapter_type}. Leave one of "
+                    "both out."
+                )
+
+
 def run(settings: Namespace) -> Result | None:
     """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
     refuse_missing_folder("model", settings.model)
     check_training(settings)
+    _check_adapter_options(settings)
     processes = PartialState(cpu=settings.training.use_cpu)
     checkpoint = checked_start(settings, processes)
     is_float = not is_quantized_already(settings.model)
