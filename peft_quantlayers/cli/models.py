@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from quantlayers_cli.option_names import WrongUsage
+from quantlayers_cli.option_names import WrongUsage, read_options
 
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
@@ -30,6 +30,10 @@ from .refused_values import values_refused
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # What may stand in the place of a device: ways to share a model among all of them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Of these, transformers needs one in a config to load a quantized model; those of other engines have none.
+NAMES_OF_METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}
+# What ``export`` was given, in the folder that it wrote.
+EXPORT_SETTINGS = "export.yaml"
 OWN_BASE = "base"
 """In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
 
@@ -38,7 +42,7 @@ def config_of(name: str) -> PreTrainedConfig:
     """The config of a model in a folder or on the Hub.
 
     Raises:
-        ValueError: the folder holds an adapter.
+        ValueError: the folder holds an adapter, or an export for another engine.
         FileNotFoundError: it holds neither, or there is none and the Hub does not have it.
         NotADirectoryError: it is a file.
     """
@@ -48,12 +52,15 @@ def config_of(name: str) -> PreTrainedConfig:
             f"adapter beside it where there is such an option: --adapter {name}."
         )
     folder = Path(name).expanduser()
+    is_file = (folder / "config.json").is_file()
+    if (folder.suffix == ".gguf" and folder.is_file()) or (not is_file and any(folder.glob("*.gguf"))):
+        raise _export_refused(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
-    if folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and not is_file:
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except OSError:
         if folder.exists():
             raise
@@ -62,6 +69,24 @@ def config_of(name: str) -> PreTrainedConfig:
         ) from None
     except Exception as error:  # of any kind, from the class of whatever model the file names
         raise ValueError(f"{name}: its config.json describes no model that can be read here ({error}).") from None
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and not NAMES_OF_METHODS & {*quantization}:
+        raise _export_refused(name)
+    return config
+
+
+def _export_refused(name: str) -> ValueError:
+    """The error for a model of another engine, with the folder that it was exported from where its settings say it."""
+    folder = Path(name).expanduser()
+    try:
+        given = read_options(str((folder if folder.is_dir() else folder.parent) / EXPORT_SETTINGS))
+    except WrongUsage:  # none there
+        given = {}
+    source = given.get("adapter") or given.get("model")
+    return ValueError(
+        f"{name} is an export for another engine, which cannot be loaded here. Give the folder that it was exported "
+        f"from{f', {source}' if source else ''}."
+    )
 
 
 def is_adapter(name: str) -> bool:
