@@ -26,6 +26,8 @@ OUT_OF_RANGE = {
         ("--n_processes 0", "--n_processes 0 must be at least 1"),
         ("--average_bits -1 --calibration.data TEXT", "--average_bits -1.0 must be above 0"),
         ("--average_bits 3 --choices [2,9] --calibration.data TEXT", "--choices [9]: nbits=9"),
+        ("--average_bits 3 --choices [{'nbit':3}]", "for each layer (did you mean 'nbits'?)"),
+        ("--overrides {'*q_proj':{'nbit':3}}", "unknown field(s) ['nbit'] in a 'hqq' spec (did you mean 'nbits'?)"),
         ("--average_bits 3 --choices [2,9]", "--choices [9]: nbits=9"),
         ("--average_bits 3 --choices [] --calibration.data TEXT", "--choices []: choices must be a list"),
         ("--size many --calibration.data TEXT", "--size many is no size"),
