@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flag, check_model, check_tokenizer
+from ..arguments import check_flag, check_model, check_tokenizer, nearest
 from ..calibration import Calibration, InputGroup, Visitor, walk
 from ..calibration.model_calls import model_calls
 from ..calibration.quantize_calibrated import check_can_calibrate
@@ -132,8 +132,11 @@ def fields_of_choices(choices: Sequence[int | Mapping[str, Any]] | None, config:
             choice = {number: choice}
         if not isinstance(choice, Mapping) or not choice:
             raise TypeError(f"a choice must be a number of bits or a mapping of fields, got {choice!r}.")
-        if unknown := sorted(set(choice) - own):
-            raise ValueError(f"choices name {unknown}, which {type(config).__name__} does not have for each layer.")
+        if unknown := sorted(set(choice) - own, key=str):
+            near = nearest(unknown[0], sorted(own))
+            raise ValueError(
+                f"choices name {unknown}, which {type(config).__name__} does not have for each layer{near}."
+            )
         dataclasses.replace(config, overrides={"*": dict(choice)})  # refuses values
         found.append(dict(choice))
     return found

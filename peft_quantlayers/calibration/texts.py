@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,6 +19,14 @@ COLUMNS = ("input_ids", "text", "messages", "conversations")
 TEXT_SUFFIXES = ("", ".txt", ".md", ".rst", ".py")
 # Other names of roles, in datasets whose chats have the entries "from" and "value".
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+
+
+def with_role(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn with the entries "from" and "value" as a message with "role" and "content"; a message as it is."""
+    if turn.get("role") is not None or turn.get("from") is None:
+        return turn
+    speaker = turn["from"].lower()
+    return {"role": ROLES.get(speaker, speaker), "content": turn["value"]}
 
 
 def token_sequences(
@@ -228,12 +237,11 @@ class _Encoder:
                 "the calibration data holds chats, and the tokenizer has no chat template to write them as text. Give "
                 "the tokenizer of the chat model, set tokenizer.chat_template, or give texts."
             )
-        if "role" not in messages[0]:
-            messages = [
-                {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
-                for message in messages
-            ]
-        text = render(list(messages), tokenize=False)
+        try:
+            text = render([with_role(message) for message in messages], tokenize=False)
+        except TemplateError as error:
+            name = getattr(self.tokenizer, "name_or_path", "") or "the tokenizer"
+            raise ValueError(f"the chat template of {name} does not take these messages: {error}.") from None
         return torch.tensor(self.encode(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 

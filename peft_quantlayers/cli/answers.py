@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from jsonargparse import ArgumentParser, Namespace
 
 from quantlayers_cli.option_names import WrongUsage
 
 from ..calibration.texts import one_split, text_of
-from .models import check_ids, long_windows_refused
+from .models import check_ids, long_windows_refused, template_refusals_named
 from .read_data import is_data_name, load_data
 from .refused_values import check_at_least
 from .row_forms import question_of
@@ -45,13 +44,10 @@ def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, 
     if tokenizer.chat_template is None:  # a base model goes on with the text
         inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
     else:
-        try:
+        with template_refusals_named(settings.tokenizer or tokenizer.name_or_path):
             inputs = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except TemplateError as error:
-            name = settings.tokenizer or tokenizer.name_or_path
-            raise ValueError(f"the chat template of {name} does not take these messages: {error}.") from None
     if not inputs["input_ids"].numel():
         raise ValueError("the message is empty, and there is nothing to answer.")
     check_ids(inputs["input_ids"], model.config)

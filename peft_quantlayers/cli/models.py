@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from quantlayers_cli.option_names import WrongUsage
+from quantlayers_cli.option_names import WrongUsage, read_options
 from quantlayers_cli.options import PROGRAM
 
 from ..arguments import check_device
@@ -30,6 +31,10 @@ from .refused_values import values_refused
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # What may stand in the place of a device: ways to share a model among all of them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Of these, transformers needs one in a config to load a quantized model; those of other engines have none.
+NAMES_OF_METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}
+# What ``export`` was given, in the folder that it wrote.
+EXPORT_SETTINGS = "export.yaml"
 OWN_BASE = "base"
 """In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
 
@@ -38,7 +43,7 @@ def config_of(name: str) -> PreTrainedConfig:
     """The config of a model in a folder or on the Hub.
 
     Raises:
-        ValueError: the folder holds an adapter.
+        ValueError: the folder holds an adapter, or an export for another engine.
         FileNotFoundError: it holds neither, or there is none and the Hub does not have it.
         NotADirectoryError: it is a file.
     """
@@ -49,12 +54,15 @@ def config_of(name: str) -> PreTrainedConfig:
             f"make one model of both: {PROGRAM} merge {name} MERGED."
         )
     folder = Path(name).expanduser()
+    is_file = (folder / "config.json").is_file()
+    if (folder.suffix == ".gguf" and folder.is_file()) or (not is_file and any(folder.glob("*.gguf"))):
+        raise _export_refused(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
-    if folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and not is_file:
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except OSError:
         if folder.exists():
             raise
@@ -63,6 +71,24 @@ def config_of(name: str) -> PreTrainedConfig:
         ) from None
     except Exception as error:  # of any kind, from the class of whatever model the file names
         raise ValueError(f"{name}: its config.json describes no model that can be read here ({error}).") from None
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and not NAMES_OF_METHODS & {*quantization}:
+        raise _export_refused(name)
+    return config
+
+
+def _export_refused(name: str) -> ValueError:
+    """The error for a model of another engine, with the folder that it was exported from where its settings say it."""
+    folder = Path(name).expanduser()
+    try:
+        given = read_options(str((folder if folder.is_dir() else folder.parent) / EXPORT_SETTINGS))
+    except WrongUsage:  # none there
+        given = {}
+    source = given.get("adapter") or given.get("model")
+    return ValueError(
+        f"{name} is an export for another engine, which cannot be loaded here. Give the folder that it was exported "
+        f"from{f', {source}' if source else ''}."
+    )
 
 
 def is_adapter(name: str) -> bool:
@@ -325,6 +351,18 @@ def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") 
         many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
         way_out = f"Lower --{option}." if option else "Give less."
         raise ValueError(f"{_name_of(model)} cannot read {many}: it has {most} positions. {way_out}") from None
+
+
+@contextmanager
+def template_refusals_named(name: str) -> Iterator[None]:
+    """While this is open, an error of the chat template of ``name``, a tokenizer or a file, is a ValueError."""
+    try:
+        yield
+    except TemplateError as error:
+        refused = ValueError(f"the chat template of {name} does not take these messages: {error}.")
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from None
 
 
 def refuse_missing_folder(option: str, name: str) -> None:

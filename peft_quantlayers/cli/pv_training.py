@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 from jsonargparse import Namespace
 from torch import nn
@@ -14,6 +15,7 @@ from ..estimate import Estimate
 from ..layers import AQLMLinear
 from ..layers.quantized_layers import quantized_layers
 from ..training import PVTuner
+from ..training.pv_tuning import check_values
 from .models import is_quantized_already
 from .parsing import VerbParser
 from .refused_values import values_refused
@@ -26,6 +28,8 @@ OPTIONS = {
     "buffer_bytes": "for gradients of dense weights; layers beyond it have their turn in the next step",
 }
 _DEFAULTS = {name: each.default for name, each in inspect.signature(PVTuner).parameters.items()}
+# Options whose names are not those of PVTuner's arguments.
+_OPTION_OF = {"lr": "training.learning_rate", "betas": "training.adam_beta1, --training.adam_beta2"}
 # Of a trained float32 number: itself, its gradient and AdamW's two moments.
 _COPIES = 4
 
@@ -68,6 +72,21 @@ def check_options(settings: Namespace, *, n_processes: int) -> None:
             f"{why}, codes too, which only AQLM has: --quantization.method aqlm. For {settings.quantization.method} "
             "choose --adapter_type lora or scales."
         )
+    try:
+        check_values(**_values(settings))
+    except (TypeError, ValueError) as error:
+        name = str(error).partition("=")[0]
+        raise WrongUsage(f"--{_OPTION_OF.get(name, f'pv.{name}')}: {error}") from None
+
+
+def _values(settings: Namespace) -> dict[str, Any]:
+    """What PVTuner takes besides a model."""
+    training = settings.training
+    return {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        **vars(settings.pv),
+    }
 
 
 def new_tuner(settings: Namespace, model: nn.Module) -> PVTuner | None:
@@ -80,14 +99,8 @@ def new_tuner(settings: Namespace, model: nn.Module) -> PVTuner | None:
     if settings.adapter_type != "pv":
         return None
     _check_layers(settings.model, model)
-    training = settings.training
     with values_refused():
-        return PVTuner(
-            model,
-            lr=training.learning_rate,
-            betas=(training.adam_beta1, training.adam_beta2),
-            **vars(settings.pv),
-        )
+        return PVTuner(model, **_values(settings))
 
 
 def costs(name: str, model: nn.Module, buffer_bytes: int, n_bytes: int) -> Estimate:

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .training_checks import check_something_is_learned
 from .trl_trainers import trainer_of
 
 _WIDTH = 8
@@ -44,6 +45,7 @@ def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any, *, 
                 peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
             )
             if n_rows is None:
+                check_something_is_learned(trainer, data=rows, eval_data=eval_rows)
                 next(iter(trainer.get_train_dataloader()))
             if not settings.training.get("optim_target_modules"):  # names of the real model's layers
                 trainer.create_optimizer_and_scheduler(num_training_steps=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from ..calibration.texts import ROLES
+from ..calibration.texts import with_role
 
 
 def from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
@@ -20,10 +21,14 @@ def from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt} if "chosen" in row or parts[2] is None else {"prompt": prompt, "completion": parts[2]}
 
 
-def from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    """Messages of a row with conversations."""
-    said = [(turn["from"].lower(), turn["value"]) for turn in row["conversations"]]
-    return {"messages": [{"role": ROLES.get(role, role), "content": text} for role, text in said]}
+def is_sharegpt(chats: Iterable[Any]) -> bool:
+    """Whether turns of ``chats`` have the entries from and value."""
+    return any("from" in turn for chat in chats if isinstance(chat, list) for turn in chat)
+
+
+def with_roles(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with role and content of turns in either form."""
+    return [dict(with_role(turn)) for turn in turns]
 
 
 def joined(row: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +50,8 @@ def question_of(row: dict[str, Any]) -> list[dict[str, str]] | str:
     """What a model is asked in a row of any form: messages up to the last answer, or a text."""
     if "instruction" in row:
         return from_alpaca(row)["prompt"].strip()
-    row = from_sharegpt(row) if "conversations" in row else row
-    asked = next((row[name] for name in ("messages", "prompt", "text") if row.get(name)), "")
-    if isinstance(asked, list) and asked and asked[-1]["role"] == "assistant":
-        return asked[:-1]
-    return asked
+    asked = next((row[name] for name in ("conversations", "messages", "prompt", "text") if row.get(name)), "")
+    if not isinstance(asked, list):
+        return asked
+    messages = with_roles(asked)
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages

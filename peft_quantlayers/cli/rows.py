@@ -92,11 +92,14 @@ def _misfit_of_chat(messages: list[Any]) -> str | None:
         return "is a chat without messages"
     for message in messages:
         given = message if isinstance(message, Mapping) else {}
-        role, content = next((pair for pair in MESSAGE if pair[0] in given), MESSAGE[0])
+        pairs = [pair for pair in MESSAGE if pair[0] in given]
+        # Rows of both forms in one file have all four entries, of which two are null.
+        role, content = next((pair for pair in pairs if given[pair[0]] is not None), [*pairs, MESSAGE[0]][0])
         said = given.get(content)
         is_said = isinstance(said, str) or (content == "content" and (said or given.get("tool_calls")))
         if not isinstance(given.get(role), str) or not is_said:
-            return f"has the message {_shown(message)}, and a message has {role} and {content}"
+            other = "" if pairs else ", or from and value"
+            return f"has the message {_shown(message)}, and a message has {role} and {content}{other}"
     return None
 
 

@@ -15,6 +15,7 @@ from quantlayers_cli.option_names import WrongUsage
 
 from ..bit_allocation import BitPlan
 from ..bit_allocation.bit_plan import bytes_of_size
+from ..bit_allocation.plan_bits import fields_of_choices
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
 from .field_help import field_help
@@ -170,6 +171,18 @@ def add_calibration(parser: ArgumentParser) -> None:
             )
 
 
+def check_calibration(settings: Namespace) -> None:
+    """Raise WrongUsage for options of a calibration without data, which would be ignored."""
+    if settings.calibration.data is not None:
+        return
+    for field in dataclasses.fields(Calibration):
+        if field.name not in ("data", "tokenizer") and settings.calibration[field.name] != field.default:
+            raise WrongUsage(
+                f"--calibration.{field.name} is for a calibration, which needs --calibration.data. Give that too, or "
+                "leave it out."
+            )
+
+
 def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     """The :class:`Calibration` that the options of :func:`add_calibration` make; None without data."""
     fields = vars(settings.calibration)
@@ -233,6 +246,18 @@ def is_to_be_planned(settings: Namespace) -> bool:
             "made before. Nothing was written."
         )
     return True
+
+
+def check_choices(settings: Namespace, config: QuantConfig) -> None:
+    """Raise WrongUsage for the first of ``--choices`` that layers of ``config`` cannot take."""
+    if settings.choices is None:
+        return
+    for part in [[choice] for choice in settings.choices] or [[]]:
+        try:
+            fields_of_choices(part, config)
+        except (TypeError, ValueError) as error:
+            reason = str(error).removeprefix("overrides['*']: ")
+            raise WrongUsage(f"--choices {part}: {reason} Nothing was written.") from None
 
 
 def budget(settings: Namespace) -> dict[str, Any]:

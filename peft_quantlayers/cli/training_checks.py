@@ -83,6 +83,9 @@ def _check_numbers(settings: Namespace) -> None:
         if isinstance(value, float) and math.isnan(value):
             raise WrongUsage(f"--{name if '.' in name else f'training.{name}'} {value} is no number.")
     check_at_least(settings, 1, "lora.r")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (settings.lora[name] or {}).items():
+            _check_value_of_pattern(name, pattern, value)
     check_at_least(settings, 0, "lora.lora_dropout", most=1)
     for name, least in LEAST.items():
         value = training.get(name)
@@ -98,6 +101,15 @@ def _check_numbers(settings: Namespace) -> None:
             raise WrongUsage(f"--training.{name} {value:g} must be above 0.")
     if training["max_steps"] == 0:
         raise WrongUsage("--training.max_steps 0 trains nothing: at least 1, or -1 for --training.num_train_epochs.")
+
+
+def _check_value_of_pattern(name: str, pattern: str, value: Any) -> None:
+    """Raise WrongUsage for a value in PEFT's mappings of layers to ranks or alphas, whose types it does not check."""
+    is_rank = name == "rank_pattern"
+    is_number = isinstance(value, int if is_rank else int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (is_rank and value < 1):
+        wanted = "a whole number of at least 1" if is_rank else "a finite number"
+        raise WrongUsage(f"--lora.{name} {{{pattern!r}: {value!r}}}: the value must be {wanted}.")
 
 
 def _check_places(settings: Namespace) -> None:
@@ -154,6 +166,23 @@ def check_modules_to_save(model: nn.Module, wanted_names: list[str] | None) -> N
             raise ValueError(f"--lora.modules_to_save {wanted}: the model has no such module{nearest(wanted, names)}.")
 
 
+def check_something_is_learned(trainer: Any, **rows: Any) -> None:
+    """Raise ValueError where TRL's trainer has dropped all rows: only their prompts are within the longest length.
+
+    Args:
+        trainer: its ``train_dataset`` and ``eval_dataset`` are what is left.
+        rows: what it was given, by the option that named it (``data``, ``eval_data``).
+    """
+    for option, given in rows.items():
+        left = trainer.train_dataset if option == "data" else trainer.eval_dataset
+        if given is not None and len(given) and not len(left):
+            end = "last" if trainer.args.truncation_mode == "keep_end" else "first"
+            raise ValueError(
+                f"--{option} leaves nothing to learn: in all of {len(given)} rows the completion lies outside the "
+                f"{end} {trainer.args.max_length} tokens, to which rows are truncated. Raise --training.max_length."
+            )
+
+
 @contextmanager
 def given_options_named(settings: Namespace) -> Iterator[None]:
     """Add the options that were given to an error of other packages that names none of them."""
@@ -162,7 +191,8 @@ def given_options_named(settings: Namespace) -> Iterator[None]:
     except Exception as error:
         given = _given(settings)
         said = str(error).lower().replace("_", " ")
-        if given and not any(name.rpartition(".")[2].replace("_", " ") in said for name in given):
+        is_named = "--training." in str(error)
+        if given and not is_named and not any(name.rpartition(".")[2].replace("_", " ") in said for name in given):
             error.add_note(f"Given were {', '.join(f'--{name} {value}' for name, value in given.items())}.")
         raise
 

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from ..calibration.texts import one_split, text_of
 from .models import config_of
 from .read_data import load_data
-from .row_forms import from_alpaca, from_sharegpt
+from .row_forms import from_alpaca, is_sharegpt, with_roles
 from .rows import check_texts
 
 # Columns that rows must have, in each of the forms that a trainer takes, and the same in words.
@@ -27,6 +27,9 @@ OF_ROWS = {
     *("text", "messages", "conversations", "prompt", "completion", "instruction", "output", "chosen", "rejected"),
     "input_ids",
 }
+
+# Columns that may hold chats.
+CHATS = {"messages", "prompt", "completion", "chosen", "rejected"}
 
 
 def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
@@ -50,9 +53,10 @@ def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
     vocab_size = getattr(config_of(settings.model).get_text_config(), "vocab_size", None) or len(tokenizer)
     check_texts(option, name, rows, sorted(columns & {*OF_ROWS, text}), vocab_size=vocab_size)
     if "conversations" in columns and "messages" not in columns:
-        rows = rows.map(from_sharegpt, remove_columns=["conversations"])
+        rows = rows.rename_column("conversations", "messages")
     elif "instruction" in columns and columns & {"output", "chosen"}:
         rows = rows.map(from_alpaca, remove_columns=[each for each in columns if each not in ("chosen", "rejected")])
+    rows = _with_roles(rows)
     columns = set(rows.column_names)
     form = next((form for form in FORMS[trainer] if columns >= {text if key == "text" else key for key in form}), None)
     if form is None:
@@ -65,6 +69,20 @@ def load_rows(option: str, settings: Namespace, tokenizer: Any) -> Any:
     elif form == {"text"} and not any(value.strip() for value in rows[text]):
         raise ValueError(f"--{option} {name} holds no text: {text} is empty in all of {len(rows)} rows.")
     return rows
+
+
+def _with_roles(rows: Any) -> Any:
+    """``rows`` whose chats have messages with role and content."""
+    for column in CHATS & {*rows.column_names}:
+        if is_sharegpt(rows[column]):
+            # Under another name first: datasets would give the messages the entries of the turns.
+            rows = rows.rename_column(column, f"_{column}")
+            rows = rows.map(_roles_of, fn_kwargs={"column": column}, remove_columns=[f"_{column}"])
+    return rows
+
+
+def _roles_of(row: dict[str, Any], *, column: str) -> dict[str, Any]:
+    return {column: with_roles(row[f"_{column}"])}
 
 
 def _check_template(option: str, settings: Namespace, tokenizer: Any) -> None:

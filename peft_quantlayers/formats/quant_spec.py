@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice
+from ..arguments import check_choice, nearest
 
 METADATA_DTYPES = ("float16", "bfloat16", "float32")
 # A quantized weight that takes as many is left dense.
@@ -222,12 +222,11 @@ class QuantSpec(ABC):
         method = fields.pop("method", cls.method)
         if method != cls.method:
             raise ValueError(f"expected a spec of method {cls.method!r}, got {method!r}.")
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        unknown = sorted(set(fields) - {*known}, key=str)
         if unknown:
-            raise ValueError(
-                f"unknown field(s) {unknown} in a {cls.method!r} spec; known are "
-                f"{sorted(field.name for field in dataclasses.fields(cls))}."
-            )
+            near = nearest(unknown[0], known)
+            raise ValueError(f"unknown field(s) {unknown} in a {cls.method!r} spec{near}; known are {known}.")
         return cls(**fields)
 
 

@@ -22,6 +22,28 @@ from ..layers import AQLMLinear, quantized_modules
 from ..methods import move_aqlm_codes
 
 
+def check_values(
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    code_lr: float,
+    max_code_change: float,
+    trust_ratio: float,
+    buffer_bytes: int,
+) -> None:
+    """Raise TypeError or ValueError for an argument of :class:`PVTuner` out of range, whatever the model is."""
+    if code_lr != 0:
+        check_number("code_lr", code_lr, above=0.0, at_most=1e6)
+    check_number("max_code_change", max_code_change, above=0.0, at_most=1.0)
+    check_number("trust_ratio", trust_ratio, above=0.0, at_most=1.0)
+    if not isinstance(lr, Tensor) and lr != 0:
+        check_number("lr", lr, above=0.0, at_most=1e6)
+    check_integer("buffer_bytes", buffer_bytes, at_least=0, at_most=2**62)
+    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not is_pair or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1, for example (0.9, 0.95).")
+
+
 class PVTuner(torch.optim.AdamW):
     """An optimizer that trains all of an AQLM model's quantized layers, codes included.
 
@@ -78,16 +100,14 @@ class PVTuner(torch.optim.AdamW):
                 "the model has no AQLM layer. Quantize it first: "
                 "peft_quantlayers.quantize_model(model, peft_quantlayers.AQLMConfig())."
             )
-        if code_lr != 0:
-            check_number("code_lr", code_lr, above=0.0, at_most=1e6)
-        check_number("max_code_change", max_code_change, above=0.0, at_most=1.0)
-        check_number("trust_ratio", trust_ratio, above=0.0, at_most=1.0)
-        if not isinstance(lr, Tensor) and lr != 0:
-            check_number("lr", lr, above=0.0, at_most=1e6)
-        check_integer("buffer_bytes", buffer_bytes, at_least=0, at_most=2**62)
-        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not is_pair or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1, for example (0.9, 0.95).")
+        check_values(
+            lr=lr,
+            betas=betas,
+            code_lr=code_lr,
+            max_code_change=max_code_change,
+            trust_ratio=trust_ratio,
+            buffer_bytes=buffer_bytes,
+        )
         largest = max(layers, key=lambda name: _gradient_bytes(layers[name]))
         if code_lr and buffer_bytes < _gradient_bytes(layers[largest]):
             raise ValueError(

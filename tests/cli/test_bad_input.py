@@ -110,6 +110,18 @@ def test_a_model_that_is_not_there_or_damaged(verb, commands, quantized, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["quantize", "train", "export", "evaluate", "inspect", "estimate", "report", "chat"])
+def test_an_export_for_another_engine_is_named(verb, commands, quantized, tmp_path, capsys):
+    printed(capsys, ["export", quantized, str(tmp_path / "mlx"), "--format", "mlx"])
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    for model in ("mlx",) if verb == "report" else ("mlx", "gguf", "gguf/model.gguf"):
+        said = refused(capsys, [verb, str(tmp_path / model), *commands[verb][2:]], 1)
+        assert f"{model} is an export for another engine, which cannot be loaded here" in said
+        assert "Give the folder that it was exported from" in said
+        assert (f"from, {quantized}." in said) == (model == "mlx")
+
+
 def test_an_adapter_that_is_of_another_base_or_damaged(commands, quantized, adapter, float_model, tmp_path, capsys):
     other = str(tmp_path / "other")
     printed(capsys, ["quantize", float_model, other, "--group_size", "64"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
+from peft_quantlayers.cli.read_data import token_ids
 
 
 def test_train_then_merge_in_one_run(float_model, tmp_path, capsys):
@@ -90,7 +92,8 @@ PAIRS = [
 def with_settings(tmp_path, rows, **settings) -> list[str]:
     """The start of a command that trains on ``rows``, by a file of settings."""
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"data": str(tmp_path / "rows.jsonl"), "lora": {"r": 4, "lora_alpha": 8}, **settings}
+    adapter = {"lora": {"r": 4, "lora_alpha": 8}} if settings.get("adapter_type", "lora") == "lora" else {}
+    settings = {"data": str(tmp_path / "rows.jsonl"), **adapter, **settings}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     return ["train", str(tmp_path / "train.yaml")]
 
@@ -150,6 +153,54 @@ def test_dpo_reads_preferences_in_the_forms_that_people_have(rows, expected, qua
     command = with_settings(tmp_path, rows * 8, model=quantized, trainer="dpo", tokenizer=str(tmp_path / "tokenizer"))
     shown = printed(capsys, [*command, "--output", str(tmp_path / "out"), "--show-batch"])
     assert expected in shown
+
+
+def folder_with_template(tmp_path: Path, model: str, template: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+SAID = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}]
+TURNS = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": TURNS}],
+        [{"conversations": SAID}],
+        [{"messages": SAID}, {"messages": TURNS}],
+        [{"prompt": TURNS[:1], "completion": TURNS[1:]}],
+    ],
+    ids=["messages", "conversations", "mixed", "prompt and completion"],
+)
+def test_turns_with_from_and_value_are_read_under_every_name(rows, quantized, tmp_path, capsys):
+    tokenizer = folder_with_template(
+        tmp_path, quantized, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    command = with_settings(tmp_path, rows * 8, model=quantized, tokenizer=tokenizer)
+    shown = printed(capsys, [*command, "--output", str(tmp_path / "out"), "--show-batch"]).replace("[", "")
+    assert "<user>Which?<assistant>red" in shown
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    ids = token_ids("text", str(tmp_path / "rows.jsonl"), reader, n_tokens=52)
+    assert reader.decode(ids) == "<user>Which?<assistant>red" * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [("{% for m in %}", "Expected an expression"), ("{{ raise_exception('no') }}", "no")]
+)
+@pytest.mark.parametrize("option", ["--dry_run", "--show_batch", "--training.max_steps=1"])
+def test_a_chat_template_that_fails_is_named(template, reason, option, quantized, float_model, tmp_path, capsys):
+    tokenizer, out = folder_with_template(tmp_path, quantized, template), str(tmp_path / "out")
+    command = with_settings(tmp_path, [{"messages": SAID}] * 8, model=quantized, tokenizer=tokenizer)
+    said = refused(capsys, [*command, "--output", out, option], 1)
+    assert f"the chat template of {tokenizer} does not take these messages: {reason}" in said
+    assert "unexpected" not in said
+    for verb in (["evaluate", quantized, "--text"], ["quantize", float_model, out, "--calibration.data"]):
+        said = refused(capsys, [*verb, str(tmp_path / "rows.jsonl"), "--tokenizer", tokenizer], 1)
+        assert f"the chat template of {tokenizer} does not take these messages: {reason}" in said
 
 
 def test_rows_of_the_other_trainer_are_refused_with_what_is_taken(quantized, tmp_path, capsys):

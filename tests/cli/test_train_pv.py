@@ -72,6 +72,12 @@ WRONG = [
     ("--training.weight_decay 0.1", "Leave out --training.weight_decay"),
     ("--quantization.method hqq", "--quantization.method aqlm"),
     ("--adapter_type lora --pv.code_lr 1", "--pv.code_lr is for --adapter_type pv"),
+    ("--pv.code_lr -1", "--pv.code_lr: code_lr=-1.0 must lie above 0"),
+    ("--pv.max_code_change 2", "--pv.max_code_change: max_code_change=2.0 must lie above 0.0 and not above 1.0"),
+    ("--pv.trust_ratio 0", "--pv.trust_ratio: trust_ratio=0.0 must lie above 0"),
+    ("--pv.buffer_bytes -1", "--pv.buffer_bytes: buffer_bytes=-1 must lie between 0"),
+    ("--training.adam_beta1 1", "--training.adam_beta1, --training.adam_beta2: betas"),
+    ("--lora.r 4", "--lora.r is for --adapter_type lora, and it is pv"),
     ("--merge_aware true", "leave it out, or --adapter_type pv"),
 ]
 

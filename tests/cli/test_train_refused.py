@@ -173,6 +173,8 @@ ROWS = {
     "a chat of a word": ([CHAT, '{"messages": "hello"}'], "line 2: messages is 'hello'"),
     "a chat of nothing": ([CHAT, '{"messages": []}'], "line 2: messages is a chat without messages"),
     "no role": ([CHAT, '{"messages": [{"content": "a"}]}'], "and a message has role and content"),
+    "no turn": ([CHAT, '{"messages": [{"who": "a", "says": "b"}]}'], "line 2: messages has the message"),
+    "neither form": (['{"messages": [{"who": "a"}]}'], "a message has role and content, or from and value"),
     "no speaker": (['{"conversations": [{"from": null, "value": "b"}]}'], "and a message has from and value"),
     "no completion": ([PAIR, '{"prompt": "a"}'], "line 2: completion is null"),
     "no answer": (['{"instruction": "a", "output": null}'], "line 1: output is null"),
@@ -190,6 +192,17 @@ def test_a_wrong_row_is_named_by_its_line(name, commands, tmp_path, capsys):
     found = refused_untouched(capsys, command, tmp_path)
     assert f"--data {rows}" in found
     assert said in found
+
+
+@pytest.mark.parametrize("option", ["--training.max_steps=1", "--show_batch"])
+def test_rows_whose_completions_are_all_truncated(option, float_model, commands, tmp_path, capsys):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text("\n".join(['{"prompt": "' + "a" * 90 + '", "completion": "b"}'] * 6))
+    for model in (commands["train"][1], float_model):
+        command = ["train", model, commands["train"][2], "--data", str(rows), option, "--training.max_length", "32"]
+        said = refused_untouched(capsys, command, tmp_path)
+        assert "in all of 6 rows the completion lies outside the first 32 tokens" in said
+        assert said.count("--training.max_length") == 1
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,8 @@ def test_evaluate_shows_answers_beside_those_of_the_reference(float_model, quant
 def test_a_chat_is_asked_up_to_its_last_answer(tmp_path):
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    for row in ({"messages": said}, {"conversations": turns}, {"prompt": said[:1], "completion": said[1:]}):
+    forms = [{name: chat} for name in ("messages", "conversations", "prompt") for chat in (said, turns)]
+    for row in (*forms, {"prompt": said[:1], "completion": said[1:]}):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))
         assert prompts_of("prompts", str(tmp_path / "rows.jsonl"), limit=None) == [said[:1]], row
 

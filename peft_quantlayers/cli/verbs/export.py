@@ -62,6 +62,7 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
+    options.check_calibration(settings)
     refuse_missing_folder("model", settings.model)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():

@@ -58,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> Result:
     """Merge, save, and report."""
+    options.check_calibration(settings)
     with values_refused():
         has_budget = settings.average_bits is not None or settings.size is not None or settings.plan is not None
         refuse_arguments(settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget)

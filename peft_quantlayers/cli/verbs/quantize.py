@@ -81,12 +81,14 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(settings: Namespace) -> Result | None:
     """Quantize, save, and say what became of the model; None in all but the first of several processes."""
+    options.check_calibration(settings)
     # Without LOCAL_WORLD_SIZE the other processes of a cluster may do something else.
     n_launched = int(os.environ["WORLD_SIZE"]) if os.environ.get("LOCAL_WORLD_SIZE") else 1
     check_at_least(settings, 1, "n_processes", most=1024)
     _check_launched(settings, n_launched)
     config = options.method_config(settings)
     options.resolve_method(settings, config)
+    options.check_choices(settings, config)
     refuse_missing_folder("model", settings.model)
     options.check_place("output", Path(settings.output))
     check_computing_device(settings.device)

@@ -40,8 +40,9 @@ from ..models import (
     long_windows_refused,
     needed_tokenizer,
     refuse_missing_folder,
+    template_refusals_named,
 )
-from ..parsing import VerbParser
+from ..parsing import VerbParser, new_parser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused
 from ..rehearsal import rehearse
@@ -56,6 +57,7 @@ from ..training_checks import (
     check_base_of_checkpoint,
     check_checkpoint,
     check_modules_to_save,
+    check_something_is_learned,
     check_training,
     given_options_named,
     refuse_diverged,
@@ -121,22 +123,42 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         help="folder of the quantized model that a float --model becomes; adapters may share it; null: OUTPUT/base",
     )
     options.add_method(parser, "quantization.")
-    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
-    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
-    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
-    parser.add_argument(
-        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
-    )
+    _add_adapters(parser)
     parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
     # TRL asks for bfloat16 on a GPU where it is not told otherwise, and stops where there is none.
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
     pv_training.add_arguments(parser, is_chosen=chosen["adapter_type"] == "pv")
 
 
+def _add_adapters(parser: VerbParser) -> None:
+    """``--lora`` and ``--scales``: the fields of the adapters' configs."""
+    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
+    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
+    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
+    parser.add_argument(
+        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
+    )
+
+
+def _check_adapter_options(settings: Namespace) -> None:
+    """Raise WrongUsage for options of an adapter that is not trained, which would be ignored."""
+    parser = new_parser("", "")
+    _add_adapters(parser)
+    defaults = parser.parse_args([])
+    for group in sorted({"lora", "scales"} - {settings.adapter_type}):
+        for name, value in vars(settings[group]).items():
+            if _plain(value) != _plain(defaults[group][name]):
+                raise WrongUsage(
+                    f"--{group}.{name} is for --adapter_type {group}, and it is {settings.adapter_type}. Leave one of "
+                    "both out."
+                )
+
+
 def run(settings: Namespace) -> Result | None:
     """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
     refuse_missing_folder("model", settings.model)
     check_training(settings)
+    _check_adapter_options(settings)
     processes = PartialState(cpu=settings.training.use_cpu)
     checkpoint = checked_start(settings, processes)
     is_float = not is_quantized_already(settings.model)
@@ -152,17 +174,22 @@ def run(settings: Namespace) -> Result | None:
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     adapter = adapter_config(settings)
-    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
+    writer = template or settings.tokenizer or settings.model  # of chats
+    with (
+        template_refusals_named(writer),
+        values_refused(),
+        given_options_named(settings),
+    ):  # of the trainer's options, in a moment
         rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
     if settings.dry_run or (is_float and not settings.show_batch):
-        with given_options_named(settings):
+        with template_refusals_named(writer), given_options_named(settings):
             rehearse(settings, rows, eval_rows, tokenizer)
     set_seed(settings.training.seed)
     if settings.dry_run:
         return plan_of_training(settings, adapter, n_rows=len(rows))
     data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
     if settings.show_batch:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, template_refusals_named(writer):
             model = prepared(settings, settings.model)
             data["optimizers"] = (pv_training.new_tuner(settings, model), None)
             trainer = new_trainer(settings, model, adapter, output=scratch, **data)
@@ -173,7 +200,7 @@ def run(settings: Namespace) -> Result | None:
         # PV-Tuning changes the codes, which no optimizer's state holds: it goes on with the model of the checkpoint.
         model = prepared(settings, checkpoint if checkpoint is not None and adapter is None else name)
         tuner = pv_training.new_tuner(settings, model)
-        with given_options_named(settings):
+        with template_refusals_named(writer), given_options_named(settings):
             trainer = new_trainer(settings, model, adapter, output=str(folder), optimizers=(tuner, None), **data)
             found, told = trained(trainer, checkpoint)
             refuse_diverged(trainer.model, n_steps=trainer.state.global_step)
@@ -232,6 +259,7 @@ def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig | None, *, 
         peft_config=adapter,  # DPO's reference is then the model without the adapter
         **data,
     )
+    check_something_is_learned(trainer, data=data["train_dataset"], eval_data=data["eval_dataset"])
     if settings.merge_aware:
         enable_merge_aware(trainer.model)
     if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
