@@ -12,11 +12,13 @@ from torch import nn
 from quantlayers_cli.option_names import WrongUsage
 
 from ..estimate import Estimate
+from ..estimate.meta_model import quantized_on_meta
 from ..layers import AQLMLinear
 from ..layers.quantized_layers import quantized_layers
 from ..training import PVTuner
-from ..training.pv_tuning import check_values
-from .models import is_quantized_already
+from ..training.pv_tuning import check_buffer, check_values
+from . import shared_options as options
+from .models import is_quantized_already, model_on_meta
 from .parsing import VerbParser
 from .refused_values import values_refused
 from .trl_trainers import trainer_of
@@ -87,6 +89,23 @@ def _values(settings: Namespace) -> dict[str, Any]:
         "betas": (training.adam_beta1, training.adam_beta2),
         **vars(settings.pv),
     }
+
+
+def check_float_model(settings: Namespace) -> None:
+    """Raise an error where the float model, once quantized, could not be trained so; it is made without numbers.
+
+    Raises:
+        ValueError: it would have no AQLM layer.
+        WrongUsage: ``--pv.buffer_bytes`` is too small for a layer.
+    """
+    if settings.adapter_type != "pv":
+        return
+    model = model_on_meta(settings.model)
+    quantized_on_meta(model, options.method_config(settings.quantization))
+    _check_layers(settings.model, model)
+    layers = {name: each for name, each in quantized_layers(model).items() if isinstance(each, AQLMLinear)}
+    with values_refused():
+        check_buffer(layers, code_lr=settings.pv.code_lr, buffer_bytes=settings.pv.buffer_bytes)
 
 
 def new_tuner(settings: Namespace, model: nn.Module) -> PVTuner | None:

@@ -6,7 +6,7 @@ Here are the hooks, the buffers and the optimizer's interface; the choice of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,16 @@ def check_values(
     is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not is_pair or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1, for example (0.9, 0.95).")
+
+
+def check_buffer(layers: Mapping[str, AQLMLinear], *, code_lr: float, buffer_bytes: int) -> None:
+    """Raise ValueError where codes are trained and ``buffer_bytes`` do not hold the gradient of the largest layer."""
+    largest = max(layers, key=lambda name: _gradient_bytes(layers[name]))
+    if code_lr and buffer_bytes < _gradient_bytes(layers[largest]):
+        raise ValueError(
+            f"{largest}: the gradient of its weight takes {_gradient_bytes(layers[largest])} bytes and "
+            f"buffer_bytes={buffer_bytes} allows less. Give it as much, or set code_lr=0."
+        )
 
 
 class PVTuner(torch.optim.AdamW):
@@ -108,12 +118,7 @@ class PVTuner(torch.optim.AdamW):
             trust_ratio=trust_ratio,
             buffer_bytes=buffer_bytes,
         )
-        largest = max(layers, key=lambda name: _gradient_bytes(layers[name]))
-        if code_lr and buffer_bytes < _gradient_bytes(layers[largest]):
-            raise ValueError(
-                f"{largest}: the gradient of its weight takes {_gradient_bytes(layers[largest])} bytes and "
-                f"buffer_bytes={buffer_bytes} allows less. Give it as much, or set code_lr=0."
-            )
+        check_buffer(layers, code_lr=code_lr, buffer_bytes=buffer_bytes)
         self.model, self.layers = model, layers
         self.code_lr, self.max_code_change, self.trust_ratio = code_lr, max_code_change, trust_ratio
         self.buffer_bytes = buffer_bytes

@@ -76,6 +76,7 @@ WRONG = [
     ("--pv.max_code_change 2", "--pv.max_code_change: max_code_change=2.0 must lie above 0.0 and not above 1.0"),
     ("--pv.trust_ratio 0", "--pv.trust_ratio: trust_ratio=0.0 must lie above 0"),
     ("--pv.buffer_bytes -1", "--pv.buffer_bytes: buffer_bytes=-1 must lie between 0"),
+    ("--pv.buffer_bytes 9", "the gradient of its weight takes 32768 bytes and buffer_bytes=9 allows less"),
     ("--training.adam_beta1 1", "--training.adam_beta1, --training.adam_beta2: betas"),
     ("--lora.r 4", "--lora.r is for --adapter_type lora, and it is pv"),
     ("--merge_aware true", "leave it out, or --adapter_type pv"),

@@ -156,7 +156,9 @@ def run(settings: Namespace) -> Result | None:
     processes = PartialState(cpu=settings.training.use_cpu)
     checkpoint = checked_start(settings, processes)
     is_float = not is_quantized_already(settings.model)
-    if not is_float:
+    if is_float:
+        pv_training.check_float_model(settings)
+    else:
         refuse_options_of_float_models(settings)
     processes.wait_for_everyone()  # the first one will write there
     if settings.training.use_cpu:
