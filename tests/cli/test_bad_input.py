@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from commands import printed, refused
+from transformers import TrainerState
 
 from peft_quantlayers.cli import main, saved_settings, work
-from peft_quantlayers.cli.verbs import train
 from peft_quantlayers.merging import MergeReport
 from peft_quantlayers.storage import staging
 from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_while_training_is_said_and_the_checkpoint_before_i
     commands, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "out"
-    save = train.TrainerState.save_to_json
+    save = TrainerState.save_to_json
 
     def until_the_second(self, path):
         if self.global_step == 2:
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_while_training_is_said_and_the_checkpoint_before_i
         save(self, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.TrainerState, "save_to_json", until_the_second)
+        patched.setattr(TrainerState, "save_to_json", until_the_second)
         patched.setattr(work, "is_full", lambda path: path == out)
         said = refused(capsys, commands["train"], 1)
     assert f"the disk of {out} is full ([enforce fail" in said
@@ -328,7 +328,7 @@ def test_an_interrupt_while_packages_are_imported_is_one_line(capsys, monkeypatc
 
 
 def test_an_interrupt_while_training_keeps_the_checkpoints(commands, tmp_path, capsys, monkeypatch):
-    save = train.TrainerState.save_to_json
+    save = TrainerState.save_to_json
 
     def until_the_second(self, path):
         if self.global_step == 2:
@@ -336,7 +336,7 @@ def test_an_interrupt_while_training_keeps_the_checkpoints(commands, tmp_path, c
         save(self, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.TrainerState, "save_to_json", until_the_second)
+        patched.setattr(TrainerState, "save_to_json", until_the_second)
         assert "interrupted" in refused(capsys, commands["train"], 130)
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert "--training.resume_from_checkpoint true" in refused(capsys, commands["train"], 1)

@@ -9,6 +9,7 @@ from test_wrong_places import contents, refused_untouched
 from tiny_folder import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer
 
+from peft_quantlayers.cli import training_run
 from peft_quantlayers.cli.verbs import train
 
 # Options, and a part of what is said; a quarter of a second each, since no model is loaded.
@@ -119,7 +120,7 @@ def test_a_merge_that_fails_at_the_end_says_where_the_adapter_is(commands, tmp_p
     def fails(*_, **__):
         raise SafetensorError("no")
 
-    monkeypatch.setattr(train, "saved_model", fails)
+    monkeypatch.setattr(training_run, "saved_model", fails)
     said = refused(capsys, [*commands["train"], "--merge", "auto"], 1)
     assert f"The adapter is complete, in {tmp_path / 'out'}: peft-quantlayers merge" in said
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
