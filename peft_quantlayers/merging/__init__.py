@@ -3,8 +3,8 @@
 from .layer_report import LayerMergeReport
 from .merge_report import MergeReport
 from .merge_source import MergeSource
+from .merge_state import LayerWrite, MergeState, Snapshot
 from .planned_merge import AdapterTraits, MergePlan, MergeResult, MergeRule
-from .state import LayerWrite, MergeState, Snapshot
 
 __all__ = [
     "AdapterTraits",

@@ -18,8 +18,8 @@ from ..layers import QuantizedLinear
 from ..layers.quantize_weight import named_errors
 from ..layers.quantized_storage import QuantizedStorage
 from .layer_report import LayerMergeReport, layer_report
+from .merge_state import LayerWrite, MergeState, Snapshot
 from .planned_merge import AdapterTraits, MergePlan, MergeResult, MergeRule
-from .state import LayerWrite, MergeState, Snapshot
 from .strategies import STRATEGIES, Kind
 
 

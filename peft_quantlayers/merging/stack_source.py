@@ -17,8 +17,8 @@ from ..layers.stack import QuantizedStack
 from ..layers.stack_branch import StackBranch
 from .layer_report import LayerMergeReport, layer_report
 from .merge_source import MergeSource
+from .merge_state import LayerWrite, MergeState
 from .planned_merge import MergePlan, MergeResult
-from .state import LayerWrite, MergeState
 
 
 class DenseExperts(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 
-from .targets import MergeTarget
+from .merge_targets import MergeTarget
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from ..merging.advice import nothing_merged
 from ..merging.merge_rules import requantize_as
 from ..merging.strategies import STRATEGIES, Strategy
 from ..storage.free_memory import return_free_memory
-from .effect import measured_effect, restore
+from .measured_effect import measured_effect, restore
 from .merge_calibrated import merge_calibrated
+from .merge_targets import MergeTarget
 from .merged_model import MergedModel
 from .prepared_merge import PreparedMerge, prepared_merge
-from .targets import MergeTarget
 from .tune_merged import tune_merged, unmerged_predictions
 from .unload import merge_dense_layers, unloaded
 

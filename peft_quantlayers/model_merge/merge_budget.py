@@ -17,8 +17,8 @@ from ..layers import QuantizedLinear
 from ..merging import MergeSource
 from ..merging.strategies import STRATEGIES
 from .merge_costs import fitted, planned
+from .merge_targets import MergeTarget, merge_targets
 from .refused_merges import checked_names, refuse_broken_adapters, refuse_other_models, refuse_weights_elsewhere
-from .targets import MergeTarget, merge_targets
 
 # Those that can write a weight of other bits.
 STRATEGIES_WITH_BUDGET = tuple(name for name, strategy in STRATEGIES.items() if strategy.can_change_bits)

@@ -12,8 +12,8 @@ from ..merging import MergePlan, MergeResult
 from ..merging.merge_rules import requantize_as
 from ..merging.planned_merge import LayerInputs, MergeRule
 from ..merging.strategies import STRATEGIES, MergeStrategy
+from .merge_targets import MergeTarget
 from .prepared_merge import PreparedMerge
-from .targets import MergeTarget
 
 
 def merge_calibrated(merge: PreparedMerge, calibration: Calibration) -> None:

@@ -27,7 +27,7 @@ from ..merging.merge_rules import requantize_as
 from ..methods import QuantConfig, get_method
 from ..methods.quant_config import config_type
 from .active_adapters import only_active
-from .targets import MergeTarget
+from .merge_targets import MergeTarget
 
 
 def planned(

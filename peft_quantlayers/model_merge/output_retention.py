@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
 from ..merging import Snapshot
-from .targets import MergeTarget
+from .merge_targets import MergeTarget
 
 
 class OutputRetention:

@@ -17,6 +17,7 @@ from ..merging.strategies import Strategy
 from .active_adapters import only_active
 from .held_out_calls import HeldOutBatch, held_out_batches
 from .merge_budget import merge_plan_of, planned_targets
+from .merge_targets import MergeTarget, merge_targets
 from .refused_merges import (
     checked_names,
     refuse_arguments,
@@ -29,7 +30,6 @@ from .refused_merges import (
     refuse_to_stay_loaded,
     refuse_weights_elsewhere,
 )
-from .targets import MergeTarget, merge_targets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from ..integrations.private_peft import tied_target_modules
 from ..layers.placement import check_weights_are_here
 from ..merging.strategies import STRATEGIES, Strategy
 from ..methods import get_method
-from .targets import MergeTarget
+from .merge_targets import MergeTarget
 
 
 def refuse_other_models(peft_model: Any) -> None:

@@ -19,7 +19,7 @@ from ..integrations.written_tensors import config_text, quantized_config
 from ..saving import model_card
 from ..storage import replace_file
 from ..storage.other_files import CARD, copy_other_files, joined_card
-from .parts import PartsOfModel
+from .checkpoint_parts import PartsOfModel
 from .work_folder import WorkFolder
 
 RUN_FILE = "quantlayers_run.json"

@@ -15,8 +15,8 @@ from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_optio
 from ..calibration.walk import BlockWork, InputGroup, walk_blocks
 from ..formats.quantized_weight import stored_bytes
 from ..storage.free_memory import return_free_memory
+from .checkpoint_parts import PartsOfModel
 from .folder_blocks import FolderBlocks
-from .parts import PartsOfModel
 from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)

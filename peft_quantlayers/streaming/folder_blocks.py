@@ -15,7 +15,7 @@ from ..calibration.blocks import Call, evaluating
 from ..integrations.tensor_groups import TensorGroup
 from ..layers.dense_stack import as_called_stacks, as_parameters
 from ..storage.free_memory import return_free_memory
-from .parts import PartsOfModel
+from .checkpoint_parts import PartsOfModel
 from .work_folder import WorkFolder
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..integrations.float_checkpoint import FloatCheckpoint
 from ..methods import QuantConfig
-from .parts import PartsOfModel
+from .checkpoint_parts import PartsOfModel
 from .work_folder import WorkFolder
 
 _own: tuple[PartsOfModel, WorkFolder] | None = None

@@ -29,7 +29,7 @@ from ..storage.full_disk import NO_SPACE, decimal_size
 from ..storage.writer_names import contents
 from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
-from .parts import PartsOfModel
+from .checkpoint_parts import PartsOfModel
 from .processes import made_in_processes
 from .work_folder import HIDDEN, WorkFolder
 

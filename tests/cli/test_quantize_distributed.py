@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from peft_quantlayers import HQQConfig
 from peft_quantlayers.cli import main
 from peft_quantlayers.streaming import quantize_files
-from peft_quantlayers.streaming.group import quantize_in_group
-from peft_quantlayers.streaming.parts import PartsOfModel
+from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
+from peft_quantlayers.streaming.launched_processes import quantize_in_group
 
 ROOT = Path(__file__).parents[2]
 CONFIG = HQQConfig(group_size=32)

@@ -19,7 +19,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import train
 from peft_quantlayers.methods import registered_methods
-from peft_quantlayers.streaming.parts import PartsOfModel
+from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
 
 HQQ = ["--quantization.nbits", "4", "--quantization.group_size", "32"]
 STEPS = ["--training.max_steps", "2", "--training.learning_rate", "0.01", "--training.save_strategy", "no"]

@@ -18,7 +18,7 @@ from peft_quantlayers.cli.answers import prompts_of
 from peft_quantlayers.cli.verbs import evaluate, quantize
 from peft_quantlayers.merging import MergeReport, advice
 from peft_quantlayers.merging.strategies import STRATEGIES
-from peft_quantlayers.streaming.parts import PartsOfModel
+from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
 from quantlayers_cli import option_names
 
 # ---- each verb

@@ -5,8 +5,8 @@ import torch
 from lora.test_layer import assert_same_bits, bits_of, quantized_two, with_adapter
 
 from peft_quantlayers.merging.strategies import rules_for
+from peft_quantlayers.model_merge.merge_targets import merge_targets
 from peft_quantlayers.model_merge.output_retention import OutputRetention, watched
-from peft_quantlayers.model_merge.targets import merge_targets
 
 
 def test_batches_add_up_to_least_squares_over_all_of_them():

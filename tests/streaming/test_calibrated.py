@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.calibration.quantize_calibrated import QuantizeVisitor
-from peft_quantlayers.streaming import calibrated, folder_blocks, parts, quantize_files
+from peft_quantlayers.streaming import calibrated, checkpoint_parts, folder_blocks, quantize_files
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16)
 IDS = torch.randint(3, 100, (600,), generator=torch.Generator().manual_seed(3))
@@ -144,7 +144,7 @@ def test_stopped_after_each_block_it_ends_with_the_same_files(name, fields, tmp_
     options = {"calibration": calibration, "progress": False}
     pql.quantize_checkpoint(tmp_path / "float", tmp_path / "expected", CONFIG, **options)
     assert_same(tmp_path / "expected", in_memory(tmp_path / "float", tmp_path / "memory", CONFIG, calibration))
-    own, done = parts.PartsOfModel.keep, []
+    own, done = checkpoint_parts.PartsOfModel.keep, []
 
     def keep(self, work, number):
         own(self, work, number)
@@ -153,7 +153,7 @@ def test_stopped_after_each_block_it_ends_with_the_same_files(name, fields, tmp_
 
     n_stops = 0
     while True:
-        monkeypatch.setattr(parts.PartsOfModel, "keep", keep)
+        monkeypatch.setattr(checkpoint_parts.PartsOfModel, "keep", keep)
         try:
             pql.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", CONFIG, **options)
             break

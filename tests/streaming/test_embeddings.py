@@ -8,7 +8,7 @@ from _tiny_models import tiny_model
 from programs import fork_server
 
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import parts, processes, quantize_files
+from peft_quantlayers.streaming import checkpoint_parts, processes, quantize_files
 from streaming.test_calibrated import calibration_for
 from streaming.test_quantize_checkpoint import assert_same, in_memory, saved
 
@@ -47,7 +47,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(is_calibrated, 
     name = "Gemma3ForCausalLM"
     folder, calls = saved(tmp_path / "float", name), []
     options = {"progress": False, "calibration": calibration_for(tiny_model(name)) if is_calibrated else None}
-    keep = parts.PartsOfModel.keep
+    keep = checkpoint_parts.PartsOfModel.keep
 
     def keep_once(self, work, number):
         if number in calls:
@@ -56,7 +56,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(is_calibrated, 
         calls.append(number)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts.PartsOfModel, "keep", keep_once)
+    monkeypatch.setattr(checkpoint_parts.PartsOfModel, "keep", keep_once)
     for _ in range(50):
         try:
             pql.quantize_checkpoint(folder, tmp_path / "quantized", CONFIG, **options)

@@ -7,7 +7,7 @@ import pytest
 from _memory import MIB, resident_bytes
 
 import peft_quantlayers as pql
-from peft_quantlayers.streaming import parts, quantize_files
+from peft_quantlayers.streaming import checkpoint_parts, quantize_files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc: Linux only")
 
@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_memory_does_not_grow_from_part_to_part(tmp_path, monkeypatch):
     bench_streaming.write_checkpoint(tmp_path / "float", hidden=512, layers=8, vocabulary=512)
     monkeypatch.setattr(quantize_files, "PART_BYTES", 2**21)
-    own, resident = parts.PartsOfModel.make, []
+    own, resident = checkpoint_parts.PartsOfModel.make, []
 
     def make(self, work, number):
         own(self, work, number)
         resident.append(resident_bytes("RssAnon") / MIB)
         assert all(tensor.is_meta for tensor in self.checkpoint.model.state_dict().values())
 
-    monkeypatch.setattr(parts.PartsOfModel, "make", make)
+    monkeypatch.setattr(checkpoint_parts.PartsOfModel, "make", make)
     pql.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", bench_streaming.CONFIG, progress=False)
     written = sum(file.stat().st_size for file in (tmp_path / "quantized").glob("*.safetensors")) / MIB
     assert len(resident) > 6

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import peft_quantlayers as pql
 from peft_quantlayers.storage import locked_folder
-from peft_quantlayers.streaming import parts, quantize_files, work_folder
+from peft_quantlayers.streaming import checkpoint_parts, quantize_files, work_folder
 
 CONFIG = pql.HQQConfig(nbits=4, group_size=16, overrides={"layers.1.*": {"nbits": 3}})
 PLAIN = pql.HQQConfig(nbits=4, group_size=16)
@@ -240,7 +240,7 @@ def test_the_same_call_does_nothing_once_all_is_there_and_another_one_is_refused
     folder, target = saved(tmp_path / "float"), tmp_path / "quantized"
     pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
-    monkeypatch.setattr(parts.PartsOfModel, "make", None)
+    monkeypatch.setattr(checkpoint_parts.PartsOfModel, "make", None)
     pql.quantize_checkpoint(folder, target, PLAIN, progress=False)
     assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
     with pytest.raises(FileExistsError, match="another model, or the same one quantized in another way"):

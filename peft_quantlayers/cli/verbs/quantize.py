@@ -25,7 +25,7 @@ from ...saving import saved_model
 from ...storage import replace_file
 from ...streaming import quantize_checkpoint
 from ...streaming.assembly import RUN_FILE
-from ...streaming.group import quantize_in_group
+from ...streaming.launched_processes import quantize_in_group
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
 from ..models import (

@@ -12,9 +12,9 @@ from ..evaluate import Capture
 from ..evaluate.capture import compare_predictions
 from ..merging import Snapshot
 from .held_out_calls import HeldOutBatch
+from .merge_targets import MergeTarget
 from .output_retention import OutputRetention, watched
 from .prepared_merge import PreparedMerge
-from .targets import MergeTarget
 
 
 def measured_effect(merge: PreparedMerge) -> Capture | None:

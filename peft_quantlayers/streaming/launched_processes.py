@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder
 from ..methods import QuantConfig
-from .parts import PartsOfModel
+from .checkpoint_parts import PartsOfModel
 from .quantize_files import quantize_files
 from .work_folder import WorkFolder
 
