@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from quantlayers_cli.option_names import WrongUsage
 
 from ..calibration.texts import one_split, text_of
-from .models import check_ids, long_windows_refused, template_refusals_named
+from .given_tokenizers import check_ids, long_windows_refused, template_refusals_named
 from .read_data import is_data_name, load_data
 from .refused_values import check_at_least
 from .row_forms import question_of

@@ -16,8 +16,8 @@ from ..model_merge import merge_back
 from ..report.training_parts import STATE_FILE
 from ..saving import saved_model
 from ..storage.free_memory import peak_resident_bytes
+from .given_tokenizers import long_windows_refused
 from .in_options import REPORT_FILE, in_options
-from .models import long_windows_refused
 from .training_checks import check_base_of_checkpoint
 
 IGNORED_LABEL = -100

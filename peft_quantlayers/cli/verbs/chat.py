@@ -13,13 +13,8 @@ from quantlayers_cli.option_names import WrongUsage
 
 from .. import shared_options as options
 from ..answers import add_sampling, answer, check_sampling
-from ..models import (
-    load_model,
-    model_and_adapter,
-    needed_tokenizer,
-    tokenizer_name,
-    with_adapter,
-)
+from ..given_tokenizers import needed_tokenizer, tokenizer_name
+from ..models import load_model, model_and_adapter, with_adapter
 from ..result import Result
 
 DESCRIPTION = (

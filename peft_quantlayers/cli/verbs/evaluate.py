@@ -18,17 +18,8 @@ from ...evaluate import divergence, perplexity
 from ...evaluate.perplexity import check_causal
 from .. import shared_options as options
 from ..answers import Question, add_sampling, answer, check_sampling, prompts_of
-from ..models import (
-    check_ids,
-    config_of,
-    load_model,
-    long_windows_refused,
-    model_and_adapter,
-    needed_tokenizer,
-    refuse_missing_folder,
-    tokenizer_name,
-    with_adapter,
-)
+from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer, tokenizer_name
+from ..models import config_of, load_model, model_and_adapter, refuse_missing_folder, with_adapter
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
 from ..result import Result

@@ -11,18 +11,9 @@ from jsonargparse import Namespace
 from ...arguments import check_choice
 from ...exports import export, export_formats
 from .. import shared_options as options
+from ..given_tokenizers import check_ids, load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import in_options
-from ..models import (
-    another_base_refused,
-    check_ids,
-    config_of,
-    load_model,
-    load_tokenizer,
-    model_and_adapter,
-    needed_tokenizer,
-    refuse_missing_folder,
-    tokenizer_name,
-)
+from ..models import another_base_refused, config_of, load_model, model_and_adapter, refuse_missing_folder
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least, values_refused

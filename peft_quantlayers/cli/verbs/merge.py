@@ -12,17 +12,9 @@ from ...model_merge import merge_back, plan_merge_bits
 from ...model_merge.refused_merges import refuse_arguments
 from ...saving import saved_model
 from .. import shared_options as options
+from ..given_tokenizers import load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import REPORT_FILE, in_options
-from ..models import (
-    load_model,
-    load_tokenizer,
-    model_and_adapter,
-    model_on_meta,
-    needed_tokenizer,
-    rank_of,
-    tokenizer_name,
-    with_adapter,
-)
+from ..models import load_model, model_and_adapter, model_on_meta, rank_of, with_adapter
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least, values_refused
 from ..result import Result

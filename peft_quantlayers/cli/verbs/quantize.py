@@ -28,15 +28,8 @@ from ...streaming.assembly import RUN_FILE
 from ...streaming.launched_processes import quantize_in_group
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
-from ..models import (
-    check_computing_device,
-    is_quantized_already,
-    load_model,
-    load_tokenizer,
-    model_on_meta,
-    needed_tokenizer,
-    refuse_missing_folder,
-)
+from ..given_tokenizers import load_tokenizer, needed_tokenizer
+from ..models import check_computing_device, is_quantized_already, load_model, model_on_meta, refuse_missing_folder
 from ..parsing import VerbParser
 from ..refused_values import check_at_least
 from ..result import Result

@@ -16,14 +16,8 @@ from ...report.reported_facts import mean_error, model_facts, worst_layers
 from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file
 from .. import shared_options as options
-from ..models import (
-    check_ids,
-    config_of,
-    load_model,
-    long_windows_refused,
-    needed_tokenizer,
-    refuse_missing_folder,
-)
+from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer
+from ..models import config_of, load_model, refuse_missing_folder
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least

@@ -29,14 +29,9 @@ from ...storage.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
 from .. import pv_training
 from .. import shared_options as options
+from ..given_tokenizers import needed_tokenizer, template_refusals_named
 from ..half_made import RESUME, half_made_removed
-from ..models import (
-    is_quantized_already,
-    load_model,
-    needed_tokenizer,
-    refuse_missing_folder,
-    template_refusals_named,
-)
+from ..models import is_quantized_already, load_model, refuse_missing_folder
 from ..parsing import VerbParser, new_parser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused

@@ -1,0 +1,94 @@
+"""Loading the tokenizer that a verb is given, and what it or its model cannot read: ids, windows, templates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from .models import name_of
+
+# Files of which a tokenizer has one at least.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def tokenizer_name(given: str | None, model: str, adapter: str | None) -> str:
+    """Whose tokenizer to take: what was ``given``, else the adapter's, if its folder has one, else the model's."""
+    if given is None and adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
+        return adapter
+    return given or model
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or of a model on the Hub; None where there is none.
+
+    Raises:
+        ValueError: there is one in the folder, and it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of any kind: a dozen formats of vocabularies, some read by other packages
+        found = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
+        if not found:
+            return None
+        raise ValueError(
+            f"{name}: its tokenizer ({', '.join(found)}) cannot be read: {str(error) or type(error).__name__}. Name "
+            "another: --tokenizer FOLDER_OR_NAME."
+        ) from None
+
+
+def needed_tokenizer(name: str) -> Any:
+    """As :func:`load_tokenizer`. Raises FileNotFoundError where there is no such model, ValueError without one."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"{name}: there is no such folder here, and the Hub has no tokenizer of that name or cannot be reached."
+        )
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, which is needed here. Name one: --tokenizer FOLDER_OR_NAME.")
+    return tokenizer
+
+
+def check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
+    """Raise ValueError where ``ids`` holds a token that a model of ``config`` does not know."""
+    n_known = getattr(config.get_text_config(), "vocab_size", None)
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if n_known is not None and (low < 0 or high >= n_known):
+        raise ValueError(
+            f"the text has token ids from {low} to {high}, and the model {config.name_or_path} knows {n_known}: they "
+            "do not belong together. Name the model's tokenizer: --tokenizer FOLDER_OR_NAME."
+        )
+
+
+@contextmanager
+def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") -> Iterator[None]:
+    """While this is open, a model that has no position for each of ``n_tokens``, those of ``option``, is a ValueError.
+
+    An IndexError with fewer tokens than the config says is left as it is.
+    """
+    try:
+        yield
+    except IndexError:
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most is None or (n_tokens is not None and n_tokens <= most):
+            raise
+        many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
+        way_out = f"Lower --{option}." if option else "Give less."
+        raise ValueError(f"{name_of(model)} cannot read {many}: it has {most} positions. {way_out}") from None
+
+
+@contextmanager
+def template_refusals_named(name: str) -> Iterator[None]:
+    """While this is open, an error of the chat template of ``name``, a tokenizer or a file, is a ValueError."""
+    try:
+        yield
+    except TemplateError as error:
+        refused = ValueError(f"the chat template of {name} does not take these messages: {error}.")
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from None
