@@ -136,7 +136,9 @@ class MergeSource(ABC):
         return LayerWrite(
             adapters=plan.adapters.names,
             weight=None if is_new else result.weight,
-            new_base=_new_layer(self._unmerged_base_here(), result, plan.tensors.get("bias")) if is_new else None,
+            new_base=_new_layer(self._here(self.unmerged_snapshot().base), result, plan.tensors.get("bias"))
+            if is_new
+            else None,
             tensors=plan.tensors,
             host_state=plan.host_state,
             report=layer_report(plan, result),
@@ -147,7 +149,7 @@ class MergeSource(ABC):
         """Write a merge into the layer."""
         state, unmerged, base = self.merging, self.unmerged_snapshot(), write.new_base
         if base is None:
-            base = unmerged.base.to(next(self.current_base().parameters()).device)
+            base = self._here(unmerged.base)
             if state.shares_base:
                 cast(QuantizedLinear, base).unshare_parameters()
             if write.weight is not None:
@@ -212,9 +214,9 @@ class MergeSource(ABC):
         """The layer without any merge."""
         return self.merging.unmerged or self.snapshot()
 
-    def _unmerged_base_here(self) -> nn.Module:
-        """The layer under the adapters without any merge, on the device where the layer is now."""
-        return self.unmerged_snapshot().base.to(next(self.current_base().parameters()).device)
+    def _here(self, base: nn.Module) -> nn.Module:
+        """``base`` on the device where the layer is now."""
+        return base.to(next(self.current_base().parameters()).device)
 
     def unmerged_weight(self) -> QuantizedWeight:
         """The quantized weight without any merge."""

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -99,7 +100,7 @@ class StackSource(MergeSource):
 def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Module | QuantizedWeight:
     """The stack's new weight, or what replaces the stack, from the results for its experts, all of one kind."""
     first = next(results)
-    rest = _chained(first, results)
+    rest = chain([first], results)
     if first.weight is None:
         dense = torch.empty(stack.shape, dtype=cast(Tensor, first.dense).dtype, device=stack.device)
         for expert, result in enumerate(rest):
@@ -120,11 +121,6 @@ def _merged_base(stack: QuantizedStack, results: Iterator[MergeResult]) -> nn.Mo
     merged = stack.with_weight(weight)
     merged.add_branch(StackBranch(*(torch.stack([getattr(branch, part) for branch in branches]) for part in "AB")))
     return merged
-
-
-def _chained(first: MergeResult, rest: Iterator[MergeResult]) -> Iterator[MergeResult]:
-    yield first
-    yield from rest
 
 
 def _total(name: str, reports: Sequence[LayerMergeReport], merged: nn.Module | QuantizedWeight) -> LayerMergeReport:

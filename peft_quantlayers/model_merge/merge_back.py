@@ -119,7 +119,7 @@ def merge_back(
         progress=progress,
     )
     with _all_or_nothing(merge):
-        undo_merges(merge.targets)
+        _undo_merges(merge.targets)
         score_before = _score(merge, "Scoring the adapter")
         predictions = unmerged_predictions(merge)
         _merge_layers(merge)
@@ -145,8 +145,8 @@ def _all_or_nothing(merge: PreparedMerge) -> Iterator[None]:
         raise
 
 
-def undo_merges(targets: Sequence[MergeTarget]) -> None:
-    """Begin with the unmerged layers: the adapters may be merged already, by this call's forerunner or by PEFT."""
+def _undo_merges(targets: Sequence[MergeTarget]) -> None:
+    """Begin with the unmerged layers: the adapters may be merged already, by an earlier call or by PEFT."""
     for target in targets:
         target.source.undo_merge()
 

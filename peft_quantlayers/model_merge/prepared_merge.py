@@ -34,7 +34,7 @@ from .refused_merges import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedMerge:
-    """A merge that nothing speaks against.
+    """A merge whose arguments are all accepted.
 
     Fields:
         peft_model: the model, unchanged so far.

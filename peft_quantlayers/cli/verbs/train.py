@@ -280,10 +280,8 @@ def adapter_config(settings: Namespace) -> PeftConfig | None:
     fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
     defaults = LoraConfig()
     is_filled_in = fields["loftq_config"] == vars(LoftQConfig())
-    if (
-        is_filled_in and fields["init_lora_weights"] != "loftq"
-    ):  # jsonargparse has filled it in, and PEFT would warn of it
-        fields.pop("loftq_config")
+    if is_filled_in and fields["init_lora_weights"] != "loftq":
+        fields.pop("loftq_config")  # from jsonargparse; PEFT would warn of it
     with values_refused():
         return LoraConfig(
             **{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))}
