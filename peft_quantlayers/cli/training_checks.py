@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
@@ -219,7 +220,7 @@ def check_checkpoint(checkpoint: str | None, *, is_adapter: bool) -> None:
     """
     if checkpoint is None:
         return
-    held, other = "adapter_config.json", "config.json"
+    held, other = CONFIG_NAME, "config.json"
     if (Path(checkpoint) / (other if is_adapter else held)).is_file():
         kind, way = ("a model", "only --adapter_type pv") if is_adapter else ("an adapter", "only lora or scales")
         raise ValueError(f"--training.resume_from_checkpoint: {checkpoint} holds {kind}, which {way} goes on with.")
@@ -234,7 +235,12 @@ def check_checkpoint(checkpoint: str | None, *, is_adapter: bool) -> None:
 
 
 def check_base_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
-    """Raise ValueError where the adapter in ``checkpoint`` was trained on other codes than those of ``model``."""
+    """Raise ValueError where the adapter in ``checkpoint`` was trained on other codes than those of ``model``.
+
+    Shards, as accelerate writes them with SHARDED_STATE_DICT, have no record of the base: they hold the base itself.
+    """
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():
+        return
     recorded, here = layers_of_record(PeftConfig.from_pretrained(checkpoint)), base_fingerprints(model)
     others = [name for name, print_ in recorded.items() if here.get(name, print_) != print_]
     if others or (recorded and not recorded.keys() & here.keys()):

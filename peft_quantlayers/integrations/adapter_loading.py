@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from ..layers.codes_parameter import gathered, is_sharded
 from ..layers.quantized_storage import QuantizedStorage
 from ..lora import MergeAwareLoraConfig
 from ..lora.merge_aware_config import base_record
@@ -78,12 +80,18 @@ def load_peft_weights(original: Callable[..., Any], model_id: Any, *args: Any, *
 
 
 def save_pretrained(original: Callable[..., None], peft_model: Any, *args: Any, **kwargs: Any) -> None:
-    """``PeftModel.save_pretrained``: the header of each file gets the checksums of its tensors."""
-    original(*args, **kwargs)
+    """``PeftModel.save_pretrained``: the header of each file gets the checksums of its tensors.
+
+    An adapter that accelerate's FSDP2 has sharded is gathered first: all processes must call this.
+    """
     call = inspect.signature(original).bind(*args, **kwargs)
     call.apply_defaults()
+    names = call.arguments["selected_adapters"] or list(peft_model.peft_config)
+    if call.arguments["kwargs"].get("state_dict") is None and any(map(is_sharded, peft_model.parameters())):
+        kwargs["state_dict"] = _gathered_state(peft_model, names)
+    original(*args, **kwargs)
     if call.arguments["is_main_process"] and _is_quantized(peft_model):
-        for name in call.arguments["selected_adapters"] or peft_model.peft_config:
+        for name in names:
             folder = Path(call.arguments["save_directory"], "" if name == "default" else name)
             add_checksums(folder / SAFETENSORS_WEIGHTS_NAME)
 
@@ -96,6 +104,21 @@ def config_from_pretrained(
     if isinstance(config, MergeAwareLoraConfig) and config.quantized_base is None:
         config.quantized_base = base_record(model_id, subfolder)
     return config
+
+
+def _gathered_state(peft_model: Any, adapters: Iterable[str]) -> dict[str, Any]:
+    """The model's tensors by name; whole are those that PEFT saves of ``adapters``, and those that are not sharded."""
+    state = peft_model.state_dict()
+    saved = [
+        tensor
+        for name in adapters
+        for tensor in get_peft_model_state_dict(peft_model, state_dict=state, adapter_name=name).values()
+    ]
+    wanted = set(map(id, saved))
+    return {
+        name: gathered(tensor).cpu() if is_sharded(tensor) and id(tensor) in wanted else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _is_quantized(model: Any) -> bool:

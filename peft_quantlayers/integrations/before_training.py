@@ -3,6 +3,7 @@
 import logging
 import os
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -13,6 +14,7 @@ def check_before_training(model: nn.Module) -> None:
     """Warn of frozen adapters; raise ValueError if accelerate is about to use FSDP1 or DeepSpeed."""
     refuse_fsdp1()
     refuse_deepspeed()
+    warn_of_copies_on_cpus()
     warn_of_frozen_adapters(model)
 
 
@@ -37,6 +39,16 @@ def refuse_deepspeed() -> None:
         raise ValueError(
             "DeepSpeed flattens parameters into buffers of one floating dtype, of which the codes of quantized layers "
             "cannot be part. Use DDP, or FSDP2 for a base that does not fit into one device: docs/distributed.md."
+        )
+
+
+def warn_of_copies_on_cpus() -> None:
+    """Warn where accelerate was told to shard, and will not: without accelerators it runs DDP, and says nothing."""
+    if _is_set("ACCELERATE_USE_FSDP") and not torch.accelerator.is_available():
+        logger.warning(
+            "accelerate shards over accelerators only: here, on CPUs, every process holds the whole model. "
+            "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)) shards the base, as `train "
+            "--fsdp_size N` does."
         )
 
 

@@ -6,9 +6,11 @@ patches/transformers/2-hqq and patches/transformers/1-aqlm-list they work, and u
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
+import accelerate
 import peft
 import torch
 import transformers
@@ -19,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ..formats.known_formats import known_formats
 from ..layers.quantized_storage import QuantizedStorage
+from .accelerate_sharding import prepare_to_shard
 from .given_config import asked_config
 from .interrupted_save import get_config_dict
 from .replacements import Replacements
@@ -50,6 +53,8 @@ def register() -> None:
     _replaced.wrap(PreTrainedModel, "gather_sharded_state_dict_for_save", gathered_state_of)
     _replaced.wrap(PreTrainedModel, "_get_resized_lm_head", resized_head)
     _replaced.replace(PreTrainedModel, "dtype", property(_dtype))
+    shard = accelerate.accelerator.fsdp2_prepare_model
+    _replaced.replace(accelerate.accelerator, "fsdp2_prepare_model", functools.partial(prepare_to_shard, shard))
 
 
 def accept_released_peft() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from peft_quantlayers.cli import main
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate_two_processes.yaml")
+FILES = {"copies": "accelerate_two_processes.yaml", "shards": "accelerate_fsdp2.yaml"}
 ROWS = [{"prompt": f"{number} and one is", "completion": f" {number + 1}."} for number in range(10, 26)]
 WAYS = {
     "ddp": ["-m", "peft_quantlayers", "train"],
@@ -23,7 +24,26 @@ WAYS = {
     "fsdp2": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
     "ddp, float model": ["-m", "peft_quantlayers", "train"],
     "fsdp2, float model": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
+    "fsdp2 of accelerate": [Path(__file__).with_name("as_on_gpus.py"), "train"],
 }
+
+
+def launched(way: str, settings: Path, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """``train`` in the processes of the example's config; ``way`` is one of ``WAYS``."""
+    program, (verb, *own) = WAYS[way][: WAYS[way].index("train")], WAYS[way][WAYS[way].index("train") :]
+    file = ROOT / "examples" / FILES["shards" if way == "fsdp2 of accelerate" else "copies"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", file),
+            *(*program, verb, settings, *own, "--output", output, *options),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def losses(folder: Path) -> list[float]:
@@ -45,18 +65,7 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     batch = "--training.per_device_train_batch_size"
     assert main(["train", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "one"), batch, "4"]) == 0
-    program, (verb, *options) = WAYS[way][: WAYS[way].index("train")], WAYS[way][WAYS[way].index("train") :]
-    done = subprocess.run(
-        [
-            *(sys.executable, *LAUNCH, *program, verb, tmp_path / "train.yaml", *options),
-            *("--output", tmp_path / "two", batch, "2"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(way, tmp_path / "train.yaml", tmp_path / "two", batch, "2")
     assert done.stdout.count("trained 4 steps") == 1  # one of them tells
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # logged to four digits
     one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
@@ -66,6 +75,23 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp
     for name, tensor in one.items():
         # Adam makes whole steps of gradients that are rounding alone.
         assert float((two[name] - tensor).norm() / tensor.norm()) < 0.05, name
+
+
+@needs_gloo
+def test_a_run_that_accelerate_shards_goes_on_with_its_checkpoints(quantized, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    training = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True}
+    settings = {"model": quantized, "data": str(tmp_path / "rows.jsonl"), "training": training}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    way, out = "fsdp2 of accelerate", tmp_path / "out"
+    launched(way, tmp_path / "train.yaml", out)
+    whole = (losses(out), (out / "adapter_model.safetensors").read_bytes())
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "adapter_model.safetensors").unlink()
+    done = launched(way, tmp_path / "train.yaml", out, "--training.resume_from_checkpoint", "true")
+    assert "4/4" in done.stderr
+    assert "1/4" not in done.stderr  # it makes steps 3 and 4
+    assert (losses(out), (out / "adapter_model.safetensors").read_bytes()) == whole
 
 
 def test_what_sharding_cannot_do_is_refused_before_anything_is_loaded(quantized, tmp_path, capsys):

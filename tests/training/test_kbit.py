@@ -174,7 +174,7 @@ def test_a_model_to_evaluate_with_is_not_warned_of(caplog, tmp_path):
 
 
 @pytest.mark.parametrize(("version", "is_refused"), [(None, True), ("1", True), ("2", False)])
-def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_path):
+def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_path, caplog):
     model = get_peft_model(quantized(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"]))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     if version is not None:
@@ -183,4 +183,9 @@ def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_
         with pytest.raises(ValueError, match=r"FSDP1 joins.*Use FSDP2"):
             Trainer(model, training_arguments(tmp_path, steps=1, bf16=False))
     else:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         assert model.hf_quantizer.is_trainable
+        assert not caplog.text
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        assert model.hf_quantizer.is_trainable
+        assert "every process holds the whole model" in caplog.text
