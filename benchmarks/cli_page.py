@@ -58,7 +58,7 @@ OF_RUN = """Tried with models that this package has saved:
 |---|---|
 | `trl sft`, `trl dpo` | trains and saves an adapter (`tests/cli/test_run.py`) |
 | `accelerate launch` | processes that a program starts load them too (`tests/cli/test_train_distributed.py`) |
-| `lm_eval` | scores (`tests/cli/test_lm_eval.py`, where lm-eval is installed) |
+| `lm_eval` | scores (`tests/cli/test_lm_eval.py`) |
 | `transformers serve`, `chat` | the answers of `pql chat` (same file; `pip install 'transformers[serving]'`) |
 
 With SmolLM2-135M-Instruct at 4 bits in `base`, transformers 5.23 and fastapi 0.165:
@@ -74,7 +74,16 @@ $ pql run transformers chat base http://localhost:8123 max_new_tokens=16 do_samp
 The capital of France is Paris.
 ```
 
-`transformers chat` takes a server on the same machine for the Hub: with `HF_HUB_OFFLINE=1` it stops.
+`transformers chat` takes a server on the same machine for the Hub: with `HF_HUB_OFFLINE=1` it stops. lm-eval 0.4.13,
+on five questions in `tasks/capitals.yaml`, such as "The capital of Austria is", with five answers each:
+
+```text
+$ pql run lm_eval --model hf --model_args pretrained=base --device cpu --tasks capitals --include_path tasks
+hf ({'pretrained': 'base'}), gen_kwargs: ({}), limit: None, num_fewshot: None, batch_size: 1
+| Tasks  |Version|Filter|n-shot|Metric|   |Value|   |Stderr|
+|--------|-------|------|-----:|------|---|----:|---|-----:|
+|capitals|Yaml   |none  |     0|acc   |↑  |    1|±  |     0|
+```
 """
 
 

@@ -25,18 +25,17 @@ class VerbParser(ArgumentParser):
 
     Attributes:
         without_default: names of options that leave nothing in the settings where they are not given.
-        flags: names of options without a value on the line, such as ``--json``.
     """
 
     def __init__(self, **options: Any) -> None:
         self.without_default: set[str] = set()
-        self.flags: set[str] = set()
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        """As everywhere. What a file gives for a flag is checked by :func:`parse`: jsonargparse takes anything."""
+        """As everywhere, and a flag may have a value, as in a file: ``--overwrite false``."""
         if options.get("action") == "store_true":
-            self.flags |= {name.removeprefix("--") for name in names}
+            options = {**options, "nargs": "?", "type": bool, "default": False, "const": True}
+            del options["action"]
         return super().add_argument(*names, **options)
 
     def add_without_default(self, name: str, **options: Any) -> None:
@@ -83,14 +82,12 @@ def parse(parser: VerbParser, arguments: Sequence[str], positionals: Sequence[st
 
 
 def _check_values(parser: VerbParser, settings: Namespace) -> None:
-    """Raise WrongUsage for flags that are neither true nor false, and for names of nothing.
+    """Raise WrongUsage for names of nothing.
 
     An option that is empty is often a variable of the shell that is not set: ``pql quantize "$MODEL" out``.
     """
     for name in sorted(parser.names()):
         value = settings.get(name)
-        if name in parser.flags and not isinstance(value, bool):
-            raise WrongUsage(f"{name}={value!r}: expected true or false.")
         if isinstance(value, str) and name.partition(".")[0] not in GROUPS_OF_OTHERS:
             if not value.strip() and name != "prompt":
                 raise WrongUsage(f"--{name} is empty. Give it a value, or leave it out.")
@@ -118,7 +115,8 @@ def _in_one_line(message: str, known: set[str]) -> str:
         listed = ", ".join([*(name.replace("bool", "true, false") for name in expected), *names])
         return f"{option[1]}={value[1]!r}: choose one of {listed}{nearest(value[1], names)}."
     if option and value and expected:
-        return f"{option[1]}={value[1]!r}: expected {' or '.join(expected)}."
+        types = " or ".join(name.replace("bool", "true or false") for name in expected)
+        return f"{option[1]}={value[1]!r}: expected {types}."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         return f"there is no option {unknown[1]}{meant(unknown[1].lstrip('-'), known, '--')}. --help lists them all."
     return " ".join(message.split())

@@ -77,6 +77,7 @@ def test_flags_and_choices_of_a_file_or_the_line(float_model, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("overwrite: maybe\n")
     for options, said in (
         (["--config", str(tmp_path / "c.yaml")], "overwrite='maybe': expected true or false"),
+        (["--overwrite", "maybe"], "overwrite='maybe': expected true or false"),
         (["--method", "gptq"], "method='gptq': choose one of aqlm, hqq, nf4"),
         (["--dtype", "float8"], "dtype='float8': choose one of auto, float32"),
         (["--transforms", "[nope]"], "transforms='nope': choose one of awq_scales"),
@@ -85,6 +86,21 @@ def test_flags_and_choices_of_a_file_or_the_line(float_model, tmp_path, capsys):
         assert main(["quantize", float_model, str(tmp_path / "out"), *options]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "is_json"),
+    [([], False), (["--json"], True), (["--json", "true"], True), (["--json=false"], False), (["--json", "2"], None)],
+)
+def test_a_flag_may_have_a_value_which_wins_over_the_file(given, is_json, quantized, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"json: {str(not is_json).lower()}\n" if given else "debug: false\n")
+    code = main(["inspect", str(tmp_path / "c.yaml"), "--model", quantized, *given])
+    if is_json is None:
+        assert code == 2
+        assert "expected true or false" in capsys.readouterr().err
+    else:
+        assert code == 0
+        assert capsys.readouterr().out.startswith("{") == is_json
 
 
 TRAIN = {"model", "output", "data", "quantization.nbits", "lora", "lora.r", "training", "training.max_steps"}
