@@ -140,7 +140,7 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
             return
-        self._refuse_what_others_wrote()
+        self.refuse_what_others_wrote()
         if self.kind not in STRATEGIES[self.merge_strategy].rules:
             raise ValueError(
                 f'{self.unmerged_stack().layer_name}: strategy="{self.merge_strategy}" is for adapters on linear '
@@ -151,16 +151,8 @@ class LoraQuantizedStack(ParamWrapper, StackSource):
 
     def unmerge(self) -> None:
         """Put back the stack from before the first merge, bit for bit."""
-        self._refuse_what_others_wrote()
+        self.refuse_what_others_wrote()
         self.undo_merge()
-
-    def _refuse_what_others_wrote(self) -> None:
-        if self.is_written_by_others:
-            raise RuntimeError(
-                f"{self.unmerged_stack().layer_name}: its weights were written since {self.merged_adapters} were "
-                "merged, and the stack from before the merge does not have that. Keep the merged model "
-                "(merge_and_unload), or load base and adapter again."
-            )
 
     def traits(self, names: Sequence[str]) -> AdapterTraits:
         return expert_traits(self, [name for name in self.lora_A if name in names])

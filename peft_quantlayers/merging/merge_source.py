@@ -229,6 +229,15 @@ class MergeSource(ABC):
         is_ours = unmerged is not None and base is unmerged.base
         return is_ours and isinstance(base, QuantizedStorage) and base.n_writes != self.merging.n_writes
 
+    def refuse_what_others_wrote(self) -> None:
+        """Raise RuntimeError if the weight was written since the merge: the one from before does not have that."""
+        if self.is_written_by_others:
+            raise RuntimeError(
+                f"{self.quantized_base().layer_name}: its weights were written since {self.merged_adapters} were "
+                "merged, and what was there before the merge does not have that. Keep the merged model "
+                "(merge_and_unload), or load base and adapter again."
+            )
+
     @property
     def merge_report(self) -> LayerMergeReport | None:
         """The report on the last merge of this layer; None while nothing is merged."""

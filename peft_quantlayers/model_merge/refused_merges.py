@@ -165,11 +165,11 @@ def refuse_targets(
     """
     for target in found:
         source, possible = target.source, target.source.possible_strategies()
-        if source.knows_unmerged_weight and source.is_written_by_others:
+        if source.is_written_by_others:
             raise ValueError(
                 f"{target.name}: its weight was written since {target.module.merged_adapters} were merged, and "
                 "another merge starts from the weight before, which does not have that. Call unmerge_adapter() first, "
-                "which subtracts them. The model is left as it was."
+                "which subtracts them where it can. The model is left as it was."
             )
         if strategy not in possible:
             raise ValueError(

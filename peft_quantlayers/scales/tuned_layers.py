@@ -136,10 +136,15 @@ class QuantScalesLayer(nn.Module, BaseTunerLayer, MergeSource):
             self.write_merge(LayerWrite(adapters=(adapter_name,), weight=weight, tensors=tensors))
 
     def unmerge(self) -> None:
-        """Restore the tensors from before the merge, bit for bit."""
+        """Restore the tensors from before the merge, bit for bit.
+
+        Raises:
+            RuntimeError: the weight was written since; nothing is changed.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
+        self.refuse_what_others_wrote()
         self.undo_merge()
 
     @abstractmethod

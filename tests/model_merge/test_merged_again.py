@@ -116,6 +116,21 @@ def test_a_stack_that_was_written_since_its_merge_is_not_taken_back():
         assert_same(model, bits)
 
 
+@all_methods
+def test_tuned_scales_that_were_written_since_their_merge_are_not_taken_back(method):
+    base = pql.quantize_model(tiny_model(), quick_config(method), progress=False)
+    model = get_peft_model(base, pql.QuantScalesConfig(target_modules=["q_proj"]))
+    model.merge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.weight.data.mul_(2)
+    bits = bits_of(model)
+    with pytest.raises(RuntimeError, match=r"q_proj: its weights were written since .* merge_and_unload"):
+        model.unmerge_adapter()
+    with pytest.raises(ValueError, match="q_proj: its weight was written since"):
+        pql.merge_back(model, progress=False)
+    assert_same(model, bits)
+
+
 @pytest.mark.parametrize("strategy", ["exact", "aware"])
 def test_a_strategy_for_linear_layers_is_refused_by_an_experts_merge(strategy):
     model = adapted_mixture(quantized_mixture("mixtral"), "mixtral")
