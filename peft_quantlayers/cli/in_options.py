@@ -11,6 +11,9 @@ IN_OPTIONS = {
     r"train with peft_quantlayers\.enable_merge_aware": "train --merge_aware true",
     r"evaluate_on=held-out token ids": "--evaluate_on FILE",
     r"report\.table\(\) has all of them": f"{REPORT_FILE} has all of them",
+    r"BitPlan\.save writes them; make another with plan_bits": "The output of --average_bits or --size holds one, "
+    "bit_plan.json",
+    r"scratch: resume=False": "scratch: --resume false",
     r"needs calibration=": "needs --calibration.data FILE",
     r"tune_epochs=(\d+)": r"--tune_epochs \1",
     r"with tune_epochs=": "with --tune_epochs",
@@ -18,7 +21,7 @@ IN_OPTIONS = {
     r"\bformat='([\w-]+)'": r"--format \1",
     r"\baverage=([\d.]+)": r"--average_bits \1",
     r"\bsize='(\w+)'": r"--size \1",
-    r"skip_modules=\['([^']*)'\]": r"--skip_modules [\1]",
+    r"skip_modules=\['([^']*)'\]": r"--skip_modules '[\1]'",
     r"pass tokenizer= one": "give --tokenizer one",
     r"Train with LoraConfig\(use_qalora=True, qalora_group_size=<group_size>\)": "Train with --lora.use_qalora true "
     "--lora.qalora_group_size SIZE",

@@ -92,7 +92,7 @@ def _notes(error: BaseException) -> str:
     notes = getattr(error, "__notes__", ())
     if "nothing was " in said:
         notes = [note for note in notes if not note.startswith("Nothing was ")]
-    return "".join(f" {note}" for note in notes)
+    return "".join(f" {in_options(note)}" for note in notes)
 
 
 def _full_disk(error: Exception, output: str | None) -> str | None:

@@ -35,6 +35,7 @@ OUT_OF_RANGE = {
         ("--calibration.data TEXT --calibration.damping -1", "damping"),
         ("--device no_device", "device='no_device' cannot be used here"),
         ("--device meta", "device='meta' computes nothing"),
+        ("--skip_modules lm_head", "skip_modules='lm_head': expected a list: --skip_modules '[lm_head]'"),
     ],
     "train": [
         ("--lora.r 0", "--lora.r 0 must be at least 1"),

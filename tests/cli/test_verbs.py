@@ -18,6 +18,7 @@ from peft_quantlayers.cli.answers import prompts_of
 from peft_quantlayers.cli.verbs import evaluate, quantize
 from peft_quantlayers.merging import MergeReport, advice
 from peft_quantlayers.merging.strategies import STRATEGIES
+from peft_quantlayers.streaming import quantize_files
 from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
 from quantlayers_cli import option_names
 
@@ -254,6 +255,8 @@ def test_a_chat_is_asked_up_to_its_last_answer(tmp_path):
         (["nope.txt"], "there is no such file"),
         (["[]"], "holds none"),
         (['["x", ""]'], "holds an empty one"),
+        (["[null]"], "--prompts [null]: entry 1 is null, and no text"),
+        (['["x", [1]]'], "entry 2 is [1], and no text"),
         (["x", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
         (["x", "--seed", "-1"], "--seed -1 must be at least 0, and at most 4294967295"),
         (["x", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
@@ -393,12 +396,18 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     out = tmp_path / "out"
 
     def interrupted(self, work, number):
-        raise KeyboardInterrupt
+        if number == at:
+            raise KeyboardInterrupt
+        make(self, work, number)
 
+    make = PartsOfModel.make
     command = ["quantize", float_model, str(out)]
-    with monkeypatch.context() as patched:
-        patched.setattr(PartsOfModel, "make", interrupted)
-        refused(capsys, [*command, "--group_size", "16"], 130)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 2**14)
+    for at in (0, 2):
+        with monkeypatch.context() as patched:
+            patched.setattr(PartsOfModel, "make", interrupted)
+            refused(capsys, [*command, "--group_size", "16"], 130)
+        assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
     said = refused(capsys, [*command, "--group_size", "32"], 1)
     assert "unfinished run with other values of config" in said
     assert "--resume false" in said
