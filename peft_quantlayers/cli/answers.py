@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from quantlayers_cli.option_names import WrongUsage
@@ -67,12 +69,12 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
 
     Raises:
         FileNotFoundError: no such file.
-        WrongUsage: a list that holds none, or an empty one.
+        WrongUsage: a list that holds none, an empty one, or what is no text.
         ValueError: a file that does; columns or rows that hold none.
     """
     found: list[Question] = []
     if isinstance(given, list) or not is_data_name(given):
-        found += [given] if isinstance(given, str) else given
+        found += [_one_text(option, given)] if isinstance(given, str) else given
     else:
         rows = one_split(load_data(option, given))
         if isinstance(rows, Path):
@@ -90,3 +92,17 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
         error = WrongUsage if isinstance(given, list) else ValueError
         raise error(f"--{option} {given} holds {'an empty one' if found else 'none'}. Give texts to go on with.")
     return found[:limit]
+
+
+def _one_text(option: str, given: str) -> str:
+    """``given``, unless it is a list with something else than texts in it, which its type has left as it was."""
+    try:
+        content = yaml.safe_load(given) if given.lstrip().startswith("[") else None
+    except yaml.YAMLError:  # a text that begins with a bracket
+        return given
+    for number, entry in enumerate(content or ()):
+        if not isinstance(entry, str):
+            raise WrongUsage(
+                f"--{option} {given}: entry {number + 1} is {json.dumps(entry, default=str)}, and no text."
+            )
+    return given

@@ -37,7 +37,7 @@ def load_data(option: str, name: str) -> Any:
     path = Path(name).expanduser()
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"--{option} {name} is empty.")
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES:
         return path
     if not path.exists() and is_data_name(name):
         raise FileNotFoundError(f"--{option} {name}: there is no such file.")
@@ -45,13 +45,13 @@ def load_data(option: str, name: str) -> Any:
         import datasets
     except ImportError:
         raise ImportError(f"--{option} {name} needs the package datasets: pip install datasets.") from None
-    if path.is_file() and path.suffix not in READERS:
+    if path.is_file() and path.suffix.lower() not in READERS:
         raise ValueError(f"--{option} {name}: a file of this kind is not read. Give {DATA_HELP}.")
     try:
         if path.is_dir():
             return datasets.load_from_disk(str(path))
         if path.is_file():
-            return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path), split="train")
         dataset, _, split = name.partition(":")
         return datasets.load_dataset(dataset, split=split or "train")
     except Exception as error:  # of any kind: readers of a dozen formats, and the Hub
@@ -67,7 +67,7 @@ def is_data_name(name: str) -> bool:
         is_there = path.exists()
     except (OSError, RuntimeError):  # a text, too long for a name
         return False
-    return is_there or path.suffix in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))
+    return is_there or path.suffix.lower() in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -79,7 +79,7 @@ def _reason(error: Exception, path: Path) -> str:
     wrong = None
     if "corresponds to no data" in str(error):
         return ": it holds no rows."
-    if path.suffix in (".json", ".jsonl") and os.access(path, os.R_OK):
+    if path.suffix.lower() in (".json", ".jsonl") and os.access(path, os.R_OK):
         wrong = first_wrong_line(path)
     return f" as {path.suffix}: {wrong or _in_one_line(error.__cause__ or error)}."
 

@@ -9,6 +9,11 @@ from typing import Any
 
 # The entries of a message, in the two forms of chats.
 MESSAGE = (("role", "content"), ("from", "value"))
+# Columns that rows of one form have.
+FORMS = (
+    ("chosen", "rejected"), ("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",),
+    ("text",), ("input_ids",),
+)  # fmt: skip
 _SHOWN = 60
 
 
@@ -25,6 +30,8 @@ def check_texts(option: str, name: str, rows: Any, columns: Iterable[str], *, vo
             if misfit is None and len(kinds) > 1:
                 misfit = f"is {kind}, and in rows before it is {next(iter(kinds - {kind}))}"
             if misfit is not None:
+                if value is None and (mixed := _mixed_forms(name, rows)) is not None:
+                    raise ValueError(f"--{option} {name}: {mixed}. Give rows of one form.")
                 raise ValueError(
                     f"--{option} {name}, {place_of(name, number)}: {column} {misfit}. Mend this row, or remove it."
                 )
@@ -34,14 +41,30 @@ def _values(option: str, name: str, column: Any) -> Iterator[Any]:
     try:
         yield from column
     except UnicodeDecodeError as error:
-        wrong = first_wrong_line(Path(name).expanduser()) if name.endswith((".jsonl", ".json")) else None
+        wrong = first_wrong_line(Path(name).expanduser()) if name.lower().endswith((".jsonl", ".json")) else None
         raise ValueError(f"--{option} {name}: {wrong or error}. Write it as UTF-8.") from None
+
+
+def _mixed_forms(name: str, rows: Any) -> str | None:
+    """The first two rows of different forms, and the forms; None where all have one."""
+    first: tuple[str, ...] | None = None
+    for number, row in enumerate(rows):
+        form = next((form for form in FORMS if all(row.get(column) is not None for column in form)), None)
+        if form is not None and first is None:
+            first, first_place = form, place_of(name, number)
+        elif form not in (None, first):
+            return f"{place_of(name, number)} has {_and(form)}, and {first_place} has {_and(first)}"
+    return None
+
+
+def _and(names: Iterable[str] | None) -> str:
+    return " and ".join(names or ())
 
 
 def place_of(name: str, number: int) -> str:
     """Where row ``number`` of a file stands: its line, where each row has one."""
     path = Path(name).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
         return f"row {number + 1}"
     with path.open("rb") as opened:
         lines = [line for line, content in enumerate(opened, 1) if content.strip()]
@@ -50,7 +73,7 @@ def place_of(name: str, number: int) -> str:
 
 def first_wrong_line(path: Path) -> str | None:
     """What is wrong with a .jsonl file, in its first line that holds no row, or with a .json file; None: nothing."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
