@@ -12,7 +12,15 @@ from jsonargparse import ArgumentParser, Namespace
 from quantlayers_cli.option_names import WrongUsage
 
 from ..calibration.texts import one_split, text_of
-from .given_tokenizers import check_ids, long_windows_refused, template_refusals_named
+from .given_tokenizers import (
+    check_ids,
+    check_positions,
+    long_windows_refused,
+    n_positions,
+    template_refusals_named,
+    too_long,
+)
+from .models import config_of
 from .read_data import is_data_name, load_data
 from .refused_values import check_at_least
 from .row_forms import question_of
@@ -25,7 +33,12 @@ ASKED = ("instruction", "conversations", "messages", "prompt", "text")
 
 def add_sampling(parser: ArgumentParser, *, max_new_tokens: int) -> None:
     """``--max_new_tokens`` and ``--temperature``."""
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="longest answer")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help=f"tokens of the longest answer; null: {max_new_tokens}, or those for which the model has positions left",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: the most likely token")
 
 
@@ -35,8 +48,18 @@ def check_sampling(settings: Namespace) -> None:
     check_at_least(settings, 0, "temperature")
 
 
-def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, *, streamer: Any = None) -> str:
+def check_lengths(settings: Namespace, *names: str | None) -> None:
+    """Raise WrongUsage where the longest answer has no room in one of the models ``names``."""
+    for name in filter(None, names if settings.max_new_tokens is not None else ()):
+        check_positions(settings.max_new_tokens, config_of(name), "max_new_tokens")
+
+
+def answer(
+    model: Any, tokenizer: Any, question: Question, settings: Namespace, *, longest: int, streamer: Any = None
+) -> str:
     """What ``model`` answers, by the options of :func:`add_sampling`.
+
+    ``longest``: tokens of the answer where the options leave that open, and positions are left.
 
     Raises:
         ValueError: nothing is asked; the chat template does not take the messages; a token that the model does not
@@ -56,11 +79,13 @@ def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, 
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     )
-    with long_windows_refused(model, inputs["input_ids"].shape[1] + settings.max_new_tokens):
-        ids = model.generate(
-            **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, streamer=streamer, **sampling
-        )
     n_read = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    most = n_positions(model.config)
+    n_new = settings.max_new_tokens or max(1, min(longest, longest if most is None else most - n_read))
+    if most is not None and n_read + n_new > most:
+        raise too_long(model, n_read + n_new, most)
+    with long_windows_refused(model, inputs["input_ids"].shape[1] + n_new):
+        ids = model.generate(**inputs.to(model.device), max_new_tokens=n_new, streamer=streamer, **sampling)
     return tokenizer.decode(ids[0, n_read:], skip_special_tokens=True)
 
 

@@ -16,21 +16,20 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quantlayers_cli.option_names import WrongUsage, read_options
+from quantlayers_cli.option_names import WrongUsage
 from quantlayers_cli.options import PROGRAM
 
 from ..arguments import check_device
 from ..integrations.float_checkpoint import model_class
 from ..integrations.private_transformers import name_or_path
 from ..lora.base_fingerprint import AnotherBaseWarning
+from .given_exports import export_refused, refuse_export
 from .refused_values import values_refused
 
 # What may stand in the place of a device: ways to share a model among all of them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of these, transformers needs one in a config to load a quantized model; those of other engines have none.
 NAMES_OF_METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}
-# What ``export`` was given, in the folder that it wrote.
-EXPORT_SETTINGS = "export.yaml"
 OWN_BASE = "base"
 """In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
 
@@ -51,8 +50,7 @@ def config_of(name: str) -> PreTrainedConfig:
         )
     folder = Path(name).expanduser()
     is_file = (folder / "config.json").is_file()
-    if (folder.suffix == ".gguf" and folder.is_file()) or (not is_file and any(folder.glob("*.gguf"))):
-        raise _export_refused(name)
+    refuse_export(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
     if folder.exists() and not is_file:
@@ -69,22 +67,8 @@ def config_of(name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: its config.json describes no model that can be read here ({error}).") from None
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and not NAMES_OF_METHODS & {*quantization}:
-        raise _export_refused(name)
+        raise export_refused(name)
     return config
-
-
-def _export_refused(name: str) -> ValueError:
-    """The error for a model of another engine, with the folder that it was exported from where its settings say it."""
-    folder = Path(name).expanduser()
-    try:
-        given = read_options(str((folder if folder.is_dir() else folder.parent) / EXPORT_SETTINGS))
-    except WrongUsage:  # none there
-        given = {}
-    source = given.get("adapter") or given.get("model")
-    return ValueError(
-        f"{name} is an export for another engine, which cannot be loaded here. Give the folder that it was exported "
-        f"from{f', {source}' if source else ''}."
-    )
 
 
 def is_adapter(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,3 +22,16 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
     exit_code: int = 0
     output: str | None = None
+
+
+# Tensors that a line names.
+_SHOWN = 5
+
+
+def not_finite_line(names: Sequence[str]) -> str:
+    """What to say of tensors with NaN or Inf."""
+    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
+    return (
+        f"NaN or Inf in {len(names)} tensors: {', '.join(names[:_SHOWN])}{more}. The files are damaged, or the "
+        "training that made them failed."
+    )

@@ -163,6 +163,18 @@ def test_estimate_tells_each_step_before_and_after_quantizing(float_model, quant
     assert "must be at least 1" in refused(capsys, ["estimate", quantized, "--batch_size", "0"], 2)
 
 
+@pytest.mark.parametrize("options", [["--batch_size", "999999999"], ["--batch_size", "2000", "--max_length", "512"]])
+def test_an_estimate_of_absurd_batches_is_scaled_from_small_ones(options, quantized, capsys):
+    one, many = (
+        json.loads(printed(capsys, ["estimate", quantized, *given, "--json"]))["train"]
+        for given in (["--batch_size", "200"], options)
+    )
+    times = int(options[1]) / 200
+    kind = "gradients and activations"
+    assert many["memory"][kind] == pytest.approx(one["memory"][kind] * times, rel=0.35)
+    assert times / 10 < many["seconds"] / one["seconds"] < times * 10
+
+
 def test_merge_saves_one_model_and_its_report(quantized, adapter, text_file, tmp_path, capsys):
     folder = tmp_path / "merged"
     held_out = ["--evaluate_on", text_file, "--evaluate_tokens", "1024"]

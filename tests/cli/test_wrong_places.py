@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import printed, refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -169,7 +170,11 @@ def test_a_text_that_the_model_cannot_read(quantized, text_file, tmp_path, capsy
         said = refused_untouched(capsys, [*command, "--text", str(tmp_path / "ids.jsonl")], tmp_path)
         assert "token ids from 1 to 999, and the model" in said
     chat = ["chat", str(tmp_path / "short"), "--tokenizer", quantized, "--prompt", "x" * 510]
+    printed(capsys, chat)  # two tokens, for which there are positions
+    chat += ["--max_new_tokens", "256"]
     assert "cannot read 766 tokens at once" in refused_untouched(capsys, chat, tmp_path)
+    rotary = ["evaluate", quantized, "--prompts", "x" * 300, "--max_new_tokens", "300"]  # which computes, but badly
+    assert f"{quantized} cannot read 600 tokens at once: it has 512" in refused_untouched(capsys, rotary, tmp_path)
 
 
 NOT_FINITE = "model.layers.1.self_attn.q_proj"
@@ -201,6 +206,32 @@ def test_weights_that_are_not_finite_are_named_once_and_nothing_useless_is_left(
     assert "2 of 3 parts are finished and kept" in said
     assert "starts from scratch: --resume false" in said
     printed(capsys, [*command, "--skip_modules", f"[{NOT_FINITE}]", "--resume", "false"])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "pickled adapter", "model", "float model"])
+def test_tensors_that_are_not_finite_are_named_by_inspect_and_report(
+    kind, adapter, quantized, float_model, tmp_path, capsys
+):
+    own = copied({"model": quantized, "float model": float_model}.get(kind, adapter), tmp_path / "own")
+    file = next((tmp_path / "own").glob("*.safetensors"))
+    tensors = load_file(file)
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    first, second = [name for name in names if kind != "model" or name.endswith(".scale")][:2]
+    tensors[first].view(-1)[0], tensors[second].view(-1)[1] = float("nan"), float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    if kind == "pickled adapter":
+        torch.save(tensors, tmp_path / "own" / "adapter_model.bin")
+        file.unlink()
+    said = printed(capsys, ["inspect", own], exit_code=1)
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in said
+    assert json.loads(printed(capsys, ["inspect", own, "--json"], exit_code=1))["not_finite"] == [first, second]
+    if "model" in kind:  # the one has no quantized layer, the other one is not loaded
+        said = refused(capsys, ["report", own], 1)
+        assert kind == "float model" or any(f"{name} holds NaN or Inf" in said for name in (first, second))
+        return
+    said = printed(capsys, ["report", own, str(tmp_path / "page.html")], exit_code=1)
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in said
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in (tmp_path / "page.html").read_text()
 
 
 def test_a_model_that_predicts_nan_is_bad_news(float_model, text_file, tmp_path, capsys):

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from quantlayers_cli.option_names import WrongUsage
 
 from .. import shared_options as options
-from ..answers import add_sampling, answer, check_sampling
+from ..answers import add_sampling, answer, check_lengths, check_sampling
 from ..given_tokenizers import needed_tokenizer, tokenizer_name
 from ..models import load_model, model_and_adapter, with_adapter
 from ..result import Result
@@ -21,6 +21,7 @@ DESCRIPTION = (
     "Talk with a model: a line is a message, an empty line or Ctrl-D ends. --compare answers without the adapter too."
 )
 POSITIONALS = ("model",)
+LONGEST = 256
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="one message, answered once; null: a conversation"
     )
-    add_sampling(parser, max_new_tokens=256)
+    add_sampling(parser, max_new_tokens=LONGEST)
 
 
 def run(settings: Namespace) -> Result:
@@ -40,6 +41,7 @@ def run(settings: Namespace) -> Result:
     if settings.compare and adapter is None:
         raise WrongUsage("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
     check_sampling(settings)
+    check_lengths(settings, name)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), adapter)
     said = {False: list[dict[str, str]](), True: list[dict[str, str]]()}
@@ -52,7 +54,7 @@ def run(settings: Namespace) -> Result:
                 streamer = (
                     None if settings.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 )
-                text = answer(model, tokenizer, said[is_base], settings, streamer=streamer)
+                text = answer(model, tokenizer, said[is_base], settings, longest=LONGEST, streamer=streamer)
             said[is_base].append({"role": "assistant", "content": text})
     return Result(
         text="", data={"messages": said[False], **({"without_adapter": said[True]} if settings.compare else {})}

@@ -17,7 +17,7 @@ from ...arguments import nearest
 from ...evaluate import divergence, perplexity
 from ...evaluate.perplexity import check_causal
 from .. import shared_options as options
-from ..answers import Question, add_sampling, answer, check_sampling, prompts_of
+from ..answers import Question, add_sampling, answer, check_lengths, check_sampling, prompts_of
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer, tokenizer_name
 from ..models import config_of, load_model, model_and_adapter, refuse_missing_folder, with_adapter
 from ..read_data import DATA_HELP, token_ids
@@ -28,6 +28,7 @@ DESCRIPTION = (
     "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval, answers to prompts."
 )
 POSITIONALS = ("model",)
+LONGEST = 64
 LM_EVAL = "--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'."
 
 
@@ -56,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="to be answered, beside the reference's answers if there is one: a list, or a text file with one in each "
         "line, or rows with prompt, instruction, messages or text",
     )
-    add_sampling(parser, max_new_tokens=64)
+    add_sampling(parser, max_new_tokens=LONGEST)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
@@ -78,6 +79,8 @@ def run(settings: Namespace) -> Result:
     if settings.reference is not None:
         refuse_missing_folder("reference", settings.reference)
         config_of(settings.reference)
+    if settings.prompts is not None:
+        check_lengths(settings, name, settings.reference)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     if settings.text is not None:  # before the model, which takes longer
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
@@ -131,7 +134,7 @@ def answers(
         for key, each in (("answer", model), ("reference_answer", reference)):
             if each is not None:
                 set_seed(settings.seed)
-                row[key] = answer(each, tokenizer, prompt, settings)
+                row[key] = answer(each, tokenizer, prompt, settings, longest=LONGEST)
         found.append(row)
     return found
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
-from ...arguments import check_choice
 from ...exports import export, export_formats
+from ...exports.formats.format_registry import format_named
 from .. import shared_options as options
 from ..given_tokenizers import check_ids, load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import in_options
@@ -57,13 +57,12 @@ def run(settings: Namespace) -> Result:
     refuse_missing_folder("model", settings.model)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():
-        check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
+        target = format_named(settings.format)
     check_at_least(settings, 1, "n_tokens")
     options.check_output(settings, inputs=(name, adapter or ""))
     options.refuse_output_in_use(settings)
     if settings.dry_run:
-        known = export_formats()[settings.format]
-        return Result(text=f"would write {name} into {settings.output}\n{known}")
+        return Result(text=f"would write {name} into {settings.output}\n{target}")
     tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
     tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer or load_tokenizer(name))

@@ -8,10 +8,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ...integrations.saved_folder import verify_model
+from ...integrations.saved_folder import tensors_not_finite, verify_model
 from ...report import summary
 from ..models import adapter_config, load_model, refuse_missing_folder
-from ..result import Result
+from ..result import Result, not_finite_line
 
 DESCRIPTION = "Say what a folder holds: bits of each layer, what stayed dense and why, adapters, damage."
 POSITIONALS = ("model",)
@@ -29,20 +29,28 @@ def run(settings: Namespace) -> Result:
     """Read the folder and say what is in it."""
     refuse_missing_folder("model", settings.model)
     folder = Path(settings.model)
-    damage = _damage(folder)
+    damage, not_finite = _damage(folder), tensors_not_finite(folder)
     lines: list[str] = []
     if (folder / "adapter_config.json").is_file():
         lines, found = _adapter(folder)
     elif damage:  # loading would refuse it
         lines, found = [str(folder)], {}
     else:
-        model = summary(load_model(settings.model))
-        lines = [model.table() if settings.layers else str(model)]
-        found = {"class": model.model, "nbytes": model.nbytes, "fraction_quantized": model.fraction_quantized}
-        found["modules"] = [_module(each) for each in model.modules]
+        try:
+            model = summary(load_model(settings.model))
+        except ValueError:
+            if not not_finite:
+                raise
+            lines, found = [str(folder)], {}
+        else:
+            lines = [model.table() if settings.layers else str(model)]
+            found = {"class": model.model, "nbytes": model.nbytes, "fraction_quantized": model.fraction_quantized}
+            found["modules"] = [_module(each) for each in model.modules]
     lines.append(_damage_line(damage))
     found["damaged"] = None if damage is None else [str(each) for each in damage]
-    return Result(text="\n".join(lines), data=found, exit_code=1 if damage else 0)
+    found["not_finite"] = not_finite
+    lines += [not_finite_line(not_finite)] if not_finite else []
+    return Result(text="\n".join(lines), data=found, exit_code=1 if damage or not_finite else 0)
 
 
 def _damage(folder: Path) -> list[Any] | None:

@@ -8,20 +8,22 @@ from pathlib import Path
 import yaml
 from jsonargparse import Namespace
 
+from ...integrations.saved_folder import tensors_not_finite
 from ...report import summary
-from ...report.html_page import folded, page, preformatted
+from ...report.html_page import folded, note, page, preformatted
 from ...report.merge_parts import MERGE_FILE, merge_parts
 from ...report.model_parts import model_parts
 from ...report.reported_facts import mean_error, model_facts, worst_layers
-from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
+from ...report.training_parts import ADAPTER_FILE, adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file
 from .. import shared_options as options
+from ..given_exports import refuse_export
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer
 from ..models import config_of, load_model, refuse_missing_folder
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
-from ..result import Result
+from ..result import Result, not_finite_line
 
 DESCRIPTION = (
     "Write one HTML page on what a folder holds: a quantized model (error of each layer, the worst layers and what "
@@ -64,6 +66,7 @@ def run(settings: Namespace) -> Result:
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
+    refuse_export(settings.folder)
     check_at_least(settings, 2, "window")
     check_at_least(settings, 0, "n_worst")
     check_at_least(settings, 1, "n_tokens")
@@ -75,13 +78,16 @@ def run(settings: Namespace) -> Result:
     if file.exists() and file.suffix not in (".html", ".htm"):
         raise FileExistsError(f"--output {file} is there, and no page. Name a file that ends with .html.")
     options.check_place("output", file)
-    parts: list[str] = []
-    found: dict[str, object] = {}
+    not_finite = tensors_not_finite(folder)
+    parts: list[str] = [note(not_finite_line(not_finite))] if not_finite else []
+    found: dict[str, object] = {"not_finite": not_finite}
     state = find_trainer_state(folder)
     if state is not None:
         parts += training_parts(state)
         found["training"] = str(state)
-    parts += adapter_parts(folder)
+    if of_adapter := adapter_parts(folder):
+        parts += of_adapter
+        found["adapter"] = str(folder / ADAPTER_FILE)
     if (folder / MERGE_FILE).is_file():
         parts += merge_parts(folder / MERGE_FILE)
         found["merge"] = str(folder / MERGE_FILE)
@@ -90,13 +96,15 @@ def run(settings: Namespace) -> Result:
         parts += model_part
     if not parts:
         raise ValueError(
-            f"{folder} holds no model, no {MERGE_FILE} and no state of a Trainer: there is nothing to report on."
+            f"{folder} holds no model, no LoRA adapter, no {MERGE_FILE} and no state of a Trainer: there is nothing "
+            "to report on."
         )
     parts += [folded(f"{verb}.yaml", preformatted(text)) for verb, text in _saved_settings(folder).items()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     with replace_file(file) as part:
         part.write_text(page(folder.resolve().name, parts, footer=f"peft-quantlayers report {folder}; {versions}"))
-    return Result(text=f"wrote {file}", data=found | {"page": str(file)})
+    text = "\n".join([*([not_finite_line(not_finite)] if not_finite else []), f"wrote {file}"])
+    return Result(text=text, data=found | {"page": str(file)}, exit_code=1 if not_finite else 0)
 
 
 def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, object]]:
