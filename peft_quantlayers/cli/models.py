@@ -20,9 +20,12 @@ from quantlayers_cli.option_names import WrongUsage
 from quantlayers_cli.options import PROGRAM
 
 from ..arguments import check_device
+from ..formats import QuantSpec
 from ..integrations.float_checkpoint import model_class
 from ..integrations.private_transformers import name_or_path
+from ..integrations.saved_folder import weight_files
 from ..lora.base_fingerprint import AnotherBaseWarning
+from ..methods import registered_methods, spec_from_dict
 from .given_exports import export_refused, refuse_export
 from .refused_values import values_refused
 
@@ -102,24 +105,52 @@ def is_quantized_already(name: str) -> bool:
     return getattr(config_of(name), "quantization_config", None) is not None
 
 
+def specs_of(name: str) -> list[QuantSpec]:
+    """The specs that layers of a quantized model have, by its config alone; of another program's the method's own."""
+    fields = getattr(config_of(name), "quantization_config", None) or {}
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    method = registered_methods().get(fields.get("quant_method", ""))
+    own = [spec_from_dict(spec) for spec in fields.get("specs", ()) if isinstance(spec, dict)]
+    return own or ([] if method is None else [method.spec_type()])
+
+
 def _class_of(config: PreTrainedConfig) -> Any:
     return model_class(config.architectures) or AutoModelForCausalLM
 
 
 def model_on_meta(name: str) -> PreTrainedModel:
     """The float model that the config of ``name`` describes, without numbers; a quantized one as its files hold it."""
-    config = config_of(name)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config_of(name), "quantization_config", None) is not None:
         model: Any = load_model(name)
         model.to("meta").tie_weights()  # which moving has taken apart
         return model
+    return _dense_on_meta(name)
+
+
+def _dense_on_meta(name: str) -> PreTrainedModel:
+    config = config_of(name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     found = _class_of(config)
     try:
         with torch.device("meta"):
-            model = getattr(found, "from_config", found)(config)
+            model: Any = getattr(found, "from_config", found)(config)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: no model can be made as its config.json says ({error}).") from None
     return model.to(config.dtype or torch.float32)
+
+
+def weight_bytes(name: str) -> int:
+    """Of the weights of a model, by its files; of one on the Hub, which may not be here yet, by its config."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
+    return sum(parameter.nbytes for parameter in _dense_on_meta(name).parameters())
+
+
+def n_parameters(name: str) -> int:
+    """Of the float model that the config of ``name`` describes, quantized or not."""
+    return sum(parameter.numel() for parameter in _dense_on_meta(name).parameters())
 
 
 def load_model(

@@ -16,12 +16,14 @@ class Result:
         data: the same and more, JSON-able; printed instead with ``--json``.
         exit_code: 0, or 1 where the answer itself is bad news (a damaged folder).
         output: the folder that was written, if any: settings and versions are saved in it.
+        settings_name: of the file that they are saved in; None for that of the verb.
     """
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
     exit_code: int = 0
     output: str | None = None
+    settings_name: str | None = None
 
 
 # Tensors that a line names.

@@ -50,6 +50,11 @@ def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it 
     """``--output``, ``--overwrite`` and ``--dry_run``."""
     parser.add_argument("--output", type=str, required=True, help=help_text)
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --output")
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: ArgumentParser) -> None:
+    """``--dry_run``."""
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
     )

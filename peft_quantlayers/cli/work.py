@@ -46,7 +46,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if result is None:  # another process tells
             return 0
         if result.output is not None:
-            save_settings(verb, parser, settings, Path(result.output))
+            save_settings(verb, parser, settings, Path(result.output), name=result.settings_name)
         _print(result, is_json=settings.json)
     except WrongUsage as error:
         return _said(f"{verb}: {_in_one_line(error)}{_notes(error)}", WRONG_USAGE)

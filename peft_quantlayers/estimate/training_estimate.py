@@ -75,8 +75,8 @@ def estimate_training(
     cast = sum(p.numel() * dtype.itemsize for p, dtype in stored.items() if p.dtype != dtype)
     seconds = None
     if block is not None:
-        block, head = _prepared(block, lora, use_gradient_checkpointing), model.config.get_text_config()
-        seconds = _seconds(block, head, batch_size, sequence_length)
+        timed, text = _prepared(block, lora, use_gradient_checkpointing), model.config.get_text_config()
+        seconds = _seconds(timed, text, batch_size, sequence_length)
     if is_timed and block is None:
         notes.append("without a time: the model is not a stack of blocks of one kind")
     return Estimate(

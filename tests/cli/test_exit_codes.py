@@ -57,6 +57,9 @@ OUT_OF_RANGE = {
         ("--tune_epochs -1", "tune_epochs"),
         ("--evaluate_tokens 0", "--evaluate_tokens 0 must be at least 2"),
         ("--average_bits 99 --calibration.data TEXT", "--average_bits 99.0 must be above 0 and at most 32"),
+        ("--average_bits 4 --choices [99] --calibration.data TEXT", "--choices [99]: nbits=99 is not supported"),
+        ("--average_bits 4 --choices [3,0] --calibration.data TEXT", "--choices [0]: nbits=0 is not supported"),
+        ("--average_bits 4 --choices [{'nbit':3}] --calibration.data TEXT", "(did you mean 'nbits'?)"),
     ],
     "export": [
         ("--format nope", "--format nope is not supported"),

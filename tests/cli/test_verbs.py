@@ -314,6 +314,21 @@ def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_the_settings_of_a_page_lie_beside_it_and_make_it_again(quantized, float_model, tmp_path, capsys):
+    page = tmp_path / "own.html"
+    printed(capsys, ["report", quantized, str(page), "--float_model", float_model, "--n_worst", "1"])
+    saved = yaml.safe_load((tmp_path / "own.yaml").read_text())
+    assert (saved["folder"], saved["float_model"], saved["n_worst"]) == (quantized, float_model, 1)
+    first = page.read_text()
+    page.unlink()
+    printed(capsys, ["report", str(tmp_path / "own.yaml")])
+    assert page.read_text() == first
+    (tmp_path / "other.yaml").write_text("mine: true\n")
+    said = refused(capsys, ["report", quantized, str(tmp_path / "other.html")], 1)
+    assert "other.yaml, which is another file" in said
+    assert (tmp_path / "other.yaml").read_text() == "mine: true\n"
+
+
 # ---- what is wrong
 
 

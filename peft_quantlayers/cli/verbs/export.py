@@ -8,12 +8,21 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
+from ...estimate import estimate_reading
 from ...exports import export, export_formats
+from ...exports.export import bytes_of_export
 from ...exports.formats.format_registry import format_named
 from .. import shared_options as options
 from ..given_tokenizers import check_ids, load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import in_options
-from ..models import another_base_refused, config_of, load_model, model_and_adapter, refuse_missing_folder
+from ..models import (
+    another_base_refused,
+    config_of,
+    load_model,
+    model_and_adapter,
+    refuse_missing_folder,
+    weight_bytes,
+)
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least, values_refused
@@ -21,6 +30,8 @@ from ..result import Result
 
 DESCRIPTION = "Write a quantized model as an inference engine reads it, exactly, and print the command that serves it."
 POSITIONALS = ("model", "output")
+# Of a layer in float32: its weight, what is stored, and the difference.
+_LAYER_COPIES = 3
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -60,9 +71,8 @@ def run(settings: Namespace) -> Result:
         target = format_named(settings.format)
     check_at_least(settings, 1, "n_tokens")
     options.check_output(settings, inputs=(name, adapter or ""))
-    options.refuse_output_in_use(settings)
-    if settings.dry_run:
-        return Result(text=f"would write {name} into {settings.output}\n{target}")
+    if not settings.dry_run:
+        options.refuse_output_in_use(settings)
     tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
     tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer or load_tokenizer(name))
@@ -71,6 +81,23 @@ def run(settings: Namespace) -> Result:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
         check_ids(text, config_of(name))
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if settings.dry_run:
+        with another_base_refused():
+            disk, largest = bytes_of_export(
+                name,
+                settings.output,
+                settings.format,
+                adapter=adapter,
+                dtype=dtype,
+                approximate=settings.approximate,
+                tokenizer=tokenizer,
+            )
+        weights = {"largest layer": 4 * _LAYER_COPIES * largest}
+        if settings.text is not None:
+            weights["the model, to compare"] = weight_bytes(name)
+        costs = estimate_reading("export", weights=weights, disk=disk)
+        return Result(text=f"would write {name} into {settings.output}\n{target}\n{costs}", data=costs.to_dict())
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")
@@ -80,7 +107,7 @@ def run(settings: Namespace) -> Result:
             settings.output,
             settings.format,
             adapter=adapter,
-            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            dtype=dtype,
             approximate=settings.approximate,
             tokenizer=tokenizer,
             calibration=data,
