@@ -28,7 +28,7 @@ from .formats.grid_format import GridFormat
 from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
 from .refused_exports import Model, refuse_misfits
-from .requantize import float_weights, requantized_layers, requantized_model
+from .requantize import float_weights, refuse_another_float_model, requantized_layers, requantized_model
 from .sharded_writer import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
 from .target_grid import target_spec
@@ -257,6 +257,8 @@ def _requantized(
     given: GivenModel, facts: Mapping[str, LayerFacts], target: ExportFormat, *, calibration: Any, float_model: Any
 ) -> Any:
     assert isinstance(target, GridFormat)
+    if float_model is not None:
+        refuse_another_float_model(given.layers, float_model)
     specs = {name: target_spec(each, target) for name, each in facts.items()}
     if calibration is not None:
         by_module = {given.layers[name].module: spec for name, spec in specs.items()}

@@ -60,7 +60,6 @@ def test_it_says_what_would_be_done_and_what_it_takes_and_does_nothing(
         (["report", "EMPTY"], "there is nothing to report on"),
         (["export", "MODEL", "OUT", "--format", "awq"], "awq cannot hold this model"),
         (["export", "MODEL", "OUT", "--format", "mlx", "--adapter", "EMPTY"], "adapter_config.json"),
-        (["export", "MODEL", "OUT", "--format", "mlx", "--dtype", "float32", "--approximate", "8bit"], "approximate"),
     ],
 )
 def test_what_would_fail_at_once_is_refused(command, said, quantized, float_model, text_file, tmp_path, capsys):

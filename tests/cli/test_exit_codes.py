@@ -126,7 +126,13 @@ EXCLUDING = {
         ("--strategy keep --calibration.data TEXT", "takes no calibration data"),
         ("--average_bits 3.5", "--average_bits needs --calibration.data"),
     ],
-    "export": [("--calibration.n_tokens 64", "--calibration.n_tokens is for a calibration, which needs")],
+    "export": [
+        ("--approximate 8bit", "--approximate 8bit: mlx takes none"),
+        ("--format awq --approximate 8bit", "awq takes --approximate adapter or --approximate requantize"),
+        ("--float_model x", "--float_model is for --approximate requantize"),
+        ("--calibration.data TEXT", "--calibration.data is for --approximate requantize"),
+        ("--calibration.n_tokens 64", "--calibration.n_tokens is for a calibration, which needs"),
+    ],
     "chat": [("--compare", "--compare needs --adapter")],
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,14 @@ import torch
 import yaml
 from commands import TEXT, printed, refused
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
@@ -515,3 +523,46 @@ def test_evaluate_reads_the_rows_that_train_takes(quantized, tmp_path, capsys):
         )
     assert found[0]["perplexity"] == found[1]["perplexity"]
     assert found[2]["n_tokens"] > found[0]["n_tokens"]  # an empty line between question and answer
+
+
+# What is Python, in what a command line says: arguments, names of the package, strategies in quotes.
+PYTHON = re.compile(r"\b[a-z_]+=[\"'\w(\[]|peft_quantlayers\.|\w+\(\)|for_export|\"\w+\"|\boverwrite=True")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["merge", "ADAPTER", "OUT", "--strategy", "aware"], "Train with --merge_aware true, or merge with another"),
+        (["merge", "ADAPTER", "OUT", "--strategy", "exact"], "or use --strategy requantize or --strategy keep."),
+        (["merge", "ADAPTER", "OUT", "--strategy", "append"], "Use --strategy calibrated or --strategy requantize;"),
+        (["merge", "ADAPTER", "OUT", "--strategy", "calibrated"], "use --strategy requantize, or --strategy keep"),
+        (["export", "FLOAT", "OUT", "--format", "mlx"], "(quantize MODEL OUTPUT), or give --format dense"),
+        (["export", "MODEL", "OUT", "--format", "awq"], "quantize --integer_zero true --export_target awq"),
+        (["export", "MODEL", "OUT", "--format", "aqlm"], "--format dense (for all)"),
+    ],
+)
+def test_what_is_refused_is_said_in_options(command, said, adapter, quantized, float_model, tmp_path, capsys):
+    places = {"ADAPTER": adapter, "MODEL": quantized, "FLOAT": float_model, "OUT": str(tmp_path / "out")}
+    given = [places.get(word, word) for word in command]
+    found = refused(capsys, given, 2 if given[-1] == "calibrated" else 1)
+    assert said in found
+    assert not PYTHON.search(found), PYTHON.search(found)
+
+
+def test_the_options_that_a_refused_export_names_make_a_model_that_it_takes(float_model, quantized, tmp_path, capsys):
+    refusal = refused(capsys, ["export", quantized, str(tmp_path / "x"), "--format", "awq"], 1)
+    options = re.search(r"of the format: quantize (--.*)\.$", refusal)[1].split()
+    printed(capsys, ["quantize", float_model, str(tmp_path / "q"), *options])
+    printed(capsys, ["export", str(tmp_path / "q"), str(tmp_path / "x"), "--format", "awq"])
+
+
+@pytest.mark.parametrize(("model", "said"), [("other", "has the shape"), ("quantized", "is quantized itself")])
+def test_a_float_model_of_another_shape_is_refused_before_an_export(model, said, quantized, tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    given = str(tmp_path / "other") if model == "other" else quantized
+    command = ["export", quantized, str(tmp_path / "x"), "--format", "gptq", "--approximate", "requantize"]
+    assert said in refused(capsys, [*command, "--float_model", given], 1)
+    assert not (tmp_path / "x").exists()

@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
+from quantlayers_cli.option_names import WrongUsage
+
 from ...estimate import estimate_reading
-from ...exports import export, export_formats
+from ...exports import ExportFormat, export, export_formats
 from ...exports.export import bytes_of_export
 from ...exports.formats.format_registry import format_named
 from .. import shared_options as options
@@ -62,6 +64,19 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_calibration(parser)
 
 
+def check_approximate(settings: Namespace, target: ExportFormat) -> None:
+    """Raise WrongUsage for an approximation that the format does not take, or options of another one."""
+    if settings.approximate is not None and settings.approximate not in target.approximations:
+        can = " or ".join(f"--approximate {each}" for each in target.approximations)
+        raise WrongUsage(
+            f"--approximate {settings.approximate}: {target.name} takes {can or 'none'}. Nothing was written."
+        )
+    if settings.approximate != "requantize":
+        for option, value in (("float_model", settings.float_model), ("calibration.data", settings.calibration.data)):
+            if value is not None:
+                raise WrongUsage(f"--{option} is for --approximate requantize. Give that too, or leave it out.")
+
+
 def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     options.check_calibration(settings)
@@ -69,6 +84,7 @@ def run(settings: Namespace) -> Result:
     name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():
         target = format_named(settings.format)
+        check_approximate(settings, target)
     check_at_least(settings, 1, "n_tokens")
     options.check_output(settings, inputs=(name, adapter or ""))
     if not settings.dry_run:
