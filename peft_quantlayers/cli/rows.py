@@ -15,6 +15,7 @@ FORMS = (
     ("text",), ("input_ids",),
 )  # fmt: skip
 _SHOWN = 60
+_A_ROW = 'a row looks like {"text": "..."}'
 
 
 def check_texts(option: str, name: str, rows: Any, columns: Iterable[str], *, vocab_size: int = 2**63) -> None:
@@ -75,10 +76,12 @@ def first_wrong_line(path: Path) -> str | None:
     """What is wrong with a .jsonl file, in its first line that holds no row, or with a .json file; None: nothing."""
     if path.suffix.lower() == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             return str(error)
-        return None
+        wrong = next((row for row in (content if isinstance(content, list) else [content]) if not _is_row(row)), None)
+        is_right = all(map(_is_row, content)) if isinstance(content, list) else _is_row(content)
+        return None if is_right else f"it holds {_shown(wrong)}, and {_A_ROW}"
     kinds: dict[str, type] = {}
     with path.open("rb") as opened:
         for number, line in enumerate(opened, 1):
@@ -88,12 +91,22 @@ def first_wrong_line(path: Path) -> str | None:
                 return f"line {number} is no JSON ({error.msg} at character {error.pos + 1})"
             except UnicodeDecodeError:
                 return f"line {number} is no text in UTF-8"
-            if not isinstance(row, dict):
-                return f'line {number} holds {_shown(row)}, and a row looks like {{"text": "..."}}'
+            if not _is_row(row):
+                return f"line {number} holds {_shown(row)}, and {_A_ROW}"
             for key, value in row.items():
                 if value is not None and kinds.setdefault(key, type(value)) is not type(value):
                     return f"line {number}: {key} is {_shown(value)}, and {kinds[key].__name__} in lines before it"
     return None
+
+
+def begins_with_null(path: Path) -> bool:
+    """Whether the first thing in a file of JSON is null, at which the package datasets crashes."""
+    with path.open("rb") as opened:
+        return opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:4] == b"null"
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _kind_of(column: str, value: Any, vocab_size: int) -> tuple[str, str | None]:

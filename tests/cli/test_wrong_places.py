@@ -402,3 +402,44 @@ def test_a_file_that_is_no_plan(content, said, verb, commands, tmp_path, capsys)
     found = refused_untouched(capsys, [*commands[verb], "--plan", str(tmp_path / "plan.json")], tmp_path)
     assert f"plan.json is no plan of bits that this version reads ({said}" in found
     assert "The output of --average_bits or --size holds one, bit_plan.json." in found
+
+
+NO_ROWS = {
+    "null.jsonl": (b"null\n", "line 1 holds null, and a row looks like"),  # datasets crashes at it
+    "null.json": (b"\n null", "it holds null, and a row looks like"),
+    "number.json": (b"5", "it holds 5, and a row looks like"),
+    "text.json": (b'"a"', "it holds 'a', and a row looks like"),
+    "nothing.json": (b"[]", "it holds no rows"),
+    "blank.jsonl": (b"\n\n", "it holds no rows"),
+    "blank.txt": (b" \n\n ", "holds no"),
+    "bytes.txt": (bytes(range(256)), "is no text in UTF-8"),
+    "bytes.jsonl": (bytes(range(256)), "line 1 is no JSON"),
+    "empty.txt": (b"", "is empty"),
+    "empty.parquet": (b"", "is empty"),
+    "damaged.parquet": (b"PAR1 and no more", "cannot be read as .parquet"),
+    "table.tsv": (b"text\tx\n", "a file of this kind is not read"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+@pytest.mark.parametrize("verb", READING)
+def test_files_that_hold_no_rows_are_refused_by_every_verb_that_reads_some(
+    name, verb, quantized, float_model, tmp_path, capsys
+):
+    content, said = NO_ROWS[name]
+    (tmp_path / name).write_bytes(content)
+    places = {"FLOAT": float_model, "MODEL": quantized, "OUT": str(tmp_path / "out")}
+    command = [*(places.get(word, word) for word in READING[verb]), str(tmp_path / name)]
+    if (verb, name) == ("quantize", "blank.txt"):
+        said = "the calibration data has 0 tokens"
+    found = refused_untouched(capsys, command, tmp_path)
+    assert name in found or said.endswith("0 tokens")
+    assert said in found
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_folders_and_files_below_files_are_no_data(verb, quantized, float_model, text_file, tmp_path, capsys):
+    places = {"FLOAT": float_model, "MODEL": quantized, "OUT": str(tmp_path / "out")}
+    command = [places.get(word, word) for word in READING[verb]]
+    for given, said in ((quantized, "save_to_disk"), (f"{text_file}/below", "there is no such file")):
+        assert said in refused_untouched(capsys, [*command, given], tmp_path)
