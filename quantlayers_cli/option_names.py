@@ -70,7 +70,7 @@ def with_names(
         WrongUsage: an unknown option or key, a required one that is missing, a file that cannot be read.
     """
     rest, named = list(arguments), []
-    if rest and not rest[0].startswith("-") and rest[0].endswith(YAML_SUFFIXES):
+    if rest and not rest[0].startswith("-") and rest[0].lower().endswith(YAML_SUFFIXES):
         named += ["--config", rest.pop(0)]
     for name in _names_of_positionals(rest, positionals, named[1:], known):
         if rest and not rest[0].startswith("-"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -52,7 +53,8 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tiny_hub(tmp_path / "hub")))
     words = (ROOT / "benchmarks" / "data" / "wikitext2-test.txt").read_text()[:20_000]
-    Path("notes.txt").write_text(words)
+    # A prompt is a line, a token of the tiny stand-in is a byte, and it has few positions.
+    Path("notes.txt").write_text("\n".join(textwrap.fill(line, 400) for line in words.splitlines()))
     document = Sybil([PythonCodeBlockParser(), ShellBlocks()]).parse(DOCS / page)
     examples = list(document.examples())
     assert examples

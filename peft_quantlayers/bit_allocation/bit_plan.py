@@ -126,7 +126,7 @@ class BitPlan:
             ValueError: the file holds something else.
         """
         try:
-            document = json.loads(Path(file).read_text())
+            document = _document(Path(file))
             if document["format"] != FORMAT or document["version"] > VERSION:
                 raise ValueError(f"it says {document['format']!r}, version {document['version']}")
             layers = {
@@ -143,9 +143,10 @@ class BitPlan:
             if not math.isfinite(plan.predicted_kl + plan.bits_per_weight) or min(plan.chosen.values(), default=0) < 0:
                 raise ValueError("a number in it makes no sense")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+            reason = f"{error} is missing in it" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{file} is no plan of bits that this version reads ({error}). BitPlan.save writes them; make another "
-                "with plan_bits."
+                f"{file} is no plan of bits that this version reads ({reason}). BitPlan.save writes them; make "
+                "another with plan_bits."
             ) from None
         return plan
 
@@ -160,6 +161,21 @@ class BitPlan:
             f"{self.bits_per_weight:.3f} bits per weight, {self.model_bytes:,} bytes with all else; predicted KL "
             f"{self.predicted_kl:.4f}{measured}; {layers}"
         )
+
+
+def _document(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises ValueError where there is none, or one that is no plan."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("it is no text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is empty or no JSON: {error}") from None
+    if not isinstance(document, dict) or "format" not in document:
+        raise ValueError(
+            f"its JSON is {'an object without' if isinstance(document, dict) else 'no object with'} 'format'"
+        )
+    return document
 
 
 def budget_bytes(plan: BitPlan, *, average: float | None, size: int | str | None) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from quantlayers_cli.option_names import WrongUsage
 
 from ..calibration.texts import one_split, text_of
-from .given_tokenizers import check_ids, long_windows_refused, template_refusals_named
+from .given_tokenizers import (
+    check_ids,
+    check_positions,
+    long_windows_refused,
+    n_positions,
+    template_refusals_named,
+    too_long,
+)
+from .models import config_of
 from .read_data import is_data_name, load_data
 from .refused_values import check_at_least
 from .row_forms import question_of
@@ -23,7 +33,12 @@ ASKED = ("instruction", "conversations", "messages", "prompt", "text")
 
 def add_sampling(parser: ArgumentParser, *, max_new_tokens: int) -> None:
     """``--max_new_tokens`` and ``--temperature``."""
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="longest answer")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help=f"tokens of the longest answer; null: {max_new_tokens}, or those for which the model has positions left",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: the most likely token")
 
 
@@ -33,8 +48,18 @@ def check_sampling(settings: Namespace) -> None:
     check_at_least(settings, 0, "temperature")
 
 
-def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, *, streamer: Any = None) -> str:
+def check_lengths(settings: Namespace, *names: str | None) -> None:
+    """Raise WrongUsage where the longest answer has no room in one of the models ``names``."""
+    for name in filter(None, names if settings.max_new_tokens is not None else ()):
+        check_positions(settings.max_new_tokens, config_of(name), "max_new_tokens")
+
+
+def answer(
+    model: Any, tokenizer: Any, question: Question, settings: Namespace, *, longest: int, streamer: Any = None
+) -> str:
     """What ``model`` answers, by the options of :func:`add_sampling`.
+
+    ``longest``: tokens of the answer where the options leave that open, and positions are left.
 
     Raises:
         ValueError: nothing is asked; the chat template does not take the messages; a token that the model does not
@@ -54,11 +79,13 @@ def answer(model: Any, tokenizer: Any, question: Question, settings: Namespace, 
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     )
-    with long_windows_refused(model, inputs["input_ids"].shape[1] + settings.max_new_tokens):
-        ids = model.generate(
-            **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, streamer=streamer, **sampling
-        )
     n_read = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    most = n_positions(model.config)
+    n_new = settings.max_new_tokens or max(1, min(longest, longest if most is None else most - n_read))
+    if most is not None and n_read + n_new > most:
+        raise too_long(model, n_read + n_new, most)
+    with long_windows_refused(model, inputs["input_ids"].shape[1] + n_new):
+        ids = model.generate(**inputs.to(model.device), max_new_tokens=n_new, streamer=streamer, **sampling)
     return tokenizer.decode(ids[0, n_read:], skip_special_tokens=True)
 
 
@@ -67,12 +94,12 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
 
     Raises:
         FileNotFoundError: no such file.
-        WrongUsage: a list that holds none, or an empty one.
+        WrongUsage: a list that holds none, an empty one, or what is no text.
         ValueError: a file that does; columns or rows that hold none.
     """
     found: list[Question] = []
     if isinstance(given, list) or not is_data_name(given):
-        found += [given] if isinstance(given, str) else given
+        found += [_one_text(option, given)] if isinstance(given, str) else given
     else:
         rows = one_split(load_data(option, given))
         if isinstance(rows, Path):
@@ -90,3 +117,17 @@ def prompts_of(option: str, given: list[str] | str, *, limit: int | None) -> lis
         error = WrongUsage if isinstance(given, list) else ValueError
         raise error(f"--{option} {given} holds {'an empty one' if found else 'none'}. Give texts to go on with.")
     return found[:limit]
+
+
+def _one_text(option: str, given: str) -> str:
+    """``given``, unless it is a list with something else than texts in it, which its type has left as it was."""
+    try:
+        content = yaml.safe_load(given) if given.lstrip().startswith("[") else None
+    except yaml.YAMLError:  # a text that begins with a bracket
+        return given
+    for number, entry in enumerate(content or ()):
+        if not isinstance(entry, str):
+            raise WrongUsage(
+                f"--{option} {given}: entry {number + 1} is {json.dumps(entry, default=str)}, and no text."
+            )
+    return given

@@ -11,6 +11,8 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from quantlayers_cli.option_names import WrongUsage
+
 from .models import name_of
 
 # Files of which a tokenizer has one at least.
@@ -65,6 +67,24 @@ def check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
         )
 
 
+def n_positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model of ``config`` is for at once, by scaled rotary embeddings too; None: it does not say."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    scalings = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    return max(most, *(int(most * (each.get("factor") or 1)) for each in scalings))
+
+
+def check_positions(n_tokens: int, config: PreTrainedConfig, option: str) -> None:
+    """Raise WrongUsage where the value of ``option`` is more than the positions of a model of ``config``."""
+    most = n_positions(config)
+    if most is not None and n_tokens > most:
+        raise WrongUsage(f"--{option} {n_tokens} must be at most {most}: {config.name_or_path} has so many positions.")
+
+
 @contextmanager
 def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") -> Iterator[None]:
     """While this is open, a model that has no position for each of ``n_tokens``, those of ``option``, is a ValueError.
@@ -77,9 +97,14 @@ def long_windows_refused(model: Any, n_tokens: int | None, *, option: str = "") 
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if most is None or (n_tokens is not None and n_tokens <= most):
             raise
-        many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
-        way_out = f"Lower --{option}." if option else "Give less."
-        raise ValueError(f"{name_of(model)} cannot read {many}: it has {most} positions. {way_out}") from None
+        raise too_long(model, n_tokens, most, option=option) from None
+
+
+def too_long(model: Any, n_tokens: int | None, most: int, *, option: str = "") -> ValueError:
+    """The error for ``n_tokens`` at once, None for any number, those of ``option``, where ``most`` have positions."""
+    many = "rows of any length" if n_tokens is None else f"{n_tokens} tokens at once"
+    way_out = f"Lower --{option}." if option else "Give less, or lower --max_new_tokens."
+    return ValueError(f"{name_of(model)} cannot read {many}: it has {most} positions. {way_out}")
 
 
 @contextmanager

@@ -16,21 +16,23 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quantlayers_cli.option_names import WrongUsage, read_options
+from quantlayers_cli.option_names import WrongUsage
 from quantlayers_cli.options import PROGRAM
 
 from ..arguments import check_device
+from ..formats import QuantSpec
 from ..integrations.float_checkpoint import model_class
 from ..integrations.private_transformers import name_or_path
+from ..integrations.saved_folder import weight_files
 from ..lora.base_fingerprint import AnotherBaseWarning
+from ..methods import registered_methods, spec_from_dict
+from .given_exports import export_refused, refuse_export
 from .refused_values import values_refused
 
 # What may stand in the place of a device: ways to share a model among all of them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of these, transformers needs one in a config to load a quantized model; those of other engines have none.
 NAMES_OF_METHODS = {"quant_method", "load_in_8bit", "load_in_4bit"}
-# What ``export`` was given, in the folder that it wrote.
-EXPORT_SETTINGS = "export.yaml"
 OWN_BASE = "base"
 """In the folder of an adapter that was trained on a float model: the model that was made of that, quantized."""
 
@@ -51,8 +53,7 @@ def config_of(name: str) -> PreTrainedConfig:
         )
     folder = Path(name).expanduser()
     is_file = (folder / "config.json").is_file()
-    if (folder.suffix == ".gguf" and folder.is_file()) or (not is_file and any(folder.glob("*.gguf"))):
-        raise _export_refused(name)
+    refuse_export(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
     if folder.exists() and not is_file:
@@ -69,22 +70,8 @@ def config_of(name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: its config.json describes no model that can be read here ({error}).") from None
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and not NAMES_OF_METHODS & {*quantization}:
-        raise _export_refused(name)
+        raise export_refused(name)
     return config
-
-
-def _export_refused(name: str) -> ValueError:
-    """The error for a model of another engine, with the folder that it was exported from where its settings say it."""
-    folder = Path(name).expanduser()
-    try:
-        given = read_options(str((folder if folder.is_dir() else folder.parent) / EXPORT_SETTINGS))
-    except WrongUsage:  # none there
-        given = {}
-    source = given.get("adapter") or given.get("model")
-    return ValueError(
-        f"{name} is an export for another engine, which cannot be loaded here. Give the folder that it was exported "
-        f"from{f', {source}' if source else ''}."
-    )
 
 
 def is_adapter(name: str) -> bool:
@@ -118,24 +105,52 @@ def is_quantized_already(name: str) -> bool:
     return getattr(config_of(name), "quantization_config", None) is not None
 
 
+def specs_of(name: str) -> list[QuantSpec]:
+    """The specs that layers of a quantized model have, by its config alone; of another program's the method's own."""
+    fields = getattr(config_of(name), "quantization_config", None) or {}
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    method = registered_methods().get(fields.get("quant_method", ""))
+    own = [spec_from_dict(spec) for spec in fields.get("specs", ()) if isinstance(spec, dict)]
+    return own or ([] if method is None else [method.spec_type()])
+
+
 def _class_of(config: PreTrainedConfig) -> Any:
     return model_class(config.architectures) or AutoModelForCausalLM
 
 
 def model_on_meta(name: str) -> PreTrainedModel:
     """The float model that the config of ``name`` describes, without numbers; a quantized one as its files hold it."""
-    config = config_of(name)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config_of(name), "quantization_config", None) is not None:
         model: Any = load_model(name)
         model.to("meta").tie_weights()  # which moving has taken apart
         return model
+    return _dense_on_meta(name)
+
+
+def _dense_on_meta(name: str) -> PreTrainedModel:
+    config = config_of(name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     found = _class_of(config)
     try:
         with torch.device("meta"):
-            model = getattr(found, "from_config", found)(config)
+            model: Any = getattr(found, "from_config", found)(config)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: no model can be made as its config.json says ({error}).") from None
     return model.to(config.dtype or torch.float32)
+
+
+def weight_bytes(name: str) -> int:
+    """Of the weights of a model, by its files; of one on the Hub, which may not be here yet, by its config."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
+    return sum(parameter.nbytes for parameter in _dense_on_meta(name).parameters())
+
+
+def n_parameters(name: str) -> int:
+    """Of the float model that the config of ``name`` describes, quantized or not."""
+    return sum(parameter.numel() for parameter in _dense_on_meta(name).parameters())
 
 
 def load_model(

@@ -107,13 +107,15 @@ def _in_one_line(message: str, known: set[str]) -> str:
     """jsonargparse's message without its layers of reasons."""
     option = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
-    expected = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
+    expected = dict.fromkeys(re.findall(r"Expected (?:an? )?<class '(\w+)'>", message))
     expected.pop("NoneType", None)
     choices = re.search(r"Expected an? typing\.Literal\[(.*?)\]", message)
     if option and value and choices:
         names = re.findall(r"'([^']*)'", choices[1])
         listed = ", ".join([*(name.replace("bool", "true, false") for name in expected), *names])
         return f"{option[1]}={value[1]!r}: choose one of {listed}{nearest(value[1], names)}."
+    if option and value and "list" in expected:
+        return f"{option[1]}={value[1]!r}: expected a list: --{option[1]} '[{value[1].rstrip('.')}]'."
     if option and value and expected:
         types = " or ".join(name.replace("bool", "true or false") for name in expected)
         return f"{option[1]}={value[1]!r}: expected {types}."

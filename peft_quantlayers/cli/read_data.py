@@ -14,7 +14,7 @@ from quantlayers_cli.option_names import WrongUsage
 from ..calibration.texts import COLUMNS, TEXT_SUFFIXES, token_sequences
 from ..storage import says_full
 from .row_forms import joined
-from .rows import check_texts, first_wrong_line
+from .rows import begins_with_null, check_texts, first_wrong_line
 
 # Columns that make one text together.
 JOINED = (("prompt", "completion"), ("instruction", "input", "output"))
@@ -37,7 +37,7 @@ def load_data(option: str, name: str) -> Any:
     path = Path(name).expanduser()
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"--{option} {name} is empty.")
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES:
         return path
     if not path.exists() and is_data_name(name):
         raise FileNotFoundError(f"--{option} {name}: there is no such file.")
@@ -45,13 +45,15 @@ def load_data(option: str, name: str) -> Any:
         import datasets
     except ImportError:
         raise ImportError(f"--{option} {name} needs the package datasets: pip install datasets.") from None
-    if path.is_file() and path.suffix not in READERS:
+    if path.is_file() and path.suffix.lower() not in READERS:
         raise ValueError(f"--{option} {name}: a file of this kind is not read. Give {DATA_HELP}.")
+    if path.is_file() and READERS[path.suffix.lower()] == "json" and begins_with_null(path):  # it ends the process
+        raise ValueError(f"--{option} {name} cannot be read as {path.suffix}: {first_wrong_line(path)}.")
     try:
         if path.is_dir():
             return datasets.load_from_disk(str(path))
         if path.is_file():
-            return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path), split="train")
         dataset, _, split = name.partition(":")
         return datasets.load_dataset(dataset, split=split or "train")
     except Exception as error:  # of any kind: readers of a dozen formats, and the Hub
@@ -67,7 +69,9 @@ def is_data_name(name: str) -> bool:
         is_there = path.exists()
     except (OSError, RuntimeError):  # a text, too long for a name
         return False
-    return is_there or path.suffix in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))
+    if not is_there and any(above.is_file() for above in path.parents):  # a file below a file
+        return True
+    return is_there or path.suffix.lower() in (*TEXT_SUFFIXES[1:], *READERS) or name.startswith((".", "/", "~"))
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -79,7 +83,7 @@ def _reason(error: Exception, path: Path) -> str:
     wrong = None
     if "corresponds to no data" in str(error):
         return ": it holds no rows."
-    if path.suffix in (".json", ".jsonl") and os.access(path, os.R_OK):
+    if path.suffix.lower() in (".json", ".jsonl") and os.access(path, os.R_OK):
         wrong = first_wrong_line(path)
     return f" as {path.suffix}: {wrong or _in_one_line(error.__cause__ or error)}."
 
@@ -119,4 +123,6 @@ def token_ids(option: str, name: str, tokenizer: Any, *, n_tokens: int) -> Tenso
     if n_tokens < 1:
         raise WrongUsage(f"{n_tokens} tokens of --{option} {name} are none: at least 1 is needed.")
     sequences = token_sequences(load_texts(option, name), tokenizer, None, n_tokens=n_tokens)
+    if not any(map(len, sequences)):
+        raise ValueError(f"--{option} {name} holds no text.")
     return torch.cat(sequences)[:n_tokens]

@@ -9,7 +9,13 @@ from typing import Any
 
 # The entries of a message, in the two forms of chats.
 MESSAGE = (("role", "content"), ("from", "value"))
+# Columns that rows of one form have.
+FORMS = (
+    ("chosen", "rejected"), ("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",),
+    ("text",), ("input_ids",),
+)  # fmt: skip
 _SHOWN = 60
+_A_ROW = 'a row looks like {"text": "..."}'
 
 
 def check_texts(option: str, name: str, rows: Any, columns: Iterable[str], *, vocab_size: int = 2**63) -> None:
@@ -25,6 +31,8 @@ def check_texts(option: str, name: str, rows: Any, columns: Iterable[str], *, vo
             if misfit is None and len(kinds) > 1:
                 misfit = f"is {kind}, and in rows before it is {next(iter(kinds - {kind}))}"
             if misfit is not None:
+                if value is None and (mixed := _mixed_forms(name, rows)) is not None:
+                    raise ValueError(f"--{option} {name}: {mixed}. Give rows of one form.")
                 raise ValueError(
                     f"--{option} {name}, {place_of(name, number)}: {column} {misfit}. Mend this row, or remove it."
                 )
@@ -34,14 +42,30 @@ def _values(option: str, name: str, column: Any) -> Iterator[Any]:
     try:
         yield from column
     except UnicodeDecodeError as error:
-        wrong = first_wrong_line(Path(name).expanduser()) if name.endswith((".jsonl", ".json")) else None
+        wrong = first_wrong_line(Path(name).expanduser()) if name.lower().endswith((".jsonl", ".json")) else None
         raise ValueError(f"--{option} {name}: {wrong or error}. Write it as UTF-8.") from None
+
+
+def _mixed_forms(name: str, rows: Any) -> str | None:
+    """The first two rows of different forms, and the forms; None where all have one."""
+    first: tuple[str, ...] | None = None
+    for number, row in enumerate(rows):
+        form = next((form for form in FORMS if all(row.get(column) is not None for column in form)), None)
+        if form is not None and first is None:
+            first, first_place = form, place_of(name, number)
+        elif form not in (None, first):
+            return f"{place_of(name, number)} has {_and(form)}, and {first_place} has {_and(first)}"
+    return None
+
+
+def _and(names: Iterable[str] | None) -> str:
+    return " and ".join(names or ())
 
 
 def place_of(name: str, number: int) -> str:
     """Where row ``number`` of a file stands: its line, where each row has one."""
     path = Path(name).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
         return f"row {number + 1}"
     with path.open("rb") as opened:
         lines = [line for line, content in enumerate(opened, 1) if content.strip()]
@@ -50,12 +74,14 @@ def place_of(name: str, number: int) -> str:
 
 def first_wrong_line(path: Path) -> str | None:
     """What is wrong with a .jsonl file, in its first line that holds no row, or with a .json file; None: nothing."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             return str(error)
-        return None
+        wrong = next((row for row in (content if isinstance(content, list) else [content]) if not _is_row(row)), None)
+        is_right = all(map(_is_row, content)) if isinstance(content, list) else _is_row(content)
+        return None if is_right else f"it holds {_shown(wrong)}, and {_A_ROW}"
     kinds: dict[str, type] = {}
     with path.open("rb") as opened:
         for number, line in enumerate(opened, 1):
@@ -65,12 +91,22 @@ def first_wrong_line(path: Path) -> str | None:
                 return f"line {number} is no JSON ({error.msg} at character {error.pos + 1})"
             except UnicodeDecodeError:
                 return f"line {number} is no text in UTF-8"
-            if not isinstance(row, dict):
-                return f'line {number} holds {_shown(row)}, and a row looks like {{"text": "..."}}'
+            if not _is_row(row):
+                return f"line {number} holds {_shown(row)}, and {_A_ROW}"
             for key, value in row.items():
                 if value is not None and kinds.setdefault(key, type(value)) is not type(value):
                     return f"line {number}: {key} is {_shown(value)}, and {kinds[key].__name__} in lines before it"
     return None
+
+
+def begins_with_null(path: Path) -> bool:
+    """Whether the first thing in a file of JSON is null, at which the package datasets crashes."""
+    with path.open("rb") as opened:
+        return opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:4] == b"null"
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _kind_of(column: str, value: Any, vocab_size: int) -> tuple[str, str | None]:

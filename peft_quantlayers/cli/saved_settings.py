@@ -17,15 +17,18 @@ from .parsing import VerbParser, settings_text
 VERSIONS_OF = ("peft_quantlayers", "torch", "transformers", "peft", "trl")
 
 
-def save_settings(verb: str, parser: VerbParser, settings: Namespace, folder: Path) -> None:
-    """Write the resolved settings and the versions beside the output."""
+def save_settings(
+    verb: str, parser: VerbParser, settings: Namespace, folder: Path, *, name: str | None = None
+) -> None:
+    """Write the resolved settings and the versions beside the output, into a file ``name``; None: ``VERB.yaml``."""
+    name = name or f"{verb}.yaml"
     versions = ", ".join(f"{name} {_version(name)}" for name in VERSIONS_OF)
-    head = f"# {PROGRAM} {verb} {verb}.yaml does the same again.\n# Python {platform.python_version()}, {versions}\n"
+    head = f"# {PROGRAM} {verb} {name} does the same again.\n# Python {platform.python_version()}, {versions}\n"
     try:
-        with replace_file(folder / f"{verb}.yaml") as part:
+        with replace_file(folder / name) as part:
             part.write_text(head + settings_text(parser, settings), encoding="utf-8")
     except OSError as error:
-        reason = f"{folder} is complete, but for the settings in {verb}.yaml ({error.strerror})."
+        reason = f"{folder} is complete, but for the settings in {name} ({error.strerror})."
         raise OSError(error.errno, reason) from error
 
 

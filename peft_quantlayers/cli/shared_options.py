@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -18,6 +19,7 @@ from ..bit_allocation.bit_plan import bytes_of_size
 from ..bit_allocation.plan_bits import fields_of_choices
 from ..calibration import Calibration
 from ..methods import QuantConfig, config_type, registered_methods
+from ..storage.full_disk import NO_SPACE
 from .field_help import field_help
 from .parsing import VerbParser
 from .read_data import DATA_HELP, load_texts
@@ -48,6 +50,11 @@ def add_output(parser: ArgumentParser, *, help_text: str = "folder to write; it 
     """``--output``, ``--overwrite`` and ``--dry_run``."""
     parser.add_argument("--output", type=str, required=True, help=help_text)
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --output")
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: ArgumentParser) -> None:
+    """``--dry_run``."""
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
     )
@@ -101,8 +108,10 @@ def check_place(option: str, path: Path) -> None:
             raise NotADirectoryError(f"--{option} {path} cannot be made: {above} is a file. Choose another place.")
         if not os.access(above if above.is_dir() else above.parent, os.W_OK):
             raise PermissionError(f"--{option} {path} cannot be written: there is no permission in {above}.")
+        with tempfile.TemporaryFile(dir=above if above.is_dir() else above.parent):  # which systems may refuse anyway
+            pass
     except OSError as error:
-        if error.errno is None:  # ours
+        if error.errno is None or error.errno in NO_SPACE:  # ours, or what the work says with what it needs
             raise
         raise OSError(f"--{option} {path} cannot be made: {error.strerror}. Choose another place.") from None
 

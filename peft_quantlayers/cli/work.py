@@ -46,7 +46,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if result is None:  # another process tells
             return 0
         if result.output is not None:
-            save_settings(verb, parser, settings, Path(result.output))
+            save_settings(verb, parser, settings, Path(result.output), name=result.settings_name)
         _print(result, is_json=settings.json)
     except WrongUsage as error:
         return _said(f"{verb}: {_in_one_line(error)}{_notes(error)}", WRONG_USAGE)
@@ -92,7 +92,7 @@ def _notes(error: BaseException) -> str:
     notes = getattr(error, "__notes__", ())
     if "nothing was " in said:
         notes = [note for note in notes if not note.startswith("Nothing was ")]
-    return "".join(f" {note}" for note in notes)
+    return "".join(f" {in_options(note)}" for note in notes)
 
 
 def _full_disk(error: Exception, output: str | None) -> str | None:

@@ -50,7 +50,7 @@ def calibration_seconds(
         model: on the meta device, in which it is looked up which layers read the same input.
     """
     times: dict[tuple[QuantSpec, int], _Times] = {}
-    seconds = _seconds_of_product(n_tokens) * sum(math.prod(shapes[name]) for name in specs) * _PASSES
+    seconds = seconds_of_product(n_tokens) * sum(math.prod(shapes[name]) for name in specs) * _PASSES
     for group in _groups(model, list(specs)):
         inputs = shapes[group[0]][-1]
         for at, name in enumerate(group):
@@ -135,7 +135,7 @@ def _quantize(rows: int, spec: QuantSpec, statistics: InputStatistics, calibrati
     quantize_weight(aim, spec, layer_name="a sample", hessian=hessian, initial_codes=initial_codes)
 
 
-def _seconds_of_product(n_tokens: int) -> float:
+def seconds_of_product(n_tokens: int) -> float:
     """Of all tokens with one weight of a layer."""
     x, weight = torch.randn(_TOKENS, 1024), torch.randn(1024, 1024)
     return processor_seconds(nn.functional.linear, x, weight) / (_TOKENS * weight.numel()) * n_tokens

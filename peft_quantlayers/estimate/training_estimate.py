@@ -22,6 +22,9 @@ from .processor_time import processor_seconds
 
 # What the Trainer, its data and the allocator take beside the tensors.
 _TRAINER_BYTES = 2**26
+# Tokens of a step that is followed on the meta device, where the loss goes tile by tile: so many that activations
+# outweigh a tile. Those of one that is timed, and of its rows. More are scaled.
+_FOLLOWED_TOKENS, _TIMED_TOKENS, _TIMED_LENGTH = 2**20, 2**12, 2**11
 
 
 def estimate_training(
@@ -60,19 +63,20 @@ def estimate_training(
     quantized_on_meta(model, config)
     stored = {parameter: parameter.dtype for parameter in model.parameters()}
     prepared = _prepared(model, lora, use_gradient_checkpointing, low_cpu_mem_usage=True)
-    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
-    live = LiveBytes([*prepared.parameters(), *prepared.buffers()])
-    weights = live.now
+    weights = LiveBytes([*prepared.parameters(), *prepared.buffers()]).now
+    activations = 0
     try:
         if is_followed:
-            with live, fused_attention():
-                (loss_of or _own_loss)(prepared, ids).backward()
+            activations = _activations(prepared, loss_of or _own_loss, batch_size, sequence_length)
     except (NotImplementedError, RuntimeError) as error:
         notes.append(f"without activations: a step cannot be followed ({' '.join(str(error).split())[:80]})")
     adapter = sum(parameter.nbytes for parameter in prepared.parameters() if parameter.requires_grad)
     # Preparing casts them to float32; the pages of the file stay in memory as long as other weights lie in it.
     cast = sum(p.numel() * dtype.itemsize for p, dtype in stored.items() if p.dtype != dtype)
-    seconds = None if block is None else _seconds(block, model, lora, ids.shape, use_gradient_checkpointing)
+    seconds = None
+    if block is not None:
+        timed, text = _prepared(block, lora, use_gradient_checkpointing), model.config.get_text_config()
+        seconds = _seconds(timed, text, batch_size, sequence_length)
     if is_timed and block is None:
         notes.append("without a time: the model is not a stack of blocks of one kind")
     return Estimate(
@@ -83,7 +87,7 @@ def estimate_training(
             "weights as stored": cast,
             "adapter": adapter,
             "optimizer": 2 * adapter,
-            "gradients and activations": live.peak - weights,
+            "gradients and activations": activations,
         },
         disk=adapter,
         seconds=seconds,
@@ -101,17 +105,49 @@ def _own_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
-def _seconds(
-    block: PreTrainedModel, model: PreTrainedModel, lora: PeftConfig, shape: torch.Size, checkpointing: bool
-) -> float:
-    """Of a step: of a block times their number, and of the head and the loss."""
-    prepared, ids = _prepared(block, lora, checkpointing), torch.randint(0, block.config.vocab_size, shape)
-    of_block = _timed(lambda: _own_loss(prepared, ids).backward())
-    text = model.config.get_text_config()
+def _activations(
+    model: nn.Module, loss_of: Callable[[nn.Module, Tensor], Tensor], batch_size: int, sequence_length: int
+) -> int:
+    """Bytes beside the weights at the worst moment of a step; of large batches by two smaller ones."""
+
+    def followed(n_rows: int) -> int:
+        model.zero_grad(set_to_none=True)
+        live = LiveBytes([*model.parameters(), *model.buffers()])
+        weights = live.now
+        with live, fused_attention():
+            loss_of(model, torch.zeros(n_rows, sequence_length, dtype=torch.long, device="meta")).backward()
+        return live.peak - weights
+
+    few = max(1, _FOLLOWED_TOKENS // (2 * sequence_length))
+    if batch_size <= 2 * few:
+        return followed(batch_size)
+    at_few, at_twice = followed(few), followed(2 * few)
+    return at_twice + (at_twice - at_few) * (batch_size - 2 * few) // few
+
+
+def _seconds(block: nn.Module, text: Any, batch_size: int, sequence_length: int) -> float:
+    """Of a step: of ``block`` times the number of blocks that the config ``text`` says, and of the head and the loss.
+
+    Timed with some of the tokens where they are many: what a row takes grows with its length and with its square.
+    """
+    most = min(sequence_length, _TIMED_LENGTH)
+    n_rows = min(batch_size, max(1, _TIMED_TOKENS // most))
+    of_block = _block_seconds(block, n_rows, most)
+    if sequence_length > most:
+        times = sequence_length / most
+        square = min(of_block, max(0.0, 2 * (of_block - 2 * _block_seconds(block, n_rows, most // 2))))
+        of_block = (of_block - square) * times + square * times**2
+    tokens = min(batch_size * sequence_length, _TIMED_TOKENS)
     head = nn.Linear(text.hidden_size, text.vocab_size, bias=False).requires_grad_(False)
-    hidden = torch.randn(shape.numel(), text.hidden_size, requires_grad=True)
-    of_head = _timed(lambda: nn.functional.cross_entropy(head(hidden), ids.flatten()).backward())
-    return of_block * text.num_hidden_layers + of_head
+    hidden = torch.randn(tokens, text.hidden_size, requires_grad=True)
+    wanted = torch.randint(0, text.vocab_size, (tokens,))
+    of_head = _timed(lambda: nn.functional.cross_entropy(head(hidden), wanted).backward())
+    return of_block * text.num_hidden_layers * batch_size / n_rows + of_head * batch_size * sequence_length / tokens
+
+
+def _block_seconds(block: Any, n_rows: int, length: int) -> float:
+    ids = torch.randint(0, block.config.vocab_size, (n_rows, length))
+    return _timed(lambda: _own_loss(block, ids).backward())
 
 
 def _timed(call: Callable[[], None]) -> float:

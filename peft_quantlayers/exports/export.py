@@ -28,7 +28,7 @@ from .formats.grid_format import GridFormat
 from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
 from .refused_exports import Model, refuse_misfits
-from .requantize import float_weights, requantized_layers, requantized_model
+from .requantize import float_weights, refuse_another_float_model, requantized_layers, requantized_model
 from .sharded_writer import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
 from .target_grid import target_spec
@@ -93,16 +93,7 @@ def export(
         raise ValueError('calibration and float_model are for approximate="requantize". Nothing was written.')
     target.check_installation()
     with opened_model(model) as given:
-        facts = {name: facts_of(layer) for name, layer in given.layers.items()}
-        dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
-        asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
-        refuse_misfits(target, asked, approximate)
-        tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
-        if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
-            raise FileNotFoundError(
-                f"{format} files hold the tokenizer too, and there is none in the model's folder: pass "
-                "tokenizer=AutoTokenizer.from_pretrained(name). Nothing was written."
-            )
+        facts, tokenizer, tokenizer_folder = _checked(target, given, tokenizer, approximate)
         user_adapter, adapter_note = _read_adapter(adapter, given)
         _refuse_adapters(target, adapter, given)
         token_ids = _token_ids(text, tokenizer, tokenizer_folder)
@@ -143,6 +134,48 @@ def export(
             write_card(staged, report, target)
     logger.info("%s", report)
     return report
+
+
+def bytes_of_export(
+    model: str | Path,
+    destination: str | Path,
+    format: str,
+    *,
+    adapter: Any = None,
+    dtype: torch.dtype | None = None,
+    approximate: Approximation | None = None,
+    tokenizer: Any = None,
+) -> tuple[int, int]:
+    """About the bytes on disk that :func:`export` needs, and the numbers of the largest layer, which is in memory.
+
+    Writes nothing. Arguments and errors are those of :func:`export`, but for the data.
+    """
+    target = format_named(format)
+    _check_arguments(target, destination, approximate=approximate, dtype=dtype)
+    target.check_installation()
+    with opened_model(model) as given:
+        _checked(target, given, tokenizer, approximate)
+        _read_adapter(adapter, given)
+        _refuse_adapters(target, adapter, given)
+        largest = max((layer.n_weights for layer in given.layers.values()), default=0)
+        return _bytes_to_write(target, given), largest
+
+
+def _checked(
+    target: ExportFormat, given: GivenModel, tokenizer: Any, approximate: Approximation | None
+) -> tuple[dict[str, LayerFacts], Any, Path | None]:
+    """The facts of each layer, and the tokenizer as :func:`_tokenizer` has it; raises as :func:`export`."""
+    facts = {name: facts_of(layer) for name, layer in given.layers.items()}
+    dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
+    asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
+    refuse_misfits(target, asked, approximate)
+    tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
+    if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
+        raise FileNotFoundError(
+            f"{target.name} files hold the tokenizer too, and there is none in the model's folder: pass "
+            "tokenizer=AutoTokenizer.from_pretrained(name). Nothing was written."
+        )
+    return facts, tokenizer, tokenizer_folder
 
 
 def _check_arguments(target: ExportFormat, destination: Any, *, approximate: Any, dtype: Any) -> None:
@@ -224,6 +257,8 @@ def _requantized(
     given: GivenModel, facts: Mapping[str, LayerFacts], target: ExportFormat, *, calibration: Any, float_model: Any
 ) -> Any:
     assert isinstance(target, GridFormat)
+    if float_model is not None:
+        refuse_another_float_model(given.layers, float_model)
     specs = {name: target_spec(each, target) for name, each in facts.items()}
     if calibration is not None:
         by_module = {given.layers[name].module: spec for name, spec in specs.items()}

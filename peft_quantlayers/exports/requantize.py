@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
 from ..layers import dequantize_model
-from ..layers.dense_types import dense_weight
+from ..layers.dense_types import dense_shape, dense_weight
 from ..layers.expert_types import dense_stacks
 from ..layers.quantized_layers import quantized_layers
 from ..methods import HQQConfig, HQQSpec, get_method
@@ -83,6 +83,28 @@ def requantized_model(
 def float_weights(float_model: nn.Module) -> Callable[[str], Tensor]:
     """Reads weights (out_features, in_features), or those of all experts, of a float model by name in it."""
     return lambda name: dense_weight(float_model, name).detach()
+
+
+def refuse_another_float_model(layers: Mapping[str, SourceLayer], float_model: nn.Module) -> None:
+    """Raise ValueError unless ``float_model`` has a dense weight of the same shape for each of ``layers``."""
+    ours = quantized_layers(float_model)
+    if ours:
+        raise ValueError(
+            f"float_model is quantized itself, {next(iter(ours))} for example. Give the float model that this one was "
+            "made of. Nothing was written."
+        )
+    for layer in layers.values():
+        wanted = (layer.out_features, layer.in_features)
+        try:
+            found = tuple(dense_shape(float_model, layer.module)[-2:])
+        except (AttributeError, TypeError, ValueError):
+            found = ()
+        if found != wanted:
+            has = f"has the shape {found} in" if found else "is no layer of"
+            raise ValueError(
+                f"{layer.module} {has} float_model, and the shape {wanted} in the quantized model: this is not the "
+                "float model that it was made of. Nothing was written."
+            )
 
 
 def _bounded(weight: QuantizedWeight) -> QuantizedWeight:

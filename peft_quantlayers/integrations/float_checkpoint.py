@@ -39,6 +39,7 @@ from .private_transformers import mark_as_initialized
 from .saved_folder import weight_files
 from .tensor_groups import TensorGroup, check_shape, find_groups, find_tied, without_copies
 from .transformers_quantizer import QuantlayersHfQuantizer
+from .weight_operation import joined_failures
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class FloatCheckpoint:
         if quantizer is not None:
             self._quantize_joined(quantizer)
             if quantizer.failures:
-                raise ValueError("\n".join(quantizer.failures))
+                raise ValueError(joined_failures(quantizer.failures))
         for name, reason in info.conversion_errors.items():
             raise ValueError(f"{self.folder}: {name} cannot be converted: {reason}")
         for name, stored, wanted in info.mismatched_keys:

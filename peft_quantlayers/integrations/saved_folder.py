@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..formats.checksums import DamagedTensor, find_damage, has_checksums
 from .checkpoint_headers import CheckpointFiles
@@ -63,6 +66,35 @@ def verify_model(folder: str | Path) -> list[DamagedTensor]:
             "with peft_quantlayers.save_model to add them (an adapter: with its own save_pretrained)."
         )
     return damage + find_damage(opened)
+
+
+def tensors_not_finite(folder: str | Path) -> list[str]:
+    """The names of tensors with NaN or Inf in the weights of a saved model or adapter. Builds no model.
+
+    Files that cannot be read are left out: :func:`verify_model` names them, or loading does.
+    """
+    try:
+        files = weight_files(Path(folder))
+    except (FileNotFoundError, ValueError):
+        files = []
+    found: list[str] = []
+    for file in files:
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+            found += [name for name in opened.keys() if not _is_finite(opened.get_tensor(name))]  # noqa: SIM118
+    pickled = Path(folder) / WEIGHTS_NAME
+    if not files and pickled.is_file():
+        with suppress(OSError, RuntimeError, pickle.UnpicklingError):
+            found += [
+                name for name, tensor in torch.load(pickled, weights_only=True).items() if not _is_finite(tensor)
+            ]
+    return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # torch.isfinite knows no numbers of a byte.
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -44,7 +44,7 @@ from .sentinels import ignore_sentinels, sentinels, without_sentinels
 from .single_experts import StackedTensors, stacked_tensors, stacks_of_layers
 from .tensor_conversion import QuantizedTensors, StoredLayers, ignore_tensors, keep_from_conversions
 from .transformers_config import QuantlayersConfig
-from .weight_operation import QuantizeWeight
+from .weight_operation import QuantizeWeight, joined_failures
 from .wide_codes import layers_with_wide_codes, state_with_wide_codes
 
 
@@ -199,7 +199,7 @@ class QuantlayersHfQuantizer(HfQuantizer):
             self._quantize_rest(model)
             self._quantize_tables(model)
         if self.failures:
-            raise ValueError("\n".join(self.failures))
+            raise ValueError(joined_failures(self.failures))
         if self.pre_quantized:
             check_loaded(model, files=self.files, stored=set(self.parameters.values()))
         for layer in quantized_layers(model).values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,15 @@ from transformers.core_model_loading import ConversionOps
 from ..formats import QuantSpec
 from ..layers import quantize_module
 from ..layers.dense_types import dense_key
+
+# Failures that an error shows.
+_SHOWN = 5
+
+
+def joined_failures(failures: Sequence[str]) -> str:
+    """One message of all that failed while a model was loaded; a weight that was tried twice is named once."""
+    each = list(dict.fromkeys(failures))
+    return "\n".join([*each[:_SHOWN], *([f"... and {len(each) - _SHOWN} more."] if each[_SHOWN:] else [])])
 
 
 class WeightQuantizer(Protocol):

@@ -81,7 +81,8 @@ def _own_choice(base: QuantizedLinear) -> LayerChoice:
     return LayerChoice(fields={}, n_bytes=spec_bytes(base.spec, _shape(base)), kl=0.0)
 
 
-def _config_of(spec: QuantSpec) -> QuantConfig:
+def config_of_spec(spec: QuantSpec) -> QuantConfig:
+    """The config whose layers have ``spec``."""
     make: Any = config_type(type(spec))
     return make(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
 
@@ -90,7 +91,7 @@ def fitted(base: QuantizedLinear, fields: Mapping[str, Any]) -> QuantSpec | None
     """The spec of ``base`` with other ``fields``; None if it does not fit the shape."""
     if not fields:
         return base.spec
-    config = _config_of(base.spec)
+    config = config_of_spec(base.spec)
     if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(base.spec)}):
         raise ValueError(
             f"{base.layer_name}: the plan names {unknown}, which {base.spec.method} layers do not have: it was "
@@ -105,7 +106,7 @@ def _candidates(
 ) -> list[tuple[dict[str, Any], QuantSpec]]:
     """Fields and spec of the forms that a layer may take; its own where none fits."""
     found = []
-    for fields in fields_of_choices(choices, _config_of(base.spec)):
+    for fields in fields_of_choices(choices, config_of_spec(base.spec)):
         spec = fitted(base, fields)
         if spec is not None:
             found.append((fields, spec))

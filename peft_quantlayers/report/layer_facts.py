@@ -13,6 +13,9 @@ from ..methods import get_method
 
 # Shares of a distribution that are shown, between its ends.
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+MEDIAN = QUANTILES.index(0.5)
+# The distribution of codebooks: their entries are vectors.
+OF_CODEBOOKS = "norm of codebook entries"
 # Numbers of a tensor that its distribution is read from.
 _SAMPLE = 1 << 18
 
@@ -56,8 +59,8 @@ class LayerFacts:
         spec: how it is stored.
         bits_per_weight: metadata included.
         n_weights: numbers that it stands for.
-        distributions: of its scales and zeros by the names of their tensors, and of the magnitudes of its ``inputs``,
-            at :data:`QUANTILES`.
+        distributions: of its scales and zeros by the names of their tensors, of the norms of codebook entries, and of
+            the magnitudes of its ``inputs``, at :data:`QUANTILES`.
         code_use: of each codebook; one entry for codes of a grid. Of a stack, the means over its experts.
         weight_error: norm of the error over that of the float weight; None without a float model.
         output_error: the same for the layer's outputs; None without a float model and a text.
@@ -82,16 +85,25 @@ class LayerFacts:
 
 def layer_facts(name: str, weight: QuantizedWeight) -> LayerFacts:
     """What the tensors of ``weight`` say by themselves."""
-    layout = weight.spec.layout_of(weight.shape)
-    metadata = [key for key, entry in layout.items() if entry.role in ("scales", "zeros")]
     return LayerFacts(
         name=name,
         spec=weight.spec,
         bits_per_weight=weight.bits_per_weight,
         n_weights=math.prod(weight.shape),
-        distributions={key: quantiles(weight.tensors[key]) for key in metadata},
+        distributions=distributions_of(weight),
         code_use=code_use(weight),
     )
+
+
+def distributions_of(weight: QuantizedWeight) -> dict[str, tuple[float, ...]]:
+    """Of the scales and zeros of ``weight`` and of the norms of its codebook entries, at :data:`QUANTILES`."""
+    layout = weight.spec.layout_of(weight.shape)
+    metadata = [key for key, entry in layout.items() if entry.role in ("scales", "zeros")]
+    distributions = {key: quantiles(weight.tensors[key]) for key in metadata}
+    for key, entry in layout.items():
+        if entry.role == "codebooks":
+            distributions[OF_CODEBOOKS] = quantiles(weight.tensors[key].detach().float().flatten(-2).norm(dim=-1))
+    return distributions
 
 
 def quantiles(numbers: Tensor) -> tuple[float, ...]:

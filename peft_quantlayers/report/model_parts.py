@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from .html_page import folded, heading, note, preformatted, table
-from .layer_facts import LayerFacts
+from .layer_facts import OF_CODEBOOKS, LayerFacts
 from .model_summary import ModelSummary, spec_label
 from .reported_facts import mean_error, worst_layers
 from .svg_plots import bands, heat_map, is_in_blocks, svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Names of distributions that are positive and of several sizes.
 LOGARITHMIC = ("scale", "scales", "absmax", "absmax_scale")
@@ -50,9 +54,9 @@ def _errors(facts: list[LayerFacts], n_worst: int) -> list[str]:
         parts += [heading("The worst layers, and what more bits would buy", 3), _worst_table(worst)]
         parts.append(
             note(
-                "Larger forms were quantized here without calibration, some rows of each weight where its method "
-                "allows that. overrides={NAME: {...}} gives one layer another form; plan_bits shares a budget of bits "
-                "between all of them."
+                f"{_all_alike(worst)}Larger forms were quantized here without calibration, some rows of each weight "
+                "where its method allows that. To give one layer another form: quantize --overrides "
+                "'{NAME: {...}}'; to share a budget of bits between all of them: --average_bits or --size."
             )
         )
     return parts
@@ -60,12 +64,20 @@ def _errors(facts: list[LayerFacts], n_worst: int) -> list[str]:
 
 def _worst_table(worst: list[LayerFacts]) -> str:
     n_choices = max(len(each.choices) for each in worst)
-    head = ["layer", "stored as", "bits", "error", *["with more bits"] * n_choices]
+    is_told = not _all_alike(worst)
+    head = ["layer", *(["stored as"] if is_told else []), "bits", "error", *["with more bits"] * n_choices]
     rows: list[list[object]] = []
     for each in worst:
         choices = [f"{it.error:.4f} ({it.label}: {it.bits_per_weight:.3g} bits)" for it in each.choices]
-        rows.append([each.name, spec_label(each.spec), each.bits_per_weight, each.error, *choices])
+        stored_as = [spec_label(each.spec)] if is_told else []
+        rows.append([each.name, *stored_as, each.bits_per_weight, each.error, *choices])
     return table(head, rows)
+
+
+def _all_alike(layers: list[LayerFacts]) -> str:
+    """A sentence on how ``layers`` are stored, if all are stored alike: a column of it would fill the page."""
+    labels = {spec_label(each.spec) for each in layers}
+    return f"All of these are {labels.pop()}. " if len(labels) == 1 else ""
 
 
 def _bits(facts: list[LayerFacts]) -> list[str]:
@@ -75,19 +87,29 @@ def _bits(facts: list[LayerFacts]) -> list[str]:
     return [heading("Bits of each layer"), svg(heat_map(bits, label="bits per weight, all included"))]
 
 
-def _distributions(facts: list[LayerFacts]) -> list[str]:
-    names = dict.fromkeys(name for each in facts for name in each.distributions)
-    parts = []
-    for name in names:
-        found = {each.name: each.distributions[name] for each in facts if name in each.distributions}
+def distribution_plots(distributions: Mapping[str, Mapping[str, tuple[float, ...]]]) -> dict[str, Figure]:
+    """A plot for each kind of numbers, by what they are; none of what does not lie in blocks.
+
+    ``distributions``: for each layer those of :class:`LayerFacts`.
+    """
+    plots: dict[str, Figure] = {}
+    for name in dict.fromkeys(name for each in distributions.values() for name in each):
+        found = {layer: each[name] for layer, each in distributions.items() if name in each}
         label = "magnitude of inputs" if name == "inputs" else name
+        axis = "norm" if name == OF_CODEBOOKS else label
         is_logarithmic = name in LOGARITHMIC and all(each[0] > 0 for each in found.values())
         if name == "inputs":  # most are near zero, and the few large ones are what matters
             found = {layer: each for layer, each in found.items() if each[-1] > 0}
             is_logarithmic = True
             found = {layer: tuple(max(number, each[-1] * 1e-6) for number in each) for layer, each in found.items()}
         if found and is_in_blocks(found):
-            parts += [heading(label.capitalize(), 3), svg(bands(found, label=label, is_logarithmic=is_logarithmic))]
+            plots[label] = bands(found, label=axis, is_logarithmic=is_logarithmic)
+    return plots
+
+
+def _distributions(facts: list[LayerFacts]) -> list[str]:
+    plots = distribution_plots({each.name: each.distributions for each in facts})
+    parts = [part for label, plot in plots.items() for part in (heading(label.capitalize(), 3), svg(plot))]
     if not parts:
         return []
     explained = note("Over the blocks: the median, the middle 90 % (dark) and the smallest and largest (light).")
@@ -99,19 +121,53 @@ def _code_use(facts: list[LayerFacts]) -> list[str]:
     used = {each.name: min(use.fraction_used for use in each.code_use) for each in facts}
     has_codebooks = any(each.spec.max_code is None for each in facts)
     noun = "codebook entries" if has_codebooks else "codes"
+    least = min(used, key=lambda name: used[name])
+    told = "" if not has_codebooks else ", the mean of a layer with several codebooks"
+    unused = (
+        f"In the layer that uses the fewest, {100 * used[least]:.1f} % of the {noun} are used ({least})."
+        if used[least] < 1
+        else f"Every layer uses all of its {noun}."
+    )
     parts = [
         heading(f"Use of {noun}"),
         note(
-            f"Entropy of the codes over what it would be if all {noun} were used alike: 1 is even use. In the layer "
-            f"that uses the fewest, {100 * min(used.values()):.1f} % of the {noun} are used "
-            f"({min(used, key=lambda name: used[name])})."
+            f"Entropy of the codes over what it would be if all {noun} were used alike: 1 is even use{told}. {unused}"
         ),
     ]
+    if has_codebooks:
+        parts.append(_codebooks(facts))
     if is_in_blocks(share):
         parts.append(svg(heat_map(share, label="entropy / bits of a code")))
         if min(used.values()) < 1:
             parts.append(svg(heat_map(used, label=f"fraction of the {noun} used", limits=(0.0, 1.0))))
     return parts
+
+
+def _codebooks(facts: list[LayerFacts]) -> str:
+    """A line for each codebook, over the layers that have it: the first ones carry most of a weight."""
+    head = (
+        "codebook", "layers", "entries", "bits of a code", "entropy: mean", "lowest", "in layer", "used: mean", "least"
+    )  # fmt: skip
+    rows: list[tuple[object, ...]] = []
+    with_codebooks = [each for each in facts if each.spec.max_code is None]
+    for number in range(max(len(each.code_use) for each in with_codebooks)):
+        uses = {each.name: each.code_use[number] for each in with_codebooks if number < len(each.code_use)}
+        entries = sorted({use.n_entries for use in uses.values()})
+        entropies, used = [use.entropy for use in uses.values()], [use.fraction_used for use in uses.values()]
+        rows.append(
+            (
+                number + 1,
+                len(uses),
+                ", ".join(map(str, entries)),
+                ", ".join(f"{math.log2(each):.4g}" for each in entries),
+                sum(entropies) / len(uses),
+                min(entropies),
+                min(uses, key=lambda name: uses[name].entropy),
+                f"{100 * sum(used) / len(uses):.1f} %",
+                f"{100 * min(used):.1f} %",
+            )
+        )
+    return table(head, rows)
 
 
 def _evenness(facts: LayerFacts) -> float:

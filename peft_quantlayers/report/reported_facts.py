@@ -26,6 +26,7 @@ ROWS = 256
 # The field that says how many bits a weight has, and its values from small to large.
 LARGER = {"nbits": (2, 3, 4, 5, 6, 8), "num_codebooks": range(2, 9)}
 N_CHOICES = 2
+NO_QUANTIZED_LAYER = "the model holds no quantized layer: there is nothing to report on."
 
 
 def model_facts(
@@ -54,7 +55,7 @@ def model_facts(
     """
     layers = layers_without_copies(model)
     if not layers:
-        raise ValueError("the model holds no quantized layer: there is nothing to report on.")
+        raise ValueError(NO_QUANTIZED_LAYER)
     checkpoint = None if float_model is None else FloatCheckpoint(local_folder(float_model))
     inputs = {} if token_ids is None else layer_inputs(model, token_ids, window=window)
     bar = tqdm(layers.items(), desc="Layers", unit="layer", disable=not progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def adapter_parts(folder: Path) -> list[str]:
             factors = {name: opened.get_tensor(name) for name in opened.keys() if "lora_" in name}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download it again.") from None
-    norms = delta_norms(factors)
+    norms = {name: norm for name, norm in delta_norms(factors).items() if math.isfinite(norm)}
     if not is_in_blocks(norms):
         return []
     text = "Frobenius norm of B A in each layer, without its scaling: where the adapter has learned."

@@ -1,6 +1,7 @@
 """One writer at a time for a folder, also for one that is not there yet."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,12 +30,12 @@ def locked_folder(folder: Path, *, inside: bool = False, wait_seconds: float = 0
     try:
         lock.acquire()
     except Timeout:
+        _check_writable(folder, file.parent)  # where the system refuses files, the lock takes it for a holder
         raise FileExistsError(
             f"another process is writing to {folder}; nothing was written. Wait for it, or choose another folder."
         ) from None
     except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror}); nothing was written. Choose another folder."
-        raise OSError(error.errno, reason) from None
+        raise _refusal(folder, error) from None
     try:
         yield
     finally:
@@ -43,3 +44,16 @@ def locked_folder(folder: Path, *, inside: bool = False, wait_seconds: float = 0
                 file.unlink()
         finally:
             lock.release()
+
+
+def _check_writable(folder: Path, place: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _refusal(folder, error) from None
+
+
+def _refusal(folder: Path, error: OSError) -> OSError:
+    reason = f"{folder} cannot be written ({error.strerror}); nothing was written. Choose another folder."
+    return OSError(error.errno, reason)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def quantize_checkpoint(
         TypeError: ``config`` is not a QuantConfig; an argument of another kind.
         ValueError: a budget that is no plan, or the plan of another model; the source is quantized already, an
             adapter, of an unknown class, or lacks tensors; nothing to quantize; a shape does not fit the config; a
-            weight holds NaN or Inf (finished parts are kept).
+            weight holds NaN or Inf (finished parts are kept, and named in a note).
         FileNotFoundError: no model in ``source``.
         FileExistsError: ``destination`` holds other files, or a run with another config, or another process writes to
             it.
@@ -187,8 +188,18 @@ def quantize_files(
                 else:
                     quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
             assembly.write(target, run)
-        except OSError as error:
-            raise _with_way_out(error, target, work, parts) from None
+        except BaseException as error:
+            n_done = sum(work.is_finished(number) for number in range(len(parts.parts)))
+            if not n_done and not assembly.is_planned and share is None:
+                _remove_begun(target, work)
+            elif isinstance(error, ValueError):
+                error.add_note(
+                    f"{n_done} of {len(parts.parts)} parts are finished and kept in {work.folder}. Another source or "
+                    "another config starts from scratch: resume=False."
+                )
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise _with_way_out(error, target, work, n_done, len(parts.parts)) from None
+            raise
     return Path(destination)
 
 
@@ -283,15 +294,21 @@ def _check_space(target: Path, parts: PartsOfModel, work: WorkFolder, max_shard_
         )
 
 
-def _with_way_out(error: OSError, target: Path, work: WorkFolder, parts: PartsOfModel) -> OSError:
-    """``error`` with what is kept, and how to go on, where it says that the disk is full."""
-    if error.errno not in NO_SPACE:
-        return error
-    n_done = sum(work.is_finished(number) for number in range(len(parts.parts)))
-    is_of_system = error.strerror == os.strerror(error.errno)
+def _remove_begun(target: Path, work: WorkFolder) -> None:
+    """Remove the folder of a run that has finished nothing, and ``target`` if it is then empty."""
+    shutil.rmtree(work.folder, ignore_errors=True)
+    with suppress(OSError):
+        target.rmdir()
+
+
+def _with_way_out(error: OSError, target: Path, work: WorkFolder, n_done: int, n_parts: int) -> OSError:
+    """``error``, of a full disk, with what is kept, and how to go on."""
+    is_of_system = error.strerror == os.strerror(error.errno or 0)
     reason = f"the disk of {target} is full" if is_of_system else error.strerror
+    if not work.folder.exists():
+        return OSError(error.errno, f"{reason}; nothing was written. Free some space, or choose another folder")
     return OSError(
         error.errno,
-        f"{reason}. {n_done} of {len(parts.parts)} parts are finished and kept in {work.folder}; free some "
+        f"{reason}. {n_done} of {n_parts} parts are finished and kept in {work.folder}; free some "
         f"space there and call the same again to go on, or remove {target} to give up",
     )

@@ -17,6 +17,7 @@ from commands import printed, refused
 from transformers import TrainerState
 
 from peft_quantlayers.cli import main, saved_settings, work
+from peft_quantlayers.exports import export_formats
 from peft_quantlayers.merging import MergeReport
 from peft_quantlayers.storage import staging
 from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
@@ -110,16 +111,42 @@ def test_a_model_that_is_not_there_or_damaged(verb, commands, quantized, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["quantize", "train", "export", "evaluate", "inspect", "estimate", "report", "chat"])
-def test_an_export_for_another_engine_is_named(verb, commands, quantized, tmp_path, capsys):
-    printed(capsys, ["export", quantized, str(tmp_path / "mlx"), "--format", "mlx"])
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
-    for model in ("mlx",) if verb == "report" else ("mlx", "gguf", "gguf/model.gguf"):
-        said = refused(capsys, [verb, str(tmp_path / model), *commands[verb][2:]], 1)
-        assert f"{model} is an export for another engine, which cannot be loaded here" in said
+EXPORTED_FROM = ["quantize", "train", "export", "evaluate", "reference", "inspect", "estimate", "report", "chat"]
+
+
+@pytest.mark.parametrize("verb", EXPORTED_FROM)
+def test_an_export_for_another_engine_is_named(verb, commands, quantized, float_model, tmp_path, capsys):
+    approximate = {"compressed-tensors": "8bit", "gptq": "8bit", "awq": "adapter"}
+    for name in ("mlx", "humming", *approximate):
+        options = ["--approximate", approximate[name]] if name in approximate else []
+        printed(capsys, ["export", quantized, str(tmp_path / name), "--format", name, *options])
+    for name in ("onnx", "openvino", "gguf"):  # written by programs that need not be here; these folders are as theirs
+        shutil.copytree(tmp_path / "mlx", tmp_path / name)
+        report = json.loads((tmp_path / "mlx" / "export_report.json").read_text()) | {"format": name}
+        (tmp_path / name / "export_report.json").write_text(json.dumps(report))
+        shutil.copyfile(f"{float_model}/config.json", tmp_path / name / "config.json")
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / f"model.{name}").write_bytes(b"GGUF")
+    (tmp_path / "gguf" / "config.json").unlink()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.gguf").write_bytes(b"GGUF")
+    command = ["evaluate", quantized, *commands["evaluate"][2:], "--reference"] if verb == "reference" else None
+    for model in (*export_formats(), "gguf/model.gguf", "theirs", "theirs/model.gguf"):
+        if model in ("hqq", "aqlm", "dense") or (verb == "report" and "/" in model):
+            continue
+        given = str(tmp_path / model)
+        said = refused(capsys, [*command, given] if command else [verb, given, *commands[verb][2:]], 1)
+        engines = "another engine" if "theirs" in model else ", ".join(export_formats()[model.split("/")[0]].engines)
+        assert f"{model} is an export for {engines}" in said
         assert "Give the folder that it was exported from" in said
-        assert (f"from, {quantized}." in said) == (model == "mlx")
+        assert (f"from, {quantized}." in said) == ("theirs" not in model)
+
+
+@pytest.mark.parametrize("name", ["hqq", "dense"])
+def test_an_export_that_transformers_reads_is_a_model(name, commands, quantized, tmp_path, capsys):
+    printed(capsys, ["export", quantized, str(tmp_path / name), "--format", name])
+    for verb in ("evaluate", "inspect", *(["report"] if name == "hqq" else [])):
+        printed(capsys, [verb, str(tmp_path / name), *commands[verb][2:]])
 
 
 def test_an_adapter_that_is_of_another_base_or_damaged(commands, quantized, adapter, float_model, tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import TEXT, printed, refused
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
@@ -224,4 +225,16 @@ def test_tensorboard_shows_where_the_adapter_learns(quantized, tmp_path):
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Images("adapter/norm")] == [1, 2]
+    assert [event.step for event in events.Images("adapter/delta over step")] == [1, 2]
+    assert [event.step for event in events.Images("base/scale")] == [0]  # the base does not change
+    assert [event.step for event in events.Images("base/zero")] == [0]
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    scaling = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    found = []
+    for name, layer in pql.quantized_modules(AutoModelForCausalLM.from_pretrained(quantized)).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "AB")
+        delta = b @ a * scaling["lora_alpha"] / scaling["r"]
+        found.append(float(delta.pow(2).mean().sqrt() / layer.quantized_weight.tensors["scale"].double().median()))
+    drawn = events.Scalars("adapter/delta over step, mean")[-1].value
+    assert drawn == pytest.approx(sum(found) / len(found), rel=1e-3)

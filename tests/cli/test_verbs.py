@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,14 @@ import torch
 import yaml
 from commands import TEXT, printed, refused
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import peft_quantlayers as pql
 from peft_quantlayers.cli import main
@@ -18,6 +26,7 @@ from peft_quantlayers.cli.answers import prompts_of
 from peft_quantlayers.cli.verbs import evaluate, quantize
 from peft_quantlayers.merging import MergeReport, advice
 from peft_quantlayers.merging.strategies import STRATEGIES
+from peft_quantlayers.streaming import quantize_files
 from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
 from quantlayers_cli import option_names
 
@@ -162,6 +171,18 @@ def test_estimate_tells_each_step_before_and_after_quantizing(float_model, quant
     assert "must be at least 1" in refused(capsys, ["estimate", quantized, "--batch_size", "0"], 2)
 
 
+@pytest.mark.parametrize("options", [["--batch_size", "999999999"], ["--batch_size", "2000", "--max_length", "512"]])
+def test_an_estimate_of_absurd_batches_is_scaled_from_small_ones(options, quantized, capsys):
+    one, many = (
+        json.loads(printed(capsys, ["estimate", quantized, *given, "--json"]))["train"]
+        for given in (["--batch_size", "200"], options)
+    )
+    times = int(options[1]) / 200
+    kind = "gradients and activations"
+    assert many["memory"][kind] == pytest.approx(one["memory"][kind] * times, rel=0.35)
+    assert times / 10 < many["seconds"] / one["seconds"] < times * 10
+
+
 def test_merge_saves_one_model_and_its_report(quantized, adapter, text_file, tmp_path, capsys):
     folder = tmp_path / "merged"
     held_out = ["--evaluate_on", text_file, "--evaluate_tokens", "1024"]
@@ -254,6 +275,8 @@ def test_a_chat_is_asked_up_to_its_last_answer(tmp_path):
         (["nope.txt"], "there is no such file"),
         (["[]"], "holds none"),
         (['["x", ""]'], "holds an empty one"),
+        (["[null]"], "--prompts [null]: entry 1 is null, and no text"),
+        (['["x", [1]]'], "entry 2 is [1], and no text"),
         (["x", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
         (["x", "--seed", "-1"], "--seed -1 must be at least 0, and at most 4294967295"),
         (["x", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
@@ -297,6 +320,21 @@ def test_export_writes_what_an_engine_reads(quantized, tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
     assert "ggml" in refused(capsys, ["export", quantized, str(tmp_path / "x"), "--format", "ggml"], 2)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_settings_of_a_page_lie_beside_it_and_make_it_again(quantized, float_model, tmp_path, capsys):
+    page = tmp_path / "own.html"
+    printed(capsys, ["report", quantized, str(page), "--float_model", float_model, "--n_worst", "1"])
+    saved = yaml.safe_load((tmp_path / "own.yaml").read_text())
+    assert (saved["folder"], saved["float_model"], saved["n_worst"]) == (quantized, float_model, 1)
+    first = page.read_text()
+    page.unlink()
+    printed(capsys, ["report", str(tmp_path / "own.yaml")])
+    assert page.read_text() == first
+    (tmp_path / "other.yaml").write_text("mine: true\n")
+    said = refused(capsys, ["report", quantized, str(tmp_path / "other.html")], 1)
+    assert "other.yaml, which is another file" in said
+    assert (tmp_path / "other.yaml").read_text() == "mine: true\n"
 
 
 # ---- what is wrong
@@ -393,12 +431,18 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     out = tmp_path / "out"
 
     def interrupted(self, work, number):
-        raise KeyboardInterrupt
+        if number == at:
+            raise KeyboardInterrupt
+        make(self, work, number)
 
+    make = PartsOfModel.make
     command = ["quantize", float_model, str(out)]
-    with monkeypatch.context() as patched:
-        patched.setattr(PartsOfModel, "make", interrupted)
-        refused(capsys, [*command, "--group_size", "16"], 130)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 2**14)
+    for at in (0, 2):
+        with monkeypatch.context() as patched:
+            patched.setattr(PartsOfModel, "make", interrupted)
+            refused(capsys, [*command, "--group_size", "16"], 130)
+        assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
     said = refused(capsys, [*command, "--group_size", "32"], 1)
     assert "unfinished run with other values of config" in said
     assert "--resume false" in said
@@ -479,3 +523,46 @@ def test_evaluate_reads_the_rows_that_train_takes(quantized, tmp_path, capsys):
         )
     assert found[0]["perplexity"] == found[1]["perplexity"]
     assert found[2]["n_tokens"] > found[0]["n_tokens"]  # an empty line between question and answer
+
+
+# What is Python, in what a command line says: arguments, names of the package, strategies in quotes.
+PYTHON = re.compile(r"\b[a-z_]+=[\"'\w(\[]|peft_quantlayers\.|\w+\(\)|for_export|\"\w+\"|\boverwrite=True")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["merge", "ADAPTER", "OUT", "--strategy", "aware"], "Train with --merge_aware true, or merge with another"),
+        (["merge", "ADAPTER", "OUT", "--strategy", "exact"], "or use --strategy requantize or --strategy keep."),
+        (["merge", "ADAPTER", "OUT", "--strategy", "append"], "Use --strategy calibrated or --strategy requantize;"),
+        (["merge", "ADAPTER", "OUT", "--strategy", "calibrated"], "use --strategy requantize, or --strategy keep"),
+        (["export", "FLOAT", "OUT", "--format", "mlx"], "(quantize MODEL OUTPUT), or give --format dense"),
+        (["export", "MODEL", "OUT", "--format", "awq"], "quantize --integer_zero true --export_target awq"),
+        (["export", "MODEL", "OUT", "--format", "aqlm"], "--format dense (for all)"),
+    ],
+)
+def test_what_is_refused_is_said_in_options(command, said, adapter, quantized, float_model, tmp_path, capsys):
+    places = {"ADAPTER": adapter, "MODEL": quantized, "FLOAT": float_model, "OUT": str(tmp_path / "out")}
+    given = [places.get(word, word) for word in command]
+    found = refused(capsys, given, 2 if given[-1] == "calibrated" else 1)
+    assert said in found
+    assert not PYTHON.search(found), PYTHON.search(found)
+
+
+def test_the_options_that_a_refused_export_names_make_a_model_that_it_takes(float_model, quantized, tmp_path, capsys):
+    refusal = refused(capsys, ["export", quantized, str(tmp_path / "x"), "--format", "awq"], 1)
+    options = re.search(r"of the format: quantize (--.*)\.$", refusal)[1].split()
+    printed(capsys, ["quantize", float_model, str(tmp_path / "q"), *options])
+    printed(capsys, ["export", str(tmp_path / "q"), str(tmp_path / "x"), "--format", "awq"])
+
+
+@pytest.mark.parametrize(("model", "said"), [("other", "has the shape"), ("quantized", "is quantized itself")])
+def test_a_float_model_of_another_shape_is_refused_before_an_export(model, said, quantized, tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    given = str(tmp_path / "other") if model == "other" else quantized
+    command = ["export", quantized, str(tmp_path / "x"), "--format", "gptq", "--approximate", "requantize"]
+    assert said in refused(capsys, [*command, "--float_model", given], 1)
+    assert not (tmp_path / "x").exists()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import printed, refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -38,12 +39,11 @@ WRITING = ["quantize", "train", "merge", "export", "report"]
 @pytest.mark.parametrize("verb", WRITING)
 @pytest.mark.parametrize("options", [[], ["--dry_run"]], ids=["", "dry"])
 def test_an_output_that_cannot_be_made_is_refused_before_the_work(verb, options, commands, tmp_path, capsys):
-    if verb == "report" and options:
-        return
     (tmp_path / "file").write_text("mine")
     for output, said in (
         (tmp_path / "file" / "below", "file"),
         (tmp_path / ("x" * 300), "File name too long"),
+        *([("/proc/x", "/proc/x cannot be made: No such file or directory")] if Path("/proc/self").exists() else []),
         ("a\0b", "the character 0"),
         ("", "--output is empty"),
     ):
@@ -168,7 +168,68 @@ def test_a_text_that_the_model_cannot_read(quantized, text_file, tmp_path, capsy
         said = refused_untouched(capsys, [*command, "--text", str(tmp_path / "ids.jsonl")], tmp_path)
         assert "token ids from 1 to 999, and the model" in said
     chat = ["chat", str(tmp_path / "short"), "--tokenizer", quantized, "--prompt", "x" * 510]
+    printed(capsys, chat)  # two tokens, for which there are positions
+    chat += ["--max_new_tokens", "256"]
     assert "cannot read 766 tokens at once" in refused_untouched(capsys, chat, tmp_path)
+    rotary = ["evaluate", quantized, "--prompts", "x" * 300, "--max_new_tokens", "300"]  # which computes, but badly
+    assert f"{quantized} cannot read 600 tokens at once: it has 512" in refused_untouched(capsys, rotary, tmp_path)
+
+
+NOT_FINITE = "model.layers.1.self_attn.q_proj"
+FEW_TOKENS = ["--calibration.n_tokens", "256", "--calibration.sequence_length", "64"]
+
+
+@pytest.mark.parametrize("verb", ["quantize", "calibrated", "processes", "in memory", "train"])
+def test_weights_that_are_not_finite_are_named_once_and_nothing_useless_is_left(
+    verb, float_model, text_file, commands, tmp_path, capsys
+):
+    own, out = copied(float_model, tmp_path / "own"), tmp_path / "out"
+    file = tmp_path / "own" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{NOT_FINITE}.weight"][3, 4] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    command = {
+        "train": ["train", own, str(out), *commands["train"][3:]],
+        "calibrated": ["quantize", own, str(out), "--calibration.data", text_file, *FEW_TOKENS],
+        "processes": ["quantize", own, str(out), "--n_processes", "2"],
+        "in memory": ["quantize", own, str(out), "--dtype", "float32"],
+    }.get(verb, ["quantize", own, str(out)])
+    said = refused(capsys, command, 1)
+    assert said.count("holds NaN or Inf") == 1
+    assert f"{NOT_FINITE}: the weight holds" in said
+    assert f"--skip_modules '[{NOT_FINITE}]'" in said  # in quotes: a shell takes brackets for a pattern of files
+    if verb != "calibrated":
+        assert not out.exists()
+        return
+    assert "2 of 3 parts are finished and kept" in said
+    assert "starts from scratch: --resume false" in said
+    printed(capsys, [*command, "--skip_modules", f"[{NOT_FINITE}]", "--resume", "false"])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "pickled adapter", "model", "float model"])
+def test_tensors_that_are_not_finite_are_named_by_inspect_and_report(
+    kind, adapter, quantized, float_model, tmp_path, capsys
+):
+    own = copied({"model": quantized, "float model": float_model}.get(kind, adapter), tmp_path / "own")
+    file = next((tmp_path / "own").glob("*.safetensors"))
+    tensors = load_file(file)
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    first, second = [name for name in names if kind != "model" or name.endswith(".scale")][:2]
+    tensors[first].view(-1)[0], tensors[second].view(-1)[1] = float("nan"), float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    if kind == "pickled adapter":
+        torch.save(tensors, tmp_path / "own" / "adapter_model.bin")
+        file.unlink()
+    said = printed(capsys, ["inspect", own], exit_code=1)
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in said
+    assert json.loads(printed(capsys, ["inspect", own, "--json"], exit_code=1))["not_finite"] == [first, second]
+    if "model" in kind:  # the one has no quantized layer, the other one is not loaded
+        said = refused(capsys, ["report", own], 1)
+        assert kind == "float model" or any(f"{name} holds NaN or Inf" in said for name in (first, second))
+        return
+    said = printed(capsys, ["report", own, str(tmp_path / "page.html")], exit_code=1)
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in said
+    assert f"NaN or Inf in 2 tensors: {first}, {second}." in (tmp_path / "page.html").read_text()
 
 
 def test_a_model_that_predicts_nan_is_bad_news(float_model, text_file, tmp_path, capsys):
@@ -273,3 +334,112 @@ def test_rows_that_hold_no_text_are_named(row, said, commands, tmp_path, capsys)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     command = [*commands["evaluate"][:2], "--text", str(tmp_path / "rows.jsonl")]
     assert said in refused(capsys, command, 1)
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+MIXED = {
+    "a chat, then a pair": (
+        [{"messages": CHAT}, {"prompt": "x", "completion": "y"}],
+        "prompt and completion",
+        "messages",
+    ),
+    "a pair, then a chat": (
+        [{"prompt": "x", "completion": "y"}, {"messages": CHAT}],
+        "messages",
+        "prompt and completion",
+    ),
+    "a text, then a pair": ([{"text": "x"}, {"prompt": "x", "completion": "y"}], "prompt and completion", "text"),
+    "a pair, then alpaca": (
+        [{"prompt": "x", "completion": "y"}, {"instruction": "x", "output": "y"}],
+        "instruction",
+        "prompt",
+    ),
+}
+READING = {
+    "quantize": ["quantize", "FLOAT", "OUT", "--calibration.data"],
+    "train": ["train", "MODEL", "OUT", "--data"],
+    "text": ["evaluate", "MODEL", "--text"],
+    "prompts": ["evaluate", "MODEL", "--prompts"],
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("verb", READING)
+def test_rows_of_two_forms_in_one_file_are_both_named(name, verb, quantized, float_model, tmp_path, capsys):
+    rows, second, first = MIXED[name]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = {"FLOAT": float_model, "MODEL": quantized, "OUT": str(tmp_path / "out")}
+    command = [places.get(word, word) for word in READING[verb]]
+    said = refused_untouched(capsys, [*command, str(tmp_path / "rows.jsonl")], tmp_path)
+    assert f"rows.jsonl: line 2 has {second}" in said
+    assert f", and line 1 has {first}" in said
+
+
+def test_a_suffix_in_capitals_is_the_same_suffix(quantized, float_model, tmp_path, capsys):
+    (tmp_path / "ROWS.JSONL").write_text("\n".join([json.dumps({"text": "The lamp is red."})] * 8))
+    (tmp_path / "TEXT.TXT").write_text("The lamp is red.\n\n" * 8)
+    (tmp_path / "Q.YAML").write_text("group_size: 32\ndry_run: true\n")
+    for file in ("ROWS.JSONL", "TEXT.TXT"):
+        found = ["evaluate", quantized, "--window", "32", "--max_new_tokens", "2", "--limit", "1"]
+        printed(capsys, [*found, "--text", str(tmp_path / file), "--prompts", str(tmp_path / file)])
+    printed(capsys, ["quantize", str(tmp_path / "Q.YAML"), float_model, str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty or no JSON"),
+        (b"no json", "it is empty or no JSON"),
+        (b"[1]", "its JSON is no object with 'format'"),
+        (b'{"a": 1}', "its JSON is an object without 'format'"),
+        (b'{"format": "peft_quantlayers bit plan"}', "'version' is missing in it"),
+        (b"\xff\xfe\x00", "it is no text"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["quantize", "merge"])
+def test_a_file_that_is_no_plan(content, said, verb, commands, tmp_path, capsys):
+    (tmp_path / "plan.json").write_bytes(content)
+    found = refused_untouched(capsys, [*commands[verb], "--plan", str(tmp_path / "plan.json")], tmp_path)
+    assert f"plan.json is no plan of bits that this version reads ({said}" in found
+    assert "The output of --average_bits or --size holds one, bit_plan.json." in found
+
+
+NO_ROWS = {
+    "null.jsonl": (b"null\n", "line 1 holds null, and a row looks like"),  # datasets crashes at it
+    "null.json": (b"\n null", "it holds null, and a row looks like"),
+    "number.json": (b"5", "it holds 5, and a row looks like"),
+    "text.json": (b'"a"', "it holds 'a', and a row looks like"),
+    "nothing.json": (b"[]", "it holds no rows"),
+    "blank.jsonl": (b"\n\n", "it holds no rows"),
+    "blank.txt": (b" \n\n ", "holds no"),
+    "bytes.txt": (bytes(range(256)), "is no text in UTF-8"),
+    "bytes.jsonl": (bytes(range(256)), "line 1 is no JSON"),
+    "empty.txt": (b"", "is empty"),
+    "empty.parquet": (b"", "is empty"),
+    "damaged.parquet": (b"PAR1 and no more", "cannot be read as .parquet"),
+    "table.tsv": (b"text\tx\n", "a file of this kind is not read"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+@pytest.mark.parametrize("verb", READING)
+def test_files_that_hold_no_rows_are_refused_by_every_verb_that_reads_some(
+    name, verb, quantized, float_model, tmp_path, capsys
+):
+    content, said = NO_ROWS[name]
+    (tmp_path / name).write_bytes(content)
+    places = {"FLOAT": float_model, "MODEL": quantized, "OUT": str(tmp_path / "out")}
+    command = [*(places.get(word, word) for word in READING[verb]), str(tmp_path / name)]
+    if (verb, name) == ("quantize", "blank.txt"):
+        said = "the calibration data has 0 tokens"
+    found = refused_untouched(capsys, command, tmp_path)
+    assert name in found or said.endswith("0 tokens")
+    assert said in found
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_folders_and_files_below_files_are_no_data(verb, quantized, float_model, text_file, tmp_path, capsys):
+    places = {"FLOAT": float_model, "MODEL": quantized, "OUT": str(tmp_path / "out")}
+    command = [places.get(word, word) for word in READING[verb]]
+    for given, said in ((quantized, "save_to_disk"), (f"{text_file}/below", "there is no such file")):
+        assert said in refused_untouched(capsys, [*command, given], tmp_path)

@@ -109,7 +109,7 @@ def seconds_of_calibration(monkeypatch, model, n_tokens, **times):
     """With these seconds for each kind of layer, and passes that take none."""
     found = calibration_time._Times(**({"token": 0.0, "layer": 0.0, "row": 0.0} | times))
     monkeypatch.setattr(calibration_time, "_times", lambda spec, inputs: found)
-    monkeypatch.setattr(calibration_time, "_seconds_of_product", lambda n_tokens: 0.0)
+    monkeypatch.setattr(calibration_time, "seconds_of_product", lambda n_tokens: 0.0)
     return estimate_quantizing(model, CONFIG, calibration_tokens=n_tokens).seconds
 
 

@@ -25,3 +25,14 @@ def test_a_failure_is_told_in_the_converters_words(tmp_path, program):
             tmp_path / "made",
         )
     convert_with("The converter", ["-c", f"open({str(tmp_path / 'made')!r}, 'w')"], os.environ, tmp_path / "made")
+
+
+def test_of_a_traceback_the_error_is_shown_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("def inner():\n    raise NotImplementedError('unknown words')\n\ninner()\n")
+    with pytest.raises(ValueError, match="unknown words") as refused:
+        convert_with("The converter", [str(script)], os.environ, tmp_path / "made", way_out="Try another.")
+    assert str(refused.value) == (
+        "The converter does not take this model; nothing was written. Try another. It says:\n  "
+        "NotImplementedError: unknown words"
+    )

@@ -305,3 +305,21 @@ def test_a_float_model_is_nothing_to_report_on(tmp_path, capsys):
     tiny_model("LlamaForCausalLM").save_pretrained(tmp_path)
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no quantized layer" in capsys.readouterr().err
+
+
+def test_the_page_of_an_aqlm_model_has_a_line_for_each_codebook(tmp_path):
+    config = pql.AQLMConfig(num_codebooks=2, nbits_per_codebook=4, rounds=0)
+    model = folders(tmp_path, tiny_model("LlamaForCausalLM"), config)
+    assert main(["report", str(tmp_path / "quantized"), "--float_model", str(tmp_path / "float")]) == 0
+    text, _ = checked_page(tmp_path / "quantized" / "report.html")
+    uses = [code_use(layer.quantized_weight) for layer in pql.quantized_modules(model).values()]
+    for number in range(2):
+        entropies = [use[number].entropy for use in uses]
+        least = min(use[number].fraction_used for use in uses)
+        cells = (number + 1, len(uses), 16, 4, f"{sum(entropies) / len(uses):.4g}", f"{min(entropies):.4g}")
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+        assert f"<td>{100 * least:.1f} %</td>" in text
+    assert "Norm of codebook entries" in text
+    # All layers are stored alike, which is a sentence, and no column that fills the page.
+    assert "All of these are aqlm num_codebooks=2" in text
+    assert text.count("<th>stored as</th>") == 1

@@ -11,16 +11,18 @@ from transformers import TextStreamer
 
 from quantlayers_cli.option_names import WrongUsage
 
+from ...estimate import estimate_reading
 from .. import shared_options as options
-from ..answers import add_sampling, answer, check_sampling
+from ..answers import add_sampling, answer, check_lengths, check_sampling
 from ..given_tokenizers import needed_tokenizer, tokenizer_name
-from ..models import load_model, model_and_adapter, with_adapter
+from ..models import adapter_config, load_model, model_and_adapter, n_parameters, weight_bytes, with_adapter
 from ..result import Result
 
 DESCRIPTION = (
     "Talk with a model: a line is a message, an empty line or Ctrl-D ends. --compare answers without the adapter too."
 )
 POSITIONALS = ("model",)
+LONGEST = 256
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,7 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="one message, answered once; null: a conversation"
     )
-    add_sampling(parser, max_new_tokens=256)
+    add_sampling(parser, max_new_tokens=LONGEST)
+    options.add_dry_run(parser)
 
 
 def run(settings: Namespace) -> Result:
@@ -40,7 +43,17 @@ def run(settings: Namespace) -> Result:
     if settings.compare and adapter is None:
         raise WrongUsage("--compare needs --adapter FOLDER: it answers without the adapter and with it.")
     check_sampling(settings)
+    check_lengths(settings, name)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
+    if settings.dry_run:
+        if adapter is not None:
+            adapter_config(adapter)  # refuses what is none
+        n_new = (settings.max_new_tokens or LONGEST) * (2 if settings.compare else 1)
+        costs = estimate_reading(
+            "an answer", weights={name: weight_bytes(name)}, n_parameters=n_parameters(name), n_new=n_new
+        )
+        with_it = "" if adapter is None else f" with {adapter}"
+        return Result(text=f"would talk with {name}{with_it}\n{costs}", data=costs.to_dict())
     model = with_adapter(load_model(name, dtype=settings.dtype, device=settings.device), adapter)
     said = {False: list[dict[str, str]](), True: list[dict[str, str]]()}
     for message in [settings.prompt] if settings.prompt is not None else _lines():
@@ -52,7 +65,7 @@ def run(settings: Namespace) -> Result:
                 streamer = (
                     None if settings.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 )
-                text = answer(model, tokenizer, said[is_base], settings, streamer=streamer)
+                text = answer(model, tokenizer, said[is_base], settings, longest=LONGEST, streamer=streamer)
             said[is_base].append({"role": "assistant", "content": text})
     return Result(
         text="", data={"messages": said[False], **({"without_adapter": said[True]} if settings.compare else {})}

@@ -14,12 +14,22 @@ from transformers import PreTrainedModel, set_seed
 from quantlayers_cli.option_names import WrongUsage
 
 from ...arguments import nearest
+from ...estimate import estimate_reading
 from ...evaluate import divergence, perplexity
 from ...evaluate.perplexity import check_causal
 from .. import shared_options as options
-from ..answers import Question, add_sampling, answer, check_sampling, prompts_of
+from ..answers import Question, add_sampling, answer, check_lengths, check_sampling, prompts_of
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer, tokenizer_name
-from ..models import config_of, load_model, model_and_adapter, refuse_missing_folder, with_adapter
+from ..models import (
+    adapter_config,
+    config_of,
+    load_model,
+    model_and_adapter,
+    n_parameters,
+    refuse_missing_folder,
+    weight_bytes,
+    with_adapter,
+)
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
 from ..result import Result
@@ -28,6 +38,7 @@ DESCRIPTION = (
     "Measure a model: perplexity on a text, divergence from a reference model, tasks of lm-eval, answers to prompts."
 )
 POSITIONALS = ("model",)
+LONGEST = 64
 LM_EVAL = "--tasks needs lm-eval: pip install 'peft_quantlayers[evaluate]'."
 
 
@@ -56,8 +67,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="to be answered, beside the reference's answers if there is one: a list, or a text file with one in each "
         "line, or rows with prompt, instruction, messages or text",
     )
-    add_sampling(parser, max_new_tokens=64)
+    add_sampling(parser, max_new_tokens=LONGEST)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    options.add_dry_run(parser)
 
 
 def run(settings: Namespace) -> Result:
@@ -78,6 +90,8 @@ def run(settings: Namespace) -> Result:
     if settings.reference is not None:
         refuse_missing_folder("reference", settings.reference)
         config_of(settings.reference)
+    if settings.prompts is not None:
+        check_lengths(settings, name, settings.reference)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     if settings.text is not None:  # before the model, which takes longer
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
@@ -85,6 +99,9 @@ def run(settings: Namespace) -> Result:
             check_ids(ids, config_of(each))
     if settings.prompts is not None:
         prompts = prompts_of("prompts", settings.prompts, limit=settings.limit)
+    if settings.dry_run:
+        n_tokens = len(ids) if settings.text is not None else 0
+        return planned(settings, name, adapter, n_tokens, len(prompts) if settings.prompts is not None else 0)
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
@@ -102,6 +119,30 @@ def run(settings: Namespace) -> Result:
             model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
         )
     return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
+
+
+def planned(settings: Namespace, name: str, adapter: str | None, n_tokens: int, n_prompts: int) -> Result:
+    """What would be measured, and what that takes."""
+    models = [name, *([settings.reference] if settings.reference is not None else [])]
+    if adapter is not None:
+        adapter_config(adapter)  # refuses what is none
+    n_new = n_prompts * (settings.max_new_tokens or LONGEST)
+    lines = [f"would measure {name}" + ("" if adapter is None else f" with {adapter}") + ":"]
+    lines += [f"  perplexity on {n_tokens:,} tokens, {settings.window} at once"] if n_tokens else []
+    lines += [f"  answers to {n_prompts:,} prompts, {n_new:,} tokens at most"] if n_prompts else []
+    lines += [f"  tasks of lm-eval: {settings.tasks}"] if settings.tasks is not None else []
+    lines += [f"  beside {settings.reference}"] if settings.reference is not None else []
+    vocab_size = getattr(config_of(name).get_text_config(), "vocab_size", 0)
+    costs = estimate_reading(
+        "evaluate",
+        weights={each: weight_bytes(each) for each in models},
+        n_parameters=sum(map(n_parameters, models)),
+        n_tokens=n_tokens,
+        n_new=n_new,
+        logits=len(models) * vocab_size * min(settings.window, n_tokens),
+        notes=("without the tasks, whose texts are not known here",) if settings.tasks is not None else (),
+    )
+    return Result(text="\n".join([*lines, str(costs)]), data=costs.to_dict())
 
 
 def measured(model: Any, reference: Any, ids: Tensor, *, window: int) -> dict[str, Any]:
@@ -131,7 +172,7 @@ def answers(
         for key, each in (("answer", model), ("reference_answer", reference)):
             if each is not None:
                 set_seed(settings.seed)
-                row[key] = answer(each, tokenizer, prompt, settings)
+                row[key] = answer(each, tokenizer, prompt, settings, longest=LONGEST)
         found.append(row)
     return found
 

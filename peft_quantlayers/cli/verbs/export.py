@@ -8,12 +8,23 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
-from ...arguments import check_choice
-from ...exports import export, export_formats
+from quantlayers_cli.option_names import WrongUsage
+
+from ...estimate import estimate_reading
+from ...exports import ExportFormat, export, export_formats
+from ...exports.export import bytes_of_export
+from ...exports.formats.format_registry import format_named
 from .. import shared_options as options
 from ..given_tokenizers import check_ids, load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import in_options
-from ..models import another_base_refused, config_of, load_model, model_and_adapter, refuse_missing_folder
+from ..models import (
+    another_base_refused,
+    config_of,
+    load_model,
+    model_and_adapter,
+    refuse_missing_folder,
+    weight_bytes,
+)
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least, values_refused
@@ -21,6 +32,8 @@ from ..result import Result
 
 DESCRIPTION = "Write a quantized model as an inference engine reads it, exactly, and print the command that serves it."
 POSITIONALS = ("model", "output")
+# Of a layer in float32: its weight, what is stored, and the difference.
+_LAYER_COPIES = 3
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -51,19 +64,31 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_calibration(parser)
 
 
+def check_approximate(settings: Namespace, target: ExportFormat) -> None:
+    """Raise WrongUsage for an approximation that the format does not take, or options of another one."""
+    if settings.approximate is not None and settings.approximate not in target.approximations:
+        can = " or ".join(f"--approximate {each}" for each in target.approximations)
+        raise WrongUsage(
+            f"--approximate {settings.approximate}: {target.name} takes {can or 'none'}. Nothing was written."
+        )
+    if settings.approximate != "requantize":
+        for option, value in (("float_model", settings.float_model), ("calibration.data", settings.calibration.data)):
+            if value is not None:
+                raise WrongUsage(f"--{option} is for --approximate requantize. Give that too, or leave it out.")
+
+
 def run(settings: Namespace) -> Result:
     """Export, and say what came of it."""
     options.check_calibration(settings)
     refuse_missing_folder("model", settings.model)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():
-        check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
+        target = format_named(settings.format)
+        check_approximate(settings, target)
     check_at_least(settings, 1, "n_tokens")
     options.check_output(settings, inputs=(name, adapter or ""))
-    options.refuse_output_in_use(settings)
-    if settings.dry_run:
-        known = export_formats()[settings.format]
-        return Result(text=f"would write {name} into {settings.output}\n{known}")
+    if not settings.dry_run:
+        options.refuse_output_in_use(settings)
     tokenizer_of = tokenizer_name(settings.tokenizer, name, adapter)
     tokenizer = None if tokenizer_of == name else needed_tokenizer(tokenizer_of)
     data = options.calibration(settings, tokenizer or load_tokenizer(name))
@@ -72,6 +97,23 @@ def run(settings: Namespace) -> Result:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
         check_ids(text, config_of(name))
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if settings.dry_run:
+        with another_base_refused():
+            disk, largest = bytes_of_export(
+                name,
+                settings.output,
+                settings.format,
+                adapter=adapter,
+                dtype=dtype,
+                approximate=settings.approximate,
+                tokenizer=tokenizer,
+            )
+        weights = {"largest layer": 4 * _LAYER_COPIES * largest}
+        if settings.text is not None:
+            weights["the model, to compare"] = weight_bytes(name)
+        costs = estimate_reading("export", weights=weights, disk=disk)
+        return Result(text=f"would write {name} into {settings.output}\n{target}\n{costs}", data=costs.to_dict())
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")
@@ -81,7 +123,7 @@ def run(settings: Namespace) -> Result:
             settings.output,
             settings.format,
             adapter=adapter,
-            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            dtype=dtype,
             approximate=settings.approximate,
             tokenizer=tokenizer,
             calibration=data,

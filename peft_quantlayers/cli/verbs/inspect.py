@@ -8,10 +8,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ...integrations.saved_folder import verify_model
+from ...estimate import estimate_reading
+from ...integrations.saved_folder import tensors_not_finite, verify_model
 from ...report import summary
-from ..models import adapter_config, load_model, refuse_missing_folder
-from ..result import Result
+from .. import shared_options as options
+from ..models import adapter_config, config_of, load_model, refuse_missing_folder, weight_bytes
+from ..result import Result, not_finite_line
 
 DESCRIPTION = "Say what a folder holds: bits of each layer, what stayed dense and why, adapters, damage."
 POSITIONALS = ("model",)
@@ -23,26 +25,41 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--model", type=str, required=True, help="folder of a model or an adapter, or a name on the Hub"
     )
     parser.add_argument("--layers", action="store_true", help="a line for every module")
+    options.add_dry_run(parser)
 
 
 def run(settings: Namespace) -> Result:
     """Read the folder and say what is in it."""
     refuse_missing_folder("model", settings.model)
     folder = Path(settings.model)
-    damage = _damage(folder)
+    if settings.dry_run:
+        is_adapter = (folder / "adapter_config.json").is_file()
+        adapter_config(settings.model) if is_adapter else config_of(settings.model)  # refuse what is none
+        size = 0 if is_adapter else weight_bytes(settings.model)
+        costs = estimate_reading("inspect", weights={settings.model: size})
+        return Result(text=f"would read {settings.model}\n{costs}", data=costs.to_dict())
+    damage, not_finite = _damage(folder), tensors_not_finite(folder)
     lines: list[str] = []
     if (folder / "adapter_config.json").is_file():
         lines, found = _adapter(folder)
     elif damage:  # loading would refuse it
         lines, found = [str(folder)], {}
     else:
-        model = summary(load_model(settings.model))
-        lines = [model.table() if settings.layers else str(model)]
-        found = {"class": model.model, "nbytes": model.nbytes, "fraction_quantized": model.fraction_quantized}
-        found["modules"] = [_module(each) for each in model.modules]
+        try:
+            model = summary(load_model(settings.model))
+        except ValueError:
+            if not not_finite:
+                raise
+            lines, found = [str(folder)], {}
+        else:
+            lines = [model.table() if settings.layers else str(model)]
+            found = {"class": model.model, "nbytes": model.nbytes, "fraction_quantized": model.fraction_quantized}
+            found["modules"] = [_module(each) for each in model.modules]
     lines.append(_damage_line(damage))
     found["damaged"] = None if damage is None else [str(each) for each in damage]
-    return Result(text="\n".join(lines), data=found, exit_code=1 if damage else 0)
+    found["not_finite"] = not_finite
+    lines += [not_finite_line(not_finite)] if not_finite else []
+    return Result(text="\n".join(lines), data=found, exit_code=1 if damage or not_finite else 0)
 
 
 def _damage(folder: Path) -> list[Any] | None:

@@ -9,12 +9,13 @@ from jsonargparse import ArgumentParser, Namespace
 from ...estimate import estimate_merging
 from ...merging.strategies import Strategy
 from ...model_merge import merge_back, plan_merge_bits
+from ...model_merge.merge_costs import config_of_spec
 from ...model_merge.refused_merges import refuse_arguments
 from ...saving import saved_model
 from .. import shared_options as options
 from ..given_tokenizers import load_tokenizer, needed_tokenizer, tokenizer_name
 from ..in_options import REPORT_FILE, in_options
-from ..models import load_model, model_and_adapter, model_on_meta, rank_of, with_adapter
+from ..models import load_model, model_and_adapter, model_on_meta, rank_of, specs_of, with_adapter
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least, values_refused
 from ..result import Result
@@ -59,6 +60,9 @@ def run(settings: Namespace) -> Result:
     options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
     is_to_be_planned = options.is_to_be_planned(settings)
+    if settings.choices is not None:
+        for spec in specs_of(name):
+            options.check_choices(settings, config_of_spec(spec))
     plan = options.given_plan(settings)
     if not settings.dry_run:
         options.refuse_output_in_use(settings)

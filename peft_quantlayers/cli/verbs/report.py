@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
+from quantlayers_cli.options import PROGRAM
+
+from ...estimate import estimate_reading
+from ...integrations.saved_folder import tensors_not_finite
 from ...report import summary
-from ...report.html_page import folded, page, preformatted
+from ...report.html_page import folded, note, page, preformatted
 from ...report.merge_parts import MERGE_FILE, merge_parts
 from ...report.model_parts import model_parts
-from ...report.reported_facts import mean_error, model_facts, worst_layers
-from ...report.training_parts import adapter_parts, find_trainer_state, training_parts
+from ...report.reported_facts import NO_QUANTIZED_LAYER, mean_error, model_facts, worst_layers
+from ...report.training_parts import ADAPTER_FILE, adapter_parts, find_trainer_state, training_parts
 from ...storage import replace_file
 from .. import shared_options as options
+from ..given_exports import refuse_export
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer
-from ..models import config_of, load_model, refuse_missing_folder
+from ..models import config_of, is_quantized_already, load_model, n_parameters, refuse_missing_folder, weight_bytes
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
-from ..result import Result
+from ..result import Result, not_finite_line
 
 DESCRIPTION = (
     "Write one HTML page on what a folder holds: a quantized model (error of each layer, the worst layers and what "
@@ -55,6 +61,7 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--device", type=str | None, default=None, help="where to compute, such as cuda; null: the CPU"
     )
+    options.add_dry_run(parser)
 
 
 def run(settings: Namespace) -> Result:
@@ -64,6 +71,7 @@ def run(settings: Namespace) -> Result:
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
+    refuse_export(settings.folder)
     check_at_least(settings, 2, "window")
     check_at_least(settings, 0, "n_worst")
     check_at_least(settings, 1, "n_tokens")
@@ -75,13 +83,19 @@ def run(settings: Namespace) -> Result:
     if file.exists() and file.suffix not in (".html", ".htm"):
         raise FileExistsError(f"--output {file} is there, and no page. Name a file that ends with .html.")
     options.check_place("output", file)
-    parts: list[str] = []
-    found: dict[str, object] = {}
+    _check_settings_file(file)
+    if settings.dry_run:
+        return planned(settings, folder, file)
+    not_finite = tensors_not_finite(folder)
+    parts: list[str] = [note(not_finite_line(not_finite))] if not_finite else []
+    found: dict[str, object] = {"not_finite": not_finite}
     state = find_trainer_state(folder)
     if state is not None:
         parts += training_parts(state)
         found["training"] = str(state)
-    parts += adapter_parts(folder)
+    if of_adapter := adapter_parts(folder):
+        parts += of_adapter
+        found["adapter"] = str(folder / ADAPTER_FILE)
     if (folder / MERGE_FILE).is_file():
         parts += merge_parts(folder / MERGE_FILE)
         found["merge"] = str(folder / MERGE_FILE)
@@ -89,22 +103,87 @@ def run(settings: Namespace) -> Result:
         model_part, found["model"] = _on_model(settings, folder)
         parts += model_part
     if not parts:
-        raise ValueError(
-            f"{folder} holds no model, no {MERGE_FILE} and no state of a Trainer: there is nothing to report on."
-        )
+        raise _nothing_in(folder)
     parts += [folded(f"{verb}.yaml", preformatted(text)) for verb, text in _saved_settings(folder).items()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     with replace_file(file) as part:
-        part.write_text(page(folder.resolve().name, parts, footer=f"peft-quantlayers report {folder}; {versions}"))
-    return Result(text=f"wrote {file}", data=found | {"page": str(file)})
+        text = page(folder.resolve().name, parts, footer=f"{PROGRAM} report {folder}; {versions}")
+        part.write_text(text, encoding="utf-8")
+    text = "\n".join([*([not_finite_line(not_finite)] if not_finite else []), f"wrote {file}"])
+    return Result(
+        text=text,
+        data=found | {"page": str(file)},
+        exit_code=1 if not_finite else 0,
+        output=str(file.parent),
+        settings_name=_settings_file(file).name,
+    )
+
+
+def planned(settings: Namespace, folder: Path, file: Path) -> Result:
+    """What would be on the page, and what that takes."""
+    contents: list[str] = []
+    weights: dict[str, int] = {}
+    n_tokens = 0
+    if (state := find_trainer_state(folder)) is not None:
+        contents.append(f"a training run: {state}")
+    if (folder / ADAPTER_FILE).is_file():
+        contents.append(f"an adapter: {folder / ADAPTER_FILE}")
+    if (folder / MERGE_FILE).is_file():
+        contents.append(f"a merge: {folder / MERGE_FILE}")
+    if (folder / "config.json").is_file():
+        if not is_quantized_already(settings.folder):
+            raise ValueError(NO_QUANTIZED_LAYER)
+        ids, float_model = _text_ids(settings), settings.float_model or _named_float_model(folder)
+        n_tokens = 0 if ids is None else len(ids)
+        weights = {settings.folder: weight_bytes(settings.folder)}
+        contents.append("a model" + ("" if float_model is None else f", with its errors beside {float_model}"))
+        contents[-1] += f", on {n_tokens:,} tokens" if n_tokens else ""
+    if not contents:
+        raise _nothing_in(folder)
+    costs = estimate_reading(
+        "report",
+        weights=weights,
+        n_parameters=n_parameters(settings.folder) if n_tokens else 0,
+        n_tokens=n_tokens,
+        notes=("without the time to try more bits on the worst layers",) if weights and settings.n_worst else (),
+    )
+    lines = [f"would write {file} on", *(f"  {each}" for each in contents), str(costs)]
+    return Result(text="\n".join(lines), data=costs.to_dict())
+
+
+def _nothing_in(folder: Path) -> ValueError:
+    return ValueError(
+        f"{folder} holds no model, no LoRA adapter, no {MERGE_FILE} and no state of a Trainer: there is nothing to "
+        "report on."
+    )
+
+
+def _settings_file(file: Path) -> Path:
+    """Where the settings of the page ``file`` are saved."""
+    return file.with_suffix(".yaml")
+
+
+def _check_settings_file(file: Path) -> None:
+    """Raise FileExistsError where the settings of a page would replace another file."""
+    beside = _settings_file(file)
+    if beside.is_file() and not beside.read_text(errors="replace").startswith(f"# {PROGRAM} report "):
+        raise FileExistsError(
+            f"--output {file}: its settings go into {beside}, which is another file. Choose another name."
+        )
+
+
+def _text_ids(settings: Namespace) -> Any:
+    """The tokens of ``--text``; None without one."""
+    if settings.text is None:
+        return None
+    tokenizer = needed_tokenizer(settings.tokenizer or settings.folder)
+    ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+    check_ids(ids, config_of(settings.folder))
+    return ids
 
 
 def _on_model(settings: Namespace, folder: Path) -> tuple[list[str], dict[str, object]]:
-    ids = None
-    if settings.text is not None:
-        tokenizer = needed_tokenizer(settings.tokenizer or settings.folder)
-        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-        check_ids(ids, config_of(settings.folder))
+    ids = _text_ids(settings)
     float_model = settings.float_model or _named_float_model(folder)
     model = load_model(settings.folder, device=settings.device)
     with long_windows_refused(model, settings.window, option="window"):

@@ -19,6 +19,7 @@ class DenseFormat(ExportFormat):
     name = "dense"
     holds = "weights of any method, dequantized to 16 or 32 bits"
     engines = ("all",)
+    is_read_here = True
     is_of_decoders = False
     bytes_per_weight = 4.0
 

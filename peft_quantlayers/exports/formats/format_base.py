@@ -203,6 +203,7 @@ class ExportFormat(ABC):
         is_of_decoders: its engines read language models of text that have a decoder only.
         adapter_form: how an adapter beside the model is written; None where its engines read none.
         max_rank: of such an adapter.
+        is_read_here: transformers, with this package, loads it as any model.
         dtypes: that dense tensors, scales and zeros may have; None for any.
         bytes_per_weight: that writing takes at most, beside the bytes of the source.
     """
@@ -215,6 +216,7 @@ class ExportFormat(ABC):
     is_of_decoders: ClassVar[bool] = True
     adapter_form: ClassVar[AdapterForm | None] = "peft"
     max_rank: ClassVar[int] = MAX_RANK
+    is_read_here: ClassVar[bool] = False
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
     bytes_per_weight: ClassVar[float] = 1.0
 

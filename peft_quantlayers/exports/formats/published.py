@@ -24,6 +24,7 @@ from .format_base import Approximation, Comparison, ExportFormat, ExportTask, La
 class _PublishedFormat(ExportFormat):
     """A layout of one method, which holds its tensors unchanged."""
 
+    is_read_here = True
     is_of_decoders = False
 
     def misfit(self, facts: LayerFacts, approximate: Approximation | None) -> str:
