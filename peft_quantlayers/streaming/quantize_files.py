@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 
@@ -31,6 +32,7 @@ from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
 from .checkpoint_parts import PartsOfModel
 from .processes import made_in_processes
+from .walking_processes import Join, join_started, walk_first
 from .work_folder import HIDDEN, WorkFolder
 
 # Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
@@ -124,8 +126,9 @@ def quantize_files(
     progress: bool = True,
     on_layer: Callable[[LayerResult], None] | None = None,
     share: Share | None = None,
+    join: Join | None = None,
 ) -> Path:
-    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, without calibration."""
+    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, ``join`` has them calibrate."""
     check_config("config", config)
     check_flag("resume", resume)
     check_device("device", device)
@@ -133,10 +136,10 @@ def quantize_files(
     check_tokenizer(tokenizer)
     check_callable("on_layer", on_layer, "a LayerResult")
     check_integer("n_processes", n_processes, at_least=1, at_most=1024)
-    if calibration is not None and n_processes > 1:
+    if calibration is not None and n_processes > 1 and not (dist.is_available() and dist.is_gloo_available()):
         raise ValueError(
-            f"n_processes={n_processes} with calibration: each block needs the outputs of those before it. Leave "
-            "n_processes out; torch uses several threads by itself. Nothing was written."
+            f"n_processes={n_processes} with calibration: processes send each other their results by gloo, which this "
+            "torch was built without. Leave n_processes out. Nothing was written."
         )
     given = None if calibration is None else Calibration.of(calibration, tokenizer).of_float_model()
     if given is not None and given.resume_folder is not None:
@@ -185,7 +188,13 @@ def quantize_files(
                 if given is None:
                     _quantize_plain(parts, work, n_processes=n_processes, progress=progress, share=share)
                 else:
-                    quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
+                    if join is None and n_processes > 1:
+                        join = join_started(n_processes, device)
+                    options: dict[str, Any] = {"progress": progress, "on_layer": on_layer}
+                    if join is None or all(work.is_finished(number) for number in range(len(parts.parts))):
+                        quantize_calibrated_parts(parts, work, given, batches, **options)
+                    else:
+                        walk_first(parts, work, given, batches, join, **options)
             assembly.write(target, run)
         except OSError as error:
             raise _with_way_out(error, target, work, parts) from None
