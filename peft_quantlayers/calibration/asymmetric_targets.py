@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..methods.any_threads import cholesky, sum_of_all
 from .processes import ALONE, Processes
 from .statistics import InputStatistics
 
@@ -88,7 +89,10 @@ def _damped_factor(moment: Tensor, damping: float) -> Tensor:
     """The Cholesky factor of ``H + d``."""
     damped = moment.clone()
     damped.diagonal().add_(damping * moment.diagonal().mean())
-    return torch.linalg.cholesky(damped)
+    factor, is_found = cholesky(damped)
+    if not is_found:
+        raise ValueError("the second moment of the inputs has no Cholesky factor: inputs of the layer overflow.")
+    return factor
 
 
 def _shift(product: Tensor, factor: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def _held_out_gain(shift: Tensor, moment: Tensor, product: Tensor) -> float:
 
     ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift; ``product``: ``W D``.
     """
-    return float(((shift @ moment - 2 * product) * shift).sum())
+    return float(sum_of_all((shift @ moment - 2 * product) * shift))
 
 
 def _moments(statistics: InputStatistics, device: torch.device) -> tuple[Tensor, Tensor]:

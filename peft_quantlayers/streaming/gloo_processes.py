@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.001
 _FAILURE = "failure"
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(ConnectionError):
     """Another process has ended in the middle; the message says why, if that is known."""
 
 
@@ -61,14 +61,16 @@ class GlooProcesses(Processes):
         except Exception as error:
             own = _Raised.of(error)
         sent = _Packed.of(own)
-        found: list[Any] = []
         with self._losses():
-            for rank, message in enumerate(self._messages(sent.message)):
-                here = sent if rank == self.rank else _Packed.to_receive(message)
+            messages = self._messages(sent.message)
+        found: list[Any] = []
+        for rank, message in enumerate(messages):
+            here = sent if rank == self.rank else _Packed.to_receive(message)
+            with self._losses():
                 for tensor in here.tensors:
                     if tensor.numel():
                         self._group.broadcast(tensor.view(-1).view(torch.uint8), rank).wait()
-                found.append(own if rank == self.rank else here.value(self.device))
+            found.append(own if rank == self.rank else here.value(self.device))
         for each in found:
             if isinstance(each, _Raised):
                 raise each.error

@@ -127,8 +127,12 @@ def quantize_files(
     on_layer: Callable[[LayerResult], None] | None = None,
     share: Share | None = None,
     join: Join | None = None,
+    own_device: torch.device | str | None = None,
 ) -> Path:
-    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, ``join`` has them calibrate."""
+    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, ``join`` has them calibrate.
+
+    ``own_device``: where this process quantizes then; None for ``device``.
+    """
     check_config("config", config)
     check_flag("resume", resume)
     check_device("device", device)
@@ -165,7 +169,7 @@ def quantize_files(
         "part_bytes": PART_BYTES,
         "versions": package_versions(),
     }
-    blocks: list[str] = []
+    blocks: list[str] | None = None
     batches: Any = []
     if given is not None:
         check_can_calibrate(specs, given)
@@ -179,7 +183,7 @@ def quantize_files(
             return Path(destination)
         work = WorkFolder(target, run, resume=resume)
         parts = PartsOfModel(
-            checkpoint, config, specs=specs, device=device, blocks=blocks, part_bytes=run["part_bytes"]
+            checkpoint, config, specs=specs, device=own_device or device, blocks=blocks, part_bytes=run["part_bytes"]
         )
         assembly = Assembly(work, parts, max_shard_size=max_shard_size)
         try:
