@@ -1,10 +1,13 @@
 """Processes that calibrate together write the bytes of one, whatever is shared, and none waits for one that ended."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -93,8 +96,7 @@ def test_the_largest_layers_are_shared_out_first():
 
 # ---- processes that end
 
-# The command line with a pause in each block, in all processes: they import it again. ``END`` ends the one that it
-# names in the second block.
+# The command line, in all processes, which import it again. ``END`` names the one that is killed in the second block.
 PROGRAM = """
 import os, signal, sys, time
 from peft_quantlayers.streaming.calibrated import _StreamingVisitor
@@ -104,6 +106,7 @@ visit, n_groups = _StreamingVisitor.visit_group, 0
 def slow(self, group):
     global n_groups
     n_groups += 1
+    time.sleep(float(os.environ.get("PAUSE", "0")))
     if n_groups == 6 and os.environ.get("END") == str(self.processes.rank):
         os.kill(os.getpid(), signal.SIGKILL)
     visit(self, group)
@@ -114,31 +117,61 @@ if __name__ == "__main__":
 """
 
 
-@needs_gloo
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
-@pytest.mark.parametrize("ended", ["0", "2"])
-def test_a_killed_process_ends_all_and_any_number_goes_on(ended, tmp_path):
-    model, out = str(save_tiny_llama(tmp_path / "float", byte_tokenizer())), tmp_path / "out"
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    options = ["--group_size", "32", "--calibration.data", str(text), "--calibration.n_tokens", "640"]
-    options += ["--calibration.sequence_length", "64", "--calibration.batch_size", "1"]
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+
+
+@pytest.fixture
+def command(tmp_path) -> list[str]:
+    """``quantize`` with calibration, less the folder that it writes."""
     (tmp_path / "program.py").write_text(PROGRAM)
+    model, text = save_tiny_llama(tmp_path / "float", byte_tokenizer()), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    fields = {"data": text, "n_tokens": 640, "sequence_length": 64, "batch_size": 1}
+    options = [word for name, value in fields.items() for word in (f"--calibration.{name}", str(value))]
+    return ["quantize", str(model), "--group_size", "32", *options]
+
+
+def started(command: list[str], out: Path, n_processes: int, **environment: str) -> subprocess.Popen[str]:
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py", "quantize", model, str(out), *options, "--n_processes", "3"],
+    arguments = [*command, "--output", str(out), "--n_processes", str(n_processes)]
+    return subprocess.Popen(
+        [sys.executable, out.parent / "program.py", *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | paths | {"END": ended},
+        env=os.environ | paths | environment,
     )
-    started: set[psutil.Process] = set()
-    watch = threading.Thread(target=_watch, args=(running, started))
-    watch.start()
+
+
+def others(running: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that it has started to share its work."""
+    try:
+        return [each for each in psutil.Process(running.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+    except psutil.Error:
+        return []
+
+
+def assert_gone(processes: Iterable[psutil.Process]) -> None:
+    psutil.wait_procs(processes, timeout=30)
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes)
+
+
+@needs_gloo
+@needs_signals
+@pytest.mark.parametrize("ended", ["0", "2"])
+def test_a_killed_process_ends_all_and_any_number_goes_on(ended, command, tmp_path):
+    out = tmp_path / "out"
+    running, seen = started(command, out, 3, END=ended), set()
+
+    def watch() -> None:
+        while running.poll() is None and len(seen) < 2:
+            seen.update(others(running))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
     said = running.communicate(timeout=150)[1]
-    watch.join()
-    assert len(started) >= 2
-    psutil.wait_procs(started, timeout=20)
-    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
+    thread.join()
+    assert len(seen) == 2
+    assert_gone(seen)
     if ended == "0":
         assert running.returncode == -signal.SIGKILL
     else:
@@ -148,24 +181,36 @@ def test_a_killed_process_ends_all_and_any_number_goes_on(ended, tmp_path):
         assert "a process that shares the calibration has ended" in lines[0]
         assert "with any number of processes" in lines[0]
         assert "unexpected" not in lines[0]
-    kept = list((out / ".quantizing").glob("*.safetensors"))
-    assert len(kept) == 2  # what lies around the blocks, and the first of two
-    before = {path: path.stat().st_mtime_ns for path in kept}
-    assert {path: path.stat().st_mtime_ns for path in kept} == before
-    assert main(["quantize", model, str(out), *options, *(["--n_processes", "2"] if ended == "0" else [])]) == 0
-    assert main(["quantize", model, str(tmp_path / "expected"), *options]) == 0
+    assert len(list((out / ".quantizing").glob("*.safetensors"))) == 2  # what lies around the blocks, the first of two
+    assert main([*command, "--output", str(out), *(["--n_processes", "2"] if ended == "0" else [])]) == 0
+    assert main([*command, "--output", str(tmp_path / "expected")]) == 0
     assert files(out) == files(tmp_path / "expected")
 
 
-def _watch(running: subprocess.Popen, started: set[psutil.Process]) -> None:
-    parent = psutil.Process(running.pid)
-    while running.poll() is None:
-        try:
-            started.update(each for each in parent.children() if "spawn_main" in " ".join(each.cmdline()))
-        except psutil.Error:
-            return
-        if len(started) >= 2:
-            return
+@needs_gloo
+@needs_signals
+def test_killed_at_any_moment_it_ends_with_the_same_files(command, tmp_path):
+    assert main([*command, "--output", str(tmp_path / "expected")]) == 0
+    drawn, n_kills, n_done = random.Random(0), int(os.environ.get("KILLS", "2")), 0
+    while n_kills > 0:
+        out = tmp_path / str(n_done)
+        running = started(command, out, drawn.choice([1, 2, 3]), PAUSE="0.2")
+        while running.poll() is None and not (out / ".quantizing" / "run.json").exists():
+            time.sleep(0.02)
+        time.sleep(drawn.uniform(0, 12))
+        rest = others(running)
+        victim = drawn.choice([psutil.Process(running.pid), *rest]) if running.poll() is None else None
+        if victim is not None:
+            victim.kill()
+            n_kills -= 1
+        said = running.communicate(timeout=100)[1]
+        assert_gone(rest)
+        assert running.returncode in (0, 1, -signal.SIGKILL)
+        assert running.returncode != 1 or "a process that" in said.splitlines()[-1] + said.splitlines()[-2]
+        n_done += running.returncode == 0
+    out = tmp_path / str(n_done)
+    assert main([*command, "--output", str(out)]) == 0
+    assert all(files(tmp_path / str(each)) == files(tmp_path / "expected") for each in range(n_done + 1))
 
 
 # ---- in each of two processes
