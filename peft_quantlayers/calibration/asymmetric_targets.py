@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..methods.any_threads import cholesky, sum_of_all
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics
 
 # Tried in this order, as fractions of the mean of H's diagonal.

@@ -17,7 +17,7 @@ from .block_order import order_of
 from .blocks import Call, device_of, evaluating, find_block_lists
 from .layer_passes import LayerPasses
 from .model_passes import ModelPasses
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 
 
 class BlockSource(Protocol):

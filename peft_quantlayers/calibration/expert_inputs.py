@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Call
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics, Statistic, collect
 
 

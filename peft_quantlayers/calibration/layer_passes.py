@@ -19,7 +19,7 @@ from ..layers.dense_stack import is_called_stack
 from .blocks import Call, Stop, device_of, input_of
 from .expert_inputs import SortedInput
 from .paused_pass import Pass, replaced_forwards
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 from .statistics import PairedInput
 
 # Passes that wait at a time, each with what the block has computed so far.

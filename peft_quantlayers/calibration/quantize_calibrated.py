@@ -26,7 +26,7 @@ from .asymmetric_targets import chosen_dampings, target_with
 from .calibration_data import Calibration
 from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 from .resume_folder import ResumeFolder
 from .statistics import InputStatistics, Statistic
 from .walk import BlockWork, InputGroup, Visitor, walk

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 
 Statistic = Literal["second_moment", "deviation_moment", "mean_square", "max_abs", "mean_abs", "inputs", "first_half"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)

@@ -29,7 +29,7 @@ from .input_groups import layers_by_input
 from .layer_passes import LayerPasses
 from .model_calls import batch_tensors, model_calls
 from .model_passes import ModelPasses
-from .processes import ALONE, Processes
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics, Statistic, check_statistics, collect
 from .unchanged_block import UnchangedBlock
 

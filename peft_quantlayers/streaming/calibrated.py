@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration import Calibration, LayerResult
 from ..calibration.model_calls import batch_tensors, model_calls
-from ..calibration.processes import ALONE, Processes
+from ..calibration.process_group import ALONE, Processes
 from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_options
 from ..calibration.walk import BlockWork, InputGroup, walk_blocks
 from ..formats.quantized_weight import stored_bytes

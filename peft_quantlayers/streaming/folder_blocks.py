@@ -12,7 +12,7 @@ from torch import nn
 from ..calibration.block_order import order_of
 from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
-from ..calibration.processes import ALONE, Processes
+from ..calibration.process_group import ALONE, Processes
 from ..integrations.tensor_groups import TensorGroup
 from ..layers.dense_stack import as_called_stacks, as_parameters
 from ..storage.free_memory import return_free_memory

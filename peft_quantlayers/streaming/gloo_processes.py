@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..calibration.processes import Processes
+from ..calibration.process_group import Processes
 
 T = TypeVar("T")
 

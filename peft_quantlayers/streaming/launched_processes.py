@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..calibration.processes import Processes
+from ..calibration.process_group import Processes
 from ..integrations.float_checkpoint import FloatCheckpoint, local_folder
 from ..methods import QuantConfig
 from .checkpoint_parts import PartsOfModel
@@ -94,7 +95,7 @@ def _follow(folder: Path, config: QuantConfig, device: Any) -> None:
         try:
             together = joined(host, port, dist.get_rank(), dist.get_world_size(), device)
             with left_at_the_end(together):
-                walk_along(walk, together, device)
+                walk_along(dataclasses.replace(walk, source=folder), together, device)
         except Exception:
             with suppress(RuntimeError):  # the first process has ended
                 _sent()

@@ -77,8 +77,9 @@ def quantize_checkpoint(
         resume: False to remove what an interrupted call has left, and start from scratch.
         device: where to quantize, for example ``"cuda"``; None for the CPU.
         max_shard_size: of one safetensors file, as in ``save_pretrained``.
-        n_processes: how many share the work, each with memory of its own; the files are the same. One with
-            ``calibration``, where each block needs those before it.
+        n_processes: how many share the work, each with memory of its own; the files are the same. They also share a
+            ``calibration``, each with its part of this process's threads, and with the device "cuda" each on its own
+            GPU.
         progress: show a progress bar.
         on_layer: called after each layer with its errors; only with ``calibration``.
 
@@ -93,7 +94,8 @@ def quantize_checkpoint(
         FileNotFoundError: no model in ``source``.
         FileExistsError: ``destination`` holds other files, or a run with another config, or another process writes to
             it.
-        OSError: no permission; the disk is full (finished parts are kept).
+        OSError: no permission; the disk is full, or a process that shares a calibration was killed (finished parts
+            are kept).
     """
     return quantize_files(
         source,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..calibration import Calibration
-from ..calibration.processes import Processes
+from ..calibration.process_group import Processes
 from ..integrations.float_checkpoint import FloatCheckpoint
 from ..methods import QuantConfig
 from .calibrated import quantize_calibrated_parts

@@ -22,7 +22,7 @@ from tiny_folder import byte_tokenizer, save_tiny_llama
 
 import peft_quantlayers as pql
 from peft_quantlayers.calibration.layer_passes import LayerPasses
-from peft_quantlayers.calibration.processes import ALONE, Processes
+from peft_quantlayers.calibration.process_group import ALONE, Processes
 from peft_quantlayers.cli import main
 from peft_quantlayers.methods import hqq
 from peft_quantlayers.streaming import quantize_files
