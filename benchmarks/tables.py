@@ -836,6 +836,30 @@ def streaming() -> str:
     return f"{table(head, rows)}\n\n{device_line(measured['device'], 'python benchmarks/bench_streaming.py')}"
 
 
+def shared_calibration() -> str:
+    """Calibration from files to files on one process and on two."""
+    measured = result("shared_calibration")
+    rows, alone = [], {}
+    for row in measured["rows"]:
+        case, most = (row["method"], row["blocks"]), max(row["processor_seconds"], row["processor_seconds_of_others"])
+        if row["n_processes"] == 1:
+            alone[case] = most
+        memory = max(row["peak_resident_mib"], row["peak_resident_mib_of_others"])
+        model = "SmolLM2" if row["blocks"] == 30 else f"the first {row['blocks']} blocks of SmolLM2"
+        rows.append(
+            [
+                f"{row['method'].upper()}, {model}, {row['tokens']:,} tokens",
+                str(row["n_processes"]),
+                f"{most:.0f} ({alone[case] / most:.2f}x)",
+                f"{row['seconds']:.0f}",
+                f"{memory:,.0f}",
+            ]
+        )
+    head = ["", "processes", "processor's seconds, at most", "seconds by the clock", "all resident, MiB, at most"]
+    command = "python benchmarks/bench_streaming.py --shared"
+    return f"{table(head, rows)}\n\n{device_line(measured['device'], command)}"
+
+
 def embeddings() -> str:
     """What quantized embeddings cost in quality and time, and what they save."""
     measured = result("embeddings")
@@ -905,7 +929,11 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "embeddings.md": {"embeddings": embeddings},
     DOCS / "exports.md": {"exports": exports},
-    DOCS / "larger-than-memory.md": {"estimate": estimate, "streaming": streaming},
+    DOCS / "larger-than-memory.md": {
+        "estimate": estimate,
+        "shared_calibration": shared_calibration,
+        "streaming": streaming,
+    },
     DOCS / "transforms.md": {
         "transforms": transforms,
         "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
@@ -920,6 +948,7 @@ MADE_BY = {
     "generate_1b": "`python benchmarks/bench_generate.py --one-thread --shape 1b`",
     "estimate": "`python benchmarks/bench_estimate.py`",
     "streaming": "`python benchmarks/bench_streaming.py`",
+    "shared_calibration": "`python benchmarks/bench_streaming.py --shared`",
     "peers_minilm": "`python benchmarks/bench_peers.py minilm`",
     "peers_permuted": "`python benchmarks/bench_peers.py permuted`",
 }

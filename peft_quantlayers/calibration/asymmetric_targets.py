@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..methods.any_threads import cholesky, sum_of_all
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics
 
 # Tried in this order, as fractions of the mean of H's diagonal.
@@ -46,11 +48,14 @@ def target_with(damping: float | None, weight: Tensor, statistics: InputStatisti
     return weight + _shift(weight @ deviation, _damped_factor(moment, damping))
 
 
-def chosen_dampings(weights: Sequence[Tensor], statistics: InputStatistics | None) -> list[float | None]:
+def chosen_dampings(
+    weights: Sequence[Tensor], statistics: InputStatistics | None, *, processes: Processes = ALONE
+) -> list[float | None]:
     """For each of some layers that read the same input, the damping of lowest error.
 
     It is the one whose shift, fitted to one half of the tokens, has the lowest error on the other, both ways. None
-    where none is better than the weight itself on each half, or nothing is known.
+    where none is better than the weight itself on each half, or nothing is known. ``processes``, all with the same
+    arguments, try some each.
     """
     halves = None if statistics is None or statistics.deviation_moment is None else statistics.halves()
     if halves is None:
@@ -58,17 +63,25 @@ def chosen_dampings(weights: Sequence[Tensor], statistics: InputStatistics | Non
     rows = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
     moments, deviations = zip(*(_moments(half, rows[0].device) for half in halves), strict=True)
     products = [[each @ deviation for each in rows] for deviation in deviations]
+    trials = [(damping, fitted) for damping in DAMPINGS for fitted in (0, 1)]
+
+    def gains_of(trial: int) -> list[float]:
+        """Of each weight, fitted to one half."""
+        damping, fitted = trials[trial]
+        factor = _damped_factor(moments[fitted], damping)
+        shifts = [_shift(product, factor) for product in products[fitted]]
+        held_out = 1 - fitted
+        return [
+            _held_out_gain(shift, moments[held_out], product)
+            for shift, product in zip(shifts, products[held_out], strict=True)
+        ]
+
+    gains = processes.shared_out([1.0] * len(trials), gains_of)
     found: list[tuple[float, float | None]] = [(0.0, None)] * len(rows)
-    for damping in DAMPINGS:
-        gains: list[list[float]] = [[] for _ in rows]
-        for fitted, held_out in ((0, 1), (1, 0)):
-            factor = _damped_factor(moments[fitted], damping)
-            for at, gains_of in enumerate(gains):
-                shift = _shift(products[fitted][at], factor)
-                gains_of.append(_held_out_gain(shift, moments[held_out], products[held_out][at]))
-        for at, gains_of in enumerate(gains):
-            if max(gains_of) < 0 and sum(gains_of) < found[at][0]:
-                found[at] = (sum(gains_of), damping)
+    for damping, *both in zip(DAMPINGS, gains[::2], gains[1::2], strict=True):
+        for at, gains_of_weight in enumerate(zip(*both, strict=True)):
+            if max(gains_of_weight) < 0 and sum(gains_of_weight) < found[at][0]:
+                found[at] = (sum(gains_of_weight), damping)
     return [damping for _, damping in found]
 
 
@@ -76,7 +89,10 @@ def _damped_factor(moment: Tensor, damping: float) -> Tensor:
     """The Cholesky factor of ``H + d``."""
     damped = moment.clone()
     damped.diagonal().add_(damping * moment.diagonal().mean())
-    return torch.linalg.cholesky(damped)
+    factor, is_found = cholesky(damped)
+    if not is_found:
+        raise ValueError("the second moment of the inputs has no Cholesky factor: inputs of the layer overflow.")
+    return factor
 
 
 def _shift(product: Tensor, factor: Tensor) -> Tensor:
@@ -89,7 +105,7 @@ def _held_out_gain(shift: Tensor, moment: Tensor, product: Tensor) -> float:
 
     ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift; ``product``: ``W D``.
     """
-    return float(((shift @ moment - 2 * product) * shift).sum())
+    return float(sum_of_all((shift @ moment - 2 * product) * shift))
 
 
 def _moments(statistics: InputStatistics, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ from torch import nn
 
 from .block_order import order_of
 from .blocks import Call, device_of, evaluating, find_block_lists
+from .layer_passes import LayerPasses
 from .model_passes import ModelPasses
+from .process_group import ALONE, Processes
 
 
 class BlockSource(Protocol):
@@ -53,7 +55,10 @@ class BlockSource(Protocol):
         """
 
     def passes(self) -> ModelPasses:
-        """The model's forward on each batch, waiting at its blocks; a context manager."""
+        """The model's forward on each batch of this process, waiting at its blocks; a context manager."""
+
+    def layer_passes(self, module: nn.Module, calls: list[Call]) -> LayerPasses:
+        """Passes through ``module``, a block or the whole model, for the calls that this process has of it."""
 
     def opened(self, block: str) -> AbstractContextManager[nn.Module]:
         """The block, where it is to be run, made available and released in the end.
@@ -65,7 +70,7 @@ class BlockSource(Protocol):
         """Where the model takes the outputs of a block."""
 
     def whole(self) -> tuple[nn.Module, list[Call]]:
-        """The model and its calls, for the layers in no block."""
+        """The model and the calls of this process, for the layers in no block."""
 
 
 class ModelBlocks:
@@ -76,12 +81,20 @@ class ModelBlocks:
         names: the layers to visit.
         calls: of the model, all with the same inputs that matter for which blocks run.
         device: where blocks run; None for where each is.
+        processes: those that share the calls.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], calls: list[Call], *, device: torch.device | str | None = None
+        self,
+        model: nn.Module,
+        names: list[str],
+        calls: list[Call],
+        *,
+        device: torch.device | str | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.names, self.calls, self.device = model, names, calls, device
+        self.processes = processes
         self.lists = find_block_lists(model, names)
         self.blocks: list[str] = []
         self.rest: list[str] = []
@@ -110,7 +123,10 @@ class ModelBlocks:
         self.set_blocks(order_of(self.model, self.lists, self.calls, layers=self.names, progress=progress))
 
     def passes(self) -> ModelPasses:
-        return ModelPasses(self.model, self.blocks, self.calls)
+        return ModelPasses(self.model, self.blocks, self.processes.own(self.calls))
+
+    def layer_passes(self, module: nn.Module, calls: list[Call]) -> LayerPasses:
+        return LayerPasses(module, calls, processes=self.processes, n_calls=len(self.calls))
 
     @contextmanager
     def opened(self, block: str) -> Iterator[nn.Module]:
@@ -123,7 +139,7 @@ class ModelBlocks:
         return self._homes[block]
 
     def whole(self) -> tuple[nn.Module, list[Call]]:
-        return self.model, self.calls
+        return self.model, self.processes.own(self.calls)
 
     def _device_of(self, block: str) -> torch.device:
         return device_of(self.model.get_submodule(block), device_of(self.model, torch.device("cpu")))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Call
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics, Statistic, collect
 
 
@@ -69,7 +70,12 @@ class ExpertInputs:
 
 
 def collect_experts(
-    inputs: Iterable[SortedInput], wanted: tuple[Statistic, ...], *, n_experts: int, is_shared: bool
+    inputs: Iterable[SortedInput],
+    wanted: tuple[Statistic, ...],
+    *,
+    n_experts: int,
+    is_shared: bool,
+    processes: Processes = ALONE,
 ) -> tuple[InputStatistics | None, ExpertInputs]:
     """Statistics over all rows, and the inputs of single experts, which are kept unless they are shared."""
     found = ExpertInputs(n_experts)
@@ -84,6 +90,6 @@ def collect_experts(
                     found.rows.setdefault(expert, []).append(part.clone())
             yield x
 
-    statistics = collect(rows(), wanted)
+    statistics = collect(rows(), wanted, processes=processes)
     found.n_tokens = counts.tolist()
     return statistics, found

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantizedLinear
 from ..layers.norms import is_norm
+from ..methods.any_threads import sum_of_all
 from .blocks import Call
 from .trained_metadata import TrainedMetadata, trained_metadata
 from .walk import BlockWork
@@ -41,7 +42,7 @@ def finetune_block(
         layers = [module for module in work.block.modules() if isinstance(module, QuantizedLinear)]
     with trained_metadata(work.block, layers, beside=_beside(work.block, layers) if norms else ()) as trained:
         energy = sum(
-            float(call.real_tokens(target).float().square().sum())
+            float(sum_of_all(call.real_tokens(target).float().square()))
             for call, target in zip(work.calls, work.targets, strict=True)
         )
         first = _error(work, energy)
@@ -65,7 +66,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(work.calls))
     for _ in range(epochs):
         for call, target in zip(work.calls, targets, strict=True):
-            loss = _difference(work, call, target).square().sum() / (energy / len(work.calls))
+            loss = sum_of_all(_difference(work, call, target).square()) / (energy / len(work.calls))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -82,7 +83,8 @@ def _difference(work: BlockWork, call: Call, target: Tensor) -> Tensor:
 def _error(work: BlockWork, energy: float) -> float:
     targets: list[Tensor] = work.targets or []
     errors = [
-        float(_difference(work, call, target).square().sum()) for call, target in zip(work.calls, targets, strict=True)
+        float(sum_of_all(_difference(work, call, target).square()))
+        for call, target in zip(work.calls, targets, strict=True)
     ]
     return sum(errors) / max(energy, 1e-30)
 

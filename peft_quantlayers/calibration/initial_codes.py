@@ -7,6 +7,7 @@ from torch import Tensor
 from ..formats import QuantSpec
 from ..layers.quantize_weight import quantize_weight
 from ..methods import get_method
+from ..methods.any_threads import sum_of_all
 from ..methods.base import InitialCodes
 from .calibration_data import Calibration
 from .statistics import InputStatistics
@@ -41,5 +42,5 @@ def chosen_initial_codes(
         for name in errors:
             quantized = quantize_weight(rows, spec, layer_name=layer_name, hessian=hessian, initial_codes=name)
             lost = method.dequantize(quantized) - rows
-            errors[name] += float(((lost @ moment) * lost).sum())
+            errors[name] += float(sum_of_all((lost @ moment) * lost))
     return min(errors, key=errors.__getitem__)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
-from .blocks import Call, Stop, input_of, run_until
+from .blocks import Stop, input_of, run_until
+from .layer_passes import LayerPasses
 
 
-def layers_by_input(
-    parent: nn.Module, names: Sequence[str], calls: Sequence[Call]
-) -> tuple[list[list[str]], list[str]]:
+def layers_by_input(passes: LayerPasses, names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """Names in the order in which their modules run, those with one and the same input together; and unreached ones.
 
     Modules that the first call does not reach come last, each for itself.
     """
     groups: list[list[str]] = []
     missing = list(names)
-    for call in calls:
+    for number in range(passes.n_calls):
         if not missing:
             break
-        ran = _groups_of_call(parent, missing, call)
-        groups += [[name] for group in ran for name in group] if call is not calls[0] else ran
+        here = partial(_groups_of_call, passes, number // passes.processes.size, missing)
+        ran = passes.processes.of_one(number, here)
+        groups += [[name] for group in ran for name in group] if number else ran
         missing = [name for name in missing if not any(name in group for group in ran)]
     return groups, missing
 
 
-def _groups_of_call(parent: nn.Module, names: Sequence[str], call: Call) -> list[list[str]]:
-    """As :func:`layers_by_input`, for one call."""
+def _groups_of_call(passes: LayerPasses, index: int, names: Sequence[str]) -> list[list[str]]:
+    """As :func:`layers_by_input`, for one call of this process."""
     found: list[list[str]] = []
     inputs: list[Tensor] = []  # held, so that no other tensor takes a place in memory that was seen before
 
@@ -48,5 +49,5 @@ def _groups_of_call(parent: nn.Module, names: Sequence[str], call: Call) -> list
 
         return hook
 
-    run_until(parent, call, {name: recorder(name) for name in names})
+    run_until(passes.block, passes.calls[index], {name: recorder(name) for name in names})
     return found

@@ -19,6 +19,7 @@ from ..layers.dense_stack import is_called_stack
 from .blocks import Call, Stop, device_of, input_of
 from .expert_inputs import SortedInput
 from .paused_pass import Pass, replaced_forwards
+from .process_group import ALONE, Processes
 from .statistics import PairedInput
 
 # Passes that wait at a time, each with what the block has computed so far.
@@ -26,10 +27,20 @@ MAX_WAITING = 32
 
 
 class LayerPasses:
-    """All calls of one block. Layers are asked for in the order in which they run; close it in the end."""
+    """All calls of one block. Layers are asked for in the order in which they run; close it in the end.
 
-    def __init__(self, block: nn.Module, calls: list[Call]) -> None:
-        self.block, self.calls = block, calls
+    Args:
+        block: the block.
+        calls: those that run in this process.
+        processes: those that share the calls in turns; each is given what layers read in all calls.
+        n_calls: of all processes; by default the number of ``calls``.
+    """
+
+    def __init__(
+        self, block: nn.Module, calls: list[Call], *, processes: Processes = ALONE, n_calls: int | None = None
+    ) -> None:
+        self.block, self.calls, self.processes = block, calls, processes
+        self.n_calls = len(calls) if n_calls is None else n_calls
         is_on_cpu = device_of(block, torch.device("cpu")).type == "cpu"
         self.n_waiting = min(len(calls), MAX_WAITING) if is_on_cpu else 0
         self.waiting: dict[int, Pass] = {}
@@ -61,14 +72,19 @@ class LayerPasses:
             stack.enter_context(self._paused(names))
             if beside is not None:
                 stack.enter_context(beside._paused(names))
-            for index, call in enumerate(self.calls):
+
+            def read(number: int) -> PairedInput | None:
+                index = number // self.processes.size
+                call = self.calls[index]
                 found = self._input(index, call)
                 original = None if beside is None else beside._input(index, beside.calls[index])
                 if found is None:
-                    continue
+                    return None
                 if original is not None and (original.shape != found.shape or not self._is_unrouted(names, found)):
                     original = None
-                yield PairedInput(call.real_tokens(found), None if original is None else call.real_tokens(original))
+                return PairedInput(call.real_tokens(found), None if original is None else call.real_tokens(original))
+
+            yield from filter(None, self.processes.in_turns(self.n_calls, read))
 
     def _is_unrouted(self, names: list[str], x: Tensor) -> bool:
         """Whether ``x`` holds tokens in their own order: sequences, or nothing that a list of experts was given."""
@@ -79,14 +95,17 @@ class LayerPasses:
 
     def sorted_inputs(self, name: str) -> Generator[SortedInput]:
         """What the stack of experts ``name`` reads in each call, without padding."""
+
+        def read(number: int) -> SortedInput | None:
+            index = number // self.processes.size
+            found = self._input(index, self.calls[index])
+            return None if found is None else SortedInput.of(self.calls[index], found)
+
         with self._paused([name]):
-            for index, call in enumerate(self.calls):
-                found = self._input(index, call)
-                if found is not None:
-                    yield SortedInput.of(call, found)
+            yield from filter(None, self.processes.in_turns(self.n_calls, read))
 
     def outputs(self) -> Iterator[Any]:
-        """All that the block returns for each call, with the layers as they are now."""
+        """All that the block returns for each call of this process, with the layers as they are now."""
         for index, call in enumerate(self.calls):
             waiting = self.waiting.get(index)
             yield call.run(self.block) if waiting is None else waiting.resume()

@@ -15,17 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..formats import QuantSpec
+from ..formats import QuantizedWeight, QuantSpec
 from ..formats.quantized_weight import stored_bytes
 from ..layers import QuantizedLinear
 from ..layers.dense_types import dense_weight
-from ..layers.replace import linear_of, quantize_module
+from ..layers.replace import linear_of, place_layer, quantize_module
 from ..layers.stack import QuantizedStack
 from ..methods import QuantConfig, get_method
 from .asymmetric_targets import chosen_dampings, target_with
 from .calibration_data import Calibration
 from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
+from .process_group import ALONE, Processes
 from .resume_folder import ResumeFolder
 from .statistics import InputStatistics, Statistic
 from .walk import BlockWork, InputGroup, Visitor, walk
@@ -110,9 +111,10 @@ class QuantizeVisitor(Visitor):
         calibration: Calibration,
         device: torch.device | str | None,
         on_layer: Callable[[LayerResult], None] | None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.specs, self.config, self.calibration = model, specs, config, calibration
-        self.device, self.on_layer = device, on_layer
+        self.device, self.on_layer, self.processes = device, on_layer, processes
         self.folder: ResumeFolder | None = None
         self.needs_targets = calibration.finetune_epochs > 0
         self.statistics = wanted_statistics(calibration, specs.values())
@@ -129,10 +131,19 @@ class QuantizeVisitor(Visitor):
     def visit_group(self, group: InputGroup) -> None:
         if group.experts is not None:
             return self._quantize_stack(group)
-        dampings = chosen_dampings([self._weight(name) for name in group.names], group.statistics)
+        names = group.names
+        costs = [self._weight(name).numel() for name in names]
+        dampings = chosen_dampings([self._weight(name) for name in names], group.statistics, processes=self.processes)
         hessian = group.hessian(self.calibration)
-        for name, damping in zip(group.names, dampings, strict=True):
-            self._quantize(name, hessian, group.statistics, damping)
+
+        def quantized(at: int) -> tuple[QuantizedWeight, torch.dtype, LayerResult]:
+            return self._quantize(names[at], hessian, group.statistics, dampings[at])
+
+        found = self.processes.shared_out(costs, quantized)
+        for name, (weight, compute_dtype, result) in zip(names, found, strict=True):
+            if not isinstance(self.model.get_submodule(name), QuantizedLinear):  # another process has made it
+                place_layer(self.model, name, weight, compute_dtype=compute_dtype)
+            self._tell(result)
         return None
 
     def _quantize_stack(self, group: InputGroup) -> None:
@@ -149,20 +160,26 @@ class QuantizeVisitor(Visitor):
                 compute_dtype=self.config.compute_dtype,
                 device=self.device,
                 hessian_of=lambda expert: group.hessian_of_expert(expert, self.calibration),
+                in_turns=self.processes.in_turns,
             ),
         )
         seconds = time.perf_counter() - start
-        errors = _Errors()
-        for expert in range(stack.n_experts):
-            errors.add(
+
+        def errors_of(expert: int) -> _Errors:
+            return _Errors.of(
                 weight[expert],
                 stack.dequantize_expert(expert, torch.float32),
                 group.hessian_of_expert(expert, self.calibration),
             )
+
+        errors = _Errors()
+        for found in self.processes.in_turns(stack.n_experts, errors_of):
+            errors.add(found)
         self._tell(errors.result(name, stack.quantized_weight.bits_per_weight, seconds))
 
     def _tell(self, result: LayerResult) -> None:
-        logger.info("%s", result)
+        if self.processes.is_first:
+            logger.info("%s", result)
         if self.on_layer is not None:
             self.on_layer(result)
 
@@ -171,7 +188,7 @@ class QuantizeVisitor(Visitor):
 
     def _quantize(
         self, name: str, hessian: Tensor | None, statistics: InputStatistics | None, damping: float | None
-    ) -> None:
+    ) -> tuple[QuantizedWeight, torch.dtype, LayerResult]:
         weight = self._weight(name).clone()
         start = time.perf_counter()
         target = target_with(damping, weight, statistics)
@@ -196,9 +213,9 @@ class QuantizeVisitor(Visitor):
             ),
         )
         seconds = time.perf_counter() - start
-        errors = _Errors()
-        errors.add(weight, layer.dequantize(torch.float32), hessian, target=target)
-        self._tell(errors.result(name, layer.quantized_weight.bits_per_weight, seconds))
+        errors = _Errors.of(weight, layer.dequantize(torch.float32), hessian, target=target)
+        quantized = layer.quantized_weight
+        return quantized, layer.compute_dtype, errors.result(name, quantized.bits_per_weight, seconds)
 
     def finish_block(self, block: str, names: list[str], work: BlockWork) -> bool:
         is_finetuned = bool(self.calibration.finetune_epochs and names)
@@ -219,19 +236,27 @@ class _Errors:
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.has_outputs = False
 
-    def add(self, weight: Tensor, quantized: Tensor, hessian: Tensor | None, *, target: Tensor | None = None) -> None:
-        """Add one weight and its quantized values, (out_features, in_features), with its inputs' second moment.
+    @classmethod
+    def of(cls, weight: Tensor, quantized: Tensor, hessian: Tensor | None, *, target: Tensor | None = None) -> _Errors:
+        """Of one weight and its quantized values, (out_features, in_features), with its inputs' second moment.
 
         ``target``: what the outputs should be those of, in place of ``weight``.
         """
+        found = cls()
         weights = (
             [weight.float()] if hessian is None else [weight.float(), (weight if target is None else target).float()]
         )
         for at, aim in enumerate(weights):
             for into, part in enumerate((quantized.to(aim.device) - aim, aim)):
                 weighted = part if at == 0 or hessian is None else part @ hessian.to(aim.device)
-                self.sums[2 * at + into] += float((weighted * part).sum())
-        self.has_outputs |= hessian is not None
+                found.sums[2 * at + into] = float((weighted * part).sum())
+        found.has_outputs = hessian is not None
+        return found
+
+    def add(self, other: _Errors) -> None:
+        """Add those of another weight."""
+        self.sums = [total + part for total, part in zip(self.sums, other.sums, strict=True)]
+        self.has_outputs |= other.has_outputs
 
     def result(self, name: str, bits_per_weight: float, seconds: float) -> LayerResult:
         """The errors relative to the weights' and to the outputs' energy."""

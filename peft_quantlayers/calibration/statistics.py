@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .process_group import ALONE, Processes
+
 Statistic = Literal["second_moment", "deviation_moment", "mean_square", "max_abs", "mean_abs", "inputs", "first_half"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 MEANS = ("second_moment", "deviation_moment", "mean_square", "mean_abs")
@@ -94,13 +96,19 @@ class PairedInput(NamedTuple):
     original: Tensor | None
 
 
-def collect(inputs: Iterable[Tensor | PairedInput], wanted: Sequence[Statistic]) -> InputStatistics | None:
+def collect(
+    inputs: Iterable[Tensor | PairedInput], wanted: Sequence[Statistic], *, processes: Processes = ALONE
+) -> InputStatistics | None:
     """The statistics ``wanted`` of all tokens of ``inputs``, (..., in_features) each; None if none but zeros come.
 
     The deviation moment needs pairs, and is None unless all of them know their tokens in the unchanged model.
+    ``processes``, which are all given the same inputs, share the sums: each makes some of them, from all inputs.
     """
     check_statistics(wanted)
     first, second = (_Sums([name for name in wanted if name not in ("inputs", "first_half")]) for _ in range(2))
+    for number, (name, half) in enumerate((name, half) for name in list(first.names) for half in (first, second)):
+        if number % processes.size != processes.rank:
+            half.of_others.add(name)
     kept = _KeptTokens(MAX_KEPT_TOKENS)
     is_zero = True
     for given in inputs:
@@ -117,6 +125,9 @@ def collect(inputs: Iterable[Tensor | PairedInput], wanted: Sequence[Statistic])
                 if "inputs" in wanted:
                     kept.add(part, at=first.n_tokens + second.n_tokens)
                 half.add(part, None if others is None else others[rows].float())
+    for sums in processes.gathered(lambda: (first.sums, second.sums)):
+        first.sums |= sums[0]
+        second.sums |= sums[1]
     both = first.plus(second)
     if is_zero or not both.are_numbers():
         return None
@@ -128,10 +139,11 @@ def collect(inputs: Iterable[Tensor | PairedInput], wanted: Sequence[Statistic])
 
 
 class _Sums:
-    """Sums over tokens, or largest values, of the statistics ``names``."""
+    """Sums over tokens, or largest values, of the statistics ``names``; those ``of_others`` are made elsewhere."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.n_tokens = list(names), 0
+        self.of_others: set[str] = set()
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, original: Tensor | None) -> None:
@@ -140,6 +152,8 @@ class _Sums:
         if original is None:
             self.drop("deviation_moment")
         for name in self.names:
+            if name in self.of_others:
+                continue
             if name == "second_moment":
                 self._add_product(name, x, x)
             elif name == "deviation_moment" and original is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..formats.quant_spec import METADATA_ROLES, Role
 from ..layers import QuantizedLinear
+from ..methods.any_threads import sum_of_all
 
 
 class TrainedMetadata:
@@ -45,8 +46,8 @@ class TrainedMetadata:
         Scales, zeros and codebooks differ in size by orders of magnitude.
         """
         return [
-            {"params": [parameter], "lr": learning_rate * float(parameter.detach().square().mean().sqrt())}
-            for parameter in self.parameters
+            {"params": [each], "lr": learning_rate * float(sum_of_all(each.detach().square()) / each.numel()) ** 0.5}
+            for each in self.parameters
         ]
 
 

@@ -29,6 +29,7 @@ from .input_groups import layers_by_input
 from .layer_passes import LayerPasses
 from .model_calls import batch_tensors, model_calls
 from .model_passes import ModelPasses
+from .process_group import ALONE, Processes
 from .statistics import InputStatistics, Statistic, check_statistics, collect
 from .unchanged_block import UnchangedBlock
 
@@ -70,6 +71,9 @@ class Visitor:
 
     statistics: tuple[Statistic, ...] = ()
     """What is collected of each input; see :class:`InputStatistics`."""
+
+    processes: Processes = ALONE
+    """Those that walk together; results of this one's :meth:`visit_group` have to be given to the others."""
 
     needs_targets = False
     """Whether :meth:`finish_block` wants the outputs of the blocks as they were."""
@@ -155,9 +159,10 @@ def walk_blocks(source: BlockSource, visitor: Visitor, *, progress: bool = True)
             for block in source.blocks:
                 _walk_block(source, block, passes, originals if visitor.needs_originals else None, visits)
         model, calls = source.whole()
-        with LayerPasses(model, calls) as waiting:
+        with source.layer_passes(model, calls) as waiting:
             visits.in_order("", list(source.rest), waiting)
-    visits.warn()
+    if visitor.processes.is_first:
+        visits.warn()
 
 
 def _walk_block(
@@ -175,7 +180,7 @@ def _walk_block(
             runs_beside = "deviation_moment" in visitor.statistics
             unchanged = stack.enter_context(UnchangedBlock(block, name, originals, home, runs_beside=runs_beside))
         calls = passes.arrive(name)
-        waiting = stack.enter_context(LayerPasses(block, calls))
+        waiting = stack.enter_context(source.layer_passes(block, calls))
         is_restored = visitor.restore_block(name, names)
         if is_restored:
             visits.bar.update(len(names))
@@ -216,14 +221,14 @@ class _Visits:
         """Visit the layers ``names`` of a block in the order in which they run; those that never run come last."""
         beside = None if unchanged is None else unchanged.beside
         start = len(block) + 1 if block else 0
-        groups, unreached = layers_by_input(passes.block, [name[start:] for name in names], passes.calls)
+        groups, unreached = layers_by_input(passes, [name[start:] for name in names])
         for inside in groups:
             if is_called_stack(passes.block.get_submodule(inside[0])):
                 self._visit_stack(block, inside[0], passes)
                 continue
             # Closed whatever happens: while it is open, the layers' forwards are not their own.
             with closing(passes.inputs(inside, beside=beside)) as inputs:
-                statistics = collect(inputs, self.visitor.statistics)
+                statistics = collect(inputs, self.visitor.statistics, processes=self.visitor.processes)
             widths = [getattr(passes.block.get_submodule(name), "in_features", 0) for name in inside]
             group = InputGroup(tuple(f"{block}.{name}" if block else name for name in inside), block, statistics)
             if statistics is None:
@@ -251,7 +256,11 @@ class _Visits:
         is_shared = fused_weights(passes.block.get_submodule(parent))[0].parameter == parameter
         with closing(passes.sorted_inputs(inside)) as inputs:
             statistics, experts = collect_experts(
-                inputs, self.visitor.statistics, n_experts=len(module), is_shared=is_shared
+                inputs,
+                self.visitor.statistics,
+                n_experts=len(module),
+                is_shared=is_shared,
+                processes=self.visitor.processes,
             )
         name, width = f"{block}.{inside}" if block else inside, module.in_features
         if statistics is None:

@@ -19,6 +19,7 @@ from ..calibration.asymmetric_targets import chosen_dampings, target_with
 from ..calibration.blocks import Call
 from ..calibration.initial_codes import chosen_initial_codes
 from ..calibration.input_groups import layers_by_input
+from ..calibration.layer_passes import LayerPasses
 from ..calibration.quantize_calibrated import wanted_statistics
 from ..calibration.statistics import InputStatistics, PairedInput, collect
 from ..formats import QuantSpec
@@ -70,7 +71,7 @@ def _groups(model: nn.Module, names: list[str]) -> list[list[str]]:
     call = Call((), {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta"), "use_cache": False})
     try:
         with torch.no_grad(), LiveBytes():  # with it a number that the model asks a tensor for is 0
-            groups, unreached = layers_by_input(model, layers, [call])
+            groups, unreached = layers_by_input(LayerPasses(model, [call]), layers)
     except Exception:
         groups, unreached = [], layers
     return groups + [[name] for name in [*unreached, *(name for name in names if name not in modules)]]

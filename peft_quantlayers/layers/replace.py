@@ -8,7 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_dtype, check_model
-from ..formats import QuantSpec
+from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_experts import use_usual_experts
 from ..integrations.private_transformers import kept_dtype, remove_quantization_config, tie_dense_weights
 from ..methods import QuantConfig
@@ -17,11 +17,11 @@ from .dense_types import dense_at
 from .embedding import QuantizedEmbedding
 from .embedding_tables import Table, quantize_table
 from .expert_types import find_stack, fused_weights, stack_at
-from .linear import QuantizedLinear
+from .linear import QuantizedLinear, layer_type
 from .placement import check_weights_are_here
 from .quantized_layers import quantized_embeddings, quantized_modules, quantized_stacks
 from .quantized_storage import QuantizedStorage
-from .replace_stack import place_empty_stack, put_dense, quantize_stack
+from .replace_stack import InTurns, one_after_another, place_empty_stack, put_dense, quantize_stack
 from .stack import QuantizedStack
 
 
@@ -61,19 +61,26 @@ def quantize_module(
     hessian: torch.Tensor | None = None,
     initial_codes: InitialCodes = "nearest",
     hessian_of: Callable[[int], torch.Tensor | None] | None = None,
+    in_turns: InTurns = one_after_another,
 ) -> QuantizedStorage:
     """Replace the module ``name`` of ``model``, or the fused weight of that name, by its quantized form; return that.
 
     ``hessian`` is the second moment of its inputs, as in :meth:`QuantMethod.quantize`; ``hessian_of`` gives that of
-    each expert of a fused weight, whose codes begin with the nearest. ``target`` is the weight (out_features,
-    in_features) to quantize in place of the module's own.
+    each expert of a fused weight, whose codes begin with the nearest, and which ``in_turns`` makes. ``target`` is the
+    weight (out_features, in_features) to quantize in place of the module's own.
     """
     if find_stack(model, name) is not None:
         wanted = None if compute_dtype is None else getattr(torch, compute_dtype)
         dtype = kept_dtype(model, name, wanted) if wanted is not None else None
         dtype = wanted if dtype is None else getattr(torch, dtype)
         return quantize_stack(
-            model, name, spec, compute_dtype=dtype, device=device, hessian_of=hessian_of or (lambda _: hessian)
+            model,
+            name,
+            spec,
+            compute_dtype=dtype,
+            device=device,
+            hessian_of=hessian_of or (lambda _: hessian),
+            in_turns=in_turns,
         )
     module, entry = dense_at(model, name)
     weight, bias = linear_of(model, name)
@@ -98,6 +105,20 @@ def quantize_module(
         wanted = getattr(torch, compute_dtype)
         layer.compute_dtype = getattr(torch, kept_dtype(model, name, wanted) or compute_dtype)
     model.set_submodule(name, layer)
+    return layer
+
+
+def place_layer(
+    model: nn.Module, name: str, quantized: QuantizedWeight, *, compute_dtype: torch.dtype
+) -> QuantizedLinear:
+    """Replace the dense module ``name`` of ``model`` by a layer with this weight, on the same device; return that."""
+    module, entry = dense_at(model, name)
+    weight, bias = linear_of(model, name)
+    layer = layer_type(quantized.spec.method)(
+        quantized.to(weight.device), compute_dtype=compute_dtype, layer_name=name, dense_type=entry
+    )
+    layer.register_parameter("bias", bias)
+    model.set_submodule(name, layer.train(module.training))
     return layer
 
 

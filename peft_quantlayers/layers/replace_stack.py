@@ -15,6 +15,14 @@ from .expert_types import FusedWeight, stack_at
 from .quantize_weight import quantize_weight
 from .stack import QuantizedStack, parameter_order
 
+# Gives ``make(0)`` to ``make(n - 1)``, in order.
+InTurns = Callable[[int, Callable[[int], QuantizedWeight]], Iterator[QuantizedWeight]]
+
+
+def one_after_another(n: int, make: Callable[[int], QuantizedWeight]) -> Iterator[QuantizedWeight]:
+    """All of them in this process."""
+    return map(make, range(n))
+
 
 def quantize_stack(
     model: nn.Module,
@@ -24,15 +32,22 @@ def quantize_stack(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     hessian_of: Callable[[int], Tensor | None] = lambda expert: None,
+    in_turns: InTurns = one_after_another,
 ) -> QuantizedStack:
     """Replace the fused parameter ``name`` by its quantized form, one expert at a time, and return that.
 
-    ``hessian_of`` gives the second moment of an expert's inputs, as in :meth:`QuantMethod.quantize`.
+    ``hessian_of`` gives the second moment of an expert's inputs, as in :meth:`QuantMethod.quantize`. ``in_turns``
+    may have other processes quantize some of the experts.
     """
     module, entry = stack_at(model, name)
     dense = entry.weight(module).detach()
-    weights = (dense[expert] for expert in range(len(dense)))
-    quantized = quantized_experts(weights, len(dense), spec, layer_name=name, device=device, hessian_of=hessian_of)
+
+    def quantized_of(expert: int) -> QuantizedWeight:
+        return quantized_expert(
+            dense[expert], expert, spec, layer_name=name, device=device, hessian=hessian_of(expert)
+        )
+
+    quantized = QuantizedWeight.stacked(in_turns(len(dense), quantized_of), len(dense))
     return put_stack(module, entry, quantized.to(dense.device), name=name, compute_dtype=compute_dtype or dense.dtype)
 
 
@@ -46,16 +61,28 @@ def quantized_experts(
     hessian_of: Callable[[int], Tensor | None] = lambda expert: None,
 ) -> QuantizedWeight:
     """A stack of the ``n_experts`` weights (out_features, in_features), each quantized before the next is taken."""
+    quantized = (
+        quantized_expert(weight, expert, spec, layer_name=layer_name, device=device, hessian=hessian_of(expert))
+        for expert, weight in enumerate(weights)
+    )
+    return QuantizedWeight.stacked(quantized, n_experts)
 
-    def quantized() -> Iterator[QuantizedWeight]:
-        for expert, weight in enumerate(weights):
-            weight = weight if device is None else weight.to(device)
-            try:
-                yield quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian_of(expert))
-            except ValueError as error:
-                raise ValueError(f"{error} (Expert {expert}.)") from None
 
-    return QuantizedWeight.stacked(quantized(), n_experts)
+def quantized_expert(
+    weight: Tensor,
+    expert: int,
+    spec: QuantSpec,
+    *,
+    layer_name: str,
+    device: torch.device | str | None,
+    hessian: Tensor | None,
+) -> QuantizedWeight:
+    """The weight (out_features, in_features) of one expert of a stack, quantized on ``device``."""
+    weight = weight if device is None else weight.to(device)
+    try:
+        return quantize_weight(weight, spec, layer_name=layer_name, hessian=hessian)
+    except ValueError as error:
+        raise ValueError(f"{error} (Expert {expert}.)") from None
 
 
 def put_stack(

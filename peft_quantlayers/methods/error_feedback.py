@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from .any_threads import cholesky
 
 # Columns whose errors are added one by one; one matrix product adds those of the columns before.
 BLOCK_COLUMNS = 128
@@ -53,8 +54,8 @@ def upper_factor(hessian: Tensor) -> Tensor:
     for damping in DAMPINGS:
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        factor, is_found = cholesky(damped)
+        if is_found:
             break
     factor = factor.flip(0, 1)
     return factor / factor.diagonal()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .any_threads import sum_of_all
+
 
 def conjugate_gradient(
     normal: Callable[[Tensor], Tensor], residual: Tensor, inverse_diagonal: Tensor, *, iters: int
@@ -25,11 +27,11 @@ def conjugate_gradient(
     residual = residual.clone()
     scaled = residual * inverse_diagonal
     direction = scaled
-    energy = (residual * scaled).sum()
+    energy = sum_of_all(residual * scaled)
     first_energy = energy
     for _ in range(iters):
         image = normal(direction)
-        curvature = (direction * image).sum()
+        curvature = sum_of_all(direction * image)
         # Below the resolution of float32 a further step only adds noise.
         if not (energy > 1e-10 * first_energy and curvature > 0):
             break
@@ -37,6 +39,6 @@ def conjugate_gradient(
         step += length * direction
         residual -= length * image
         scaled = residual * inverse_diagonal
-        last_energy, energy = energy, (residual * scaled).sum()
+        last_energy, energy = energy, sum_of_all(residual * scaled)
         direction = scaled + (energy / last_energy) * direction
     return step

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration import Calibration, LayerResult
 from ..calibration.model_calls import batch_tensors, model_calls
+from ..calibration.process_group import ALONE, Processes
 from ..calibration.quantize_calibrated import QuantizeVisitor, calibration_options
 from ..calibration.walk import BlockWork, InputGroup, walk_blocks
 from ..formats.quantized_weight import stored_bytes
@@ -41,8 +42,13 @@ def quantize_calibrated_parts(
     *,
     progress: bool,
     on_layer: Callable[[LayerResult], None] | None = None,
+    together: Processes = ALONE,
 ) -> None:
     """Make all parts that ``work`` does not have, block by block.
+
+    Processes ``together`` all call this, each with ``parts`` and ``work`` of its own, of which the first keeps parts.
+    Each has every block, with its share of the calls; second moments and layers are shared out too. Finetuning goes
+    from call to call, so with it each process has all calls, and does the same.
 
     Raises:
         ValueError: as :meth:`BlockSource.check`; a layer that cannot be quantized.
@@ -52,10 +58,13 @@ def quantize_calibrated_parts(
         for number in numbers:
             parts.take(work, number)
         return
-    source = FolderBlocks(parts, work, model_calls(parts.checkpoint.model, batches))
+    calls = model_calls(parts.checkpoint.model, batches)
+    source = FolderBlocks(parts, work, calls, together=together, shares_calls=calibration.finetune_epochs == 0)
     visitor = _StreamingVisitor(source, calibration, on_layer)
     source.needs_originals = visitor.needs_originals
     walk_blocks(source, visitor, progress=progress)
+    if not together.is_first:
+        return
     if source.unreached:
         logger.warning(
             "the calibration data does not reach %d block(s), such as %s: their layers are quantized without "
@@ -77,7 +86,15 @@ class _StreamingVisitor(QuantizeVisitor):
         self, source: FolderBlocks, calibration: Calibration, on_layer: Callable[[LayerResult], None] | None
     ) -> None:
         parts = source.parts
-        super().__init__(parts.checkpoint.model, parts.specs, parts.config, calibration, parts.device, on_layer)
+        super().__init__(
+            parts.checkpoint.model,
+            parts.specs,
+            parts.config,
+            calibration,
+            parts.device,
+            on_layer,
+            processes=source.together,
+        )
         self.source = source
 
     def restore_block(self, block: str, names: list[str]) -> bool:

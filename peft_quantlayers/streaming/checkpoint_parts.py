@@ -28,7 +28,7 @@ class PartsOfModel:
     """Groups of tensors of ``checkpoint``, put together until a part would take more than ``part_bytes``.
 
     With ``blocks``, names of modules, each of them is one part; what lies around them is put together apart from
-    layers that are to be quantized, which are parts of their own.
+    layers that are to be quantized, which are parts of their own. There may be none, in a model of one block.
 
     Attributes:
         checkpoint: the float model.
@@ -49,7 +49,7 @@ class PartsOfModel:
         *,
         specs: Mapping[str, QuantSpec] | None = None,
         device: torch.device | str | None = None,
-        blocks: Sequence[str] = (),
+        blocks: Sequence[str] | None = None,
         part_bytes: int,
     ) -> None:
         self.checkpoint, self.config, self.device, self.part_bytes = checkpoint, config, device, part_bytes
@@ -59,13 +59,13 @@ class PartsOfModel:
         self.written = WrittenTensors(checkpoint, self._all_specs)
         self.layers: dict[str, dict[str, Any]] = {}
         self.sizes = {group.keys[0]: sum(map(self._n_bytes, group.parameters)) for group in checkpoint.groups}
-        inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks}
+        inside: dict[str, list[TensorGroup]] = {block: [] for block in blocks or ()}
         around, late = [], []
         for group in checkpoint.groups:
-            block = next((block for block in blocks if group.parameters[0].startswith(f"{block}.")), None)
+            block = next((block for block in blocks or () if group.parameters[0].startswith(f"{block}.")), None)
             if block is not None:
                 inside[block].append(group)
-            elif blocks and any(_layer_of(name, self._all_specs) for name in group.parameters):
+            elif blocks is not None and any(_layer_of(name, self._all_specs) for name in group.parameters):
                 late.append(group)
             else:
                 around.append(group)

@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.block_order import order_of
 from ..calibration.block_source import ModelBlocks
 from ..calibration.blocks import Call, evaluating
+from ..calibration.process_group import ALONE, Processes
 from ..integrations.tensor_groups import TensorGroup
 from ..layers.dense_stack import as_called_stacks, as_parameters
 from ..storage.free_memory import return_free_memory
@@ -26,14 +27,33 @@ class FolderBlocks(ModelBlocks):
     walked one by one. A block is read when it is opened, and dropped when it is left.
 
     Attributes:
+        together: the processes that walk through the model, each over a source of its own. They share its calls
+            unless ``shares_calls`` is false, as where all of them are needed in one place.
+        finished: the parts that an earlier call has finished.
         needs_originals: whether the visitor runs the float model too, so that finished blocks are read as well.
         unreached: blocks that no data reaches, known after :meth:`check`; the walk does not come to them.
     """
 
-    def __init__(self, parts: PartsOfModel, work: WorkFolder, calls: list[Call]) -> None:
-        self.parts, self.work = parts, work
+    def __init__(
+        self,
+        parts: PartsOfModel,
+        work: WorkFolder,
+        calls: list[Call],
+        *,
+        together: Processes = ALONE,
+        shares_calls: bool = True,
+    ) -> None:
+        self.parts, self.work, self.together = parts, work, together
         self.needs_originals = False
-        super().__init__(parts.checkpoint.model, list(parts.specs), calls, device=parts.device)
+        super().__init__(
+            parts.checkpoint.model,
+            list(parts.specs),
+            calls,
+            device=parts.device,
+            processes=together if shares_calls else ALONE,
+        )
+        # As the first process sees it, which goes on to finish others.
+        self.finished = together.of_first(lambda: set(filter(work.is_finished, range(len(parts.parts)))))
         self.unreached: list[str] = []
         self._ran: set[str] = set()
         self._resident: list[str] = []
@@ -48,7 +68,7 @@ class FolderBlocks(ModelBlocks):
         device = torch.device(self.device or "cpu")
         try:
             for number in set(parts.around) - set(parts.late):
-                if not self.work.is_finished(number):
+                if number not in self.finished:
                     parts.keep(self.work, number)
             with (
                 evaluating(self.model),
@@ -56,6 +76,8 @@ class FolderBlocks(ModelBlocks):
                 as_called_stacks(self.model, parts.specs),
             ):
                 yield
+            if not self.together.is_first:
+                return
             parts.quantize_tables()
             for number in [*parts.late, *(parts.number_of[block] for block in self._resident)]:
                 parts.keep(self.work, number)
@@ -79,7 +101,7 @@ class FolderBlocks(ModelBlocks):
     @contextmanager
     def opened(self, block: str) -> Iterator[nn.Module]:
         module = self.model.get_submodule(block)
-        if self.needs_originals or not self.work.is_finished(self.parts.number_of[block]):
+        if self.needs_originals or self.parts.number_of[block] not in self.finished:
             self._load(block)
         try:
             yield module
@@ -90,7 +112,7 @@ class FolderBlocks(ModelBlocks):
     def restore(self, block: str) -> bool:
         """Put the quantized block in the place of the float one, if an earlier call has finished it."""
         number = self.parts.number_of[block]
-        if not self.work.is_finished(number):
+        if number not in self.finished:
             return False
         record = self.work.record(number)
         self.parts.restore({name: about for name, about in record["layers"].items() if name not in self.parts.layers})
@@ -100,7 +122,8 @@ class FolderBlocks(ModelBlocks):
     def whole(self) -> tuple[nn.Module, list[Call]]:
         if self.rest:
             self._hooks.enter_context(self._streamed())
-        return self.model, self.calls
+            self.together.gathered(lambda: None)  # the first process has kept the last block by then
+        return super().whole()
 
     def _device_of(self, block: str) -> torch.device:
         return torch.device("cpu")

@@ -40,7 +40,7 @@ def made_in_processes(
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), _begin, settings)
     try:
-        with _interrupts_held_back():  # processes are started here, and hold them back for good
+        with interrupts_held_back():  # processes are started here, and hold them back for good
             made = {pool.submit(_make, number): number for number in numbers}
         for each in as_completed(made):
             each.result()
@@ -59,7 +59,7 @@ def made_in_processes(
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     """Ctrl-C waits until this is closed; in processes that are started meanwhile, for ever."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -87,13 +87,13 @@ def _begin(
     n_threads: int,
 ) -> None:
     global _own
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     parts = PartsOfModel(FloatCheckpoint(source), config, device=device, part_bytes=part_bytes)
     _own = parts, WorkFolder.of_another_process(folder)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """After the parent was killed no process is left to end this one, which would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "the pool has started this process"

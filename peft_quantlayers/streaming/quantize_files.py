@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 
@@ -32,6 +33,7 @@ from .assembly import RUN_FILE, Assembly
 from .calibrated import describe_calibration, quantize_calibrated_parts
 from .checkpoint_parts import PartsOfModel
 from .processes import made_in_processes
+from .walking_processes import Join, join_started, walk_first
 from .work_folder import HIDDEN, WorkFolder
 
 # Of what a part becomes. Larger parts are repeated after a kill, smaller ones make more files.
@@ -76,8 +78,9 @@ def quantize_checkpoint(
         resume: False to remove what an interrupted call has left, and start from scratch.
         device: where to quantize, for example ``"cuda"``; None for the CPU.
         max_shard_size: of one safetensors file, as in ``save_pretrained``.
-        n_processes: how many share the work, each with memory of its own; the files are the same. One with
-            ``calibration``, where each block needs those before it.
+        n_processes: how many share the work, each with memory of its own; the files are the same. They also share a
+            ``calibration``, each with its part of this process's threads, and with the device "cuda" each on its own
+            GPU.
         progress: show a progress bar.
         on_layer: called after each layer with its errors; only with ``calibration``.
 
@@ -92,7 +95,8 @@ def quantize_checkpoint(
         FileNotFoundError: no model in ``source``.
         FileExistsError: ``destination`` holds other files, or a run with another config, or another process writes to
             it.
-        OSError: no permission; the disk is full (finished parts are kept).
+        OSError: no permission; the disk is full, or a process that shares a calibration was killed (finished parts
+            are kept).
     """
     return quantize_files(
         source,
@@ -125,8 +129,13 @@ def quantize_files(
     progress: bool = True,
     on_layer: Callable[[LayerResult], None] | None = None,
     share: Share | None = None,
+    join: Join | None = None,
+    own_device: torch.device | str | None = None,
 ) -> Path:
-    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, without calibration."""
+    """As :func:`quantize_checkpoint`; ``share`` has other processes make parts, ``join`` has them calibrate.
+
+    ``own_device``: where this process quantizes then; None for ``device``.
+    """
     check_config("config", config)
     check_flag("resume", resume)
     check_device("device", device)
@@ -134,10 +143,10 @@ def quantize_files(
     check_tokenizer(tokenizer)
     check_callable("on_layer", on_layer, "a LayerResult")
     check_integer("n_processes", n_processes, at_least=1, at_most=1024)
-    if calibration is not None and n_processes > 1:
+    if calibration is not None and n_processes > 1 and not (dist.is_available() and dist.is_gloo_available()):
         raise ValueError(
-            f"n_processes={n_processes} with calibration: each block needs the outputs of those before it. Leave "
-            "n_processes out; torch uses several threads by itself. Nothing was written."
+            f"n_processes={n_processes} with calibration: processes send each other their results by gloo, which this "
+            "torch was built without. Leave n_processes out. Nothing was written."
         )
     given = None if calibration is None else Calibration.of(calibration, tokenizer).of_float_model()
     if given is not None and given.resume_folder is not None:
@@ -163,7 +172,7 @@ def quantize_files(
         "part_bytes": PART_BYTES,
         "versions": package_versions(),
     }
-    blocks: list[str] = []
+    blocks: list[str] | None = None
     batches: Any = []
     if given is not None:
         check_can_calibrate(specs, given)
@@ -177,7 +186,7 @@ def quantize_files(
             return Path(destination)
         work = WorkFolder(target, run, resume=resume)
         parts = PartsOfModel(
-            checkpoint, config, specs=specs, device=device, blocks=blocks, part_bytes=run["part_bytes"]
+            checkpoint, config, specs=specs, device=own_device or device, blocks=blocks, part_bytes=run["part_bytes"]
         )
         assembly = Assembly(work, parts, max_shard_size=max_shard_size)
         try:
@@ -186,7 +195,13 @@ def quantize_files(
                 if given is None:
                     _quantize_plain(parts, work, n_processes=n_processes, progress=progress, share=share)
                 else:
-                    quantize_calibrated_parts(parts, work, given, batches, progress=progress, on_layer=on_layer)
+                    if join is None and n_processes > 1:
+                        join = join_started(n_processes, device)
+                    options: dict[str, Any] = {"progress": progress, "on_layer": on_layer}
+                    if join is None or all(work.is_finished(number) for number in range(len(parts.parts))):
+                        quantize_calibrated_parts(parts, work, given, batches, **options)
+                    else:
+                        walk_first(parts, work, given, batches, join, **options)
             assembly.write(target, run)
         except BaseException as error:
             n_done = sum(work.is_finished(number) for number in range(len(parts.parts)))

@@ -39,7 +39,7 @@ class WorkFolder:
     """
 
     def __init__(self, destination: Path, run: Mapping[str, Any], *, resume: bool) -> None:
-        self.folder = destination / HIDDEN
+        self.folder, self.keeps = destination / HIDDEN, True
         if self.folder.exists() and not resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ class WorkFolder:
             )
 
     @classmethod
-    def of_another_process(cls, folder: Path) -> WorkFolder:
-        """The folder of a process that holds the lock, to put parts into."""
+    def of_another_process(cls, folder: Path, *, keeps: bool = True) -> WorkFolder:
+        """The folder of a process that holds the lock, to put parts into; or with ``keeps=False`` to read only."""
         work = cls.__new__(cls)
-        work.folder = folder
+        work.folder, work.keeps = folder, keeps
         return work
 
     # ---- parts
@@ -72,7 +72,9 @@ class WorkFolder:
         return self._file(part).exists()
 
     def keep(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Store the tensors of a part, and a record, JSON-able."""
+        """Store the tensors of a part, and a record, JSON-able; nothing where another process does."""
+        if not self.keeps:
+            return
         about = dict(record) | {"checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
         metadata = {_RECORD: json.dumps(about, sort_keys=True)}
         stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}

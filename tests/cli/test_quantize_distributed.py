@@ -38,9 +38,14 @@ def launched(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 @needs_gloo
-def test_a_launched_verb_writes_the_files_of_one_process(float_model, tmp_path):
-    assert main(["quantize", float_model, str(tmp_path / "one"), "--group_size", "32"]) == 0
-    done = launched("quantize", float_model, tmp_path / "two", "--group_size", "32", "--json")
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
+def test_a_launched_verb_writes_the_files_of_one_process(is_calibrated, float_model, text_file, tmp_path):
+    options = ["--group_size", "32"]
+    if is_calibrated:
+        options += ["--calibration.data", text_file, "--calibration.n_tokens", "512", "--calibration.batch_size", "1"]
+        options += ["--calibration.sequence_length", "128"]
+    assert main(["quantize", float_model, str(tmp_path / "one"), *options]) == 0
+    done = launched("quantize", float_model, tmp_path / "two", *options, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["quantized"][0]["layers"] == 14  # one of them tells
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -51,12 +56,11 @@ def test_each_process_makes_parts_and_what_one_cannot_do_ends_all(float_model, t
     run_file(__file__, float_model, tmp_path)
 
 
-def test_what_goes_in_one_process_is_refused_in_several(float_model, text_file, tmp_path, capsys, monkeypatch):
+def test_what_goes_in_one_process_is_refused_in_several(float_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     command = ["quantize", float_model, str(tmp_path / "out"), "--group_size", "32"]
     for options, said in (
-        (["--calibration.data", text_file], "each block needs those before it"),
         (["--overwrite"], "Call it without the launcher"),
         (["--n_processes", "2"], "leave out --n_processes 2"),
     ):

@@ -117,6 +117,18 @@ def test_experts_are_calibrated_one_block_at_a_time(family, tmp_path):
     assert set(errors) == {None} if family in ("longcat_flash", "jetmoe") else all(errors)
 
 
+def test_a_model_of_one_block_is_calibrated(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    calibration = pql.Calibration(data=IDS, n_tokens=256, sequence_length=64)
+    pql.quantize_checkpoint(
+        tmp_path / "float", tmp_path / "quantized", CONFIG, calibration=calibration, progress=False
+    )
+    assert_same(tmp_path / "quantized", in_memory(tmp_path / "float", tmp_path / "expected", CONFIG, calibration))
+
+
 class Killed(BaseException):
     pass
 

@@ -65,10 +65,15 @@ def said_by(running: subprocess.Popen[str]) -> list[str]:
 
 
 @needs_signals
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["plain", "calibrated"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_what_ends_the_first_process_ends_all_and_is_said_in_one_line(sent, tmp_path, monkeypatch):
+def test_what_ends_the_first_process_ends_all_and_is_said_in_one_line(sent, is_calibrated, tmp_path, monkeypatch):
     model, out = str(save_tiny_llama(tmp_path / "float", byte_tokenizer())), tmp_path / "out"
-    options = ["--group_size", "32", "--n_processes", "2"]
+    options, calibration = ["--group_size", "32", "--n_processes", "2"], []
+    if is_calibrated:  # where the first process is one of them
+        (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
+        calibration = ["--calibration.data", str(tmp_path / "text.txt"), "--calibration.n_tokens", "512"]
+        options = ["--group_size", "32", "--n_processes", "3", *calibration]
     (tmp_path / "program.py").write_text(PROGRAM)
     running = started([str(tmp_path / "program.py"), "quantize", model, str(out), *options])
     parent = psutil.Process(running.pid)
@@ -84,7 +89,7 @@ def test_what_ends_the_first_process_ends_all_and_is_said_in_one_line(sent, tmp_
     assert not (out / "config.json").exists()
     monkeypatch.setattr(quantize_files, "PART_BYTES", 20_000)
     for folder in (out, tmp_path / "expected"):
-        assert main(["quantize", model, str(folder), "--group_size", "32"]) == 0
+        assert main(["quantize", model, str(folder), "--group_size", "32", *calibration]) == 0
     name = "model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 

@@ -106,8 +106,6 @@ def test_two_processes_write_the_same_files_as_one(tmp_path):
     pql.quantize_checkpoint(folder, tmp_path / "one", CONFIG, progress=False)
     pql.quantize_checkpoint(folder, tmp_path / "two", CONFIG, n_processes=2, progress=False)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    with pytest.raises(ValueError, match="n_processes=2 with calibration"):
-        pql.quantize_checkpoint(folder, tmp_path / "no", CONFIG, calibration=torch.ones(300).long(), n_processes=2)
 
 
 def test_shards_are_read_and_written(tmp_path):

@@ -17,6 +17,7 @@ from quantlayers_cli.option_names import WrongUsage
 
 from ...bit_allocation import BitPlan, plan_bits
 from ...bit_allocation.quantizing_under_budget import with_plan
+from ...calibration import Calibration
 from ...estimate import estimate_quantizing
 from ...methods import QuantConfig
 from ...model import quantize_model
@@ -68,7 +69,7 @@ def add_arguments(parser: VerbParser) -> None:
         "--n_processes",
         type=int,
         default=1,
-        help="how many share the work, as those of torchrun and accelerate do; 1 with calibration or --overwrite",
+        help="how many share the work, as those of torchrun and accelerate do; 1 with --overwrite",
     )
 
 
@@ -107,7 +108,7 @@ def run(settings: Namespace) -> Result | None:
         was_there = (Path(settings.output) / RUN_FILE).is_file()  # of the same run, or it is refused
         planned(settings.model, config)  # refuses a model that cannot be made
         if n_launched > 1:
-            shared_out(settings, config)
+            shared_out(settings, config, options.calibration(settings, load_tokenizer(settings.model)))
             if not is_first_process():
                 return None
         else:
@@ -143,7 +144,7 @@ def run(settings: Namespace) -> Result | None:
     return _result(found, "\n".join(said), plan=plan, output=settings.output, was_there=was_there)
 
 
-def shared_out(settings: Namespace, config: QuantConfig) -> None:
+def shared_out(settings: Namespace, config: QuantConfig, calibration: Calibration | None) -> None:
     """Quantize in all processes that torchrun or accelerate has started, each on its own GPU if they have any."""
     own_device = settings.device
     if own_device == "cuda":
@@ -154,6 +155,7 @@ def shared_out(settings: Namespace, config: QuantConfig) -> None:
             settings.model,
             settings.output,
             config,
+            calibration=calibration,
             device=settings.device,
             own_device=own_device,
             resume=settings.resume,
@@ -167,11 +169,10 @@ def _check_launched(settings: Namespace, n_launched: int) -> None:
     """Raise WrongUsage where a launcher has started several processes for what goes in one."""
     if n_launched == 1 or settings.dry_run:
         return
-    if settings.calibration.data is not None or not can_be_streamed(settings):
+    if not can_be_streamed(settings):
         raise WrongUsage(
-            f"a launcher has started {n_launched} processes, and this is done in one: with calibration each block "
-            f"needs those before it, and a model in memory ({IN_MEMORY}) is in one process. Call it without the "
-            "launcher; torch uses several threads by itself. Nothing was written."
+            f"a launcher has started {n_launched} processes, and a model in memory ({IN_MEMORY}) is in one. Call it "
+            "without the launcher; torch uses several threads by itself. Nothing was written."
         )
     if settings.n_processes > 1:
         raise WrongUsage(
