@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,7 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the verb."""
     options.add_model(parser, required=False)
     parser.add_argument("--adapter", type=str | None, default=None, help="adapter to put on the model")
-    parser.add_argument("--reference", type=str | None, default=None, help="model to compare the predictions with")
+    parser.add_argument(
+        "--reference",
+        type=str | None,
+        default=None,
+        help="model, or the folder of an adapter, to compare the predictions with",
+    )
     parser.add_argument("--text", type=str | None, default=None, help=f"held-out text: {DATA_HELP}")
     parser.add_argument("--n_tokens", type=int, default=16_384, help="tokens of the text to use")
     parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
@@ -60,8 +66,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
-def run(settings: Namespace) -> Result:
-    """Measure what was asked for."""
+def check_values(settings: Namespace) -> None:
+    """Raise an error where there is nothing to measure, or a value is out of range; no model and no text is read."""
     if settings.text is None and settings.tasks is None and settings.prompts is None:
         raise WrongUsage("there is nothing to measure on: give --text FILE, --tasks NAME, or --prompts FILE.")
     if settings.reference is not None and settings.text is None and settings.prompts is None:
@@ -74,25 +80,43 @@ def run(settings: Namespace) -> Result:
         refuse_missing_folder("include_path", settings.include_path or "")
         if find_spec("lm_eval") is None:
             raise ImportError(LM_EVAL)
+
+
+def read_texts(settings: Namespace, tokenizer: Any, models: Iterable[str]) -> tuple[Tensor | None, list[Question]]:
+    """The token ids of ``--text``, which all ``models`` know, None without it; and the questions of ``--prompts``."""
+    ids = None
+    if settings.text is not None:
+        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+        if len(ids) < settings.window:
+            raise ValueError(
+                f"--text {settings.text} has {len(ids)} tokens, and {settings.window} are scored together. Give a "
+                "longer text, or a smaller window: --window N."
+            )
+        for each in models:
+            check_ids(ids, config_of(each))
+    return ids, [] if settings.prompts is None else prompts_of("prompts", settings.prompts, limit=settings.limit)
+
+
+def run(settings: Namespace) -> Result:
+    """Measure what was asked for."""
+    check_values(settings)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
+    names, reference_adapter = [name], None
     if settings.reference is not None:
         refuse_missing_folder("reference", settings.reference)
-        config_of(settings.reference)
+        reference_name, reference_adapter = model_and_adapter(settings.reference, None)
+        config_of(reference_name)
+        names.append(reference_name)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
-    if settings.text is not None:  # before the model, which takes longer
-        ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-        for each in filter(None, (name, settings.reference)):
-            check_ids(ids, config_of(each))
-    if settings.prompts is not None:
-        prompts = prompts_of("prompts", settings.prompts, limit=settings.limit)
+    ids, prompts = read_texts(settings, tokenizer, names)  # before the model, which takes longer
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
     reference = None
     if settings.reference is not None:
-        reference = load_model(settings.reference, option="reference", **load)
+        reference = with_adapter(load_model(reference_name, option="reference", **load), reference_adapter)
         found["reference"] = settings.reference
-    if settings.text is not None:
+    if ids is not None:
         found |= measured(model, reference, ids, window=settings.window)
     if settings.prompts is not None:
         found["answers"] = answers(model, reference, tokenizer, prompts, settings)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
+from torch import Tensor
 
 from ...arguments import check_choice
 from ...exports import export, export_formats
@@ -51,14 +52,26 @@ def add_arguments(parser: VerbParser) -> None:
     options.add_calibration(parser)
 
 
-def run(settings: Namespace) -> Result:
-    """Export, and say what came of it."""
+def check_values(settings: Namespace) -> None:
+    """Raise WrongUsage for a format that there is not, and for options that contradict each other."""
     options.check_calibration(settings)
-    refuse_missing_folder("model", settings.model)
-    name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():
         check_choice("format", settings.format, tuple(export_formats()), remedy="Nothing was written.")
     check_at_least(settings, 1, "n_tokens")
+
+
+def read_text(settings: Namespace, tokenizer: Any, name: str) -> Tensor:
+    """The token ids of ``--text``, which the model ``name`` knows."""
+    text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+    check_ids(text, config_of(name))
+    return text
+
+
+def run(settings: Namespace) -> Result:
+    """Export, and say what came of it."""
+    check_values(settings)
+    refuse_missing_folder("model", settings.model)
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name, adapter or ""))
     options.refuse_output_in_use(settings)
     if settings.dry_run:
@@ -70,8 +83,7 @@ def run(settings: Namespace) -> Result:
     text: Any = None
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
-        text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-        check_ids(text, config_of(name))
+        text = read_text(settings, tokenizer, name)
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")
