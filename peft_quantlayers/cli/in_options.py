@@ -22,6 +22,7 @@ IN_OPTIONS = {
     r"pass tokenizer= one": "give --tokenizer one",
     r"Train with LoraConfig\(use_qalora=True, qalora_group_size=<group_size>\)": "Train with --lora.use_qalora true "
     "--lora.qalora_group_size SIZE",
+    r"\(peft_quantlayers\.merge_back, with another": "(peft-quantlayers merge, with another",
     r", or TrainingArguments\(fsdp_config=\{'version': 2\}\)": ", or train --fsdp_size N",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from quantlayers_cli.option_names import WrongUsage
 
@@ -220,7 +221,7 @@ def check_on_model(settings: Namespace, steps: Sequence[Step], model: Any, token
             elif step.verb == "evaluate":
                 _check_window(step.settings, model, tokenizer)
             else:
-                _check_layers(settings, step.settings)
+                _check_layers(settings, step.settings, model)
 
 
 def _check_merge(settings: Namespace, given: Namespace, model: PeftModel, tokenizer: Any) -> None:
@@ -252,26 +253,32 @@ def _check_window(given: Namespace, model: Any, tokenizer: Any) -> None:
             model(ids[None, : given.window].to(model.device))
 
 
-def _check_layers(settings: Namespace, given: Namespace) -> None:
+def _check_layers(settings: Namespace, given: Namespace, model: Any) -> None:
     """Raise what the export refuses of the layers of the base, as the merge will leave them."""
     if settings.merge is not None and VERBS["merge"].has_budget(settings.merge_options):
         return  # nobody knows their bits yet
     base = settings.model if is_quantized_already(settings.model) else str(base_folder(settings))
     target = export_formats()[given.format]
-    refuse_later_misfits(target, Path(base), given.approximate, _merged_facts(settings))
+    refuse_later_misfits(target, Path(base), given.approximate, _merged_facts(settings, model))
 
 
-def _merged_facts(settings: Namespace) -> Callable[[LayerFacts], LayerFacts | None]:
-    """What a merge makes of the facts of a layer; None of one that is dense then."""
+def _merged_facts(settings: Namespace, model: Any) -> Callable[[str, LayerFacts], LayerFacts | None]:
+    """What the merge makes of a layer of ``model``, by its name and its facts; None where it is dense then."""
     strategy = settings.merge
-    if settings.adapter_type == "lora":
-        is_exact = strategy == "exact" or (strategy == "auto" and settings.lora.use_qalora)
-    else:
-        is_exact = strategy is not None and "zeros" in (settings.scales.train or ())
-    if strategy == "append":
-        return lambda facts: replace(facts, spec=facts.spec.extended())
-    if strategy == "dense" and settings.lora.target_modules == "all-linear":
-        return lambda facts: None
-    if is_exact:
-        return lambda facts: replace(facts, has_code_zeros=False, is_symmetric=False)
-    return lambda facts: facts
+    if strategy is None:
+        return lambda name, facts: facts
+    merged = {name for name, each in model.get_base_model().named_modules() if isinstance(each, BaseTunerLayer)}
+    moves_zeros = strategy == "exact" or (strategy == "auto" and settings.lora.use_qalora)
+    if settings.adapter_type == "scales":
+        moves_zeros = "zeros" in (settings.scales.train or ())
+
+    def after(name: str, facts: LayerFacts) -> LayerFacts | None:
+        if name not in merged:
+            return facts
+        if strategy == "dense":
+            return None
+        if strategy == "append":
+            return replace(facts, spec=facts.spec.extended())
+        return replace(facts, has_code_zeros=False, is_symmetric=False) if moves_zeros else facts
+
+    return after

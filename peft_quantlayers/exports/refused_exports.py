@@ -71,14 +71,14 @@ def refuse_later_misfits(
     target: ExportFormat,
     folder: Path,
     approximate: Approximation | None,
-    merged: Callable[[LayerFacts], LayerFacts | None],
+    merged: Callable[[str, LayerFacts], LayerFacts | None],
 ) -> None:
-    """As :func:`refuse_misfits`, for the model in ``folder`` after a merge that makes ``merged(facts)`` of a layer.
+    """As :func:`refuse_misfits`, for the model in ``folder`` after a merge.
 
-    That gives None for a layer that it makes dense.
+    ``merged`` gives what becomes of a layer, by the name of its module and its facts; None for one that gets dense.
     """
     with opened_model(folder) as given:
-        found = {name: merged(facts_of(layer)) for name, layer in given.layers.items()}
+        found = {name: merged(layer.module, facts_of(layer)) for name, layer in given.layers.items()}
         facts = {name: each for name, each in found.items() if each is not None}
         refuse_misfits(target, Model.of(given, facts), approximate)
 

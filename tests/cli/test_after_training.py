@@ -193,6 +193,7 @@ REFUSED = [
     ("--export onnx --merge keep", "onnx: a low-rank branch, which a merge with", 1),
     ("--export gptq --merge auto", "gptq cannot hold this model", 1),
     ("--export mlx --merge dense", "the model has no quantized layers", 1),
+    ("--export mlx --merge dense --adapter ADAPTER", "the model has no quantized layers", 1),
     ("--export gguf --merge auto", "no converter here", 1),
     ("--merge auto --export mlx --export_output OUT/merged", "--merged_output and --export_output are one folder", 2),
     ("--merge auto --merged_output FULL", "FULL is not empty", 1),
@@ -207,7 +208,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "said", "code"), REFUSED, ids=[each[0] for each in REFUSED])
 def test_what_cannot_be_done_at_the_end_is_refused_before_the_first_step(
-    options, said, code, commands, text_file, tmp_path, capsys, monkeypatch
+    options, said, code, commands, adapter, text_file, tmp_path, capsys, monkeypatch
 ):
     def no_converter(self):
         raise ImportError("no converter here.")
@@ -217,7 +218,13 @@ def test_what_cannot_be_done_at_the_end_is_refused_before_the_first_step(
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "mine.txt").write_text("mine")
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "few words"}))
-    named = {"OUT": tmp_path / "out", "TEXT": text_file, "FULL": tmp_path / "FULL", "SHORT": tmp_path / "short.jsonl"}
+    named = {
+        "OUT": tmp_path / "out",
+        "TEXT": text_file,
+        "FULL": tmp_path / "FULL",
+        "SHORT": tmp_path / "short.jsonl",
+        "ADAPTER": adapter,
+    }
     words = options.split()
     for name, place in named.items():
         words = [word.replace(name, str(place)) for word in words]

@@ -114,7 +114,7 @@ def run(settings: Namespace) -> Result:
     said = "" if plan is None else f"\nplan: {plan}"
     data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{in_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        text=f"{in_options(str(report))}{said}\nmerged model in {settings.output}; every layer in its {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,
         output=settings.output,
     )
