@@ -1,8 +1,10 @@
 """What ``train`` does once all is trained, if asked: merge, evaluate, export, each as the verb of that name does it.
 
 ``--merge``, ``--evaluate`` and ``--export`` take the main option of their verb, and ``--merge_options.NAME``,
-``--evaluate_options.NAME`` and ``--export_options.NAME`` all others, but for those that the run gives itself. What can
-fail of it is tried before the training, by ``rehearsed_end.py``.
+``--evaluate_options.NAME`` and ``--export_options.NAME`` all others, but for those that the run gives itself. Each
+verb loads what was saved, and not the model that was trained, which is prepared for training (float32 norms) and has
+the trainer's memory beside it: so the end gives the files that the verbs give by hand. What can fail of it is tried
+before the training, by ``rehearsed_end.py``.
 """
 
 from __future__ import annotations
@@ -212,9 +214,10 @@ def _done(settings: Namespace, steps: Sequence[Step], *, is_resumed: bool) -> li
 
 def _way_on(settings: Namespace, left: Sequence[Step]) -> str:
     commands = "; ".join(step.command for step in left)
-    trained = "model" if settings.adapter_type == "pv" else "adapter"
+    is_model = settings.adapter_type == "pv"
+    complete = "The model is complete, in" if is_model else "The adapter is complete, in"
     resumed = f"go on with {RESUME}, or by hand" if any(checkpoints(Path(settings.output))) else "go on by hand"
-    return f"The {trained} is complete, in {settings.output}: {resumed}: {commands}."
+    return f"{complete} {settings.output}: {resumed}: {commands}."
 
 
 def _is_there(place: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jsonargparse import Namespace
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -214,6 +215,8 @@ def _check_calibration(settings: Namespace, data: Calibration, model: Any) -> No
 
 def check_on_model(settings: Namespace, steps: Sequence[Step], model: Any, tokenizer: Any) -> None:
     """Raise what the steps would refuse of the model with its untrained adapter, and of the layers of its base."""
+    was_training = model.training
+    model.eval()  # dropout would move the random numbers of the training
     for step in steps:
         with named_as_in_train(step.verb):
             if step.verb == "merge":
@@ -222,6 +225,7 @@ def check_on_model(settings: Namespace, steps: Sequence[Step], model: Any, token
                 _check_window(step.settings, model, tokenizer)
             else:
                 _check_layers(settings, step.settings, model)
+    model.train(was_training)
 
 
 def _check_merge(settings: Namespace, given: Namespace, model: PeftModel, tokenizer: Any) -> None:
@@ -256,10 +260,12 @@ def _check_window(given: Namespace, model: Any, tokenizer: Any) -> None:
 def _check_layers(settings: Namespace, given: Namespace, model: Any) -> None:
     """Raise what the export refuses of the layers of the base, as the merge will leave them."""
     if settings.merge is not None and VERBS["merge"].has_budget(settings.merge_options):
-        return  # nobody knows their bits yet
-    base = settings.model if is_quantized_already(settings.model) else str(base_folder(settings))
+        return  # their bits are not known yet
+    base = Path(settings.model) if is_quantized_already(settings.model) else base_folder(settings)
+    if settings.merge is not None and not base.is_dir():  # of the Hub, which has been read
+        base = Path(snapshot_download(settings.model, local_files_only=True))
     target = export_formats()[given.format]
-    refuse_later_misfits(target, Path(base), given.approximate, _merged_facts(settings, model))
+    refuse_later_misfits(target, base, given.approximate, _merged_facts(settings, model))
 
 
 def _merged_facts(settings: Namespace, model: Any) -> Callable[[str, LayerFacts], LayerFacts | None]:

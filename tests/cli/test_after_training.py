@@ -6,9 +6,11 @@ import os
 import shlex
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
 from commands import TEXT, printed, refused
+from hub import put_in_hub
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_train import PAIRS, with_settings
@@ -319,6 +321,16 @@ def test_a_folder_of_an_adapter_may_be_the_reference(quantized, adapter, text_fi
     other = json.loads(printed(capsys, ["evaluate", quantized, "--reference", adapter, *measured]))
     assert other["reference_perplexity"] == same["perplexity"]
     assert other["kl"] > 0
+
+
+def test_a_base_on_the_hub(quantized, tmp_path, capsys, monkeypatch):
+    put_in_hub(tmp_path / "hub", Path(quantized), "organization/base")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    command = with_settings(tmp_path, ROWS, model="organization/base", training=STEPS, export="mlx")
+    command += ["--output", str(tmp_path / "out")]
+    assert "organization/base is no folder: export reads local folders" in refused(capsys, command, 1)
+    printed(capsys, [*command, "--merge", "auto"])
+    assert (tmp_path / "out" / "exported" / "export.yaml").is_file()
 
 
 def test_names_that_other_trainers_have_for_the_export(commands, tmp_path, capsys):

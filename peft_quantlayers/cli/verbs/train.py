@@ -83,7 +83,7 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         parser, help_text="folder of the adapter, or of the model that pv trains; the Trainer's checkpoints are in it"
     )
     parser.add_argument(
-        "--adapter", type=str | None, default=None, help="folder of an adapter to train on; null: a new one"
+        "--adapter", type=str | None, default=None, help="folder of an adapter to train further; null: a new one"
     )
     parser.add_argument(
         "--trainer", type=Literal["sft", "dpo"], default="sft", help="supervised finetuning, or preferences"
@@ -128,17 +128,7 @@ def run(settings: Namespace) -> Result | None:
     trained_adapter.resolve_names(settings)
     refuse_missing_folder("model", settings.model)
     processes = PartialState(cpu=settings.training.use_cpu)
-    check_training(settings)
-    trained_adapter.check_options(settings)
-    rehearsed_end.check_options(settings, n_processes=processes.num_processes)
-    steps = after_training.steps_of(settings, processes)
-    rehearsed_end.check_values(settings, steps)
-    checkpoint = checked_start(settings, processes, steps)
-    is_float = not is_quantized_already(settings.model)
-    if is_float:
-        pv_training.check_float_model(settings)
-    else:
-        refuse_options_of_float_models(settings)
+    steps, checkpoint = checked_options(settings, processes)
     processes.wait_for_everyone()  # the first one will write there
     if settings.training.use_cpu:
         return_large_blocks()
@@ -149,35 +139,55 @@ def run(settings: Namespace) -> Result | None:
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     config = trained_adapter.config_of(settings)
-    writer = template or settings.tokenizer or settings.model  # of chats
-    with (
-        template_refusals_named(writer),
-        values_refused(),
-        given_options_named(settings),
-    ):  # of the trainer's options, in a moment
-        rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
-    if settings.dry_run or (is_float and not settings.show_batch):
-        with template_refusals_named(writer), given_options_named(settings):
-            rehearse(settings, rows, eval_rows, tokenizer)
-    with template_refusals_named(writer):
+    with template_refusals_named(template or settings.tokenizer or settings.model):
+        rehearse_all(settings, rows, eval_rows, tokenizer)
         rehearsed_end.check_texts(settings, steps, tokenizer)
-    set_seed(settings.training.seed)
-    if settings.dry_run:
-        return plan_of_training(settings, config, [step.command for step in steps], n_rows=len(rows))
-    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
-    if settings.show_batch:
-        with tempfile.TemporaryDirectory() as scratch, template_refusals_named(writer):
-            model = prepared(settings, settings.model)
-            data["optimizers"] = (pv_training.new_tuner(settings, model), None)
-            trainer = new_trainer(settings, model, config, output=scratch, **data)
-            return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    # The Trainer prints its log, among which a program would not find the result.
-    printed = redirect_stdout(sys.stderr) if settings.json else nullcontext()
-    with template_refusals_named(writer), printed:
-        found, told = train_and_save(settings, config, steps, processes, checkpoint, **data)
-    if not processes.is_main_process:
-        return None
-    return after_training.result_with(settings, steps, found, told)
+        set_seed(settings.training.seed)
+        if settings.dry_run:
+            return plan_of_training(settings, config, [step.command for step in steps], n_rows=len(rows))
+        data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
+        if settings.show_batch:
+            return first_batch(settings, config, **data)
+        # The Trainer prints its log, among which a program would not find the result.
+        with redirect_stdout(sys.stderr) if settings.json else nullcontext():
+            found, told = train_and_save(settings, config, steps, processes, checkpoint, **data)
+    return after_training.result_with(settings, steps, found, told) if processes.is_main_process else None
+
+
+def checked_options(settings: Namespace, processes: PartialState) -> tuple[list[after_training.Step], str | None]:
+    """What is to be done at the end, and the checkpoint to go on with, if any.
+
+    Raises an error where the options contradict each other, the model, this machine, or what lies in the folders.
+    """
+    check_training(settings)
+    trained_adapter.check_options(settings)
+    rehearsed_end.check_options(settings, n_processes=processes.num_processes)
+    steps = after_training.steps_of(settings, processes)
+    rehearsed_end.check_values(settings, steps)
+    checkpoint = checked_start(settings, processes, steps)
+    if is_quantized_already(settings.model):
+        refuse_options_of_float_models(settings)
+    else:
+        pv_training.check_float_model(settings)
+    return steps, checkpoint
+
+
+def rehearse_all(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> None:
+    """Make the trainer of a few rows, and of all where hours of quantizing come first, or none follow at all."""
+    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
+        rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
+    if settings.dry_run or not (is_quantized_already(settings.model) or settings.show_batch):
+        with given_options_named(settings):
+            rehearse(settings, rows, eval_rows, tokenizer)
+
+
+def first_batch(settings: Namespace, config: PeftConfig | None, **data: Any) -> Result:
+    """What the trainer reads first, and what of it is learned."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = prepared(settings, settings.model)
+        data["optimizers"] = (pv_training.new_tuner(settings, model), None)
+        trainer = new_trainer(settings, model, config, output=scratch, **data)
+        return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), data["processing_class"]))
 
 
 def train_and_save(
@@ -192,11 +202,8 @@ def train_and_save(
 
     Nothing of the model is left when this returns.
     """
-    folder, is_float, tokenizer = (
-        Path(settings.output),
-        not is_quantized_already(settings.model),
-        data["processing_class"],
-    )
+    folder, tokenizer = Path(settings.output), data["processing_class"]
+    is_float = not is_quantized_already(settings.model)
     base = base_folder(settings) if is_float else None
     with half_made_removed(folder, base=base, is_active=processes.is_main_process):
         name = quantized_base(settings, config, processes) if is_float else settings.model
