@@ -185,9 +185,19 @@ def check_texts(settings: Namespace, steps: Sequence[Step], tokenizer: Any) -> N
                 if data is not None and not is_quantized_already(settings.model):
                     _check_calibration(settings, data, model_on_meta(settings.model))
             elif step.verb == "evaluate":
-                VERBS["evaluate"].read_texts(step.settings, tokenizer, [settings.model])
+                _check_evaluation(settings, step.settings, tokenizer)
             elif step.settings.text is not None:
                 VERBS["export"].read_text(step.settings, tokenizer, settings.model)
+
+
+def _check_evaluation(settings: Namespace, given: Namespace, tokenizer: Any) -> None:
+    """Raise an error for texts that neither model reads, a reference that is not there, and unknown tasks."""
+    models = [settings.model]
+    if settings.evaluate_options.reference is not None:  # else it is what this run makes, or its base
+        models.append(VERBS["evaluate"].reference_of(given)[0])
+    VERBS["evaluate"].read_texts(given, tokenizer, models)
+    if given.tasks is not None:
+        VERBS["evaluate"].known_tasks(VERBS["evaluate"].task_names(given), given.include_path)
 
 
 def _with_template(settings: Namespace, tokenizer: Any) -> Any:

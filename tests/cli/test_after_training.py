@@ -183,6 +183,7 @@ REFUSED = [
     ("--evaluate TEXT --evaluate_options.window 0", "--evaluate_options.window 0 must be at least 2", 2),
     ("--evaluate TEXT --evaluate_options.window 100000", "a smaller window: --evaluate_options.window N", 1),
     ("--evaluate TEXT --evaluate_options.prompts no.jsonl", "--evaluate_options.prompts no.jsonl", 1),
+    ("--evaluate TEXT --evaluate_options.reference ./no", "--evaluate_options.reference ./no: there is no such", 1),
     ("--export nope", "--export nope is not supported", 2),
     (
         "--export mlx --export_options.approximate adapter",

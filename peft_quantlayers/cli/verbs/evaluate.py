@@ -82,6 +82,16 @@ def check_values(settings: Namespace) -> None:
             raise ImportError(LM_EVAL)
 
 
+def reference_of(settings: Namespace) -> tuple[str | None, str | None]:
+    """The names of the model and of the adapter on it that ``--reference`` means, as :func:`model_and_adapter`."""
+    if settings.reference is None:
+        return None, None
+    refuse_missing_folder("reference", settings.reference)
+    name, adapter = model_and_adapter(settings.reference, None)
+    config_of(name)
+    return name, adapter
+
+
 def read_texts(settings: Namespace, tokenizer: Any, models: Iterable[str]) -> tuple[Tensor | None, list[Question]]:
     """The token ids of ``--text``, which all ``models`` know, None without it; and the questions of ``--prompts``."""
     ids = None
@@ -101,19 +111,15 @@ def run(settings: Namespace) -> Result:
     """Measure what was asked for."""
     check_values(settings)
     name, adapter = model_and_adapter(settings.model, settings.adapter)
-    names, reference_adapter = [name], None
-    if settings.reference is not None:
-        refuse_missing_folder("reference", settings.reference)
-        reference_name, reference_adapter = model_and_adapter(settings.reference, None)
-        config_of(reference_name)
-        names.append(reference_name)
+    reference_name, reference_adapter = reference_of(settings)
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
-    ids, prompts = read_texts(settings, tokenizer, names)  # before the model, which takes longer
+    # Before the model, which takes longer.
+    ids, prompts = read_texts(settings, tokenizer, filter(None, (name, reference_name)))
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
     reference = None
-    if settings.reference is not None:
+    if reference_name is not None:
         reference = with_adapter(load_model(reference_name, option="reference", **load), reference_adapter)
         found["reference"] = settings.reference
     if ids is not None:
@@ -121,9 +127,8 @@ def run(settings: Namespace) -> Result:
     if settings.prompts is not None:
         found["answers"] = answers(model, reference, tokenizer, prompts, settings)
     if settings.tasks is not None:
-        names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
         found["tasks"] = task_scores(
-            model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
+            model, tokenizer, task_names(settings), limit=settings.limit, folder=settings.include_path
         )
     return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
 
@@ -160,13 +165,15 @@ def answers(
     return found
 
 
-def task_scores(
-    model: PreTrainedModel, tokenizer: Any, tasks: list[str], *, limit: int | None, folder: str | None = None
-) -> dict[str, Any]:
-    """The scores of lm-eval's ``tasks``, and of those in ``folder``, by task."""
+def task_names(settings: Namespace) -> list[str]:
+    """The tasks of ``--tasks``."""
+    names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks or []
+    return [name.strip() for name in names]
+
+
+def known_tasks(tasks: list[str], folder: str | None) -> Any:
+    """lm-eval's manager of all tasks, and of those in ``folder``. Raises ValueError where it does not know one."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ImportError(LM_EVAL) from None
@@ -175,6 +182,17 @@ def task_scores(
         if not known.match_tasks([task]):
             near = nearest(task, known.all_tasks)
             raise ValueError(f"--tasks {task}: lm-eval has no such task{near}. `lm_eval ls tasks` lists them.")
+    return known
+
+
+def task_scores(
+    model: PreTrainedModel, tokenizer: Any, tasks: list[str], *, limit: int | None, folder: str | None = None
+) -> dict[str, Any]:
+    """The scores of lm-eval's ``tasks``, and of those in ``folder``, by task."""
+    known = known_tasks(tasks, folder)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     return simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit, task_manager=known
     )["results"]
