@@ -16,9 +16,10 @@ from quantlayers_cli.main import VERBS, WITHOUT_OPTIONS
 from quantlayers_cli.options import OPTIONS, description, listed, option_name
 
 WIDTH = 108
-# What every parser has by itself, and fields of other packages' classes, whose versions differ.
+# What every parser has by itself; and fields of other packages' classes, whose versions differ, and options of other
+# verbs, which their own sections have.
 OF_PARSER = ("-h", "--config", "--print_config")
-GROUPS_OF_OTHERS = {"train": ["lora", "training"]}
+GROUPS_OF_OTHERS = {"train": ["lora", "training", "merge_options", "evaluate_options", "export_options"]}
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """# The command line
 
@@ -48,8 +49,10 @@ chat tuned`, `pql evaluate tuned --text held_out.txt`. Trained on a float model,
 
 ![The page that report writes on a model: a heat map of errors, the worst layers](report.png)
 
-`train` takes also every field of PEFT's `LoraConfig` as `--lora.NAME`, and every field of TRL's `SFTConfig`
-(`DPOConfig` with `--trainer dpo`) as `--training.NAME`. This page is written by `python benchmarks/cli_page.py`.
+`train` takes also every field of PEFT's `LoraConfig` as `--lora.NAME`, every field of TRL's `SFTConfig` (`DPOConfig`
+with `--trainer dpo`) as `--training.NAME`, and the options of `merge`, `evaluate` and `export` as
+`--merge_options.NAME`, `--evaluate_options.NAME` and `--export_options.NAME`. This page is written by `python
+benchmarks/cli_page.py`.
 """
 
 OF_RUN = """Tried with models that this package has saved:

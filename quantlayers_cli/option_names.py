@@ -36,7 +36,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "avg_bits": ("average_bits",),
     "base_model": ("model",),
     "dataset": ("data",),
-    "export_dir": ("output",),
+    "export_dir": ("export_output", "output"),
+    "lora_model_dir": ("adapter",),
     "lora_r": ("lora.r",),
     "lora_rank": ("lora.r",),
     "lora_target_modules": ("lora.target_modules",),
@@ -107,11 +108,16 @@ def with_names(
 def _names_of_positionals(
     rest: Sequence[str], positionals: Sequence[str], files: Sequence[str], known: set[str]
 ) -> Sequence[str]:
-    """What arguments without names are: what neither a file nor the line gives, if that is enough, or all in order."""
+    """What arguments without names are: what neither a file nor the line gives, if that is enough, or all in order.
+
+    Where there are fewer of them, an adapter that is given stands for its model.
+    """
     given = {_ours(each[2:].partition("=")[0], known) for each in rest if each.startswith("--")}
     given |= {_ours(key, known) for file in files for key in _content_of(file, known)}
     left = [name for name in positionals if name not in given]
     n_bare = next((at for at, each in enumerate(rest) if each.startswith("-")), len(rest))
+    if "adapter" in given and n_bare < len(left):
+        left = [name for name in left if name != "model"]
     return left if n_bare <= len(left) else positionals
 
 

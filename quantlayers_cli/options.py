@@ -24,8 +24,9 @@ INDENT = 24
 ALL_OPTIONS = "--help_all"
 OF_OTHERS = {
     "train": "--lora.NAME takes every field of PEFT's LoraConfig, and --training.NAME every field of TRL's SFTConfig, "
-    f"or of its DPOConfig with --trainer dpo: `{PROGRAM} train {ALL_OPTIONS}` lists those that are installed, which "
-    "takes seconds.",
+    "or of its DPOConfig with --trainer dpo; --merge_options.NAME, --evaluate_options.NAME and --export_options.NAME "
+    f"take the options of these verbs. `{PROGRAM} train {ALL_OPTIONS}` lists all that are installed, which takes "
+    "seconds.",
 }
 
 
@@ -74,9 +75,12 @@ def check_names(verb: str, arguments: Sequence[str]) -> None:
     """
     if ALL_OPTIONS in arguments or entry_points(group=METHODS_OF_OTHERS):
         return
-    found = _verbs()[verb]
-    known = set(map(option_name, found["options"]))
-    with_names(arguments, found["positionals"], known | set(found["groups_of_others"]), found["required"])
+    with_names(arguments, _verbs()[verb]["positionals"], listed_names(verb), _verbs()[verb]["required"])
+
+
+def listed_names(verb: str) -> set[str]:
+    """The options of a verb, and the groups of those that the file does not list."""
+    return {*map(option_name, _verbs()[verb]["options"]), *_verbs()[verb]["groups_of_others"]}
 
 
 @cache

@@ -46,6 +46,8 @@ IN_OPTIONS: dict[str, str | Callable[[re.Match[str]], str]] = {
     "--lora.qalora_group_size SIZE",
     r"\b([Uu]se|or) \"(" + STRATEGY + r")\"": r"\1 --strategy \2",
     r"\"(" + STRATEGY + r")\" (holds|needs|loses|merges)": r"--strategy \1 \2",
+    r"\(peft_quantlayers\.merge_back, with another": "(peft-quantlayers merge, with another",
+    r", or TrainingArguments\(fsdp_config=\{'version': 2\}\)": ", or train --fsdp_size N",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
 }
 

@@ -213,8 +213,8 @@ def base_of(adapter: str) -> str:
     return name
 
 
-def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
-    """``model`` with the adapter of a folder or of the Hub on it, or as it is without one.
+def with_adapter(model: PreTrainedModel, adapter: str | None, *, is_trainable: bool = False) -> Any:
+    """``model`` with the adapter of a folder or of the Hub on it, or as it is without one; for inference or training.
 
     Raises:
         ValueError: no adapter is there; it was trained on another base.
@@ -224,7 +224,7 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     adapter_config(adapter)
     try:
         with another_base_refused():
-            return PeftModel.from_pretrained(model, adapter).eval()
+            return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable).train(is_trainable)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if (isinstance(error, ValueError) and adapter in str(error)) or "was trained on" in str(error):
             raise

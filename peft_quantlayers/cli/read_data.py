@@ -17,7 +17,10 @@ from .row_forms import joined
 from .rows import begins_with_null, check_texts, first_wrong_line
 
 # Columns that make one text together.
-JOINED = (("prompt", "completion"), ("instruction", "input", "output"))
+JOINED = (
+    *(("prompt", "completion"), ("instruction", "input", "output")),
+    *(("prompt", "chosen"), ("instruction", "input", "chosen"), ("chosen",)),
+)
 # Suffixes that the package ``datasets`` reads, and the name of its reader.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 DATA_HELP = (

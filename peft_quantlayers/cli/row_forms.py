@@ -34,11 +34,13 @@ def with_roles(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def joined(row: dict[str, Any]) -> dict[str, Any]:
     """One text, or one chat, of a row with prompt and completion, or with instruction and output.
 
+    Of preferences it is what was chosen.
+
     Raises:
         ValueError: one of both is text, and the other one messages.
     """
-    whole = from_alpaca(row) if "instruction" in row else row
-    values = [whole[part] for part in ("prompt", "completion") if whole.get(part)]
+    whole = {"chosen": row.get("chosen"), **(from_alpaca(row) if "instruction" in row else row)}
+    values = [whole[part] for part in ("prompt", "completion", "chosen") if whole.get(part)]
     if all(isinstance(value, list) for value in values):
         return {"messages": [message for value in values for message in value]}
     if not all(isinstance(value, str) for value in values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def _check_layers(name: str, adapter: PeftConfig) -> None:
     inject_adapter_in_model(tried, model_on_meta(name), low_cpu_mem_usage=True)
 
 
-def plan_of_training(settings: Namespace, adapter: PeftConfig | None, *, n_rows: int) -> Result:
-    """What would be done, and what it takes."""
+def plan_of_training(
+    settings: Namespace, adapter: PeftConfig | None, commands: Sequence[str], *, n_rows: int
+) -> Result:
+    """What would be done, and what it takes; ``commands`` are run at the end."""
     estimate, disk = _costs(settings, adapter)
     places = {
         "quantized base": base_folder(settings),
@@ -101,7 +104,9 @@ def plan_of_training(settings: Namespace, adapter: PeftConfig | None, *, n_rows:
     lines += [
         f"  {size_text(size)} {name}{f' in {places[name]}' if name in places else ''}" for name, size in disk.items()
     ]
-    return Result(text="\n".join(lines), data={"rows": n_rows, **estimate.to_dict(), "disk": disk})
+    lines += ["then:", *(f"  {command}" for command in commands)] if commands else []
+    data = {"rows": n_rows, **estimate.to_dict(), "disk": disk, "then": list(commands)}
+    return Result(text="\n".join(lines), data=data)
 
 
 def _costs(settings: Namespace, adapter: PeftConfig | None) -> tuple[Estimate, dict[str, int]]:

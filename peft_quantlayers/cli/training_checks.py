@@ -74,7 +74,12 @@ def check_training(settings: Namespace) -> None:
             "--training.deepspeed flattens parameters into buffers of one floating dtype, of which the codes of "
             "quantized layers cannot be part. Leave it out, or shard the base over the processes: --fsdp_size N."
         )
-    _check_merge(settings)
+    if settings.training.get("fsdp"):
+        raise WrongUsage(
+            f"--training.fsdp {settings.training.fsdp} is not how a quantized base is sharded over processes. Leave "
+            "it out, and give --fsdp_size N: accelerate launch --num_processes N -m peft_quantlayers train ... "
+            "--fsdp_size N."
+        )
     _check_trackers(settings.training.report_to)
 
 
@@ -118,10 +123,9 @@ def _check_places(settings: Namespace) -> None:
     places = {"output": Path(settings.output)}
     if not is_quantized_already(settings.model):
         places["base_output"] = base_folder(settings)
-    if settings.merge is not None:
-        places["merged_output"] = Path(settings.merged_output or places["output"] / "merged")
-    elif settings.merged_output is not None:
-        raise WrongUsage("--merged_output is for --merge STRATEGY, which is not given.")
+    for verb, option, inside in (("merge", "merged_output", "merged"), ("export", "export_output", "exported")):
+        if settings[verb] is not None:
+            places[option] = Path(settings[option] or places["output"] / inside)
     named: dict[Path, str] = {}
     for option, folder in places.items():
         options.check_output(
@@ -129,21 +133,6 @@ def _check_places(settings: Namespace) -> None:
         )
         if (other := named.setdefault(folder.resolve(), option)) != option:
             raise WrongUsage(f"--{other} and --{option} are one folder, {folder}. Give each its own.")
-
-
-def _check_merge(settings: Namespace) -> None:
-    """Raise WrongUsage for a merge that would fail when all is trained."""
-    later = f"or merge afterwards: peft-quantlayers merge {settings.output} MERGED"
-    if settings.merge == "calibrated":
-        raise WrongUsage(
-            f"--merge calibrated needs text to calibrate on, which train does not take. Choose another, {later} "
-            "--strategy calibrated --calibration.data FILE."
-        )
-    if settings.merge == "exact" and settings.adapter_type == "lora" and not settings.lora.use_qalora:
-        raise WrongUsage(
-            "--merge exact needs an adapter that is constant in each group: --lora.use_qalora true with "
-            f"--lora.qalora_group_size. Choose another, {later}."
-        )
 
 
 def _check_trackers(given: Any) -> None:

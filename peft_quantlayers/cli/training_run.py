@@ -1,4 +1,4 @@
-"""What ``train`` does once all is loaded: show a batch, train or go on, and merge the result."""
+"""What ``train`` does once all is loaded: show a batch, train or go on."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerState
 
 from ..estimate.estimates import size_text
-from ..model_merge import merge_back
 from ..report.training_parts import STATE_FILE
-from ..saving import saved_model
 from ..storage.free_memory import peak_resident_bytes
 from .given_tokenizers import long_windows_refused
-from .in_options import REPORT_FILE, in_options
 from .training_checks import check_base_of_checkpoint
 
 IGNORED_LABEL = -100
@@ -62,26 +58,6 @@ def rates_of(trainer: Any, *, is_resumed: bool) -> dict[str, Any]:
     elif (peak := peak_resident_bytes()) is not None:
         found["peak_memory_bytes"] = peak
     return found
-
-
-def merged(settings: Namespace, model: Any, tokenizer: Any) -> tuple[dict[str, Any], str]:
-    """Merge what was trained and save it; the report as data and in words. An error says where the adapter is."""
-    folder = settings.merged_output or str(Path(settings.output) / "merged")
-    by_hand = f"peft-quantlayers merge {settings.output} MERGED"
-    is_resumed = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
-    try:
-        whole: Any
-        whole, report = merge_back(model.eval(), strategy=settings.merge, tokenizer=tokenizer)
-        # A run that was killed here, and is resumed, replaces what it wrote.
-        replaced = settings.overwrite or is_resumed
-        with saved_model(whole, folder, tokenizer=tokenizer, overwrite=replaced) as written:
-            report.save(written / REPORT_FILE)
-    except BaseException as error:
-        error.add_note(f"The adapter is complete, in {settings.output}: {by_hand}.")
-        raise
-    told = in_options(str(report))
-    told += f"\nsuch options are those of {by_hand}" if "--" in told else ""
-    return report.to_dict(), f"{told}\nmerged model in {folder}; every layer in its {REPORT_FILE}"
 
 
 def shown_batch(batch: dict[str, Tensor], tokenizer: Any) -> str:

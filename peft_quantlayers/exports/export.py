@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..arguments import check_choice, check_dtype
 from ..integrations.interrupted_save import MODEL_FILES
 from ..lora.base_fingerprint import AnotherBaseWarning
 from ..storage import staged_folder
@@ -22,12 +21,12 @@ from .adapters import Adapter, another_base, branches_of, read_adapter
 from .config_json import write_config
 from .export_report import ExportReport
 from .export_source import ModelSource
-from .formats.format_base import APPROXIMATIONS, Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
+from .formats.format_base import Approximation, ExportFormat, ExportTask, LayerFacts, Written, facts_of
 from .formats.format_registry import format_named
 from .formats.grid_format import GridFormat
 from .given_model import GivenModel, opened_model
 from .kl_of_export import kl_of_export
-from .refused_exports import Model, refuse_misfits
+from .refused_exports import Model, refuse_adapters, refuse_arguments, refuse_misfits
 from .requantize import float_weights, refuse_another_float_model, requantized_layers, requantized_model
 from .sharded_writer import SHARD_BYTES
 from .side_files import REPORT, copy_side_files, has_chat_template, has_tokenizer, write_card
@@ -88,9 +87,9 @@ def export(
         OSError: no permission, or no space.
     """
     target = format_named(format)
-    _check_arguments(target, destination, approximate=approximate, dtype=dtype)
-    if approximate != "requantize" and (calibration is not None or float_model is not None):
-        raise ValueError('calibration and float_model are for approximate="requantize". Nothing was written.')
+    _check_destination(destination)
+    has_data = calibration is not None or float_model is not None
+    refuse_arguments(target, approximate=approximate, dtype=dtype, has_data=has_data)
     target.check_installation()
     with opened_model(model) as given:
         facts, tokenizer, tokenizer_folder = _checked(target, given, tokenizer, approximate)
@@ -151,7 +150,8 @@ def bytes_of_export(
     Writes nothing. Arguments and errors are those of :func:`export`, but for the data.
     """
     target = format_named(format)
-    _check_arguments(target, destination, approximate=approximate, dtype=dtype)
+    _check_destination(destination)
+    refuse_arguments(target, approximate=approximate, dtype=dtype, has_data=False)
     target.check_installation()
     with opened_model(model) as given:
         _checked(target, given, tokenizer, approximate)
@@ -166,9 +166,7 @@ def _checked(
 ) -> tuple[dict[str, LayerFacts], Any, Path | None]:
     """The facts of each layer, and the tokenizer as :func:`_tokenizer` has it; raises as :func:`export`."""
     facts = {name: facts_of(layer) for name, layer in given.layers.items()}
-    dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
-    asked = Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
-    refuse_misfits(target, asked, approximate)
+    refuse_misfits(target, Model.of(given, facts), approximate)
     tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
     if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
         raise FileNotFoundError(
@@ -178,30 +176,14 @@ def _checked(
     return facts, tokenizer, tokenizer_folder
 
 
-def _check_arguments(target: ExportFormat, destination: Any, *, approximate: Any, dtype: Any) -> None:
+def _check_destination(destination: Any) -> None:
     if not isinstance(destination, (str, Path)):
         raise TypeError(f"destination must be a path, got {type(destination).__name__}. Nothing was written.")
-    check_dtype("dtype", dtype)
-    if dtype is not None and target.dtypes is not None and dtype not in target.dtypes:
-        can = " or ".join(f"dtype={each}" for each in target.dtypes)
-        raise ValueError(f"{target.name} files are not written in {dtype}; use {can}. Nothing was written.")
-    if approximate is not None:
-        check_choice("approximate", approximate, APPROXIMATIONS)
-        if approximate not in target.approximations:
-            can = f"it takes {', '.join(target.approximations)}" if target.approximations else "it takes none"
-            raise ValueError(f"{target.name} cannot be written with approximate={approximate!r}; {can}.")
 
 
 def _refuse_adapters(target: ExportFormat, adapter: Any, given: GivenModel) -> None:
-    """Raise NotImplementedError if something is to lie beside the model, and the format has no form for it."""
     has_branches = any(layer.branch is not None for layer in given.layers.values())
-    if target.adapter_form is None and (adapter is not None or has_branches):
-        what = "an adapter" if adapter is not None else 'a low-rank branch, which a merge with "keep" leaves,'
-        raise NotImplementedError(
-            f"{target.name}: {what} is not written beside the model. Merge the adapter first "
-            "(peft_quantlayers.merge_back, with another strategy than keep), and export the merged model. Nothing was "
-            "written."
-        )
+    refuse_adapters(target, has_adapter=adapter is not None, has_branches=has_branches)
 
 
 def _bytes_to_write(target: ExportFormat, given: GivenModel) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..arguments import check_choice, check_dtype
 from ..methods.hqq.export_grids import TARGETS
-from .formats.format_base import Approximation, ExportFormat, LayerFacts
+from .formats.format_base import APPROXIMATIONS, Approximation, ExportFormat, LayerFacts, facts_of
 from .formats.format_registry import export_formats
+from .given_model import GivenModel, opened_model
 
 # Layers that a refusal names.
 _SHOWN_LAYERS = 3
@@ -27,6 +30,57 @@ class Model:
     config: Mapping[str, Any]
     facts: Sequence[LayerFacts]
     dense_linears: Collection[str]
+
+    @staticmethod
+    def of(given: GivenModel, facts: Mapping[str, LayerFacts]) -> Model:
+        """``given``, whose quantized layers have these ``facts``, by name."""
+        dense_linears = {name for name, _ in given.modules.values()} - facts.keys()
+        return Model(config=given.config, facts=list(facts.values()), dense_linears=dense_linears)
+
+
+def refuse_arguments(target: ExportFormat, *, approximate: Any, dtype: Any, has_data: bool) -> None:
+    """Raise ValueError or TypeError for arguments that ``target`` does not take, whatever the model.
+
+    ``has_data``: calibration data or a float model is given.
+    """
+    check_dtype("dtype", dtype)
+    if dtype is not None and target.dtypes is not None and dtype not in target.dtypes:
+        can = " or ".join(f"dtype={each}" for each in target.dtypes)
+        raise ValueError(f"{target.name} files are not written in {dtype}; use {can}. Nothing was written.")
+    if approximate is not None:
+        check_choice("approximate", approximate, APPROXIMATIONS)
+        if approximate not in target.approximations:
+            can = f"it takes {', '.join(target.approximations)}" if target.approximations else "it takes none"
+            raise ValueError(f"{target.name} cannot be written with approximate={approximate!r}; {can}.")
+    if approximate != "requantize" and has_data:
+        raise ValueError('calibration and float_model are for approximate="requantize". Nothing was written.')
+
+
+def refuse_adapters(target: ExportFormat, *, has_adapter: bool, has_branches: bool) -> None:
+    """Raise NotImplementedError if something is to lie beside the model, and the format has no form for it."""
+    if target.adapter_form is None and (has_adapter or has_branches):
+        what = "an adapter" if has_adapter else 'a low-rank branch, which a merge with "keep" leaves,'
+        raise NotImplementedError(
+            f"{target.name}: {what} is not written beside the model. Merge the adapter first "
+            "(peft_quantlayers.merge_back, with another strategy than keep), and export the merged model. Nothing was "
+            "written."
+        )
+
+
+def refuse_later_misfits(
+    target: ExportFormat,
+    folder: Path,
+    approximate: Approximation | None,
+    merged: Callable[[str, LayerFacts], LayerFacts | None],
+) -> None:
+    """As :func:`refuse_misfits`, for the model in ``folder`` after a merge.
+
+    ``merged`` gives what becomes of a layer, by the name of its module and its facts; None for one that gets dense.
+    """
+    with opened_model(folder) as given:
+        found = {name: merged(layer.module, facts_of(layer)) for name, layer in given.layers.items()}
+        facts = {name: each for name, each in found.items() if each is not None}
+        refuse_misfits(target, Model.of(given, facts), approximate)
 
 
 def refuse_misfits(target: ExportFormat, asked: Model, approximate: Approximation | None) -> None:

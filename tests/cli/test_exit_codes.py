@@ -111,7 +111,6 @@ EXCLUDING = {
         ("--overwrite --resume false", "--resume false is for what goes from files to files"),
     ],
     "train": [
-        ("--merge calibrated", "--merge calibrated needs text"),
         ("--merged_output x", "--merged_output is for --merge STRATEGY"),
         ("--adapter_type scales --lora.r 4", "--lora.r is for --adapter_type lora, and it is scales"),
         ("--adapter_type scales --lora.target_modules [q_proj]", "--lora.target_modules is for --adapter_type lora"),

@@ -28,9 +28,9 @@ metric_list: [{metric: acc}]
 @pytest.fixture
 def tasks(tmp_path) -> str:
     rows = [{"question": "The lamp is", "choices": [" red", " a fish"], "answer": number % 2} for number in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "places.yaml").write_text(TASK.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    (tmp_path / "tasks" / "places.yaml").write_text(TASK.replace("ROWS", str(tmp_path / "questions.jsonl")))
     return str(tmp_path / "tasks")
 
 
@@ -40,6 +40,17 @@ def test_evaluate_scores_tasks_by_name_or_list(quantized, tasks, capsys):
     assert found["tasks"]["places"]["acc,none"] == 0.5  # one answer or the other, whatever the question
     assert json.loads(printed(capsys, [*command, "[places]", "--limit", "1"]))["tasks"]["places"]["acc,none"] in (0, 1)
     assert "did you mean 'places'?" in refused(capsys, [*command, "plces"], 1)
+
+
+def test_train_scores_tasks_at_the_end_and_knows_their_names_before(commands, tasks, tmp_path, capsys):
+    options = ["--evaluate", "true", "--evaluate_options.include_path", tasks, "--evaluate_options.tasks"]
+    said = refused(capsys, [*commands["train"], *options, "plces"], 1)
+    assert "--evaluate_options.tasks plces: lm-eval has no such task (did you mean 'places'?)" in said
+    assert not (tmp_path / "out").exists()
+    printed(capsys, [*commands["train"], *options, "places"])
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tasks"]["places"]["acc,none"] == 0.5
+    assert "perplexity" not in found
 
 
 def test_lm_evals_own_command_loads_our_model(quantized, tasks):

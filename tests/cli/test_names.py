@@ -17,6 +17,16 @@ LINES = [
 ]
 
 
+def test_an_adapter_that_is_given_stands_for_its_model(tmp_path):
+    known, places = {"model", "output", "adapter"}, ["model", "output"]
+    (tmp_path / "c.yaml").write_text("lora_model_dir: A\n")
+    for line in (["O", "--adapter", "A"], [str(tmp_path / "c.yaml"), "O"]):
+        named = with_names(line, places, known, ["output"])
+        assert named[named.index("O") - 1] == "--output", line
+    assert with_names(["M", "O", "--adapter", "A"], places, known)[:4] == ["--model", "M", "--output", "O"]
+    assert with_names(["M", "--adapter", "A", "--output", "O"], places, known)[:2] == ["--model", "M"]
+
+
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_an_alias_in_a_file_is_renamed_in_its_own_place(line, tmp_path):
     file = tmp_path / "c.yaml"

@@ -18,8 +18,9 @@ from peft_quantlayers.cli import main
 ROOT = Path(__file__).parents[2]
 FILES = {"copies": "accelerate_two_processes.yaml", "shards": "accelerate_fsdp2.yaml"}
 ROWS = [{"prompt": f"{number} and one is", "completion": f" {number + 1}."} for number in range(10, 26)]
+END = ("--merge", "calibrated", "--evaluate", "true", "--evaluate_options.window", "32", "--export", "mlx")
 WAYS = {
-    "ddp": ["-m", "peft_quantlayers", "train"],
+    "ddp": ["-m", "peft_quantlayers", "train", *END],
     "ddp, by run": ["-m", "peft_quantlayers", "run", "-m", "peft_quantlayers", "train"],
     "fsdp2": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
     "ddp, float model": ["-m", "peft_quantlayers", "train"],
@@ -59,6 +60,7 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp
         "model": float_model if "float" in way else quantized,
         "data": str(tmp_path / "rows.jsonl"),
         **({"quantization": {"group_size": 32}} if "float" in way else {}),
+        "eval_data": str(tmp_path / "rows.jsonl"),
         "lora": {"r": 4, "lora_alpha": 8},
         "training": {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True},
     }
@@ -67,6 +69,9 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp
     assert main(["train", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "one"), batch, "4"]) == 0
     done = launched(way, tmp_path / "train.yaml", tmp_path / "two", batch, "2")
     assert done.stdout.count("trained 4 steps") == 1  # one of them tells
+    if WAYS[way][-1] == "mlx":
+        assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["kl"] >= 0
+        assert (tmp_path / "two" / "exported" / "export.yaml").is_file()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # logged to four digits
     one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
     assert one.keys() == two.keys()
@@ -100,6 +105,8 @@ def test_what_sharding_cannot_do_is_refused_before_anything_is_loaded(quantized,
     for options, said in (
         (["--merge", "auto"], "--merge needs the whole base in one process"),
         (["--training.resume_from_checkpoint", "true"], "cannot be resumed"),
+        (["--evaluate", str(tmp_path / "rows.jsonl")], "--evaluate needs the whole base in one process"),
+        (["--export", "mlx"], "--export needs the whole base in one process"),
     ):
         assert main([*command, *options]) == 2
         assert said in capsys.readouterr().err

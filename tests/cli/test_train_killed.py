@@ -13,7 +13,10 @@ from peft_quantlayers.cli import main
 from peft_quantlayers.report.training_parts import checkpoints
 
 ROWS = [{"prompt": f"{number} and one is", "completion": f" {number + 1}."} for number in range(10, 26)]
-RESULT = ("adapter_model.safetensors", "adapter_config.json", "merged/config.json", "base/model.safetensors")
+RESULT = (
+    *("adapter_model.safetensors", "adapter_config.json", "merged/config.json", "base/model.safetensors"),
+    *("merged/merge.yaml", "evaluation.json", "after_training.json", "exported/model.safetensors"),
+)
 MERGED = "merged/model.safetensors"
 
 
@@ -25,6 +28,9 @@ def settings_file(folder: Path, model: str) -> Path:
         "data": str(folder / "rows.jsonl"),
         "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
         "merge": "requantize",
+        "evaluate": str(folder / "rows.jsonl"),
+        "evaluate_options": {"window": 32},
+        "export": "mlx",
         "training": {**training, "save_total_limit": 2, "resume_from_checkpoint": "true", "dataloader_num_workers": 0},
     }
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))

@@ -4,12 +4,10 @@ import os
 
 import pytest
 from commands import printed, refused
-from safetensors import SafetensorError
 from test_wrong_places import contents, refused_untouched
 from tiny_folder import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer
 
-from peft_quantlayers.cli import training_run
 from peft_quantlayers.cli.verbs import train
 
 # Options, and a part of what is said; a quarter of a second each, since no model is loaded.
@@ -29,7 +27,6 @@ BEFORE_LOADING = [
     ("--training.report_to nonesuch", "nonesuch is not supported"),
     ("--lora.task_type SEQ_CLS", "task_type SEQ_CLS: train finetunes language models"),
     ("--lora.target_modules ((", "'((' is no regular expression"),
-    ("--merge calibrated", "--merge calibrated needs text"),
     ("--merge exact", "--merge exact needs an adapter that is constant in each group"),
     ("--merge auto --merged_output OUT", "--output and --merged_output are one folder"),
     ("--merged_output OUT2", "--merged_output is for --merge STRATEGY"),
@@ -114,16 +111,6 @@ def test_an_interrupt_while_the_first_checkpoint_or_the_adapter_is_saved(command
     assert "Checkpoints that are complete are kept: go on with --training.resume_from_checkpoint true" in said
     printed(capsys, [*commands["train"], "--training.resume_from_checkpoint", "true"])
     assert (out / "adapter_model.safetensors").is_file()
-
-
-def test_a_merge_that_fails_at_the_end_says_where_the_adapter_is(commands, tmp_path, capsys, monkeypatch):
-    def fails(*_, **__):
-        raise SafetensorError("no")
-
-    monkeypatch.setattr(training_run, "saved_model", fails)
-    said = refused(capsys, [*commands["train"], "--merge", "auto"], 1)
-    assert f"The adapter is complete, in {tmp_path / 'out'}: peft-quantlayers merge" in said
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_too_little_memory_is_said_as_such(commands, tmp_path, capsys):

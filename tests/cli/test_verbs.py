@@ -387,7 +387,7 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
     out, other, empty = (str(tmp_path / name) for name in ("out", "other", "empty.jsonl"))
     printed(capsys, ["quantize", float_model, other, "--group_size", "16"])
     Path(empty).touch()
-    held_out = ["--text", text_file, "--n_tokens", "64"]
+    held_out = ["--text", text_file, "--n_tokens", "64", "--window", "32"]
     cases = [
         (["merge", adapter, out, "--model", other], "was trained on the quantized base"),
         (["chat", other, "--adapter", adapter, "--prompt", "x"], "was trained on the quantized base"),

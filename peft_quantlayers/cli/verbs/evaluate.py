@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,7 +47,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the verb."""
     options.add_model(parser, required=False)
     parser.add_argument("--adapter", type=str | None, default=None, help="adapter to put on the model")
-    parser.add_argument("--reference", type=str | None, default=None, help="model to compare the predictions with")
+    parser.add_argument(
+        "--reference",
+        type=str | None,
+        default=None,
+        help="model, or the folder of an adapter, to compare the predictions with",
+    )
     parser.add_argument("--text", type=str | None, default=None, help=f"held-out text: {DATA_HELP}")
     parser.add_argument("--n_tokens", type=int, default=16_384, help="tokens of the text to use")
     parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
@@ -72,8 +78,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add_dry_run(parser)
 
 
-def run(settings: Namespace) -> Result:
-    """Measure what was asked for."""
+def check_values(settings: Namespace) -> None:
+    """Raise an error where there is nothing to measure, or a value is out of range; no model and no text is read."""
     if settings.text is None and settings.tasks is None and settings.prompts is None:
         raise WrongUsage("there is nothing to measure on: give --text FILE, --tasks NAME, or --prompts FILE.")
     if settings.reference is not None and settings.text is None and settings.prompts is None:
@@ -86,44 +92,69 @@ def run(settings: Namespace) -> Result:
         refuse_missing_folder("include_path", settings.include_path or "")
         if find_spec("lm_eval") is None:
             raise ImportError(LM_EVAL)
-    name, adapter = model_and_adapter(settings.model, settings.adapter)
-    if settings.reference is not None:
-        refuse_missing_folder("reference", settings.reference)
-        config_of(settings.reference)
-    if settings.prompts is not None:
-        check_lengths(settings, name, settings.reference)
-    tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
-    if settings.text is not None:  # before the model, which takes longer
+
+
+def reference_of(settings: Namespace) -> tuple[str | None, str | None]:
+    """The names of the model and of the adapter on it that ``--reference`` means, as :func:`model_and_adapter`."""
+    if settings.reference is None:
+        return None, None
+    refuse_missing_folder("reference", settings.reference)
+    name, adapter = model_and_adapter(settings.reference, None)
+    config_of(name)
+    return name, adapter
+
+
+def read_texts(settings: Namespace, tokenizer: Any, models: Iterable[str]) -> tuple[Tensor | None, list[Question]]:
+    """The token ids of ``--text``, which all ``models`` know, None without it; and the questions of ``--prompts``."""
+    ids = None
+    if settings.text is not None:
         ids = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-        for each in filter(None, (name, settings.reference)):
+        if len(ids) < settings.window:
+            raise ValueError(
+                f"--text {settings.text} has {len(ids)} tokens, and {settings.window} are scored together. Give a "
+                "longer text, or a smaller window: --window N."
+            )
+        for each in models:
             check_ids(ids, config_of(each))
+    return ids, [] if settings.prompts is None else prompts_of("prompts", settings.prompts, limit=settings.limit)
+
+
+def run(settings: Namespace) -> Result:
+    """Measure what was asked for."""
+    check_values(settings)
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
+    reference_name, reference_adapter = reference_of(settings)
     if settings.prompts is not None:
-        prompts = prompts_of("prompts", settings.prompts, limit=settings.limit)
+        check_lengths(settings, name, reference_name)
+    tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
+    # Before the model, which takes longer.
+    ids, prompts = read_texts(settings, tokenizer, filter(None, (name, reference_name)))
     if settings.dry_run:
-        n_tokens = len(ids) if settings.text is not None else 0
-        return planned(settings, name, adapter, n_tokens, len(prompts) if settings.prompts is not None else 0)
+        n_tokens = 0 if ids is None else len(ids)
+        return planned(settings, name, adapter, reference_name, n_tokens=n_tokens, n_prompts=len(prompts))
     load = {"dtype": settings.dtype, "device": settings.device}
     model = with_adapter(load_model(name, **load), adapter)
     found: dict[str, Any] = {"model": name, "adapter": adapter}
     reference = None
-    if settings.reference is not None:
-        reference = load_model(settings.reference, option="reference", **load)
+    if reference_name is not None:
+        reference = with_adapter(load_model(reference_name, option="reference", **load), reference_adapter)
         found["reference"] = settings.reference
-    if settings.text is not None:
+    if ids is not None:
         found |= measured(model, reference, ids, window=settings.window)
     if settings.prompts is not None:
         found["answers"] = answers(model, reference, tokenizer, prompts, settings)
     if settings.tasks is not None:
-        names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks
         found["tasks"] = task_scores(
-            model, tokenizer, [name.strip() for name in names], limit=settings.limit, folder=settings.include_path
+            model, tokenizer, task_names(settings), limit=settings.limit, folder=settings.include_path
         )
     return Result(text=_text(found), data=found, exit_code=int(math.isnan(found.get("perplexity", 0.0))))
 
 
-def planned(settings: Namespace, name: str, adapter: str | None, n_tokens: int, n_prompts: int) -> Result:
-    """What would be measured, and what that takes."""
-    models = [name, *([settings.reference] if settings.reference is not None else [])]
+def planned(
+    settings: Namespace, name: str, adapter: str | None, reference: str | None, *, n_tokens: int, n_prompts: int
+) -> Result:
+    """What would be measured, and what that takes; ``reference``: the model of ``--reference``."""
+    models = {name: name} | ({} if reference is None else {f"{settings.reference}, beside it": reference})
     if adapter is not None:
         adapter_config(adapter)  # refuses what is none
     n_new = n_prompts * (settings.max_new_tokens or LONGEST)
@@ -135,8 +166,8 @@ def planned(settings: Namespace, name: str, adapter: str | None, n_tokens: int, 
     vocab_size = getattr(config_of(name).get_text_config(), "vocab_size", 0)
     costs = estimate_reading(
         "evaluate",
-        weights={each: weight_bytes(each) for each in models},
-        n_parameters=sum(map(n_parameters, models)),
+        weights={what: weight_bytes(each) for what, each in models.items()},
+        n_parameters=sum(map(n_parameters, models.values())),
         n_tokens=n_tokens,
         n_new=n_new,
         logits=len(models) * vocab_size * min(settings.window, n_tokens),
@@ -177,13 +208,15 @@ def answers(
     return found
 
 
-def task_scores(
-    model: PreTrainedModel, tokenizer: Any, tasks: list[str], *, limit: int | None, folder: str | None = None
-) -> dict[str, Any]:
-    """The scores of lm-eval's ``tasks``, and of those in ``folder``, by task."""
+def task_names(settings: Namespace) -> list[str]:
+    """The tasks of ``--tasks``."""
+    names = settings.tasks.split(",") if isinstance(settings.tasks, str) else settings.tasks or []
+    return [name.strip() for name in names]
+
+
+def known_tasks(tasks: list[str], folder: str | None) -> Any:
+    """lm-eval's manager of all tasks, and of those in ``folder``. Raises ValueError where it does not know one."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ImportError(LM_EVAL) from None
@@ -192,6 +225,17 @@ def task_scores(
         if not known.match_tasks([task]):
             near = nearest(task, known.all_tasks)
             raise ValueError(f"--tasks {task}: lm-eval has no such task{near}. `lm_eval ls tasks` lists them.")
+    return known
+
+
+def task_scores(
+    model: PreTrainedModel, tokenizer: Any, tasks: list[str], *, limit: int | None, folder: str | None = None
+) -> dict[str, Any]:
+    """The scores of lm-eval's ``tasks``, and of those in ``folder``, by task."""
+    known = known_tasks(tasks, folder)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     return simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit, task_manager=known
     )["results"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
+from torch import Tensor
 
 from quantlayers_cli.option_names import WrongUsage
 
@@ -77,15 +78,27 @@ def check_approximate(settings: Namespace, target: ExportFormat) -> None:
                 raise WrongUsage(f"--{option} is for --approximate requantize. Give that too, or leave it out.")
 
 
-def run(settings: Namespace) -> Result:
-    """Export, and say what came of it."""
+def check_values(settings: Namespace) -> None:
+    """Raise WrongUsage for a format that there is not, and for options that contradict each other."""
     options.check_calibration(settings)
-    refuse_missing_folder("model", settings.model)
-    name, adapter = model_and_adapter(settings.model, settings.adapter)
     with values_refused():
         target = format_named(settings.format)
         check_approximate(settings, target)
     check_at_least(settings, 1, "n_tokens")
+
+
+def read_text(settings: Namespace, tokenizer: Any, name: str) -> Tensor:
+    """The token ids of ``--text``, which the model ``name`` knows."""
+    text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
+    check_ids(text, config_of(name))
+    return text
+
+
+def run(settings: Namespace) -> Result:
+    """Export, and say what came of it."""
+    check_values(settings)
+    refuse_missing_folder("model", settings.model)
+    name, adapter = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name, adapter or ""))
     if not settings.dry_run:
         options.refuse_output_in_use(settings)
@@ -95,8 +108,7 @@ def run(settings: Namespace) -> Result:
     text: Any = None
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
-        text = token_ids("text", settings.text, tokenizer, n_tokens=settings.n_tokens)
-        check_ids(text, config_of(name))
+        text = read_text(settings, tokenizer, name)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     if settings.dry_run:
         with another_base_refused():
@@ -113,7 +125,8 @@ def run(settings: Namespace) -> Result:
         if settings.text is not None:
             weights["the model, to compare"] = weight_bytes(name)
         costs = estimate_reading("export", weights=weights, disk=disk)
-        return Result(text=f"would write {name} into {settings.output}\n{target}\n{costs}", data=costs.to_dict())
+        known = format_named(settings.format)
+        return Result(text=f"would write {name} into {settings.output}\n{known}\n{costs}", data=costs.to_dict())
     float_model = None
     if settings.float_model is not None:
         float_model = load_model(settings.float_model, option="float_model")

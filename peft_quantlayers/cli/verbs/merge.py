@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
+from ...calibration import Calibration
 from ...estimate import estimate_merging
 from ...merging.strategies import Strategy
 from ...model_merge import merge_back, plan_merge_bits
@@ -49,13 +51,34 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add_budget(parser)
 
 
-def run(settings: Namespace) -> Result:
-    """Merge, save, and report."""
+def has_budget(settings: Namespace) -> bool:
+    """Whether the merged layers get other bits than they have."""
+    return settings.average_bits is not None or settings.size is not None or settings.plan is not None
+
+
+def check_values(settings: Namespace) -> None:
+    """Raise an error where the options contradict each other, or name no plan; no model and no text is read."""
     options.check_calibration(settings)
     with values_refused():
-        has_budget = settings.average_bits is not None or settings.size is not None or settings.plan is not None
-        refuse_arguments(settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget)
+        refuse_arguments(
+            settings.strategy, settings.calibration.data, settings.tune_epochs, has_budget=has_budget(settings)
+        )
     check_at_least(settings, 2, "evaluate_tokens")
+    options.is_to_be_planned(settings)
+    options.given_plan(settings)
+
+
+def read_texts(settings: Namespace, tokenizer: Any) -> tuple[Calibration | None, Tensor | None]:
+    """The data of ``--calibration.data`` and the token ids of ``--evaluate_on``; None for what is not given."""
+    data, held_out = options.calibration(settings, tokenizer), None
+    if settings.evaluate_on is not None:
+        held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    return data, held_out
+
+
+def run(settings: Namespace) -> Result:
+    """Merge, save, and report."""
+    check_values(settings)
     name, _ = model_and_adapter(settings.model, settings.adapter)
     options.check_output(settings, inputs=(name,))
     tokenizer_of = tokenizer_name(settings.tokenizer, name, settings.adapter)
@@ -66,12 +89,9 @@ def run(settings: Namespace) -> Result:
     plan = options.given_plan(settings)
     if not settings.dry_run:
         options.refuse_output_in_use(settings)
-    tokenizer = needed_tokenizer(tokenizer_of) if settings.tokenizer else load_tokenizer(tokenizer_of)
-    data = options.calibration(settings, tokenizer)
-    held_out = None
-    if settings.evaluate_on is not None:
-        tokenizer = needed_tokenizer(tokenizer_of)
-        held_out = token_ids("evaluate_on", settings.evaluate_on, tokenizer, n_tokens=settings.evaluate_tokens)
+    is_needed = settings.tokenizer or settings.evaluate_on is not None
+    tokenizer = needed_tokenizer(tokenizer_of) if is_needed else load_tokenizer(tokenizer_of)
+    data, held_out = read_texts(settings, tokenizer)
     if settings.dry_run:
         costs = estimate_merging(model_on_meta(name), None, rank=rank_of(settings.adapter))
         text = f"{settings.adapter} would be merged into {name} ({settings.strategy}) and saved in {settings.output}"
@@ -98,7 +118,7 @@ def run(settings: Namespace) -> Result:
     said = "" if plan is None else f"\nplan: {plan}"
     data_of_plan = {} if plan is None else {"plan": options.figures_of(plan)}
     return Result(
-        text=f"{in_options(str(report))}{said}\nsaved in {settings.output}; every layer in {REPORT_FILE}",
+        text=f"{in_options(str(report))}{said}\nmerged model in {settings.output}; every layer in its {REPORT_FILE}",
         data=report.to_dict() | data_of_plan,
         output=settings.output,
     )

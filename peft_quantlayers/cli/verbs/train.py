@@ -1,38 +1,39 @@
-"""``train MODEL OUTPUT --data FILE``: train an adapter with TRL's trainers, and merge it if asked."""
+"""``train MODEL OUTPUT --data FILE``: train an adapter with TRL's trainers; merge, evaluate and export if asked."""
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
-from peft import LoftQConfig, LoraConfig, PeftConfig
+from peft import PeftConfig
 from transformers import PreTrainedModel, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import TensorBoardCallback
 
-from quantlayers_cli.option_names import WrongUsage, read_options
+from quantlayers_cli.option_names import WrongUsage
 
 from ...layers.quantized_layers import quantized_layers
 from ...lora import enable_merge_aware
-from ...merging.strategies import Strategy
+from ...lora.merge_aware_config import fingerprints_of
 from ...report.tensorboard import LayerFiguresCallback
 from ...report.training_parts import STATE_FILE, checkpoints
 from ...saving import save_model
-from ...scales import QuantScalesConfig
 from ...storage.free_memory import return_large_blocks
 from ...training import prepare_model_for_kbit_training
-from .. import pv_training
+from .. import after_training, pv_training, rehearsed_end, trained_adapter
 from .. import shared_options as options
-from ..given_tokenizers import needed_tokenizer, template_refusals_named
+from ..chosen_options import chosen_adapter, chosen_options
+from ..given_tokenizers import needed_tokenizer, template_refusals_named, tokenizer_name
 from ..half_made import RESUME, half_made_removed
 from ..models import is_quantized_already, load_model, refuse_missing_folder
-from ..parsing import VerbParser, new_parser
+from ..parsing import VerbParser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused
 from ..rehearsal import rehearse
@@ -52,31 +53,37 @@ from ..training_checks import (
     refuse_diverged,
 )
 from ..training_rows import load_rows
-from ..training_run import merged, shown_batch, trained
+from ..training_run import shown_batch, trained
 from ..trl_trainers import trainer_of
 
 DESCRIPTION = (
     "Train an adapter on a quantized model, or with --adapter_type pv all of an AQLM model; a float one is quantized "
-    "first, and saved beside the adapter, where the other verbs find it. Data: rows with `text`, `messages`, `prompt` "
-    "and `completion`, or `instruction`, `input` and `output`; for dpo `prompt`, `chosen` and `rejected`."
+    "first, and saved beside the adapter, where the other verbs find it. The folder of an adapter in the place of the "
+    "model has that adapter trained further. Data: rows with `text`, `messages`, `prompt` and `completion`, or "
+    "`instruction`, `input` and `output`; for dpo `prompt`, `chosen` and `rejected`."
 )
 POSITIONALS = ("model", "output")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 # Of the data, to see whether TRL's trainer takes the options.
 ROWS_FOR_OPTIONS = 4
-# Fields that PEFT fills itself.
-OF_PEFT = {"peft_type", "auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 # Fields of the trainers' arguments that other options give.
 OF_OURS = {"output_dir", "model_init_kwargs", "ref_model_init_kwargs"}
 
 
 def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
-    """Options of the verb; ``--trainer``, on the line or in the file, decides which class ``--training`` fills."""
-    chosen = _chosen(arguments, trainer="sft", adapter_type="lora")
+    """Options of the verb.
+
+    ``--trainer``, on the line or in the file, decides which class ``--training`` fills, ``--adapter`` the defaults of
+    ``--lora``.
+    """
+    chosen = chosen_options("train", arguments, POSITIONALS, trainer="sft", adapter_type="lora")
     arguments_type, _ = trainer_of(chosen["trainer"])
-    options.add_model(parser)
+    options.add_model(parser, required=False)
     options.add_output(
         parser, help_text="folder of the adapter, or of the model that pv trains; the Trainer's checkpoints are in it"
+    )
+    parser.add_argument(
+        "--adapter", type=str | None, default=None, help="folder of an adapter to train further; null: a new one"
     )
     parser.add_argument(
         "--trainer", type=Literal["sft", "dpo"], default="sft", help="supervised finetuning, or preferences"
@@ -95,10 +102,6 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--show_batch", action="store_true", help="print what is read and what is learned; train nothing"
     )
-    parser.add_argument("--merge", type=Strategy | None, default=None, help="merge at the end by this strategy")
-    parser.add_argument(
-        "--merged_output", type=str | None, default=None, help="folder of the merged model; null: OUTPUT/merged"
-    )
     parser.add_argument(
         "--fsdp_size",
         type=int | None,
@@ -111,111 +114,123 @@ def add_arguments(parser: VerbParser, arguments: Sequence[str] = ()) -> None:
         default=None,
         help="folder of the quantized model that a float --model becomes; adapters may share it; null: OUTPUT/base",
     )
+    after_training.add_arguments(parser)
     options.add_method(parser, "quantization.")
-    _add_adapters(parser)
+    trained_adapter.add_arguments(parser, chosen_adapter(chosen))
     parser.add_class_arguments(arguments_type, "training", skip=OF_OURS, fail_untyped=False)
     # TRL asks for bfloat16 on a GPU where it is not told otherwise, and stops where there is none.
     parser.set_defaults({"training.report_to": "none", "training.use_cpu": not torch.accelerator.is_available()})
     pv_training.add_arguments(parser, is_chosen=chosen["adapter_type"] == "pv")
 
 
-def _add_adapters(parser: VerbParser) -> None:
-    """``--lora`` and ``--scales``: the fields of the adapters' configs."""
-    parser.add_class_arguments(LoraConfig, "lora", skip=OF_PEFT, fail_untyped=False)
-    parser.set_defaults({"lora.target_modules": "all-linear", "lora.task_type": "CAUSAL_LM"})
-    parser.add_argument("--scales.target_modules", type=list[str] | str | None, default="all-linear", help="layers")
-    parser.add_argument(
-        "--scales.train", type=list[str] | None, default=None, help="tensors to train; null: the scales"
-    )
-
-
-def _check_adapter_options(settings: Namespace) -> None:
-    """Raise WrongUsage for options of an adapter that is not trained, which would be ignored."""
-    parser = new_parser("", "")
-    _add_adapters(parser)
-    defaults = parser.parse_args([])
-    for group in sorted({"lora", "scales"} - {settings.adapter_type}):
-        for name, value in vars(settings[group]).items():
-            if _plain(value) != _plain(defaults[group][name]):
-                raise WrongUsage(
-                    f"--{group}.{name} is for --adapter_type {group}, and it is {settings.adapter_type}. Leave one of "
-                    "both out."
-                )
-
-
 def run(settings: Namespace) -> Result | None:
-    """Train, save the adapter, and merge it if asked; None in all but the first of several processes."""
+    """Train, save the adapter, and do what is asked then; None in all but the first of several processes."""
+    trained_adapter.resolve_names(settings)
     refuse_missing_folder("model", settings.model)
-    check_training(settings)
-    _check_adapter_options(settings)
     processes = PartialState(cpu=settings.training.use_cpu)
-    checkpoint = checked_start(settings, processes)
-    is_float = not is_quantized_already(settings.model)
-    if is_float:
-        pv_training.check_float_model(settings)
-    else:
-        refuse_options_of_float_models(settings)
+    steps, checkpoint = checked_options(settings, processes)
     processes.wait_for_everyone()  # the first one will write there
     if settings.training.use_cpu:
         return_large_blocks()
-    tokenizer = needed_tokenizer(settings.tokenizer or settings.model)
+    tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, settings.model, settings.adapter))
     template = settings.training.get("chat_template_path") or ""
     if template.endswith(TEMPLATE_SUFFIXES) and not Path(template).is_file():
         raise FileNotFoundError(f"--training.chat_template_path {template}: there is no such file.")
     rows = load_rows("data", settings, tokenizer)
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
-    adapter = adapter_config(settings)
-    writer = template or settings.tokenizer or settings.model  # of chats
-    with (
-        template_refusals_named(writer),
-        values_refused(),
-        given_options_named(settings),
-    ):  # of the trainer's options, in a moment
+    config = trained_adapter.config_of(settings)
+    with template_refusals_named(template or settings.tokenizer or settings.model):
+        rehearse_all(settings, rows, eval_rows, tokenizer)
+        rehearsed_end.check_texts(settings, steps, tokenizer)
+        set_seed(settings.training.seed)
+        if settings.dry_run:
+            return plan_of_training(settings, config, [step.command for step in steps], n_rows=len(rows))
+        data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
+        if settings.show_batch:
+            return first_batch(settings, config, **data)
+        # The Trainer prints its log, among which a program would not find the result.
+        with redirect_stdout(sys.stderr) if settings.json else nullcontext():
+            found, told = train_and_save(settings, config, steps, processes, checkpoint, **data)
+    return after_training.result_with(settings, steps, found, told) if processes.is_main_process else None
+
+
+def checked_options(settings: Namespace, processes: PartialState) -> tuple[list[after_training.Step], str | None]:
+    """What is to be done at the end, and the checkpoint to go on with, if any.
+
+    Raises an error where the options contradict each other, the model, this machine, or what lies in the folders.
+    """
+    check_training(settings)
+    trained_adapter.check_options(settings)
+    rehearsed_end.check_options(settings, n_processes=processes.num_processes)
+    steps = after_training.steps_of(settings, processes)
+    rehearsed_end.check_values(settings, steps)
+    checkpoint = checked_start(settings, processes, steps)
+    if is_quantized_already(settings.model):
+        refuse_options_of_float_models(settings)
+    else:
+        pv_training.check_float_model(settings)
+    return steps, checkpoint
+
+
+def rehearse_all(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> None:
+    """Make the trainer of a few rows, and of all where hours of quantizing come first, or none follow at all."""
+    with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
         rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
-    if settings.dry_run or (is_float and not settings.show_batch):
-        with template_refusals_named(writer), given_options_named(settings):
+    if settings.dry_run or not (is_quantized_already(settings.model) or settings.show_batch):
+        with given_options_named(settings):
             rehearse(settings, rows, eval_rows, tokenizer)
-    set_seed(settings.training.seed)
-    if settings.dry_run:
-        return plan_of_training(settings, adapter, n_rows=len(rows))
-    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
-    if settings.show_batch:
-        with tempfile.TemporaryDirectory() as scratch, template_refusals_named(writer):
-            model = prepared(settings, settings.model)
-            data["optimizers"] = (pv_training.new_tuner(settings, model), None)
-            trainer = new_trainer(settings, model, adapter, output=scratch, **data)
-            return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), tokenizer))
-    folder, base = Path(settings.output), base_folder(settings) if is_float else None
+
+
+def first_batch(settings: Namespace, config: PeftConfig | None, **data: Any) -> Result:
+    """What the trainer reads first, and what of it is learned."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = prepared(settings, settings.model)
+        data["optimizers"] = (pv_training.new_tuner(settings, model), None)
+        trainer = new_trainer(settings, model, config, output=scratch, **data)
+        return Result(text=shown_batch(next(iter(trainer.get_train_dataloader())), data["processing_class"]))
+
+
+def train_and_save(
+    settings: Namespace,
+    config: PeftConfig | None,
+    steps: Sequence[after_training.Step],
+    processes: PartialState,
+    checkpoint: str | None,
+    **data: Any,
+) -> tuple[dict[str, Any], str]:
+    """Train what ``config`` describes, or go on from ``checkpoint``, and save it; what came of it, as data and words.
+
+    Nothing of the model is left when this returns.
+    """
+    folder, tokenizer = Path(settings.output), data["processing_class"]
+    is_float = not is_quantized_already(settings.model)
+    base = base_folder(settings) if is_float else None
     with half_made_removed(folder, base=base, is_active=processes.is_main_process):
-        name = quantized_base(settings, adapter, processes) if is_float else settings.model
+        name = quantized_base(settings, config, processes) if is_float else settings.model
         # PV-Tuning changes the codes, which no optimizer's state holds: it goes on with the model of the checkpoint.
-        model = prepared(settings, checkpoint if checkpoint is not None and adapter is None else name)
+        model = prepared(settings, checkpoint if checkpoint is not None and config is None else name)
         tuner = pv_training.new_tuner(settings, model)
-        with template_refusals_named(writer), given_options_named(settings):
-            trainer = new_trainer(settings, model, adapter, output=str(folder), optimizers=(tuner, None), **data)
+        with given_options_named(settings):
+            trainer = new_trainer(settings, model, config, output=str(folder), optimizers=(tuner, None), **data)
+        rehearsed_end.check_on_model(settings, steps, trainer.model, tokenizer)
+        with given_options_named(settings):
             found, told = trained(trainer, checkpoint)
             refuse_diverged(trainer.model, n_steps=trainer.state.global_step)
         if tuner is not None:
             tuner.close()
             save_model(trainer.model, folder, tokenizer=tokenizer, overwrite=True)  # beside checkpoints
-        else:
-            trainer.model.save_pretrained(folder, is_main_process=processes.is_main_process)
-        if not processes.is_main_process:
-            return None
-        tokenizer.save_pretrained(folder)
-        trainer.save_state()  # for the report
-    lines = [f"{told}; the {'model' if adapter is None else 'adapter'} is in {folder}"]
-    if settings.merge is not None:
-        merge, told = merged(settings, trainer.model, tokenizer)
-        found["merge"] = merge
-        lines.append(told)
-    return Result(text="\n".join(lines), data=found, output=settings.output)
+        else:  # without DPO's reference
+            trainer.model.save_pretrained(
+                folder, selected_adapters=["default"], is_main_process=processes.is_main_process
+            )
+        if processes.is_main_process:
+            tokenizer.save_pretrained(folder)
+            trainer.save_state()  # for the report
+    return found, f"{told}; the {'model' if config is None else 'adapter'} is in {folder}"
 
 
-def checked_start(settings: Namespace, processes: PartialState) -> str | None:
+def checked_start(settings: Namespace, processes: PartialState, steps: Sequence[after_training.Step]) -> str | None:
     """The checkpoint to go on with, if any. Raises an error where the output is in use, or nothing can go on there."""
-    if settings.fsdp_size is not None and settings.merge is not None:
-        raise WrongUsage("--merge needs the whole base in one process: leave out --fsdp_size, or merge afterwards.")
     resume = settings.training.resume_from_checkpoint
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
@@ -236,22 +251,29 @@ def checked_start(settings: Namespace, processes: PartialState) -> str | None:
             )
     if not (resume or settings.show_batch):
         options.refuse_output_in_use(settings, way_out=f", or go on with its last checkpoint: {RESUME}")
-        if settings.merge is not None and settings.merged_output is not None:
-            options.refuse_output_in_use(settings, option="merged_output")
+    if not settings.show_batch:
+        rehearsed_end.check_outputs(settings, steps, is_resumed=bool(resume))
     return checkpoint
 
 
-def new_trainer(settings: Namespace, model: Any, adapter: PeftConfig | None, *, output: str, **data: Any) -> Any:
-    """TRL's trainer of ``model`` with a new adapter on it, if any; ``data`` is what it takes besides."""
+def new_trainer(settings: Namespace, model: Any, config: PeftConfig | None, *, output: str, **data: Any) -> Any:
+    """TRL's trainer of ``model`` with an adapter on it, if any: ``--adapter``, or a new one of ``config``.
+
+    ``data`` is what it takes besides.
+    """
     arguments_type, trainer_type = trainer_of(settings.trainer)
+    is_there = settings.adapter is not None
     trainer = trainer_type(
-        model=model,
+        model=trained_adapter.put_on(model, settings) if is_there else model,
         args=arguments_type(**vars(settings.training), output_dir=output),
-        peft_config=adapter,  # DPO's reference is then the model without the adapter
+        # DPO's reference is then the model without the adapter, or a copy of one that was there.
+        peft_config=None if is_there else config,
         **data,
     )
+    if is_there and settings.trainer == "dpo":
+        trained_adapter.checked_reference(trainer)
     check_something_is_learned(trainer, data=data["train_dataset"], eval_data=data["eval_dataset"])
-    if settings.merge_aware:
+    if settings.merge_aware and fingerprints_of(config) is None:
         enable_merge_aware(trainer.model)
     if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
         trainer.add_callback(LayerFiguresCallback())
@@ -265,27 +287,6 @@ def prepared(settings: Namespace, name: str) -> Any:
         use_gradient_checkpointing=bool(settings.training.gradient_checkpointing),
         upcast=settings.adapter_type != "pv",
     )
-
-
-def adapter_config(settings: Namespace) -> PeftConfig | None:
-    """What is trained, as PEFT's config; None where it is no adapter."""
-    if settings.adapter_type == "pv":
-        return None
-    if settings.adapter_type == "scales":
-        fields = {name: value for name, value in vars(settings.scales).items() if value is not None}
-        with values_refused():
-            return QuantScalesConfig(task_type="CAUSAL_LM", **fields)
-    options.check_pattern("lora.target_modules", settings.lora.target_modules)
-    names = {field.name for field in dataclasses.fields(LoraConfig)} - OF_PEFT
-    fields = {name: _plain(value) for name, value in vars(settings.lora).items() if name in names}
-    defaults = LoraConfig()
-    is_filled_in = fields["loftq_config"] == vars(LoftQConfig())
-    if is_filled_in and fields["init_lora_weights"] != "loftq":
-        fields.pop("loftq_config")  # from jsonargparse; PEFT would warn of it
-    with values_refused():
-        return LoraConfig(
-            **{name: value for name, value in fields.items() if value != _plain(getattr(defaults, name))}
-        )
 
 
 def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
@@ -302,23 +303,6 @@ def load_quantized(settings: Namespace, name: str) -> PreTrainedModel:
     return model
 
 
-def _chosen(arguments: Sequence[str], **defaults: str) -> dict[str, str]:
-    """Options on the line, else in the YAML file, else their ``defaults``, before the parser is complete."""
-    found: dict[str, str] = {}
-    for file in (argument for argument in arguments if argument.endswith((".yaml", ".yml"))):
-        try:
-            content = read_options(file)
-        except WrongUsage:
-            continue  # the parser says what is wrong with it
-        if isinstance(content, dict):
-            found |= {name: str(content[name]) for name in defaults.keys() & content.keys()}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        name, separator, value = argument.removeprefix("--").replace("-", "_").partition("=")
-        if argument.startswith("--") and name in defaults:
-            found[name] = value if separator else following
-    return defaults | found
-
-
 def _checkpoint(given: str | None, folder: Path) -> str | None:
     """``--training.resume_from_checkpoint`` as a folder: "true" is the last complete one, if there is any by now."""
     if str(given).lower() == "true":
@@ -329,10 +313,3 @@ def _checkpoint(given: str | None, folder: Path) -> str | None:
             "takes the last one in the output."
         )
     return given
-
-
-def _plain(value: Any) -> Any:
-    """jsonargparse's groups as the mappings that they stand for."""
-    if isinstance(value, Namespace):
-        return {name: _plain(each) for name, each in vars(value).items()}
-    return vars(value) if dataclasses.is_dataclass(value) else value
