@@ -29,7 +29,12 @@ RESULTS = Path(__file__).parent / "results" / "estimate.json"
 WIKITEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"
 TOKENS, CALIBRATION_TOKENS, TRAIN_STEPS, RANK = 512, 1024, 4, 8
 VOCABULARY = 49152  # of SmolLM2's tokenizer
-MODELS = {"SmolLM2": None, "1B": {"hidden": 2048, "layers": 16}, "1B, 2 blocks": {"hidden": 2048, "layers": 2}}
+MODELS: dict[str, dict[str, int] | None] = {
+    "SmolLM2": None,
+    "1B": {"hidden": 2048, "layers": 16},
+    "1B, 2 blocks": {"hidden": 2048, "layers": 2},
+    "8B, 1 block": {"hidden": 4096, "layers": 1, "intermediate": 14336},
+}
 # Verb by step, in the order in which they need each other.
 STEPS = ("quantize", "quantize, calibrated", "train", "merge")
 

@@ -36,11 +36,13 @@ SHARED_RESULTS = RESULTS.with_name("shared_calibration.json")
 TEXT = Path(__file__).parent / "data" / "wikitext2-test.txt"
 
 
-def write_checkpoint(folder: Path, *, hidden: int, layers: int, vocabulary: int = 32000) -> None:
+def write_checkpoint(
+    folder: Path, *, hidden: int, layers: int, intermediate: int | None = None, vocabulary: int = 32000
+) -> None:
     """Random bfloat16 weights of Llama shapes, sharded, with no more than a tensor in memory."""
     config = LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=intermediate or 4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 256,

@@ -74,12 +74,6 @@ def check_training(settings: Namespace) -> None:
             "--training.deepspeed flattens parameters into buffers of one floating dtype, of which the codes of "
             "quantized layers cannot be part. Leave it out, or shard the base over the processes: --fsdp_size N."
         )
-    if settings.training.get("fsdp"):
-        raise WrongUsage(
-            f"--training.fsdp {settings.training.fsdp} is not how a quantized base is sharded over processes. Leave "
-            "it out, and give --fsdp_size N: accelerate launch --num_processes N -m peft_quantlayers train ... "
-            "--fsdp_size N."
-        )
     _check_trackers(settings.training.report_to)
 
 

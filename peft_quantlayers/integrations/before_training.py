@@ -3,7 +3,8 @@
 import logging
 import os
 
-import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -19,15 +20,22 @@ def check_before_training(model: nn.Module) -> None:
 
 
 def refuse_fsdp1() -> None:
-    """Raise ValueError if accelerate was told, by its variables of the environment, to use FSDP1.
+    """Raise ValueError if accelerate is about to use FSDP1.
 
     It joins all parameters of a module into one float tensor; torch's own error does not name the way out.
     """
-    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+    if fsdp_version() == 1:
         raise ValueError(
             "FSDP1 joins all parameters into one float tensor, of which the codes of quantized layers cannot be part. "
             "Use FSDP2: fsdp_version: 2 in accelerate's config, or TrainingArguments(fsdp_config={'version': 2})."
         )
+
+
+def fsdp_version() -> int | None:
+    """Which FSDP the accelerator that there is will shard with; None for none."""
+    if not is_initialized() or AcceleratorState().distributed_type != DistributedType.FSDP:
+        return None
+    return int(AcceleratorState().fsdp_plugin.fsdp_version)
 
 
 def refuse_deepspeed() -> None:
@@ -44,7 +52,7 @@ def refuse_deepspeed() -> None:
 
 def warn_of_copies_on_cpus() -> None:
     """Warn where accelerate was told to shard, and will not: without accelerators it runs DDP, and says nothing."""
-    if _is_set("ACCELERATE_USE_FSDP") and not torch.accelerator.is_available():
+    if _is_set("ACCELERATE_USE_FSDP") and fsdp_version() is None:
         logger.warning(
             "accelerate shards over accelerators only: here, on CPUs, every process holds the whole model. "
             "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)) shards the base, as `train "

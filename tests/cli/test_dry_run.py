@@ -72,9 +72,15 @@ def test_what_would_fail_at_once_is_refused(command, said, quantized, float_mode
 def test_the_weights_of_all_models_are_counted(quantized, float_model, text_file, capsys):
     command = ["evaluate", quantized, "--text", text_file, "--reference", float_model, "--dry_run", "--json"]
     found = json.loads(printed(capsys, command))
-    for model in (quantized, float_model):
-        assert found["memory"][model] == (Path(model) / "model.safetensors").stat().st_size
+    for what, model in ((quantized, quantized), (f"{float_model}, beside it", float_model)):
+        assert found["memory"][what] == (Path(model) / "model.safetensors").stat().st_size
     assert found["seconds"] > 0
+
+
+def test_a_base_beside_its_adapter_is_counted_twice(adapter, quantized, text_file, capsys):
+    command = ["evaluate", adapter, "--text", text_file, "--reference", quantized, "--dry_run", "--json"]
+    found = json.loads(printed(capsys, command))
+    assert found["memory"][quantized] == found["memory"][f"{quantized}, beside it"] > 0
 
 
 def test_an_export_takes_the_disk_that_is_said(quantized, commands, tmp_path, capsys):

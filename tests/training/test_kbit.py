@@ -2,9 +2,11 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from integrations.tiny import training_arguments
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 import peft_quantlayers as pql
+from peft_quantlayers.integrations import before_training
 from peft_quantlayers.training import kbit
 
 SIZES = {
@@ -173,19 +176,25 @@ def test_a_model_to_evaluate_with_is_not_warned_of(caplog, tmp_path):
     assert copy.deepcopy(loaded.get_base_model()).hf_quantizer.is_trainable
 
 
-@pytest.mark.parametrize(("version", "is_refused"), [(None, True), ("1", True), ("2", False)])
-def test_fsdp1_is_refused_before_training(version, is_refused, monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize(("version", "said"), [(1, "FSDP1 joins"), (2, ""), (None, "every process holds the whole")])
+def test_fsdp1_is_refused_before_training_and_none_is_warned_of(version, said, monkeypatch, tmp_path, caplog):
     model = get_peft_model(quantized(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"]))
+    arguments = training_arguments(tmp_path, steps=1, bf16=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    if version is not None:
-        monkeypatch.setenv("FSDP_VERSION", version)
-    if is_refused:
-        with pytest.raises(ValueError, match=r"FSDP1 joins.*Use FSDP2"):
-            Trainer(model, training_arguments(tmp_path, steps=1, bf16=False))
+    monkeypatch.setattr(before_training, "fsdp_version", lambda: version)
+    if version == 1:
+        with pytest.raises(ValueError, match=rf"{said}.*Use FSDP2"):
+            Trainer(model, arguments)
     else:
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-        assert model.hf_quantizer.is_trainable
-        assert not caplog.text
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        assert model.hf_quantizer.is_trainable
-        assert "every process holds the whole model" in caplog.text
+        Trainer(model, arguments)
+        assert said in caplog.text
+        assert bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(("kind", "version"), [(DistributedType.FSDP, 2), (DistributedType.MULTI_GPU, None)])
+def test_the_fsdp_is_that_of_the_accelerator(kind, version, monkeypatch):
+    state = SimpleNamespace(distributed_type=kind, fsdp_plugin=SimpleNamespace(fsdp_version=2))
+    monkeypatch.setattr(before_training, "AcceleratorState", lambda: state)
+    for is_there in (True, False):
+        monkeypatch.setattr(before_training, "is_initialized", lambda is_there=is_there: is_there)
+        assert before_training.fsdp_version() == (version if is_there else None)
