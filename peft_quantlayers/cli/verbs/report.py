@@ -70,8 +70,15 @@ def run(settings: Namespace) -> Result:
     refuse_missing_folder("float_model", settings.float_model or "")
     folder = Path(settings.folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
+        why = (
+            "is a file. Name the folder of a model, a training or a merge"
+            if folder.exists()
+            else "there is no such folder"
+        )
+        raise NotADirectoryError(f"--folder {folder}: {why}.")
     refuse_export(settings.folder)
+    if settings.float_model is not None:
+        config_of(settings.float_model)
     check_at_least(settings, 2, "window")
     check_at_least(settings, 0, "n_worst")
     check_at_least(settings, 1, "n_tokens")
