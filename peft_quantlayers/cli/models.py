@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def load_model(
     """
     refuse_missing_folder(option, name)
     check_computing_device(device)
+    _check_weights_are_read(name)
     placed = {} if device is None else {"device_map": device}
     try:
         return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
@@ -178,6 +180,21 @@ def load_model(
         raise ValueError(
             f"{name}: its weights are damaged or incomplete ({error}). Copy or download them again."
         ) from None
+
+
+def _check_weights_are_read(name: str) -> None:
+    """Raise PermissionError for a file of weights that may not be read, which safetensors says is not there."""
+    folder = Path(name).expanduser()
+    with suppress(FileNotFoundError, ValueError):  # which loading tells
+        for file in weight_files(folder):
+            if file.is_file():
+                check_readable(file)
+
+
+def check_readable(file: Path) -> None:
+    """Raise PermissionError where ``file`` may not be read."""
+    if not os.access(file, os.R_OK):
+        raise PermissionError(f"{file} cannot be read: there is no permission.")
 
 
 def check_computing_device(device: str | None) -> None:

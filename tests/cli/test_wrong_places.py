@@ -489,3 +489,19 @@ def test_blocks_of_a_calibration_are_not_kept_where_a_model_is(folder, commands,
     data = ["--calibration.data", text_file, "--calibration.resume_folder", given]
     said = refused_untouched(capsys, [*commands["quantize"], *data], tmp_path)
     assert f"--calibration.resume_folder {given} is" in said
+
+
+@pytest.mark.parametrize(
+    "verb", ["quantize", "train", "merge", "export", "evaluate", "inspect", "estimate", "report", "chat"]
+)
+def test_weights_that_may_not_be_read(verb, commands, float_model, quantized, adapter, tmp_path, capsys, monkeypatch):
+    """Who runs tests may read anything, so the answers of the system are those of one who may not."""
+    source = {"quantize": float_model, "merge": adapter}.get(verb, quantized)
+    (file,) = Path(source).glob("*.safetensors")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and (Path(path) != file or mode != os.R_OK)
+    )
+    command = [*commands[verb], *(["--dtype", "float32"] if verb == "quantize" else [])]
+    said = refused_untouched(capsys, command, tmp_path)
+    assert f"{file.name} cannot be read: there is no permission" in said

@@ -23,7 +23,15 @@ from ...storage import replace_file
 from .. import shared_options as options
 from ..given_exports import refuse_export
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer
-from ..models import config_of, is_quantized_already, load_model, n_parameters, refuse_missing_folder, weight_bytes
+from ..models import (
+    check_readable,
+    config_of,
+    is_quantized_already,
+    load_model,
+    n_parameters,
+    refuse_missing_folder,
+    weight_bytes,
+)
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
@@ -100,6 +108,8 @@ def run(settings: Namespace) -> Result:
     if state is not None:
         parts += training_parts(state)
         found["training"] = str(state)
+    if (folder / ADAPTER_FILE).is_file():
+        check_readable(folder / ADAPTER_FILE)
     if of_adapter := adapter_parts(folder):
         parts += of_adapter
         found["adapter"] = str(folder / ADAPTER_FILE)
