@@ -441,8 +441,9 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     for at in (0, 2):
         with monkeypatch.context() as patched:
             patched.setattr(PartsOfModel, "make", interrupted)
-            refused(capsys, [*command, "--group_size", "16"], 130)
+            said = refused(capsys, [*command, "--group_size", "16"], 130)
         assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
+        assert (f"is kept in {out / '.quantizing'}: the same command goes on" in said) == (at > 0)
     said = refused(capsys, [*command, "--group_size", "32"], 1)
     assert "unfinished run with other values of config" in said
     assert "--resume false" in said
