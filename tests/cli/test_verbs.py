@@ -398,7 +398,7 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["chat", adapter, "--adapter", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed"),
         (["estimate", adapter], "holds an adapter, and a model is needed here"),
         (["report", "no-such-folder"], "--folder no-such-folder: there is no such folder"),
-        (["report", empty], "there is no such folder"),
+        (["report", empty], "empty.jsonl is a file. Name the folder of a model"),
         (["chat", "no-such-model"], "there is no such folder here, and the Hub has"),
         (["train", "no-such-model", out, "--data", text_file], "there is no such folder here, and the Hub has"),
         (["train", quantized, out, "--data", empty], "empty.jsonl is empty"),

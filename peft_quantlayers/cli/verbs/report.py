@@ -78,12 +78,8 @@ def run(settings: Namespace) -> Result:
     refuse_missing_folder("float_model", settings.float_model or "")
     folder = Path(settings.folder)
     if not folder.is_dir():
-        why = (
-            "is a file. Name the folder of a model, a training or a merge"
-            if folder.exists()
-            else "there is no such folder"
-        )
-        raise NotADirectoryError(f"--folder {folder}: {why}.")
+        why = " is a file. Name the folder of a model, a training or a merge" if folder.exists() else None
+        raise NotADirectoryError(f"--folder {folder}{why or ': there is no such folder'}.")
     refuse_export(settings.folder)
     if settings.float_model is not None:
         config_of(settings.float_model)
