@@ -343,6 +343,13 @@ def test_an_interrupt_at_any_file_operation_leaves_the_whole_output_or_none(verb
         state["at"] = 0
 
 
+@pytest.mark.parametrize("place", ["check_names", "leave_out_what_others_say", "help_text"])
+def test_an_interrupt_before_the_work_is_one_line(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["quantlayers_cli.main"], place, interrupt)
+    arguments = ["inspect", "--help"] if place == "help_text" else ["inspect", "m"]
+    assert refused(capsys, arguments, 130).endswith("inspect: interrupted.")
+
+
 def test_an_interrupt_while_packages_are_imported_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", interrupt)
     assert refused(capsys, ["inspect", "m"], 130).endswith("interrupted. Nothing was begun.")
