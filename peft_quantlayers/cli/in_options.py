@@ -46,6 +46,10 @@ IN_OPTIONS: dict[str, str | Callable[[re.Match[str]], str]] = {
     "--lora.qalora_group_size SIZE",
     r"\b([Uu]se|or) \"(" + STRATEGY + r")\"": r"\1 --strategy \2",
     r"\"(" + STRATEGY + r")\" (holds|needs|loses|merges)": r"--strategy \1 \2",
+    r"\"(" + STRATEGY + r")\" and \"(" + STRATEGY + r")\" do": r"--strategy \1 and --strategy \2 do",
+    r"token_ids of shape \(\d+,\) \((\d+) tokens\) must be a vector of at least one window of (\d+) tokens\. Give a "
+    r"longer text, or a smaller window": r"the text has \1 tokens, fewer than a window of \2. Give a longer text, or "
+    "a smaller --window",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
 }
 

@@ -537,15 +537,25 @@ PYTHON = re.compile(r"\b[a-z_]+=[\"'\w(\[]|peft_quantlayers\.|\w+\(\)|for_export
         (["merge", "ADAPTER", "OUT", "--strategy", "exact"], "or use --strategy requantize or --strategy keep."),
         (["merge", "ADAPTER", "OUT", "--strategy", "append"], "Use --strategy calibrated or --strategy requantize;"),
         (["merge", "ADAPTER", "OUT", "--strategy", "calibrated"], "use --strategy requantize, or --strategy keep"),
+        (["merge", "ADAPTER", "OUT", "--calibration.data", "TEXT"], "--strategy calibrated and --strategy append do"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--n_tokens", "9", "--window", "64"], "has 9 tokens, fewer than"),
         (["export", "FLOAT", "OUT", "--format", "mlx"], "(quantize MODEL OUTPUT), or give --format dense"),
         (["export", "MODEL", "OUT", "--format", "awq"], "quantize --integer_zero true --export_target awq"),
         (["export", "MODEL", "OUT", "--format", "aqlm"], "--format dense (for all)"),
     ],
 )
-def test_what_is_refused_is_said_in_options(command, said, adapter, quantized, float_model, tmp_path, capsys):
-    places = {"ADAPTER": adapter, "MODEL": quantized, "FLOAT": float_model, "OUT": str(tmp_path / "out")}
+def test_what_is_refused_is_said_in_options(
+    command, said, adapter, quantized, float_model, text_file, tmp_path, capsys
+):
+    places = {
+        "TEXT": text_file,
+        "ADAPTER": adapter,
+        "MODEL": quantized,
+        "FLOAT": float_model,
+        "OUT": str(tmp_path / "out"),
+    }
     given = [places.get(word, word) for word in command]
-    found = refused(capsys, given, 2 if given[-1] == "calibrated" else 1)
+    found = refused(capsys, given, 2 if given[-1] == "calibrated" or "--calibration.data" in given else 1)
     assert said in found
     assert not PYTHON.search(found), PYTHON.search(found)
 
