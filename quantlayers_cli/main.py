@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         exit_code = _run(given)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except KeyboardInterrupt:  # before the work, or after it
         if given[:1] == ["run"]:  # the program's, as it would be without us
             raise

@@ -7,7 +7,7 @@ import os
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..integrations.private_transformers import name_or_path
 from ..integrations.saved_folder import weight_files
 from ..lora.base_fingerprint import AnotherBaseWarning
 from ..methods import registered_methods, spec_from_dict
+from ..streaming.work_folder import HIDDEN
 from .given_exports import export_refused, refuse_export
 from .refused_values import values_refused
 
@@ -57,6 +58,11 @@ def config_of(name: str) -> PreTrainedConfig:
     refuse_export(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
+    if not is_file and (folder / HIDDEN).is_dir():
+        raise FileNotFoundError(
+            f"{name} holds no model yet: what quantizes into it is not finished. After an interruption the same "
+            "command goes on."
+        )
     if folder.exists() and not is_file:
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     try:
@@ -180,15 +186,29 @@ def load_model(
         raise ValueError(
             f"{name}: its weights are damaged or incomplete ({error}). Copy or download them again."
         ) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: its weights have other shapes than its config.json asks for: they do not belong together. Copy "
+            "or download them again."
+        ) from None
 
 
 def _check_weights_are_read(name: str) -> None:
-    """Raise PermissionError for a file of weights that may not be read, which safetensors says is not there."""
+    """Raise FileNotFoundError for a file of weights that is missing, PermissionError for one that may not be read."""
     folder = Path(name).expanduser()
-    with suppress(FileNotFoundError, ValueError):  # which loading tells
-        for file in weight_files(folder):
-            if file.is_file():
-                check_readable(file)
+    try:
+        files = weight_files(folder)
+    except (FileNotFoundError, ValueError):  # which loading tells
+        return
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{file} is missing, which the index of the model names. Copy or download it again."
+            )
+        if file.is_file():
+            check_readable(file)
 
 
 def check_readable(file: Path) -> None:

@@ -19,6 +19,7 @@ import peft_quantlayers as pql
 from peft_quantlayers.cli import main
 from peft_quantlayers.cli.verbs import train
 from peft_quantlayers.methods import registered_methods
+from peft_quantlayers.streaming import quantize_files
 from peft_quantlayers.streaming.checkpoint_parts import PartsOfModel
 
 HQQ = ["--quantization.nbits", "4", "--quantization.group_size", "32"]
@@ -146,10 +147,15 @@ def test_interrupted_while_it_is_quantized_it_goes_on_there(tmp_path, data, caps
     keep = PartsOfModel.keep
 
     def interrupted(self, work, number):
-        raise KeyboardInterrupt
+        if number == at:
+            raise KeyboardInterrupt
+        keep(self, work, number)
 
-    monkeypatch.setattr(PartsOfModel, "keep", interrupted)
-    assert "interrupted" in refused(capsys, command, 130)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 2**14)
+    for at in (0, 1):
+        monkeypatch.setattr(PartsOfModel, "keep", interrupted)
+        assert "interrupted" in refused(capsys, command, 130)
+        assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
     monkeypatch.setattr(PartsOfModel, "keep", keep)
     assert "--training.resume_from_checkpoint true" in refused(capsys, command, 1)
     printed(capsys, [*command, "--training.resume_from_checkpoint", "true"])
