@@ -29,10 +29,11 @@ option of a verb may stand in a YAML file, options on the line override it, grou
 `--lora_r`, `--output_dir`, `--micro_batch_size`), usual fields of `training` and `lora` without their group too
 (`--learning_rate`, `--max_steps`), and unknown ones are refused with the nearest that there is. Positional arguments
 fill in what a YAML file leaves open, or else override it in their order. Beside every output lies
-`VERB.yaml` with the resolved options and versions: the same verb takes it again. `--json` prints results for
-programs. Exit codes: 0 done, 1 it failed or found damage, 2 wrong usage, 130 interrupted. Wrong usage is an unknown
-option, one that is missing, a value that is refused whatever the files and the machine hold, or options that exclude
-each other.
+`VERB.yaml` (beside a page of `report` a file of its name) with the resolved options and versions: the same verb takes
+it again. `--dry_run` says what would be done and what it takes, and refuses what would fail at once; all verbs but
+`estimate` have it. `--json` prints results for programs. Exit codes: 0 done, 1 it failed or found damage, 2 wrong
+usage, 130 interrupted. Wrong usage is an unknown option, one that is missing, a value that is refused whatever the
+files and the machine hold, or options that exclude each other.
 
 ```bash
 pql quantize HuggingFaceTB/SmolLM2-135M-Instruct base --nbits 4

@@ -40,9 +40,15 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, ``sys.argv`` if ``arguments`` is None; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        exit_code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        exit_code = _run(given)
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
+    except KeyboardInterrupt:  # before the work, or after it
+        if given[:1] == ["run"]:  # the program's, as it would be without us
+            raise
+        return said(f"{' '.join(given[:1])}: interrupted.", INTERRUPTED)
     except BrokenPipeError:  # the program that reads what is printed, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -16,10 +16,10 @@ IN_OPTIONS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\(peft_quantlayers\.quantize_model\), or export it as \"dense\"": "(quantize MODEL OUTPUT), or give --format "
     "dense",
     r"Call peft_quantlayers\.enable_merge_aware\(model\) before training them": "Train with --merge_aware true",
-    r"peft_quantlayers\.quantize_model(\(model, config\))?": "quantize",
-    r"peft_quantlayers\.merge_back": "merge",
-    r"peft_quantlayers\.verify_model\(folder\) lists": "inspect counts",
-    r"peft_quantlayers\.dequantize_model": "export --format dense",
+    r"peft_quantlayers\.quantize_model(\(model, config\))?": "peft-quantlayers quantize",
+    r"peft_quantlayers\.merge_back": "peft-quantlayers merge",
+    r"peft_quantlayers\.verify_model\(folder\) lists": "peft-quantlayers inspect counts",
+    r"peft_quantlayers\.dequantize_model": "peft-quantlayers export --format dense",
     r"pass overwrite=True": "give --overwrite",
     r"pass tokenizer=AutoTokenizer\.from_pretrained\(name\)": "give --tokenizer NAME",
     r"pass tokenizer=\.": "give --tokenizer FOLDER_OR_NAME.",
@@ -48,6 +48,10 @@ IN_OPTIONS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\"(" + STRATEGY + r")\" (holds|needs|loses|merges)": r"--strategy \1 \2",
     r"\(peft_quantlayers\.merge_back, with another": "(peft-quantlayers merge, with another",
     r", or TrainingArguments\(fsdp_config=\{'version': 2\}\)": ", or train --fsdp_size N",
+    r"\"(" + STRATEGY + r")\" and \"(" + STRATEGY + r")\" do": r"--strategy \1 and --strategy \2 do",
+    r"token_ids of shape \(\d+,\) \((\d+) tokens\) must be a vector of at least one window of (\d+) tokens\. Give a "
+    r"longer text, or a smaller window": r"the text has \1 tokens, fewer than a window of \2. Give a longer text, or "
+    "a smaller --window",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ..integrations.private_transformers import name_or_path
 from ..integrations.saved_folder import weight_files
 from ..lora.base_fingerprint import AnotherBaseWarning
 from ..methods import registered_methods, spec_from_dict
+from ..streaming.work_folder import HIDDEN
 from .given_exports import export_refused, refuse_export
 from .refused_values import values_refused
 
@@ -56,6 +58,11 @@ def config_of(name: str) -> PreTrainedConfig:
     refuse_export(name)
     if folder.is_file():
         raise NotADirectoryError(f"{name} is a file. Name the folder of a model.")
+    if not is_file and (folder / HIDDEN).is_dir():
+        raise FileNotFoundError(
+            f"{name} holds no model yet: what quantizes into it is not finished. After an interruption the same "
+            "command goes on."
+        )
     if folder.exists() and not is_file:
         raise FileNotFoundError(f"{name} holds no model: there is no config.json in it.")
     try:
@@ -171,6 +178,7 @@ def load_model(
     """
     refuse_missing_folder(option, name)
     check_computing_device(device)
+    _check_weights_are_read(name)
     placed = {} if device is None else {"device_map": device}
     try:
         return _class_of(config_of(name)).from_pretrained(name, dtype=dtype, **placed, **options).eval()
@@ -178,6 +186,35 @@ def load_model(
         raise ValueError(
             f"{name}: its weights are damaged or incomplete ({error}). Copy or download them again."
         ) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: its weights have other shapes than its config.json asks for: they do not belong together. Copy "
+            "or download them again."
+        ) from None
+
+
+def _check_weights_are_read(name: str) -> None:
+    """Raise FileNotFoundError for a file of weights that is missing, PermissionError for one that may not be read."""
+    folder = Path(name).expanduser()
+    try:
+        files = weight_files(folder)
+    except (FileNotFoundError, ValueError):  # which loading tells
+        return
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{file} is missing, which the index of the model names. Copy or download it again."
+            )
+        if file.is_file():
+            check_readable(file)
+
+
+def check_readable(file: Path) -> None:
+    """Raise PermissionError where ``file`` may not be read."""
+    if not os.access(file, os.R_OK):
+        raise PermissionError(f"{file} cannot be read: there is no permission.")
 
 
 def check_computing_device(device: str | None) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ JOINED = (
 )
 # Suffixes that the package ``datasets`` reads, and the name of its reader.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+# Characters in the name of a file that the package datasets does not take as they are.
+_READ_OTHERWISE = re.compile(r"[*?\[\]{}$:!\\]")
 DATA_HELP = (
     "a text file, a file of rows (.jsonl, .json, .csv, .parquet), a folder written by datasets' save_to_disk, or the "
     "name of a dataset on the Hub, with :SPLIT where it is not 'train'"
@@ -56,13 +62,26 @@ def load_data(option: str, name: str) -> Any:
         if path.is_dir():
             return datasets.load_from_disk(str(path))
         if path.is_file():
-            return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path), split="train")
+            with _plain_name(path) as file:
+                return datasets.load_dataset(READERS[path.suffix.lower()], data_files=file, split="train")
         dataset, _, split = name.partition(":")
         return datasets.load_dataset(dataset, split=split or "train")
     except Exception as error:  # of any kind: readers of a dozen formats, and the Hub
         if says_full(error):
             raise
         raise ValueError(f"--{option} {name} cannot be read{_reason(error, path)}") from None
+
+
+@contextmanager
+def _plain_name(path: Path) -> Iterator[str]:
+    """A name of ``path`` in which the package datasets sees no pattern of files, variable or protocol."""
+    if not _READ_OTHERWISE.search(str(path)):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"rows{path.suffix}"
+        link.symlink_to(path.absolute())
+        yield str(link)
 
 
 def is_data_name(name: str) -> bool:

@@ -197,6 +197,8 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
     fields = vars(settings.calibration)
     if fields["data"] is None:
         return None
+    if fields["resume_folder"] is not None:
+        _check_resume_folder(Path(fields["resume_folder"]).expanduser())
     data: Any = load_texts("calibration.data", fields["data"])
     if tokenizer is None and "input_ids" not in getattr(data, "column_names", ()):
         raise ValueError(
@@ -205,6 +207,19 @@ def calibration(settings: Namespace, tokenizer: Any) -> Calibration | None:
         )
     with values_refused():
         return Calibration(**{**fields, "data": data, "tokenizer": tokenizer})
+
+
+def _check_resume_folder(folder: Path) -> None:
+    """Raise an error where finished blocks cannot be kept in ``folder``, or where it holds a model or an adapter."""
+    option = "calibration.resume_folder"
+    if folder.is_file():
+        raise NotADirectoryError(f"--{option} {folder} is a file. Name a folder.")
+    check_place(option, folder)
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            raise FileExistsError(
+                f"--{option} {folder} is no folder of a calibration: it holds {name}. Choose another."
+            )
 
 
 def add_budget(parser: ArgumentParser) -> None:

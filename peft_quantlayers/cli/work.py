@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -42,7 +43,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         module = importlib.import_module(f"{__package__}.verbs.{verb}")
         parser = verb_parser(verb, module, arguments)
         settings = parse(parser, arguments, module.POSITIONALS)
-        result = module.run(settings)
+        # What packages print is no part of the JSON.
+        with redirect_stdout(sys.stderr) if settings.json else nullcontext():
+            result = module.run(settings)
         if result is None:  # another process tells
             return 0
         if result.output is not None:
@@ -50,6 +53,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         _print(result, is_json=settings.json)
     except WrongUsage as error:
         return _said(f"{verb}: {_in_one_line(error)}{_notes(error)}", WRONG_USAGE)
+    except BrokenPipeError:  # who reads what is printed has enough
+        raise
     except KeyboardInterrupt as interrupt:
         if is_first_process():
             _said(f"{verb}: interrupted. What was saved before is as it was.{_notes(interrupt)}", INTERRUPTED)

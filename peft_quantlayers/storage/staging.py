@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def staged_folder(
         try:
             _make_staging(target, new)
             yield new
+            _give_usual_modes(new)
             sync_tree(new)
             _check_target(target, overwrite=overwrite)
             if staging.parent == target:
@@ -255,6 +257,20 @@ def _make_staging(target: Path, new: Path) -> None:
     except OSError as error:
         reason = f"{target} cannot be written ({error.strerror}); nothing was written. Choose another folder."
         raise OSError(error.errno, reason) from None
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let all read the files in ``folder`` who may read what this process writes: safetensors lets the owner only."""
+    if os.name != "posix":
+        return
+    sample = folder / ".mode"
+    sample.touch()
+    usual = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() and not path.is_symlink() else usual
+        if mode & ~stat.S_IXUSR == stat.S_IRUSR | stat.S_IWUSR and mode != usual:
+            path.chmod(mode | usual)
 
 
 def _remove(staging: Path) -> None:

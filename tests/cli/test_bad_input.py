@@ -149,6 +149,31 @@ def test_an_export_that_transformers_reads_is_a_model(name, commands, quantized,
         printed(capsys, [verb, str(tmp_path / name), *commands[verb][2:]])
 
 
+@pytest.mark.parametrize("verb", ["train", "export", "evaluate", "inspect", "estimate", "chat"])
+def test_a_folder_that_is_still_quantized_into_is_named(verb, commands, tmp_path, capsys):
+    (tmp_path / "half" / ".quantizing").mkdir(parents=True)
+    said = refused(capsys, [verb, str(tmp_path / "half"), *commands[verb][2:]], 1)
+    assert "half holds no model yet: what quantizes into it is not finished" in said
+
+
+@pytest.mark.parametrize("verb", ["quantize", "evaluate", "inspect", "chat"])
+def test_float_weights_that_are_missing_or_of_another_shape_are_named(verb, commands, float_model, tmp_path, capsys):
+    own = Path(copied(float_model, tmp_path / "own", without="none"))
+    options = ["--dtype", "float32"] if verb == "quantize" else []
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    said = refused(capsys, [verb, str(own), *commands[verb][2:], *options], 1)
+    assert "do not belong together" in said
+    assert "unexpected" not in said
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "model.safetensors").rename(own / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (own / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    said = refused(capsys, [verb, str(own), *commands[verb][2:], *options], 1)
+    assert "model-00002-of-00002.safetensors is missing, which the index" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_is_of_another_base_or_damaged(commands, quantized, adapter, float_model, tmp_path, capsys):
     other = str(tmp_path / "other")
     printed(capsys, ["quantize", float_model, other, "--group_size", "64"])
@@ -341,6 +366,26 @@ def test_an_interrupt_at_any_file_operation_leaves_the_whole_output_or_none(verb
             assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
     finally:
         state["at"] = 0
+
+
+def test_a_closed_pipe_ends_a_verb_without_a_word_and_no_output_is_no_error(commands, capfd, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "_print", closed)
+        patched.setattr(sys.modules["quantlayers_cli.main"].os, "dup2", lambda *_: None)
+        assert main(commands["inspect"]) == 1
+    assert "peft-quantlayers" not in capfd.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where the shell has closed it: >&-
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("place", ["check_names", "leave_out_what_others_say", "help_text"])
+def test_an_interrupt_before_the_work_is_one_line(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["quantlayers_cli.main"], place, interrupt)
+    arguments = ["inspect", "--help"] if place == "help_text" else ["inspect", "m"]
+    assert refused(capsys, arguments, 130).endswith("inspect: interrupted.")
 
 
 def test_an_interrupt_while_packages_are_imported_is_one_line(capsys, monkeypatch):

@@ -238,3 +238,12 @@ def test_tensorboard_shows_where_the_adapter_learns(quantized, tmp_path):
         found.append(float(delta.pow(2).mean().sqrt() / layer.quantized_weight.tensors["scale"].double().median()))
     drawn = events.Scalars("adapter/delta over step, mean")[-1].value
     assert drawn == pytest.approx(sum(found) / len(found), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "verb", ["quantize", "train", "merge", "export", "evaluate", "inspect", "estimate", "report", "chat"]
+)
+def test_json_is_all_that_is_printed(verb, commands, capfd):
+    """Also by the packages below: transformers prints the metrics of a training."""
+    assert main([*commands[verb], "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)

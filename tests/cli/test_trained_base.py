@@ -147,13 +147,15 @@ def test_interrupted_while_it_is_quantized_it_goes_on_there(tmp_path, data, caps
     keep = PartsOfModel.keep
 
     def interrupted(self, work, number):
-        if number > 0:
+        if number == at:
             raise KeyboardInterrupt
         keep(self, work, number)
 
-    monkeypatch.setattr(quantize_files, "PART_BYTES", 1)  # of which none is finished, nothing is left to go on with
-    monkeypatch.setattr(PartsOfModel, "keep", interrupted)
-    assert "interrupted" in refused(capsys, command, 130)
+    monkeypatch.setattr(quantize_files, "PART_BYTES", 2**14)
+    for at in (0, 1):
+        monkeypatch.setattr(PartsOfModel, "keep", interrupted)
+        assert "interrupted" in refused(capsys, command, 130)
+        assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
     monkeypatch.setattr(PartsOfModel, "keep", keep)
     assert "--training.resume_from_checkpoint true" in refused(capsys, command, 1)
     printed(capsys, [*command, "--training.resume_from_checkpoint", "true"])

@@ -398,7 +398,7 @@ def test_what_fails_is_one_line_and_writes_nothing(float_model, quantized, adapt
         (["chat", adapter, "--adapter", adapter, "--tokenizer", quantized], "holds an adapter, and a model is needed"),
         (["estimate", adapter], "holds an adapter, and a model is needed here"),
         (["report", "no-such-folder"], "--folder no-such-folder: there is no such folder"),
-        (["report", empty], "there is no such folder"),
+        (["report", empty], "empty.jsonl is a file. Name the folder of a model"),
         (["chat", "no-such-model"], "there is no such folder here, and the Hub has"),
         (["train", "no-such-model", out, "--data", text_file], "there is no such folder here, and the Hub has"),
         (["train", quantized, out, "--data", empty], "empty.jsonl is empty"),
@@ -441,8 +441,9 @@ def test_resume_false_starts_from_scratch_and_removes_no_finished_model(float_mo
     for at in (0, 2):
         with monkeypatch.context() as patched:
             patched.setattr(PartsOfModel, "make", interrupted)
-            refused(capsys, [*command, "--group_size", "16"], 130)
+            said = refused(capsys, [*command, "--group_size", "16"], 130)
         assert out.exists() == (at > 0)  # nothing was finished, so nothing is kept
+        assert (f"is kept in {out / '.quantizing'}: the same command goes on" in said) == (at > 0)
     said = refused(capsys, [*command, "--group_size", "32"], 1)
     assert "unfinished run with other values of config" in said
     assert "--resume false" in said
@@ -536,15 +537,25 @@ PYTHON = re.compile(r"\b[a-z_]+=[\"'\w(\[]|peft_quantlayers\.|\w+\(\)|for_export
         (["merge", "ADAPTER", "OUT", "--strategy", "exact"], "or use --strategy requantize or --strategy keep."),
         (["merge", "ADAPTER", "OUT", "--strategy", "append"], "Use --strategy calibrated or --strategy requantize;"),
         (["merge", "ADAPTER", "OUT", "--strategy", "calibrated"], "use --strategy requantize, or --strategy keep"),
+        (["merge", "ADAPTER", "OUT", "--calibration.data", "TEXT"], "--strategy calibrated and --strategy append do"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--n_tokens", "9", "--window", "64"], "has 9 tokens, fewer than"),
         (["export", "FLOAT", "OUT", "--format", "mlx"], "(quantize MODEL OUTPUT), or give --format dense"),
         (["export", "MODEL", "OUT", "--format", "awq"], "quantize --integer_zero true --export_target awq"),
         (["export", "MODEL", "OUT", "--format", "aqlm"], "--format dense (for all)"),
     ],
 )
-def test_what_is_refused_is_said_in_options(command, said, adapter, quantized, float_model, tmp_path, capsys):
-    places = {"ADAPTER": adapter, "MODEL": quantized, "FLOAT": float_model, "OUT": str(tmp_path / "out")}
+def test_what_is_refused_is_said_in_options(
+    command, said, adapter, quantized, float_model, text_file, tmp_path, capsys
+):
+    places = {
+        "TEXT": text_file,
+        "ADAPTER": adapter,
+        "MODEL": quantized,
+        "FLOAT": float_model,
+        "OUT": str(tmp_path / "out"),
+    }
     given = [places.get(word, word) for word in command]
-    found = refused(capsys, given, 2 if given[-1] == "calibrated" else 1)
+    found = refused(capsys, given, 2 if given[-1] == "calibrated" or "--calibration.data" in given else 1)
     assert said in found
     assert not PYTHON.search(found), PYTHON.search(found)
 

@@ -443,3 +443,65 @@ def test_folders_and_files_below_files_are_no_data(verb, quantized, float_model,
     command = [places.get(word, word) for word in READING[verb]]
     for given, said in ((quantized, "save_to_disk"), (f"{text_file}/below", "there is no such file")):
         assert said in refused_untouched(capsys, [*command, given], tmp_path)
+
+
+ODD_NAME = "ünï 空 'q\" [x] a*b ? $HOME"
+
+
+@pytest.mark.parametrize(
+    "verb", ["quantize", "train", "merge", "export", "evaluate", "inspect", "estimate", "report", "chat"]
+)
+def test_folders_and_files_of_any_name(verb, float_model, quantized, adapter, text_file, commands, tmp_path, capsys):
+    odd = tmp_path / ODD_NAME
+    odd.mkdir()
+    for number, source in enumerate((float_model, quantized, adapter)):
+        shutil.copytree(source, odd / str(number))
+    shutil.copy(text_file, odd / "text ü.txt")
+    shutil.copy(tmp_path / "rows.jsonl", odd / "rows [1].jsonl")
+    places = {
+        float_model: odd / "0",
+        quantized: odd / "1",
+        adapter: odd / "2",
+        text_file: odd / "text ü.txt",
+        str(tmp_path / "rows.jsonl"): odd / "rows [1].jsonl",
+        str(tmp_path / "out"): odd / "out [y]",
+    }
+    command = [str(places.get(word, word)) for word in commands[verb]]
+    printed(capsys, command)
+    if verb in ("quantize", "train", "merge", "export"):
+        saved = odd / "out [y]" / f"{verb}.yaml"
+        shutil.move(saved, tmp_path / "again.yaml")
+        printed(capsys, [verb, str(tmp_path / "again.yaml"), "--output", str(odd / "again")])
+
+
+@pytest.mark.parametrize("verb", ["quantize", "train", "merge", "export"])
+def test_an_output_that_is_a_link_is_written_through_it(verb, commands, tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    printed(capsys, commands[verb])
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / f"{verb}.yaml").is_file()
+
+
+@pytest.mark.parametrize("folder", ["float_model", "adapter", "file"])
+def test_blocks_of_a_calibration_are_not_kept_where_a_model_is(folder, commands, text_file, request, tmp_path, capsys):
+    given = text_file if folder == "file" else request.getfixturevalue(folder)
+    data = ["--calibration.data", text_file, "--calibration.resume_folder", given]
+    said = refused_untouched(capsys, [*commands["quantize"], *data], tmp_path)
+    assert f"--calibration.resume_folder {given} is" in said
+
+
+@pytest.mark.parametrize(
+    "verb", ["quantize", "train", "merge", "export", "evaluate", "inspect", "estimate", "report", "chat"]
+)
+def test_weights_that_may_not_be_read(verb, commands, float_model, quantized, adapter, tmp_path, capsys, monkeypatch):
+    """Who runs tests may read anything, so the answers of the system are those of one who may not."""
+    source = {"quantize": float_model, "merge": adapter}.get(verb, quantized)
+    (file,) = Path(source).glob("*.safetensors")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and (Path(path) != file or mode != os.R_OK)
+    )
+    command = [*commands[verb], *(["--dtype", "float32"] if verb == "quantize" else [])]
+    said = refused_untouched(capsys, command, tmp_path)
+    assert f"{file.name} cannot be read: there is no permission" in said

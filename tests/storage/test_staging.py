@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,3 +340,18 @@ def test_a_lock_inside_is_seen_by_a_second_one(tmp_path):
     with locked_folder(tmp_path, inside=True), pytest.raises(FileExistsError), locked_folder(tmp_path, inside=True):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_files_that_safetensors_writes_for_the_owner_alone_are_read_by_whom_the_umask_lets(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with staged_folder(tmp_path / str(umask), KIND) as new:
+                write(new, NEW)
+                (new / "part1").chmod(0o600)
+        finally:
+            os.umask(before)
+        files = [path for path in (tmp_path / str(umask)).rglob("*") if path.is_file()]
+        assert len(files) == len(NEW)
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}

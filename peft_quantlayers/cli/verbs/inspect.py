@@ -77,7 +77,8 @@ def _damage_line(damage: list[Any] | None) -> str:
         return "checksums: none in the files"
     if not damage:
         return "checksums: every tensor is as it was saved"
-    return f"checksums: {len(damage)} tensors are damaged, first {damage[0]}. Copy or download the files again."
+    first = str(damage[0]).rstrip(".")
+    return f"checksums: {len(damage)} tensors are damaged, first {first}. Copy or download the files again."
 
 
 def _adapter(folder: Path) -> tuple[list[str], dict[str, Any]]:

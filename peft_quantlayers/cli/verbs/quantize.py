@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import GenericAlias
@@ -27,6 +29,7 @@ from ...storage import replace_file
 from ...streaming import quantize_checkpoint
 from ...streaming.assembly import RUN_FILE
 from ...streaming.launched_processes import quantize_in_group
+from ...streaming.work_folder import HIDDEN
 from ...transforms import TRANSFORMS, transform_model
 from .. import shared_options as options
 from ..given_tokenizers import load_tokenizer, needed_tokenizer
@@ -112,15 +115,16 @@ def run(settings: Namespace) -> Result | None:
             if not is_first_process():
                 return None
         else:
-            quantize_checkpoint(
-                settings.model,
-                settings.output,
-                config,
-                calibration=options.calibration(settings, load_tokenizer(settings.model)),
-                device=settings.device,
-                resume=settings.resume,
-                n_processes=settings.n_processes,
-            )
+            with kept_is_told(Path(settings.output)):
+                quantize_checkpoint(
+                    settings.model,
+                    settings.output,
+                    config,
+                    calibration=options.calibration(settings, load_tokenizer(settings.model)),
+                    device=settings.device,
+                    resume=settings.resume,
+                    n_processes=settings.n_processes,
+                )
         if plan is not None:
             with replace_file(Path(settings.output) / options.PLAN_FILE) as part:
                 plan.save(part)
@@ -142,6 +146,17 @@ def run(settings: Namespace) -> Result | None:
     where = f"was there already, complete, in {settings.output}" if was_there else f"saved in {settings.output}"
     said = [str(found), *([] if plan is None else [f"plan: {plan}"]), where]
     return _result(found, "\n".join(said), plan=plan, output=settings.output, was_there=was_there)
+
+
+@contextmanager
+def kept_is_told(folder: Path) -> Iterator[None]:
+    """While this is open, an interrupt says what is kept in ``folder`` for the next call."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if (folder / HIDDEN).is_dir():
+            interrupt.add_note(f"What is finished is kept in {folder / HIDDEN}: the same command goes on.")
+        raise
 
 
 def shared_out(settings: Namespace, config: QuantConfig, calibration: Calibration | None) -> None:

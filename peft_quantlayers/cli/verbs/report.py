@@ -23,7 +23,15 @@ from ...storage import replace_file
 from .. import shared_options as options
 from ..given_exports import refuse_export
 from ..given_tokenizers import check_ids, long_windows_refused, needed_tokenizer
-from ..models import config_of, is_quantized_already, load_model, n_parameters, refuse_missing_folder, weight_bytes
+from ..models import (
+    check_readable,
+    config_of,
+    is_quantized_already,
+    load_model,
+    n_parameters,
+    refuse_missing_folder,
+    weight_bytes,
+)
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP, token_ids
 from ..refused_values import check_at_least
@@ -70,8 +78,11 @@ def run(settings: Namespace) -> Result:
     refuse_missing_folder("float_model", settings.float_model or "")
     folder = Path(settings.folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"--folder {folder}: there is no such folder.")
+        why = " is a file. Name the folder of a model, a training or a merge" if folder.exists() else None
+        raise NotADirectoryError(f"--folder {folder}{why or ': there is no such folder'}.")
     refuse_export(settings.folder)
+    if settings.float_model is not None:
+        config_of(settings.float_model)
     check_at_least(settings, 2, "window")
     check_at_least(settings, 0, "n_worst")
     check_at_least(settings, 1, "n_tokens")
@@ -93,6 +104,8 @@ def run(settings: Namespace) -> Result:
     if state is not None:
         parts += training_parts(state)
         found["training"] = str(state)
+    if (folder / ADAPTER_FILE).is_file():
+        check_readable(folder / ADAPTER_FILE)
     if of_adapter := adapter_parts(folder):
         parts += of_adapter
         found["adapter"] = str(folder / ADAPTER_FILE)
