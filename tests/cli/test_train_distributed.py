@@ -26,6 +26,7 @@ WAYS = {
     "ddp, float model": ["-m", "peft_quantlayers", "train"],
     "fsdp2, float model": ["-m", "peft_quantlayers", "train", "--fsdp_size", "2"],
     "fsdp2 of accelerate": [Path(__file__).with_name("as_on_gpus.py"), "train"],
+    "fsdp2 of the Trainer": [Path(__file__).with_name("as_on_gpus.py"), "train", "--training.fsdp", "full_shard"],
 }
 
 
