@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, int] | None] = {
     "SmolLM2": None,
     "1B": {"hidden": 2048, "layers": 16},
     "1B, 2 blocks": {"hidden": 2048, "layers": 2},
-    "8B, 1 block": {"hidden": 4096, "layers": 1, "intermediate": 14336},
+    "8B, 2 blocks": {"hidden": 4096, "layers": 2, "intermediate": 14336},
 }
 # Verb by step, in the order in which they need each other.
 STEPS = ("quantize", "quantize, calibrated", "train", "merge")

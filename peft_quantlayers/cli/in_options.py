@@ -49,9 +49,6 @@ IN_OPTIONS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\(peft_quantlayers\.merge_back, with another": "(peft-quantlayers merge, with another",
     r", or TrainingArguments\(fsdp_config=\{'version': 2\}\)": ", or train --fsdp_size N",
     r"\"(" + STRATEGY + r")\" and \"(" + STRATEGY + r")\" do": r"--strategy \1 and --strategy \2 do",
-    r"token_ids of shape \(\d+,\) \((\d+) tokens\) must be a vector of at least one window of (\d+) tokens\. Give a "
-    r"longer text, or a smaller window": r"the text has \1 tokens, fewer than a window of \2. Give a longer text, or "
-    "a smaller --window",
     r" \(AutoPeftModel takes quantization_config=\.\.\.\)": "",
 }
 

@@ -227,7 +227,14 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_files(tmp_path):
 
 def test_other_data_is_another_run(tmp_path, monkeypatch):
     saved(tmp_path / "float")
-    monkeypatch.setattr(calibrated, "walk_blocks", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+    own = folder_blocks.FolderBlocks.opened
+
+    def opened(self, block):
+        if block != self.blocks[0]:
+            raise Killed
+        return own(self, block)
+
+    monkeypatch.setattr(folder_blocks.FolderBlocks, "opened", opened)
     with pytest.raises(Killed):
         pql.quantize_checkpoint(tmp_path / "float", tmp_path / "q", CONFIG, calibration=IDS, progress=False)
     with pytest.raises(FileExistsError, match="other values of calibration"):
