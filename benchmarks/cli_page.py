@@ -115,6 +115,8 @@ def _declared(verb: str) -> dict[str, Any]:
         text = parser.format_help()
     ours = re.split(r"\n(?=\S)", text[text.index("options:\n") :])[0]
     options = dict(re.findall(r"^  (-.*?)(?:  +|\n +)(\S.*)$", ours, re.M))
+    # Before Python 3.13 argparse names the value with each name of an option.
+    options = {re.sub(r"^(\S+) (\S+), (\S+) \2$", r"\1, \3 \2", name): text for name, text in options.items()}
     given = {name: text for name, text in options.items() if name.split()[0].strip(",=") not in OF_PARSER}
     of_others = GROUPS_OF_OTHERS.get(verb, [])
     known = {option_name(name) for name in given}
