@@ -29,9 +29,11 @@ OF_LORA = (
 ALIASES: dict[str, tuple[str, ...]] = {
     **{name: (f"training.{name}",) for name in OF_TRAINING},
     **{name: (f"lora.{name}",) for name in OF_LORA},
-    **dict.fromkeys(("bits", "nbits", "quantization_bit", "wbits"), ("nbits", "quantization.nbits")),
+    **dict.fromkeys(("bits", "nbits", "quant_bits", "quantization_bit", "wbits"), ("nbits", "quantization.nbits")),
     **dict.fromkeys(("group_size", "groupsize"), ("group_size", "quantization.group_size")),
     **dict.fromkeys(("cutoff_len", "max_seq_length", "sequence_len"), ("training.max_length",)),
+    **dict.fromkeys(("eval_dataset", "val_dataset"), ("eval_data",)),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), ("lora.target_modules",)),
     "adapter_name_or_path": ("adapter",),
     "avg_bits": ("average_bits",),
     "base_model": ("model",),
@@ -40,13 +42,25 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "lora_model_dir": ("adapter",),
     "lora_r": ("lora.r",),
     "lora_rank": ("lora.r",),
-    "lora_target_modules": ("lora.target_modules",),
+    "lr_scheduler": ("training.lr_scheduler_type",),
     "lr": ("training.learning_rate",),
     "micro_batch_size": ("training.per_device_train_batch_size",),
     "model_name_or_path": ("model",),
     "nproc": ("n_processes",),
+    "optimizer": ("training.optim",),
     "num_epochs": ("training.num_train_epochs",),
     "output_dir": ("output",),
+    "quant_method": ("method", "quantization.method"),
+    "sample_packing": ("training.packing",),
+}
+# Words that YAML reads as true and false, by the options that mean the word.
+NO: dict[bool, str | None] = {False: "no"}
+WORDS: dict[str, dict[bool, str | None]] = {
+    "merge": {False: None},
+    "training.eval_strategy": NO,
+    "training.logging_strategy": NO,
+    "training.resume_from_checkpoint": {True: "true", False: None},
+    "training.save_strategy": NO,
 }
 # Options that every parser has by itself.
 OF_PARSERS = ("help", "config", "print_config")
@@ -95,8 +109,9 @@ def with_names(
     for arguments, place, before in configs:
         content = _content_of(arguments[place].removeprefix(before), known)
         given |= {_ours(key, known) for key, _ in _flat(content, known)}
-        if any(_ours(key, known) != key or _is_empty_group(key, value, known) for key, value in content.items()):
-            arguments[place] = before + yaml.safe_dump(_renamed(content, known))
+        renamed = _renamed(_in_words(content, known), known)
+        if renamed != content:
+            arguments[place] = before + yaml.safe_dump(renamed)
     if missing := [name for name in required if not {name, "print_config"} & given]:
         raise WrongUsage(
             f"{', '.join(missing)} must be given: on the line (--{missing[0]} ...), or in the YAML file. "
@@ -210,6 +225,18 @@ def _flat(content: Mapping[str, Any], known: set[str], prefix: str = "") -> Iter
             yield from _flat(value, known, f"{name}.")
         else:
             yield name, value
+
+
+def _in_words(content: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    """``content`` with the words of ``WORDS`` where YAML has made true or false of them."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = _ours(f"{prefix}{key}", known)
+        if isinstance(value, Mapping) and _is_group(name, known):
+            found[key] = _in_words(value, known, f"{name}.")
+        else:
+            found[key] = WORDS[name].get(value, value) if isinstance(value, bool) and name in WORDS else value
+    return found
 
 
 def _renamed(content: Mapping[str, Any], known: set[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from peft_quantlayers import required_versions
@@ -54,3 +55,15 @@ def test_a_checkout_that_is_not_installed_checks_nothing(installed, monkeypatch)
 
 def test_what_is_checked_is_required():
     assert set(required_versions.CHECKED) <= {Requirement(line).name for line in PROJECT["dependencies"]}
+
+
+def test_every_python_that_is_claimed_is_in_the_matrix_and_its_targets_are_there():
+    root = Path(__file__).parents[1]
+    job = yaml.safe_load((root / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]
+    matrix = job["strategy"]["matrix"]
+    claimed = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each]
+    assert matrix["python"] == claimed
+    targets = {*matrix["target"], *(each["target"] for each in matrix["include"])}
+    rules = (root / "Makefile").read_text().splitlines()
+    assert all(any(rule.startswith(f"{target}:") for rule in rules) for target in targets)
+    assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"

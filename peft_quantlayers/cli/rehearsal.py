@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import Namespace
@@ -16,14 +18,30 @@ from .trl_trainers import trainer_of
 _WIDTH = 8
 
 
-def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any, *, n_rows: int | None = None) -> None:
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a run will read.
+
+    Fields:
+        n_steps: of the optimizer.
+        longest_row: tokens of the longest row, as the trainer cuts or packs it; None where that is not known.
+    """
+
+    n_steps: int
+    longest_row: int | None
+
+
+def rehearse(
+    settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any, *, n_rows: int | None = None
+) -> Rehearsed | None:
     """Make the trainer that the settings ask for, its batches, its optimizer and its schedule, and no step.
 
     The data is read and tokenized in full, or ``n_rows`` of it, which are no batch. Errors are those of the trainer. A
-    run that is sharded, or distributed by an engine of its own, is not rehearsed.
+    run that is sharded, or distributed by an engine of its own, is not rehearsed. Without ``n_rows`` the result says
+    what will be read.
     """
     if settings.fsdp_size is not None or settings.training.get("deepspeed") or settings.training.get("fsdp"):
-        return
+        return None
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     arguments_type, trainer_type = trainer_of(settings.trainer)
@@ -49,9 +67,18 @@ def rehearse(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any, *, 
                 next(iter(trainer.get_train_dataloader()))
             if not settings.training.get("optim_target_modules"):  # names of the real model's layers
                 trainer.create_optimizer_and_scheduler(num_training_steps=2)
+            return _read_by(trainer) if n_rows is None else None
     finally:
         if had_bars:
             enable_progress_bars()
+
+
+def _read_by(trainer: Any) -> Rehearsed:
+    args, rows = trainer.args, trainer.train_dataset
+    per_epoch = max(1, len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+    n_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    longest = max(map(len, rows["input_ids"]), default=None) if "input_ids" in rows.column_names else None
+    return Rehearsed(n_steps=n_steps, longest_row=longest)
 
 
 def _smallest_model(vocab_size: int) -> LlamaForCausalLM:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from jsonargparse import Namespace
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 
 from ..estimate import Estimate, estimate_training
-from ..estimate.estimates import size_text
+from ..estimate.estimates import size_text, time_text
 from ..estimate.meta_model import quantized_on_meta
 from ..methods import QuantConfig
 from ..report import summary
@@ -26,6 +27,9 @@ from .result import Result
 from .saved_settings import save_settings
 from .trl_trainers import trainer_loss
 from .verbs import quantize
+
+if TYPE_CHECKING:
+    from .rehearsal import Rehearsed
 
 # Of a checkpoint, in sizes of the adapter: the adapter itself, and AdamW's two moments.
 _CHECKPOINT_COPIES = 3
@@ -90,27 +94,40 @@ def _check_layers(name: str, adapter: PeftConfig) -> None:
 
 
 def plan_of_training(
-    settings: Namespace, adapter: PeftConfig | None, commands: Sequence[str], *, n_rows: int
+    settings: Namespace,
+    adapter: PeftConfig | None,
+    commands: Sequence[str],
+    *,
+    n_rows: int,
+    rehearsed: Rehearsed | None,
 ) -> Result:
     """What would be done, and what it takes; ``commands`` are run at the end."""
-    estimate, disk = _costs(settings, adapter)
+    longest = None if rehearsed is None else rehearsed.longest_row
+    estimate, disk = _costs(settings, adapter, longest)
     places = {
         "quantized base": base_folder(settings),
         "adapter": settings.output,
         "model": settings.output,
         "merged model": settings.merged_output or Path(settings.output) / "merged",
     }
-    lines = [f"would train {settings.model} on {n_rows} rows into {settings.output}", str(estimate), "on disk:"]
+    lines = [f"would train {settings.model} on {n_rows} rows into {settings.output}", str(estimate)]
+    if longest is not None:
+        lines.append(f"  with rows as long as the longest, which has {longest:,} tokens")
+    if rehearsed is not None and estimate.seconds is not None:
+        each = estimate.seconds * settings.training.gradient_accumulation_steps
+        lines.append(f"  {rehearsed.n_steps:,} steps, {time_text(rehearsed.n_steps * each)} at most")
+    lines.append("on disk:")
     lines += [
         f"  {size_text(size)} {name}{f' in {places[name]}' if name in places else ''}" for name, size in disk.items()
     ]
     lines += ["then:", *(f"  {command}" for command in commands)] if commands else []
     data = {"rows": n_rows, **estimate.to_dict(), "disk": disk, "then": list(commands)}
+    data |= {} if rehearsed is None else dataclasses.asdict(rehearsed)
     return Result(text="\n".join(lines), data=data)
 
 
-def _costs(settings: Namespace, adapter: PeftConfig | None) -> tuple[Estimate, dict[str, int]]:
-    """What a step takes in memory, and bytes that will be written, by what they are."""
+def _costs(settings: Namespace, adapter: PeftConfig | None, longest: int | None) -> tuple[Estimate, dict[str, int]]:
+    """What a step on rows of ``longest`` tokens takes, and bytes that will be written, by what they are."""
     is_new = not is_quantized_already(settings.model)
     config: QuantConfig | None = options.method_config(settings.quantization) if is_new else None
     model: Any = model_on_meta(settings.model)
@@ -129,9 +146,10 @@ def _costs(settings: Namespace, adapter: PeftConfig | None) -> tuple[Estimate, d
         config,
         adapter,
         batch_size=rows * settings.training.per_device_train_batch_size,
-        sequence_length=settings.training.max_length or model.config.get_text_config().max_position_embeddings,
+        sequence_length=longest
+        or settings.training.max_length
+        or model.config.get_text_config().max_position_embeddings,
         use_gradient_checkpointing=bool(settings.training.gradient_checkpointing),
-        is_timed=False,
         loss_of=trainer_loss,
     )
     disk = {"quantized base": base} if is_new else {}

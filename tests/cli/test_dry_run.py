@@ -88,3 +88,20 @@ def test_an_export_takes_the_disk_that_is_said(quantized, commands, tmp_path, ca
     printed(capsys, commands["export"])
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert written <= said["disk_bytes"] <= 6 * written
+
+
+def test_the_plan_of_a_training_counts_the_rows_that_will_be_read(commands, capsys):
+    command = [*commands["train"], "--dry_run", "--json", "--training.max_steps"]
+    found = {
+        name: json.loads(printed(capsys, [*command, *options]))
+        for name, options in {
+            "as they are": ["3"],
+            "packed": ["3", "--training.packing", "true", "--training.max_length", "512"],
+            "two epochs": ["-1", "--training.num_train_epochs", "2", "--training.per_device_train_batch_size", "1"],
+        }.items()
+    }
+    assert found["as they are"]["longest_row"] < found["packed"]["longest_row"] <= 512
+    assert found["as they are"]["peak_bytes"] < found["packed"]["peak_bytes"]
+    assert found["as they are"]["n_steps"] == 3
+    assert found["two epochs"]["n_steps"] == 2 * found["two epochs"]["rows"]
+    assert found["as they are"]["seconds"] > 0

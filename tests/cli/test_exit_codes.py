@@ -107,9 +107,10 @@ EXCLUDING = {
         ("--size 1GB --plan p.json", "--size and --plan are two budgets"),
         ("--choices [3]", "--choices needs a budget"),
         ("--calibration.n_tokens 64", "--calibration.n_tokens is for a calibration, which needs --calibration.data"),
-        ("--overwrite --n_processes 2", "goes from files to files, which these options do not"),
+        ("--overwrite --n_processes 2", "goes from files to files, which --overwrite does not"),
         ("--overwrite --resume false", "--resume false is for what goes from files to files"),
     ],
+    "evaluate": [("--n_tokens 9 --window 64", "--n_tokens 9 is less than --window 64")],
     "train": [
         ("--merged_output x", "--merged_output is for --merge STRATEGY"),
         ("--adapter_type scales --lora.r 4", "--lora.r is for --adapter_type lora, and it is scales"),

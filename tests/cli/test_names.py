@@ -1,6 +1,7 @@
 """Options in YAML files under other programs' names, wherever on the line the file is named."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,6 +112,24 @@ def test_a_flag_may_have_a_value_which_wins_over_the_file(given, is_json, quanti
     else:
         assert code == 0
         assert capsys.readouterr().out.startswith("{") == is_json
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("save_strategy: no", {"training": {"save_strategy": "no"}}),
+        ("training: {eval_strategy: off, bf16: false}", {"training": {"eval_strategy": "no", "bf16": False}}),
+        ("training:\n  resume_from_checkpoint: true", {"training": {"resume_from_checkpoint": "true"}}),
+        ("resume_from_checkpoint: false\nmerge: no", {"training": {"resume_from_checkpoint": None}, "merge": None}),
+    ],
+)
+def test_words_that_yaml_takes_for_true_and_false_are_read_as_they_are_meant(text, read, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    names = {"bf16", "eval_strategy", "resume_from_checkpoint", "save_strategy"}
+    known = {"merge", *(f"training.{name}" for name in names)}
+    _, content = with_names([str(tmp_path / "c.yaml")], ["model"], known)
+    given = yaml.safe_load(Path(content).read_text() if content.endswith(".yaml") else content)
+    assert given == read
 
 
 TRAIN = {"model", "output", "data", "quantization.nbits", "lora", "lora.r", "training", "training.max_steps"}

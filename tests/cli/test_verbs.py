@@ -538,10 +538,6 @@ PYTHON = re.compile(r"\b[a-z_]+=[\"'\w(\[]|peft_quantlayers\.|\w+\(\)|for_export
         (["merge", "ADAPTER", "OUT", "--strategy", "append"], "Use --strategy calibrated or --strategy requantize;"),
         (["merge", "ADAPTER", "OUT", "--strategy", "calibrated"], "use --strategy requantize, or --strategy keep"),
         (["merge", "ADAPTER", "OUT", "--calibration.data", "TEXT"], "--strategy calibrated and --strategy append do"),
-        (
-            ["evaluate", "MODEL", "--text", "TEXT", "--n_tokens", "9", "--window", "64"],
-            "has 9 tokens, and 64 are scored together",
-        ),
         (["export", "FLOAT", "OUT", "--format", "mlx"], "(quantize MODEL OUTPUT), or give --format dense"),
         (["export", "MODEL", "OUT", "--format", "awq"], "quantize --integer_zero true --export_target awq"),
         (["export", "MODEL", "OUT", "--format", "aqlm"], "--format dense (for all)"),

@@ -88,6 +88,11 @@ def check_values(settings: Namespace) -> None:
     check_at_least(settings, 0, "seed", most=2**32 - 1)
     check_at_least(settings, 1, "limit", "n_tokens")
     check_at_least(settings, 2, "window")
+    if settings.text is not None and settings.n_tokens < settings.window:
+        raise WrongUsage(
+            f"--n_tokens {settings.n_tokens} is less than --window {settings.window}, the tokens that are scored "
+            "together. Give more, or a smaller window."
+        )
     if settings.tasks is not None:
         refuse_missing_folder("include_path", settings.include_path or "")
         if find_spec("lm_eval") is None:

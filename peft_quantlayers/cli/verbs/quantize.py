@@ -44,7 +44,8 @@ DESCRIPTION = (
     "--average_bits or --size the model is in memory, and layers get more or fewer bits by what they cost."
 )
 POSITIONALS = ("model", "output")
-IN_MEMORY = "--overwrite, --dtype, --transforms, --tokenizer, --average_bits, --size, --calibration.resume_folder"
+# Options that have the whole model in memory, since what they need is not known of a part, or is replaced as a whole.
+IN_MEMORY = ("overwrite", "dtype", "transforms", "tokenizer", "average_bits", "size", "calibration.resume_folder")
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -132,11 +133,11 @@ def run(settings: Namespace) -> Result | None:
     elif not settings.resume:
         raise WrongUsage(
             "--resume false is for what goes from files to files, and with these options nothing is left to resume: "
-            f"{IN_MEMORY}. Leave it out. Nothing was written."
+            f"{_in_memory(settings)}. Leave it out. Nothing was written."
         )
     elif settings.n_processes > 1:
         raise WrongUsage(
-            f"--n_processes {settings.n_processes} goes from files to files, which these options do not: {IN_MEMORY}. "
+            f"--n_processes {settings.n_processes} goes from files to files, which {_in_memory(settings)} does not. "
             "Leave them out. Nothing was written."
         )
     else:
@@ -186,8 +187,8 @@ def _check_launched(settings: Namespace, n_launched: int) -> None:
         return
     if not can_be_streamed(settings):
         raise WrongUsage(
-            f"a launcher has started {n_launched} processes, and a model in memory ({IN_MEMORY}) is in one. Call it "
-            "without the launcher; torch uses several threads by itself. Nothing was written."
+            f"a launcher has started {n_launched} processes, and with {_in_memory(settings)} the model is in the memory "
+            "of one. Call it without the launcher; torch uses several threads by itself. Nothing was written."
         )
     if settings.n_processes > 1:
         raise WrongUsage(
@@ -198,9 +199,12 @@ def _check_launched(settings: Namespace, n_launched: int) -> None:
 
 def can_be_streamed(settings: Namespace) -> bool:
     """Whether files become files, a part at a time: nothing needs the whole model, and nothing is replaced."""
-    is_plain = settings.dtype == "auto" and settings.tokenizer is None and settings.calibration.resume_folder is None
-    in_memory = settings.overwrite or settings.transforms or options.is_to_be_planned(settings)
-    return is_plain and not in_memory
+    return not _in_memory(settings)
+
+
+def _in_memory(settings: Namespace) -> str:
+    """The options that were given of ``IN_MEMORY``."""
+    return ", ".join(f"--{name}" for name in IN_MEMORY if settings.get(name) not in (None, False, "auto", []))
 
 
 def quantized_in_memory(

@@ -36,7 +36,7 @@ from ..models import is_quantized_already, load_model, refuse_missing_folder
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused
-from ..rehearsal import rehearse
+from ..rehearsal import Rehearsed, rehearse
 from ..result import Result
 from ..trained_base import (
     base_folder,
@@ -140,11 +140,12 @@ def run(settings: Namespace) -> Result | None:
     eval_rows = None if settings.eval_data is None else load_rows("eval_data", settings, tokenizer)
     config = trained_adapter.config_of(settings)
     with template_refusals_named(template or settings.tokenizer or settings.model):
-        rehearse_all(settings, rows, eval_rows, tokenizer)
+        rehearsed = rehearse_all(settings, rows, eval_rows, tokenizer)
         rehearsed_end.check_texts(settings, steps, tokenizer)
         set_seed(settings.training.seed)
         if settings.dry_run:
-            return plan_of_training(settings, config, [step.command for step in steps], n_rows=len(rows))
+            commands = [step.command for step in steps]
+            return plan_of_training(settings, config, commands, n_rows=len(rows), rehearsed=rehearsed)
         data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": tokenizer}
         if settings.show_batch:
             return first_batch(settings, config, **data)
@@ -172,13 +173,14 @@ def checked_options(settings: Namespace, processes: PartialState) -> tuple[list[
     return steps, checkpoint
 
 
-def rehearse_all(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> None:
+def rehearse_all(settings: Namespace, rows: Any, eval_rows: Any, tokenizer: Any) -> Rehearsed | None:
     """Make the trainer of a few rows, and of all where hours of quantizing come first, or none follow at all."""
     with values_refused(), given_options_named(settings):  # of the trainer's options, in a moment
         rehearse(settings, rows, eval_rows, tokenizer, n_rows=ROWS_FOR_OPTIONS)
     if settings.dry_run or not (is_quantized_already(settings.model) or settings.show_batch):
         with given_options_named(settings):
-            rehearse(settings, rows, eval_rows, tokenizer)
+            return rehearse(settings, rows, eval_rows, tokenizer)
+    return None
 
 
 def first_batch(settings: Namespace, config: PeftConfig | None, **data: Any) -> Result:
