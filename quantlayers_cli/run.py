@@ -69,7 +69,8 @@ def _start_of(program: str, arguments: list[str]) -> Callable[[], int | None] | 
         module, *arguments = arguments
         return lambda: _run_module(module, arguments)
     if not program or program.startswith("-"):
-        return f"{program!r} is no program. Give a command, a script, or -m and a module; `run --help` shows examples."
+        given = f"{program!r} is no program. Give" if program else "which program? Give"
+        return f"{given} a command, a script, or -m and a module; `run --help` shows examples."
     if os.sep in program or program.endswith((".py", ".pyz")):
         return _misfit(program) or (lambda: _run_file(program, arguments))
     found = shutil.which(program)

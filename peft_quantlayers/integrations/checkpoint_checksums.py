@@ -73,6 +73,6 @@ def refuse_damage(files: Mapping[str, ChecksumSource], *, name: str) -> None:
         raise ValueError(
             f"{name} is damaged, or put together of several ({len(damage)} tensor(s) or file(s)):\n  "
             + "\n  ".join(map(str, damage[:_SHOWN_TENSORS]))
-            + "\nDownload or save it again; peft_quantlayers.verify_model(folder) lists them. If the files were "
+            + ".\nDownload or save it again; peft_quantlayers.verify_model(folder) lists them. If the files were "
             f"edited on purpose, {SWITCH}=1 loads them."
         )

@@ -145,7 +145,7 @@ def a_command():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "is no program"),
+        ((), r"which program\? Give a command"),
         (("--flag",), "'--flag' is no program.*--help"),
         (("-m",), "name of a module"),
         (("-m", "no_such.module"), "there is no module no_such.module"),

@@ -134,6 +134,8 @@ def run(settings: Namespace) -> Result:
     tokenizer = needed_tokenizer(tokenizer_name(settings.tokenizer, name, adapter))
     # Before the model, which takes longer.
     ids, prompts = read_texts(settings, tokenizer, filter(None, (name, reference_name)))
+    if settings.tasks is not None:
+        known_tasks(task_names(settings), settings.include_path)
     if settings.dry_run:
         n_tokens = 0 if ids is None else len(ids)
         return planned(settings, name, adapter, reference_name, n_tokens=n_tokens, n_prompts=len(prompts))
