@@ -187,8 +187,8 @@ def _check_launched(settings: Namespace, n_launched: int) -> None:
         return
     if not can_be_streamed(settings):
         raise WrongUsage(
-            f"a launcher has started {n_launched} processes, and with {_in_memory(settings)} the model is in one. Call "
-            "it without the launcher; torch uses several threads by itself. Nothing was written."
+            f"a launcher has started {n_launched} processes, and with {_in_memory(settings)} the model is in one. "
+            "Call it without the launcher; torch uses several threads by itself. Nothing was written."
         )
     if settings.n_processes > 1:
         raise WrongUsage(
