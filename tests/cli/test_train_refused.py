@@ -209,6 +209,17 @@ def test_how_far_a_run_goes_and_what_is_told_of_it_may_change(commands, tmp_path
     assert "--lora.r 8, and now 4" in refused_untouched(capsys, command, tmp_path, 2)
 
 
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_the_settings_beside_the_output_and_the_command_are_one_run(trainer, commands, tmp_path, capsys):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}\n' * 8)
+    command = [*commands["train"], "--data", str(rows), "--trainer", trainer, "--lora.rank_pattern", "{q_proj: 2}"]
+    printed(capsys, command)
+    first = ["train", str(tmp_path / "out" / "train.yaml"), *RESUME, "--training.max_steps", "3"]
+    assert "trained 3 steps" in printed(capsys, first)
+    assert "trained 4 steps" in printed(capsys, [*command, *RESUME, "--training.max_steps", "4"])
+
+
 def test_how_a_float_model_is_quantized_is_kept_too(float_model, commands, tmp_path, capsys):
     command = ["train", float_model, *commands["train"][2:]]
     printed(capsys, [*command, "--training.max_steps", "1"])
