@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +26,8 @@ from . import shared_options as options
 from .half_made import RESUME
 from .models import config_of, is_quantized_already
 from .refused_values import check_at_least, values_refused
+from .same_run import plain, refuse_others
+from .trained_adapter import OF_PEFT
 from .trained_base import base_folder
 from .trl_trainers import trainer_of
 
@@ -46,6 +48,8 @@ LEAST = {
 POSITIVE = ("save_steps", "eval_steps", "num_train_epochs")
 # Options of other packages' classes that have another default here.
 OUR_DEFAULTS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "report_to": "none", "use_cpu": True}
+# Fields of an adapter's config that say how it began, or that saving fills in.
+NOT_COMPARED = {*OF_PEFT, "init_lora_weights", "merge_aware", "quantized_base", "base_crc32"}
 # Trackers that transformers does not list as available where they are.
 NOT_LISTED = ("azure_ml", "flyte")
 
@@ -231,6 +235,45 @@ def check_base_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
             f"--training.resume_from_checkpoint {checkpoint} was trained on another base: "
             f"{(others or list(recorded))[0]} is another one there, or none. Give its base, or leave it out."
         )
+
+
+def check_adapter_of_checkpoint(model: PeftModel, checkpoint: str) -> None:
+    """Raise WrongUsage where the adapter in ``checkpoint`` is of another form or scaling than that on ``model``."""
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():  # shards
+        return
+    saved, config = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
+    then, now = _compared(saved), _compared(config)
+    group = "lora" if isinstance(config, LoraConfig) else "scales"
+    others = {f"--{group}.{name}": (then[name], now[name]) for name in now if then.get(name, now[name]) != now[name]}
+    if saved.peft_type != config.peft_type:
+        kinds = ["lora" if isinstance(each, LoraConfig) else "scales" for each in (saved, config)]
+        others = {"--adapter_type": (kinds[0], kinds[1])}
+    if _are_names_of(getattr(saved, "target_modules", None), model.targeted_module_names):
+        others.pop(f"--{group}.target_modules", None)
+    refuse_others(checkpoint, others)
+
+
+def _are_names_of(targets: Any, layers: list[str]) -> bool:
+    """Whether the names or endings ``targets`` are those of ``layers``, and no others: "all-linear" is many."""
+    if not isinstance(targets, set | list):
+        return False
+    found = {layer: {each for each in targets if f".{layer}".endswith(f".{each}")} for layer in layers}
+    return all(found.values()) and set().union(*found.values()) == set(targets)
+
+
+def _compared(config: PeftConfig) -> dict[str, Any]:
+    """Fields of an adapter's config that a run keeps to, as JSON has them; names of modules sorted."""
+    fields = plain(
+        {
+            name: value
+            for name, value in config.to_dict().items()
+            if name not in NOT_COMPARED and not name.endswith("_config")
+        }
+    )
+    return {
+        name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
+        for name, value in fields.items()
+    }
 
 
 def refuse_diverged(model: nn.Module, *, n_steps: int) -> None:

@@ -14,7 +14,7 @@ from ..estimate.estimates import size_text
 from ..report.training_parts import STATE_FILE
 from ..storage.free_memory import peak_resident_bytes
 from .given_tokenizers import long_windows_refused
-from .training_checks import check_base_of_checkpoint
+from .training_checks import check_adapter_of_checkpoint, check_base_of_checkpoint
 
 IGNORED_LABEL = -100
 
@@ -27,6 +27,7 @@ def trained(trainer: Any, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     if checkpoint is not None:
         is_adapter = isinstance(trainer.model, PeftModel)
         if is_adapter:
+            check_adapter_of_checkpoint(trainer.model, checkpoint)
             check_base_of_checkpoint(trainer.model.get_base_model(), checkpoint)
         state, wanted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)), trainer.args
         has_all_epochs = state.global_step >= state.max_steps and state.num_train_epochs >= wanted.num_train_epochs

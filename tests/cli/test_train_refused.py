@@ -1,6 +1,8 @@
 """A training that cannot work: refused before anything is written where that can be known, and else undone."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 from commands import printed, refused
@@ -131,6 +133,16 @@ def test_other_models(commands, tmp_path, capsys):
         assert said in refused(capsys, command, 1)
 
 
+RESUME = ["--training.resume_from_checkpoint", "true"]
+
+
+def without_record(checkpoint: Path) -> None:
+    """Make of ``checkpoint`` one of a version that kept no settings in it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"].pop("SettingsInState")
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
 def test_a_checkpoint_of_something_else(float_model, quantized, commands, tmp_path, capsys):
     printed(capsys, commands["train"])
     out, other = tmp_path / "out", str(tmp_path / "other")
@@ -140,8 +152,101 @@ def test_a_checkpoint_of_something_else(float_model, quantized, commands, tmp_pa
     base = str(tmp_path / "base")
     printed(capsys, ["quantize", float_model, base, "--group_size", "64"])
     command = ["train", base, other, *commands["train"][3:], "--training.resume_from_checkpoint"]
+    said = refused_untouched(capsys, [*command, str(out / "checkpoint-1")], tmp_path, 2)
+    assert f"--model {quantized}, and now {base}" in said
+    without_record(out / "checkpoint-1")
     said = refused_untouched(capsys, [*command, str(out / "checkpoint-1")], tmp_path)
     assert "was trained on" in said
+
+
+# Options of the run that is resumed, and what is said of them.
+OTHERS = [
+    ("--training.learning_rate 0.5", "--training.learning_rate 2.0e-05, and now 0.5."),
+    ("--training.per_device_train_batch_size 2", "--training.per_device_train_batch_size 8, and now 2."),
+    ("--training.seed 1", "--training.seed 42, and now 1."),
+    ("--training.packing true", "--training.packing false, and now true."),
+    ("--training.lr_scheduler_type cosine", "--training.lr_scheduler_type linear, and now cosine."),
+    ("--lora.lora_alpha 64 --lora.r 4", "--lora.r 8, and now 4; --lora.lora_alpha 8, and now 64."),
+    ("--lora.target_modules [q_proj]", "--lora.target_modules all-linear, and now [q_proj]."),
+    ("--adapter_type scales", "--adapter_type lora, and now scales."),
+    ("--merge_aware true", "--merge_aware false, and now true."),
+    ("--dtype bfloat16", "--dtype auto, and now bfloat16."),
+]
+
+
+def test_a_run_that_is_resumed_keeps_what_makes_its_result(commands, tmp_path, capsys, monkeypatch):
+    printed(capsys, commands["train"])
+    out, rows = tmp_path / "out", Path(commands["train"][4])
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "load_model", None)
+        for options, told in OTHERS:
+            said = refused_untouched(capsys, [*commands["train"], *RESUME, *options.split()], tmp_path, 2)
+            assert f"the run of {out / 'checkpoint-2'} had other settings: {told} Give the values" in said, said
+        (tmp_path / "others.jsonl").write_text('{"text": "something else"}\n' * 8)
+        for name, was in ((tmp_path / "others.jsonl", rows), (rows, f"{rows} with other content")):
+            name.write_text((tmp_path / "others.jsonl").read_text())
+            command = [*commands["train"], *RESUME, "--data", str(name)]
+            said = refused_untouched(capsys, command, tmp_path, 2)
+            assert f"had other settings: --data {was}, and now {name}. Give" in said
+    # The way out that is said.
+    assert f"--adapter {out / 'checkpoint-2'}, and another --output" in said
+    further = [*commands["train"], "--adapter", str(out / "checkpoint-2"), "--output", str(tmp_path / "further")]
+    printed(capsys, [*further, "--training.learning_rate", "0.5"])
+
+
+def test_how_far_a_run_goes_and_what_is_told_of_it_may_change(commands, tmp_path, capsys):
+    printed(capsys, commands["train"])
+    rows = Path(commands["train"][4])
+    moved = rows.rename(tmp_path / "moved.jsonl")
+    others = {"max_steps": 3, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "run_name": "x"}
+    others |= {"gradient_checkpointing": "false", "per_device_eval_batch_size": 1, "save_total_limit": 1}
+    others["restore_callback_states_from_checkpoint"] = "true"
+    options = [each for name, value in others.items() for each in (f"--training.{name}", str(value))]
+    text = printed(capsys, [*commands["train"], *RESUME, *options, "--data", str(moved), "--eval_data", str(moved)])
+    assert "trained 3 steps" in text
+    # It is the resumed run's checkpoint now, which keeps them as well.
+    command = [*commands["train"], *RESUME, "--data", str(moved), "--lora.r", "4"]
+    assert "--lora.r 8, and now 4" in refused_untouched(capsys, command, tmp_path, 2)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_the_settings_beside_the_output_and_the_command_are_one_run(trainer, commands, tmp_path, capsys):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}\n' * 8)
+    command = [*commands["train"], "--data", str(rows), "--trainer", trainer, "--lora.rank_pattern", "{q_proj: 2}"]
+    printed(capsys, command)
+    first = ["train", str(tmp_path / "out" / "train.yaml"), *RESUME, "--training.max_steps", "3"]
+    assert "trained 3 steps" in printed(capsys, first)
+    assert "trained 4 steps" in printed(capsys, [*command, *RESUME, "--training.max_steps", "4"])
+
+
+def test_how_a_float_model_is_quantized_is_kept_too(float_model, commands, tmp_path, capsys):
+    command = ["train", float_model, *commands["train"][2:]]
+    printed(capsys, [*command, "--training.max_steps", "1"])
+    command += RESUME
+    said = refused_untouched(capsys, [*command, "--quantization.nbits", "3"], tmp_path, 2)
+    assert "--quantization.nbits 4, and now 3." in said
+    assert "trained 2 steps" in printed(capsys, [*command, "--quantization.nbits", "4"])  # the default, given
+
+
+def test_a_checkpoint_without_settings_is_compared_by_its_adapter(commands, tmp_path, capsys):
+    printed(capsys, commands["train"])
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    without_record(checkpoint)
+    names = "[model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, ... (14 in all)]"
+    for options, told in (
+        ("--lora.r 4 --lora.lora_alpha 64", "--lora.r 8, and now 4; --lora.lora_alpha 8, and now 64."),
+        ("--lora.target_modules [v_proj,q_proj]", f"--lora.target_modules {names}, and now [q_proj, v_proj]."),
+        ("--lora.use_dora true", "--lora.use_dora false, and now true."),
+        ("--adapter_type scales", "--adapter_type lora, and now scales."),
+    ):
+        for steps in ("2", "3"):
+            command = [*commands["train"], *RESUME, *options.split(), "--training.max_steps", steps]
+            said = refused_untouched(capsys, command, tmp_path, 2)
+            assert f"the run of {checkpoint} had other settings: {told} Give the values" in said, said
+    same = ["--lora.target_modules", "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"]
+    text = printed(capsys, [*commands["train"], *RESUME, *same, "--training.max_steps", "3", "--training.seed", "1"])
+    assert "trained 3 steps" in text
 
 
 # ---- rows

@@ -38,6 +38,7 @@ from ..read_data import DATA_HELP
 from ..refused_values import values_refused
 from ..rehearsal import Rehearsed, rehearse
 from ..result import Result
+from ..same_run import SettingsInState, check_same_run, kept_settings
 from ..trained_base import (
     base_folder,
     plan_of_training,
@@ -237,6 +238,7 @@ def checked_start(settings: Namespace, processes: PartialState, steps: Sequence[
     resume = None if str(resume).lower() == "false" else resume
     checkpoint = _checkpoint(resume, Path(settings.output))
     check_checkpoint(checkpoint, is_adapter=settings.adapter_type != "pv")
+    check_same_run(settings, checkpoint)
     pv_training.check_options(settings, n_processes=processes.num_processes)
     if settings.fsdp_size is not None:
         settings.training.save_only_model = (
@@ -264,7 +266,7 @@ def new_trainer(settings: Namespace, model: Any, config: PeftConfig | None, *, o
     ``data`` is what it takes besides.
     """
     arguments_type, trainer_type = trainer_of(settings.trainer)
-    is_there = settings.adapter is not None
+    is_there, kept = settings.adapter is not None, kept_settings(settings)
     trainer = trainer_type(
         model=trained_adapter.put_on(model, settings) if is_there else model,
         args=arguments_type(**vars(settings.training), output_dir=output),
@@ -277,6 +279,7 @@ def new_trainer(settings: Namespace, model: Any, config: PeftConfig | None, *, o
     check_something_is_learned(trainer, data=data["train_dataset"], eval_data=data["eval_dataset"])
     if settings.merge_aware and fingerprints_of(config) is None:
         enable_merge_aware(trainer.model)
+    trainer.add_callback(SettingsInState(kept))
     if trainer.pop_callback(TensorBoardCallback) is not None:  # --training.report_to tensorboard
         trainer.add_callback(LayerFiguresCallback())
     return trainer
