@@ -189,7 +189,10 @@ def _given(settings: Namespace) -> dict[str, Any]:
     """Options of other packages' classes whose values are not the defaults, by name."""
     arguments_type, _ = trainer_of(settings.trainer)
     found: dict[str, Any] = {}
-    for group, cls in (("training", arguments_type), ("lora", LoraConfig)):
+    groups: dict[str, Any] = {"training": arguments_type}
+    if settings.adapter is None:  # else the adapter brings them
+        groups["lora"] = LoraConfig
+    for group, cls in groups.items():
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for name, value in vars(settings[group]).items():
             is_default = str(value) == str(defaults.get(name)) or OUR_DEFAULTS.get(name, "") == value

@@ -183,3 +183,11 @@ def test_a_batch_and_a_plan_of_it_are_shown(quantized, adapter, tmp_path, capsys
     assert "learned: [" in printed(capsys, further(tmp_path, "--adapter", adapter, "--show_batch"))
     assert "on disk:" in printed(capsys, further(tmp_path, "--adapter", adapter, "--dry_run"))
     assert not (tmp_path / "again").exists()
+
+
+def test_an_error_of_the_trainer_names_what_was_given_and_not_what_the_adapter_brings(quantized, tmp_path, capsys):
+    first = first_adapter(tmp_path, quantized, "lora")
+    command = further(tmp_path, "--adapter", str(first), lr_scheduler_kwargs='{"x": 1}')
+    text = refused_untouched(capsys, command, tmp_path, 2)
+    assert "--training.max_steps 2" in text
+    assert "--lora." not in text
