@@ -84,13 +84,17 @@ def test_two_processes_train_the_adapter_of_one(way, quantized, float_model, tmp
 
 
 @needs_gloo
-def test_a_run_that_accelerate_shards_goes_on_with_its_checkpoints(quantized, tmp_path):
+def test_a_run_that_accelerate_shards_is_merged_and_goes_on_with_its_checkpoints(quantized, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     training = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "use_cpu": True}
     settings = {"model": quantized, "data": str(tmp_path / "rows.jsonl"), "training": training}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     way, out = "fsdp2 of accelerate", tmp_path / "out"
-    launched(way, tmp_path / "train.yaml", out)
+    launched(way, tmp_path / "train.yaml", out, "--merge", "auto")
+    assert main(["merge", str(out), str(tmp_path / "by_hand")]) == 0
+    merged, by_hand = (load_file(each / "model.safetensors") for each in (out / "merged", tmp_path / "by_hand"))
+    assert merged.keys() == by_hand.keys()
+    assert all(tensor.equal(by_hand[name]) for name, tensor in merged.items())
     whole = (losses(out), (out / "adapter_model.safetensors").read_bytes())
     shutil.rmtree(out / "checkpoint-4")
     (out / "adapter_model.safetensors").unlink()
