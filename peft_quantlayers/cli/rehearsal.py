@@ -5,30 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import Namespace
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .trained_base import Rehearsed
 from .training_checks import check_something_is_learned
 from .trl_trainers import trainer_of
 
 _WIDTH = 8
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """What a run will read.
-
-    Fields:
-        n_steps: of the optimizer.
-        longest_row: tokens of the longest row, as the trainer cuts or packs it; None where that is not known.
-    """
-
-    n_steps: int
-    longest_row: int | None
 
 
 def rehearse(

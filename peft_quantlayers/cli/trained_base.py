@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from jsonargparse import Namespace
@@ -28,13 +28,23 @@ from .saved_settings import save_settings
 from .trl_trainers import trainer_loss
 from .verbs import quantize
 
-if TYPE_CHECKING:
-    from .rehearsal import Rehearsed
-
 # Of a checkpoint, in sizes of the adapter: the adapter itself, and AdamW's two moments.
 _CHECKPOINT_COPIES = 3
 # Between looks whether the process that quantizes is done.
 _WAIT_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsed:
+    """What a run will read.
+
+    Fields:
+        n_steps: of the optimizer.
+        longest_row: tokens of the longest row, as the trainer cuts or packs it; None where that is not known.
+    """
+
+    n_steps: int
+    longest_row: int | None
 
 
 def refuse_options_of_float_models(settings: Namespace) -> None:

@@ -36,10 +36,11 @@ from ..models import is_quantized_already, load_model, refuse_missing_folder
 from ..parsing import VerbParser
 from ..read_data import DATA_HELP
 from ..refused_values import values_refused
-from ..rehearsal import Rehearsed, rehearse
+from ..rehearsal import rehearse
 from ..result import Result
 from ..same_run import SettingsInState, check_same_run, kept_settings
 from ..trained_base import (
+    Rehearsed,
     base_folder,
     plan_of_training,
     quantized_base,
