@@ -99,6 +99,19 @@ def with_settings(tmp_path, rows, **settings) -> list[str]:
     return ["train", str(tmp_path / "train.yaml")]
 
 
+def test_packed_rows_are_learned_with_an_optimizer_of_eight_bits(quantized, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="the extra `bitsandbytes` is not installed")
+    rows = [{"prompt": f"The lamp {number} is", "completion": " red."} for number in range(64)]
+    training = {"max_steps": 6, "packing": True, "max_length": 128, "optim": "adamw_8bit", "learning_rate": 1e-2}
+    training |= {"per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
+    command = with_settings(tmp_path, rows, model=quantized, output=str(tmp_path / "out"), training=training)
+    found = json.loads(printed(capsys, [*command, "--json"]))
+    losses = [each["loss"] for each in found["log"] if "loss" in each]
+    assert losses[-1] < 0.9 * losses[0]
+    n_tokens = [each["num_tokens"] for each in found["log"] if "num_tokens" in each]
+    assert n_tokens[0] > 2 * 100  # two full windows, of rows of 20 tokens
+
+
 @pytest.mark.parametrize("adapter_type", ["lora", "merge_aware", "scales"])
 def test_dpo_learns_to_prefer_what_was_chosen(adapter_type, quantized, tmp_path, capsys):
     folder = tmp_path / "out"
