@@ -207,7 +207,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(command, tmp_path):
         said = running.communicate(timeout=100)[1]
         assert_gone(rest)
         assert running.returncode in (0, 1, -signal.SIGKILL)
-        assert running.returncode != 1 or "a process that" in said.splitlines()[-1] + said.splitlines()[-2]
+        assert running.returncode != 1 or "a process that" in said  # Python may warn of semaphores after it
         n_done += running.returncode == 0
     out = tmp_path / str(n_done)
     assert main([*command, "--output", str(out)]) == 0
