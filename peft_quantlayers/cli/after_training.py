@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from jsonargparse import Namespace
 
@@ -33,8 +31,9 @@ from ..storage.free_memory import return_free_memory
 from . import work
 from .half_made import RESUME
 from .models import is_quantized_already
-from .parsing import VerbParser
+from .parsing import VerbParser, yaml_text
 from .result import Result
+from .same_run import file_checksum, is_resumed
 from .saved_settings import save_settings
 from .trained_base import base_folder
 from .verbs import evaluate, export, merge
@@ -110,8 +109,7 @@ class Step:
         for name in sorted(self.parser.names() - {*positionals, "overwrite"}):
             value = self.settings.get(name)
             if value != self.parser.get_default(name):
-                text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
-                words += [f"--{name}", text.removesuffix("\n...\n").strip()]
+                words += [f"--{name}", value if isinstance(value, str) else yaml_text(value)]
         return shlex.join(words)
 
 
@@ -165,8 +163,7 @@ def result_with(settings: Namespace, steps: Sequence[Step], found: dict[str, Any
     Any error says that what was trained is complete, and what goes on from there.
     """
     lines, exit_code = [told], 0
-    is_resumed = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
-    for step, result in _done(settings, steps, is_resumed=is_resumed) if steps else ():
+    for step, result in _done(settings, steps) if steps else ():
         if result is None:
             lines.append(f"{step.verb}: {step.place} had been written")
             continue
@@ -178,14 +175,15 @@ def result_with(settings: Namespace, steps: Sequence[Step], found: dict[str, Any
     return Result(text="\n".join(lines), data=found, exit_code=exit_code, output=settings.output)
 
 
-def _done(settings: Namespace, steps: Sequence[Step], *, is_resumed: bool) -> list[tuple[Step, Result | None]]:
+def _done(settings: Namespace, steps: Sequence[Step]) -> list[tuple[Step, Result | None]]:
     """Run the steps, each in a model that it loads itself; None for those that an earlier call has done."""
     gc.collect()  # the trainer and its model hold each other
     return_free_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trained = _checksum(Path(settings.output))
-    record = read_record(settings) if is_resumed else {}
+    trained = file_checksum(*sorted(Path(settings.output).glob("*.safetensors")))
+    goes_on = is_resumed(settings)
+    record = read_record(settings) if goes_on else {}
     results: list[tuple[Step, Result | None]] = []
     for position, step in enumerate(steps):
         own = {"command": step.command, "of": trained, "is_done": False}
@@ -196,7 +194,7 @@ def _done(settings: Namespace, steps: Sequence[Step], *, is_resumed: bool) -> li
         _write_record(settings, record := record | {step.verb: own})
         try:
             # A run that was killed here, and is resumed, replaces what it wrote.
-            step.settings.overwrite = settings.overwrite or is_resumed
+            step.settings.overwrite = settings.overwrite or goes_on
             result = VERBS[step.verb].run(step.settings)
             step.settings.overwrite = False
             if step.verb == "evaluate":
@@ -222,16 +220,6 @@ def _way_on(settings: Namespace, left: Sequence[Step]) -> str:
 
 def _is_there(place: Path) -> bool:
     return place.is_file() or (place.is_dir() and any(place.iterdir()))
-
-
-def _checksum(folder: Path) -> str:
-    """Of the weights that were trained."""
-    checksum = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stored:
-            while block := stored.read(2**24):
-                checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
 
 
 def read_record(settings: Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from quantlayers_cli.option_names import WrongUsage, meant, with_names
@@ -93,6 +94,11 @@ def _check_values(parser: VerbParser, settings: Namespace) -> None:
                 raise WrongUsage(f"--{name} is empty. Give it a value, or leave it out.")
             if "\0" in value:
                 raise WrongUsage(f"--{name} {value!r} holds the character 0, which no name can.")
+
+
+def yaml_text(value: Any) -> str:
+    """``value`` as YAML in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
 def settings_text(parser: ArgumentParser, settings: Namespace) -> str:

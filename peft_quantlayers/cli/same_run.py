@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -22,6 +21,7 @@ from quantlayers_cli.option_names import WrongUsage
 from ..report.training_parts import STATE_FILE
 from . import shared_options as options
 from .models import is_quantized_already
+from .parsing import yaml_text
 
 KEPT = ("model", "adapter", "tokenizer", "dtype", "data", "trainer", "adapter_type", "merge_aware")
 # Of those, what may be a folder that was moved: the last part of its name counts. Codes are compared besides.
@@ -64,6 +64,11 @@ class SettingsInState(TrainerCallback, ExportableState):
         return {"args": {"settings": self.settings}, "attributes": {}}
 
 
+def is_resumed(settings: Namespace) -> bool:
+    """Whether ``--training.resume_from_checkpoint`` asks to go on with a checkpoint, which may not be there."""
+    return str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
+
+
 def kept_settings(settings: Namespace) -> dict[str, Any]:
     """The options that make the result, by name, as JSON has them; and a checksum of the data where it is a file."""
     found = {name: settings[name] for name in KEPT}
@@ -78,7 +83,7 @@ def kept_settings(settings: Namespace) -> dict[str, Any]:
             if group != "training" or not is_free:
                 found[f"{group}.{name}"] = value
     if Path(settings.data).expanduser().is_file():
-        found[CHECKSUM] = _checksum(Path(settings.data).expanduser())
+        found[CHECKSUM] = file_checksum(Path(settings.data).expanduser())
     return plain(found)
 
 
@@ -144,15 +149,17 @@ def _is_same(name: str, kept: dict[str, Any], here: dict[str, Any]) -> bool:
     return bool(then == now)
 
 
-def _checksum(file: Path) -> str:
+def file_checksum(*files: Path) -> str:
+    """The CRC-32 of what the files hold, one after the other, in hexadecimal digits."""
     checksum = 0
-    with file.open("rb") as stored:
-        while block := stored.read(2**24):
-            checksum = zlib.crc32(block, checksum)
+    for file in files:
+        with file.open("rb") as stored:
+            while block := stored.read(2**24):
+                checksum = zlib.crc32(block, checksum)
     return f"{checksum:08x}"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list) and len(value) > SHOWN_ENTRIES:
         return f"[{', '.join(map(str, value[:2]))}, ... ({len(value)} in all)]"
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return yaml_text(value)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from peft import LoftQConfig, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,7 +19,7 @@ from ..lora.merge_aware_config import fingerprints_of
 from ..scales import QuantScalesConfig
 from . import models
 from . import shared_options as options
-from .parsing import VerbParser, new_parser
+from .parsing import VerbParser, new_parser, yaml_text
 from .refused_values import values_refused
 
 # Fields that PEFT fills itself.
@@ -113,8 +112,9 @@ def _refuse_contradictions(settings: Namespace, config: PeftConfig) -> None:
         given = sorted(value) if isinstance(value, list | set) and name == "target_modules" else _plain(value)
         if given != has and not (name == "target_modules" and given == ALL_LINEAR):  # which the model tells
             raise WrongUsage(
-                f"--{option} {_shown(given)}: the adapter in {settings.adapter} has {_shown(has)}, and keeps it. "
-                "Leave the option out; or train a new adapter, without --adapter, on the model with this one merged."
+                f"--{option} {yaml_text(given)}: the adapter in {settings.adapter} has {yaml_text(has)}, and "
+                "keeps it. Leave the option out; or train a new adapter, without --adapter, on the model with this "
+                "one merged."
             )
 
 
@@ -179,10 +179,6 @@ def _without_adapter(peft_model: PeftModel) -> list[str]:
     adapted = {module.get_base_layer() for module in base.modules() if isinstance(module, BaseTunerLayer)}
     left_out = {*adapted, base.get_output_embeddings()}
     return [name for name, each in quantized_modules(base).items() if each not in left_out]
-
-
-def _shown(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
 def _plain(value: Any) -> Any:

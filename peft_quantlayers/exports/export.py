@@ -165,7 +165,7 @@ def _checked(
     target: ExportFormat, given: GivenModel, tokenizer: Any, approximate: Approximation | None
 ) -> tuple[dict[str, LayerFacts], Any, Path | None]:
     """The facts of each layer, and the tokenizer as :func:`_tokenizer` has it; raises as :func:`export`."""
-    facts = {name: facts_of(layer) for name, layer in given.layers.items()}
+    facts = _facts(given)
     refuse_misfits(target, Model.of(given, facts), approximate)
     tokenizer, tokenizer_folder = _tokenizer(tokenizer, given)
     if target.needs_tokenizer and tokenizer is None and tokenizer_folder is None:
@@ -192,7 +192,7 @@ def _bytes_to_write(target: ExportFormat, given: GivenModel) -> int:
     return n_bytes + min(n_bytes, SHARD_BYTES)  # tensors of one file wait in another one
 
 
-def _facts(source: ModelSource) -> dict[str, LayerFacts]:
+def _facts(source: GivenModel | ModelSource) -> dict[str, LayerFacts]:
     return {name: facts_of(layer) for name, layer in source.layers.items()}
 
 

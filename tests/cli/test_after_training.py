@@ -337,3 +337,11 @@ def test_names_that_other_trainers_have_for_the_export(commands, tmp_path, capsy
     command = [*commands["train"], "--export", "mlx", "--export_dir", str(tmp_path / "served"), "--dry_run"]
     assert f"peft-quantlayers export {tmp_path / 'out'} {tmp_path / 'served'} --format mlx" in printed(capsys, command)
     assert main([*commands["merge"][:2], "--export_dir", str(tmp_path / "merged"), "--dry_run"]) == 0
+
+
+def test_a_command_with_long_values_is_one_line(commands, capsys):
+    prompts = json.dumps([f"What is red, and what is the number {number}?" for number in range(8)])
+    command = [*commands["train"], "--dry_run", "--json", "--evaluate", "true", "--evaluate_options.prompts", prompts]
+    (then,) = json.loads(printed(capsys, command))["then"]
+    assert "number 7?" in then
+    assert "\n" not in then

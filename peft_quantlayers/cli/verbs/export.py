@@ -109,18 +109,15 @@ def run(settings: Namespace) -> Result:
     if settings.text is not None:
         tokenizer = tokenizer or needed_tokenizer(name)
         text = read_text(settings, tokenizer, name)
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    asked: dict[str, Any] = {
+        "adapter": adapter,
+        "dtype": None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        "approximate": settings.approximate,
+        "tokenizer": tokenizer,
+    }
     if settings.dry_run:
         with another_base_refused():
-            disk, largest = bytes_of_export(
-                name,
-                settings.output,
-                settings.format,
-                adapter=adapter,
-                dtype=dtype,
-                approximate=settings.approximate,
-                tokenizer=tokenizer,
-            )
+            disk, largest = bytes_of_export(name, settings.output, settings.format, **asked)
         weights = {"largest layer": 4 * _LAYER_COPIES * largest}
         if settings.text is not None:
             weights["the model, to compare"] = weight_bytes(name)
@@ -135,10 +132,7 @@ def run(settings: Namespace) -> Result:
             name,
             settings.output,
             settings.format,
-            adapter=adapter,
-            dtype=dtype,
-            approximate=settings.approximate,
-            tokenizer=tokenizer,
+            **asked,
             calibration=data,
             float_model=float_model,
             text=text,

@@ -38,7 +38,7 @@ from ..read_data import DATA_HELP
 from ..refused_values import values_refused
 from ..rehearsal import rehearse
 from ..result import Result
-from ..same_run import SettingsInState, check_same_run, kept_settings
+from ..same_run import SettingsInState, check_same_run, is_resumed, kept_settings
 from ..trained_base import (
     Rehearsed,
     base_folder,
@@ -235,9 +235,9 @@ def train_and_save(
 
 def checked_start(settings: Namespace, processes: PartialState, steps: Sequence[after_training.Step]) -> str | None:
     """The checkpoint to go on with, if any. Raises an error where the output is in use, or nothing can go on there."""
-    resume = settings.training.resume_from_checkpoint
-    resume = None if str(resume).lower() == "false" else resume
-    checkpoint = _checkpoint(resume, Path(settings.output))
+    resume = is_resumed(settings)
+    given = settings.training.resume_from_checkpoint if resume else None
+    checkpoint = _checkpoint(given, Path(settings.output))
     check_checkpoint(checkpoint, is_adapter=settings.adapter_type != "pv")
     check_same_run(settings, checkpoint)
     pv_training.check_options(settings, n_processes=processes.num_processes)
@@ -257,7 +257,7 @@ def checked_start(settings: Namespace, processes: PartialState, steps: Sequence[
     if not (resume or settings.show_batch):
         options.refuse_output_in_use(settings, way_out=f", or go on with its last checkpoint: {RESUME}")
     if not settings.show_batch:
-        rehearsed_end.check_outputs(settings, steps, is_resumed=bool(resume))
+        rehearsed_end.check_outputs(settings, steps, is_resumed=resume)
     return checkpoint
 
 
