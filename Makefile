@@ -85,7 +85,8 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/bench_lora_step.py --one-thread
 	$(RUN) benchmarks/bench_lora_step.py --avx2 --tokens 128
 	$(RUN) benchmarks/bench_decode.py --one-thread
-	$(RUN) benchmarks/bench_decode.py --avx2
+	$(RUN) benchmarks/bench_decode.py --one-thread --avx2
+	$(RUN) benchmarks/bench_decode.py
 	$(RUN) benchmarks/bench_aqlm_quantizer.py
 
 # Tests on a GPU, then figures, in less than eight minutes. In an environment that is there already, with pytest in it:

@@ -39,6 +39,11 @@ def settle(args: argparse.Namespace) -> None:
         native.variant = lambda: best
 
 
+def ending(args: argparse.Namespace) -> str:
+    """What the name of a result file ends with; none for one thread with the best instructions of the CPU."""
+    return ("" if args.one_thread else "_threads") + ("_avx2" if args.avx2 else "")
+
+
 def clock_of(args: argparse.Namespace) -> tuple[Clock, str]:
     """The clock, and its name in the result file."""
     return (time.process_time, "CPU time") if args.one_thread else (time.perf_counter, "wall clock")

@@ -8,7 +8,8 @@ faster).
 
 On a shared machine the threads of a product wait for each other, and wall-clock times are unreliable: ``--one-thread``
 uses one thread and counts its CPU time. ``--avx2`` leaves AVX-512 unused, in all libraries that have a setting for it.
-``--lora`` times layers with an adapter only, and one token through the whole of SmolLM2-135M with one on every layer.
+``--lora`` times layers with an adapter only, one token through the whole of SmolLM2-135M with one on every layer, and
+the parts of one small layer's call.
 Rows of shapes that are not timed now stay in the file, if the same device made them.
 """
 
@@ -18,6 +19,7 @@ import random
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +27,20 @@ from typing import Any
 
 import numba
 import torch
-from _cpu import Clock, add_options, clock_of, kernels_in_use, memory_bandwidth, operations_per_second, settle
+from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, memory_bandwidth, operations_per_second, settle
 from _demo_model import demo_model_folder
 from _device import describe_device
 from _linears import Candidate, candidates
 from _shapes import SHAPES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_quantlayers as pql
+from quantlayers_kernels import native
+from quantlayers_kernels.hqq.cpu import weight_of
+from quantlayers_kernels.native_product import empty_product
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPES = (
@@ -50,6 +56,8 @@ DEFAULT_SHAPES = (
 # Peers that rebuild the dense weight for every call need seconds, and gigabytes, beyond this; all take fewer turns.
 LARGE_WEIGHT = 4096 * 4096
 MAX_REPEATS_OF_LARGE = 10
+# The layer whose call is taken apart, and calls that are timed at once.
+CALLED_WIDTH, CALLS = 576, 1000
 
 
 def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
@@ -125,6 +133,36 @@ def token_of_model(repeats: int, clock: Clock) -> dict[str, float]:
     return medians
 
 
+def parts_of_a_call(repeats: int, clock: Clock) -> dict[str, float]:
+    """Median seconds of one token through a small layer: the kernel alone, the layer, and it with an adapter."""
+    models = [nn.Sequential(nn.Linear(CALLED_WIDTH, CALLED_WIDTH, bias=False)).eval() for _ in range(2)]
+    for model in models:
+        pql.quantize_model(model, pql.HQQConfig(nbits=4), progress=False)
+    layer: Any = models[0][0]
+    config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    adapted = get_peft_model(models[1], config).eval().base_model.model[0]
+    x = torch.randn(1, CALLED_WIDTH)
+    weight = weight_of(layer.W_q, layer.scale, layer.zero, nbits=4, axis=1, in_features=CALLED_WIDTH)
+    y, product = empty_product(x, None, CALLED_WIDTH)
+    ways: dict[str, Callable[[], object]] = {
+        "the kernel": lambda: native.call("ql_hqq_linear", weight, product),
+        "the layer": lambda: layer(x),
+        "the layer with LoRA": lambda: adapted(x),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            start = clock()
+            for _ in range(CALLS):
+                way()
+            if repeat:
+                seconds[name].append((clock() - start) / CALLS)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(", ".join(f"{name} {1e6 * median:.1f} us" for name, median in medians.items()), flush=True)
+    del y  # which the kernel wrote until now
+    return medians
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -194,7 +232,8 @@ def main() -> None:
     }
     if args.lora:
         measured["model"] = token_of_model(args.repeats, clock)
-    path = RESULTS / f"decode{'_lora' if args.lora else ''}{'_avx2' if args.avx2 else ''}.json"
+        measured |= {"called_width": CALLED_WIDTH, "call": parts_of_a_call(args.repeats, clock)}
+    path = RESULTS / f"decode{'_lora' if args.lora else ''}{ending(args)}.json"
     order = [list(shape) for shape in SHAPES.values()]
     measured["rows"] = sorted(rows + rows_to_keep(path, measured), key=lambda row: order.index(row["shape"]))
     path.write_text(json.dumps(measured, indent=2) + "\n")

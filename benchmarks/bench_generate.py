@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from _cpu import Clock, add_options, clock_of, kernels_in_use, memory_bandwidth, settle
+from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, memory_bandwidth, settle
 from _demo_model import demo_model_folder, ensure_converter
 from _device import describe_device
 from _llama_cpp import LlamaCpp
@@ -290,9 +290,7 @@ def main() -> None:
     }
     for name, medians in parts.items():
         print(f"{name}: " + ", ".join(f"{part} {1e3 * value:.2f} ms" for part, value in medians.items()))
-    path = (
-        RESULTS / f"generate{'' if args.shape == 'smollm2' else '_' + args.shape}{'_avx2' if args.avx2 else ''}.json"
-    )
+    path = RESULTS / f"generate{'' if args.shape == 'smollm2' else '_' + args.shape}{ending(args)}.json"
     device = describe_device() | {"bitsandbytes": version("bitsandbytes"), "xllamacpp": version("xllamacpp")}
     measured = {
         "device": device | {"kernels": kernels_in_use()},

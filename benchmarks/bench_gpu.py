@@ -1,4 +1,4 @@
-"""The kernels on a GPU: dequantizing, products with few tokens, LoRA training steps, quantizing.
+"""The kernels on a GPU: products with few tokens, generating, LoRA training steps, quantizing, loading.
 
 First the tests of ``tests/gpu`` run, and their outcome is stored in the result. Every product is then compared with
 that of the dequantized weight; a wrong one of ours ends its part, a wrong one of a peer is recorded, and so is the
@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -37,13 +38,13 @@ from _gpu_linears import PEERS, SLOW_PEERS, aqlm_tensors, hqq_tensors, ours
 from _linears import GROUP_SIZE, Candidate
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import peft_quantlayers as pql
 from peft_quantlayers import QuantizedLinear
 from peft_quantlayers.calibration import InputStatistics
 from peft_quantlayers.methods import get_method
-from quantlayers_kernels import gpu, tiled
+from quantlayers_kernels import gpu, gpu_tuning, tiled
 from quantlayers_kernels.aqlm import aqlm_dequantize
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.hqq import hqq_dequantize
@@ -80,6 +81,9 @@ class Sizes:
     steps: int = 5
     quantized_shape: tuple[int, int] = (4096, 4096)
     quantizing_rounds: int = 3
+    form_tokens: tuple[int, ...] = (1, 16, 64)
+    cached_tokens: int = 512
+    loadings: int = 3
 
 
 TINY = Sizes(
@@ -99,6 +103,9 @@ TINY = Sizes(
     batches=((1, 16),),
     steps=1,
     quantized_shape=(64, 128),
+    form_tokens=(1, 16),
+    cached_tokens=32,
+    loadings=1,
 )
 
 
@@ -417,6 +424,30 @@ def tile_sizes(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def forms(bench: Bench) -> list[dict[str, Any]]:
+    """Seconds of products in the form of the kernel that was measured to be the fastest, and in the first of all."""
+    rows = []
+    for shape in bench.sizes.shapes:
+        layers = checked_ours(bench, shape, tokens=bench.sizes.form_tokens)
+        for n_tokens in bench.sizes.form_tokens:
+            x = torch.randn(n_tokens, shape[1], device=bench.device).half()
+
+            def in_first_form(candidate: Candidate, x: Tensor = x) -> Tensor:
+                with patched(gpu_tuning, "fastest", lambda kernel, facts, forms, product, *, like: forms[0]):
+                    return candidate.multiply(x)
+
+            ways: dict[str, Callable[[], Tensor]] = {}
+            for name in ("HQQ 4-bit", "HQQ 3-bit", "HQQ 2-bit", "AQLM 2x8", "AQLM 1x16"):
+                candidate = layers[name][1]
+                ways[name] = lambda candidate=candidate, x=x: candidate.multiply(x)
+                ways[f"{name}, first form"] = lambda candidate=candidate, run=in_first_form: run(candidate)
+            for name, times in bench.clock.seconds(ways, bench.sizes.repeats).items():
+                rows.append({"shape": list(shape), "tokens": n_tokens, "method": name, **statistics_of(times)})
+                print(f"{shape}  {n_tokens:3} tokens  {name:24} {1e6 * rows[-1]['median_s']:9.1f} us", flush=True)
+    bench.found["chosen_forms"] = gpu_tuning.chosen()
+    return rows
+
+
 def quantizing(bench: Bench) -> dict[str, Any]:
     """Weights per second of one large layer, ours without and with a Hessian, and the ``hqq`` package's."""
     shape = bench.sizes.quantized_shape
@@ -621,6 +652,108 @@ def training(bench: Bench) -> dict[str, Any]:
     return {"rows": rows, "refused": refused, "layers": bench.sizes.layers}
 
 
+def generating(bench: Bench) -> dict[str, Any]:
+    """Seconds of one token through the stack with a static cache: launched by Python, and replayed as a CUDA graph."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense bfloat16": lambda: stack(bench),
+        "HQQ 4-bit": lambda: quantized_stack(bench, pql.HQQConfig(nbits=4)),
+        "HQQ 4-bit + LoRA": lambda: adapted(quantized_stack(bench, pql.HQQConfig(nbits=4))),
+        "HQQ 2-bit": lambda: quantized_stack(bench, pql.HQQConfig(nbits=2)),
+        "AQLM 2x8": lambda: quantized_stack(bench, pql.AQLMConfig()),
+        "bitsandbytes NF4": lambda: nf4_stack(bench),
+    }
+    refused: list[dict[str, Any]] = []
+    ways: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, make in makers.items():
+        try:
+            step = one_token_step(bench, make().eval())
+            step()
+        except Exception as error:
+            if name != "bitsandbytes NF4":
+                raise
+            refused.append({"model": name, "error": _short(error)})
+            print(f"{name}: {refused[-1]['error']}", flush=True)
+            continue
+        ways[name, "eager"] = step
+        if bench.clock.is_gpu:
+            try:
+                ways[name, "graph"] = as_graph(step)
+            except Exception as error:  # of the capture: the step waits for the host somewhere
+                refused.append({"model": f"{name}, graph", "error": _short(error)})
+                print(f"{name}, graph: {refused[-1]['error']}", flush=True)
+    named = {", ".join(key): way for key, way in ways.items()}
+    seconds = bench.clock.seconds(named, bench.sizes.repeats)
+    rows = []
+    for (name, how), way in ways.items():
+        row = {"model": name, "how": how, **statistics_of(seconds[f"{name}, {how}"])}
+        row["host_s"] = bench.clock.host_seconds(way, bench.sizes.steps)
+        rows.append(row)
+        print(
+            f"one token, {name:18} {how:6} {1e3 * row['median_s']:8.3f} ms, of the host {1e3 * row['host_s']:8.3f} ms",
+            flush=True,
+        )
+    return {"rows": rows, "refused": refused, "layers": bench.sizes.layers, "cached_tokens": bench.sizes.cached_tokens}
+
+
+def one_token_step(bench: Bench, model: nn.Module) -> Callable[[], Tensor]:
+    """One token through ``model``, always at the same place of a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=bench.sizes.cached_tokens)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=bench.device)
+    places = torch.full_like(ids, bench.sizes.cached_tokens // 2)
+    # In place of the mask that transformers would make of the cache's state: all of it is seen.
+    mask = torch.zeros(1, 1, 1, bench.sizes.cached_tokens, dtype=torch.bfloat16, device=bench.device)
+
+    def step() -> Tensor:
+        cache.reset()
+        return model(input_ids=ids, position_ids=places, attention_mask=mask, past_key_values=cache).logits
+
+    return step
+
+
+def as_graph(step: Callable[[], Any]) -> Callable[[], None]:
+    """``step`` recorded as a CUDA graph, to be replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def loading(bench: Bench) -> list[dict[str, Any]]:
+    """Seconds from a folder to a model on the device: the stack in bfloat16, and quantized; and how to get there."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        dense, quantized = Path(scratch, "dense"), Path(scratch, "quantized")
+        model = stack(bench)
+        model.save_pretrained(dense)
+        pql.save_model(pql.quantize_model(model, pql.HQQConfig(nbits=4), progress=False), quantized)
+        del model
+        ways: dict[str, tuple[Path, dict[str, Any]]] = {
+            "dense bfloat16": (dense, {}),
+            "HQQ 4-bit": (quantized, {}),
+            "dense bfloat16, quantized to HQQ 4-bit": (dense, {"quantization_config": pql.HQQConfig(nbits=4)}),
+        }
+        for name, (folder, options) in ways.items():
+            seconds = []
+            for _ in range(bench.sizes.loadings):
+                start = time.perf_counter()
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.bfloat16, device_map=bench.device, **options
+                )
+                bench.clock.wait()
+                seconds.append(time.perf_counter() - start)
+                del loaded
+            nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            rows.append({"model": name, "bytes": nbytes, **statistics_of(seconds)})
+            print(f"loading {name:40} {nbytes / 1e9:.2f} GB in {rows[-1]['median_s']:.2f} s", flush=True)
+    return rows
+
+
 def peak_of_step(bench: Bench, step: Callable[[str], None], name: str) -> int:
     """Bytes that a step needs above what all the models hold."""
     step(name)
@@ -684,11 +817,14 @@ def main() -> None:
             bench.part("copying", copy_bandwidth, needs_s=5)
             bench.part("decoding", lambda bench: decoding(bench, PEERS, with_ours=True), needs_s=30)
             bench.part("dequantizing", dequantizing, needs_s=10)
+            bench.part("generating", generating, needs_s=30)
         bench.part("training", training, needs_s=40)
         with torch.no_grad():
+            bench.part("forms", forms, needs_s=30)
             bench.part("switch_points", switch_points, needs_s=30)
             bench.part("tile_sizes", tile_sizes, needs_s=20)
             bench.part("quantizing", quantizing, needs_s=30)
+            bench.part("loading", loading, needs_s=20)
             bench.part("decoding_slow_peers", lambda bench: decoding(bench, SLOW_PEERS, with_ours=False), needs_s=100)
     if not bench.is_good():
         raise SystemExit(f"tests: {tests}; failed: {bench.found['failed']}")

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from _cpu import Clock, add_options, clock_of, kernels_in_use, operations_per_second, settle
+from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, operations_per_second, settle
 from _demo_model import demo_model_folder
 from _device import describe_device
 from _memory import MIB, extra_memory_of, in_own_process
@@ -384,7 +384,7 @@ def main() -> None:
         "rows": rows,
         "saved": saved,
     }
-    path = RESULTS / ("lora_step_avx2.json" if args.avx2 else "lora_step.json")
+    path = RESULTS / f"lora_step{ending(args)}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 FLOAT, CALIBRATION, MADE = "float", "calibration.safetensors", "made"
+# What "ours-best" chooses from for each layer.
+PLANNED_GROUPS = (48, 96)
 # Parameters by name, dequantized; the tensors of the quantizer's own checkpoint; what else a row says.
 Made = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
 
@@ -30,21 +33,42 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def made_by_ours(folder: Path, ids: Tensor, bits: int, group_size: int, *, reads_text: bool = True) -> Made:
+def made_by_ours(
+    folder: Path, ids: Tensor, bits: int, group_size: int, *, reads_text: bool = True, is_planned: bool = False
+) -> Made:
+    """``is_planned``: forms by layer, with as many bits as a code, a scale and an integer zero for each group take."""
     import peft_quantlayers as pql
     from peft_quantlayers.methods import get_method
 
     model, measured = load_float(folder), {}
     left_dense = [name for name, _ in model.named_modules() if name in LEFT_DENSE]
     config = pql.HQQConfig(nbits=bits, group_size=group_size, skip_modules=left_dense)
-    calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=ids.shape[1])
+    if is_planned:
+        config = replace(config, double_quant=True, group_size=PLANNED_GROUPS[0])
+    way = {"initial_codes": "best"} if is_planned else {}
+    calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=ids.shape[1], **way)
     with measuring(measured):
-        pql.quantize_model(model, config, calibration=calibration if reads_text else None, progress=False)
+        budget = None
+        if is_planned:
+            budget = pql.plan_bits(
+                model,
+                calibration,
+                average=bits + (16 + bits) / group_size,
+                choices=[{"nbits": n, "group_size": g} for n in (bits - 1, bits, bits + 1) for g in PLANNED_GROUPS],
+                config=config,
+                progress=False,
+            )
+        given = calibration if reads_text else None
+        pql.quantize_model(model, config, calibration=given, budget=budget, progress=False)
     quantized = {name: layer.quantized_weight for name, layer in pql.quantized_modules(model).items()}
     dense = {f"{name}.weight": get_method(each.spec.method).dequantize(each) for name, each in quantized.items()}
     with tempfile.TemporaryDirectory() as scratch:
         pql.save_model(model, scratch)
         return dense, saved_tensors(Path(scratch)), measured
+
+
+def made_by_ours_best(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
+    return made_by_ours(folder, ids, bits, group_size, is_planned=True)
 
 
 def made_by_ours_plain(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
@@ -249,6 +273,7 @@ def made_by_quanto(folder: Path, ids: Tensor, bits: int, group_size: int) -> Mad
 # What is installed, and the function.
 MAKERS: dict[str, tuple[str, Callable[[Path, Tensor, int, int], Made]]] = {
     "ours": ("peft_quantlayers", made_by_ours),
+    "ours-best": ("peft_quantlayers", made_by_ours_best),
     "ours-plain": ("peft_quantlayers", made_by_ours_plain),
     "llmcompressor-gptq": ("llmcompressor", made_by_llmcompressor_gptq),
     "llmcompressor-awq": ("llmcompressor", made_by_llmcompressor_awq),

@@ -371,10 +371,15 @@ def decode_lora() -> str:
         for shape in dict.fromkeys(shape for shape, _ in rows)
     ]
     model = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in measured["model"].items())
+    call = measured["call"]
+    python = {name: 1e6 * (seconds - call["the kernel"]) for name, seconds in call.items()}
+    width = measured["called_width"]
     return (
         table(["us, one token, LoRA r = 8", *methods], body)
-        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. Medians, "
-        + f"{measured['clock']}. "
+        + f"\n\nOne token through SmolLM2-135M at 4 bits with LoRA on every layer: {model}. A call of "
+        + f"{width} x {width} takes {python['the layer']:.0f} us more than its kernel alone "
+        + f"({1e6 * call['the kernel']:.0f} us), and {python['the layer with LoRA']:.0f} us more with an adapter, "
+        + f"whose products are among them. Medians, {measured['clock']}. "
         + device_line(measured["device"], measured["command"])
     )
 
@@ -441,6 +446,15 @@ def gpu() -> str:
             f"copying: {measured['copying']['gb_per_s']:.0f} GB/s" if "copying" in measured else "read and written"
         )
         parts.append(table(["dequantizing", copying], body))
+    if "generating" in measured:
+        rows = {(row["model"], row["how"]): row["median_s"] for row in measured["generating"]["rows"]}
+        hows = list(dict.fromkeys(how for _, how in rows))
+        body = [
+            [name, *(f"{1e3 * rows[name, how]:.2f} ms" if (name, how) in rows else "" for how in hows)]
+            for name in dict.fromkeys(name for name, _ in rows)
+        ]
+        head = f"one token, {measured['generating']['layers']} layers of Llama 3 8B"
+        parts.append(table([head, *hows], body))
     if "training" in measured:
         body = [
             [
@@ -459,6 +473,17 @@ def gpu() -> str:
             for row in measured["quantizing"]["rows"]
         ]
         parts.append(table(["quantizing", "million weights/s"], body))
+    if "loading" in measured:
+        body = [
+            [row["model"], f"{row['bytes'] / 1e9:.2f} GB", f"{row['median_s']:.2f} s"] for row in measured["loading"]
+        ]
+        parts.append(table(["from a folder to the device", "files", "time"], body))
+    if "forms" in measured:
+        body = [
+            [row["method"], " x ".join(map(str, row["shape"])), str(row["tokens"]), f"{1e6 * row['median_s']:.1f} us"]
+            for row in measured["forms"]
+        ]
+        parts.append(table(["form of the kernel", "layer", "tokens", "time"], body))
     versions = ", ".join(f"{name} {device[name]}" for name in ("torch", "triton", "bitsandbytes") if name in device)
     note = "In brackets the rate, dense float16 (a step: bfloat16) = 1; medians of GPU time, cold caches."
     return "\n\n".join([*parts, f"{note} `make bench-gpu` on {device['gpu']}; {versions}."])
@@ -902,15 +927,17 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
         "merge": merge,
         "decode": decode,
         "decode_avx2": lambda: decode("decode_avx2"),
+        "decode_threads": lambda: decode("decode_threads"),
         "decode_shapes": decode_shapes,
         "decode_lora": decode_lora,
         "activations": activations,
         "generate": generate,
         "generate_1b": lambda: generate("generate_1b"),
+        "generate_threads": lambda: generate("generate_threads"),
         "decode_shapes_avx2": lambda: decode_shapes("decode_avx2"),
         "gpu": gpu,
         "lora_step": lora_step,
-        "lora_step_avx2": lambda: lora_step("lora_step_avx2"),
+        "lora_step_threads_avx2": lambda: lora_step("lora_step_threads_avx2"),
         "quantize": quantize,
         "quantize_avx2": lambda: quantize("quantize_avx2"),
         "aqlm_quantizer": aqlm_quantizer,

@@ -9,7 +9,7 @@ from programs import run_program
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCH_GPU = BENCHMARKS / "bench_gpu.py"
 PARTS = {"copying", "decoding", "dequantizing", "training", "quantizing", "switch_points", "tile_sizes"}
-PARTS |= {"decoding_slow_peers"}
+PARTS |= {"decoding_slow_peers", "generating", "forms", "loading"}
 
 
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):

@@ -113,10 +113,14 @@ def added_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     return y
 
 
-def dot_tile(n_tokens: int) -> dict[str, int]:
-    """Tokens of a tile, all of up to ``MAX_DOT_TOKENS`` so that each weight is decoded once, and its warps."""
-    tokens = min(MAX_DOT_TOKENS, max(MIN_DOT, power_of_two(n_tokens)))
-    return {"TOKENS": tokens, "num_warps": _WARPS[tokens]}
+def dot_tokens(n_tokens: int) -> int:
+    """Tokens of a tile on the tensor cores: all of up to ``MAX_DOT_TOKENS``, so that each weight is decoded once."""
+    return min(MAX_DOT_TOKENS, max(MIN_DOT, power_of_two(n_tokens)))
+
+
+def dot_warps(n_tokens: int) -> int:
+    """Warps of a program for such a tile, unless another number was measured to be faster."""
+    return _WARPS[dot_tokens(n_tokens)]
 
 
 def power_of_two(at_least: int) -> int:

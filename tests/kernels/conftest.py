@@ -1,11 +1,14 @@
 """Which implementation of the kernels a test runs: a compiled one, by instruction set, Triton's, or plain torch."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 from implementations import COMPILED, PLAIN, run_with
 
-from quantlayers_kernels import gpu, gpu_probe, native
+from quantlayers_kernels import gpu, gpu_probe, gpu_tuning, native
 
 __all__ = ["COMPILED", "FASTEST_AND_PLAIN", "PLAIN"]
 
@@ -32,3 +35,20 @@ def triton_on_cpu(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "n_processors", lambda device: 132)
     if os.environ.get("TRITON_INTERPRET") != "1":  # launches are recorded only
         monkeypatch.setattr(gpu_probe, "can_launch", lambda device: True)
+
+
+@pytest.fixture
+def in_form(monkeypatch) -> Callable[[Any], AbstractContextManager]:
+    """``with in_form(form)``: Triton's kernels run in this form, whatever is the fastest."""
+
+    @contextmanager
+    def chosen(form: Any) -> Iterator[None]:
+        def fastest(kernel, facts, forms, product, *, like):
+            assert form in forms
+            return form
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_tuning, "fastest", fastest)
+            yield
+
+    return chosen

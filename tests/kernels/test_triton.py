@@ -200,6 +200,27 @@ def test_a_layers_kernels_compile_for_gpus(scheme, target, dtype, kernel, n_toke
         assert "ld.local" not in ptx
 
 
+FORMS = [
+    *((4, 1, form) for form in hqq_gpu.TOKEN_FORMS),
+    *((3, 1, form) for form in hqq_gpu.TOKEN_FORMS[1:]),
+    *((4, n_tokens, form) for n_tokens in (16, 64) for form in hqq_gpu.dot_forms(n_tokens)),
+    *((TWO_BY_EIGHT, 1, form) for form in aqlm_gpu.TOKEN_FORMS),
+    *((TWO_BY_EIGHT, n_tokens, form) for n_tokens in (16, 64) for form in aqlm_gpu.dot_forms(n_tokens)),
+]
+
+
+@needs_triton
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize(("scheme", "n_tokens", "form"), FORMS, ids=str)
+def test_the_forms_that_are_tried_compile_and_fit_a_gpu_that_is_small(scheme, n_tokens, form, in_form, monkeypatch):
+    kernel = "one_token" if n_tokens == 1 else "few_tokens"
+    with in_form(form):
+        built, spilled = compiled(scheme, kernel, "sm_89", torch.float16, n_tokens, monkeypatch)
+    assert built.metadata.shared <= MAX_SHARED
+    assert built.metadata.num_warps == form.warps
+    assert not spilled
+
+
 @needs_triton
 @pytest.mark.usefixtures("triton_on_cpu")
 @pytest.mark.parametrize("bias", [None, torch.zeros(OUT, dtype=torch.float16)], ids=["no bias", "bias"])

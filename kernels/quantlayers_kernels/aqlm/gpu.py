@@ -1,17 +1,17 @@
 """AQLM on a GPU with Triton: products with few tokens, and dense rows. See ``triton_kernels.py``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import gpu
+from .. import gpu, gpu_tuning
 from .layout import dense_shape, has_documented_layout
 
-# Weights that a program reads at a time for one token, and into memory; of so many rows.
+# Weights that a program reads into memory at a time; of so many rows.
 TILE, TILE_ROWS = 8192, 8
-# On the tensor cores: rows of a program, inputs of a step, and steps in flight.
-DOT_ROWS, DOT_INPUTS, DOT_STAGES = 32, 128, 3
+# Steps in flight on the tensor cores.
+DOT_STAGES = 3
 # More stages of more codebooks than these do not fit into the shared memory of consumer GPUs.
 MAX_CODEBOOKS_IN_FLIGHT = 2
 # Codebooks up to this stay in a multiprocessor's level-1 cache and are read through it. Larger ones are read past it,
@@ -21,6 +21,23 @@ LEVEL_1_BYTES = 64 * 1024
 MAX_CODEBOOK_ELEMENTS = 1 << 31
 # Codebooks are added up in an unrolled loop.
 MAX_CODEBOOKS, MAX_IN_GROUP = 16, 64
+
+
+class Form(NamedTuple):
+    """Of a product: rows of a program, inputs of its step, and its warps."""
+
+    rows: int
+    inputs: int
+    warps: int
+
+
+TOKEN_FORMS = (Form(8, 1024, 4), Form(4, 1024, 4), Form(4, 512, 2), Form(16, 512, 4), Form(8, 2048, 8))
+
+
+def dot_forms(n_tokens: int) -> tuple[Form, ...]:
+    """Forms on the tensor cores, for so many tokens, at most ``gpu.MAX_DOT_TOKENS`` of them in a tile."""
+    warps = gpu.dot_warps(n_tokens)
+    return (Form(32, 128, warps), Form(16, 128, warps), Form(32, 64, warps), Form(64, 64, 8))
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
@@ -79,34 +96,43 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
     flat = x.reshape(-1, in_features).contiguous()
     weight = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
     n_tokens, few_codebooks = flat.shape[0], len(codebooks) <= MAX_CODEBOOKS_IN_FLIGHT
-    rows, inputs = (TILE_ROWS, TILE // TILE_ROWS) if n_tokens == 1 else (DOT_ROWS, DOT_INPUTS)
-    groups = max(1, min(gpu.power_of_two(n_in_groups), inputs // scheme["IN"]))
-    if n_tokens > 1:
-        groups = max(groups, gpu.MIN_DOT // scheme["IN"])
 
-    def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        triton_kernels.one_token[grid](
-            *(flat, *weight, bias, y, out_features, n_in_groups, n_steps * groups),
-            **scheme,
-            GROUPS=groups,
-            ROWS=rows,
-        )
+    def product(form: Form) -> Tensor:
+        groups = max(1, min(gpu.power_of_two(n_in_groups), form.inputs // scheme["IN"]))
+        if n_tokens > 1:
+            groups = max(groups, gpu.MIN_DOT // scheme["IN"])
 
-    def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        tile = gpu.dot_tile(n_tokens)
-        triton_kernels.few_tokens[*grid, -(-n_tokens // tile["TOKENS"])](
-            *(flat, *weight, bias, y, n_tokens, out_features, n_in_groups, n_steps * groups),
-            **scheme,
-            GROUPS=groups,
-            ROWS=rows,
-            **tile,
-            PRODUCT=gpu.product_type(x.dtype),
-            STAGES=1 if _is_in_level_1(codebooks) else DOT_STAGES if few_codebooks else 2,
-        )
+        def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+            triton_kernels.one_token[grid](
+                *(flat, *weight, bias, y, out_features, n_in_groups, n_steps * groups),
+                **scheme,
+                GROUPS=groups,
+                ROWS=form.rows,
+                num_warps=form.warps,
+            )
 
-    launch = one_token if n_tokens == 1 else few_tokens
-    n_steps = -(-n_in_groups // groups)
-    return gpu.product_in_parts(x, bias, out_features, n_rows=rows, n_steps=n_steps, launch=launch)
+        def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+            tokens = gpu.dot_tokens(n_tokens)
+            triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
+                *(flat, *weight, bias, y, n_tokens, out_features, n_in_groups, n_steps * groups),
+                **scheme,
+                GROUPS=groups,
+                ROWS=form.rows,
+                TOKENS=tokens,
+                PRODUCT=gpu.product_type(x.dtype),
+                STAGES=1 if _is_in_level_1(codebooks) else DOT_STAGES if few_codebooks else 2,
+                num_warps=form.warps,
+            )
+
+        launch = one_token if n_tokens == 1 else few_tokens
+        n_steps = -(-n_in_groups // groups)
+        return gpu.product_in_parts(x, bias, out_features, n_rows=form.rows, n_steps=n_steps, launch=launch)
+
+    facts = (*codebooks.shape, out_features, in_features, x.dtype, codebooks.dtype)
+    if n_tokens == 1:
+        return product(gpu_tuning.fastest("aqlm one_token", facts, TOKEN_FORMS, product, like=x))
+    facts = (*facts, gpu.dot_tokens(n_tokens))
+    return product(gpu_tuning.fastest("aqlm few_tokens", facts, dot_forms(n_tokens), product, like=x))
 
 
 def dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, *, rows: slice, into: Tensor) -> Tensor:

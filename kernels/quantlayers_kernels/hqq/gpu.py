@@ -2,21 +2,47 @@
 
 from functools import cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import gpu
+from .. import gpu, gpu_tuning
 from ..bitpack import packed_row_bytes
 from ..bitpack.reference import PLANES
 from .layout import has_documented_layout
 
-# Weights that a program decodes at a time for one token, and into memory; bytes that a thread reads at once.
-PRODUCT_TILE, DENSE_TILE, VECTOR = 16384, 8192, 16
+# Weights that a program decodes into memory at a time; bytes that a thread reads at once.
+DENSE_TILE, VECTOR = 8192, 16
 # Rows of a program: with more rows x is read less often.
 MIN_ROWS, MAX_ROWS = 4, 32
-# On the tensor cores: rows of a program, bytes of a row in a step by the codes' slots in a byte, and steps in flight.
-DOT_ROWS, DOT_BYTES, DOT_STAGES = 32, {1: 64, 2: 64, 4: 64, 8: 32}, 3
+# On the tensor cores: bytes of a row in a step, by the codes' slots in a byte.
+DOT_BYTES = {1: 64, 2: 64, 4: 64, 8: 32}
+
+
+class TokenForm(NamedTuple):
+    """Of the product with one token: weights that a program decodes at a time, and its warps."""
+
+    weights: int
+    warps: int
+
+
+class DotForm(NamedTuple):
+    """Of the product on tensor cores: rows of a program, its warps, and steps in flight."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+TOKEN_FORMS = (TokenForm(16384, 4), TokenForm(8192, 4), TokenForm(4096, 2), TokenForm(16384, 8), TokenForm(32768, 8))
+
+
+def dot_forms(n_tokens: int) -> tuple[DotForm, ...]:
+    """Forms for so many tokens, at most ``gpu.MAX_DOT_TOKENS`` of them in a tile."""
+    warps = gpu.dot_warps(n_tokens)
+    others = ((16, warps, 3), (64, 8, 3), (32, warps, 2), (32, warps, 4))
+    return (DotForm(32, warps, 3), *(DotForm(*each) for each in others))
 
 
 def _n_slots(nbits: int) -> int:
@@ -102,32 +128,45 @@ def linear_few_tokens(
     n_tokens = flat.shape[0]
     sizes = (out_features, in_features, W_q.shape[1], segment, n_groups)
 
-    def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        runs = n_steps * tile["RUNS"]
-        triton_kernels.one_token[grid](
-            flat, *weight, bias, y, *sizes, runs, GROUP=group_size, **tile, **_planes(nbits)
-        )
+    def one_token(form: TokenForm) -> Tensor:
+        tile = _tile(nbits, in_features, group_size, form.weights)
 
-    def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
-        tile = gpu.dot_tile(n_tokens)
-        triton_kernels.few_tokens[*grid, -(-n_tokens // tile["TOKENS"])](
-            *(flat, *weight, bias, y, n_tokens, *sizes, n_steps),
-            **_planes(nbits),
-            GROUP=group_size,
-            BYTES=n_bytes,
-            ROWS=DOT_ROWS,
-            **tile,
-            PRODUCT=gpu.product_type(x.dtype),
-            STAGES=DOT_STAGES,
-        )
+        def launch(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+            triton_kernels.one_token[grid](
+                *(flat, *weight, bias, y, *sizes, n_steps * tile["RUNS"]),
+                **_planes(nbits),
+                GROUP=group_size,
+                **tile,
+                num_warps=form.warps,
+            )
 
+        n_steps = -(-segment // (tile["RUN"] * tile["RUNS"]))
+        return gpu.product_in_parts(x, bias, out_features, n_rows=tile["ROWS"], n_steps=n_steps, launch=launch)
+
+    def few_tokens(form: DotForm) -> Tensor:
+        n_bytes, tokens = _dot_bytes(nbits, in_features, group_size), gpu.dot_tokens(n_tokens)
+
+        def launch(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+            triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
+                *(flat, *weight, bias, y, n_tokens, *sizes, n_steps),
+                **_planes(nbits),
+                GROUP=group_size,
+                BYTES=n_bytes,
+                ROWS=form.rows,
+                TOKENS=tokens,
+                PRODUCT=gpu.product_type(x.dtype),
+                STAGES=form.stages,
+                num_warps=form.warps,
+            )
+
+        n_steps = segment // n_bytes
+        return gpu.product_in_parts(x, bias, out_features, n_rows=form.rows, n_steps=n_steps, launch=launch)
+
+    facts = (nbits, out_features, in_features, group_size, x.dtype, scale.dtype)
     if n_tokens == 1:
-        tile = _tile(nbits, in_features, group_size, PRODUCT_TILE)
-        rows, n_steps, launch = tile["ROWS"], -(-segment // (tile["RUN"] * tile["RUNS"])), one_token
-    else:
-        n_bytes = _dot_bytes(nbits, in_features, group_size)
-        rows, n_steps, launch = DOT_ROWS, segment // n_bytes, few_tokens
-    return gpu.product_in_parts(x, bias, out_features, n_rows=rows, n_steps=n_steps, launch=launch)
+        return one_token(gpu_tuning.fastest("hqq one_token", facts, TOKEN_FORMS, one_token, like=x))
+    facts = (*facts, gpu.dot_tokens(n_tokens))
+    return few_tokens(gpu_tuning.fastest("hqq few_tokens", facts, dot_forms(n_tokens), few_tokens, like=x))
 
 
 def dequantize_rows(W_q: Tensor, scale: Tensor, zero: Tensor, *, nbits: int, rows: slice, into: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(n_tokens
     parts = []
     splits = gpu.splits
     monkeypatch.setattr(gpu, "splits", lambda *arguments: parts.append(splits(*arguments)) or parts[-1])
-    monkeypatch.setattr(aqlm_gpu, "TILE", 256)
+    monkeypatch.setattr(aqlm_gpu, "TOKEN_FORMS", [aqlm_gpu.Form(rows=8, inputs=32, warps=4)])
     weight = random_weight((2, 8, 1, 8), 3, 131, torch.float16)
     x, bias = torch.randn(n_tokens, 131 * 8), torch.randn(3)
     expected = F.linear(x, dequantize_aqlm_reference(*weight), bias)
@@ -71,6 +71,21 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(n_tokens
         y = aqlm_gpu.linear_few_tokens(x, *weight, given_bias)
         torch.testing.assert_close(y, expected if given_bias is not None else expected - bias, rtol=1e-4, atol=1e-4)
     assert min(parts) > 1
+
+
+@pytest.mark.parametrize("scheme", [(2, 8, 1, 8), (3, 5, 4, 6)], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+def test_a_product_is_right_in_every_form(n_tokens, scheme, in_form):
+    weight = random_weight(scheme, 18, 23, torch.float16)
+    dense = dequantize_aqlm_reference(*weight)
+    x, bias = torch.randn(n_tokens, dense.shape[1]), torch.randn(len(dense))
+    x = x if n_tokens == 1 else x.half()
+    expected = F.linear(x.float(), dense, bias)
+    forms = aqlm_gpu.TOKEN_FORMS if n_tokens == 1 else aqlm_gpu.dot_forms(n_tokens)
+    for form in forms:
+        with in_form(form):
+            y = aqlm_gpu.linear_few_tokens(x, *weight, bias)
+        torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_more_tokens_than_one_tile_holds_are_right():

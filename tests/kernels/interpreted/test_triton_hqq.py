@@ -74,8 +74,7 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(nbits, n
     parts = []
     splits = gpu.splits
     monkeypatch.setattr(gpu, "splits", lambda *arguments: parts.append(splits(*arguments)) or parts[-1])
-    monkeypatch.setattr(hqq_gpu, "PRODUCT_TILE", 2048)
-    hqq_gpu._tile.cache_clear()
+    monkeypatch.setattr(hqq_gpu, "TOKEN_FORMS", [hqq_gpu.TokenForm(weights=2048, warps=4)])
     in_features = 64 * 8 * 11
     weight = random_weight(nbits, 1, (3, in_features, 88), torch.float16)
     x, bias = torch.randn(n_tokens, in_features), torch.randn(3)
@@ -83,8 +82,20 @@ def test_the_inputs_are_divided_among_programs_where_there_are_few_rows(nbits, n
     for given_bias in (bias, None):
         y = hqq_gpu.linear_few_tokens(x, *weight, given_bias, nbits=nbits)
         torch.testing.assert_close(y, expected if given_bias is not None else expected - bias, rtol=1e-4, atol=1e-4)
-    hqq_gpu._tile.cache_clear()
     assert min(parts) > 1
+
+
+@pytest.mark.parametrize("nbits", [2, 3, 8])
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+def test_a_product_is_right_in_every_form(n_tokens, nbits, in_form):
+    weight = random_weight(nbits, 1, (70, 576, 9), torch.float16)
+    x, bias = torch.randn(n_tokens, 576).to(torch.float32 if n_tokens == 1 else torch.float16), torch.randn(70)
+    expected = F.linear(x.float(), reference(weight, nbits, 576), bias)
+    forms = hqq_gpu.TOKEN_FORMS if n_tokens == 1 else hqq_gpu.dot_forms(n_tokens)
+    for form in forms:
+        with in_form(form):
+            y = hqq_gpu.linear_few_tokens(x, *weight, bias, nbits=nbits)
+        torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_more_tokens_than_one_tile_holds_are_right():
