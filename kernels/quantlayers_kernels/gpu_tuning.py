@@ -33,9 +33,9 @@ KERNELS_VERSION = 1
 WARMUPS, REPEATS = 2, 9
 # Another form than the first must save this part of its time, or it is within the noise.
 MIN_GAIN = 0.05
-# Written before each run, so that no weight is in the level-2 cache: decoding a token reads each weight once. Then the
-# GPU pauses for these cycles, a third of a millisecond, in which the host gets ahead of it.
-FLUSHED_BYTES, PAUSE_CYCLES = 1 << 27, 600_000
+# Written before each run, so that no weight is in the level-2 cache: decoding a token reads each weight once. So often
+# that the host gets ahead of the GPU meanwhile, and launching is not measured.
+FLUSHED_BYTES, FLUSHES = 1 << 27, 8
 
 FormT = TypeVar("FormT", bound=tuple[Any, ...])  # a NamedTuple of integers
 
@@ -146,8 +146,8 @@ def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
         flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
         for repeat in range(WARMUPS + REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flushed.zero_()
-            torch.cuda._sleep(PAUSE_CYCLES)
+            for _ in range(FLUSHES):
+                flushed.zero_()
             start.record()
             run()
             end.record()

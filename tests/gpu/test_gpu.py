@@ -16,7 +16,7 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers.merging.strategies import STRATEGIES
-from quantlayers_kernels import gpu
+from quantlayers_kernels import gpu, gpu_tuning
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.bitpack import pack
@@ -172,6 +172,23 @@ def test_a_product_can_be_captured_in_a_cuda_graph():
                 x.copy_(torch.randn_like(x))
                 graph.replay()
                 torch.testing.assert_close(y, layer(x))
+
+
+@needs_gpu
+def test_the_forms_of_products_are_measured_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv(gpu_tuning.FOLDER, str(tmp_path))
+    monkeypatch.setattr(gpu_tuning, "_chosen", {})
+    for layer in quantized_layers(torch.float16):
+        for n_tokens in (1, 8):
+            x = torch.randn(n_tokens, 1024, device=DEVICE, dtype=torch.float16)
+            first = layer(x)
+            assert torch.equal(layer(x), first)
+    known = gpu_tuning.chosen()
+    assert {key.split()[1] for key in known} == {"one_token", "few_tokens"}
+    monkeypatch.setattr(gpu_tuning, "_chosen", {})
+    monkeypatch.setattr(gpu_tuning, "_seconds", None)
+    assert torch.equal(layer(x), first)
+    assert gpu_tuning.chosen().items() <= known.items()
 
 
 def test_a_compiled_layer_is_one_graph():
