@@ -47,6 +47,7 @@ class Product(Structure):
         ("bias", c_void_p),
         ("tokens", c_int64),
         ("out_features", c_int64),
+        ("kind", c_int),
     )
 
 

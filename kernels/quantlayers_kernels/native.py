@@ -27,7 +27,7 @@ VARIANTS = ("baseline", "avx2", "avx512")
 _BEST, _NONE = "auto", "torch"
 # The floating dtypes that the kernels read, by their number in csrc/quantlayers.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# The dtypes of dense rows that they write; others are cast from float32.
+# The dtypes that they write, and that products read and write; others are cast from float32, or to it.
 WRITTEN = (torch.float32, torch.bfloat16)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .native_product import empty_product
+from .native_product import empty_product, readable
 
 
 class PreparedProduct:
@@ -64,8 +64,7 @@ class PreparedProduct:
         shape, n_numbers = x.shape, x.numel()
         if not 0 < n_numbers <= self._max_numbers or not shape or shape[-1] != self._in_features:
             return None
-        is_float = x.dtype == torch.float32
-        inputs = (x if is_float else x.float()).contiguous()
+        inputs = readable(x)
         if bias is not None:
             if bias.shape != (self._out_features,):
                 return None
@@ -76,4 +75,4 @@ class PreparedProduct:
         y, product = empty_product(inputs, bias, self._out_features)
         if self._function(self._weight, product, torch.get_num_threads(), self._variant) != 0:
             native.refuse_without_memory(self._function.__name__)
-        return y if is_float else y.to(x.dtype)
+        return y if inputs.dtype == x.dtype else y.to(x.dtype)

@@ -181,11 +181,18 @@ static void multiply_aqlm(const void *context, int64_t begin, int64_t end, float
     call->kernels->aqlm_product(call->first, call->second, begin, end, scratch);
 }
 
+static int64_t aqlm_inputs(const struct aqlm_weight *weight) {
+    return weight->in_groups * weight->in_group;
+}
+
+static int multiply_in_rows(const void *weight, const struct product *product, int n_threads, int variant) {
+    const struct call call = {kernels_of(variant), weight, product};
+    return for_rows(multiply_aqlm, &call, product->out_features, BLOCK_ROWS * aqlm_inputs(weight), n_threads);
+}
+
 /* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias. */
 int ql_aqlm_linear(const struct aqlm_weight *weight, const struct product *product, int n_threads, int variant) {
-    const struct call call = {kernels_of(variant), weight, product};
-    const int64_t in_features = weight->in_groups * weight->in_group;
-    return for_rows(multiply_aqlm, &call, product->out_features, BLOCK_ROWS * in_features, n_threads);
+    return multiply_in_float32(multiply_in_rows, weight, product, aqlm_inputs(weight), n_threads, variant);
 }
 
 static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
@@ -195,7 +202,7 @@ static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, flo
 
 int ql_aqlm_dequantize(const struct aqlm_weight *weight, const struct dense_rows *rows, int n_threads, int variant) {
     const struct call call = {kernels_of(variant), weight, rows};
-    return for_rows(dequantize_aqlm, &call, rows->n_rows, weight->in_groups * weight->in_group, n_threads);
+    return for_rows(dequantize_aqlm, &call, rows->n_rows, aqlm_inputs(weight), n_threads);
 }
 
 static void update_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {

@@ -23,8 +23,8 @@ static void multiply_hqq(const void *context, int64_t begin, int64_t end, float 
     call->kernels->hqq_product(call->weight, call->product, call->inputs, begin, end, scratch);
 }
 
-/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
-int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+static int multiply_exactly(const void *hqq, const struct product *product, int n_threads, int variant) {
+    const struct hqq_weight *const weight = hqq;
     struct exact_call call = {kernels_of(variant), weight, product, NULL};
     const int64_t n_windows = call.kernels->hqq_exact_windows ? call.kernels->hqq_exact_windows(weight, product) : 0;
     if (n_windows == 0)
@@ -42,6 +42,11 @@ int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product
         for_rows(multiply_hqq, &call, product->out_features, hqq_arranged_product_floats(weight), n_threads);
     free(memory);
     return failed;
+}
+
+/* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
+int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+    return multiply_in_float32(multiply_exactly, weight, product, weight->in_features, n_threads, variant);
 }
 
 struct integer_call {
@@ -71,8 +76,8 @@ static void find_slots(const struct window *windows, struct rounded_inputs *inpu
         inputs->first[slot++] = inputs->n_windows;
 }
 
-/* As ql_hqq_linear, with x rounded to 8 bits; see hqq/integer_reference.py. */
-int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+static int multiply_rounded(const void *hqq, const struct product *product, int n_threads, int variant) {
+    const struct hqq_weight *const weight = hqq;
     struct integer_call call = {integer_kernels_of(variant), weight, product, {0}};
     struct rounded_inputs *const inputs = &call.inputs;
     const int64_t tokens = product->tokens, of_float = sizeof(float);
@@ -99,4 +104,9 @@ int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *pr
         failed = for_rows(multiply_rows, &call, product->out_features, integer_product_floats(weight), n_threads);
     free(memory);
     return failed;
+}
+
+/* As ql_hqq_linear, with x rounded to 8 bits; see hqq/integer_reference.py. */
+int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
+    return multiply_in_float32(multiply_rounded, weight, product, weight->in_features, n_threads, variant);
 }

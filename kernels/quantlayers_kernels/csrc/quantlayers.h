@@ -29,11 +29,12 @@ struct aqlm_weight {
     int code_bytes, codebook_kind, scale_kind;
 };
 
-/* A product of x (tokens, in_features) with the rows of a weight, all float32. */
+/* A product of x (tokens, in_features) with the rows of a weight, float32 inside. */
 struct product {
-    float *y; /* (tokens, out_features) */
-    const float *x, *bias; /* bias may be NULL */
+    float *y; /* (tokens, out_features), of `kind` */
+    const float *x, *bias; /* x of `kind`; bias may be NULL */
     int64_t tokens, out_features;
+    int kind; /* KIND_BFLOAT16 is known to multiply_in_float32 only, kernels get KIND_FLOAT32 */
 };
 
 /* Dense rows [first_row, first_row + n_rows) of a weight, written as float32 or bfloat16. */
@@ -289,5 +290,12 @@ static inline int64_t aqlm_choice_floats(const struct aqlm_choice *c) {
  * when out of memory: no thread could allocate its scratch. */
 typedef void (*row_body)(const void *context, int64_t begin, int64_t end, float *scratch);
 int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads);
+
+/* A product of float32 x and y with a weight; 0, or -1 when out of memory. */
+typedef int (*multiplication)(const void *weight, const struct product *product, int n_threads, int variant);
+
+/* `multiply` of x and y as they are, or of copies of both in float32 if they are bfloat16. */
+int multiply_in_float32(multiplication multiply, const void *weight, const struct product *product, int64_t in_features,
+                        int n_threads, int variant);
 
 #endif
