@@ -261,7 +261,8 @@ INLINE void sums_of_four_vectors(const floats *v, float *out) {
 INLINE void add_slot(const uint8_t *packed, int64_t row_bytes, struct slots slots, int slot,
                      const struct rounded_inputs *inputs, int64_t token, const float *scale, int64_t n_groups, int rows,
                      int tokens, int nbits, lanes group, int short_groups, floats acc[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
-    const int bytes_ahead = rows * nbits * WINDOW / 8; /* of the rows that come next, for each window of these */
+    const int of_window = rows * nbits * WINDOW / 8; /* bytes of later rows, to be read ahead with each window of these */
+    const uint8_t *const ahead = packed + bytes_ahead_of(rows * row_bytes);
     const int8_t *const activations = inputs->codes + token * inputs->token_bytes;
     const float *const of_lanes = inputs->scale + token * inputs->token_scales;
     for (int64_t i = inputs->first[slot]; i < inputs->first[slot + 1]; i++) {
@@ -269,8 +270,8 @@ INLINE void add_slot(const uint8_t *packed, int64_t row_bytes, struct slots slot
         const float *const its = scale + inputs->windows[i].group;
         lanes codes[BLOCK_ROWS];
         floats of_group[BLOCK_ROWS];
-        for (int b = 0; b < bytes_ahead; b += CACHE_LINE)
-            __builtin_prefetch(packed + rows * row_bytes + i * bytes_ahead + b);
+        for (int b = 0; b < of_window; b += CACHE_LINE)
+            __builtin_prefetch(ahead + i * of_window + b);
         for (int r = 0; r < rows; r++) {
             codes[r] = bytes_of_window(packed + r * row_bytes, slots, slot, at, nbits);
             of_group[r] = short_groups ? permuted(load(its + r * n_groups), group) : (floats){0} + its[r * n_groups];

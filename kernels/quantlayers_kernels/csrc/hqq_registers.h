@@ -213,7 +213,8 @@ INLINE void dot_packed(const struct hqq_block *w, const struct arranged_inputs *
                        float sums[BLOCK_ROWS][MAX_BLOCK_TOKENS]) {
     const struct slots slots = slots_of(w->in_features, nbits);
     const int64_t n_windows = inputs->n_windows;
-    const int bytes_ahead = rows * nbits * WINDOW / 8; /* of the rows that come next, for each window of these */
+    const int of_window = rows * nbits * WINDOW / 8; /* bytes of later rows, to be read ahead with each window of these */
+    const uint8_t *const ahead = w->packed + bytes_ahead_of(rows * w->row_bytes);
     sums_of_tile total = {{{0}}};
     struct shifts shifts = shifts_of_slot(slots, 0);
     int slot = 0;
@@ -224,8 +225,8 @@ INLINE void dot_packed(const struct hqq_block *w, const struct arranged_inputs *
             const struct joined_window *const window = &inputs->windows[i];
             if (window->first.slot != slot)
                 shifts = shifts_of_slot(slots, slot = window->first.slot);
-            for (int b = 0; b < bytes_ahead; b += CACHE_LINE)
-                __builtin_prefetch(w->packed + rows * w->row_bytes + i * bytes_ahead + b);
+            for (int b = 0; b < of_window; b += CACHE_LINE)
+                __builtin_prefetch(ahead + i * of_window + b);
             add_window(w, slots, window, shifts, x + i * WINDOW, n_windows * WINDOW, rows, tokens, nbits, short_groups,
                        has_joined, acc);
             if (has_joined && window->ends_panel)

@@ -22,10 +22,19 @@ struct shared_rows {
     row_body body;
     const void *context;
     int64_t n_rows, step, scratch_floats;
+    int n_threads;
     atomic_llong next;
 };
 
-/* A worker takes the next rows until none are left, so that a delayed thread does not delay the others. */
+/* The end of the rows that a worker takes from `begin` on: half of a fair share of those that are left. */
+static int64_t end_of_next(const struct shared_rows *shared, int64_t begin) {
+    const int64_t share = (shared->n_rows - begin) / (2 * (int64_t)shared->n_threads) / BLOCK_ROWS * BLOCK_ROWS;
+    const int64_t end = begin + (share > shared->step ? share : shared->step);
+    return end < shared->n_rows ? end : shared->n_rows;
+}
+
+/* A worker takes the next rows until none are left, so that a delayed thread does not delay the others; many at first,
+ * since memory is read ahead of the rows, in vain where another worker takes the next ones. */
 static void work_on_rows(void *argument) {
     struct shared_rows *shared = argument;
     void *memory = NULL;
@@ -37,10 +46,14 @@ static void work_on_rows(void *argument) {
         scratch = (float *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
     }
     for (;;) {
-        int64_t begin = atomic_fetch_add(&shared->next, shared->step);
+        long long begin = atomic_load(&shared->next), end = 0;
+        while (begin < shared->n_rows) {
+            end = end_of_next(shared, begin);
+            if (atomic_compare_exchange_weak(&shared->next, &begin, end))
+                break;
+        }
         if (begin >= shared->n_rows)
             break;
-        int64_t end = begin + shared->step < shared->n_rows ? begin + shared->step : shared->n_rows;
         shared->body(shared->context, begin, end, scratch);
     }
     free(memory);
@@ -49,7 +62,7 @@ static void work_on_rows(void *argument) {
 int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
     /* Eight steps per thread balance the load on a busy machine; whole blocks of rows take the kernels' fast path. */
     int64_t step = n_rows / (8 * (int64_t)n_threads) / BLOCK_ROWS * BLOCK_ROWS;
-    struct shared_rows shared = {body, context, n_rows, step < BLOCK_ROWS ? BLOCK_ROWS : step, scratch_floats, 0};
+    struct shared_rows shared = {body, context, n_rows, step < BLOCK_ROWS ? BLOCK_ROWS : step, scratch_floats, n_threads, 0};
     if (n_threads > 1 && torch_parallel_region != NULL && n_rows > BLOCK_ROWS)
         torch_parallel_region(work_on_rows, &shared, (unsigned)n_threads, 0);
     else

@@ -258,6 +258,12 @@ static inline int64_t blocks_of(const struct hqq_weight *w) {
     return w->n_groups * ((w->in_features / w->n_groups + ACTIVATION_BLOCK - 1) / ACTIVATION_BLOCK);
 }
 
+/* How far ahead of a block of rows memory is read, in whole blocks: a block of short rows takes less time than memory. */
+static inline int64_t bytes_ahead_of(int64_t block_bytes) {
+    enum { PREFETCHED = 4096 };
+    return (PREFETCHED + block_bytes - 1) / block_bytes * block_bytes;
+}
+
 /* A number of floats as whole vectors, whatever their width. */
 static inline int64_t padded(int64_t n) {
     return (n + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
