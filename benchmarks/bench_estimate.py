@@ -4,9 +4,9 @@
     python benchmarks/bench_estimate.py --estimate_again     # the measured rows stay
 
 SmolLM2-135M, and a Llama of 1.2 billion random bfloat16 weights that is made on disk. What counts is what an estimate
-says: memory that the process allocates (RssAnon), and the mapped pages of weights. A thread reads both from
-/proc/PID/smaps every 50 ms. Linux only. Seconds are the processor's, so that other work on the machine does not count,
-without those of a run that imports the same and does nothing. Rows are written as they are made.
+says: memory that the process allocates (RssAnon), and the mapped pages of weights. They are read from /proc/PID/smaps
+every 50 ms, less often if reading takes long. Linux only. Seconds are the processor's, so that other work on the machine
+does not count, without those of a run that imports the same and does nothing. Rows are written as they are made.
 """
 
 import argparse
@@ -47,8 +47,10 @@ def peak_of(*arguments: str) -> tuple[int, float]:
             [sys.executable, "-m", "peft_quantlayers", *arguments], stdout=subprocess.DEVNULL, stderr=said, text=True
         )
         while running.poll() is None:
+            began = time.monotonic()
             peak = max(peak, taken(running.pid))
-            time.sleep(0.05)
+            # Looking at gigabytes takes a while, for which the kernel holds the process up.
+            time.sleep(max(0.05, 10 * (time.monotonic() - began)))
         if running.returncode != 0:
             said.seek(0)
             raise SystemExit(f"{' '.join(arguments)} failed: {said.read()[-2000:]}")
