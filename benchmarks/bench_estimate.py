@@ -5,8 +5,9 @@
 
 SmolLM2-135M, and a Llama of 1.2 billion random bfloat16 weights that is made on disk. What counts is what an estimate
 says: memory that the process allocates (RssAnon), and the mapped pages of weights. They are read from /proc/PID/smaps
-every 50 ms, less often if reading takes long. Linux only. Seconds are the processor's, so that other work on the machine
-does not count, without those of a run that imports the same and does nothing. Rows are written as they are made.
+every 50 ms, less often if reading takes long. Linux only. Seconds are the processor's, so that other work on the
+machine does not count, without those of a run that imports the same and does nothing. Rows are written as they are
+made.
 """
 
 import argparse
