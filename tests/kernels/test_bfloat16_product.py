@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import peft_quantlayers as pql
 
+# By hand: only these two methods have compiled products, and each kind of layout of theirs is another kernel.
 CONFIGS = {
     "HQQ 4-bit": pql.HQQConfig(nbits=4, group_size=64),
     "HQQ 3-bit, ragged": pql.HQQConfig(nbits=3, group_size=24),
