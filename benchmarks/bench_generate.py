@@ -174,6 +174,7 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
             "HQQ 4-bit, bfloat16": lambda: of_transformers(ours(4, half)),
             "HQQ 4-bit, embeddings 8-bit": lambda: of_transformers(ours(4, quantize_embeddings=8)),
             "HQQ 4-bit, activations 8-bit": lambda: of_transformers(with_rounded_activations(ours(4))),
+            "HQQ 4-bit, activations 8-bit, bfloat16": lambda: of_transformers(with_rounded_activations(ours(4, half))),
             "HQQ 4-bit, embeddings and activations 8-bit": lambda: of_transformers(
                 with_rounded_activations(ours(4, quantize_embeddings=8))
             ),
