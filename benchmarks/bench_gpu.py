@@ -65,7 +65,7 @@ class Sizes:
     """How large everything is."""
 
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (8192, 28672))
-    tokens: tuple[int, ...] = (1, 2, 4, 8, 16)
+    tokens: tuple[int, ...] = (1, 2, 4, 16, 64)
     sweep_tokens: tuple[int, ...] = (16, 32, 64, 128, 256)
     tile_tokens: int = 4096
     tile_elements: tuple[int, ...] = (1 << 22, 1 << 24, 1 << 26, 1 << 28)
@@ -669,10 +669,10 @@ def generating(bench: Bench) -> dict[str, Any]:
             step = one_token_step(bench, make().eval())
             step()
         except Exception as error:
-            if name != "bitsandbytes NF4":
-                raise
             refused.append({"model": name, "error": _short(error)})
             print(f"{name}: {refused[-1]['error']}", flush=True)
+            if name != "bitsandbytes NF4":
+                bench.found["failed"].append(f"generating, {name}: {_short(error)}")
             continue
         ways[name, "eager"] = step
         if bench.clock.is_gpu:
@@ -770,7 +770,8 @@ def peak_of_step(bench: Bench, step: Callable[[str], None], name: str) -> int:
 
 def run_tests(device: str, timeout_s: float) -> str:
     """The outcome of the tests. Failures end nothing: each product is checked again before it is timed."""
-    environment = os.environ | {"QUANTLAYERS_TEST_DEVICE": device}
+    # Without measuring forms: each would be compiled.
+    environment = os.environ | {"QUANTLAYERS_TEST_DEVICE": device, gpu_tuning.SWITCH: "off"}
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "tests/gpu"]
     try:
         passed = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout_s).returncode == 0

@@ -23,6 +23,8 @@ DEVICE_TYPES = ("cuda",)  # ROCm's GPUs too: torch calls them so
 # A product with at most this many tokens decodes the weight into registers; with more, the weight is dequantized to
 # memory and multiplied by cuBLAS. TODO: choose it by measurement; waits for the sweep of benchmarks/bench_gpu.py.
 MAX_TOKENS = 64
+# From here on Triton uses an NVIDIA GPU's tensor cores.
+TENSOR_CORES_CAPABILITY = (8, 0)
 # Fewest inputs of one step on the tensor cores, and fewest tokens that their tiles are padded to.
 MIN_DOT = 16
 # Programs per multiprocessor to aim at, by splitting the inputs, if the rows of a weight make fewer.
@@ -55,9 +57,17 @@ def can_hold(*tensors: Tensor) -> bool:
     )
 
 
-def has_tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether several tokens of ``dtype`` are multiplied on tensor cores; float32 is left to cuBLAS."""
-    return dtype in (torch.float16, torch.bfloat16)
+def has_tensor_cores(x: Tensor) -> bool:
+    """Whether several tokens like ``x`` are multiplied on tensor cores; all else is left to cuBLAS.
+
+    float32, and all dtypes on NVIDIA's GPUs before Ampere, whose tensor cores Triton does not use.
+    """
+    return x.dtype in (torch.float16, torch.bfloat16) and gpu_probe.capability(x.device) >= TENSOR_CORES_CAPABILITY
+
+
+def has_little_shared_memory() -> bool:
+    """Whether a program may have 64 KiB of shared memory only, as on most of AMD's GPUs, and not 99 KiB or more."""
+    return torch.version.hip is not None
 
 
 @cache

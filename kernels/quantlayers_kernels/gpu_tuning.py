@@ -1,4 +1,4 @@
-"""Which of some forms of a Triton kernel is the fastest on a GPU: measured once, and kept in a file.
+"""Which of some forms of a Triton kernel is the fastest on a GPU: measured once, and kept in a folder.
 
 The form of a kernel is how its work is laid out: rows of a program, inputs of a step, warps, steps in flight. Which is
 best depends on the GPU and on the weight's shape. A product that comes for the first time on a machine is run in each
@@ -9,6 +9,7 @@ the first form, which is the same on all machines, and measures nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +27,16 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "PEFT_QUANTLAYERS_GPU_TUNING"
 FOLDER = "PEFT_QUANTLAYERS_CACHE"
-FILE = "gpu_tuning.json"
 # Raise it when a kernel changes: what was measured before is measured again.
 KERNELS_VERSION = 1
 WARMUPS, REPEATS = 2, 9
 # Another form than the first must save this part of its time, or it is within the noise.
 MIN_GAIN = 0.05
-# Written before each run, so that no weight is in the level-2 cache: decoding a token reads each weight once. So often
-# that the host gets ahead of the GPU meanwhile, and launching is not measured.
-FLUSHED_BYTES, FLUSHES = 1 << 27, 8
+# Written before each run, or twice the last-level cache, so that no weight is in it: decoding a token reads each
+# weight once. So often that the host gets ahead of the GPU, and launching is not measured; more often where it was.
+FLUSHED_BYTES, FLUSHES, MAX_FLUSHES = 1 << 27, 8, 64
+# What ends the process's work on a GPU, so that no other form could run either.
+_FATAL: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 FormT = TypeVar("FormT", bound=tuple[Any, ...])  # a NamedTuple of integers
 
@@ -56,10 +57,19 @@ def fastest(
         product: runs the kernel in a form, with the arguments at hand; its results are thrown away.
         like: a tensor on the device.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return forms[0]
     device = like.device
     found: FormT | None = _chosen.get((device, kernel, facts))
     if found is None and is_on() and _can_measure(device):
-        found = _chosen[device, kernel, facts] = _stored_or_measured(kernel, facts, forms, product, device)
+        try:
+            found = _stored_or_measured(kernel, facts, forms, product, device)
+        except _FATAL:
+            raise
+        except Exception as error:  # a product never fails for want of the fastest form
+            logger.warning("%s is not measured (%s: %s)", kernel, type(error).__name__, error)
+            found = forms[0]
+        _chosen[device, kernel, facts] = found
     return forms[0] if found is None else found
 
 
@@ -76,9 +86,10 @@ def chosen() -> dict[str, dict[str, int]]:
     return {_key(kernel, facts): form._asdict() for (_, kernel, facts), form in _chosen.items()}
 
 
-def file() -> Path:
-    """Where it is kept."""
-    return Path(os.environ.get(FOLDER, Path.home() / ".cache" / "peft_quantlayers")) / FILE
+def folder() -> Path:
+    """Where it is kept, a file for each product: so processes need not wait for each other."""
+    said = os.environ.get(FOLDER)
+    return (Path(said) if said else Path.home() / ".cache" / "peft_quantlayers") / "gpu_tuning"
 
 
 def _can_measure(device: torch.device) -> bool:
@@ -94,16 +105,17 @@ def _stored_or_measured(
     device: torch.device,
 ) -> FormT:
     machine, key = _machine(device), _key(kernel, facts)
-    stored = _form_of(_read().get(machine, {}).get(key), forms)
-    if stored is not None:
+    if (stored := _read(machine, key, forms)) is not None:
         return stored
     _say_once(device)
     seconds: dict[FormT, float] = {}
     for form in forms:
         try:
             seconds[form] = _seconds(partial(product, form), device)
+        except _FATAL:
+            raise
         except Exception as error:  # of the compiler, the driver or the allocator: not in this form, here and now
-            logger.debug("%s in the form %s: %s", key, form, error)
+            logger.info("%s in the form %s: %s: %s", key, tuple(form), type(error).__name__, error)
     if not seconds:
         return forms[0]  # which the caller runs, and so raises what is wrong; another process tries again
     best = min(seconds, key=seconds.__getitem__)
@@ -117,15 +129,12 @@ def _key(kernel: str, facts: tuple[Any, ...]) -> str:
     return " ".join(map(str, (kernel, *facts)))
 
 
-def _form_of(stored: Any, forms: Sequence[FormT]) -> FormT | None:
-    """The form that a file names; None where it names none of them."""
-    return next((form for form in forms if form._asdict() == stored), None)  # type: ignore[attr-defined]
-
-
 @cache
 def _machine(device: torch.device) -> str:
     """All that the times depend on beside a kernel and its arguments."""
-    return ", ".join((torch.cuda.get_device_name(device), f"triton {version('triton')}", f"kernels {KERNELS_VERSION}"))
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, kernels {KERNELS_VERSION}"
 
 
 @cache
@@ -134,54 +143,75 @@ def _say_once(device: torch.device) -> None:
         "measuring how to run the kernels of quantized layers on %s, a second or so for each kind of layer. What is "
         "found is kept in %s; %s=off leaves it out.",
         torch.cuda.get_device_name(device),
-        file(),
+        folder(),
         SWITCH,
     )
 
 
 def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
     """Median of one call, with its arguments read from memory; what it compiles is not counted."""
-    times = []
+    n_flushes = FLUSHES
+    while True:
+        seconds, is_late = _timed(run, device, n_flushes)
+        if not is_late or n_flushes == MAX_FLUSHES:
+            return seconds
+        n_flushes *= 2
+
+
+def _timed(run: Callable[[], Tensor], device: torch.device, n_flushes: int) -> tuple[float, bool]:
+    """:func:`_seconds`, and whether the GPU was ready for a call before it was launched."""
+    times, is_late = [], False
     with torch.cuda.device(device):
-        flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+        cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        flushed = torch.empty(max(FLUSHED_BYTES, 2 * cache_bytes), dtype=torch.int8, device=device)
         for repeat in range(WARMUPS + REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(FLUSHES):
+            for _ in range(n_flushes):
                 flushed.zero_()
             start.record()
             run()
             end.record()
             if repeat >= WARMUPS:
+                is_late |= start.query()
                 times.append((start, end))
-        torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
+            torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3, is_late
 
 
-def _read() -> dict[str, dict[str, Any]]:
-    """What is kept, by machine and key; nothing where there is no file, or it is none of ours."""
+def _file(machine: str, key: str) -> Path:
+    return folder() / f"{hashlib.sha256(f'{machine}: {key}'.encode()).hexdigest()[:24]}.json"
+
+
+def _read(machine: str, key: str, forms: Sequence[FormT]) -> FormT | None:
+    """What is kept; None where nothing is, or none of ``forms``."""
+    file = _file(machine, key)
     try:
-        found = json.loads(file().read_text())
+        found = json.loads(file.read_text())
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): kernels are measured again.", file(), error)
-        return {}
-    is_ours = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())
-    return found if is_ours else {}
+        logger.warning("%s cannot be read (%s): this kernel is measured again.", file, error)
+        return None
+    stored = found.get("form") if isinstance(found, dict) and found.get("key") == key else None
+    return next((form for form in forms if form._asdict() == stored), None)  # type: ignore[attr-defined]
 
 
 def _keep(machine: str, key: str, best: FormT, forms: Sequence[FormT]) -> FormT:
     """Write ``best``, and return it; or what another process has written meanwhile, so that all run the same."""
-    known = _read()
-    of_other = _form_of(known.get(machine, {}).get(key), forms)
-    if of_other is not None:
-        return of_other
-    known.setdefault(machine, {})[key] = best._asdict()  # type: ignore[attr-defined]
+    file = _file(machine, key)
+    said = {"machine": machine, "key": key, "form": best._asdict()}  # type: ignore[attr-defined]
     try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file().parent, prefix=FILE, delete=False) as written:
-            written.write(json.dumps(known, indent=1) + "\n")
-        os.replace(written.name, file())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            written = Path(scratch, file.name)
+            written.write_text(json.dumps(said, indent=1) + "\n")
+            try:
+                os.link(written, file)  # the first one wins
+            except OSError:
+                of_other = _read(machine, key, forms)
+                if of_other is not None:
+                    return of_other
+                os.replace(written, file)  # over a damaged one, or where there are no links
     except OSError as error:
-        logger.warning("%s cannot be written (%s): kernels are measured again in the next process.", file(), error)
+        logger.warning("%s cannot be written (%s): measured again in the next process.", file, error)
     return best

@@ -177,6 +177,7 @@ def test_a_product_can_be_captured_in_a_cuda_graph():
 @needs_gpu
 def test_the_forms_of_products_are_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv(gpu_tuning.FOLDER, str(tmp_path))
+    monkeypatch.setenv(gpu_tuning.SWITCH, "on")
     monkeypatch.setattr(gpu_tuning, "_chosen", {})
     for layer in quantized_layers(torch.float16):
         for n_tokens in (1, 8):

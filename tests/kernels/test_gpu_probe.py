@@ -51,6 +51,19 @@ def test_bfloat16_needs_a_gpu_with_instructions_for_it(capability, reads, a_gpu_
     assert not gpu_probe.can_read(torch.float64, a_gpu_of(*capability))
 
 
+def test_several_tokens_are_left_to_cublas_where_triton_has_no_tensor_cores(a_gpu_of, monkeypatch):
+    class OnGpu:
+        dtype, device = torch.float16, GPU
+
+    a_gpu_of(7, 5)
+    assert not gpu.has_tensor_cores(OnGpu)
+    gpu_probe.capability.cache_clear()
+    a_gpu_of(8, 0)
+    assert gpu.has_tensor_cores(OnGpu)
+    monkeypatch.setattr(OnGpu, "dtype", torch.float32)
+    assert not gpu.has_tensor_cores(OnGpu)
+
+
 def test_capabilities_of_amds_gpus_mean_something_else(a_gpu_of, monkeypatch):
     device = a_gpu_of(6, 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")

@@ -37,7 +37,8 @@ TOKEN_FORMS = (Form(8, 1024, 4), Form(4, 1024, 4), Form(4, 512, 2), Form(16, 512
 def dot_forms(n_tokens: int) -> tuple[Form, ...]:
     """Forms on the tensor cores, for so many tokens, at most ``gpu.MAX_DOT_TOKENS`` of them in a tile."""
     warps = gpu.dot_warps(n_tokens)
-    return (Form(32, 128, warps), Form(16, 128, warps), Form(32, 64, warps), Form(64, 64, 8))
+    forms = (Form(32, 128, warps), Form(16, 128, warps), Form(32, 64, warps), Form(64, 64, 8))
+    return (forms[2], *forms[:2], forms[3]) if gpu.has_little_shared_memory() else forms
 
 
 def can_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
@@ -59,7 +60,7 @@ def can_use_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tens
     n_tokens = x.shape[:-1].numel()
     return (
         0 < n_tokens <= gpu.MAX_TOKENS
-        and (n_tokens == 1 or gpu.has_tensor_cores(x.dtype))
+        and (n_tokens == 1 or gpu.has_tensor_cores(x))
         and gpu.can_hold(x, codes, *([] if bias is None else [bias]))
         and can_dequantize(codes, codebooks, scales)
         and x.shape[-1] == codes.shape[1] * codebooks.shape[3]

@@ -26,9 +26,10 @@ int multiply_in_float32(multiplication multiply, const void *weight, const struc
     if (product->kind != KIND_BFLOAT16)
         return multiply(weight, product, n_threads, variant);
     const int64_t of_x = product->tokens * in_features, of_y = product->tokens * product->out_features;
-    float *const x = malloc((size_t)(of_x + of_y) * sizeof(float)), *const y = x + of_x;
+    float *const x = malloc((size_t)(of_x + of_y) * sizeof(float));
     if (x == NULL)
         return -1;
+    float *const y = x + of_x;
     read_bfloat16((const uint16_t *)product->x, of_x, x);
     const struct product inside = {y, x, product->bias, product->tokens, product->out_features, KIND_FLOAT32};
     const int failed = multiply(weight, &inside, n_threads, variant);

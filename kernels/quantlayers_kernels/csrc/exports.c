@@ -128,7 +128,7 @@ int ql_hqq_experts_linear(const struct hqq_weight *weight, const struct expert_t
                           int variant) {
     const struct call call = {kernels_of(variant), weight, tokens};
     const int64_t floats = call.kernels->hqq_experts_floats(weight, tokens);
-    return for_rows(multiply_hqq_experts, &call, tokens->n_experts, floats, n_threads);
+    return for_uneven_rows(multiply_hqq_experts, &call, tokens->n_experts, floats, n_threads);
 }
 
 static void add_hqq_experts_gradient(const void *context, int64_t begin, int64_t end, float *scratch) {
@@ -141,7 +141,7 @@ int ql_hqq_experts_gradient(const struct hqq_weight *weight, const struct expert
                             int variant) {
     const struct call call = {kernels_of(variant), weight, tokens};
     const int64_t floats = call.kernels->hqq_experts_floats(weight, tokens);
-    return for_rows(add_hqq_experts_gradient, &call, tokens->n_experts, floats, n_threads);
+    return for_uneven_rows(add_hqq_experts_gradient, &call, tokens->n_experts, floats, n_threads);
 }
 
 static void iterate_half_quadratic(const void *context, int64_t begin, int64_t end, float *scratch) {

@@ -22,14 +22,15 @@ struct shared_rows {
     row_body body;
     const void *context;
     int64_t n_rows, step, scratch_floats;
-    int n_threads;
+    int n_threads, is_even;
     atomic_llong next;
 };
 
-/* The end of the rows that a worker takes from `begin` on: half of a fair share of those that are left. */
+/* The end of the rows that a worker takes from `begin` on: half of a fair share of those that are left, if all rows take
+ * as long. */
 static int64_t end_of_next(const struct shared_rows *shared, int64_t begin) {
     const int64_t share = (shared->n_rows - begin) / (2 * (int64_t)shared->n_threads) / BLOCK_ROWS * BLOCK_ROWS;
-    const int64_t end = begin + (share > shared->step ? share : shared->step);
+    const int64_t end = begin + (shared->is_even && share > shared->step ? share : shared->step);
     return end < shared->n_rows ? end : shared->n_rows;
 }
 
@@ -59,13 +60,23 @@ static void work_on_rows(void *argument) {
     free(memory);
 }
 
-int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
-    /* Eight steps per thread balance the load on a busy machine; whole blocks of rows take the kernels' fast path. */
+static int for_all(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads,
+                   int is_even) {
+    /* The smallest ranges balance the load on a busy machine; whole blocks of rows take the kernels' fast path. */
     int64_t step = n_rows / (8 * (int64_t)n_threads) / BLOCK_ROWS * BLOCK_ROWS;
-    struct shared_rows shared = {body, context, n_rows, step < BLOCK_ROWS ? BLOCK_ROWS : step, scratch_floats, n_threads, 0};
+    step = step < BLOCK_ROWS ? BLOCK_ROWS : step;
+    struct shared_rows shared = {body, context, n_rows, step, scratch_floats, n_threads, is_even, 0};
     if (n_threads > 1 && torch_parallel_region != NULL && n_rows > BLOCK_ROWS)
         torch_parallel_region(work_on_rows, &shared, (unsigned)n_threads, 0);
     else
         work_on_rows(&shared);
     return atomic_load(&shared.next) >= n_rows ? 0 : -1;
+}
+
+int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
+    return for_all(body, context, n_rows, scratch_floats, n_threads, 1);
+}
+
+int for_uneven_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
+    return for_all(body, context, n_rows, scratch_floats, n_threads, 0);
 }

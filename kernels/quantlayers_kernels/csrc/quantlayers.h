@@ -297,6 +297,9 @@ static inline int64_t aqlm_choice_floats(const struct aqlm_choice *c) {
 typedef void (*row_body)(const void *context, int64_t begin, int64_t end, float *scratch);
 int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads);
 
+/* The same for rows of which some may take far longer than others. */
+int for_uneven_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads);
+
 /* A product of float32 x and y with a weight; 0, or -1 when out of memory. */
 typedef int (*multiplication)(const void *weight, const struct product *product, int n_threads, int variant);
 

@@ -41,6 +41,8 @@ TOKEN_FORMS = (TokenForm(16384, 4), TokenForm(8192, 4), TokenForm(4096, 2), Toke
 def dot_forms(n_tokens: int) -> tuple[DotForm, ...]:
     """Forms for so many tokens, at most ``gpu.MAX_DOT_TOKENS`` of them in a tile."""
     warps = gpu.dot_warps(n_tokens)
+    if gpu.has_little_shared_memory():
+        return (DotForm(32, warps, 2), DotForm(16, warps, 2), DotForm(64, 8, 2), DotForm(32, warps, 3))
     others = ((16, warps, 3), (64, 8, 3), (32, warps, 2), (32, warps, 4))
     return (DotForm(32, warps, 3), *(DotForm(*each) for each in others))
 
@@ -81,7 +83,7 @@ def can_use_few_tokens(
         and gpu.can_hold(x, W_q, *([] if bias is None else [bias]))
         and (bias is None or tuple(bias.shape) == (W_q.shape[0],))
         and can_dequantize(W_q, scale, zero, nbits=nbits, axis=axis, in_features=in_features)
-        and (n_tokens == 1 or gpu.has_tensor_cores(x.dtype))
+        and (n_tokens == 1 or gpu.has_tensor_cores(x))
         and (n_tokens == 1 or _fits_tensor_cores(nbits, in_features, in_features // scale.shape[1]))
     )
 
