@@ -51,7 +51,7 @@ def peak_of(*arguments: str) -> tuple[int, float]:
             began = time.monotonic()
             peak = max(peak, taken(running.pid))
             # Looking at gigabytes takes a while, for which the kernel holds the process up.
-            time.sleep(max(0.05, 10 * (time.monotonic() - began)))
+            time.sleep(min(max(0.05, 10 * (time.monotonic() - began)), 2.0))
         if running.returncode != 0:
             said.seek(0)
             raise SystemExit(f"{' '.join(arguments)} failed: {said.read()[-2000:]}")
