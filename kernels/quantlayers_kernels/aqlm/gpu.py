@@ -130,9 +130,9 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
         return gpu.product_in_parts(x, bias, out_features, n_rows=form.rows, n_steps=n_steps, launch=launch)
 
     facts = (*codebooks.shape, out_features, in_features, x.dtype, codebooks.dtype)
-    dot_facts = (*facts, gpu.dot_tokens(n_tokens))
     if n_tokens == 1:
         return product(gpu_tuning.fastest("aqlm one_token", facts, TOKEN_FORMS, product, like=x))
+    dot_facts = (*facts, gpu.dot_tokens(n_tokens))
     return product(gpu_tuning.fastest("aqlm few_tokens", dot_facts, dot_forms(n_tokens), product, like=x))
 
 

@@ -165,9 +165,9 @@ def linear_few_tokens(
         return gpu.product_in_parts(x, bias, out_features, n_rows=form.rows, n_steps=n_steps, launch=launch)
 
     facts = (nbits, out_features, in_features, group_size, x.dtype, scale.dtype)
-    dot_facts = (*facts, gpu.dot_tokens(n_tokens))
     if n_tokens == 1:
         return one_token(gpu_tuning.fastest("hqq one_token", facts, TOKEN_FORMS, one_token, like=x))
+    dot_facts = (*facts, gpu.dot_tokens(n_tokens))
     return few_tokens(gpu_tuning.fastest("hqq few_tokens", dot_facts, dot_forms(n_tokens), few_tokens, like=x))
 
 
