@@ -117,6 +117,11 @@ def with_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False))
 
 
+def fused(model: nn.Module) -> nn.Module:
+    pql.fuse_projections(model)
+    return model
+
+
 def with_rounded_activations(model: PreTrainedModel) -> PreTrainedModel:
     pql.set_activation_bits(model, 8)
     return model
@@ -172,6 +177,7 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
             "dense float32 + LoRA": lambda: of_transformers(with_lora(load())),
             "HQQ 4-bit, float32": lambda: of_transformers(ours(4)),
             "HQQ 4-bit, bfloat16": lambda: of_transformers(ours(4, half)),
+            "HQQ 4-bit, bfloat16, fused": lambda: of_transformers(fused(ours(4, half))),
             "HQQ 4-bit, embeddings 8-bit": lambda: of_transformers(ours(4, quantize_embeddings=8)),
             "HQQ 4-bit, activations 8-bit": lambda: of_transformers(with_rounded_activations(ours(4))),
             "HQQ 4-bit, activations 8-bit, bfloat16": lambda: of_transformers(with_rounded_activations(ours(4, half))),
@@ -181,6 +187,7 @@ def ways(shape: str, chosen: list[str] | None, n_threads: int) -> Iterator[tuple
             "HQQ 3-bit, float32": lambda: of_transformers(ours(3)),
             "HQQ 2-bit, float32": lambda: of_transformers(ours(2)),
             "HQQ 4-bit + LoRA, float32": lambda: of_transformers(with_lora(ours(4))),
+            "HQQ 4-bit + LoRA, float32, fused": lambda: of_transformers(fused(with_lora(ours(4)))),
             "torch int4, bfloat16": lambda: of_transformers(with_torch_int4(load(half))),
             "bitsandbytes NF4, float32": lambda: of_transformers(
                 load(quantization_config=nf4, device_map={"": "cpu"})
@@ -215,7 +222,10 @@ def profile(model: nn.Module, prompt: Tensor, n_tokens: int, clock: Clock) -> di
         cache = model(input_ids=prompt[None]).past_key_values
         ids = torch.tensor([[1]])
         model(input_ids=ids, past_key_values=cache)  # prepares the products
-        products = [each._direct_product._product for each in model.modules() if isinstance(each, pql.QuantizedLinear)]
+        layers = [each for each in model.modules() if isinstance(each, pql.QuantizedLinear)]
+        products = [each._direct_product._product for each in layers]
+        groups = {each.shared_product for each in layers if each.shared_product is not None}
+        products += [group._products for group in groups if group._products is not None]
         kernels = [product._function for product in products]
         for product in products:
             product._function = timed("kernels", product._function)

@@ -51,6 +51,19 @@ class Product(Structure):
     )
 
 
+class Products(Structure):
+    _fields_ = (
+        ("weights", c_void_p),
+        ("out_features", c_void_p),
+        ("biases", c_void_p),
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("n", c_int64),
+        ("tokens", c_int64),
+        ("kind", c_int),
+    )
+
+
 class DenseRows(Structure):
     _fields_ = (
         ("out", c_void_p),
@@ -167,11 +180,16 @@ class AQLMChoice(Structure):
     )
 
 
+# How many weights `Products` may have; MAX_TOGETHER in csrc/quantlayers.h.
+MAX_TOGETHER = 8
+
 # Each kernel takes pointers to these structures, then the number of threads and the instruction set, and returns 0, or
 # -1 when out of memory.
 KERNELS: dict[str, tuple[type[Structure], ...]] = {
     "ql_hqq_linear": (HQQWeight, Product),
     "ql_hqq_linear_int8": (HQQWeight, Product),
+    "ql_hqq_linears": (Products,),
+    "ql_hqq_linears_int8": (Products,),
     "ql_hqq_dequantize": (HQQWeight, DenseRows),
     "ql_hqq_gradient": (HQQWeight, HQQGradient),
     "ql_hqq_experts_linear": (HQQWeight, ExpertTokens),
@@ -180,6 +198,7 @@ KERNELS: dict[str, tuple[type[Structure], ...]] = {
     "ql_hqq_affine_fit": (HQQGroups, HQQAffineFit),
     "ql_hqq_choose": (HQQChoice,),
     "ql_aqlm_linear": (AQLMWeight, Product),
+    "ql_aqlm_linears": (Products,),
     "ql_aqlm_dequantize": (AQLMWeight, DenseRows),
     "ql_aqlm_update": (AQLMUpdate,),
     "ql_aqlm_choose": (AQLMChoice,),

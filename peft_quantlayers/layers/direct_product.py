@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantlayers_kernels import native
+from quantlayers_kernels.prepared import PreparedProduct
 
 from .codes_parameter import CodesParameter
 from .quantized_storage import QuantizedStorage
@@ -26,7 +27,7 @@ class DirectProduct:
     (``parameter.data = ...``). A copy or a pickle is None; the copied layer makes its own.
     """
 
-    __slots__ = ("_bits", "_n_writes", "_places", "_product", "_spec")
+    __slots__ = ("_bits", "_counts_writes", "_n_writes", "_places", "_product", "_spec")
 
     def __init__(self, layer: QuantizedStorage) -> None:
         self._spec, self._n_writes, self._bits = layer.spec, layer.n_writes, layer.rounded_bits
@@ -34,6 +35,7 @@ class DirectProduct:
         is_plain = all(type(tensor) in PLAIN for tensor in tensors.values())
         # Not the tensors themselves, which would stay in memory when the layer moves.
         self._places = tuple((name, id(tensor), _address_of(tensor)) for name, tensor in tensors.items())
+        self._counts_writes = is_plain and not any(tensor.is_inference() for tensor in tensors.values())  # type: ignore[union-attr]
         can_prepare = is_plain and layer.compute_dtype in native.KINDS
         method: Any = layer.method
         rounding = {} if self._bits is None else {"activation_bits": self._bits}
@@ -45,27 +47,54 @@ class DirectProduct:
 
     def is_current(self, layer: QuantizedStorage) -> bool:
         """Whether the layer still has the weight, and rounds its inputs to the bits, that this was made for."""
-        if layer.n_writes != self._n_writes or layer.spec is not self._spec or layer.rounded_bits != self._bits:
+        bits = None if layer.training else layer.activation_bits  # rounded_bits, without a call
+        if layer.n_writes != self._n_writes or layer.spec is not self._spec or bits != self._bits:
             return False
         parameters = layer._parameters
         for name, identity, address in self._places:
-            tensor = parameters[name]
-            if id(tensor) != identity or _address_of(tensor) != address:
+            tensor: Any = parameters[name]
+            # The address after the identity: only tensors of a plain class have one.
+            if id(tensor) != identity or (address and tensor.data_ptr() != address):
                 return False
         return True
 
     def __call__(self, layer: QuantizedStorage, x: Tensor) -> Tensor | None:
         """The layer's result for ``x``, a plain tensor on the CPU; None where it does not apply."""
+        product = self.product_for(layer) if x.dtype is layer.compute_dtype else None
         parameters = layer._parameters
-        bias = parameters["bias"]
-        if (
-            self._product is None
-            or x.dtype is not layer.compute_dtype
-            or layer._modules["branch"] is not None
-            or (bias is not None and not (type(bias) is nn.Parameter and bias.is_cpu))
+        return None if product is None else product(x, parameters, parameters["bias"])
+
+    def product_for(self, layer: QuantizedStorage) -> PreparedProduct | None:
+        """The product whose result for inputs of ``compute_dtype`` is the layer's; None where it is not."""
+        bias = layer._parameters["bias"]
+        if layer._modules["branch"] is not None or (
+            bias is not None and not (type(bias) is nn.Parameter and bias.is_cpu)
         ):
             return None
-        return self._product(x, parameters, bias)
+        return self._product
+
+    def state(self, layer: QuantizedStorage) -> tuple[Any, ...] | None:
+        """What the layer's results depend on, besides the input; None if torch does not count all writes to it."""
+        parameters = layer._parameters
+        bias: Any = parameters["bias"]
+        version = 0
+        if bias is not None:
+            if bias.is_inference():
+                return None
+            version = bias._version
+        if not self._counts_writes:
+            return None
+        for name, _, _ in self._places:
+            version += parameters[name]._version  # type: ignore[union-attr]
+        return self, version, id(bias), layer._modules["branch"], layer.compute_dtype
+
+
+def direct_product(layer: QuantizedStorage) -> DirectProduct:
+    """The layer's, made for the weight that it has now."""
+    direct: DirectProduct | None = layer.__dict__.get("_direct_product")
+    if direct is None or not direct.is_current(layer):
+        direct = layer.__dict__["_direct_product"] = DirectProduct(layer)
+    return direct
 
 
 def _address_of(tensor: Any) -> int:

@@ -24,11 +24,12 @@ from ..methods.base import InitialCodes
 from ..old_names import OldName
 from .call_effects import is_watched
 from .dense_types import LINEAR, DenseType
-from .direct_product import DirectProduct
+from .direct_product import direct_product
 from .low_rank_branch import LowRankBranch
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
 from .quantized_storage import QuantizedStorage
+from .shared_product import SharedProduct
 from .write_through import WriteThroughWeight, written_values
 
 
@@ -48,9 +49,12 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
         dense_type: of the module that the architecture has in this place.
         n_writes: how often the weight was written.
         branch: a low-rank branch whose result is added, or None; no part of ``weight``.
+        shared_product: the layers that are computed together with this one in inference, or None; see
+            :func:`peft_quantlayers.fuse_projections`.
     """
 
     branch: LowRankBranch | None
+    shared_product: SharedProduct | None = None
 
     as_frozen = OldName("fused_inputs")
     forward_with_update = OldName("forward_with_delta")
@@ -225,10 +229,9 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
             ValueError: ``x`` has another last dimension or is not floating.
         """
         if is_cpu_inference(x):
-            direct: DirectProduct | None = self.__dict__.get("_direct_product")
-            if direct is None or not direct.is_current(self):
-                direct = self.__dict__["_direct_product"] = DirectProduct(self)
-            y = direct(self, x)
+            direct, shared = direct_product(self), self.shared_product
+            y = None if shared is None else shared(self, direct, x)
+            y = direct(self, x) if y is None else y
             if y is not None:
                 return y
         return self.forward_with(x, self._weight_of(self._tensors()), self._parameters["bias"])
@@ -285,6 +288,10 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
 
         y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
         return (y if self.branch is None else y + self.branch(x)).to(output_dtype)
+
+    def _forget_products(self) -> None:
+        if self.shared_product is not None:
+            self.shared_product.forget()
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]

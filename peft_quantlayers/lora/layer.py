@@ -155,8 +155,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's, keeping less for the backward pass; for merge-aware adapters what the merged layer will compute."""
         if not args and not kwargs:
-            is_inference = not torch.is_grad_enabled() and self.shared_input is None
-            y = self._inference_forward(x) if is_inference else None
+            y = None if torch.is_grad_enabled() else self._inference_forward(x)
             # Also without gradients where dropout draws: both passes of a checkpoint must draw alike.
             y = self._fused_forward(x) if y is None else y
             if y is not None:

@@ -102,6 +102,7 @@ def prepared(codes: Tensor, codebooks: Tensor, scales: Tensor) -> PreparedProduc
         in_features=in_features,
         out_features=out_features,
         max_tokens=MAX_TOKENS,
+        together="ql_aqlm_linears",
         converted=None if readable[1] is codebooks else {"codebooks": readable[1]},
     )
 

@@ -21,20 +21,41 @@ static void round_to_bfloat16(const float *values, int64_t n, uint16_t *to) {
     }
 }
 
-int multiply_in_float32(multiplication multiply, const void *weight, const struct product *product, int64_t in_features,
-                        int n_threads, int variant) {
-    if (product->kind != KIND_BFLOAT16)
-        return multiply(weight, product, n_threads, variant);
-    const int64_t of_x = product->tokens * in_features, of_y = product->tokens * product->out_features;
-    float *const x = malloc((size_t)(of_x + of_y) * sizeof(float));
-    if (x == NULL)
+int multiply_in_float32(multiplication multiply, const void *weights, const struct product *products, int64_t n,
+                        int64_t in_features, int n_threads, int variant) {
+    if (products->kind != KIND_BFLOAT16)
+        return multiply(weights, products, n, n_threads, variant);
+    const int64_t tokens = products->tokens, of_x = tokens * in_features;
+    int64_t of_y = 0;
+    for (int64_t i = 0; i < n; i++)
+        of_y += tokens * products[i].out_features;
+    void *const memory = malloc((size_t)n * sizeof(struct product) + (size_t)(of_x + of_y) * sizeof(float));
+    if (memory == NULL)
         return -1;
-    float *const y = x + of_x;
-    read_bfloat16((const uint16_t *)product->x, of_x, x);
-    const struct product inside = {y, x, product->bias, product->tokens, product->out_features, KIND_FLOAT32};
-    const int failed = multiply(weight, &inside, n_threads, variant);
-    if (!failed)
-        round_to_bfloat16(y, of_y, (uint16_t *)product->y);
-    free(x);
+    struct product *const inside = memory;
+    float *const x = (float *)(inside + n), *y = x + of_x;
+    read_bfloat16((const uint16_t *)products->x, of_x, x);
+    for (int64_t i = 0; i < n; y += tokens * products[i].out_features, i++)
+        inside[i] = (struct product){y, x, products[i].bias, tokens, products[i].out_features, KIND_FLOAT32};
+    const int failed = multiply(weights, inside, n, n_threads, variant);
+    for (int64_t i = 0; i < n && !failed; i++)
+        round_to_bfloat16(inside[i].y, tokens * products[i].out_features, (uint16_t *)products[i].y);
+    free(memory);
     return failed;
+}
+
+int multiply_together(multiplication multiply, const struct products *all, int64_t in_features, int n_threads,
+                      int variant) {
+    const size_t value_bytes = all->kind == KIND_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
+    struct product products[MAX_TOGETHER];
+    uint8_t *y = all->y;
+    if (all->n > MAX_TOGETHER)
+        return -1;
+    for (int64_t i = 0; i < all->n; i++) {
+        const int64_t rows = all->out_features[i];
+        const float *const bias = all->biases ? ((const float *const *)all->biases)[i] : NULL;
+        products[i] = (struct product){(float *)y, all->x, bias, all->tokens, rows, all->kind};
+        y += (size_t)(all->tokens * rows) * value_bytes;
+    }
+    return multiply_in_float32(multiply, all->weights, products, all->n, in_features, n_threads, variant);
 }

@@ -176,23 +176,31 @@ int ql_hqq_choose(const struct hqq_choice *choice, int n_threads, int variant) {
     return for_rows(choose_hqq, &call, choice->out_features, 0, n_threads);
 }
 
-static void multiply_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {
+static void multiply_aqlm(const void *context, int64_t i, int64_t begin, int64_t end, float *scratch) {
     const struct call *call = context;
-    call->kernels->aqlm_product(call->first, call->second, begin, end, scratch);
+    const struct aqlm_weight *const weights = call->first;
+    const struct product *const products = call->second;
+    call->kernels->aqlm_product(weights + i, products + i, begin, end, scratch);
 }
 
 static int64_t aqlm_inputs(const struct aqlm_weight *weight) {
     return weight->in_groups * weight->in_group;
 }
 
-static int multiply_in_rows(const void *weight, const struct product *product, int n_threads, int variant) {
-    const struct call call = {kernels_of(variant), weight, product};
-    return for_rows(multiply_aqlm, &call, product->out_features, BLOCK_ROWS * aqlm_inputs(weight), n_threads);
+static int multiply_in_rows(const void *weights, const struct product *products, int64_t n, int n_threads,
+                            int variant) {
+    const struct call call = {kernels_of(variant), weights, products};
+    return for_product_rows(multiply_aqlm, &call, products, n, BLOCK_ROWS * aqlm_inputs(weights), n_threads);
 }
 
 /* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias. */
 int ql_aqlm_linear(const struct aqlm_weight *weight, const struct product *product, int n_threads, int variant) {
-    return multiply_in_float32(multiply_in_rows, weight, product, aqlm_inputs(weight), n_threads, variant);
+    return multiply_in_float32(multiply_in_rows, weight, product, 1, aqlm_inputs(weight), n_threads, variant);
+}
+
+/* The same for several weights with one x. */
+int ql_aqlm_linears(const struct products *all, int n_threads, int variant) {
+    return multiply_together(multiply_in_rows, all, aqlm_inputs(all->weights), n_threads, variant);
 }
 
 static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {

@@ -80,3 +80,35 @@ int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch
 int for_uneven_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads) {
     return for_all(body, context, n_rows, scratch_floats, n_threads, 0);
 }
+
+struct product_rows {
+    product_body body;
+    const void *context;
+    const struct product *products;
+    int64_t n;
+};
+
+/* Products follow each other, each from a whole block of rows on. */
+static int64_t whole_blocks(int64_t rows) {
+    return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+}
+
+static void work_on_products(const void *argument, int64_t begin, int64_t end, float *scratch) {
+    const struct product_rows *rows = argument;
+    for (int64_t i = 0, first = 0; i < rows->n && first < end; i++) {
+        const int64_t n_rows = rows->products[i].out_features;
+        const int64_t from = begin > first ? begin - first : 0, to = end - first < n_rows ? end - first : n_rows;
+        if (from < to)
+            rows->body(rows->context, i, from, to, scratch);
+        first += whole_blocks(n_rows);
+    }
+}
+
+int for_product_rows(product_body body, const void *context, const struct product *products, int64_t n,
+                     int64_t scratch_floats, int n_threads) {
+    const struct product_rows rows = {body, context, products, n};
+    int64_t n_rows = 0;
+    for (int64_t i = 0; i < n; i++)
+        n_rows += whole_blocks(products[i].out_features);
+    return for_rows(work_on_products, &rows, n_rows, scratch_floats, n_threads);
+}

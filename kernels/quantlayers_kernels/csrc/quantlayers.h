@@ -37,6 +37,20 @@ struct product {
     int kind; /* KIND_BFLOAT16 is known to multiply_in_float32 only, kernels get KIND_FLOAT32 */
 };
 
+/* Products of one x with n weights of one method, at most MAX_TOGETHER. HQQ weights have one layout, and may differ in
+ * their rows and in the dtype of their metadata. */
+struct products {
+    const void *weights;
+    const int64_t *out_features; /* (n) */
+    const void *biases;          /* (n) pointers to float, each may be NULL; or NULL */
+    void *y;       /* (tokens, out_features) of the first weight, then those of the others, of `kind` */
+    const float *x; /* (tokens, in_features), of `kind` */
+    int64_t n, tokens;
+    int kind;
+};
+
+#define MAX_TOGETHER 8
+
 /* Dense rows [first_row, first_row + n_rows) of a weight, written as float32 or bfloat16. */
 struct dense_rows {
     void *out; /* (n_rows, in_features) */
@@ -300,11 +314,21 @@ int for_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch
 /* The same for rows of which some may take far longer than others. */
 int for_uneven_rows(row_body body, const void *context, int64_t n_rows, int64_t scratch_floats, int n_threads);
 
-/* A product of float32 x and y with a weight; 0, or -1 when out of memory. */
-typedef int (*multiplication)(const void *weight, const struct product *product, int n_threads, int variant);
+/* The same for the rows of n products, all at once: body is called with rows of product i. */
+typedef void (*product_body)(const void *context, int64_t i, int64_t begin, int64_t end, float *scratch);
+int for_product_rows(product_body body, const void *context, const struct product *products, int64_t n,
+                     int64_t scratch_floats, int n_threads);
 
-/* `multiply` of x and y as they are, or of copies of both in float32 if they are bfloat16. */
-int multiply_in_float32(multiplication multiply, const void *weight, const struct product *product, int64_t in_features,
-                        int n_threads, int variant);
+/* Products of one float32 x with n weights, which write float32; 0, or -1 when out of memory. */
+typedef int (*multiplication)(const void *weights, const struct product *products, int64_t n, int n_threads,
+                              int variant);
+
+/* `multiply` of x and y as they are, or of copies of all in float32 if they are bfloat16. */
+int multiply_in_float32(multiplication multiply, const void *weights, const struct product *products, int64_t n,
+                        int64_t in_features, int n_threads, int variant);
+
+/* The same for products whose results lie one after the other. */
+int multiply_together(multiplication multiply, const struct products *all, int64_t in_features, int n_threads,
+                      int variant);
 
 #endif

@@ -12,6 +12,7 @@ from .layout import has_documented_layout
 
 # The products by the bits that activations are rounded to.
 KERNELS = {None: "ql_hqq_linear", 8: "ql_hqq_linear_int8"}
+KERNELS_OF_SEVERAL = {None: "ql_hqq_linears", 8: "ql_hqq_linears_int8"}
 # Above this, dequantized tiles and BLAS are as fast or faster: on one thread the break-even was between 8 and 32
 # tokens with AVX2, and between 16 and more than 96 with AVX-512 (weights of 1536 x 576 and 4096 x 4096).
 MAX_TOKENS = 16
@@ -100,6 +101,8 @@ def prepared(
         in_features=in_features,
         out_features=W_q.shape[0],
         max_tokens=min(MAX_TOKENS, _max_tokens(torch.float32, activation_bits)),
+        together=KERNELS_OF_SEVERAL[activation_bits],
+        layout=(nbits, scale.shape[1]),
     )
 
 
