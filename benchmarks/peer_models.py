@@ -54,7 +54,11 @@ def made_by_ours(
                 model,
                 calibration,
                 average=bits + (16 + bits) / group_size,
-                choices=[{"nbits": n, "group_size": g} for n in (bits - 1, bits, bits + 1) for g in PLANNED_GROUPS],
+                choices=[
+                    {"nbits": n, "group_size": g, "double_quant": n <= 4}
+                    for n in (bits - 1, bits, bits + 1)
+                    for g in PLANNED_GROUPS
+                ],
                 config=config,
                 progress=False,
             )

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ MIN_DOT = 16
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 16
 MIN_STEPS_PER_SPLIT = 4
-# Numbers that a program adds up from all parts.
-SUM_BLOCK = 1024
 # Tokens of a tile on the tensor cores, and warps of a program. With 64 tokens in four warps its sums would spill out
 # of the registers.
 MAX_DOT_TOKENS = 64
@@ -79,13 +77,22 @@ def n_processors(device: torch.device) -> int:
 def splits(n_programs: int, n_steps: int, device: torch.device) -> int:
     """Number of parts, a power of two, to split the ``n_steps`` over the inputs into: enough programs for a GPU.
 
-    Each part is written separately, and they are added up in a fixed order.
+    Each part is written separately, and the last program to come adds them up, in a fixed order.
     """
     parts = 1
     wanted = PROGRAMS_PER_PROCESSOR * n_processors(device)
     while parts < MAX_SPLITS and 2 * parts * n_programs <= wanted and n_steps >= 2 * parts * MIN_STEPS_PER_SPLIT:
         parts *= 2
     return parts
+
+
+class Written(NamedTuple):
+    """What a product's kernel writes, and the bias that it adds; see ``parts_kernel.write_product``."""
+
+    bias: Tensor | None
+    y: Tensor
+    parts: Tensor | None = None
+    arrived: Tensor | None = None
 
 
 def product_in_parts(
@@ -97,30 +104,21 @@ def product_in_parts(
         bias: (out_features,) or None.
         n_rows: rows of the weight that belong to one program.
         n_steps: steps that a program takes over the inputs, to be divided among several programs.
-        launch: called with the kernel's grid, ``bias`` or None, where to write (n_parts, tokens, out_features), and
-            the steps of a part.
+        launch: called with the first two sizes of the kernel's grid, what it writes, and the steps of a part.
     """
-    n_programs = -(-out_features // n_rows)
+    n_programs, n_tokens = -(-out_features // n_rows), x.numel() // x.shape[-1]
     n_parts = splits(n_programs, n_steps, x.device)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-        if n_parts == 1:
-            launch((n_programs, 1), bias, y, n_steps)
-            return y
-        parts = torch.empty(n_parts, y.numel(), dtype=torch.float32, device=x.device)
-        launch((n_programs, n_parts), None, parts, -(-n_steps // n_parts))
-        return added_parts(parts, bias, y)
-
-
-def added_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """``y``, written: the sum of ``parts`` (n_parts, numbers of ``y``) in their order, and of ``bias``; one launch."""
-    from .parts_kernel import add_parts
-
-    n_numbers = y.numel()
-    grid = (-(-n_numbers // SUM_BLOCK),)
-    add_parts[grid](parts, bias, y, n_numbers, y.shape[-1], N_PARTS=len(parts), BLOCK=SUM_BLOCK)
-    return y
+        written = Written(bias, y)
+        if n_parts > 1:
+            n_tiles = -(-n_tokens // dot_tokens(n_tokens))
+            parts = torch.empty(n_parts, y.numel(), dtype=torch.float32, device=x.device)
+            arrived = torch.zeros(n_programs * n_tiles, dtype=torch.int32, device=x.device)
+            written = Written(bias, y, parts, arrived)
+        launch((n_programs, n_parts), written, -(-n_steps // n_parts))
+        return y
 
 
 def dot_tokens(n_tokens: int) -> int:

@@ -1,20 +1,32 @@
-"""The kernel that adds up the parts of a product. Imports Triton."""
+"""How the kernels of products write what they computed, in one part or in several. Imports Triton."""
 
 import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["n_numbers"])
-def add_parts(parts, bias, y, n_numbers, out_features, N_PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``y[i] = sum over the parts of parts[part, i] (+ bias[i % out_features])``, from the first part to the last.
-
-    ``parts`` is float32, (N_PARTS, n_numbers); ``y`` (n_numbers,) has a dtype of its own.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_inside = i < n_numbers
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(N_PARTS):
-        total += tl.load(parts + part * n_numbers + i, mask=is_inside, other=0)
+@triton.jit
+def _write(total, at, mask, bias, row, is_row, y):
     if bias is not None:
-        total += tl.load(bias + i % out_features, mask=is_inside, other=0).to(tl.float32)
-    tl.store(y + i, total.to(y.dtype.element_ty), mask=is_inside)
+        total += tl.load(bias + row, mask=is_row, other=0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_product(total, at, mask, bias, row, is_row, y, parts, arrived, n_numbers):
+    """``y[at] = total + bias[row]``, where ``total``, float32, is the sum over all inputs, or over those of a part.
+
+    A part is that of the programs with its number along the second axis of the grid. ``parts`` is None where there is
+    one, else memory for float32 (n_parts, n_numbers), and ``arrived`` holds a zero for each program of the grid's
+    other axes. The program that comes last there adds the parts up, from the first to the last whoever comes when.
+    """
+    if parts is None:
+        _write(total, at, mask, bias, row, is_row, y)
+    else:
+        tl.store(parts + tl.program_id(1) * n_numbers + at, total, mask=mask)
+        place = arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        tl.debug_barrier()  # all threads have written before one says so
+        if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+            added = tl.zeros_like(total)
+            for part in range(tl.num_programs(1)):
+                added += tl.load(parts + part * n_numbers + at, mask=mask, other=0, volatile=True)
+            _write(added, at, mask, bias, row, is_row, y)

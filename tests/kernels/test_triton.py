@@ -103,7 +103,6 @@ def launch(scheme: int | tuple[int, ...], kernel: str, dtype: torch.dtype, n_tok
 
 def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int, monkeypatch):
     """The kernel as ``target`` would get it, and its memory outside of registers in bytes, None where unknown."""
-    from quantlayers_kernels import parts_kernel
     from quantlayers_kernels.aqlm import triton_kernels as aqlm_kernels
     from quantlayers_kernels.hqq import triton_kernels as hqq_kernels
 
@@ -111,7 +110,6 @@ def compiled(scheme, kernel: str, target: str, dtype: torch.dtype, n_tokens: int
     function, launches = getattr(module, kernel), Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, kernel, launches)
-        patch.setattr(parts_kernel, "add_parts", Launches())
         launch(scheme, kernel, dtype, n_tokens)
     return built_for(target, function, launches)
 
@@ -123,7 +121,7 @@ def built_for(target: str, function, launches: Launches):
     from triton.compiler import ASTSource
 
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-    pointers |= {torch.int8: "*i8", torch.int16: "*i16"}
+    pointers |= {torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
     signature, constants, attributes = {}, dict(launches.constants), {}
     options = {"num_warps": constants.pop("num_warps")} if "num_warps" in constants else {}
     for index, (name, value) in enumerate(zip(function.arg_names, launches.arguments, strict=False)):
@@ -225,13 +223,25 @@ def test_the_forms_that_are_tried_compile_and_fit_a_gpu_that_is_small(scheme, n_
 
 @needs_triton
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("bias", [None, torch.zeros(OUT, dtype=torch.float16)], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("kernel", "n_tokens"), [("one_token", 1), ("few_tokens", 16), ("few_tokens", 64)])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_the_sum_of_a_products_parts_compiles_for_gpus(target, bias, monkeypatch):
-    from quantlayers_kernels import parts_kernel
-
-    function, launches = parts_kernel.add_parts, Launches()
-    monkeypatch.setattr(parts_kernel, "add_parts", launches)
-    gpu.added_parts(torch.empty(4, 3 * OUT), bias, torch.empty(3, OUT, dtype=torch.float16))
-    _, spilled = built_for(target, function, launches)
+@pytest.mark.parametrize("scheme", [4, 3, TWO_BY_EIGHT], ids=str)
+def test_a_product_in_parts_compiles_for_gpus_and_its_last_program_adds_them_up(
+    scheme, target, kernel, n_tokens, monkeypatch
+):
+    monkeypatch.setattr(gpu, "splits", lambda *_: 4)
+    is_amd = target.startswith("gfx")
+    monkeypatch.setattr(gpu, "has_little_shared_memory", lambda: is_amd)
+    built, spilled = compiled(scheme, kernel, target, torch.float16, n_tokens, monkeypatch)
+    if is_amd:
+        assert re.search(r"global_atomic_add", built.asm["amdgcn"])
+        return
+    ptx = built.asm["ptx"]
+    before, after = ptx.split("atom.")
+    # All threads' parts are written before one thread tells it to all of the GPU; what others wrote is read after it.
+    assert re.match(r"(global\.gpu\.acq_rel|acq_rel\.gpu\.global)\.add\.[us]32", after)
+    assert "st.global" in before
+    assert "bar.sync" in before[before.rindex("st.global") :]
+    assert "ld.volatile.global" in after
+    assert "ld.volatile.global" not in before
     assert not spilled

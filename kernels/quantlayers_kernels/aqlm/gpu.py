@@ -103,19 +103,19 @@ def linear_few_tokens(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tenso
         if n_tokens > 1:
             groups = max(groups, gpu.MIN_DOT // scheme["IN"])
 
-        def one_token(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        def one_token(grid: tuple[int, int], written: gpu.Written, n_steps: int) -> None:
             triton_kernels.one_token[grid](
-                *(flat, *weight, bias, y, out_features, n_in_groups, n_steps * groups),
+                *(flat, *weight, *written, out_features, n_in_groups, n_steps * groups),
                 **scheme,
                 GROUPS=groups,
                 ROWS=form.rows,
                 num_warps=form.warps,
             )
 
-        def few_tokens(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        def few_tokens(grid: tuple[int, int], written: gpu.Written, n_steps: int) -> None:
             tokens = gpu.dot_tokens(n_tokens)
             triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
-                *(flat, *weight, bias, y, n_tokens, out_features, n_in_groups, n_steps * groups),
+                *(flat, *weight, *written, n_tokens, out_features, n_in_groups, n_steps * groups),
                 **scheme,
                 GROUPS=groups,
                 ROWS=form.rows,

@@ -8,6 +8,8 @@ that any stored code reads inside of it. What the sizes must fulfil is checked i
 import triton
 import triton.language as tl
 
+from ..parts_kernel import write_product
+
 
 @triton.jit
 def _weights(
@@ -62,12 +64,12 @@ def dequantize(
 
 @triton.jit
 def one_token(
-    x, codes, codebooks, scales, bias, y,
+    x, codes, codebooks, scales, bias, y, parts, arrived,
     n_rows, n_in_groups, groups_per_split,
     NUM_CODEBOOKS: tl.constexpr, SIZE: tl.constexpr, OUT_GROUP: tl.constexpr, IN_GROUP: tl.constexpr,
     IN: tl.constexpr, CACHE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``y[split, row] = sum over the split's inputs of weight * x (+ bias)``, for x (in_features,)."""
+    """``y[row] = sum over the inputs of weight * x (+ bias)``, for x (in_features,)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < n_rows
     row64 = row.to(tl.int64)
@@ -83,20 +85,18 @@ def one_token(
         x_groups = tl.load(x + i[:, None] * IN_GROUP + b, mask=is_group[:, None] & (b < IN_GROUP), other=0)
         total += tl.sum(w * x_groups.to(tl.float32)[None], axis=2)
     result = tl.sum(total, axis=1) * tl.load(scales + row // OUT_GROUP, mask=is_row, other=0).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + row, mask=is_row, other=0).to(tl.float32)
-    tl.store(y + tl.program_id(1) * n_rows + row, result.to(y.dtype.element_ty), mask=is_row)
+    write_product(result, row, is_row, bias, row, is_row, y, parts, arrived, n_rows)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def few_tokens(
-    x, codes, codebooks, scales, bias, y,
+    x, codes, codebooks, scales, bias, y, parts, arrived,
     n_tokens, n_rows, n_in_groups, groups_per_split,
     NUM_CODEBOOKS: tl.constexpr, SIZE: tl.constexpr, OUT_GROUP: tl.constexpr, IN_GROUP: tl.constexpr,
     IN: tl.constexpr, CACHE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PRODUCT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``y[split, token, row] = sum over the split's inputs of weight * x (+ bias)``, for x (n_tokens, in_features).
+    """``y[token, row] = sum over the inputs of weight * x (+ bias)``, for x (n_tokens, in_features).
 
     Each weight is decoded once for ``TOKENS`` tokens, rounded to the dtype of x and multiplied on the tensor cores
     with a float32 sum.
@@ -126,7 +126,5 @@ def few_tokens(
         x_groups = tl.load(x_at, mask=is_token[None, :] & is_input[:, None], other=0)
         w = w.to(x.dtype.element_ty).to(PRODUCT)
         total = tl.dot(w, x_groups.to(PRODUCT), total, input_precision="ieee")
-    if bias is not None:
-        total += tl.load(bias + row, mask=is_row, other=0).to(tl.float32)[:, None]
-    to = y + (tl.program_id(1) * n_tokens + token)[None, :] * n_rows + row[:, None]
-    tl.store(to, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    at, is_inside = token[None, :] * n_rows + row[:, None], is_row[:, None] & is_token[None, :]
+    write_product(total, at, is_inside, bias, row[:, None], is_row[:, None], y, parts, arrived, n_tokens * n_rows)

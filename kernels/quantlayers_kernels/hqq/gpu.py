@@ -133,9 +133,9 @@ def linear_few_tokens(
     def one_token(form: TokenForm) -> Tensor:
         tile = _tile(nbits, in_features, group_size, form.weights)
 
-        def launch(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        def launch(grid: tuple[int, int], written: gpu.Written, n_steps: int) -> None:
             triton_kernels.one_token[grid](
-                *(flat, *weight, bias, y, *sizes, n_steps * tile["RUNS"]),
+                *(flat, *weight, *written, *sizes, n_steps * tile["RUNS"]),
                 **_planes(nbits),
                 GROUP=group_size,
                 **tile,
@@ -148,9 +148,9 @@ def linear_few_tokens(
     def few_tokens(form: DotForm) -> Tensor:
         n_bytes, tokens = _dot_bytes(nbits, in_features, group_size), gpu.dot_tokens(n_tokens)
 
-        def launch(grid: tuple[int, int], bias: Tensor | None, y: Tensor, n_steps: int) -> None:
+        def launch(grid: tuple[int, int], written: gpu.Written, n_steps: int) -> None:
             triton_kernels.few_tokens[*grid, -(-n_tokens // tokens)](
-                *(flat, *weight, bias, y, n_tokens, *sizes, n_steps),
+                *(flat, *weight, *written, n_tokens, *sizes, n_steps),
                 **_planes(nbits),
                 GROUP=group_size,
                 BYTES=n_bytes,

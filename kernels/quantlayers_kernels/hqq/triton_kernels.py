@@ -11,6 +11,8 @@ PARTS + PART``. See ``bitpack/reference.py``; what the sizes must fulfil is chec
 import triton
 import triton.language as tl
 
+from ..parts_kernel import write_product
+
 
 @triton.jit
 def _slot(coarse, fine, PART: tl.constexpr, SLOT: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr,
@@ -68,12 +70,12 @@ def dequantize(
 
 @triton.jit
 def one_token(
-    x, W_q, scale, zero, bias, y,
+    x, W_q, scale, zero, bias, y, parts, arrived,
     n_rows, in_features, row_bytes, segment, n_groups, runs_per_split,
     GROUP: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr, PARTS: tl.constexpr,
     RUN: tl.constexpr, RUNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``y[split, row] = sum over the split's inputs of weight * x (+ bias)``, for x (in_features,).
+    """``y[row] = sum over the inputs of weight * x (+ bias)``, for x (in_features,).
 
     A run is one vector load of a thread and lies in one group: its codes are multiplied and added up by the thread
     that read them, and scaled once.
@@ -106,20 +108,18 @@ def one_token(
                 w = _slot(coarse, fine, part, slot, COARSE, FINE, PARTS) - z[:, :, None]
                 total += tl.sum(w * x_slot[None], axis=2) * s
     result = tl.sum(total, axis=1)
-    if bias is not None:
-        result += tl.load(bias + row, mask=is_row, other=0).to(tl.float32)
-    tl.store(y + tl.program_id(1) * n_rows + row, result.to(y.dtype.element_ty), mask=is_row)
+    write_product(result, row, is_row, bias, row, is_row, y, parts, arrived, n_rows)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "steps_per_split"])
 def few_tokens(
-    x, W_q, scale, zero, bias, y,
+    x, W_q, scale, zero, bias, y, parts, arrived,
     n_tokens, n_rows, in_features, row_bytes, segment, n_groups, steps_per_split,
     GROUP: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr, PARTS: tl.constexpr,
     BYTES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PRODUCT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``y[split, token, row] = sum over the split's inputs of weight * x (+ bias)``, for x (n_tokens, in_features).
+    """``y[token, row] = sum over the inputs of weight * x (+ bias)``, for x (n_tokens, in_features).
 
     Each weight is decoded once for ``TOKENS`` tokens, rounded to the dtype of x and multiplied on the tensor cores
     with a float32 sum. A step reads ``BYTES`` bytes of each row, whose codes of one slot lie in one group.
@@ -151,7 +151,5 @@ def few_tokens(
                 x_slot = tl.load(x + token[None, :] * in_features + k[:, None], mask=is_token[None, :], other=0)
                 w = w.to(x.dtype.element_ty).to(PRODUCT)
                 total = tl.dot(w, x_slot.to(PRODUCT), total, input_precision="ieee")
-    if bias is not None:
-        total += tl.load(bias + row, mask=is_row, other=0).to(tl.float32)[:, None]
-    to = y + (tl.program_id(1) * n_tokens + token)[None, :] * n_rows + row[:, None]
-    tl.store(to, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
+    at, is_inside = token[None, :] * n_rows + row[:, None], is_row[:, None] & is_token[None, :]
+    write_product(total, at, is_inside, bias, row[:, None], is_row[:, None], y, parts, arrived, n_tokens * n_rows)
