@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_quantlayers as pql
+from quantlayers_kernels.cache_folder import cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 N_TOKENS = 16_384
@@ -256,9 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens to score")
     parser.add_argument("--rows", nargs="*", default=ROWS, help="names of rows to make, or parts of names")
-    parser.add_argument(
-        "--cache", type=Path, default=Path.home() / ".cache" / "peft_quantlayers" / "bench_calibration"
-    )
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "bench_calibration")
     args = parser.parse_args()
 
     folder = demo_model_folder()

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_quantlayers as pql
 from peft_quantlayers.evaluate import Capture, capture
 from peft_quantlayers.lora.rounded_weight import STEPS_PER_CHOICE
+from quantlayers_kernels.cache_folder import cache_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -56,7 +57,7 @@ SETTINGS: dict[str, pql.QuantConfig] = {
 TRAININGS = ("plain", "aware", "qalora", "scales")
 # A merge whose scales and codebooks are then trained towards the unmerged model's predictions, and for how long.
 TUNED, TUNE_EPOCHS = "calibrated, tuned", 2
-CACHE = Path.home() / ".cache" / "peft_quantlayers" / "bench_merge"
+CACHE = cache_folder() / "bench_merge"
 Batch = dict[str, Tensor]
 
 

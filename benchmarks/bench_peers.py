@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import peft_quantlayers as pql
+from quantlayers_kernels.cache_folder import cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 MODELS = {
@@ -154,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--prepare", action="store_true", help="write the float model and the calibration tokens")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft_quantlayers" / "bench_peers")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "bench_peers")
     args = parser.parse_args()
     folder = args.cache / args.model
     if args.prepare:

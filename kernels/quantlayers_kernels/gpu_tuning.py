@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .cache_folder import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "PEFT_QUANTLAYERS_GPU_TUNING"
-FOLDER = "PEFT_QUANTLAYERS_CACHE"
 # Raise it when a kernel changes: what was measured before is measured again.
 KERNELS_VERSION = 2
 WARMUPS, REPEATS = 2, 9
@@ -88,8 +89,7 @@ def chosen() -> dict[str, dict[str, int]]:
 
 def folder() -> Path:
     """Where it is kept, a file for each product: so processes need not wait for each other."""
-    said = os.environ.get(FOLDER)
-    return (Path(said) if said else Path.home() / ".cache" / "peft_quantlayers") / "gpu_tuning"
+    return cache_folder() / "gpu_tuning"
 
 
 def _can_measure(device: torch.device) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from quantlayers_kernels.cache_folder import cache_folder
+
 from .own_process import convert_with
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -21,8 +23,7 @@ _OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"
 
 def own_folder() -> Path:
     """The folder in our cache where pip puts the converter."""
-    cache = Path(os.environ.get("PEFT_QUANTLAYERS_CACHE", Path.home() / ".cache" / "peft_quantlayers"))
-    return cache / "llama-cpp-converter"
+    return cache_folder() / "llama-cpp-converter"
 
 
 def converter_folder() -> Path:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from quantlayers_kernels import gpu_tuning
+from quantlayers_kernels import cache_folder, gpu_tuning
 
 X = torch.zeros(1)
 FACTS = (4, 4096, 4096, torch.float16)
@@ -55,7 +55,7 @@ def kept() -> list[dict]:
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    monkeypatch.setenv(gpu_tuning.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(gpu_tuning.SWITCH, raising=False)
     found = Gpu()
     monkeypatch.setattr(gpu_tuning, "_seconds", found.seconds)
@@ -131,7 +131,7 @@ def test_a_product_never_fails_for_want_of_the_fastest_form(gpu, monkeypatch, ca
     def no_home() -> None:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv(gpu_tuning.FOLDER)
+    monkeypatch.delenv(cache_folder.VARIABLE)
     monkeypatch.setattr(gpu_tuning.Path, "home", no_home)
     assert gpu.fastest() == gpu.fastest() == FIRST
     (record,) = caplog.records
@@ -194,7 +194,7 @@ def test_processes_that_measure_at_the_same_time_take_the_same_form(gpu, monkeyp
 
 def test_a_folder_that_cannot_be_written_is_named_and_the_form_is_used(gpu, monkeypatch, tmp_path, caplog):
     (tmp_path / "taken").write_text("")
-    monkeypatch.setenv(gpu_tuning.FOLDER, str(tmp_path / "taken"))
+    monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path / "taken"))
     with caplog.at_level(logging.WARNING):
         assert gpu.fastest() == SECOND
     assert "cannot be written" in caplog.text
