@@ -225,7 +225,7 @@ def profile(model: nn.Module, prompt: Tensor, n_tokens: int, clock: Clock) -> di
         layers = [each for each in model.modules() if isinstance(each, pql.QuantizedLinear)]
         products = [each._direct_product._product for each in layers]
         groups = {each.shared_product for each in layers if each.shared_product is not None}
-        products += [group._products for group in groups if group._products is not None]
+        products += [group.products for group in groups if group.products is not None]
         kernels = [product._function for product in products]
         for product in products:
             product._function = timed("kernels", product._function)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ from .shared_results import SharedResults, Waste
 
 if TYPE_CHECKING:
     from .linear import QuantizedLinear
+
+
+class _Prepared(NamedTuple):
+    """What was prepared for the weights that the layers of a group have.
+
+    Fields:
+        states: what their products depend on, by the layers' ids; see :meth:`DirectProduct.state`.
+        products: None where they cannot be computed together.
+        parameters: of each layer, by name.
+        memory: what the kernel reads; it does not ask whether a layer still has it.
+    """
+
+    states: dict[int, Any]
+    products: PreparedProducts | None
+    parameters: list[dict[str, Any]]
+    memory: list[Any]
+
+
+_NOTHING = _Prepared({}, None, [], [])
 
 
 class SharedProduct(SharedResults):
@@ -35,52 +54,52 @@ class SharedProduct(SharedResults):
                 group.forget()
 
         super().__init__(layers, names, waste, when_one_is_gone=forget)
-        self.forget()
+        self._prepared = _NOTHING  # replaced as a whole: several threads may compute
 
     def forget(self) -> None:
         """Drop what was prepared, and with it the memory of the layers' weights; the next call prepares it again."""
-        self._products: PreparedProducts | None = None
-        self._states: dict[int, Any] = {}
-        self._parameters: list[dict[str, Any]] = []
-        self._memory: list[Any] = []
+        self._prepared = _NOTHING
+
+    @property
+    def products(self) -> PreparedProducts | None:
+        """What computes all of the group at once, once it has; None where nothing does."""
+        return self._prepared.products
 
     def __call__(self, layer: QuantizedLinear, direct: DirectProduct, x: Tensor) -> Tensor | None:
         """The result of ``layer``, whose current product is ``direct``; None where it is to be computed alone."""
-        y = self.found(layer, x)
+        y: Tensor | None = self.found(layer, x)
         if y is None and torch.get_num_threads() == 1:
             return None
-        state = direct.state(layer)
-        is_as_prepared = state is not None and self._states.get(id(layer)) == state
+        prepared, state = self._prepared, direct.state(layer)
+        is_as_prepared = state is not None and prepared.states.get(id(layer)) == state
         if y is not None:
             if is_as_prepared:
                 return y
             self.forget()  # the kernel may have read what was there before
             return None
         if not is_as_prepared:
-            self._prepare()
+            prepared = self._prepared = self._look()
         # Nothing would show a later write to an inference tensor.
-        if self._products is None or x.dtype is not layer.compute_dtype or x.is_inference():
+        if prepared.products is None or x.dtype is not layer.compute_dtype or x.is_inference():
             return None
-        results = self._products(x, self._parameters)
+        results = prepared.products(x, prepared.parameters)
         if results is None:
             return None
-        by_layer = dict(zip(self._states, results, strict=True))
+        by_layer = dict(zip(prepared.states, results, strict=True))
         y = by_layer.pop(id(layer))
         self.keep(x, by_layer)
         return y
 
-    def _prepare(self) -> None:
+    def _look(self) -> _Prepared:
         """Look at all layers: what their products depend on, and whether they go together."""
-        self.forget()
         layers = self.layers()
         directs = [direct_product(each) for each in layers]
         states = [direct.state(layer) for layer, direct in zip(layers, directs, strict=True)]
-        self._states = {id(layer): state for layer, state in zip(layers, states, strict=True)}
-        products = [direct.product_for(layer) for layer, direct in zip(layers, directs, strict=True)]
-        known = [each for each in products if each is not None]
+        by_layer = {id(layer): state for layer, state in zip(layers, states, strict=True)}
+        found = [direct.product_for(layer) for layer, direct in zip(layers, directs, strict=True)]
+        products = [each for each in found if each is not None]
         dtypes = {layer.compute_dtype for layer in layers}
-        if len(known) == len(layers) and None not in states and len(dtypes) == 1 and go_together(known):
-            self._parameters = [layer._parameters for layer in layers]
-            # The kernel reads the memory of layers that are not asked whether it is still theirs.
-            self._memory = [each.untyped_storage() for layer in layers for each in layer._tensors().values()]
-            self._products = PreparedProducts(known)
+        if len(products) < len(layers) or None in states or len(dtypes) > 1 or not go_together(products):
+            return _NOTHING._replace(states=by_layer)
+        memory = [each.untyped_storage() for layer in layers for each in layer._tensors().values()]
+        return _Prepared(by_layer, PreparedProducts(products), [layer._parameters for layer in layers], memory)
