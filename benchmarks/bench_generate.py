@@ -118,7 +118,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     return model
 
 

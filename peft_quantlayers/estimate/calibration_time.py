@@ -29,6 +29,8 @@ from .processor_time import processor_seconds
 
 # What a sample has: tokens, rows (a few and more of them), and inputs, above which times are scaled.
 _TOKENS, _ROWS, _INPUTS = 256, (128, 384), 1536
+# By how much Cholesky factors may take longer for twice as many inputs.
+_LEAST_GROWTH, _MOST_GROWTH = 2**2.5, 2**3
 # Of a block for each token: by the float model, from layer to layer while they are quantized, and with all quantized.
 _PASSES = 3
 
@@ -78,7 +80,7 @@ def _groups(model: nn.Module, names: list[str]) -> list[list[str]]:
 
 
 def _times(spec: QuantSpec, inputs: int) -> _Times:
-    """Measured with as many inputs, or with fewer ones: then what twice as many take says how it grows."""
+    """Measured with as many inputs, or with fewer ones and scaled."""
     size = inputs
     while size > _INPUTS and size % 2 == 0 and _fits(spec, size // 2):
         size //= 2
@@ -87,17 +89,18 @@ def _times(spec: QuantSpec, inputs: int) -> _Times:
         return at_size
     at_half = _measured(spec, size // 2)
     doublings = math.log2(inputs / size)
+    # Of each token and each row there is one product with a square matrix, which fits no cache as it grows.
     return _Times(
-        token=_grown(at_size.token, at_half.token, doublings, most=2),
-        layer=_grown(at_size.layer, at_half.layer, doublings, most=3),
-        row=_grown(at_size.row, at_half.row, doublings, most=2),
+        token=at_size.token * 4**doublings,
+        layer=at_size.layer * _growth(at_size.layer, at_half.layer) ** doublings,
+        row=at_size.row * 4**doublings,
     )
 
 
-def _grown(at_size: float, at_half: float, doublings: float, *, most: int) -> float:
-    """After so many doublings, each of which takes at least twice as long, and at most 2**most times."""
-    each = at_size / at_half if at_half > 0 else 2**most
-    return at_size * min(max(each, 2.0), 2.0**most) ** doublings
+def _growth(at_size: float, at_half: float) -> float:
+    """By a doubling, of what is cubic in the end and was measured where it is not yet."""
+    measured = at_size / at_half if at_half > 0 else _MOST_GROWTH
+    return min(max(measured, _LEAST_GROWTH), _MOST_GROWTH)
 
 
 def _fits(spec: QuantSpec, inputs: int) -> bool:

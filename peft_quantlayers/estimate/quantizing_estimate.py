@@ -62,6 +62,8 @@ def _of_calibration(
 ) -> dict[str, int]:
     """Everything around the blocks, a block twice, the states of all tokens in it, and its widest layer's moments.
 
+    These are dropped down to the one that codes are chosen with before the layer is at work.
+
     ``layer_bytes``: what quantizing the largest layer takes without calibration.
     """
     text, size = model.config.get_text_config(), model.dtype.itemsize
@@ -69,10 +71,10 @@ def _of_calibration(
     of_block = list(shapes.values())[:per_block]
     widest = max(shape[-1] for shape in of_block)
     of_layers = sum(math.prod(shape) for shape in shapes.values()) * size
+    at_work = max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block))
     return {
         "around the blocks": sum(parameter.nbytes for parameter in model.parameters()) - of_layers,
         "one block, twice": 2 * sum(math.prod(shape) for shape in of_block) * size,
         "activations": 2 * n_tokens * (_STATES * text.hidden_size + widest) * size,
-        "second moments": _MOMENTS * 4 * widest**2,
-        "layer at work": max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block)),
+        "second moments, or the layer at work": max(_MOMENTS * 4 * widest**2, at_work),
     }

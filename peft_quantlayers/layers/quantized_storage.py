@@ -146,6 +146,7 @@ class QuantizedStorage(nn.Module):
         self.spec, self._codes_dtype = other.spec, other._codes_dtype
         self._set_rows(other.out_features)
         self.n_writes += 1
+        self._forget_products()
         self._name_tensors(other._tensor_names)
         for name in self._tensor_names:
             self._parameters[name] = other._parameters[name]

@@ -2,7 +2,6 @@
 
 For a small layer each question that is asked in Python takes as long as a part of the product. So the first layer of a
 group asks about itself only, and the others, once they are called, whether what was computed for them is still theirs.
-Still, one thread gains nothing and computes each layer alone; several are sent to work once and not for each layer.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from quantlayers_kernels.prepared import PreparedProducts, go_together
@@ -68,8 +66,6 @@ class SharedProduct(SharedResults):
     def __call__(self, layer: QuantizedLinear, direct: DirectProduct, x: Tensor) -> Tensor | None:
         """The result of ``layer``, whose current product is ``direct``; None where it is to be computed alone."""
         y: Tensor | None = self.found(layer, x)
-        if y is None and torch.get_num_threads() == 1:
-            return None
         prepared, state = self._prepared, direct.state(layer)
         is_as_prepared = state is not None and prepared.states.get(id(layer)) == state
         if y is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 
-from ..arguments import check_model
+from ..arguments import check_flag, check_model
 from ..layers.linear import QuantizedLinear
 from ..layers.shared_product import SharedProduct
 from ..layers.shared_results import SharedResults, Waste
@@ -29,67 +29,96 @@ PROJECTIONS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
+_WITH_LORA = "LoRA adapter on a quantized layer"
 # Parts of the names of attention modules whose keys and values read an encoder's states.
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
 def fuse_projections(
-    model: nn.Module, groups: Iterable[Sequence[str]] = PROJECTIONS, *, skip: Iterable[str] = CROSS_ATTENTION
+    model: nn.Module,
+    groups: Iterable[Sequence[str]] = PROJECTIONS,
+    *,
+    skip: Iterable[str] = CROSS_ATTENTION,
+    in_inference: bool = False,
 ) -> list[tuple[str, ...]]:
     """Compute layers that read the same input together: q, k and v, gate and up. Experimental.
 
+    On a CPU its gain is within the noise of a training step, and it has not been measured on a GPU. It may change or
+    be removed once it has.
+
     The model and the names of its modules do not change. The first layer of a group that is called computes the
-    results of all, and the others return theirs:
-
-    - In inference, for a few tokens on a CPU with several threads, in one call of the kernel, with or without adapters
-      and with the same bits; what a token gains is in ``docs/inference-speed.md``.
-    - In training, layers with LoRA, with one autograd function. Results are the same up to rounding, and up to the
-      order in which dropout draws. All results of a group need one backward pass. On a CPU its gain is within the
-      noise of a training step, and it has not been measured on a GPU.
-
-    A layer is computed alone, as before, if it is called with another input, in compiled code or with inference
-    tensors, if torch saw a write to it since (it sees none through ``.data``), or in training if its adapter is not
-    plain LoRA, is merged or disabled. Copies of the model are not fused.
+    results of all layers with LoRA with one autograd function; the others return theirs. Results are the same up to
+    rounding, and up to the order in which dropout draws. All results of a group need one backward pass. A layer is
+    computed alone, as before, if its adapter is not plain LoRA, is merged or disabled, if the layer is called with
+    another input or in compiled code, or if no gradients are needed. Copies of the model are not fused.
 
     Args:
-        model: a model with quantized layers, with adapters or without.
+        model: a PEFT model, or a transformers model with adapters, on quantized layers; ``in_inference`` also one
+            without adapters.
         groups: names of neighbouring layers that share their input, by default those of transformers. Replaces what
             an earlier call has fused; ``()`` fuses nothing.
         skip: parts of names of modules to leave out, by default those of attention to an encoder.
+        in_inference: also where no gradients are needed, for a few tokens on a CPU: the quantized layers of a group
+            in one call of the kernel, with or without LoRA, with the same bits. Not for inference tensors. Writes to
+            a layer between the calls of its group are seen if torch counts them (not those through ``.data``). On
+            one thread and on two it gains nothing (``docs/inference-speed.md``); more were not measured.
 
     Returns:
         Names of the modules in each group that was found.
 
     Raises:
-        ValueError: no quantized layer in the model.
+        ValueError: no layer of ours with LoRA in the model; ``in_inference``, none of ours at all.
         TypeError: ``model`` is not a module, or a string where several are wanted.
     """
     check_model("fuse_projections", model)
+    check_flag("in_inference", in_inference)
     groups = _several(groups, "groups", 'groups=[("q_proj", "k_proj")]')
     groups = [_several_names(group, "groups", 'groups=[("q_proj", "k_proj")]') for group in groups]
     skip = _several_names(skip, "skip", 'skip=["encoder_attn"]')
     bases = _quantized_layers(model)
-    if not bases:
-        raise ValueError("the model has no quantized layer, so nothing can be fused. Call quantize_model first.")
     with_lora = {name: module for name, module in model.named_modules() if isinstance(module, LoraQuantizedLinear)}
+    if not (bases if in_inference else with_lora):
+        what, way_out = ("quantized layer", "quantize_model") if in_inference else (_WITH_LORA, "get_peft_model")
+        raise ValueError(f"the model has no {what}, so nothing can be fused. Call {way_out} first.")
     for layer in with_lora.values():
         layer.shared_input = None
     for base in bases.values():
         base.shared_product = None
-    found: list[tuple[str, ...]] = []
     waste = Waste()
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in bases):
-        for group in groups:
-            names = [f"{parent}.{name}".lstrip(".") for name in group]
-            names = [name for name in names if name in bases and not any(part in name for part in skip)]
-            names = [name for name in names if bases[name].shared_product is None]
-            if len(names) > 1 and len({bases[name].in_features for name in names}) == 1:
-                _fuse({name: bases[name] for name in names}, with_lora, waste)
-                found.append(tuple(names))
+    found = _groups(
+        bases if in_inference else {name: bases[name] for name in bases if name in with_lora}, groups, skip
+    )
+    for names in found:
+        if in_inference:
+            shared_product = SharedProduct([bases[name] for name in names], names, waste)
+            for name in names:
+                bases[name].shared_product = shared_product
+        adapted = [name for name in names if name in with_lora]
+        if len(adapted) > 1:
+            shared_input = SharedInput([with_lora[name] for name in adapted], adapted, waste)
+            for name in adapted:
+                with_lora[name].shared_input = shared_input
     if found:
         _warn_that_it_is_experimental()
     elif groups:
-        logger.warning("nothing was fused: no neighbouring quantized layers are named like one of %s.", groups)
+        logger.warning("nothing was fused: no neighbouring layers are named like one of %s.", groups)
+    return found
+
+
+def _groups(
+    layers: Mapping[str, QuantizedLinear], groups: Sequence[Sequence[str]], skip: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Names of neighbours that are named like one of ``groups`` and read inputs of one width, each name once."""
+    found: list[tuple[str, ...]] = []
+    taken: set[str] = set()
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        for group in groups:
+            names = [f"{parent}.{name}".lstrip(".") for name in group]
+            names = [name for name in names if name in layers and name not in taken]
+            names = [name for name in names if not any(part in name for part in skip)]
+            if len(names) > 1 and len({layers[name].in_features for name in names}) == 1:
+                taken.update(names)
+                found.append(tuple(names))
     return found
 
 
@@ -105,22 +134,11 @@ def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return found
 
 
-def _fuse(bases: Mapping[str, QuantizedLinear], with_lora: Mapping[str, LoraQuantizedLinear], waste: Waste) -> None:
-    product = SharedProduct(list(bases.values()), list(bases), waste)
-    for base in bases.values():
-        base.shared_product = product
-    names = [name for name in bases if name in with_lora]
-    if len(names) > 1:
-        shared = SharedInput([with_lora[name] for name in names], names, waste)
-        for name in names:
-            with_lora[name].shared_input = shared
-
-
 @cache
 def _warn_that_it_is_experimental() -> None:
     logger.warning(
-        "fuse_projections is experimental and may change: on a CPU it gains a little of a generated token, and in a "
-        "training step less than the noise; on a GPU it was not measured. Measure your own with and without it."
+        "fuse_projections is experimental: its gain is within the noise of a training step on a CPU and has not been "
+        "measured on a GPU, and it may change or be removed. Measure your own step with and without it."
     )
 
 

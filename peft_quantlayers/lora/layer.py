@@ -36,9 +36,11 @@ from .rounded_weight import RoundedWeight
 
 
 class SharedInput(Protocol):
-    """Layers that are computed together: gives the result of one of them."""
+    """Layers that are computed together: gives the result of one of them, and what is kept for it."""
 
     def __call__(self, layer: LoraQuantizedLinear, x: Tensor, frozen: FrozenLinear) -> Tensor: ...
+
+    def found(self, layer: nn.Module, x: Tensor) -> Any: ...
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -186,6 +188,8 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         for branch in branches:
             if branch.dropout:
                 return None
+        if self.shared_input is not None and base.shared_product is None:
+            self.shared_input.found(self, x)  # a graph that waits there waits for no other pass
         return add_branches(base.forward(x), x, branches)
 
     def _can_add_branches(self, x: Tensor) -> bool:

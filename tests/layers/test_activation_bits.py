@@ -144,7 +144,7 @@ def test_layers_that_are_computed_together_round_too_but_not_for_a_gradient(call
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         alone = model(input_ids=tokens).logits
-        pql.fuse_projections(model)
+        pql.fuse_projections(model, in_inference=True)
         calls.clear()
         together = model(input_ids=tokens).logits
     assert set(calls) == {"ql_hqq_linear_int8"}

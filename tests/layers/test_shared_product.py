@@ -51,15 +51,6 @@ def attention(spec=SPECS["hqq4"], dtype=torch.float32, **other_specs) -> Attenti
     return Attention(**layers).eval()
 
 
-@pytest.fixture(autouse=True)
-def _two_threads():
-    """One thread computes each layer alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """How many weights each call of a prepared kernel read."""
@@ -88,16 +79,20 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 @torch.no_grad()
-def test_several_threads_compute_all_in_one_call_with_the_bits_of_each_alone(spec, dtype, n_threads, calls):
+def test_all_are_computed_in_one_call_with_the_bits_of_each_alone(spec, dtype, n_threads, calls):
     model = attention(spec, dtype)
     inputs = [torch.randn(shape).to(dtype) for shape in ((IN,), (1, 1, IN), (2, 3, IN), (16, IN))]
     alone = [model(x) for x in inputs]
-    assert pql.fuse_projections(model) == [("q_proj", "k_proj", "v_proj")]
+    assert pql.fuse_projections(model, in_inference=True) == [("q_proj", "k_proj", "v_proj")]
     calls.clear()
-    torch.set_num_threads(n_threads)
-    for x, expected in zip(inputs, alone, strict=True):
-        assert_equal(model(x), expected)
-    assert calls == ([1, 1, 1] if n_threads == 1 else [3]) * len(inputs)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        for x, expected in zip(inputs, alone, strict=True):
+            assert_equal(model(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [3] * len(inputs)
 
 
 @torch.no_grad()
@@ -107,7 +102,7 @@ def test_weights_of_other_layouts_are_computed_alone_and_other_metadata_is_none(
     same = attention(v=HQQSpec(nbits=4, group_size=32, scale_dtype="float32"))
     for model, n_weights in ((mixed, [1, 1, 1]), (same, [3]), (attention(v=SPECS["aqlm"]), [1, 1, 1])):
         alone = model(x)
-        pql.fuse_projections(model)
+        pql.fuse_projections(model, in_inference=True)
         calls.clear()
         assert_equal(model(x), alone)
         assert calls == n_weights
@@ -118,7 +113,7 @@ def test_rounded_inputs_go_together_too(calls):
     model, x = attention(), torch.randn(2, IN)
     pql.set_activation_bits(model, 8)
     alone = model(x)
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     calls.clear()
     assert_equal(model(x), alone)
     model.k_proj.train()  # where nothing is rounded
@@ -182,26 +177,26 @@ CHANGES += [replace_metadata, add_branch, load, round_activations, compute_in_bf
 @torch.no_grad()
 def test_what_changes_between_two_of_a_group_is_seen(change):
     model, x = attention(), torch.randn(1, IN)
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     before = model(x)[1]
     model.q_proj(x)
     change(model, x)
     y = model.k_proj(x)
     assert not torch.equal(y, before)
-    pql.fuse_projections(model, ())
+    pql.fuse_projections(model, (), in_inference=True)
     assert torch.equal(y, model.k_proj(x.clone()))
 
 
 def test_inference_tensors_are_computed_alone(calls):
     model = attention()
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     with torch.inference_mode():
         model(torch.randn(1, IN))
     assert calls == [1, 1, 1]
     with torch.inference_mode():
         made_there = attention()
     calls.clear()
-    pql.fuse_projections(made_there)
+    pql.fuse_projections(made_there, in_inference=True)
     with torch.no_grad():
         made_there(torch.randn(1, IN))
     assert calls == [1, 1, 1]
@@ -212,7 +207,7 @@ def test_another_order_hooks_and_a_layer_called_twice(calls):
     model, x = attention(), torch.randn(1, IN)
     q, k, v = model.children()
     alone = [y.clone() for y in model(x)]
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     calls.clear()
     assert_equal([v(x), q(x), k(x)], [alone[2], alone[0], alone[1]])
     assert calls == [3]
@@ -224,7 +219,7 @@ def test_another_order_hooks_and_a_layer_called_twice(calls):
 @torch.no_grad()
 def test_a_write_to_one_result_reaches_no_other():
     model, x = attention(), torch.randn(1, IN)
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     q, k, v = model(x)
     kept, version = [k.clone(), v.clone()], k._version
     q.zero_()
@@ -237,7 +232,7 @@ def test_two_threads_do_not_take_each_others_results():
     model = attention()
     inputs = [torch.randn(1, IN) for _ in range(2)]
     alone = [model(x) for x in inputs]
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     wrong, start = [], threading.Barrier(2)
 
     @torch.no_grad()
@@ -258,7 +253,7 @@ def test_two_threads_do_not_take_each_others_results():
 @torch.no_grad()
 def test_copies_are_not_fused_and_a_layer_that_was_taken_out_ends_it(calls):
     model, x = attention(), torch.randn(1, IN)
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     expected = model(x)
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(layer.shared_product is None for layer in made.children())
@@ -303,7 +298,7 @@ def test_a_model_generates_the_same_in_fewer_calls(name, with_adapters, calls):
 
     alone = generated()
     calls_alone = len(calls)
-    pql.fuse_projections(model)
+    pql.fuse_projections(model, in_inference=True)
     calls.clear()
     assert torch.equal(generated(), alone)
     assert sum(calls) == calls_alone
