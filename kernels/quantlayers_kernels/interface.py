@@ -180,6 +180,8 @@ class AQLMChoice(Structure):
     )
 
 
+# Added to the number of an instruction set; IN_FLOAT32 in csrc/quantlayers.h.
+IN_FLOAT32 = 32
 # How many weights `Products` may have; MAX_TOGETHER in csrc/quantlayers.h.
 MAX_TOGETHER = 8
 
@@ -209,6 +211,7 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ql_interface": (c_uint32, ()),
     "ql_best_variant": (c_int, ()),
     "ql_has_matrix_tiles": (c_int, ()),
+    "ql_has_bfloat16_products": (c_int, (c_int,)),
     "ql_set_parallel_region": (None, (c_void_p,)),
     **{
         name: (c_int, (*(POINTER(structure) for structure in structures), c_int, c_int))

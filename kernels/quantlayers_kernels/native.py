@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import torch
 
-from .interface import FUNCTIONS, INTERFACE
+from .interface import FUNCTIONS, IN_FLOAT32, INTERFACE
+from .precision import is_float32_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,17 @@ def variant() -> int:
     return min(best, VARIANTS.index(chosen))
 
 
+def choice() -> int:
+    """What kernels are called with: the instruction set, and whether products of bfloat16 are computed in float32."""
+    return variant() | (IN_FLOAT32 if is_float32_chosen() else 0)
+
+
+def has_bfloat16_products() -> bool:
+    """Whether products of bfloat16 inputs multiply them as they are, by an extension of the CPU, not in float32."""
+    loaded = library()
+    return loaded is not None and bool(loaded.ql_has_bfloat16_products(choice()))
+
+
 @cache
 def has_matrix_tiles() -> bool:
     """Whether the kernels that multiply in AMX's tiles can be called: on Linux, with the "avx512" variant."""
@@ -129,7 +141,7 @@ def call(name: str, *structures: ctypes.Structure) -> None:
     Raises:
         MemoryError: out of memory for the kernel's scratch.
     """
-    if getattr(library(), name)(*structures, torch.get_num_threads(), variant()) != 0:
+    if getattr(library(), name)(*structures, torch.get_num_threads(), choice()) != 0:
         refuse_without_memory(name)
 
 

@@ -47,6 +47,11 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def is_float32_chosen() -> bool:
+    """Whether the environment asks for products in float32 on CPUs."""
+    return _CHOSEN == _FLOAT
+
+
 def _is_faster_on_cpu(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a half precision faster than those of float32."""
     if dtype not in _FOUND:

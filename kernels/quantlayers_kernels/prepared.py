@@ -27,7 +27,7 @@ class PreparedProduct:
 
     __slots__ = (
         *("_converted", "_function", "_in_features", "_layout", "_max_numbers", "_out_features", "_together"),
-        *("_variant", "_weight"),
+        *("_choice", "_weight"),
     )
 
     def __init__(
@@ -54,7 +54,7 @@ class PreparedProduct:
                 every call, since a write to them need not be noticed otherwise.
         """
         self._function = getattr(native.library(), kernel)
-        self._variant = native.variant()
+        self._choice = native.choice()
         self._weight = weight
         self._in_features, self._out_features = in_features, out_features
         self._max_numbers = max_tokens * in_features
@@ -78,7 +78,7 @@ class PreparedProduct:
         bias = None if bias is None else bias.float().contiguous()
         self._convert(tensors)
         y, product = empty_product(inputs, bias, self._out_features)
-        if self._function(self._weight, product, torch.get_num_threads(), self._variant) != 0:
+        if self._function(self._weight, product, torch.get_num_threads(), self._choice) != 0:
             native.refuse_without_memory(self._function.__name__)
         return y if inputs.dtype == x.dtype else y.to(x.dtype)
 
@@ -159,7 +159,7 @@ class PreparedProducts:
             n_tokens,
             native.KINDS[inputs.dtype],
         )
-        if self._function(call, torch.get_num_threads(), first._variant) != 0:
+        if self._function(call, torch.get_num_threads(), first._choice) != 0:
             native.refuse_without_memory(self._function.__name__)
         return results if inputs.dtype == x.dtype else [each.to(x.dtype) for each in results]
 

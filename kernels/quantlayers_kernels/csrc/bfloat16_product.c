@@ -11,8 +11,7 @@ static void read_bfloat16(const uint16_t *from, int64_t n, float *values) {
     }
 }
 
-/* To the nearest, and to even between two. */
-static void round_to_bfloat16(const float *values, int64_t n, uint16_t *to) {
+void round_to_bfloat16(const float *values, int64_t n, uint16_t *to) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof(bits));
@@ -44,18 +43,13 @@ int multiply_in_float32(multiplication multiply, const void *weights, const stru
     return failed;
 }
 
-int multiply_together(multiplication multiply, const struct products *all, int64_t in_features, int n_threads,
-                      int variant) {
+void products_of(const struct products *all, struct product *products) {
     const size_t value_bytes = all->kind == KIND_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
-    struct product products[MAX_TOGETHER];
     uint8_t *y = all->y;
-    if (all->n > MAX_TOGETHER)
-        return -1;
     for (int64_t i = 0; i < all->n; i++) {
         const int64_t rows = all->out_features[i];
         const float *const bias = all->biases ? ((const float *const *)all->biases)[i] : NULL;
         products[i] = (struct product){(float *)y, all->x, bias, all->tokens, rows, all->kind};
         y += (size_t)(all->tokens * rows) * value_bytes;
     }
-    return multiply_in_float32(multiply, all->weights, products, all->n, in_features, n_threads, variant);
 }

@@ -32,7 +32,7 @@ int ql_best_variant(void) {
 const struct kernels *kernels_of(int variant) {
 #if defined(__x86_64__)
     const int best = ql_best_variant();
-    variant &= ~WITHOUT_EXTENSIONS;
+    variant &= ~(WITHOUT_EXTENSIONS | IN_FLOAT32);
     variant = variant < best ? variant : best;
     return variant == 2 ? &kernels_avx512 : variant == 1 ? &kernels_avx2 : &kernels_baseline;
 #else
@@ -69,6 +69,21 @@ const struct integer_kernels *integer_kernels_of(int variant) {
 #endif
     (void)variant;
     return &integer_kernels_baseline;
+}
+
+const struct bfloat16_kernels *bfloat16_kernels_of(int variant) {
+#if HAS_AVX512_BF16
+    const int is_wanted = !(variant & (WITHOUT_EXTENSIONS | IN_FLOAT32));
+    if (is_wanted && kernels_of(variant) == &kernels_avx512 && __builtin_cpu_supports("avx512bf16"))
+        return &bfloat16_kernels_avx512;
+#endif
+    (void)variant;
+    return NULL;
+}
+
+/* Whether products of bfloat16 inputs are computed from them as they are. */
+int ql_has_bfloat16_products(int variant) {
+    return bfloat16_kernels_of(variant) != NULL;
 }
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -200,7 +215,10 @@ int ql_aqlm_linear(const struct aqlm_weight *weight, const struct product *produ
 
 /* The same for several weights with one x. */
 int ql_aqlm_linears(const struct products *all, int n_threads, int variant) {
-    return multiply_together(multiply_in_rows, all, aqlm_inputs(all->weights), n_threads, variant);
+    struct product products[MAX_TOGETHER];
+    products_of(all, products);
+    const int64_t in_features = aqlm_inputs(all->weights);
+    return multiply_in_float32(multiply_in_rows, all->weights, products, all->n, in_features, n_threads, variant);
 }
 
 static void dequantize_aqlm(const void *context, int64_t begin, int64_t end, float *scratch) {

@@ -3,6 +3,8 @@
 #include "hqq_slots.h"
 #include "hqq_unpack.h"
 
+#include "hqq_windows.h"
+
 #include "hqq_registers.h"
 
 #include "hqq_dense.h"

@@ -1,4 +1,5 @@
-/* HQQ products: inputs are arranged, or rounded to 8 bits, once a call, before the rows are distributed over threads. */
+/* HQQ products: inputs are arranged, or rounded to 8 bits, once a call, before the rows are distributed over threads.
+ * Several weights with one x are one call. */
 #include "quantlayers.h"
 
 #include <stdlib.h>
@@ -44,15 +45,70 @@ static int multiply_exactly(const void *hqq, const struct product *product, int6
     return failed;
 }
 
+struct bfloat16_call {
+    const struct bfloat16_kernels *kernels;
+    const struct hqq_weight *weights;
+    const struct product *products;
+    struct bfloat16_inputs inputs;
+};
+
+static void multiply_bfloat16(const void *context, int64_t i, int64_t begin, int64_t end, float *scratch) {
+    const struct bfloat16_call *call = context;
+    call->kernels->hqq_product(call->weights + i, call->products + i, &call->inputs, begin, end, scratch);
+}
+
+static int multiply_as_they_are(const struct bfloat16_kernels *kernels, int64_t n_windows, const struct hqq_weight *weights,
+                                const struct product *products, int64_t n, int n_threads) {
+    struct bfloat16_call call = {kernels, weights, NULL, {.n_windows = n_windows}};
+    const int64_t tokens = products->tokens, of_float = sizeof(float);
+    const int64_t of_x = whole_lines(tokens * n_windows * kernels->window_columns * (int64_t)sizeof(uint16_t));
+    const int64_t of_sums = tokens * padded(weights->n_groups) * of_float;
+    const int64_t of_windows = n_windows * (int64_t)sizeof(struct joined_window);
+    int64_t of_y = 0;
+    for (int64_t i = 0; i < n; i++)
+        of_y += tokens * products[i].out_features * of_float;
+    void *const memory =
+        malloc((size_t)(of_x + of_sums + of_windows + of_y + n * (int64_t)sizeof(struct product) + CACHE_LINE));
+    if (memory == NULL)
+        return -1;
+    uint8_t *const lines = next_line(memory);
+    struct product *const inside = (struct product *)(lines + of_x + of_sums + of_windows);
+    float *y = (float *)(inside + n);
+    call.inputs.x = (uint16_t *)lines;
+    call.inputs.sums = (float *)(lines + of_x);
+    call.inputs.windows = (struct joined_window *)(lines + of_x + of_sums);
+    call.products = inside;
+    for (int64_t i = 0; i < n; y += tokens * products[i].out_features, i++)
+        inside[i] = (struct product){y, NULL, products[i].bias, tokens, products[i].out_features, KIND_FLOAT32};
+    kernels->hqq_windows(weights, call.inputs.windows);
+    kernels->hqq_arrange(weights, (const uint16_t *)products->x, tokens, &call.inputs);
+    const int failed = for_product_rows(multiply_bfloat16, &call, inside, n, row_scales_floats(weights), n_threads);
+    for (int64_t i = 0; i < n && !failed; i++)
+        round_to_bfloat16(inside[i].y, tokens * products[i].out_features, (uint16_t *)products[i].y);
+    free(memory);
+    return failed;
+}
+
+static int multiply(const struct hqq_weight *weights, const struct product *products, int64_t n, int n_threads,
+                    int variant) {
+    const struct bfloat16_kernels *const kernels =
+        products->kind == KIND_BFLOAT16 ? bfloat16_kernels_of(variant) : NULL;
+    const int64_t n_windows = kernels ? kernels->hqq_windows(weights, NULL) : 0;
+    if (n_windows)
+        return multiply_as_they_are(kernels, n_windows, weights, products, n, n_threads);
+    return multiply_in_float32(multiply_exactly, weights, products, n, weights->in_features, n_threads, variant);
+}
+
 /* y (tokens, out_features) = x (tokens, in_features) @ weight.T + bias, for groups along the inputs. */
 int ql_hqq_linear(const struct hqq_weight *weight, const struct product *product, int n_threads, int variant) {
-    return multiply_in_float32(multiply_exactly, weight, product, 1, weight->in_features, n_threads, variant);
+    return multiply(weight, product, 1, n_threads, variant);
 }
 
 /* The same for several weights of one layout, with one x. */
 int ql_hqq_linears(const struct products *all, int n_threads, int variant) {
-    const struct hqq_weight *const weights = all->weights;
-    return multiply_together(multiply_exactly, all, weights->in_features, n_threads, variant);
+    struct product products[MAX_TOGETHER];
+    products_of(all, products);
+    return multiply(all->weights, products, all->n, n_threads, variant);
 }
 
 struct integer_call {
@@ -119,5 +175,7 @@ int ql_hqq_linear_int8(const struct hqq_weight *weight, const struct product *pr
 
 int ql_hqq_linears_int8(const struct products *all, int n_threads, int variant) {
     const struct hqq_weight *const weights = all->weights;
-    return multiply_together(multiply_rounded, all, weights->in_features, n_threads, variant);
+    struct product products[MAX_TOGETHER];
+    products_of(all, products);
+    return multiply_in_float32(multiply_rounded, weights, products, all->n, weights->in_features, n_threads, variant);
 }

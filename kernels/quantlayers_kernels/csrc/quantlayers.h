@@ -228,6 +228,32 @@ extern const struct integer_kernels integer_kernels_avx2_vnni, integer_kernels_a
 #define WITHOUT_EXTENSIONS 16
 const struct integer_kernels *integer_kernels_of(int variant);
 
+/* bfloat16 inputs in the order of the codes that lie in windows, and their sums. */
+struct bfloat16_inputs {
+    struct joined_window *windows; /* (n_windows) */
+    uint16_t *x;                   /* (tokens, n_windows, columns of a window) */
+    float *sums;                   /* (tokens, padded(n_groups)) */
+    int64_t n_windows;
+    int has_joined;
+};
+
+/* Products of bfloat16 inputs as they are; p->x is not read, and p->y is float32. Scratch: row_scales_floats. A row of 0
+ * windows is none that they read. */
+struct bfloat16_kernels {
+    int64_t window_columns;
+    int64_t (*hqq_windows)(const struct hqq_weight *, struct joined_window *);
+    void (*hqq_arrange)(const struct hqq_weight *, const uint16_t *x, int64_t tokens, struct bfloat16_inputs *);
+    void (*hqq_product)(const struct hqq_weight *, const struct product *, const struct bfloat16_inputs *, int64_t begin,
+                        int64_t end, float *scratch);
+};
+
+extern const struct bfloat16_kernels bfloat16_kernels_avx512;
+
+/* Those for a variant; NULL where the CPU has no products of bfloat16, or none of extensions are wanted. Added to a
+ * variant, IN_FLOAT32 asks for products in float32. */
+#define IN_FLOAT32 32
+const struct bfloat16_kernels *bfloat16_kernels_of(int variant);
+
 /* Bytes of a cache line on most machines. */
 #define CACHE_LINE 64
 
@@ -283,10 +309,15 @@ static inline int64_t padded(int64_t n) {
     return (n + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
 }
 
-/* Scratch memory of the product of rounded activations: one row of codes, and the scales and zeros of a block of rows, as
- * they are converted and with padding; they are loaded a vector at a time. */
+/* Scratch memory for the scales and zeros of a block of rows, as they are converted and with padding; they are loaded a
+ * vector at a time. */
+static inline int64_t row_scales_floats(const struct hqq_weight *w) {
+    return 2 * BLOCK_ROWS * (padded(w->n_groups) + w->n_groups) + 4 * MAX_LANES;
+}
+
+/* Scratch memory of the product of rounded activations: one row of codes too. */
 static inline int64_t integer_product_floats(const struct hqq_weight *w) {
-    return code_floats(w) + 2 * BLOCK_ROWS * (padded(w->n_groups) + w->n_groups) + 4 * MAX_LANES;
+    return code_floats(w) + row_scales_floats(w);
 }
 
 /* Scratch memory of rounding: a row of codes, and the scale of each column. */
@@ -327,8 +358,10 @@ typedef int (*multiplication)(const void *weights, const struct product *product
 int multiply_in_float32(multiplication multiply, const void *weights, const struct product *products, int64_t n,
                         int64_t in_features, int n_threads, int variant);
 
-/* The same for products whose results lie one after the other. */
-int multiply_together(multiplication multiply, const struct products *all, int64_t in_features, int n_threads,
-                      int variant);
+/* Numbers to bfloat16, to the nearest, and to even between two. */
+void round_to_bfloat16(const float *values, int64_t n, uint16_t *to);
+
+/* The single products of all, MAX_TOGETHER at most. */
+void products_of(const struct products *all, struct product *products);
 
 #endif

@@ -172,6 +172,22 @@ INLINE floats8 floats8_at_kind(const void *p, int64_t i, int kind) {
 #endif
 }
 
+#if LANES == 16
+/* Numbers i to i + n of p, of a kind, in the first lanes, and zeros in the others; n is at least 1. Loads with a mask take
+ * several times as long. */
+INLINE floats first_lanes(const void *p, int64_t i, int64_t n, int kind) {
+    const int is_full = n >= LANES;
+    const __mmask16 is_inside = is_full ? 0xffff : (__mmask16)((1u << n) - 1);
+    if (kind == KIND_FLOAT32)
+        return (floats)_mm512_maskz_loadu_ps(is_inside, (const float *)p + i);
+    const uint16_t *const at = (const uint16_t *)p + i;
+    const __m256i halves = is_full ? _mm256_loadu_si256((const __m256i *)at) : _mm256_maskz_loadu_epi16(is_inside, at);
+    if (kind == KIND_FLOAT16)
+        return (floats)_mm512_cvtph_ps(halves);
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+#endif
+
 /* out[0:n] = p[i:i+n] as float32. */
 INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float *out) {
     int64_t j = 0;
@@ -179,6 +195,16 @@ INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float 
         memcpy(out, (const float *)p + i, (size_t)n * sizeof(float));
         return;
     }
+#if LANES == 16
+    for (; j + LANES <= n; j += LANES)
+        store(out + j, first_lanes(p, i + j, LANES, kind));
+    if (j < n) {
+        float last[LANES];
+        store(last, first_lanes(p, i + j, n - j, kind));
+        for (int k = 0; j < n; j++, k++)
+            out[j] = last[k];
+    }
+#else
     if (kind == KIND_FLOAT16)
         for (; j + 8 <= n; j += 8)
             *(floats8_at *)(out + j) = floats8_at_kind(p, i + j, KIND_FLOAT16);
@@ -187,6 +213,7 @@ INLINE void convert_floats(const void *p, int64_t i, int64_t n, int kind, float 
             *(floats8_at *)(out + j) = floats8_at_kind(p, i + j, KIND_BFLOAT16);
     for (; j < n; j++)
         out[j] = float_at(p, i + j, kind);
+#endif
 }
 
 /* float32 to bfloat16, to the nearest and to even between two, in the lower half of each lane. */
