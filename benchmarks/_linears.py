@@ -64,6 +64,12 @@ def _rounding(exact: Candidate) -> Candidate:
     return replace(exact, multiply=layer, tolerance=2e-2)
 
 
+def _in_bfloat16(exact: Candidate) -> Candidate:
+    """The same layer, with inputs and results in bfloat16."""
+    layer = copy.deepcopy(cast(nn.Module, exact.multiply)).bfloat16().eval()
+    return replace(exact, multiply=lambda x: layer(x.bfloat16()), tolerance=2e-2)
+
+
 def _aqlm_tensors(out_features: int, in_features: int, num_codebooks: int, nbits: int) -> tuple[Tensor, ...]:
     code_type = torch.int8 if nbits == 8 else torch.int16
     limits = torch.iinfo(code_type)
@@ -175,6 +181,8 @@ def candidates(out_features: int, in_features: int, *, with_slow_peers: bool) ->
     for nbits in (4, 3, 2, 8):
         exact = _hqq(out_features, in_features, nbits)
         yield f"HQQ {nbits}-bit", exact
+        if nbits < 5:
+            yield f"HQQ {nbits}-bit, bfloat16", _in_bfloat16(exact)
         if nbits < 8:
             yield f"HQQ {nbits}-bit, 8-bit activations", _rounding(exact)
     yield "HQQ 2-bit g16", _hqq(out_features, in_features, 2, group_size=16)
