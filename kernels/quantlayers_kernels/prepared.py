@@ -72,30 +72,25 @@ class PreparedProduct:
             tensors: of the weight, by name, where they lay when this was made.
             bias: (out_features,), on the CPU, or None.
         """
-        if not self._takes(x, bias):
+        shape = x.shape
+        if not 0 < x.numel() <= self._max_numbers or not shape or shape[-1] != self._in_features:
             return None
         inputs = readable(x)
-        bias = None if bias is None else bias.float().contiguous()
-        self._convert(tensors)
+        if bias is not None:
+            if bias.shape != (self._out_features,):
+                return None
+            bias = bias.float().contiguous()
+        if self._converted is not None:
+            self._convert(tensors)
         y, product = empty_product(inputs, bias, self._out_features)
         if self._function(self._weight, product, torch.get_num_threads(), self._choice) != 0:
             native.refuse_without_memory(self._function.__name__)
         return y if inputs.dtype == x.dtype else y.to(x.dtype)
 
-    def _takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        shape = x.shape
-        return (
-            0 < x.numel() <= self._max_numbers
-            and len(shape) > 0
-            and shape[-1] == self._in_features
-            and (bias is None or bias.shape == (self._out_features,))
-        )
-
     def _convert(self, tensors: Mapping[str, Any]) -> None:
         """Copy what the kernel reads in place of ``tensors``."""
-        if self._converted is not None:
-            for name, memory in self._converted.items():
-                memory.copy_(tensors[name])
+        for name, memory in (self._converted or {}).items():
+            memory.copy_(tensors[name])
 
 
 class PreparedProducts:
@@ -125,8 +120,8 @@ class PreparedProducts:
         changed since, and then is what is multiplied.
         """
         members, rows = self._members, self._rows
-        first = members[0]
-        if not first._takes(x, None):
+        first, shape = members[0], x.shape
+        if not 0 < x.numel() <= first._max_numbers or not shape or shape[-1] != first._in_features:
             return None
         inputs, addresses, read = readable(x), None, []
         for i, its in enumerate(tensors):

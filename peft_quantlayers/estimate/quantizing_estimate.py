@@ -71,10 +71,11 @@ def _of_calibration(
     of_block = list(shapes.values())[:per_block]
     widest = max(shape[-1] for shape in of_block)
     of_layers = sum(math.prod(shape) for shape in shapes.values()) * size
+    moment = 4 * widest**2
     at_work = max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block))
     return {
         "around the blocks": sum(parameter.nbytes for parameter in model.parameters()) - of_layers,
         "one block, twice": 2 * sum(math.prod(shape) for shape in of_block) * size,
         "activations": 2 * n_tokens * (_STATES * text.hidden_size + widest) * size,
-        "second moments, or the layer at work": max(_MOMENTS * 4 * widest**2, at_work),
+        "second moments, or the layer at work": max(_MOMENTS * moment, at_work + moment),
     }

@@ -17,7 +17,7 @@ from .codes_parameter import CodesParameter
 from .quantized_storage import QuantizedStorage
 
 # Other classes, such as the shards of FSDP2, need not lie in memory as their shape says.
-PLAIN = (nn.Parameter, CodesParameter)
+PLAIN = frozenset({nn.Parameter, CodesParameter})
 
 
 class DirectProduct:
@@ -27,15 +27,18 @@ class DirectProduct:
     (``parameter.data = ...``). A copy or a pickle is None; the copied layer makes its own.
     """
 
-    __slots__ = ("_bits", "_counts_writes", "_n_writes", "_places", "_product", "_spec")
+    __slots__ = ("_bits", "_counts_writes", "_n_writes", "_product", "_spec", "places")
 
     def __init__(self, layer: QuantizedStorage) -> None:
         self._spec, self._n_writes, self._bits = layer.spec, layer.n_writes, layer.rounded_bits
         tensors = {name: layer._parameters[name] for name in layer._tensor_names}
-        is_plain = all(type(tensor) in PLAIN for tensor in tensors.values())
+        is_plain = PLAIN.issuperset(map(type, tensors.values()))
         # Not the tensors themselves, which would stay in memory when the layer moves.
-        self._places = tuple((name, id(tensor), _address_of(tensor)) for name, tensor in tensors.items())
-        self._counts_writes = is_plain and not any(tensor.is_inference() for tensor in tensors.values())  # type: ignore[union-attr]
+        self.places = tuple(
+            (name, id(tensor), tensor.data_ptr() if is_plain else 0)  # type: ignore[union-attr]
+            for name, tensor in tensors.items()
+        )
+        self._counts_writes = is_plain and not any(map(Tensor.is_inference, tensors.values()))  # type: ignore[arg-type]
         can_prepare = is_plain and layer.compute_dtype in native.KINDS
         method: Any = layer.method
         rounding = {} if self._bits is None else {"activation_bits": self._bits}
@@ -51,7 +54,7 @@ class DirectProduct:
         if layer.n_writes != self._n_writes or layer.spec is not self._spec or bits != self._bits:
             return False
         parameters = layer._parameters
-        for name, identity, address in self._places:
+        for name, identity, address in self.places:
             tensor: Any = parameters[name]
             # The address after the identity: only tensors of a plain class have one.
             if id(tensor) != identity or (address and tensor.data_ptr() != address):
@@ -84,18 +87,6 @@ class DirectProduct:
             version = bias._version
         if not self._counts_writes:
             return None
-        for name, _, _ in self._places:
+        for name, _, _ in self.places:
             version += parameters[name]._version  # type: ignore[union-attr]
         return self, version, id(bias), layer._modules["branch"], layer.compute_dtype
-
-
-def direct_product(layer: QuantizedStorage) -> DirectProduct:
-    """The layer's, made for the weight that it has now."""
-    direct: DirectProduct | None = layer.__dict__.get("_direct_product")
-    if direct is None or not direct.is_current(layer):
-        direct = layer.__dict__["_direct_product"] = DirectProduct(layer)
-    return direct
-
-
-def _address_of(tensor: Any) -> int:
-    return tensor.data_ptr() if type(tensor) in PLAIN else 0

@@ -24,7 +24,7 @@ from ..methods.base import InitialCodes
 from ..old_names import OldName
 from .call_effects import is_watched
 from .dense_types import LINEAR, DenseType
-from .direct_product import direct_product
+from .direct_product import DirectProduct
 from .low_rank_branch import LowRankBranch
 from .placement import IN_ONE_PROCESS, check_weights_are_here
 from .quantize_weight import quantize_weight
@@ -220,6 +220,13 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
             return self.dequantize()
         return WriteThroughWeight(self)
 
+    def direct_product(self) -> DirectProduct:
+        """The product of a few tokens on a CPU, prepared for the weight that the layer has now."""
+        direct: DirectProduct | None = self.__dict__.get("_direct_product")
+        if direct is None or not direct.is_current(self):
+            direct = self.__dict__["_direct_product"] = DirectProduct(self)
+        return direct
+
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features), dtype of ``x``.
 
@@ -229,7 +236,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
             ValueError: ``x`` has another last dimension or is not floating.
         """
         if is_cpu_inference(x):
-            direct, shared = direct_product(self), self.shared_product
+            direct, shared = self.direct_product(), self.shared_product
             y = None if shared is None else shared(self, direct, x)
             y = direct(self, x) if y is None else y
             if y is not None:
@@ -288,10 +295,6 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
 
         y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
         return (y if self.branch is None else y + self.branch(x)).to(output_dtype)
-
-    def _forget_products(self) -> None:
-        if self.shared_product is not None:
-            self.shared_product.forget()
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self.spec, name)}" for name in self.spec.shown_fields]

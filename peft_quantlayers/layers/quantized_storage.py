@@ -95,7 +95,6 @@ class QuantizedStorage(nn.Module):
                 f"{self.layer_name}: a weight of shape {quantized.shape} does not fit a layer of shape {shape}."
             )
         self.n_writes += 1
-        self._forget_products()
         self.spec = quantized.spec
         self._codes_dtype = quantized.tensors[quantized.spec.codes_name].dtype
         self._name_tensors(tuple(quantized.tensors))
@@ -110,9 +109,6 @@ class QuantizedStorage(nn.Module):
         for other in self.sharing:
             if other is not self:
                 other._take_tensors_of(self)
-
-    def _forget_products(self) -> None:
-        """Drop what was prepared for the weight that the layer had."""
 
     def resize(self, quantized: QuantizedWeight) -> None:
         """Hold ``quantized``, which may have another number of rows, and so do the layers that share the tensors.
@@ -146,7 +142,6 @@ class QuantizedStorage(nn.Module):
         self.spec, self._codes_dtype = other.spec, other._codes_dtype
         self._set_rows(other.out_features)
         self.n_writes += 1
-        self._forget_products()
         self._name_tensors(other._tensor_names)
         for name in self._tensor_names:
             self._parameters[name] = other._parameters[name]
@@ -263,7 +258,6 @@ class QuantizedStorage(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        self._forget_products()
         super()._apply(keep_dtype, recurse)
         self.compute_dtype = probe.dtype
         self._wrap_codes()

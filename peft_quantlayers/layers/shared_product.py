@@ -1,24 +1,23 @@
 """Quantized layers that read the same input, computed in one call of a kernel: a few tokens on a CPU, in inference.
 
 For a small layer each question that is asked in Python takes as long as a part of the product. So the first layer of a
-group asks about itself only, and the others, once they are called, whether what was computed for them is still theirs.
+group asks of the others only whether their tensors lie where they lay, and these, once they are called, whether what
+was computed for them is still theirs.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from quantlayers_kernels.prepared import PreparedProducts, go_together
 
-from .direct_product import DirectProduct, direct_product
+from .direct_product import DirectProduct
+from .quantized_storage import QuantizedStorage
 from .shared_results import SharedResults, Waste
-
-if TYPE_CHECKING:
-    from .linear import QuantizedLinear
 
 
 class _Prepared(NamedTuple):
@@ -28,13 +27,21 @@ class _Prepared(NamedTuple):
         states: what their products depend on, by the layers' ids; see :meth:`DirectProduct.state`.
         products: None where they cannot be computed together.
         parameters: of each layer, by name.
-        memory: what the kernel reads; it does not ask whether a layer still has it.
+        places: of all tensors that the kernel reads: the parameters that they are among, name, identity and address.
     """
 
     states: dict[int, Any]
     products: PreparedProducts | None
     parameters: list[dict[str, Any]]
-    memory: list[Any]
+    places: list[tuple[dict[str, Any], str, int, int]]
+
+    def is_in_place(self) -> bool:
+        """Whether all layers still have the tensors that the kernel reads, where they lay."""
+        for parameters, name, identity, address in self.places:
+            tensor = parameters.get(name)
+            if id(tensor) != identity or tensor.data_ptr() != address:  # type: ignore[union-attr]
+                return False
+        return True
 
 
 _NOTHING = _Prepared({}, None, [], [])
@@ -43,7 +50,7 @@ _NOTHING = _Prepared({}, None, [], [])
 class SharedProduct(SharedResults):
     """Quantized layers whose products with one input the first that is called computes."""
 
-    def __init__(self, layers: Sequence[QuantizedLinear], names: Sequence[str], waste: Waste) -> None:
+    def __init__(self, layers: Sequence[QuantizedStorage], names: Sequence[str], waste: Waste) -> None:
         this = weakref.ref(self)
 
         def forget(_: object) -> None:
@@ -55,7 +62,7 @@ class SharedProduct(SharedResults):
         self._prepared = _NOTHING  # replaced as a whole: several threads may compute
 
     def forget(self) -> None:
-        """Drop what was prepared, and with it the memory of the layers' weights; the next call prepares it again."""
+        """Drop what was prepared; the next call prepares it again."""
         self._prepared = _NOTHING
 
     @property
@@ -63,20 +70,23 @@ class SharedProduct(SharedResults):
         """What computes all of the group at once, once it has; None where nothing does."""
         return self._prepared.products
 
-    def __call__(self, layer: QuantizedLinear, direct: DirectProduct, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: QuantizedStorage, direct: DirectProduct, x: Tensor) -> Tensor | None:
         """The result of ``layer``, whose current product is ``direct``; None where it is to be computed alone."""
         y: Tensor | None = self.found(layer, x)
         prepared, state = self._prepared, direct.state(layer)
-        is_as_prepared = state is not None and prepared.states.get(id(layer)) == state
+        # Nothing would show a later write to an inference tensor.
+        if state is None or x.is_inference():
+            return None
+        is_as_prepared = prepared.states.get(id(layer)) == state
         if y is not None:
             if is_as_prepared:
                 return y
             self.forget()  # the kernel may have read what was there before
             return None
-        if not is_as_prepared:
+        if not (is_as_prepared and prepared.is_in_place()):
             prepared = self._prepared = self._look()
-        # Nothing would show a later write to an inference tensor.
-        if prepared.products is None or x.dtype is not layer.compute_dtype or x.is_inference():
+        is_member = id(layer) in prepared.states  # a shallow copy of a member is none
+        if prepared.products is None or not is_member or x.dtype is not layer.compute_dtype:
             return None
         results = prepared.products(x, prepared.parameters)
         if results is None:
@@ -89,13 +99,17 @@ class SharedProduct(SharedResults):
     def _look(self) -> _Prepared:
         """Look at all layers: what their products depend on, and whether they go together."""
         layers = self.layers()
-        directs = [direct_product(each) for each in layers]
+        directs: list[DirectProduct] = [each.direct_product() for each in layers]
         states = [direct.state(layer) for layer, direct in zip(layers, directs, strict=True)]
         by_layer = {id(layer): state for layer, state in zip(layers, states, strict=True)}
         found = [direct.product_for(layer) for layer, direct in zip(layers, directs, strict=True)]
         products = [each for each in found if each is not None]
         dtypes = {layer.compute_dtype for layer in layers}
         if len(products) < len(layers) or None in states or len(dtypes) > 1 or not go_together(products):
-            return _NOTHING._replace(states=by_layer)
-        memory = [each.untyped_storage() for layer in layers for each in layer._tensors().values()]
-        return _Prepared(by_layer, PreparedProducts(products), [layer._parameters for layer in layers], memory)
+            return _Prepared(by_layer, None, [], [])
+        places = [
+            (layer._parameters, *place)
+            for layer, direct in zip(layers, directs, strict=True)
+            for place in direct.places
+        ]
+        return _Prepared(by_layer, PreparedProducts(products), [layer._parameters for layer in layers], places)

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quantlayers_kernels.branch_products import add_branches
+from quantlayers_kernels.direct_call import is_cpu_inference
 from quantlayers_kernels.frozen_linear import FrozenLinear, lora_linears
 from quantlayers_kernels.straight_through import straight_through
 
@@ -188,7 +189,7 @@ class LoraQuantizedLinear(LoraLinear, MergeSource):
         for branch in branches:
             if branch.dropout:
                 return None
-        if self.shared_input is not None and base.shared_product is None:
+        if self.shared_input is not None and (base.shared_product is None or not is_cpu_inference(x)):
             self.shared_input.found(self, x)  # a graph that waits there waits for no other pass
         return add_branches(base.forward(x), x, branches)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import peft_quantlayers as pql
 from peft_quantlayers.merging.strategies import STRATEGIES
-from quantlayers_kernels import gpu, gpu_tuning
+from quantlayers_kernels import cache_folder, gpu, gpu_tuning
 from quantlayers_kernels.aqlm import aqlm_dequantize, aqlm_linear
 from quantlayers_kernels.aqlm.reference import dequantize_aqlm_reference
 from quantlayers_kernels.bitpack import pack
@@ -176,7 +176,7 @@ def test_a_product_can_be_captured_in_a_cuda_graph():
 
 @needs_gpu
 def test_the_forms_of_products_are_measured_once_and_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv(gpu_tuning.FOLDER, str(tmp_path))
+    monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path))
     monkeypatch.setenv(gpu_tuning.SWITCH, "on")
     monkeypatch.setattr(gpu_tuning, "_chosen", {})
     for layer in quantized_layers(torch.float16):

@@ -264,6 +264,29 @@ def test_copies_are_not_fused_and_a_layer_that_was_taken_out_ends_it(calls):
     assert calls == [2]
 
 
+@torch.no_grad()
+def test_memory_that_moved_under_another_layer_is_not_read(calls):
+    model, x = attention(), torch.randn(1, IN)
+    pql.fuse_projections(model, in_inference=True)
+    expected = model(x)
+    for name in ("W_q", "scale"):
+        model.k_proj.get_parameter(name).share_memory_()
+        calls.clear()
+        assert_equal(model(x.clone()), expected)
+        assert calls == [3]
+
+
+@torch.no_grad()
+def test_a_shallow_copy_is_computed_alone(calls):
+    model, x = attention(), torch.randn(1, IN)
+    pql.fuse_projections(model, in_inference=True)
+    expected = model(x)
+    calls.clear()
+    shallow = copy.copy(model.q_proj)  # as torch.nn.DataParallel makes its replicas
+    assert torch.equal(shallow(x), expected[0])
+    assert calls == [1]
+
+
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
 CONFIGS = {  # By hand: attention with and without biases and norms of q and k, two names of a gated MLP, none.

@@ -1,6 +1,6 @@
 /* HQQ products with bfloat16 inputs as they are: codes are whole numbers that bfloat16 holds, so that each product of a
  * code and an input is exact, and two of them are added up at once in float32. Scales and zero points come after that,
- * once for each window and for each group.
+ * once for each window and for each group. The instruction takes subnormal numbers for zeros.
  *
  * A row is taken window by window, as hqq_registers.h does it. The codes in the even bytes of a window permute a table
  * of what they stand for, and so do those in the odd bytes.
@@ -54,18 +54,19 @@ INLINE void arrange_run(const uint16_t *x, struct slots slots, struct window win
 }
 
 /* Puts the inputs of each window in the order of its codes, (tokens, windows, 2, HALF_WINDOW), with zeros for columns
- * that do not count, and adds up those of each group. */
-static TARGET void VARIANT(hqq_bfloat16_arrange)(const struct hqq_weight *w, const uint16_t *x, int64_t tokens,
-                                                 struct bfloat16_inputs *inputs) {
+ * that do not count, and adds up those of each group. Whether all sums are finite. */
+static TARGET int VARIANT(hqq_bfloat16_arrange)(const struct hqq_weight *w, const uint16_t *x, int64_t tokens,
+                                                struct bfloat16_inputs *inputs) {
     const struct slots slots = slots_of(w->in_features, w->nbits);
     const int64_t group_size = w->in_features / w->n_groups;
+    float is_finite = 0; /* 0, or NaN */
     uint16_t *arranged = inputs->x;
     inputs->has_joined = 0;
     for (int64_t token = 0; token < tokens; token++, x += w->in_features) {
         float *const sums = inputs->sums + token * padded(w->n_groups);
         memset(sums + w->n_groups, 0, (size_t)(padded(w->n_groups) - w->n_groups) * sizeof(float));
         for (int64_t g = 0; g < w->n_groups; g++)
-            sums[g] = sum_of_group(x + g * group_size, group_size);
+            is_finite += 0 * (sums[g] = sum_of_group(x + g * group_size, group_size));
         for (int64_t i = 0; i < inputs->n_windows; i++, arranged += WINDOW) {
             const struct joined_window *const window = &inputs->windows[i];
             if (window->first.end - window->first.begin == WINDOW) {
@@ -82,6 +83,7 @@ static TARGET void VARIANT(hqq_bfloat16_arrange)(const struct hqq_weight *w, con
             inputs->has_joined |= window->of_next != 0;
         }
     }
+    return is_finite == 0;
 }
 
 INLINE __m512i table_of(int nbits) {

@@ -45,6 +45,9 @@ static int multiply_exactly(const void *hqq, const struct product *product, int6
     return failed;
 }
 
+/* Of bfloat16 inputs, where a sum of codes and one of zero points would cancel to NaN; float32 keeps infinities. */
+#define NOT_FINITE 1
+
 struct bfloat16_call {
     const struct bfloat16_kernels *kernels;
     const struct hqq_weight *weights;
@@ -63,7 +66,7 @@ static int multiply_as_they_are(const struct bfloat16_kernels *kernels, int64_t 
     const int64_t tokens = products->tokens, of_float = sizeof(float);
     const int64_t of_x = whole_lines(tokens * n_windows * kernels->window_columns * (int64_t)sizeof(uint16_t));
     const int64_t of_sums = tokens * padded(weights->n_groups) * of_float;
-    const int64_t of_windows = n_windows * (int64_t)sizeof(struct joined_window);
+    const int64_t of_windows = whole_lines(n_windows * (int64_t)sizeof(struct joined_window));
     int64_t of_y = 0;
     for (int64_t i = 0; i < n; i++)
         of_y += tokens * products[i].out_features * of_float;
@@ -81,7 +84,10 @@ static int multiply_as_they_are(const struct bfloat16_kernels *kernels, int64_t 
     for (int64_t i = 0; i < n; y += tokens * products[i].out_features, i++)
         inside[i] = (struct product){y, NULL, products[i].bias, tokens, products[i].out_features, KIND_FLOAT32};
     kernels->hqq_windows(weights, call.inputs.windows);
-    kernels->hqq_arrange(weights, (const uint16_t *)products->x, tokens, &call.inputs);
+    if (!kernels->hqq_arrange(weights, (const uint16_t *)products->x, tokens, &call.inputs)) {
+        free(memory);
+        return NOT_FINITE;
+    }
     const int failed = for_product_rows(multiply_bfloat16, &call, inside, n, row_scales_floats(weights), n_threads);
     for (int64_t i = 0; i < n && !failed; i++)
         round_to_bfloat16(inside[i].y, tokens * products[i].out_features, (uint16_t *)products[i].y);
@@ -94,8 +100,10 @@ static int multiply(const struct hqq_weight *weights, const struct product *prod
     const struct bfloat16_kernels *const kernels =
         products->kind == KIND_BFLOAT16 ? bfloat16_kernels_of(variant) : NULL;
     const int64_t n_windows = kernels ? kernels->hqq_windows(weights, NULL) : 0;
-    if (n_windows)
-        return multiply_as_they_are(kernels, n_windows, weights, products, n, n_threads);
+    const int failed =
+        n_windows ? multiply_as_they_are(kernels, n_windows, weights, products, n, n_threads) : NOT_FINITE;
+    if (failed != NOT_FINITE)
+        return failed;
     return multiply_in_float32(multiply_exactly, weights, products, n, weights->in_features, n_threads, variant);
 }
 

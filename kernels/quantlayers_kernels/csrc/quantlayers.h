@@ -238,11 +238,11 @@ struct bfloat16_inputs {
 };
 
 /* Products of bfloat16 inputs as they are; p->x is not read, and p->y is float32. Scratch: row_scales_floats. A row of 0
- * windows is none that they read. */
+ * windows is none that they read, and inputs for which hqq_arrange gives 0 are none: infinite or NaN. */
 struct bfloat16_kernels {
     int64_t window_columns;
     int64_t (*hqq_windows)(const struct hqq_weight *, struct joined_window *);
-    void (*hqq_arrange)(const struct hqq_weight *, const uint16_t *x, int64_t tokens, struct bfloat16_inputs *);
+    int (*hqq_arrange)(const struct hqq_weight *, const uint16_t *x, int64_t tokens, struct bfloat16_inputs *);
     void (*hqq_product)(const struct hqq_weight *, const struct product *, const struct bfloat16_inputs *, int64_t begin,
                         int64_t end, float *scratch);
 };
