@@ -89,8 +89,9 @@ class PVTuner(torch.optim.AdamW):
         Args:
             model: a model with AQLM layers, changed in place. Its other parameters are left as they are.
             lr, betas: of AdamW for codebooks and scales; there is no weight decay.
-            code_lr: length of the gradient step on the dense weight, relative to the weight: 0.3 is 30 % of its root
-                mean square on average over all groups. 0 trains codebooks and scales only.
+            code_lr: length of the step on the dense weight, along its gradient over the root of the factored second
+                moment, relative to the weight: 0.3 is 30 % of its root mean square on average over all groups.
+                0 trains codebooks and scales only.
             max_code_change: fraction of a layer's groups that may get new codes in one step.
             trust_ratio: bound on the change of a layer by one step's new codes, relative to its norm. All layers
                 change at once, so a deep model diverges at a ratio that a small one tolerates. In a layer of a few
@@ -224,6 +225,7 @@ class PVTuner(torch.optim.AdamW):
             step=self.code_lr,
             max_change=self.max_code_change,
             trust_ratio=self.trust_ratio,
+            is_scaled=True,
         )
         return n_changed
 

@@ -37,9 +37,9 @@ def test_codes_are_trained_saved_as_a_model_and_gone_on_with(float_model, tmp_pa
     assert "would train" in printed(capsys, ["train", file, "--output", str(out), "--dry_run"])
     assert f"the model is in {out}" in printed(capsys, ["train", file, "--output", str(out)])
     before, after = (load_file(folder / "model.safetensors") for folder in (out / "base", out))
-    for name in ("codes", "codebooks", "scales"):
+    for name, at_least in {"codes": 5, "codebooks": 10, "scales": 10}.items():
         changed = [key for key in after if key.endswith(name) and not torch.equal(after[key], before[key])]
-        assert len(changed) >= 10, name
+        assert len(changed) >= at_least, name
     saved = yaml.safe_load((out / "train.yaml").read_text())
     assert saved["training"]["learning_rate"] == 3e-4  # PVTuner's
     assert saved["training"]["adam_beta2"] == 0.95

@@ -7,7 +7,7 @@ import torch
 
 from peft_quantlayers.formats import QuantizedWeight
 from peft_quantlayers.methods import AQLMMethod, AQLMSpec, move_aqlm_codes
-from peft_quantlayers.methods.aqlm.code_moves import moved_codes
+from peft_quantlayers.methods.aqlm.code_moves import moved_codes, scaled_gradient
 
 SPECS = [
     AQLMSpec(nbits_per_codebook=4),
@@ -102,3 +102,25 @@ def test_the_result_is_a_new_tensor_even_where_nothing_moves():
         codes, torch.ones(1, 2, 1, 2), torch.ones(2), torch.zeros(2, 4), step=1.0, max_change=1.0, trust_ratio=1.0
     )
     assert moved.data_ptr() != codes.data_ptr()
+
+
+def test_a_scaled_gradient_is_as_large_in_rows_and_columns_of_large_and_of_small_numbers():
+    signs = gradient_of(6).sign()
+    rows, columns = torch.logspace(-15, 3, 64)[:, None], torch.logspace(-3, 3, 96)
+    torch.testing.assert_close(scaled_gradient(signs * rows * columns), signs, rtol=1e-3, atol=1e-3)
+    assert scaled_gradient(torch.zeros(3, 4)).eq(0).all()
+    without_a_column = gradient_of(6).index_fill(1, torch.tensor([2]), 0.0)
+    assert torch.isfinite(scaled_gradient(without_a_column)).all()
+
+
+def test_an_outlying_column_takes_all_moves_unless_the_gradient_is_scaled():
+    weight, gradient = quantized(SPECS[0]), gradient_of(7)
+    gradient[:, 8:16] *= 1e4  # the inputs of one group of columns
+    shares = []
+    for is_scaled in (False, True):
+        options = {"step": 1.0, "max_change": 0.05, "trust_ratio": 1.0, "is_scaled": is_scaled}
+        moved, n_changed = move_aqlm_codes(weight, gradient, **options)
+        changed = (moved.tensors["codes"] != weight.tensors["codes"]).any(-1)
+        shares.append(float(changed[:, 1].sum()) / n_changed)
+    assert shares[0] == 1
+    assert shares[1] < 0.3

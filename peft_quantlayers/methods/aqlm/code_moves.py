@@ -1,7 +1,8 @@
 """Moving AQLM codes down a gradient: which groups, and to which codes. Pure arithmetic; no layers, no optimizer.
 
-Source: Malinovskii et al. 2024, "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", the
-V step: a gradient step on a small subspace of the weights, projected onto the values that the codebooks can represent.
+Sources: Malinovskii et al. 2024, "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", the V
+step: a gradient step on a small subspace of the weights, projected onto the values that the codebooks can represent.
+Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost": the scale of a gradient.
 """
 
 import torch
@@ -11,6 +12,22 @@ from quantlayers_kernels.aqlm.choice import chosen_codes, entry_sums, matrix_to_
 
 # Width of the beam search over codes.
 BEAM = 4
+
+
+def scaled_gradient(gradient: Tensor) -> Tensor:
+    """``gradient`` (n, m), float32, over the root of its factored second moment, of rows times columns.
+
+    Raw gradients are largest in the columns of a few large inputs, which the loss is most sensitive to; a step of one
+    length for all weights is then too long there, or too short everywhere else. Adam divides each weight's gradient by
+    the root of its own second moment; that of rows times that of columns needs no memory from step to step.
+    """
+    squares = gradient.square()
+    mean = squares.mean()
+    if mean == 0:
+        return gradient
+    # Rooted before they are multiplied, which would not fit float32.
+    of_rows, of_columns = squares.mean(1, keepdim=True).sqrt(), (squares.mean(0, keepdim=True) / mean).sqrt()
+    return gradient / (of_rows * of_columns).clamp(min=torch.finfo(gradient.dtype).tiny)
 
 
 def moved_codes(
@@ -27,14 +44,14 @@ def moved_codes(
 
     ``eta`` makes ``step`` relative: the root mean square of ``eta * gradient`` is ``step`` times that of ``W``. A
     group gets new codes if they are nearer to the target than the old ones; to first order the loss then falls by at
-    least ``|move|**2 / (2 * eta)``. (The paper takes Adam steps on a float copy of all weights instead, which needs
-    as much memory as training the float model; a step here needs the gradient only.)
+    least ``|move|**2 / (2 * eta)`` if ``gradient`` is its own. (The paper takes Adam steps on a float copy of all
+    weights instead, which needs as much memory as training the float model; a step here needs the gradient only.)
 
     Args:
         codes: (n_out, n_in, num_codebooks), int64, not negative. Not changed.
         codebooks: (num_codebooks, size, og, ig), float32.
         scales: (n_out,), float32.
-        gradient: of the loss with respect to ``W``, (n_out * og, n_in * ig), float32.
+        gradient: of the loss with respect to ``W``, or scaled, (n_out * og, n_in * ig), float32.
         step: relative size of the gradient step, as above.
         max_change: fraction of the groups that may change; their number is rounded down.
         trust_ratio: bound of ``|new W - W| / |W|``; the moves that gain least for their squared

@@ -21,7 +21,7 @@ from ...formats import QuantizedWeight
 from ...formats.quantized_weight import MAX_SCALE_ERROR
 from ..base import DeltaRows, QuantMethod, checked_hessian, checked_layout, refuse_not_finite
 from ..registry import register_method
-from .code_moves import moved_codes
+from .code_moves import moved_codes, scaled_gradient
 from .solver import (
     Additive,
     Problem,
@@ -214,7 +214,13 @@ def _stored(found: Additive, spec: AQLMSpec, shape: torch.Size) -> QuantizedWeig
 
 
 def move_aqlm_codes(
-    weight: QuantizedWeight, gradient: Tensor, *, step: float, max_change: float, trust_ratio: float
+    weight: QuantizedWeight,
+    gradient: Tensor,
+    *,
+    step: float,
+    max_change: float,
+    trust_ratio: float,
+    is_scaled: bool = False,
 ) -> tuple[QuantizedWeight, int]:
     """New codes for the groups of an AQLM weight whose gradient is largest.
 
@@ -222,11 +228,13 @@ def move_aqlm_codes(
         weight: not changed.
         gradient: of the loss with respect to the weight, (out_features, in_features), float32.
         step, max_change, trust_ratio: as for :func:`.code_moves.moved_codes`.
+        is_scaled: whether each weight's gradient is scaled first, by :func:`.code_moves.scaled_gradient`.
 
     Returns:
         The weight with its new codes, and the number of groups that have new ones.
     """
     moved, n_changed = [], 0
+    gradient = scaled_gradient(gradient) if is_scaled else gradient
     for first, part in _row_parts(weight):
         codes, (_, codebooks, scales) = part.codes(), _tensors(part)
         new = moved_codes(
