@@ -25,7 +25,7 @@ def settings_file(folder: Path, model: str) -> str:
         "data": str(folder / "rows.jsonl"),
         "adapter_type": "pv",
         "quantization": {"method": "aqlm", "num_codebooks": 1, "nbits_per_codebook": 6, "rounds": 1},
-        "pv": {"trust_ratio": 0.05},
+        "pv": {"code_lr": 0.5, "trust_ratio": 0.1},
         "training": {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 1},
     }
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
@@ -37,9 +37,9 @@ def test_codes_are_trained_saved_as_a_model_and_gone_on_with(float_model, tmp_pa
     assert "would train" in printed(capsys, ["train", file, "--output", str(out), "--dry_run"])
     assert f"the model is in {out}" in printed(capsys, ["train", file, "--output", str(out)])
     before, after = (load_file(folder / "model.safetensors") for folder in (out / "base", out))
-    for name, at_least in {"codes": 5, "codebooks": 10, "scales": 10}.items():
+    for name in ("codes", "codebooks", "scales"):
         changed = [key for key in after if key.endswith(name) and not torch.equal(after[key], before[key])]
-        assert len(changed) >= at_least, name
+        assert len(changed) >= 10, name
     saved = yaml.safe_load((out / "train.yaml").read_text())
     assert saved["training"]["learning_rate"] == 3e-4  # PVTuner's
     assert saved["training"]["adam_beta2"] == 0.95
