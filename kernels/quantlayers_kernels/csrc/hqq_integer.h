@@ -257,15 +257,7 @@ INLINE void multiply_windows(const struct hqq_weight *w, struct row_scales of_ro
             for (int t = 0; t < tokens; t++)
                 total[r][t] += acc[r][t] * unit;
     }
-    for (int t = 0; t < tokens; t++) {
-        floats of_token[BLOCK_ROWS] = {{0}};
-        float sums[BLOCK_ROWS];
-        for (int r = 0; r < rows; r++)
-            of_token[r] = total[r][t];
-        sums_of_four_vectors(of_token, sums);
-        for (int r = 0; r < rows; r++)
-            p->y[(token + t) * p->out_features + row + r] = sums[r] + (p->bias ? p->bias[row + r] : 0);
-    }
+    write_tile(p, row, token, rows, tokens, total, 1);
 }
 
 /* The same for one row and one token, of which few are left at the end. */

@@ -66,4 +66,18 @@ INLINE void sums_of_four_vectors(const floats *v, float *out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
+/* Writes the sums of a tile's lanes, each times `unit`, plus the bias. */
+INLINE void write_tile(const struct product *p, int64_t row, int64_t token, int rows, int tokens,
+                       floats total[BLOCK_ROWS][MAX_BLOCK_TOKENS], float unit) {
+    for (int t = 0; t < tokens; t++) {
+        floats of_token[BLOCK_ROWS] = {{0}};
+        float sums[BLOCK_ROWS];
+        for (int r = 0; r < rows; r++)
+            of_token[r] = total[r][t];
+        sums_of_four_vectors(of_token, sums);
+        for (int r = 0; r < rows; r++)
+            p->y[(token + t) * p->out_features + row + r] = sums[r] * unit + (p->bias ? p->bias[row + r] : 0);
+    }
+}
+
 #endif
