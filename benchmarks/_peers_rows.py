@@ -7,6 +7,7 @@ NAMES = {
     "ours-plain": "**ours**, HQQ",
     "ours-mixed": "**ours**, HQQ calibrated, mixed bits",
     "ours-best": "**ours**, HQQ calibrated, mixed bits, 8-bit metadata",
+    "ours-finetuned": "**ours**, HQQ calibrated, mixed bits, 8-bit metadata, finetuned",
     "ours-aqlm": "**ours**, AQLM 2x8 calibrated",
     "llmcompressor-gptq": "llm-compressor, GPTQ",
     "llmcompressor-awq": "llm-compressor, AWQ",
@@ -29,7 +30,7 @@ OF_CALIBRATION = {
 }
 # Quantizers that read no text, and those whose groups are of another kind, or chosen by themselves.
 WITHOUT_TEXT = ("ours-plain", "bitsandbytes-nf4", "bitsandbytes-nf4-double", "torchao", "torchao-hqq", "quanto")
-OTHER_GROUPS = ("quanto", "ours-best", "ours-aqlm")
+OTHER_GROUPS = ("quanto", "ours-best", "ours-finetuned", "ours-aqlm")
 
 HEAD = [
     "bits",

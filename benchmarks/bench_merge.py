@@ -57,6 +57,9 @@ SETTINGS: dict[str, pql.QuantConfig] = {
 TRAININGS = ("plain", "aware", "qalora", "scales")
 # A merge whose scales and codebooks are then trained towards the unmerged model's predictions, and for how long.
 TUNED, TUNE_EPOCHS = "calibrated, tuned", 2
+# Merges into other bits than the base has, of the same bytes: what a layer may take.
+BUDGET, BUDGET_SETTING = 3.5, "HQQ 4-bit g64"
+BUDGETED = {"calibrated, 3 bits": [3], "calibrated, 2 to 4 bits": [2, 3, 4]}
 CACHE = cache_folder() / "bench_merge"
 Batch = dict[str, Tensor]
 
@@ -180,12 +183,16 @@ def train(
 
 def merge(model: nn.Module, strategy: str, task: Any) -> tuple[nn.Module, Capture, float]:
     """The merged model, its capture, and the seconds of the merge itself."""
-    way, _, tuned = strategy.partition(", ")
-    extra: dict[str, Any] = {"tune_epochs": TUNE_EPOCHS} if tuned else {}
-    if tuned or way == "calibrated":
+    way = strategy.partition(", ")[0]
+    extra: dict[str, Any] = {"tune_epochs": TUNE_EPOCHS} if strategy == TUNED else {}
+    if way == "calibrated":
         extra["calibration"] = task.train[:CALIBRATION_TOKENS]
     start = time.perf_counter()
     copied = copy.deepcopy(model)
+    if choices := BUDGETED.get(strategy):
+        extra["budget"] = pql.plan_merge_bits(
+            copied, extra["calibration"], average=BUDGET, choices=choices, progress=False
+        )
     if strategy == "scales":
         merged = copied.merge_and_unload()
     else:
@@ -225,11 +232,11 @@ def adapter_mb(model: nn.Module) -> float:
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
 
 
-def strategies(training: str, config: pql.QuantConfig) -> list[str]:
+def strategies(training: str, setting: str) -> list[str]:
     if training != "plain":
         return ["exact" if training == "qalora" else training]
-    others = ["peft+hqq"] if isinstance(config, pql.HQQConfig) else ["append", TUNED]
-    return ["requantize", "calibrated", *others]
+    others = ["peft+hqq"] if isinstance(SETTINGS[setting], pql.HQQConfig) else ["append", TUNED]
+    return ["requantize", "calibrated", *others, *(BUDGETED if setting == BUDGET_SETTING else ())]
 
 
 def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -239,7 +246,7 @@ def measure(setting: str, base: nn.Module, task: Any, seed: int, options: argpar
             continue
         model = train(base, training, task, options, config)
         score = task.score(model)
-        for strategy in strategies(training, config):
+        for strategy in strategies(training, setting):
             if strategy in options.without or (options.only and strategy not in options.only):
                 continue
             merged, kept, seconds = (

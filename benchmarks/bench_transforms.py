@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from _demo_model import demo_model_folder
 from _device import describe_device
+from _processor import processor_name
 from bench_calibration import N_TOKENS, bits_per_weight, help_text
 from bench_calibration_options import GROUP_SIZE, Texts, load
 from bench_quality import TEXT, WINDOW, evaluate
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import peft_quantlayers as pql
-from peft_quantlayers.transforms.rotation_core import rotation_matrix
+from quantlayers_kernels.hadamard import rotate, rotate_back
 from quantlayers_kernels.hqq import cpu
 
 RESULTS = Path(__file__).parent / "results" / "transforms.json"
@@ -56,9 +57,9 @@ TRANSFORMS: dict[str, list[pql.Transform]] = {
     "SmoothQuant, alpha 0.5": [pql.SmoothQuant(alpha=0.5)],
     "SmoothQuant, alpha 0.8": [pql.SmoothQuant(alpha=0.8)],
 }
-# R4, which no weight before it can hold: a product with a Hadamard matrix before each down projection.
-ONLINE = "rotation before down_proj, online"
-TRANSFORMS[ONLINE] = []
+# R4, which no weight before it can hold: the layers themselves rotate their inputs, the down projections or all.
+ONLINE, ALL_ONLINE = "rotation before down_proj, online", "rotation before all layers, online"
+TRANSFORMS |= {ONLINE: [], ALL_ONLINE: []}
 # By ``set_activation_bits``: the integer kernels, whose inputs have a scale for each 16 columns.
 ROUNDED_INPUTS = "8-bit inputs"
 # As other engines do it, computed in floats: one scale for each row of a weight, and one for each token's inputs.
@@ -89,38 +90,37 @@ def permute_channels(model: PreTrainedModel) -> None:
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, inner])
 
 
-@torch.no_grad()
-def rotate_mlp_inputs(model: PreTrainedModel) -> Tensor:
-    """The rotation that the inputs of all down projections have to go through from now on."""
-    size = model.config.intermediate_size
-    turn = rotation_matrix(size, use_hadamard=True, keeps_mean=False, seed=0).float()
-    for layer in model.model.layers:
-        layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight @ turn)
-    return turn
-
-
 def rounded_inputs(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Each token's inputs as 8-bit integers times one scale: what an integer product computes, in floats."""
     (x,) = args
+    is_rotated = getattr(layer.spec, "rotate_inputs", False)
+    x = rotate(x) if is_rotated else x
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-    return ((x / scale).round() * scale,)
+    rounded = (x / scale).round() * scale
+    return (rotate_back(rounded) if is_rotated else rounded,)
+
+
+def config_of(nbits: int, quantizer: str, transform: str) -> pql.QuantConfig:
+    group_size = None if quantizer == INPUTS_BY_TOKEN else GROUP_SIZE
+    if transform not in (ONLINE, ALL_ONLINE):
+        return pql.HQQConfig(nbits=nbits, group_size=group_size)
+    overrides = {"down_proj": {"rotate_inputs": True}}
+    return pql.RotatedHQQConfig(
+        nbits=nbits, group_size=group_size, rotate_inputs=transform == ALL_ONLINE, overrides=overrides
+    )
 
 
 def measure(
     name: str, model: PreTrainedModel, calibration: pql.Calibration, texts: dict[str, Texts]
 ) -> dict[str, Any]:
     width, quantizer, transform = name.replace(" bits", "").split(", ", 2)
-    config = pql.HQQConfig(nbits=int(width), group_size=None if quantizer == INPUTS_BY_TOKEN else GROUP_SIZE)
+    config = config_of(int(width), quantizer, transform)
     began = time.process_time()
     if TRANSFORMS[transform]:
         pql.transform_model(model, TRANSFORMS[transform], config=config, calibration=calibration, progress=False)
-    turn = rotate_mlp_inputs(model) if transform == ONLINE else None
     transformed = time.process_time()
     data = calibration if quantizer == "calibrated" else None
     pql.quantize_model(model, config, calibration=data, progress=False)
-    if turn is not None:
-        for layer in model.model.layers:
-            layer.mlp.down_proj.register_forward_pre_hook(lambda layer, args: (args[0] @ turn,))
     if quantizer == ROUNDED_INPUTS:
         pql.set_activation_bits(model, 8)
     if quantizer == INPUTS_BY_TOKEN:
@@ -130,6 +130,7 @@ def measure(
         "name": name,
         "blocks": model.config.num_hidden_layers,
         "bits_per_weight": bits_per_weight(model),
+        "cpu": processor_name(),
         "transform_cpu_s": transformed - began,
         "quantize_cpu_s": time.process_time() - transformed,
     }

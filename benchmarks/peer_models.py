@@ -25,6 +25,7 @@ from torch import Tensor, nn
 FLOAT, CALIBRATION, MADE = "float", "calibration.safetensors", "made"
 # What "ours-best" chooses from for each layer.
 PLANNED_GROUPS = (48, 96)
+FINETUNE = {"finetune_epochs": 3, "learning_rate": 3e-3}
 # Parameters by name, dequantized; the tensors of the quantizer's own checkpoint; what else a row says.
 Made = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
 
@@ -34,7 +35,14 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def made_by_ours(
-    folder: Path, ids: Tensor, bits: int, group_size: int, *, reads_text: bool = True, is_planned: bool = False
+    folder: Path,
+    ids: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    reads_text: bool = True,
+    is_planned: bool = False,
+    is_finetuned: bool = False,
 ) -> Made:
     """``is_planned``: forms by layer, with as many bits as a code, a scale and an integer zero for each group take."""
     import peft_quantlayers as pql
@@ -45,7 +53,8 @@ def made_by_ours(
     config = pql.HQQConfig(nbits=bits, group_size=group_size, skip_modules=left_dense)
     if is_planned:
         config = replace(config, double_quant=True, group_size=PLANNED_GROUPS[0])
-    way = {"initial_codes": "best"} if is_planned else {}
+    way: dict[str, Any] = {"initial_codes": "best"} if is_planned else {}
+    way |= FINETUNE if is_finetuned else {}
     calibration = pql.Calibration(data=ids, n_tokens=ids.numel(), sequence_length=ids.shape[1], **way)
     with measuring(measured):
         budget = None
@@ -73,6 +82,10 @@ def made_by_ours(
 
 def made_by_ours_best(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
     return made_by_ours(folder, ids, bits, group_size, is_planned=True)
+
+
+def made_by_ours_finetuned(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
+    return made_by_ours(folder, ids, bits, group_size, is_planned=True, is_finetuned=True)
 
 
 def made_by_ours_plain(folder: Path, ids: Tensor, bits: int, group_size: int) -> Made:
@@ -278,6 +291,7 @@ def made_by_quanto(folder: Path, ids: Tensor, bits: int, group_size: int) -> Mad
 MAKERS: dict[str, tuple[str, Callable[[Path, Tensor, int, int], Made]]] = {
     "ours": ("peft_quantlayers", made_by_ours),
     "ours-best": ("peft_quantlayers", made_by_ours_best),
+    "ours-finetuned": ("peft_quantlayers", made_by_ours_finetuned),
     "ours-plain": ("peft_quantlayers", made_by_ours_plain),
     "llmcompressor-gptq": ("llmcompressor", made_by_llmcompressor_gptq),
     "llmcompressor-awq": ("llmcompressor", made_by_llmcompressor_awq),

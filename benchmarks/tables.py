@@ -818,11 +818,13 @@ def transforms(name: str = "transforms", options: str = "") -> str:
         for text in ("wikitext", "help"):
             kl, without = row[f"kl_{text}"], base[setting][f"kl_{text}"]
             cells.append(f"{kl:.4f}" + ("" if row is base[setting] else f" ({100 * (kl / without - 1):+.0f} %)"))
-        body.append([*cells, f"{row['transform_cpu_s']:.0f}"])
+        elsewhere = f" {MARK}" * (row["cpu"] != measured["device"]["cpu"])
+        body.append([*cells, f"{row['transform_cpu_s']:.0f}{elsewhere}"])
     head = ["HQQ", "transform", "KL, WikiText", "KL, second text", "CPU s of the transform"]
     blocks = sorted({row["blocks"] for row in rows})
     command = " and ".join(f"bench_transforms.py --blocks {number}{options}" for number in blocks)
-    return f"{table(head, body)}\n\n{device_line(measured['device'], command)}"
+    others = other_processors(rows, measured["device"]["cpu"])
+    return f"{table(head, body)}\n\n{device_line(measured['device'], command)}{others}"
 
 
 def estimate() -> str:
