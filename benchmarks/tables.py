@@ -18,6 +18,7 @@ from _models_rows import models_differences, models_left_out, models_rows, model
 from _peers_rows import (
     ENCODER_HEAD,
     ENCODER_SCORES,
+    MARK,
     SCORES,
     of_calibration,
     other_processors,
