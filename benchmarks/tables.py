@@ -828,6 +828,25 @@ def transforms(name: str = "transforms", options: str = "") -> str:
     return f"{table(head, body)}\n\n{device_line(measured['device'], command)}{others}"
 
 
+def rotated() -> str:
+    """What rotating its inputs costs a layer."""
+    measured = result("rotated")
+    body = []
+    for row in measured["rows"]:
+        times = row["median_s"]
+        body.append(
+            [
+                f"{row['shape']}, {row['tokens']} token{'s' * (row['tokens'] > 1)}",
+                *(f"{1e6 * times[name]:,.0f}" for name in ("dense float32", "plain", "rotated")),
+                f"{times['rotated'] / times['plain']:.2f}",
+            ]
+        )
+    head = ["", "dense float32, us", "HQQ, us", "rotated, us", "rotated / HQQ"]
+    return (
+        f"{table(head, body)}\n\n{device_line(measured['device'], 'python benchmarks/bench_rotated.py --one-thread')}"
+    )
+
+
 def estimate() -> str:
     """What ``pql estimate`` says beside the memory and the time that the verbs took."""
     measured = result("estimate")
@@ -970,6 +989,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "transforms.md": {
         "transforms": transforms,
+        "rotated": rotated,
         "transforms_permuted": lambda: transforms("transforms_permuted", " --permuted"),
     },
 }
