@@ -19,7 +19,8 @@ def rotation_matrix(size: int, *, use_hadamard: bool, keeps_mean: bool, seed: in
 
     Args:
         size: number of channels.
-        use_hadamard: a Hadamard matrix with random signs, where the size has one; else uniformly at random.
+        use_hadamard: a Hadamard matrix whose inputs have random signs, so that inputs of one sign are spread too, where
+            the size has one; else uniformly at random.
         keeps_mean: ``R @ ones == ones``, so that ``x @ R`` has the mean of ``x``: what LayerNorm commutes with.
         seed: of the random signs or entries.
     """
@@ -36,7 +37,7 @@ def rotation_matrix(size: int, *, use_hadamard: bool, keeps_mean: bool, seed: in
         return basis @ inner @ basis.t()
     signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
     if not keeps_mean:
-        return basis * signs / size**0.5
+        return signs[:, None] * basis / size**0.5
     basis = basis * basis[0]  # its first row is of ones, and the others sum to zero
     signs[0] = 1
     return basis.t() @ (signs[:, None] * basis) / size

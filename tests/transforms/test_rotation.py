@@ -66,6 +66,13 @@ def test_rotations_are_orthogonal_and_keep_the_mean_where_asked(size, use_hadama
     assert float(matrix.abs().max()) < 0.95  # no channel stays as it was
 
 
+@pytest.mark.parametrize("size", [32, 36, 64, 576])
+def test_inputs_of_one_sign_are_spread_too(size):
+    """The first column of a Hadamard matrix has one sign: without signs of the inputs their sum would be one outlier."""
+    matrix = rotation_matrix(size, use_hadamard=True, keeps_mean=False, seed=5)
+    assert float((torch.ones(size, dtype=torch.float64) @ matrix).abs().max()) < 5  # a sum of them has size ** 0.5
+
+
 def test_a_random_orthogonal_matrix_may_have_either_determinant():
     signs = {round(float(torch.det(random_orthogonal(3, torch.Generator().manual_seed(seed))))) for seed in range(12)}
     assert signs == {-1, 1}
