@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.blocks import Call, evaluating, frozen, input_of, real_logits
+from ..storage.free_memory import return_free_memory
 
 # Tokens of a layer whose inputs and gradients are kept.
 KEPT_TOKENS = 1024
@@ -52,8 +53,7 @@ def sampled_gradients(model: nn.Module, calls: Sequence[Call], names: Sequence[s
     generator = torch.Generator().manual_seed(0)
     with frozen(model), evaluating(model), torch.enable_grad():
         for call in calls:
-            probes: list[tuple[str, Tensor, Tensor, Tensor]] = []
-            with _probed(model, names, call, per_call, probes):
+            with _sampled(model, names, call, per_call, found):
                 logits = real_logits(
                     model,
                     call,
@@ -63,19 +63,19 @@ def sampled_gradients(model: nn.Module, calls: Sequence[Call], names: Sequence[s
             log_probs = logits.float().log_softmax(-1).flatten(0, -2)
             targets = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
             log_probs.gather(1, targets.to(log_probs.device)).sum().backward()
-            for name, chosen, inputs, probe in probes:
-                if probe.grad is not None:
-                    samples = found.setdefault(name, LayerSamples())
-                    samples.inputs.append(inputs)
-                    samples.gradients.append(probe.grad.reshape(-1, probe.shape[-1])[chosen].bfloat16())
+            del logits, log_probs
+    return_free_memory()
     return found
 
 
 @contextmanager
-def _probed(
-    model: nn.Module, names: Sequence[str], call: Call, n_kept: int, probes: list[tuple[str, Tensor, Tensor, Tensor]]
+def _sampled(
+    model: nn.Module, names: Sequence[str], call: Call, n_kept: int, found: dict[str, LayerSamples]
 ) -> Iterator[None]:
-    """While this is open, each layer's outputs get a tensor of zeros added that a gradient arrives at."""
+    """Each layer that is called while this is open leaves samples in ``found`` once a gradient arrives at its outputs.
+
+    Only those of ``n_kept`` tokens are kept: the whole gradients of all layers would be as large as their outputs.
+    """
 
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -83,9 +83,16 @@ def _probed(
             numbers = torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1)
             chosen = call.real_tokens(numbers).flatten()
             chosen = chosen[torch.linspace(0, len(chosen) - 1, min(n_kept, len(chosen))).long()]
-            probe = torch.zeros_like(output, requires_grad=True)
-            probes.append((name, chosen, x.reshape(-1, x.shape[-1])[chosen].bfloat16(), probe))
-            return output + probe
+            inputs = x.reshape(-1, x.shape[-1])[chosen].bfloat16()
+
+            def arrived(gradient: Tensor) -> None:
+                samples = found.setdefault(name, LayerSamples())
+                samples.inputs.append(inputs)
+                samples.gradients.append(gradient.reshape(-1, gradient.shape[-1])[chosen].bfloat16())
+
+            wants_gradient = output + output.new_zeros(()).requires_grad_()
+            wants_gradient.register_hook(arrived)
+            return wants_gradient
 
         return hook
 

@@ -19,8 +19,8 @@ def rotation_matrix(size: int, *, use_hadamard: bool, keeps_mean: bool, seed: in
 
     Args:
         size: number of channels.
-        use_hadamard: a Hadamard matrix whose inputs have random signs, so that inputs of one sign are spread too, where
-            the size has one; else uniformly at random.
+        use_hadamard: a Hadamard matrix whose inputs have random signs, so that inputs of one sign are spread too,
+            where the size has one; else uniformly at random.
         keeps_mean: ``R @ ones == ones``, so that ``x @ R`` has the mean of ``x``: what LayerNorm commutes with.
         seed: of the random signs or entries.
     """

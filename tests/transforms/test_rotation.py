@@ -68,7 +68,7 @@ def test_rotations_are_orthogonal_and_keep_the_mean_where_asked(size, use_hadama
 
 @pytest.mark.parametrize("size", [32, 36, 64, 576])
 def test_inputs_of_one_sign_are_spread_too(size):
-    """The first column of a Hadamard matrix has one sign: without signs of the inputs their sum would be one outlier."""
+    """A column of a Hadamard matrix has one sign: without signs of the inputs their sum would be one outlier."""
     matrix = rotation_matrix(size, use_hadamard=True, keeps_mean=False, seed=5)
     assert float((torch.ones(size, dtype=torch.float64) @ matrix).abs().max()) < 5  # a sum of them has size ** 0.5
 
