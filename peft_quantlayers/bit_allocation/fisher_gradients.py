@@ -63,8 +63,8 @@ def sampled_gradients(model: nn.Module, calls: Sequence[Call], names: Sequence[s
             log_probs = logits.float().log_softmax(-1).flatten(0, -2)
             targets = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
             log_probs.gather(1, targets.to(log_probs.device)).sum().backward()
-            del logits, log_probs
-    return_free_memory()
+            del logits, log_probs, targets
+            return_free_memory()
     return found
 
 
