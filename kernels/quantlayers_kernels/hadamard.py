@@ -49,12 +49,16 @@ def rotate(x: Tensor) -> Tensor:
     Args:
         x: (..., n), floating; ``n`` as :func:`rotation_block` takes it.
     """
-    return _rotated(x, False) if can_skip_operator(x) else _rotate(x, False)
+    return _rotated(x, False) if _can_skip_operator(x) else _rotate(x, False)
 
 
 def rotate_back(x: Tensor) -> Tensor:
     """The inverse of :func:`rotate`."""
-    return _rotated(x, True) if can_skip_operator(x) else _rotate(x, True)
+    return _rotated(x, True) if _can_skip_operator(x) else _rotate(x, True)
+
+
+def _can_skip_operator(x: Tensor) -> bool:
+    return can_skip_operator(x) and not x.is_meta
 
 
 def _rotated(x: Tensor, is_inverse: bool) -> Tensor:
@@ -110,9 +114,9 @@ def hadamard(size: int) -> Tensor | None:
     44, 60, ... times 2 ** k: the widths of most models (576 = 144 * 4, 960 = 60 * 16, 3072 = 12 * 256).
     """
     if size == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     if size == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
     if size < 1 or size % 4:
         return None
     if _is_prime(size - 1):  # size - 1 is 3 modulo 4
@@ -130,10 +134,10 @@ def _is_prime(number: int) -> bool:
 
 def _jacobsthal(prime: int) -> Tensor:
     """(prime, prime): 1 where i - j is a square modulo the prime, -1 where it is none, 0 on the diagonal."""
-    residues = torch.full((prime,), -1.0, dtype=torch.float64)
-    residues[torch.arange(1, prime).square() % prime] = 1
+    residues = torch.full((prime,), -1.0, dtype=torch.float64, device="cpu")
+    residues[torch.arange(1, prime, device="cpu").square() % prime] = 1
     residues[0] = 0
-    place = torch.arange(prime)
+    place = torch.arange(prime, device="cpu")
     return residues[(place[:, None] - place) % prime]
 
 
@@ -146,11 +150,11 @@ def _bordered(inner: Tensor, column: float) -> Tensor:
 
 
 def _paley_first(prime: int) -> Tensor:
-    return torch.eye(prime + 1, dtype=torch.float64) + _bordered(_jacobsthal(prime), -1)
+    return torch.eye(prime + 1, dtype=torch.float64, device="cpu") + _bordered(_jacobsthal(prime), -1)
 
 
 def _paley_second(prime: int) -> Tensor:
     conference = _bordered(_jacobsthal(prime), 1)
-    plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(conference, plus) + torch.kron(torch.eye(prime + 1, dtype=torch.float64), minus)
+    plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+    minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+    return torch.kron(conference, plus) + torch.kron(torch.eye(prime + 1, dtype=torch.float64, device="cpu"), minus)

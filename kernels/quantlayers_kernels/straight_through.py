@@ -24,7 +24,14 @@ TilesOfUpdate = Callable[[Tensor, Tensor, torch.dtype], WeightTiles]
 
 
 def straight_through_linear(
-    x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, out_features: int, tiles: TilesOfUpdate
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    tiles: TilesOfUpdate,
+    *,
+    input_of_factors: Tensor | None = None,
 ) -> Tensor:
     """``x @ Q(W + left @ right).T + bias``, with a straight-through gradient.
 
@@ -35,12 +42,14 @@ def straight_through_linear(
         bias: (out_features,) or None.
         out_features: rows of the weight.
         tiles: makes the tiles of the quantized sum; the same values each time for the same factors.
+        input_of_factors: what ``left @ right`` is a delta for, (..., in_features), where the tiles are those of a
+            weight in another basis, in which ``x`` is; None for ``x``.
 
     Returns:
         (..., out_features), dtype of ``x``.
     """
     y = _RoundedLinear.apply(x, left.detach(), right.detach(), bias, out_features, tiles)
-    return straight_through(y, x, left, right)
+    return straight_through(y, x if input_of_factors is None else input_of_factors, left, right)
 
 
 def straight_through(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..methods import HQQSpec
 from .formats.format_base import LayerFacts
 from .formats.grid_format import GridFormat
 
-# For a method without a width of its own, such as AQLM.
+# For a method without a width of its own, or without groups, such as AQLM.
 DEFAULT_NBITS = 4
 DEFAULT_GROUP_SIZE = 64
 # That kernels of engines take.
@@ -22,10 +22,10 @@ def target_spec(facts: LayerFacts, export_format: GridFormat) -> HQQSpec:
     Raises:
         ValueError: no group size of the format divides the inputs.
     """
-    wanted = facts.nbits or DEFAULT_NBITS
+    wanted = facts.nbits or getattr(facts.spec, "nbits", DEFAULT_NBITS)
     widths = export_format.widths if facts.stack is None else export_format.expert_widths or export_format.widths
     nbits = next((width for width in sorted(widths) if width >= wanted), max(widths))
-    own = facts.group_size or DEFAULT_GROUP_SIZE
+    own = facts.group_size or getattr(facts.spec, "group_size", DEFAULT_GROUP_SIZE) or facts.in_features
     sizes = export_format.group_sizes or (own, *_GROUP_SIZES)
     fitting = [size for size in sizes if facts.in_features % size == 0]
     if not fitting:

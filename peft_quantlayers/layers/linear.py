@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from quantlayers_kernels.branch_products import Branch
 from quantlayers_kernels.direct_call import is_cpu_inference
 from quantlayers_kernels.frozen_linear import FrozenLinear
-from quantlayers_kernels.straight_through import straight_through_linear
-from quantlayers_kernels.tiled import WeightTiles
 
 from ..formats import QuantizedWeight, QuantSpec
 from ..integrations.private_transformers import mark_as_initialized
@@ -288,12 +286,7 @@ class QuantizedLinear(QuantizedStorage, nn.Linear):
             right: (r, in_features), float32.
         """
         dtype, output_dtype = self._checked_dtypes(x)
-        weight, method = self._weight_of(self._tensors()), self.method
-
-        def tiles(left: Tensor, right: Tensor, dtype: torch.dtype) -> WeightTiles:
-            return method.merged_tiles(weight, lambda rows: left[rows] @ right, dtype=dtype)
-
-        y = straight_through_linear(x.to(dtype), left, right, self.bias, self.out_features, tiles)
+        y = self.method.merged_linear(x.to(dtype), self._weight_of(self._tensors()), left, right, self.bias)
         return (y if self.branch is None else y + self.branch(x)).to(output_dtype)
 
     def extra_repr(self) -> str:

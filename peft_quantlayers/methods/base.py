@@ -15,6 +15,7 @@ from torch import Tensor
 from quantlayers_kernels.frozen_experts import expert_rows
 from quantlayers_kernels.precision import product_dtype
 from quantlayers_kernels.prepared import PreparedProduct
+from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles, input_gradient, row_ranges
 from quantlayers_kernels.tiled_linear import tiled_linear
 
@@ -210,6 +211,26 @@ class QuantMethod(ABC, Generic[SpecT]):
         For merge-aware training, where :meth:`merged` is fast enough to run in every pass.
         """
         raise NotImplementedError(f"{weight.spec.method} weights are not rounded tile by tile.")
+
+    def merged_linear(
+        self, x: Tensor, weight: QuantizedWeight, left: Tensor, right: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """What :meth:`linear` will give once ``left @ right`` is merged by :meth:`merged`: to the bit, by its tiles.
+
+        The gradient of the two factors passes straight through the rounding.
+
+        Args:
+            x: (..., in_features), floating.
+            weight: one that :meth:`merged_tiles` takes.
+            left: (out_features, r), float32.
+            right: (r, in_features), float32.
+            bias: (out_features,) or None.
+        """
+
+        def tiles(left: Tensor, right: Tensor, dtype: torch.dtype) -> WeightTiles:
+            return self.merged_tiles(weight, lambda rows: left[rows] @ right, dtype=dtype)
+
+        return straight_through_linear(x, left, right, bias, weight.out_features, tiles)
 
     def group_delta_size(self, spec: SpecT, *, in_features: int) -> int:
         """How many neighbouring inputs of a row share an unrounded offset; see :meth:`with_group_delta`.

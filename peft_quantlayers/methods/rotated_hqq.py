@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantlayers_kernels.hadamard import MIN_BLOCK, rotate, rotate_back, rotation_block
 from quantlayers_kernels.prepared import PreparedProduct
+from quantlayers_kernels.straight_through import straight_through_linear
 from quantlayers_kernels.tiled import WeightTiles
 
 from ..arguments import check_flag
@@ -35,7 +36,7 @@ class RotatedHQQSpec(HQQSpec):
 
     Fields: those of :class:`HQQSpec`, of which ``axis`` is 1 and ``export_target`` None, and
         rotate_inputs: False for a layer as with plain HQQ, beside others that are rotated. A layer whose number of
-            inputs is no multiple of 4 gets it by itself.
+            inputs is no multiple of 4 gets it by itself, as other misfits get smaller groups.
     """
 
     method = "rotated_hqq"
@@ -55,12 +56,13 @@ class RotatedHQQSpec(HQQSpec):
             )
 
     def tensor_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        layout = super().tensor_layout(out_features, in_features)
         if self.rotate_inputs and not rotation_block(in_features):
             raise ValueError(
                 f"in_features={in_features} is not a multiple of {MIN_BLOCK}, so no Hadamard matrix rotates such "
                 "inputs. Use rotate_inputs=False for this layer."
             )
-        return super().tensor_layout(out_features, in_features)
+        return layout
 
     def fitted(self, out_features: int, in_features: int) -> Self | None:
         if self.rotate_inputs and not rotation_block(in_features):
@@ -116,6 +118,18 @@ class RotatedHQQMethod(HQQMethod):
             return super().merged_tiles(weight, delta, dtype=dtype)
         tiles = super().merged_tiles(weight, partial(_rotated_rows, delta), dtype=torch.float32)
         return _rotated_back(tiles, dtype)
+
+    def merged_linear(
+        self, x: Tensor, weight: QuantizedWeight, left: Tensor, right: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """As :meth:`QuantMethod.merged_linear`: in the stored basis, as the product of the merged weight is."""
+        if not _is_rotated(weight):
+            return super().merged_linear(x, weight, left, right, bias)
+
+        def tiles(left: Tensor, right: Tensor, dtype: torch.dtype) -> WeightTiles:
+            return HQQMethod.merged_tiles(self, weight, lambda rows: rotate(left[rows] @ right), dtype=dtype)
+
+        return straight_through_linear(rotate(x), left, right, bias, weight.out_features, tiles, input_of_factors=x)
 
     def group_delta_size(self, spec: Any, *, in_features: int) -> int:
         if spec.rotate_inputs:

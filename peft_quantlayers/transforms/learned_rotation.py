@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..calibration.blocks import Call, evaluating, frozen, real_logits
 from ..calibration.model_calls import model_calls
 from ..formats import QuantSpec
-from ..methods import get_method
+from ..methods import HQQSpec, get_method
 from .cayley import TrainedRotation, rounded_in_groups
 from .folds import Fold, input_weight, matrices
 from .residual_stream import ResidualStream
@@ -101,7 +101,8 @@ def learn(model: nn.Module, rotations: RotationsToLearn, surroundings: Surroundi
 
 
 def _is_rounded(spec: QuantSpec) -> bool:
-    return spec.method == "hqq" and getattr(spec, "axis", 1) == 1
+    is_rotated = getattr(spec, "rotate_inputs", False)  # by the layer itself, whose grid is then of another basis
+    return isinstance(spec, HQQSpec) and spec.axis == 1 and not is_rotated
 
 
 def _windows(model: nn.Module, surroundings: Surroundings) -> list[Call]:

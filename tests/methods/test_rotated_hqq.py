@@ -99,6 +99,57 @@ def test_an_adapter_is_merged_into_the_rotated_basis(strategy: str):
     assert all(layer.spec.rotate_inputs for layer in pql.quantized_modules(merged).values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_trained_merge_aware_is_what_the_merged_layer_computes(dtype: torch.dtype):
+    torch.manual_seed(0)
+    base = pql.quantize_model(tiny_model().to(dtype), pql.RotatedHQQConfig(nbits=3, group_size=16), progress=False)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["down_proj", "q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape)
+    pql.enable_merge_aware(model)
+    model(token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in model.named_parameters() if "lora" in n)
+    with torch.no_grad():
+        trained = model.eval()(token_ids()).logits
+        merged, _ = pql.merge_back(model, strategy="aware", progress=False)
+        error = relative(merged(token_ids()).logits - trained, trained)
+    assert error == 0 if dtype != torch.float32 else error < 1e-6
+
+
+def test_gradients_of_merge_aware_factors_are_those_of_a_plain_delta():
+    generator = torch.Generator().manual_seed(0)
+    stored = METHOD.quantize(torch.randn(24, 96, generator=generator), RotatedHQQSpec(nbits=8, group_size=32))
+    left, right = torch.randn(24, 3, generator=generator), torch.randn(3, 96, generator=generator)
+    x, grad = with_outliers(5, 96), torch.randn(5, 24, generator=generator)
+    dense, found = METHOD.dequantize(stored), []
+    for product in (
+        lambda x, a, b: METHOD.merged_linear(x, stored, a, b, None),
+        lambda x, a, b: x @ (dense + a @ b).t(),
+    ):
+        leaves = [each.clone().requires_grad_() for each in (x, 0.1 * left, 0.1 * right)]
+        found.append(torch.autograd.grad(product(*leaves), leaves, grad))
+    for ours, plain in zip(*found, strict=True):
+        assert relative(ours - plain, plain) < 0.01
+
+
+def test_on_the_meta_device_it_has_shapes():
+    model = pql.quantize_model(tiny_model(), pql.RotatedHQQConfig(group_size=16), progress=False).to("meta")
+    assert model(token_ids().to("meta")).logits.shape == (2, 9, 128)
+    assert model.model.layers[0].mlp.down_proj.dequantize().is_meta
+
+
+def test_rotations_before_the_quantizer_are_learned_beside_rotated_layers():
+    data = pql.Calibration(data=token_ids().repeat(16, 1), n_tokens=128, sequence_length=9)
+    transform = pql.Rotation(kind="learned", steps=2)
+    config = pql.RotatedHQQConfig(nbits=3, group_size=16, **DOWN_ONLY)
+    model = pql.quantize_model(tiny_model(), config, transforms=transform, calibration=data, progress=False)
+    assert len(pql.quantized_modules(model)) == 14
+    all_rotated = pql.RotatedHQQConfig(nbits=3, group_size=16)
+    with pytest.raises(ValueError, match="rounded to HQQ's grid"):
+        pql.quantize_model(tiny_model(), all_rotated, transforms=transform, calibration=data, progress=False)
+
+
 def test_a_mixtures_experts_rotate_their_own_inputs():
     dense = tiny_mixture("mixtral")
     with torch.no_grad():
@@ -148,6 +199,8 @@ def test_no_engine_holds_it_but_a_dense_export_does(tmp_path: Path):
         with pytest.raises(ValueError, match=r"rotated_hqq weights[\s\S]*format='dense'"):
             pql.export(model, tmp_path / engine_format, engine_format)
         assert not (tmp_path / engine_format).exists()
+    report = pql.export(model, tmp_path / "requantized", "compressed-tensors", approximate="requantize")
+    assert {each.stored_as for each in report.layers} == {"4 bits in groups of 16"}
     pql.export(model, tmp_path / "dense", "dense")
     with torch.no_grad():
         served = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)(token_ids()).logits
