@@ -62,6 +62,23 @@ def test_a_weight_that_lies_transposed_in_memory_gets_the_same_codes(method, spe
     assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in expected.tensors.items())
 
 
+def test_another_default_device_changes_nothing(method, spec):
+    """Loaders work inside ``torch.device("meta")``; a tensor that lands there has no memory for a kernel to read."""
+    weight, x = random_weight(), torch.randn(3, SHAPE[1])
+    hessian = x.t() @ x + torch.eye(SHAPE[1]) if method.can_use_hessian(spec) else None
+    delta = 0.01 * torch.randn(SHAPE)
+
+    def results() -> list[Tensor]:
+        quantized = method.quantize(weight, spec, hessian=hessian)
+        plain, merged = method.quantize(weight, spec), method.merged(quantized, lambda rows: delta[rows])
+        found = [*quantized.tensors.values(), *plain.tensors.values(), *merged.tensors.values()]
+        return [*found, method.dequantize(quantized), method.linear(x, quantized, None)]
+
+    with torch.device("meta"):
+        elsewhere = results()
+    assert all(torch.equal(a, b) for a, b in zip(elsewhere, results(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dequantizing_gives_shape_dtype_and_about_the_weight(method, spec, dtype):
     weight = random_weight()

@@ -78,7 +78,7 @@ def chosen_codes(wanted: Tensor, codes: Tensor, codebooks: Tensor, block: Tensor
         (n, num_codebooks), int64.
     """
     if cpu.can_choose(wanted, codebooks):
-        hessian = torch.eye(wanted.shape[1], dtype=wanted.dtype) if block is None else block
+        hessian = torch.eye(wanted.shape[1], dtype=wanted.dtype, device=wanted.device) if block is None else block
         correlation = wanted - entry_sums(codes, codebooks) @ hessian
         return cpu.choose(correlation, codes[:, None], codebooks, hessian, out_group=1, beam=beam)[:, 0]
     num_codebooks, size, _ = codebooks.shape

@@ -163,7 +163,7 @@ def best_entries(wanted: Tensor, entries: Tensor, own: Tensor) -> Tensor:
     size, d = entries.shape
     if wanted.shape[1] != d or own.shape != (size,):
         raise ValueError(f"{tuple(wanted.shape)}, {tuple(entries.shape)} and {tuple(own.shape)} do not fit together.")
-    codes = torch.zeros(len(wanted), 1, 1, dtype=torch.int64)
+    codes = wanted.new_zeros(len(wanted), 1, 1, dtype=torch.int64)
     # With a Hessian of zeros the code to start from does not matter.
     hessian = entries.new_zeros(d, d)
     return _choose(wanted, codes, entries[None], hessian, own[None, None], None, out_group=1, beam=1).flatten()

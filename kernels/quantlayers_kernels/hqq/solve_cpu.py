@@ -34,7 +34,7 @@ def half_quadratic_offset(
     betas, smallest_threshold = betas_of(options), smallest_threshold_of(options)
     thresholds = [threshold_of(beta, options) for beta in betas]
     shifted, offset, steps_per_unit = shifted.contiguous(), offset.contiguous().clone(), steps_per_unit.contiguous()
-    mean, of_iterations = shifted.mean(1), torch.tensor([betas, thresholds], dtype=torch.float32)
+    mean, of_iterations = shifted.mean(1), shifted.new_tensor([betas, thresholds])
     # Groups in one vector take as many iterations as the slowest of them: those that the shrink may reach come first.
     may_shrink = (smallest_threshold * steps_per_unit < 0.5).flatten()
     order = torch.cat([may_shrink.nonzero(), (~may_shrink).nonzero()])

@@ -147,7 +147,7 @@ def kmeans(
         return torch.cat([vectors, vectors.new_zeros(size - n, d)])
 
     def random_vectors() -> Tensor:
-        return vectors[torch.randint(n, (size,), generator=generator).to(vectors.device)]
+        return vectors[torch.randint(n, (size,), generator=generator, device="cpu").to(vectors.device)]
 
     weights = weights[:, None].expand(-1, d) if importance is None else importance * weights[:, None]
     weighted = vectors * weights
@@ -188,7 +188,9 @@ def extended_solution(problem: Problem, found: Additive, *, num_codebooks: int, 
     importance = problem.importance()
     codes, codebooks = [found.codes], [found.codebooks]
     for _ in range(len(found.codebooks), num_codebooks):
-        chosen = torch.randperm(n_out * n_in, generator=generator)[: size * POINTS_PER_CENTROID].to(device)
+        chosen = torch.randperm(n_out * n_in, generator=generator, device="cpu")[: size * POINTS_PER_CENTROID].to(
+            device
+        )
         codebook = kmeans(
             residual.view(-1, d)[chosen],
             size,
