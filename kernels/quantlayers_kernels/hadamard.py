@@ -44,7 +44,8 @@ _rotate.register_autograd(_backward, setup_context=_save)
 def rotate(x: Tensor) -> Tensor:
     """``x @ Q`` for a fixed orthogonal ``Q`` of random signs and Hadamard matrices, in memory of its own.
 
-    Computed in float32 at least. Differentiable, any number of times.
+    Computed in float32 at least, and differentiable any number of times. A float16 row must have a norm of less than
+    65504, or a number of the result may be infinite.
 
     Args:
         x: (..., n), floating; ``n`` as :func:`rotation_block` takes it.
