@@ -134,8 +134,8 @@ class RotatedHQQMethod(HQQMethod):
     def group_delta_size(self, spec: Any, *, in_features: int) -> int:
         if spec.rotate_inputs:
             raise NotImplementedError(
-                "a delta that is constant in groups of inputs is not so in groups of rotated ones. Quantize with "
-                "HQQConfig."
+                "a delta that is constant in groups of inputs is not so in those of rotated_hqq weights, whose inputs "
+                "are rotated. Quantize with HQQConfig."
             )
         return super().group_delta_size(spec, in_features=in_features)
 

@@ -15,13 +15,13 @@ from peft_quantlayers.formats.checkpoint import FORMAT_VERSION
 from peft_quantlayers.methods import registered_methods
 
 from .files import assert_written, digests, quantization_config, tensors_of
-from .later_formats import FILES, MODELS, dequantized_digests
+from .later_formats import FILES, MODELS, SUMMED, dequantized_digests
 from .models import FILES as FIRST_FILES
 from .models import logits_of
 
 DEQUANTIZED = json.loads((FILES / "dequantized.json").read_text())
 # Of a forward pass, in the norm: what sums in another order may give. In bfloat16 a rounding more or less.
-TOLERANCE = dict.fromkeys(MODELS, 1e-6) | {"compute_dtypes": 1e-2}
+TOLERANCE = dict.fromkeys(MODELS, 1e-6) | {"compute_dtypes": 1e-2} | dict.fromkeys(SUMMED, 1e-5)
 LOGITS = tensors_of(FILES / "logits.safetensors")
 
 
@@ -31,7 +31,7 @@ def test_a_model_computes_the_same_logits(name: str):
     assert error <= TOLERANCE[name] * LOGITS[name].norm()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in SUMMED])
 def test_its_weights_are_those_that_the_older_code_read_from_it(name: str):
     found = dequantized_digests(AutoModelForCausalLM.from_pretrained(FILES / name))
     assert found

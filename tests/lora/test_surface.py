@@ -402,6 +402,9 @@ def test_lora_ga_starts_from_the_gradients_of_the_dense_weights(method, directio
     for name in BOTH:
         found, expected = (model.get_submodule(name)._peft_loraga_grad for model in models)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+        # Singular vectors of values that are close to each other are far more sensitive than that.
+        models[1].get_submodule(name)._peft_loraga_grad = found
     ours, reference = (adapted(model, make) for model in models)
     assert_same_adapters(ours, reference)
     assert_requantized(ours, reference)

@@ -188,7 +188,7 @@ def test_what_it_refuses(fields: dict, message: str):
 
 
 def test_qa_lora_is_refused_for_rotated_layers():
-    with pytest.raises(NotImplementedError, match=r"rotated ones\. Quantize with HQQConfig"):
+    with pytest.raises(NotImplementedError, match=r"are rotated\. Quantize with HQQConfig"):
         METHOD.group_delta_size(RotatedHQQSpec(), in_features=64)
     assert METHOD.group_delta_size(RotatedHQQSpec(rotate_inputs=False), in_features=64) == 64
 
