@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,14 @@ def settle(args: argparse.Namespace) -> None:
     if args.avx2:
         best = min(native.variant(), native.VARIANTS.index("avx2"))
         native.variant = lambda: best
+
+
+def begin(args: argparse.Namespace) -> tuple[Clock, str]:
+    """:func:`settle`, the same random numbers in every run, and :func:`clock_of`."""
+    settle(args)
+    torch.manual_seed(0)
+    random.seed(0)
+    return clock_of(args)
 
 
 def ending(args: argparse.Namespace) -> str:

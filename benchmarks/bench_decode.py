@@ -27,7 +27,7 @@ from typing import Any
 
 import numba
 import torch
-from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, memory_bandwidth, operations_per_second, settle
+from _cpu import Clock, add_options, begin, ending, kernels_in_use, memory_bandwidth, operations_per_second
 from _demo_model import demo_model_folder
 from _device import describe_device
 from _linears import Candidate, candidates
@@ -172,10 +172,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="only layers with an adapter, and a model with adapters")
     add_options(parser)
     args = parser.parse_args()
-    settle(args)
-    torch.manual_seed(0)
-    random.seed(0)
-    clock, clock_name = clock_of(args)
+    clock, clock_name = begin(args)
     numba.set_num_threads(torch.get_num_threads())
 
     bandwidth = memory_bandwidth(args.repeats, clock)

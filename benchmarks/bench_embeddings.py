@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _cpu import Clock, add_options, clock_of, kernels_in_use, settle
+from _cpu import Clock, add_options, begin, kernels_in_use
 from _demo_model import demo_model_folder
 from _device import describe_device
 from torch import nn
@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     add_options(parser)
     args = parser.parse_args()
-    settle(args)
-    random.seed(0)
-    clock, clock_name = clock_of(args)
+    clock, clock_name = begin(args)
     folder = demo_model_folder()
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0]
     ids = ids[: args.windows * WINDOW]

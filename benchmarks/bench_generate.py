@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, memory_bandwidth, settle
+from _cpu import Clock, add_options, begin, ending, kernels_in_use, memory_bandwidth
 from _demo_model import demo_model_folder, ensure_converter
 from _device import describe_device
 from _llama_cpp import LlamaCpp
@@ -287,10 +287,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     add_options(parser)
     args = parser.parse_args()
-    settle(args)
-    torch.manual_seed(0)
-    random.seed(0)
-    clock, clock_name = clock_of(args)
+    clock, clock_name = begin(args)
     bandwidth = memory_bandwidth(args.turns, clock)
     found = dict(ways(args.shape, args.ways, torch.get_num_threads()))
     rows = measure(found, args, clock, bandwidth)

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from _cpu import Clock, add_options, clock_of, ending, kernels_in_use, settle
+from _cpu import Clock, add_options, begin, ending, kernels_in_use
 from _device import describe_device
 from _shapes import SHAPES
 from torch import nn
@@ -61,10 +61,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(NAMES))
     add_options(parser)
     args = parser.parse_args()
-    settle(args)
-    torch.manual_seed(0)
-    random.seed(0)
-    clock, clock_name = clock_of(args)
+    clock, clock_name = begin(args)
     rows = []
     for shape in args.shapes:
         layers = layers_of(*SHAPES[shape])
