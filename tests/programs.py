@@ -5,6 +5,7 @@ it, with its own arguments, folder, environment and output, and imports our pack
 which order other packages are imported, or how much memory they take, is started the ordinary way.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -16,6 +17,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,23 @@ def run_program(
         return subprocess.CompletedProcess(
             [sys.executable, *words], process.exitcode, Path(out.name).read_text(), Path(error.name).read_text()
         )
+
+
+def memory_measured_by(program: str, *arguments: object) -> Any:
+    """What the code ``program`` prints last, as JSON, in an interpreter of its own where freed memory is gone at once.
+
+    Otherwise glibc keeps it, and what is resident differs by tens of MiB with what was run before.
+    """
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=os.environ | malloc | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fork_server() -> ForkServerContext:

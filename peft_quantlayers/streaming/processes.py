@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ def interrupts_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # whose start would take the signal out of the mask again, up to Python 3.12
     # Processes inherit the mask of this thread. The system may give a signal to another thread, so it is kept too.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     is_main, kept = threading.current_thread() is threading.main_thread(), []

@@ -24,6 +24,19 @@ from peft_quantlayers.cli import main
 if __name__ == "__main__":
     sys.exit(main())
 """
+# In an interpreter that has not yet started multiprocessing's resource tracker, whose start changes the mask.
+MASK = """
+import multiprocessing, signal, time
+from peft_quantlayers.streaming.processes import interrupts_held_back
+if __name__ == "__main__":
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with interrupts_held_back():
+        process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
+        process.start()
+        print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, []) == before)
+    process.join()
+"""
 needs_signals = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
 
 
@@ -92,6 +105,16 @@ def test_what_ends_the_first_process_ends_all_and_is_said_in_one_line(sent, is_c
         assert main(["quantize", model, str(folder), "--group_size", "32", *calibration]) == 0
     name = "model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+@needs_signals
+def test_a_process_that_is_started_inherits_the_mask(tmp_path):
+    (tmp_path / "program.py").write_text(MASK)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 @needs_signals
