@@ -2,7 +2,7 @@
 
 Layers are changed one after the other, and each must see what those before it give by then. To start from the block's
 beginning for each would run most of the block several times over. On a CPU, where that is most of the time and memory
-is there, a pass waits instead. On a GPU nothing waits.
+is there, a pass waits instead: the first ones, as many as ``WAITING_BYTES`` hold. On a GPU nothing waits.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..layers.dense_stack import is_called_stack
 from .blocks import Call, Stop, device_of, input_of
 from .expert_inputs import SortedInput
-from .paused_pass import Pass, replaced_forwards
+from .paused_pass import Pass, bytes_in_frames, replaced_forwards
 from .process_group import ALONE, Processes
 from .statistics import PairedInput
 
-# Passes that wait at a time, each with what the block has computed so far.
-MAX_WAITING = 32
+# For what the block has computed so far in the passes that wait; where the unchanged block runs beside it, of each.
+WAITING_BYTES = 1 << 29
 
 
 class LayerPasses:
@@ -42,9 +42,10 @@ class LayerPasses:
         self.block, self.calls, self.processes = block, calls, processes
         self.n_calls = len(calls) if n_calls is None else n_calls
         is_on_cpu = device_of(block, torch.device("cpu")).type == "cpu"
-        self.n_waiting = min(len(calls), MAX_WAITING) if is_on_cpu else 0
+        self.n_waiting = len(calls) if is_on_cpu else 0
         self.waiting: dict[int, Pass] = {}
         self.arrived: Any = None
+        self._running: Call | None = None
 
     def __enter__(self) -> LayerPasses:
         return self
@@ -113,11 +114,13 @@ class LayerPasses:
 
     def _input(self, index: int, call: Call) -> Any:
         if index >= self.n_waiting:
+            if index in self.waiting:  # there was room for it at an earlier layer
+                self.waiting.pop(index).close()
             self.arrived = None
             with suppress(Stop):
                 call.run(self.block)
             return self.arrived
-        waiting = self.waiting.get(index)
+        waiting, self._running = self.waiting.get(index), call
         try:
             found = None if waiting is None else waiting.resume()
             # One that has gone by the layer is of no use any more.
@@ -132,6 +135,19 @@ class LayerPasses:
             return None
         return found
 
+    def _limit_waiting(self) -> None:
+        """Let as many passes wait as have room; asked by one that is about to wait, from within."""
+        call = self._running
+        assert call is not None
+        beside = [*self.block.parameters(), *self.block.buffers(), call.args, call.kwargs]
+        bytes_per_number = bytes_in_frames(beside=beside) / max(1, call.hidden.numel())
+        held = 0.0
+        for index, each in enumerate(self.calls[: self.n_waiting]):
+            held += bytes_per_number * each.hidden.numel()
+            if held > WAITING_BYTES:
+                self.n_waiting = index
+                break
+
     @contextmanager
     def _paused(self, names: list[str]) -> Iterator[None]:
         """While this is open, a pass that comes to one of ``names`` waits there, once."""
@@ -145,6 +161,8 @@ class LayerPasses:
                     self.arrived = x
                     raise Stop
                 if current not in held:
+                    if not held:
+                        self._limit_waiting()
                     held.add(current)
                     current.pause(x)
                 # Another module may stand in its place by now.

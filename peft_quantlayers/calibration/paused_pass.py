@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 # Python functions that torch calls from C++, beside ``forward`` of an autograd function: overrides of its functions.
 CALLED_BY_TORCH = {"__torch_function__", "__torch_dispatch__"}
+# Of containers in containers that are looked through for tensors.
+MAX_DEPTH = 3
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -153,6 +156,38 @@ class Pass(greenlet):
                     self.settings = TorchSettings.now()
         finally:
             outer.restore()
+
+
+def bytes_in_frames(*, beside: Iterable[Any] = ()) -> int:
+    """Bytes of the tensors that are named in the frames of what runs now, or are in a container that is.
+
+    What stands between two calls without a name (``f(x) + g(x)``) is not seen.
+
+    Args:
+        beside: tensors, and containers of them, whose memory does not count.
+    """
+    found: dict[int, int] = {}
+    # Not of this one: a frame that is among its own names stays in memory, and so do those below it.
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found |= _storages_in(frame.f_locals)
+        frame = frame.f_back
+    for address in _storages_in(tuple(beside)):
+        found.pop(address, None)
+    return sum(found.values())
+
+
+def _storages_in(value: Any, depth: int = 0) -> dict[int, int]:
+    """Address and bytes of the storages of the tensors in ``value``."""
+    if isinstance(value, Tensor):
+        with suppress(RuntimeError, NotImplementedError):  # a kind of tensor without one
+            storage = value.untyped_storage()
+            return {storage.data_ptr(): storage.nbytes()}
+    found: dict[int, int] = {}
+    if isinstance(value, (tuple, list, Mapping)) and depth < MAX_DEPTH:
+        for each in value.values() if isinstance(value, Mapping) else value:
+            found |= _storages_in(each, depth + 1)
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 
 from transformers import PreTrainedModel
 
+from ..calibration.layer_passes import WAITING_BYTES
 from ..layers.dense_types import dense_shape
 from ..layers.selection import quantizable_modules, quantizable_tables
 from ..methods import QuantConfig
@@ -18,9 +19,8 @@ from .sampled_layers import sample_layers
 
 # A dense tensor is read, and copied where it is written.
 _DENSE_COPIES = 2
-# Of each token and block, in the two models that run beside each other: what enters the block, the sum that its
-# branches are added to, and what the branch at work reads.
-_STATES = 3
+# Of each token, beside what enters the block: the sum that its branches are added to, and what the one at work reads.
+_STATES = 2
 # Of the widest layer's second moment: two, and the deviation from the float model's inputs, of all tokens and of each
 # half of them; the damped one, and what the damping of the targets is chosen with.
 _MOMENTS = 10
@@ -62,7 +62,8 @@ def _of_calibration(
 ) -> dict[str, int]:
     """Everything around the blocks, a block twice, the states of all tokens in it, and its widest layer's moments.
 
-    These are dropped down to the one that codes are chosen with before the layer is at work.
+    Two models run beside each other. Moments are dropped down to the one that codes are chosen with before the layer
+    is at work.
 
     ``layer_bytes``: what quantizing the largest layer takes without calibration.
     """
@@ -71,11 +72,12 @@ def _of_calibration(
     of_block = list(shapes.values())[:per_block]
     widest = max(shape[-1] for shape in of_block)
     of_layers = sum(math.prod(shape) for shape in shapes.values()) * size
-    moment = 4 * widest**2
+    moment, states = 4 * widest**2, n_tokens * size * text.hidden_size
+    waiting = min(WAITING_BYTES, _STATES * states + n_tokens * size * widest)
     at_work = max(layer_bytes, _WORKING_COPIES * 4 * max(math.prod(shape[-2:]) for shape in of_block))
     return {
         "around the blocks": sum(parameter.nbytes for parameter in model.parameters()) - of_layers,
         "one block, twice": 2 * sum(math.prod(shape) for shape in of_block) * size,
-        "activations": 2 * n_tokens * (_STATES * text.hidden_size + widest) * size,
+        "activations": 2 * (states + waiting),
         "second moments, or the layer at work": max(_MOMENTS * moment, at_work + moment),
     }

@@ -113,10 +113,10 @@ class Noisy(Visitor):
         self.model.set_submodule(name, replaced)
 
 
-@pytest.mark.parametrize("max_waiting", [0, 1, 32])
+@pytest.mark.parametrize("waiting_bytes", [0, 30_000, 1 << 29])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "bert"])
-def test_deviations_are_those_of_the_unchanged_model(family, max_waiting, monkeypatch):
-    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+def test_deviations_are_those_of_the_unchanged_model(family, waiting_bytes, monkeypatch):
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
     batches = [{"input_ids": part} for part in IDS[:4].split(2)]
     check_deviations(
         tiny_model(family), batches, Calibration(data=IDS[:4], n_tokens=160, sequence_length=40, batch_size=2)

@@ -167,12 +167,12 @@ def layers_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-@pytest.mark.parametrize("max_waiting", [0, 2, 32])
+@pytest.mark.parametrize("waiting_bytes", [0, 30_000, 1 << 29])
 @pytest.mark.parametrize("factor", [1.0, 0.5], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("toy", TOYS)
-def test_a_block_reads_what_the_model_made_of_the_last_ones_output(toy, factor, max_waiting, monkeypatch):
+def test_a_block_reads_what_the_model_made_of_the_last_ones_output(toy, factor, waiting_bytes, monkeypatch):
     """With every layer changed after it was visited, as the layers before it are by then."""
-    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
     model = toy().eval()
     recorder = Recorder(model, factor)
     walk(model, layers_of(model), DATA, recorder, progress=False)

@@ -21,6 +21,7 @@ from peft_quantlayers.calibration import (
     layer_passes,
     walk,
 )
+from peft_quantlayers.calibration.blocks import Call
 from peft_quantlayers.calibration.paused_pass import Pass
 from peft_quantlayers.layers import quantizable_modules
 from peft_quantlayers.layers.replace import linear_of
@@ -83,8 +84,8 @@ def test_second_moments_are_those_of_a_plain_forward_pass(family):
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["changed", "replaced"])
-@pytest.mark.parametrize("max_waiting", [0, 1, 32])
-def test_layers_after_a_changed_one_read_what_it_gives_now(is_replaced, max_waiting, monkeypatch):
+@pytest.mark.parametrize("waiting_bytes", [0, 30_000, 1 << 29])
+def test_layers_after_a_changed_one_read_what_it_gives_now(is_replaced, waiting_bytes, monkeypatch):
     class Halve(Recorder):
         def visit(self, name: str, statistics: InputStatistics | None) -> None:
             super().visit(name, statistics)
@@ -92,7 +93,7 @@ def test_layers_after_a_changed_one_read_what_it_gives_now(is_replaced, max_wait
             halved.weight.data.mul_(0.5)
             model.set_submodule(name, halved)
 
-    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
     model = tiny_model()
     names = list(quantizable_modules(model, HQQConfig(group_size=16)))
     halve = Halve()
@@ -116,8 +117,8 @@ class Experts(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("max_waiting", [0, 32])
-def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatch):
+@pytest.mark.parametrize("waiting_bytes", [0, 1 << 29])
+def test_each_batch_has_its_own_order_and_its_own_layers(waiting_bytes, monkeypatch):
     """Each layer sees what the layers give that are done by then, as if every pass started from the beginning."""
 
     class Negate(Recorder):
@@ -134,7 +135,7 @@ def test_each_batch_has_its_own_order_and_its_own_layers(max_waiting, monkeypatc
             torch.testing.assert_close(self.hessians[name], expected, rtol=1e-4, atol=1e-5)
             model.get_submodule(name).weight.data.neg_()
 
-    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
     torch.manual_seed(0)
     model, batches = Experts(), [torch.randn(12, 8) for _ in range(5)]
     for batch, order in zip(batches, [(0, 1, 2), (2, 1, 0), (1, -1, -1), (0, 2, -1), (1, 0, 2)], strict=True):
@@ -207,11 +208,57 @@ def test_an_interrupt_while_a_pass_runs_ends_it():
     assert not waiting_passes()
 
 
-def test_passes_wait_on_a_cpu_only_and_so_many_as_memory_allows():
+def test_passes_wait_on_a_cpu_only():
     block, calls = nn.Linear(2, 2), [None] * 100
-    assert layer_passes.LayerPasses(block, calls).n_waiting == layer_passes.MAX_WAITING
-    assert layer_passes.LayerPasses(block, calls[:3]).n_waiting == 3
+    assert layer_passes.LayerPasses(block, calls).n_waiting == 100
     assert layer_passes.LayerPasses(block.to("meta"), calls).n_waiting == 0
+
+
+class Widening(nn.Module):
+    """Holds a tensor of its own at the second layer, and a larger one at the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(10, 10), nn.Linear(10, 90), nn.Linear(90, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        entered = self.first(x)
+        wide = self.second(entered)
+        return x + self.third(wide)
+
+
+@pytest.mark.parametrize(
+    ("waiting_bytes", "n_waiting"),
+    [(0, [20, 1, 0]), (39_999, [20, 9, 1]), (40_000, [20, 10, 1]), (80_000, [20, 20, 2]), (1 << 20, [20, 20, 20])],
+)
+def test_so_many_passes_wait_as_their_bytes_allow(waiting_bytes, n_waiting, monkeypatch):
+    """A pass holds nothing but its input at the first layer, 4,000 bytes at the second, and 40,000 at the third.
+
+    The first one waits until it has been seen what it holds.
+    """
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
+    block, found = Widening(), []
+    batches = torch.randn(20, 100, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), layer_passes.LayerPasses(block, [Call((x,), {}) for x in batches]) as passes:
+        for name in ("first", "second", "third"):
+            inputs = [each.x for each in passes.inputs([name])]
+            found.append(len(passes.waiting))
+            expected = block.first(batches) if name == "second" else batches
+            expected = block.second(block.first(batches)) if name == "third" else expected
+            torch.testing.assert_close(torch.stack(inputs), expected)
+        torch.testing.assert_close(torch.stack(list(passes.outputs())), block(batches))
+    assert found == n_waiting
+    assert not waiting_passes()
+
+
+def test_longer_calls_take_more_of_the_room(monkeypatch):
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", 40_000)
+    block, lengths = Widening(), [100, 300, 300, 300, 100]  # 4,000 bytes and 12,000 each
+    calls = [Call((torch.randn(length, 10),), {}) for length in lengths]
+    with torch.no_grad(), layer_passes.LayerPasses(block, calls) as passes:
+        assert [len(each.x) for each in passes.inputs(["first"])] == lengths
+        assert [len(each.x) for each in passes.inputs(["second"])] == lengths
+        assert list(passes.waiting) == [0, 1, 2, 3]
 
 
 class Regions(nn.Module):
@@ -237,8 +284,8 @@ class Regions(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("max_waiting", [0, 1, 32])
-def test_settings_that_a_block_makes_are_its_own_while_it_waits(max_waiting, monkeypatch):
+@pytest.mark.parametrize("waiting_bytes", [0, 30_000, 1 << 29])
+def test_settings_that_a_block_makes_are_its_own_while_it_waits(waiting_bytes, monkeypatch):
     class Halve(Recorder):
         def visit(self, name: str, statistics: InputStatistics | None) -> None:
             super().visit(name, statistics)
@@ -247,7 +294,7 @@ def test_settings_that_a_block_makes_are_its_own_while_it_waits(max_waiting, mon
             assert not torch.is_autocast_enabled("cpu")
             model.get_submodule(name).weight.mul_(0.5)
 
-    monkeypatch.setattr(layer_passes, "MAX_WAITING", max_waiting)
+    monkeypatch.setattr(layer_passes, "WAITING_BYTES", waiting_bytes)
     model, batches = Regions(), [torch.randn(20, 8) for _ in range(3)]
     names = [f"layers.{index}" for index in range(5)]
     data = Calibration(data=batches, damping=1e-6, shrinkage=0.0)
