@@ -27,9 +27,18 @@ def can_skip_operator(*tensors: Tensor | None) -> bool:
 
     False while compiling, tracing, in a functorch transform, in a dispatch mode (fake tensors, FLOP counters) or with
     forward-mode derivatives; for tensor subclasses; and where a gradient is wanted.
+
+    Raises:
+        NotImplementedError: a forward-mode derivative of the result is asked for. A custom operator of torch has none,
+            and drops it without a word, which would stand for zero.
     """
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(
+            "quantized layers have no forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad). "
+            "Use reverse mode (backward, torch.autograd.grad), or a dense copy of the model (dequantize_model)."
+        )
     wants_gradients = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (not _is_plain(type(tensor)) or (wants_gradients and tensor.requires_grad)):
@@ -52,6 +61,10 @@ def is_cpu_inference(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and _is_undisturbed()
     )
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _is_undisturbed() -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from every_method import AbsmaxSpec
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import peft_quantlayers
 from peft_quantlayers import QuantizedLinear, QuantizedWeight, QuantScalesConfig, quantize_model
@@ -98,6 +99,25 @@ def test_tiles_are_the_rows_of_the_dequantized_weight(method, spec, dtype, set_t
     found = [(range(SHAPE[0])[rows], tile.clone()) for rows, tile in tiles]
     assert [row for rows, _ in found for row in rows] == list(range(SHAPE[0]))
     assert torch.equal(torch.cat([tile for _, tile in found]), dense)
+
+
+@pytest.mark.parametrize("is_functional", [True, False], ids=["torch.func", "dual numbers"])
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_forward_mode_derivative_is_right_or_refused(method, spec, wants_gradient, is_functional):
+    """A custom operator of torch has none, and gives zero without a word."""
+    quantized = method.quantize(random_weight(), spec)
+    layer = layer_type(spec.method)(quantized, None, compute_dtype=torch.float32)
+    x, tangent = torch.randn(3, SHAPE[1], requires_grad=wants_gradient), torch.randn(3, SHAPE[1])
+    try:
+        if is_functional:
+            _, found = torch.func.jvp(layer, (x,), (tangent,))
+        else:
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    except (NotImplementedError, RuntimeError) as error:
+        assert "forward-mode derivatives" in str(error) or "autograd.Function" in str(error)
+    else:
+        torch.testing.assert_close(found, tangent @ method.dequantize(quantized).t(), rtol=1e-3, atol=1e-4)
 
 
 def test_rows_are_those_of_the_whole_weight(method, spec):
