@@ -148,9 +148,7 @@ def made_by_llmcompressor_awq(folder: Path, ids: Tensor, bits: int, group_size: 
 
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None  # it fails without an accelerator
     modifiers = [AWQModifier(), QuantizationModifier(**llmcompressor_scheme(bits, group_size))]
-    n_windows = len(ids) // 4  # each of its 20 trials for a scale runs what follows on all tokens
-    said = {"options": f"asymmetric, {ids[:n_windows].numel():,} of the tokens"}
-    return made_by_llmcompressor(modifiers, folder, ids[:n_windows], said)
+    return made_by_llmcompressor(modifiers, folder, ids, {"options": "asymmetric"})
 
 
 def made_by_gptqmodel(folder: Path, ids: Tensor, bits: int, group_size: int, **options: Any) -> Made:

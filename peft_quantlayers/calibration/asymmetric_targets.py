@@ -11,11 +11,12 @@ damping ``d`` is the one of lowest error on held-out tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..methods.any_threads import cholesky, sum_of_all
+from ..methods.any_threads import cholesky_, sum_of_all
 from .process_group import ALONE, Processes
 from .statistics import InputStatistics
 
@@ -43,9 +44,11 @@ def target_with(damping: float | None, weight: Tensor, statistics: InputStatisti
     """:func:`asymmetric_target` with one of :func:`chosen_dampings`."""
     if damping is None or statistics is None:
         return None
-    weight = weight.float()
-    moment, deviation = _moments(statistics, weight.device)
-    return weight + _shift(weight @ deviation, _damped_factor(moment, damping))
+    weight, moment, deviation = weight.float(), statistics.second_moment, statistics.deviation_moment
+    assert moment is not None
+    assert deviation is not None
+    factor = _damped_factor(moment.to(weight.device, copy=True), damping)
+    return weight + _shift(weight @ deviation.to(weight.device), factor)
 
 
 def chosen_dampings(
@@ -57,23 +60,22 @@ def chosen_dampings(
     where none is better than the weight itself on each half, or nothing is known. ``processes``, all with the same
     arguments, try some each.
     """
-    halves = None if statistics is None or statistics.deviation_moment is None else statistics.halves()
-    if halves is None:
+    if statistics is None or statistics.deviation_moment is None or not statistics.has_halves:
         return [None] * len(weights)
     rows = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
-    moments, deviations = zip(*(_moments(half, rows[0].device) for half in halves), strict=True)
-    products = [[each @ deviation for each in rows] for deviation in deviations]
-    trials = [(damping, fitted) for damping in DAMPINGS for fitted in (0, 1)]
+    products = [statistics.half_products(each, "deviation_moment") for each in rows]
+    trials: list[tuple[float, Literal[0, 1]]] = [(damping, fitted) for damping in DAMPINGS for fitted in (0, 1)]
 
     def gains_of(trial: int) -> list[float]:
         """Of each weight, fitted to one half."""
         damping, fitted = trials[trial]
-        factor = _damped_factor(moments[fitted], damping)
-        shifts = [_shift(product, factor) for product in products[fitted]]
         held_out = 1 - fitted
+        factor = _damped_factor(statistics.half_moment(fitted, "second_moment").to(rows[0].device), damping)
+        shifts = [_shift(of_weight[fitted], factor) for of_weight in products]
+        del factor
         return [
-            _held_out_gain(shift, moments[held_out], product)
-            for shift, product in zip(shifts, products[held_out], strict=True)
+            _held_out_gain(shift, statistics.half_products(shift, "second_moment")[held_out], of_weight[held_out])
+            for shift, of_weight in zip(shifts, products, strict=True)
         ]
 
     gains = processes.shared_out([1.0] * len(trials), gains_of)
@@ -86,30 +88,23 @@ def chosen_dampings(
 
 
 def _damped_factor(moment: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of ``H + d``."""
-    damped = moment.clone()
-    damped.diagonal().add_(damping * moment.diagonal().mean())
-    factor, is_found = cholesky(damped)
-    if not is_found:
+    """The Cholesky factor of ``H + d``, in the memory of ``moment``."""
+    moment.diagonal().add_(damping * moment.diagonal().mean())
+    if not cholesky_(moment):
         raise ValueError("the second moment of the inputs has no Cholesky factor: inputs of the layer overflow.")
-    return factor
+    return moment
 
 
 def _shift(product: Tensor, factor: Tensor) -> Tensor:
     """``W D (H + d)^-1`` from ``product = W D``, shaped like ``W``."""
-    return torch.cholesky_solve(product.t(), factor).t()
+    half = torch.linalg.solve_triangular(factor, product.t(), upper=False)
+    return torch.linalg.solve_triangular(factor.t(), half, upper=True).t()
 
 
-def _held_out_gain(shift: Tensor, moment: Tensor, product: Tensor) -> float:
+def _held_out_gain(shift: Tensor, weighted: Tensor, product: Tensor) -> float:
     """The squared error of ``W + shift`` less that of ``W``; negative where the shift helps.
 
-    ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift; ``product``: ``W D``.
+    ``E|shift x - W (x_float - x)|^2`` without what does not depend on the shift; ``weighted``: ``shift H``;
+    ``product``: ``W D``.
     """
-    return float(sum_of_all((shift @ moment - 2 * product) * shift))
-
-
-def _moments(statistics: InputStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    moment, deviation = statistics.second_moment, statistics.deviation_moment
-    assert moment is not None
-    assert deviation is not None
-    return moment.to(device), deviation.to(device)
+    return float(sum_of_all((weighted - 2 * product) * shift))

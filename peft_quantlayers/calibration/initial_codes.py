@@ -30,7 +30,7 @@ def chosen_initial_codes(
     method = get_method(spec.method)
     if calibration.initial_codes != "best":
         return calibration.initial_codes
-    halves = None if statistics is None else statistics.halves()
+    halves = None if statistics is None else statistics.halves(("second_moment",))
     if halves is None or len(method.initial_codes) == 1:
         return "nearest"
     rows = weight.detach()[:: max(1, len(weight) // ROWS)].float()

@@ -28,7 +28,7 @@ from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
 from .process_group import ALONE, Processes
 from .resume_folder import ResumeFolder
-from .statistics import InputStatistics, Statistic
+from .statistics import Statistic
 from .walk import BlockWork, InputGroup, Visitor, walk
 
 logger = logging.getLogger(__name__)
@@ -133,11 +133,13 @@ class QuantizeVisitor(Visitor):
             return self._quantize_stack(group)
         names = group.names
         costs = [self._weight(name).numel() for name in names]
-        dampings = chosen_dampings([self._weight(name) for name in names], group.statistics, processes=self.processes)
-        hessian = group.hessian(self.calibration)
+        weights = [self._weight(name) for name in names]
+        dampings = chosen_dampings(weights, group.statistics, processes=self.processes)
+        if group.statistics is not None and group.statistics.first_half is not None:
+            group.statistics.first_half.drop("deviation_moment")
 
         def quantized(at: int) -> tuple[QuantizedWeight, torch.dtype, LayerResult]:
-            return self._quantize(names[at], hessian, group.statistics, dampings[at])
+            return self._quantize(names[at], group, dampings[at])
 
         found = self.processes.shared_out(costs, quantized)
         for name, (weight, compute_dtype, result) in zip(names, found, strict=True):
@@ -187,11 +189,19 @@ class QuantizeVisitor(Visitor):
         return linear_of(self.model, name)[0].detach()
 
     def _quantize(
-        self, name: str, hessian: Tensor | None, statistics: InputStatistics | None, damping: float | None
+        self, name: str, group: InputGroup, damping: float | None
     ) -> tuple[QuantizedWeight, torch.dtype, LayerResult]:
+        """Of one layer of ``group``; if it is the only one, moments go as soon as they are not needed."""
+        statistics = group.statistics
+
+        def drop(name: Statistic) -> None:
+            if statistics is not None and len(group.names) == 1:
+                statistics.drop(name)
+
         weight = self._weight(name).clone()
         start = time.perf_counter()
         target = target_with(damping, weight, statistics)
+        drop("deviation_moment")
         initial_codes = chosen_initial_codes(
             weight if target is None else target,
             self.specs[name],
@@ -199,6 +209,9 @@ class QuantizeVisitor(Visitor):
             self.calibration,
             layer_name=name,
         )
+        drop("first_half")
+        hessian = group.hessian(self.calibration)
+        drop("second_moment")
         layer = cast(
             QuantizedLinear,
             quantize_module(

@@ -16,7 +16,8 @@ from .process_group import ALONE, Processes
 
 Statistic = Literal["second_moment", "deviation_moment", "mean_square", "max_abs", "mean_abs", "inputs", "first_half"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
-MEANS = ("second_moment", "deviation_moment", "mean_square", "mean_abs")
+Moment = Literal["second_moment", "deviation_moment"]
+MEANS: tuple[Statistic, ...] = ("second_moment", "deviation_moment", "mean_square", "mean_abs")
 
 # Tokens that are worked on at a time, which bounds the float32 copy of half-precision inputs.
 TOKENS_AT_A_TIME = 8192
@@ -24,9 +25,12 @@ TOKENS_AT_A_TIME = 8192
 MAX_KEPT_TOKENS = 8192
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class InputStatistics:
     """Statistics over the calibration tokens of one input, which one or more layers read.
+
+    A moment takes as much memory as a square weight, so none is copied that need not be, and :meth:`drop` gives back
+    those that nothing needs any more.
 
     Fields (float32, on the device of the inputs; None where not asked for):
         n_tokens: tokens seen.
@@ -40,7 +44,8 @@ class InputStatistics:
         inputs: the inputs themselves, at most ``MAX_KEPT_TOKENS`` spread evenly over all tokens,
             (n_kept, in_features).
         first_half: of the statistics that are means, the same over the first half of each call's tokens, with which
-            :meth:`halves` gives two that are independent of each other.
+            there are two that are independent of each other: :meth:`halves`, :meth:`half_moment`,
+            :meth:`half_products`.
     """
 
     n_tokens: int
@@ -52,18 +57,54 @@ class InputStatistics:
     inputs: Tensor | None = None
     first_half: InputStatistics | None = None
 
-    def halves(self) -> tuple[InputStatistics, InputStatistics] | None:
-        """Means over two halves of the tokens; None where one of them is empty, or they were not asked for."""
+    @property
+    def has_halves(self) -> bool:
+        """Whether the first half was asked for, and no half is empty."""
+        return self.first_half is not None and 0 < self.first_half.n_tokens < self.n_tokens
+
+    def halves(self, names: Sequence[Statistic] = MEANS) -> tuple[InputStatistics, InputStatistics] | None:
+        """Those of ``names`` that are there, over two halves of the tokens; None if not :attr:`has_halves`."""
         first = self.first_half
-        if first is None or not 0 < first.n_tokens < self.n_tokens:
+        if first is None or not self.has_halves:
             return None
-        n_second = self.n_tokens - first.n_tokens
-        means: dict[str, Any] = {}
-        for name in MEANS:
-            total, part = getattr(self, name), getattr(first, name)
-            if total is not None:
-                means[name] = torch.sub(total * (self.n_tokens / n_second), part, alpha=first.n_tokens / n_second)
-        return first, InputStatistics(n_tokens=n_second, **means)
+        pairs = {name: (getattr(self, name), getattr(first, name)) for name in names}
+        means: dict[str, Any] = {
+            name: self._of_second_half(whole, half)
+            for name, (whole, half) in pairs.items()
+            if whole is not None and half is not None
+        }
+        return first, InputStatistics(n_tokens=self.n_tokens - first.n_tokens, **means)
+
+    def half_moment(self, half: Literal[0, 1], name: Moment) -> Tensor:
+        """The moment ``name`` of the first or the second half, in memory of its own."""
+        whole, first = self._both(name)
+        return self._of_second_half(whole, first) if half else first.clone()
+
+    def half_products(self, x: Tensor, name: Moment) -> tuple[Tensor, Tensor]:
+        """``x @ moment``, (n, in_features) float32, with the moment ``name`` of the first and of the second half.
+
+        The moment of the second half is not made for it.
+        """
+        whole, first = (x @ moment.to(x.device) for moment in self._both(name))
+        return first, self._of_second_half(whole, first)
+
+    def _both(self, name: Moment) -> tuple[Tensor, Tensor]:
+        whole, first = getattr(self, name), getattr(self.first_half, name, None)
+        if whole is None or first is None or not self.has_halves:
+            raise ValueError(f'there are no two halves of {name}; name it and "first_half" in Visitor.statistics.')
+        return whole, first
+
+    def _of_second_half(self, whole: Tensor, first: Tensor) -> Tensor:
+        """What depends linearly on the means of the second half, from that of all tokens and of the first half."""
+        assert self.first_half is not None
+        n_first = self.first_half.n_tokens
+        n_second = self.n_tokens - n_first
+        return (whole * (self.n_tokens / n_second)).sub_(first, alpha=n_first / n_second)
+
+    def drop(self, *names: Statistic) -> None:
+        """Give back the memory of statistics that are needed no more."""
+        for name in names:
+            setattr(self, name, None)
 
     def hessian(self, *, damping: float, shrinkage: float = 0.0) -> Tensor:
         """The second moment as far as it is trusted, (in_features, in_features) float32; a tensor of its own.

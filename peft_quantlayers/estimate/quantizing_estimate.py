@@ -21,9 +21,9 @@ from .sampled_layers import sample_layers
 _DENSE_COPIES = 2
 # Of each token, beside what enters the block: the sum that its branches are added to, and what the one at work reads.
 _STATES = 2
-# Of the widest layer's second moment: two, and the deviation from the float model's inputs, of all tokens and of each
-# half of them; the damped one, and what the damping of the targets is chosen with.
-_MOMENTS = 10
+# Of the widest layer's inputs: the second moment, and the deviation from the float model's inputs, of all tokens and
+# of half of them; and two to choose the damping of the targets with.
+_MOMENTS = 6
 # Of a weight, in float32, while its codes and its grid take turns.
 _WORKING_COPIES = 8
 

@@ -21,20 +21,23 @@ def sum_of_all(x: Tensor) -> Tensor:
     return x
 
 
-def cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor of ``matrix`` (n, n), symmetric; and whether there is one. If not, the factor is of no use."""
+def cholesky_(matrix: Tensor) -> bool:
+    """Write the lower factor of ``matrix`` (n, n), symmetric, over its lower triangle; False if there is none.
+
+    What lies above the diagonal is of no use then; nor is the rest, if there is no factor.
+    """
     n = len(matrix)
     if matrix.device.type != "cpu" or n <= _BLOCK_ROWS:
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        return factor, not failed
-    factor = torch.zeros_like(matrix)
+        matrix.copy_(factor)
+        return not failed
     for start in range(0, n, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, n)
-        columns = matrix[start:, start:stop] - factor[start:, :start] @ factor[start:stop, :start].t()
+        columns = matrix[start:, start:stop] - matrix[start:, :start] @ matrix[start:stop, :start].t()
         height = stop - start
         corner, failed = torch.linalg.cholesky_ex(columns[:height])
         if failed:
-            return factor, False
-        factor[start:stop, start:stop] = corner
-        factor[stop:, start:stop] = torch.linalg.solve_triangular(corner, columns[height:].t(), upper=False).t()
-    return factor, True
+            return False
+        matrix[start:stop, start:stop] = corner
+        matrix[stop:, start:stop] = torch.linalg.solve_triangular(corner, columns[height:].t(), upper=False).t()
+    return True

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .any_threads import cholesky
+from .any_threads import cholesky_
 
 # Columns whose errors are added one by one; one matrix product adds those of the columns before.
 BLOCK_COLUMNS = 128
@@ -54,8 +54,7 @@ def upper_factor(hessian: Tensor) -> Tensor:
     for damping in DAMPINGS:
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(damping * mean)
-        factor, is_found = cholesky(damped)
-        if is_found:
+        if cholesky_(damped):
             break
-    factor = factor.flip(0, 1)
-    return factor / factor.diagonal()
+    factor = damped.tril_().flip(0, 1)
+    return factor.div_(factor.diagonal().clone())

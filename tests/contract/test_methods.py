@@ -108,6 +108,7 @@ def test_a_forward_mode_derivative_is_right_or_refused(method, spec, wants_gradi
     quantized = method.quantize(random_weight(), spec)
     layer = layer_type(spec.method)(quantized, None, compute_dtype=torch.float32)
     x, tangent = torch.randn(3, SHAPE[1], requires_grad=wants_gradient), torch.randn(3, SHAPE[1])
+    refusal, found = "", None
     try:
         if is_functional:
             _, found = torch.func.jvp(layer, (x,), (tangent,))
@@ -115,7 +116,9 @@ def test_a_forward_mode_derivative_is_right_or_refused(method, spec, wants_gradi
             with forward_ad.dual_level():
                 found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
     except (NotImplementedError, RuntimeError) as error:
-        assert "forward-mode derivatives" in str(error) or "autograd.Function" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "forward-mode derivatives" in refusal or "autograd.Function" in refusal
     else:
         torch.testing.assert_close(found, tangent @ method.dequantize(quantized).t(), rtol=1e-3, atol=1e-4)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from integrations.tiny import tiny_model, token_ids
+from llama_cpp_converter import ensure_converter
 from mixtures import tiny_mixture
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -194,6 +195,7 @@ def test_qa_lora_is_refused_for_rotated_layers():
 
 
 def test_no_engine_holds_it_but_a_dense_export_does(tmp_path: Path):
+    ensure_converter()  # without which gguf is refused for another reason
     model = pql.quantize_model(tiny_model(), pql.RotatedHQQConfig(group_size=16), progress=False)
     for engine_format in ("gguf", "mlx", "compressed-tensors", "hqq"):
         with pytest.raises(ValueError, match=r"rotated_hqq weights[\s\S]*format='dense'"):
