@@ -28,8 +28,8 @@ MESSAGE_LENGTH = 240
 STEPS = ("float", "in memory", "while loading", "saved and loaded", "LoRA step", "merge")
 
 
-def journey(class_name: str, folder: Path) -> dict[str, Any]:
-    """What becomes of a tiny model of one class.
+def journey(class_name: str, folder: Path, config: pql.QuantConfig = CONFIG) -> dict[str, Any]:
+    """What becomes of a tiny model of one class, quantized by ``config``.
 
     Returns:
         One of ``STEPS`` each: ``"float"`` is transformers' own saving and loading, without which there is nothing to
@@ -56,7 +56,7 @@ def journey(class_name: str, folder: Path) -> dict[str, Any]:
     quantized = load("float")
     inputs = tiny_inputs(quantized)
     row["inputs"] = None if inputs is None else "+".join(name for name in inputs if name != "use_cache")
-    row["in memory"] = told(lambda: pql.quantize_model(quantized, CONFIG, progress=False) and "")
+    row["in memory"] = told(lambda: pql.quantize_model(quantized, config, progress=False) and "")
     if row["in memory"]:
         return row
     row |= shares(pql.summary(quantized))
@@ -66,7 +66,7 @@ def journey(class_name: str, folder: Path) -> dict[str, Any]:
         return differences(quantized, load("quantized"), inputs)
 
     row["while loading"] = told(
-        lambda: differences(quantized, load("float", quantization_config=CONFIG), inputs),
+        lambda: differences(quantized, load("float", quantization_config=config), inputs),
     )
     row["saved and loaded"] = told(saved)
     if inputs is None:

@@ -5,11 +5,15 @@ have not; ``DIFFERENT`` names what is not right yet, and fails once it is.
 """
 
 import re
+from typing import Any
 
 import pytest
 from _model_journey import STEPS, journey
 from _tiny_models import generative_classes, tiny_config, tiny_model
+from every_method import all_methods, quick_config
 from transformers import LlamaConfig
+
+from peft_quantlayers import AQLMConfig
 
 SAMPLE = (
     # decoders: plain, tied, Conv1D, FalconLinear, biases, parallel blocks, float32 parts
@@ -37,15 +41,28 @@ SAMPLE = (
 DIFFERENT: dict[tuple[str, str], str] = {}
 
 
+def wrong_steps(row: dict[str, Any]) -> dict[str, str]:
+    assert "build" not in row, row["build"]
+    assert row["layers"] > 0
+    return {step: row[step] for step in STEPS if row[step] and not row[step].startswith("as on the float model: ")}
+
+
 @pytest.mark.parametrize("class_name", SAMPLE)
 def test_every_way_gives_the_same_model(class_name, tmp_path):
-    row = journey(class_name, tmp_path)
-    assert "build" not in row, row["build"]
-    wrong = {step: row[step] for step in STEPS if row[step] and not row[step].startswith("as on the float model: ")}
+    wrong = wrong_steps(journey(class_name, tmp_path))
     expected = {step: pattern for (name, step), pattern in DIFFERENT.items() if name == class_name}
     assert wrong.keys() == expected.keys(), wrong
     assert all(re.search(expected[step], text) for step, text in wrong.items())
-    assert row["layers"] > 0
+
+
+@pytest.mark.parametrize(
+    "class_name", ["Qwen3MoeForCausalLM", "T5ForConditionalGeneration", "LlavaForConditionalGeneration"]
+)
+@all_methods
+def test_so_it_is_with_every_method(method, class_name, tmp_path):
+    # The published layout of AQLM says nothing of how codes were found: a loaded model has the default.
+    rounds = {"rounds": AQLMConfig().rounds} if method == "aqlm" else {}
+    assert not wrong_steps(journey(class_name, tmp_path, quick_config(method, **rounds)))
 
 
 def test_the_tiny_models_are_tiny_and_there_are_many():
