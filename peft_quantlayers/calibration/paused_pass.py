@@ -170,7 +170,7 @@ def bytes_in_frames(*, beside: Iterable[Any] = ()) -> int:
     # Not of this one: a frame that is among its own names stays in memory, and so do those below it.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        found |= _storages_in(frame.f_locals)
+        found |= _storages_in(tuple(frame.f_locals.values()))
         frame = frame.f_back
     for address in _storages_in(tuple(beside)):
         found.pop(address, None)
