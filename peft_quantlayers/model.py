@@ -17,7 +17,7 @@ from .arguments import (
     check_tokenizer,
 )
 from .bit_allocation import BitPlan
-from .bit_allocation.quantizing_under_budget import measured, plan_of, with_plan
+from .bit_allocation.quantizing_under_budget import measured, plan_of, refuse_budget, with_plan
 from .calibration import Calibration, LayerResult, quantize_calibrated
 from .calibration.quantize_calibrated import check_can_calibrate
 from .integrations.attached_quantizers import attach_quantizers
@@ -91,6 +91,9 @@ def quantize_model(
     if transforms is not None:
         if given is not None:
             check_can_calibrate(checked_modules(model, config), given)
+            given.batches(model)  # refuses the data
+        if budget is not None:
+            refuse_budget(model, config, budget, given)
         transform_model(model, transforms, config=config, calibration=given, device=device, progress=progress)
     plan = None if budget is None else plan_of(model, config, budget, given, progress=progress)
     if plan is not None:

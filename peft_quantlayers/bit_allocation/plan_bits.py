@@ -36,6 +36,9 @@ ROWS = 256
 NUMBER_FIELDS = ("nbits", "num_codebooks")
 DEFAULT_CHOICES: dict[str, tuple[int, ...]] = {"nbits": (2, 3, 4), "num_codebooks": (1, 2, 3)}
 
+Candidate = tuple[dict[str, Any], QuantSpec, int]
+"""Of one form of a layer: the fields that differ, the spec and the bytes."""
+
 
 def plan_bits(
     model: nn.Module,
@@ -92,15 +95,7 @@ def plan_bits(
     specs = checked_modules(model, config)
     check_can_calibrate(specs, given)
     candidates = _candidates(model, config, specs, fields)
-    tables = quantizable_tables(model, config)
-    empty = BitPlan(
-        layers={
-            name: [LayerChoice(fields=f, n_bytes=n, kl=0.0) for f, _, n in each] for name, each in candidates.items()
-        },
-        chosen=dict.fromkeys(candidates, 0),
-        n_weights=sum(math.prod(dense_shape(model, name)) for name in specs),
-        other_bytes=_other_bytes(model, [*specs, *tables]) + sum(map(_n_bytes_of_table, tables.values())),
-    )
+    empty = _unmeasured(model, config, candidates)
     empty.with_budget(average=average, size=size)  # refuses before anything is computed
     linear = [name for name in specs if find_stack(model, name) is None]
     samples = samples_of(model, linear, given)
@@ -108,6 +103,27 @@ def plan_bits(
     walk(model, linear, given, visitor, progress=progress)
     plan = dataclasses.replace(empty, layers={name: visitor.found.get(name, empty.layers[name]) for name in specs})
     return plan.with_budget(average=average, size=size)
+
+
+def check_budget(
+    model: nn.Module, config: QuantConfig, *, average: float | None = None, size: int | str | None = None
+) -> None:
+    """Raise ValueError if the budget is below the smallest of the choices that :func:`plan_bits` has by default."""
+    candidates = _candidates(model, config, checked_modules(model, config), fields_of_choices(None, config))
+    _unmeasured(model, config, candidates).with_budget(average=average, size=size)
+
+
+def _unmeasured(model: nn.Module, config: QuantConfig, candidates: Mapping[str, list[Candidate]]) -> BitPlan:
+    """A plan that knows the bytes of all forms, and not what they cost."""
+    tables = quantizable_tables(model, config)
+    return BitPlan(
+        layers={
+            name: [LayerChoice(fields=f, n_bytes=n, kl=0.0) for f, _, n in each] for name, each in candidates.items()
+        },
+        chosen=dict.fromkeys(candidates, 0),
+        n_weights=sum(math.prod(dense_shape(model, name)) for name in candidates),
+        other_bytes=_other_bytes(model, [*candidates, *tables]) + sum(map(_n_bytes_of_table, tables.values())),
+    )
 
 
 def samples_of(model: nn.Module, names: Sequence[str], calibration: Calibration) -> dict[str, LayerSamples]:
@@ -140,9 +156,6 @@ def fields_of_choices(choices: Sequence[int | Mapping[str, Any]] | None, config:
         dataclasses.replace(config, overrides={"*": dict(choice)})  # refuses values
         found.append(dict(choice))
     return found
-
-
-Candidate = tuple[dict[str, Any], QuantSpec, int]
 
 
 def _candidates(

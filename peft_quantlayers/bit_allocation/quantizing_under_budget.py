@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..calibration import Calibration
 from ..calibration.blocks import Call, evaluating
 from ..calibration.model_calls import model_calls
+from ..layers.selection import checked_modules
 from ..methods import QuantConfig
 from .bit_plan import BitPlan
-from .plan_bits import plan_bits
+from .plan_bits import check_budget, plan_bits
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,14 @@ def plan_of(
         return plan
     wanted = wanted_budget(budget, is_calibrated=calibration is not None)
     return plan_bits(model, calibration, config=config, progress=progress, **wanted)
+
+
+def refuse_budget(model: nn.Module, config: QuantConfig, budget: Any, calibration: Calibration | None) -> None:
+    """Raise what :func:`plan_of`, or quantizing with a plan that is given, would raise; computes nothing."""
+    if (plan := given_plan(budget)) is not None:
+        checked_modules(model, with_plan(config, plan))
+    else:
+        check_budget(model, config, **wanted_budget(budget, is_calibrated=calibration is not None))
 
 
 def wanted_budget(budget: Any, *, is_calibrated: bool) -> dict[str, Any]:

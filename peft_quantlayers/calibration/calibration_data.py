@@ -1,7 +1,9 @@
 """What a user says of calibration: the data, made into batches, and how it is used. No model is run here."""
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -90,6 +92,8 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.data is None:
             raise TypeError("data=None: a Calibration needs texts, token ids, a dataset, or batches for the model.")
+        if isinstance(self.data, Iterator):
+            object.__setattr__(self, "data", ReadOnce(self.data))
         check_tokenizer(self.tokenizer)
         check_integer("n_tokens", self.n_tokens, at_least=MIN_TOKENS, at_most=2**40)
         check_integer("sequence_length", self.sequence_length, at_least=1, at_most=2**24)
@@ -184,6 +188,22 @@ class Calibration:
             )
             return windows
         return windows[torch.linspace(0, len(windows) - 1, wanted).round().long()]
+
+
+class ReadOnce:
+    """An iterator that can be gone through several times: what was read is kept, and more is read where needed."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator, self._read = iterator, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            if number == len(self._read):
+                try:
+                    self._read.append(next(self._iterator))
+                except StopIteration:
+                    return
+            yield self._read[number]
 
 
 def _is_list_of_tensors(data: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_facts import max_length, predicts_next_token
+from .model_facts import max_length, placeholder_ids, predicts_next_token
 from .texts import one_split
 
 # What a tokenizer and a collator give beside the ids; without padding the ids say all.
@@ -64,7 +64,7 @@ def forward_batches(
         return None, [row for batch in batches for row in batch["input_ids"]]
     for batch in batches:
         _check(batch, model)
-    return [part for batch in batches for part in _split(batch, batch_size)], None
+    return [part for batch in batches for part in _split(batch, batch_size, placeholder_ids(model))], None
 
 
 def _is_iterator(data: Any) -> bool:
@@ -145,8 +145,14 @@ def _check(batch: Mapping[str, Any], model: nn.Module) -> None:
         )
 
 
-def _split(batch: dict[str, Any], batch_size: int) -> list[dict[str, Any]]:
+def _split(batch: dict[str, Any], batch_size: int, placeholders: Sequence[int]) -> list[dict[str, Any]]:
     """Parts of at most ``batch_size`` rows; the batch itself if its tensors have not all a row for each sequence."""
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and set(batch) - BESIDE_IDS:
+        # As many images as sequences, and yet not one for each.
+        counts = [(ids == placeholder).flatten(1).sum(1) for placeholder in placeholders if ids.dim() > 1]
+        if any(len(count.unique()) > 1 for count in counts):
+            return [batch]
     sizes = {len(value) if value.dim() else None for value in batch.values() if isinstance(value, Tensor)}
     # Image patches of several sizes lie in one dimension, and do not say which sequence they belong to.
     if len(sizes) != 1 or None in sizes or max(filter(None, sizes), default=0) <= batch_size:

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+# Names in configs of the tokens that stand for what is no text.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
+                "audio_token_index")  # fmt: skip
+
 
 def text_config(model: Any) -> Any:
     """The config of the part that reads or writes text; None where the model has no config.
@@ -33,6 +37,13 @@ def max_length(model: Any) -> int:
     """The most tokens that ``model`` has positions for, so far as its config says."""
     positions = getattr(text_config(model), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else sys.maxsize
+
+
+def placeholder_ids(model: Any) -> list[int]:
+    """Ids of the tokens that stand for what is no text."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return list({each for each in found if isinstance(each, int)})
 
 
 def main_input(model: Any) -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -168,7 +167,7 @@ def bytes_in_frames(*, beside: Iterable[Any] = ()) -> int:
     """
     found: dict[int, int] = {}
     # Not of this one: a frame that is among its own names stays in memory, and so do those below it.
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = getattr(inspect.currentframe(), "f_back", None)
     while frame is not None:
         found |= _storages_in(tuple(frame.f_locals.values()))
         frame = frame.f_back

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from .asymmetric_targets import chosen_dampings, target_with
 from .calibration_data import Calibration
 from .finetune import finetune_block
 from .initial_codes import chosen_initial_codes
+from .model_calls import batch_tensors
 from .process_group import ALONE, Processes
 from .resume_folder import ResumeFolder
 from .statistics import Statistic
@@ -119,10 +120,10 @@ class QuantizeVisitor(Visitor):
         self.needs_targets = calibration.finetune_epochs > 0
         self.statistics = wanted_statistics(calibration, specs.values())
 
-    def begin(self, batches: list[Tensor]) -> None:
+    def begin(self, batches: Sequence[Tensor | Mapping[str, Any]]) -> None:
         folder = self.calibration.resume_folder
         if folder is not None:
-            fingerprint = _fingerprint(self.model, self.specs, self.calibration, batches)
+            fingerprint = _fingerprint(self.model, self.specs, self.config, self.calibration, batches)
             self.folder = ResumeFolder(Path(folder), fingerprint, self.model, self.specs)
 
     def restore_block(self, block: str, names: list[str]) -> bool:
@@ -309,15 +310,28 @@ def calibration_options(calibration: Calibration) -> dict[str, Any]:
 
 
 def _fingerprint(
-    model: nn.Module, specs: dict[str, QuantSpec], calibration: Calibration, batches: list[Tensor]
+    model: nn.Module,
+    specs: dict[str, QuantSpec],
+    config: QuantConfig,
+    calibration: Calibration,
+    batches: Sequence[Tensor | Mapping[str, Any]],
 ) -> str:
     """A digest of all that determines the result: weights, specs, data, and how the data is used."""
     digest = hashlib.sha256()
     options = calibration_options(calibration)
-    described = {"specs": {name: spec.to_dict() for name, spec in specs.items()}, "options": options}
+    described: dict[str, Any] = {
+        "specs": {name: spec.to_dict() for name, spec in specs.items()},
+        "options": options,
+    }
+    if config.compute_dtype is not None:
+        described["compute_dtype"] = str(config.compute_dtype)
     digest.update(json.dumps(described, sort_keys=True).encode())
     for batch in batches:
-        digest.update(stored_bytes(batch))
+        if isinstance(batch, Mapping):  # of any other the options say the shapes
+            described_tensors = {name: (str(t.dtype), t.shape) for name, t in batch.items() if isinstance(t, Tensor)}
+            digest.update(json.dumps(described_tensors, sort_keys=True).encode())
+        for tensor in batch_tensors([batch]):
+            digest.update(stored_bytes(tensor))
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(stored_bytes(parameter.data.reshape(-1)))

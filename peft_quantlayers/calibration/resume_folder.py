@@ -38,11 +38,11 @@ class ResumeFolder:
     def __init__(self, folder: Path, fingerprint: str, model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
         self.folder, self.fingerprint, self.specs = folder, fingerprint, specs
         if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"resume_folder={folder} is a file, not a folder. The model was not changed.")
+            raise FileExistsError(f"resume_folder={folder} is a file, not a folder. Nothing was quantized.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = f"resume_folder={folder} cannot be made ({error.strerror}). The model was not changed."
+            reason = f"resume_folder={folder} cannot be made ({error.strerror}). Nothing was quantized."
             raise OSError(error.errno, reason) from None
         with ExitStack() as stack:
             stack.enter_context(locked_folder(folder, inside=True))
@@ -109,7 +109,7 @@ class ResumeFolder:
                 if metadata.get("fingerprint") != self.fingerprint:
                     raise _OtherRunError(
                         f"{file} belongs to another run: another model, config or calibration. Choose another "
-                        "resume_folder, or delete this one. The model was not changed."
+                        "resume_folder, or delete this one. Nothing was quantized."
                     )
                 damage = find_damage({str(file): opened}) if are_checksums_used() else []
                 if damage:
@@ -139,8 +139,8 @@ class ResumeFolder:
     @staticmethod
     def _refusal(file: Path, reason: str) -> str:
         return (
-            f"{file} {reason}. Delete this file and call again: its block is quantized from scratch. The model was "
-            "not changed."
+            f"{file} {reason}. Delete this file and call again: its block is quantized from scratch. Nothing "
+            "was quantized."
         )
 
 

@@ -10,7 +10,7 @@ of the model's forward passes, one group's statistics, and on a CPU what the blo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from .calibration_data import Calibration
 from .expert_inputs import ExpertInputs, collect_experts
 from .input_groups import layers_by_input
 from .layer_passes import LayerPasses
-from .model_calls import batch_tensors, model_calls
+from .model_calls import model_calls
 from .model_passes import ModelPasses
 from .process_group import ALONE, Processes
 from .statistics import InputStatistics, Statistic, check_statistics, collect
@@ -83,8 +83,8 @@ class Visitor:
         """Whether the unchanged model runs beside the one that is changed."""
         return self.needs_targets or "deviation_moment" in self.statistics
 
-    def begin(self, inputs: list[Tensor]) -> None:
-        """Before anything is changed, with all tensors of the data; what is raised here refuses the walk."""
+    def begin(self, batches: Sequence[Tensor | Mapping[str, Any]]) -> None:
+        """Before anything is changed, with all batches of the data; what is raised here refuses the walk."""
 
     def restore_block(self, block: str, names: list[str]) -> bool:
         """Put a block in its final state from elsewhere. True if so: its layers are not visited."""
@@ -142,7 +142,7 @@ def walk(
     check_statistics(visitor.statistics)
     batches = calibration.batches(model, progress=progress)
     calls = model_calls(model, batches)
-    visitor.begin(batch_tensors(batches))
+    visitor.begin(batches)
     with as_called_stacks(model, names):
         walk_blocks(ModelBlocks(model, names, calls, device=device), visitor, progress=progress)
 

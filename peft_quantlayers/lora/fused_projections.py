@@ -77,7 +77,7 @@ def fuse_projections(
     skip = _several_names(skip, "skip", 'skip=["encoder_attn"]')
     bases = _quantized_layers(model)
     with_lora = {name: module for name, module in model.named_modules() if isinstance(module, LoraQuantizedLinear)}
-    if not (bases if in_inference else with_lora):
+    if not (bases if in_inference or not groups else with_lora):
         what, way_out = ("quantized layer", "quantize_model") if in_inference else (_WITH_LORA, "get_peft_model")
         raise ValueError(f"the model has no {what}, so nothing can be fused. Call {way_out} first.")
     for layer in with_lora.values():

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from ..calibration.blocks import Call, evaluating
 from ..calibration.forward_batches import forward_batches
 from ..calibration.model_calls import IGNORED_LABEL, model_calls
-from ..calibration.model_facts import is_encoder_decoder, max_length, predicts_next_token, vocabulary_size
+from ..calibration.model_facts import (
+    is_encoder_decoder,
+    max_length,
+    placeholder_ids,
+    predicts_next_token,
+    vocabulary_size,
+)
 
 # Tokens that are scored at a time: three windows of logits are kept.
 WINDOW = 256
@@ -20,9 +26,6 @@ WINDOW = 256
 ROWS = 4
 # Most tokens that are taken from an iterator.
 MAX_TOKENS = 1 << 20
-# Names in configs of the tokens that stand for what is no text; they are not predicted.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
-                "audio_token_index")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,10 +131,8 @@ def _targets(model: nn.Module, batch: Mapping[str, Any], call: Call) -> Tensor:
         )
     if isinstance(mask, Tensor):
         ids = ids.masked_fill(mask == 0, IGNORED_LABEL)
-    config = getattr(model, "config", None)
-    for token in (getattr(config, placeholder, None) for placeholder in PLACEHOLDERS):
-        if isinstance(token, int):
-            ids = ids.masked_fill(ids == token, IGNORED_LABEL)
+    for token in placeholder_ids(model):  # which are not predicted
+        ids = ids.masked_fill(ids == token, IGNORED_LABEL)
     return _shifted_left(ids)
 
 

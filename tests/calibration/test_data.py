@@ -1,9 +1,12 @@
 """Calibration data: what is taken, how it is cut, and what is refused."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
 from integrations.tiny import tiny_model
+from torch import Tensor, nn
 
 from peft_quantlayers import Calibration
 
@@ -132,3 +135,25 @@ def test_texts_without_a_tokenizer_say_where_to_give_one():
 def test_options_that_make_no_sense_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Calibration(data=[], **field)
+
+
+class WithImages(nn.Module):
+    """Takes as many images as the ids have places for them, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_token_id=5)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("places", "n_parts"), [([1, 1], 2), ([2, 0], 1)])
+def test_rows_are_split_only_where_each_has_its_images(places, n_parts):
+    ids = torch.full((2, 64), 7)
+    for row, n in enumerate(places):
+        ids[row, :n] = 5
+    batch = {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 4, 4)}
+    found = Calibration(data=[batch], batch_size=1).batches(WithImages())
+    assert len(found) == n_parts
+    assert torch.equal(torch.cat([part["input_ids"] for part in found]), ids)

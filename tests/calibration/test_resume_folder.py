@@ -137,7 +137,7 @@ def test_a_damaged_file_is_refused_by_name_before_the_first_layer_is_placed(dama
     DAMAGES[damage](file)
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"model\.layers\.\d\.safetensors.*Delete this file.*was not changed"):
+    with pytest.raises(ValueError, match=r"model\.layers\.\d\.safetensors.*Delete this file.*othing was quantized"):
         run(file.parent, model)
     assert not quantized_modules(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -165,9 +165,9 @@ def test_a_folder_in_use_and_a_file_in_its_place_are_refused(file, tmp_path):
     model = tiny_model()
     with locked_folder(file.parent, inside=True), pytest.raises(FileExistsError, match="another process"):
         run(file.parent, model)
-    with pytest.raises(FileExistsError, match=r"is a file, not a folder.*was not changed"):
+    with pytest.raises(FileExistsError, match=r"is a file, not a folder.*othing was quantized"):
         run(file, model)
-    with pytest.raises(OSError, match=r"cannot be made.*was not changed"):
+    with pytest.raises(OSError, match=r"cannot be made.*othing was quantized"):
         run(file / "below", model)
     assert not quantized_modules(model)
 
@@ -186,3 +186,27 @@ def test_a_full_disk_is_named_and_what_is_kept_goes_on_with_the_same_codes(finis
     assert [file.name for file in tmp_path.glob("*")] == ["model.layers.0.safetensors"]
     state = run(tmp_path).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in finished["hqq"][1].items())
+
+
+def padded(length: int) -> list[dict[str, torch.Tensor]]:
+    """The same ids and mask, in sequences of ``length``."""
+    mask = torch.ones_like(IDS)
+    mask[:, 0] = 0
+    return [{"input_ids": IDS.view(-1, length), "attention_mask": mask.view(-1, length)}]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"compute_dtype": "bfloat16"}, {"length": 20}], ids=["compute_dtype", "other sequences"]
+)
+def test_blocks_of_a_run_that_differs_in_one_thing_are_refused(changed, tmp_path):
+    def quantized(model, *, length=40, compute_dtype=None):
+        config = HQQConfig(nbits=2, group_size=16, compute_dtype=compute_dtype)
+        given = Calibration(data=padded(length), batch_size=64, resume_folder=tmp_path / "blocks")
+        return quantize_model(model, config, calibration=given, progress=False)
+
+    quantized(tiny_model())
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"belongs to another run[\s\S]*Nothing was quantized"):
+        quantized(model, **changed)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -147,6 +147,9 @@ def test_only_neighbours_with_adapters_are_fused_and_skipped_ones_are_not(x, cal
     assert pql.fuse_projections(attention(target_modules=["q_proj"])) == []
     every = tuple(f"base_model.model.{name}_proj" for name in "qkv")
     assert pql.fuse_projections(model, in_inference=True) == [every]
+    assert pql.fuse_projections(model, ()) == []  # without adapters too
+    assert all(layer.shared_product is None for layer in pql.quantized_modules(model).values())
+    assert pql.fuse_projections(model, in_inference=True) == [every]
     model(x)
     assert calls == [2]  # and the base of k alone
     calls.clear()

@@ -1,5 +1,7 @@
 """Transformed models are quantized, trained, merged, saved and loaded as any other, and say what was done."""
 
+import copy
+import itertools
 import warnings
 
 import peft
@@ -149,3 +151,42 @@ def test_loftq_refuses_float_weights_without_the_transforms_of_the_base(tmp_path
             pql.initialize_loftq(adapted, float_model, progress=False)
     results = pql.initialize_loftq(adapted, tmp_path / "scaled", progress=False)
     assert all(result.error_after < result.error_before for result in results)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"budget": "1KB"},
+        {"budget": [3]},
+        {"budget": "nowhere.json"},
+        {"budget": "another model's"},
+        {"calibration": torch.cat([DATA, torch.full((40, 20), 10_000)])},
+    ],
+    ids=["too small", "no budget", "no file", "of another model", "ids beyond the vocabulary"],
+)
+def test_what_is_refused_is_refused_before_a_transform(wrong):
+    if wrong.get("budget") == "another model's":
+        plan = pql.plan_bits(tiny_model("gpt2", torch.float32), DATA, average=6.0, config=CONFIG, progress=False)
+        wrong = {"budget": plan}
+    model = tiny_model("llama", torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)):
+        pql.quantize_model(
+            model, CONFIG, progress=False, **{"transforms": TRANSFORMS, "calibration": DATA, "budget": 6.0} | wrong
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert getattr(model.config, "quantlayers_transforms", None) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 6.0}], ids=["transforms", "transforms and a budget"])
+@pytest.mark.parametrize("is_endless", [False, True])
+def test_a_generator_is_read_once_and_serves_all_that_reads_the_data(options, is_endless):
+    parts = DATA.split(4)
+
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in parts]
+    stream = (batch for batch in (itertools.cycle(batches) if is_endless else batches))
+
+    def calibrated(data):
+        return quantized(calibration=pql.Calibration(data=data, n_tokens=800, sequence_length=20), **options)
+
+    assert torch.equal(logits(calibrated(stream)), logits(calibrated(batches)))
