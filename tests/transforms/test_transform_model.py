@@ -160,7 +160,7 @@ def test_loftq_refuses_float_weights_without_the_transforms_of_the_base(tmp_path
         {"budget": [3]},
         {"budget": "nowhere.json"},
         {"budget": "another model's"},
-        {"calibration": torch.cat([DATA, torch.full((40, 20), 10_000)])},
+        {"calibration": DATA.index_fill(0, torch.tensor([20]), 10_000), "transforms": [pql.Permutation()]},
     ],
     ids=["too small", "no budget", "no file", "of another model", "ids beyond the vocabulary"],
 )
