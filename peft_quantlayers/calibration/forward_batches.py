@@ -148,9 +148,9 @@ def _check(batch: Mapping[str, Any], model: nn.Module) -> None:
 def _split(batch: dict[str, Any], batch_size: int, placeholders: Sequence[int]) -> list[dict[str, Any]]:
     """Parts of at most ``batch_size`` rows; the batch itself if its tensors have not all a row for each sequence."""
     ids = batch.get("input_ids")
-    if isinstance(ids, Tensor) and set(batch) - BESIDE_IDS:
+    if isinstance(ids, Tensor) and ids.dim() > 1 and set(batch) - BESIDE_IDS:
         # As many images as sequences, and yet not one for each.
-        counts = [(ids == placeholder).flatten(1).sum(1) for placeholder in placeholders if ids.dim() > 1]
+        counts = [(ids == placeholder).flatten(1).sum(1) for placeholder in placeholders]
         if any(len(count.unique()) > 1 for count in counts):
             return [batch]
     sizes = {len(value) if value.dim() else None for value in batch.values() if isinstance(value, Tensor)}

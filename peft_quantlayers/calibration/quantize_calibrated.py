@@ -134,8 +134,8 @@ class QuantizeVisitor(Visitor):
             return self._quantize_stack(group)
         names = group.names
         costs = [self._weight(name).numel() for name in names]
-        weights = [self._weight(name) for name in names]
-        dampings = chosen_dampings(weights, group.statistics, processes=self.processes)
+        # No name for the weights, which are released one by one.
+        dampings = chosen_dampings([self._weight(name) for name in names], group.statistics, processes=self.processes)
         if group.statistics is not None and group.statistics.first_half is not None:
             group.statistics.first_half.drop("deviation_moment")
 

@@ -181,9 +181,7 @@ def test_what_is_refused_is_refused_before_a_transform(wrong):
 @pytest.mark.parametrize("options", [{}, {"budget": 6.0}], ids=["transforms", "transforms and a budget"])
 @pytest.mark.parametrize("is_endless", [False, True])
 def test_a_generator_is_read_once_and_serves_all_that_reads_the_data(options, is_endless):
-    parts = DATA.split(4)
-
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in parts]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in DATA.split(4)]
     stream = (batch for batch in (itertools.cycle(batches) if is_endless else batches))
 
     def calibrated(data):
